@@ -1,0 +1,57 @@
+# Every target sets up what it needs: a virtual environment in .venv, installed from constraints.txt.
+#
+#   PYTHON=python3.12   the interpreter that makes .venv
+#   ARGS="..."          extra arguments for kdfast demo or pytest
+#
+# Without a GPU, pip may be pointed at PyTorch's CPU wheels through PIP_EXTRA_INDEX_URL, a much smaller download.
+
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+READY_BENCH := $(VENV)/.ready-bench
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-long lint types check bench clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+demo: $(READY)  ## a real distillation on this machine: text, tokenizer, teacher, four students, one table
+	$(BIN)/kdfast demo $(ARGS)
+
+test: $(READY)  ## the tests, without those marked long
+	$(BIN)/python -m pytest $(ARGS)
+
+test-long: $(READY)  ## the tests that take minutes
+	$(BIN)/python -m pytest -m long $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+check: lint types test  ## lint, types and tests
+
+# a benchmark's table is its output (-s), and the peers' warnings are theirs
+bench: $(READY_BENCH)  ## throughput and memory against the peers
+	$(BIN)/python -m pytest bench -s -W default $(ARGS)
+
+clean:  ## remove .venv, build products and caches, not the results of runs
+	rm -rf $(VENV) build/lib build/bdist.* dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): setup.py constraints.txt
+	@echo "Setting up $(VENV): a few minutes, once."
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "kdfast needs Python 3.10 or newer; name one: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) -e '.[train,dev]'
+	@touch $@
+
+$(READY_BENCH): $(READY)
+	$(PIP_INSTALL) -e '.[train,dev,bench]'
+	@touch $@

@@ -1,0 +1,58 @@
+"""kdfast: distil large-vocabulary language models without ever making the logits.
+
+    from kdfast import Head, Projected, fused_kd_loss
+
+    loss = fused_kd_loss(
+        Head(student_hidden, student.lm_head.weight),            # (*, Hs), (V, Hs)
+        Projected(teacher_hidden, projector.weight),             # (*, Ht), (Hs, Ht)
+        labels, temperature=2.0, kd_weight=0.7, ce_weight=1.0,
+    )
+
+Importing this needs torch and numpy only. The trainer (`KDTrainer`, `KDConfig`, `DistillationModel`) needs
+`pip install kdfast[train]` and is loaded when first used.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdfast._version import __version__
+from kdfast.divergences import JSD, Divergence, ForwardKL, ReverseKL
+from kdfast.interface import FusedKDLoss, KDMetrics, fused_kd_loss
+from kdfast.sources import Head, Logits, Projected, SparseLogits
+
+if TYPE_CHECKING:
+    from kdfast.training import DistillationModel as DistillationModel
+    from kdfast.training import KDConfig as KDConfig
+    from kdfast.training import KDTrainer as KDTrainer
+
+# In a checkout `kdfast.kernels` lies at the repository's top level, as `kernels/`.
+_ROOT = Path(__file__).resolve().parent.parent
+if (_ROOT / "kernels").is_dir() and (_ROOT / "setup.py").is_file():
+    __path__.append(str(_ROOT))
+
+_TRAINING = ("DistillationModel", "KDConfig", "KDTrainer")
+
+__all__ = [
+    "JSD",
+    "Divergence",
+    "ForwardKL",
+    "FusedKDLoss",
+    "Head",
+    "KDMetrics",
+    "Logits",
+    "Projected",
+    "ReverseKL",
+    "SparseLogits",
+    "__version__",
+    "fused_kd_loss",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _TRAINING:
+        raise AttributeError(f"module 'kdfast' has no attribute {name!r}")
+    from kdfast import training
+
+    return getattr(training, name)

@@ -1,0 +1,167 @@
+"""Divergences between the teacher's distribution p (t) and the student's q (s): one class each.
+
+Every divergence is a sum over the vocabulary, D = Σᵥ f(log pᵥ, log qᵥ), given twice:
+
+`pointwise(log_p, log_q)`  the definition, differentiable by autograd. The reference engine sums it.
+`terms(p, q, g)`           what the fused engines use, with g = log p − log q: the summand f arranged so that it
+                           keeps its digits when p ≈ q, and a_p = ∂f/∂log p, a_q = ∂f/∂log q.
+
+The gradient towards logits z, where log p = log_softmax(z/τ), is (a − softmax·Σa)/τ. A term whose sum is zero by
+construction (`centred_p`, `centred_q`) needs no Σa, so its gradient is known without a second pass.
+
+Near convergence Σ p·g loses three digits in float32: its first-order part cancels only in the sum. Adding
+q − p, whose sum is exactly zero, makes every summand non-negative and of second order, p·(g + expm1(−g)).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from math import inf, log
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Terms(NamedTuple):
+    """Per entry [rows, V]: the summand, and its derivatives towards log p and log q."""
+
+    f: Tensor
+    a_p: Tensor
+    a_q: Tensor
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Base class. A subclass names itself and gives `pointwise` and `terms`."""
+
+    name: ClassVar[str]
+    centred_p: ClassVar[bool] = False
+    centred_q: ClassVar[bool] = False
+
+    def pointwise(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def terms(self, p: Tensor, q: Tensor, g: Tensor) -> Terms:
+        raise NotImplementedError
+
+    @property
+    def parameters(self) -> list[float]:
+        """The dataclass fields, in order: with `name`, all that an operator needs to rebuild it."""
+        return [float(getattr(self, field.name)) for field in fields(self)]
+
+
+@dataclass(frozen=True)
+class ForwardKL(Divergence):
+    """KL(p‖q) = Σ p·(log p − log q), teacher to student: mass-covering. Hinton et al. 2015, arXiv:1503.02531."""
+
+    name: ClassVar[str] = "forward_kl"
+    centred_q: ClassVar[bool] = True
+
+    def pointwise(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return _kl(log_p, log_q)
+
+    def terms(self, p: Tensor, q: Tensor, g: Tensor) -> Terms:
+        difference = _difference(p, q, g)
+        a_p = _weighted(p, g)
+        return Terms(a_p + difference, a_p, difference)
+
+
+@dataclass(frozen=True)
+class ReverseKL(Divergence):
+    """KL(q‖p) = Σ q·(log q − log p), student to teacher: mode-seeking. Gu et al. 2024, arXiv:2306.08543."""
+
+    name: ClassVar[str] = "reverse_kl"
+    centred_p: ClassVar[bool] = True
+
+    def pointwise(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return _kl(log_q, log_p)
+
+    def terms(self, p: Tensor, q: Tensor, g: Tensor) -> Terms:
+        return _swap(ForwardKL().terms(q, p, -g))
+
+
+@dataclass(frozen=True)
+class JSD(Divergence):
+    """β·KL(p‖m) + (1−β)·KL(q‖m) with m = β p + (1−β) q. Agarwal et al. 2024 (GKD), arXiv:2306.13649.
+
+    At β = 0 it is *defined* as forward KL and at β = 1 as reverse KL, GKD's convention; it is discontinuous there
+    (as β → 0 the formula itself tends to 0).
+    """
+
+    beta: float = 0.5
+    name: ClassVar[str] = "jsd"
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.beta <= 1.0:
+            raise ValueError(f"JSD(beta={self.beta}): beta must lie in [0, 1]")
+
+    def pointwise(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        empty = log_p.isneginf() & log_q.isneginf()
+        log_p, log_q = log_p.masked_fill(empty, 0.0), log_q.masked_fill(empty, 0.0)
+        log_m = torch.logaddexp(log_p + log(self.beta), log_q + log(1 - self.beta))
+        f = self.beta * _kl(log_p, log_m) + (1 - self.beta) * _kl(log_q, log_m)
+        return f.masked_fill(empty, 0.0)
+
+    def terms(self, p: Tensor, q: Tensor, g: Tensor) -> Terms:
+        # log m/p = log1p((1−β)·expm1(−g)) is safe for g ≥ 0, log m/q = log1p(β·expm1(g)) for g ≤ 0; they differ by g
+        other = (g >= 0).to(g.dtype).mul_(1 - 2 * self.beta).add_(self.beta)
+        mixed = torch.expm1(-g.abs()).mul_(other).log1p_()
+        a_p = _weighted(p, mixed + (-g).clamp_min_(0)).mul_(-self.beta)
+        a_q = _weighted(q, mixed + g.clamp_min(0)).mul_(self.beta - 1)
+        return Terms(a_p + a_q, a_p, a_q)
+
+
+_AVAILABLE: dict[str, type[Divergence]] = {cls.name: cls for cls in (ForwardKL, ReverseKL, JSD)}
+_TO_COME = ("symmetric_kl", "skew_kl", "skew_reverse_kl", "total_variation")
+
+
+def get_divergence(divergence: str | Divergence, parameters: Sequence[float] = ()) -> Divergence:
+    """The instance a name (with its parameters) or an instance stands for; JSD at 0 and 1 becomes the KL it is.
+
+    Raises ValueError for an unknown name, NotImplementedError for one this version does not compute, TypeError
+    for anything else.
+    """
+    if isinstance(divergence, str):
+        if divergence in _TO_COME:
+            raise NotImplementedError(
+                f"divergence={divergence!r} is part of the interface but not in this version; "
+                f"available: {', '.join(_AVAILABLE)}"
+            )
+        if divergence not in _AVAILABLE:
+            raise ValueError(f"divergence={divergence!r} is unknown; expected one of {', '.join(_AVAILABLE)}")
+        divergence = _AVAILABLE[divergence](*parameters)
+    if not isinstance(divergence, Divergence):
+        raise TypeError(
+            f"divergence is {type(divergence).__name__}; expected a name ({', '.join(_AVAILABLE)}) or an instance "
+            "such as kdfast.JSD(beta=0.5)"
+        )
+    if isinstance(divergence, JSD) and divergence.beta in (0.0, 1.0):
+        return ForwardKL() if divergence.beta == 0.0 else ReverseKL()
+    return divergence
+
+
+def log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """g = log p − log q, and 0 where both have no mass (−inf − −inf)."""
+    return (log_p - log_q).nan_to_num_(nan=0.0, posinf=inf, neginf=-inf)
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """p·(log p − log q) with 0·log 0 = 0, and gradients that are finite there."""
+    empty = log_p.isneginf()
+    return log_p.exp() * (log_p.masked_fill(empty, 0.0) - log_q.masked_fill(empty, 0.0))
+
+
+def _weighted(p: Tensor, x: Tensor) -> Tensor:
+    """p·x with 0·∞ = 0."""
+    return (p * x).nan_to_num_(nan=0.0, posinf=inf, neginf=-inf)
+
+
+def _difference(p: Tensor, q: Tensor, g: Tensor) -> Tensor:
+    """q − p to full relative precision: ±max(p, q)·expm1(−|g|), which never overflows."""
+    return torch.expm1(-g.abs()).mul_(torch.maximum(p, q)).copysign_(-g)
+
+
+def _swap(terms: Terms) -> Terms:
+    return Terms(terms.f, terms.a_q, terms.a_p)

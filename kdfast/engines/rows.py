@@ -1,0 +1,179 @@
+"""The row work of the chunked engine, in plain torch: logits of a few rows → losses, statistics, gradients.
+
+z_s, z_t (r, V) are the raw products h·Wᵀ + b; they are overwritten. A gradient is written towards those products
+(temperature, softcap and logit_scale included), divided by the problem's scale, in the dtype of its buffer; the
+buffers may be the logits' own memory, since nothing is read after the first write.
+
+On a CPU r is kept so small that the dozen temporaries stay in the cache: there the passes cost little.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdfast.divergences import log_ratio
+from kdfast.problem import AGREEMENT, ANCHOR, CE, KD, STUDENT_ENTROPY, TEACHER_ENTROPY, Problem
+
+
+class Buffers(NamedTuple):
+    """Where the gradients of these rows go, each (r, V); None = not wanted."""
+
+    student: Tensor | None
+    teacher: Tensor | None
+    anchor: Tensor | None  # a plane of its own for the anchor's part; None = it is added to the teacher's
+    mix: Tensor | None  # (r,): `teacher` holds grad_t + mix·grad_s, orthogonal to grad_s; None = grad_t as it is
+    bias: Tensor | None  # (V,) sum over rows of all that reaches the bias, accumulated here before any rounding
+
+
+class Wanted(NamedTuple):
+    """Which gradients of the logits are wanted."""
+
+    student: bool  # dL/dz_s
+    teacher: bool  # the KD term's dL/dz_t
+    anchor: bool  # the anchor's dL/dz_t
+    teacher_to_weight: bool  # the KD term's dL/dz_t reaches W and the bias
+
+
+def solve(
+    x: Problem,
+    rows: slice,
+    z_s: Tensor,
+    z_t: Tensor | None,
+    *,
+    scale: Tensor,
+    wanted: Wanted,
+    stats: Tensor,
+    out: Buffers,
+) -> None:
+    """Fill `stats[:, rows]` (6, N) and the gradient buffers of `x`'s rows `rows` from their logits."""
+    coefficients = (x.coefficients[:, rows] / scale)[:, :, None]  # (3, r, 1)
+    slope_s = _transform(z_s, x.logit_scale, x.softcap)
+    slope_t = None if z_t is None else _transform(z_t, x.teacher_logit_scale, x.teacher_softcap)
+    if x.want_metrics:
+        _statistics(z_s, z_t, stats, rows)
+
+    grad_s: Tensor | None = None
+    grad_t: Tensor | None = None
+    grad_a: Tensor | None = None
+    if z_t is not None:
+        stats[KD, rows], grad_s, grad_t = _divergence(x, z_s, z_t, coefficients[KD], wanted)
+    if x.use_ce:
+        assert x.labels is not None
+        value, grad = _cross_entropy(z_s, x.labels[rows], coefficients[CE], wanted.student and x.ce_term)
+        stats[CE, rows], grad_s = value, _add(grad_s, grad)
+    if x.use_anchor:
+        assert x.anchor_targets is not None
+        assert z_t is not None
+        targets = x.anchor_targets[rows]
+        stats[ANCHOR, rows], grad_a = _cross_entropy(z_t, targets, coefficients[ANCHOR], wanted.anchor)
+
+    for grad, slope, logit_scale in (
+        (grad_s, slope_s, x.logit_scale),
+        (grad_t, slope_t, x.teacher_logit_scale),
+        (grad_a, slope_t, x.teacher_logit_scale),
+    ):
+        _chain(grad, slope, logit_scale)
+    if out.bias is not None:
+        for grad in (grad_s, grad_t if wanted.teacher_to_weight else None):
+            if grad is not None:
+                out.bias.add_(grad.sum(dim=0))
+    if out.anchor is None:
+        grad_t, grad_a = _add(grad_t, grad_a), None
+    if out.mix is not None:
+        assert grad_s is not None
+        assert grad_t is not None
+        out.mix.copy_(_decorrelate(grad_s, grad_t))
+    for buffer, grad in ((out.student, grad_s), (out.teacher, grad_t), (out.anchor, grad_a)):
+        if buffer is not None:
+            buffer.zero_() if grad is None else buffer.copy_(grad)
+
+
+def _transform(z: Tensor, logit_scale: float, softcap: float | None) -> Tensor | None:
+    """z → softcap·tanh(logit_scale·z/softcap), in place; returns d/dz ÷ logit_scale, or None for 1."""
+    if logit_scale != 1.0:
+        z.mul_(logit_scale)
+    if softcap is None:
+        return None
+    z.div_(softcap).tanh_()
+    slope = 1 - z * z
+    z.mul_(softcap)
+    return slope
+
+
+def _divergence(
+    x: Problem, z_s: Tensor, z_t: Tensor, coefficient: Tensor, wanted: Wanted
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(divergence (r,), coefficient·∂/∂z_s, coefficient·∂/∂z_t)."""
+    log_p = torch.log_softmax(z_t / x.temperature, dim=-1)
+    log_q = torch.log_softmax(z_s / x.temperature, dim=-1)
+    unknown = log_p[:, 0].isnan() | log_q[:, 0].isnan()  # a NaN logit makes its whole row NaN
+    g = log_ratio(log_p, log_q)
+    p, q = log_p.exp_(), log_q.exp_()
+    divergence = x.divergence
+    terms = divergence.terms(p, q, g)
+    value = terms.f.sum(dim=-1).masked_fill_(unknown, float("nan"))
+    factor = coefficient / x.temperature
+    grad_s = _centre(terms.a_q, q, divergence.centred_q).mul_(factor) if wanted.student else None
+    grad_t = _centre(terms.a_p, p, divergence.centred_p).mul_(factor) if wanted.teacher else None
+    return value, grad_s, grad_t
+
+
+def _centre(a: Tensor, softmax: Tensor, centred: bool) -> Tensor:
+    """a − softmax·Σa, in place."""
+    return a if centred else a.addcmul_(softmax, a.sum(dim=-1, keepdim=True), value=-1)
+
+
+def _cross_entropy(z: Tensor, targets: Tensor, coefficient: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
+    """(cross entropy at τ = 1 (r,), coefficient·(softmax − onehot) (r, V))."""
+    targets = targets[:, None]
+    log_normalizer = z.logsumexp(dim=-1, keepdim=True)
+    value = (log_normalizer - z.gather(1, targets)).squeeze(1)
+    if not wanted:
+        return value, None
+    grad = (z - log_normalizer).exp_().mul_(coefficient)
+    return value, grad.scatter_add_(1, targets, -coefficient)
+
+
+def _statistics(z_s: Tensor, z_t: Tensor | None, stats: Tensor, rows: slice) -> None:
+    stats[STUDENT_ENTROPY, rows] = _entropy(z_s)
+    if z_t is not None:
+        stats[TEACHER_ENTROPY, rows] = _entropy(z_t)
+        stats[AGREEMENT, rows] = (z_s.argmax(dim=-1) == z_t.argmax(dim=-1)).to(stats.dtype)
+
+
+def _entropy(z: Tensor) -> Tensor:
+    """−Σ p·log p at τ = 1, with 0·log 0 = 0."""
+    p = z.softmax(dim=-1)
+    return torch.special.entr(p).sum(dim=-1)
+
+
+def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a.add_(b)
+
+
+def _chain(grad: Tensor | None, slope: Tensor | None, logit_scale: float) -> None:
+    """From logits to the raw products h·Wᵀ + b, in place."""
+    if grad is None:
+        return
+    if slope is not None:
+        grad.mul_(slope)
+    if logit_scale != 1.0:
+        grad.mul_(logit_scale)
+
+
+def _decorrelate(grad_s: Tensor, grad_t: Tensor) -> Tensor:
+    """grad_t += mix·grad_s, making it orthogonal to grad_s; returns mix (r,).
+
+    Near convergence grad_t ≈ −grad_s and h_p ≈ h_s, so that dW = grad_sᵀ·h_s + grad_tᵀ·h_p is a difference of
+    nearly equal products, and rounding the two gradients to 16 bits on their own leaves an error many times dW's
+    own rounding. The same sum is grad_sᵀ·(h_s − mix·h_p) + (grad_t + mix·grad_s)ᵀ·h_p, both factors small before
+    they are rounded; by Pythagoras no rounding error grows, whatever the rows are.
+    """
+    square = (grad_s * grad_s).sum(dim=-1)
+    dot = (grad_s * grad_t).sum(dim=-1)
+    mix = torch.where(square > 0, -dot / square, 0.0)
+    grad_t.addcmul_(grad_s, mix[:, None])
+    return mix

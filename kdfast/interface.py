@@ -1,0 +1,181 @@
+"""`fused_kd_loss` and `FusedKDLoss`: the public loss.
+
+Flow: arguments → `validation.check` → `assemble` (one Problem) → an engine → loss and KDMetrics.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kdfast import engines
+from kdfast.assemble import assemble
+from kdfast.divergences import Divergence, get_divergence
+from kdfast.options import Options
+from kdfast.problem import AGREEMENT, ANCHOR, CE, KD, STUDENT_ENTROPY, TEACHER_ENTROPY, Problem
+from kdfast.sources import Head, Teacher
+from kdfast.validation import check
+
+
+class KDMetrics(NamedTuple):
+    """Detached fp32 0-d tensors. Means over rows with the weights of their own term (entropies and agreement: the
+    KD term's, or the cross entropy's without a teacher); NaN where there is nothing to compute one from."""
+
+    kd: Tensor  # divergence, without τ² and kd_weight, in nats
+    ce: Tensor  # student's cross entropy at τ = 1, nats
+    anchor: Tensor  # projected teacher's cross entropy at τ = 1, nats
+    student_entropy: Tensor  # τ = 1, nats
+    teacher_entropy: Tensor  # τ = 1, nats
+    agreement: Tensor  # fraction of rows whose argmax is the same
+    tokens: Tensor  # rows that count (weight not zero)
+
+
+def fused_kd_loss(
+    student: Head,
+    teacher: Teacher | None,
+    labels: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 2.0,
+    divergence: str | Divergence = "forward_kl",
+    kd_weight: float | Tensor = 1.0,
+    ce_weight: float | Tensor = 0.0,
+    anchor_weight: float | Tensor = 0.0,
+    anchor_targets: Tensor | None = None,
+    teacher_grad: Literal["full", "projector", "none"] = "full",
+    token_weights: Tensor | None = None,
+    kd_token_weights: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    num_items_in_batch: int | Tensor | None = None,
+    temperature_squared: bool = True,
+    valid_vocab: int | None = None,
+    vocab: Literal["error", "truncate"] = "error",
+    process_group: Any = None,
+    vocab_start: int | None = None,
+    engine: str = "auto",
+    scratch_bytes: int | None = None,
+    return_metrics: bool = False,
+) -> Tensor | tuple[Tensor, KDMetrics]:
+    r"""Distillation loss over a large vocabulary; neither logits nor their gradients ever exist whole.
+
+    `kd_weight·τ²·D(teacher, student) + ce_weight·CE(student, labels) + anchor_weight·CE(projected teacher)`.
+    Forward KL is KL(teacher‖student). τ² *is* applied (`temperature_squared`). Labels are *not* shifted: the caller
+    aligns them. The mean divides each term by the sum of its own weights, so ignored rows are not in the divisor.
+    For a `Projected` teacher with `teacher_grad="full"` the gradient also reaches W through the teacher's logits.
+
+    In plain torch, for `Projected(hidden_t, P, p)` and the defaults (on rows whose label is not ignored):
+
+        z_s, z_t = F.linear(hidden_s, W, b), F.linear(F.linear(hidden_t, P, p), W, b)
+        loss = τ**2 * F.kl_div((z_s/τ).log_softmax(-1), (z_t/τ).log_softmax(-1), reduction="batchmean", log_target=True)
+
+    Args:
+        student: `Head` with hidden (*, Hs), weight (V, Hs), bias (V,) or None, logit_scale and softcap.
+        teacher: `Projected` (through the student's own head), `Head` (the teacher's own), or None (no KD term).
+        labels: (*,) integer ids, or None. Rows equal to `ignore_index` count for nothing.
+        temperature: τ > 0, number or 0-d tensor, on both sides of the KD term; CE and anchor are at τ = 1.
+        divergence: "forward_kl", "reverse_kl", "jsd" or an instance, e.g. `JSD(beta=0.1)`.
+        kd_weight, ce_weight, anchor_weight: ≥ 0, number or 0-d tensor (a tensor does not recompile a graph).
+        anchor_targets: (*,) ids for the anchor; None = `labels`. The anchor's gradient never reaches W.
+        teacher_grad: Projected only, where the KD term's gradient goes on the teacher's side: "full" (plain
+            autograd), "projector" (not to W), "none".
+        token_weights: (*,) ≥ 0, multiplies every term of a row.
+        kd_token_weights: (*,) ≥ 0; given, the KD term uses these alone, without token_weights or the label mask.
+        reduction: "mean", "sum", or "none" for (*,) weighted rows.
+        num_items_in_batch: with "mean", the divisor of every term (gradient accumulation, data parallel).
+        valid_vocab: ids ≥ this are padding rows of the embedding: probability 0, no gradient.
+        vocab: "truncate" (vocabularies of different size) is not in this version.
+        process_group, vocab_start: vocabulary-parallel heads are not in this version.
+        engine: "auto", "reference" (eager; any memory), "torch" (chunked). An explicit choice never falls back.
+        scratch_bytes: memory for one chunk's logits; None = KDFAST_SCRATCH_BYTES or the engine's default.
+        return_metrics: also return `KDMetrics`.
+
+    Returns:
+        The loss, fp32 (float64 for float64 inputs), 0-d or (*,) for reduction="none"; with `return_metrics` a pair.
+        All rows ignored, or no rows: 0, with zero gradients.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong; the message names it. Values of tensors (label range, negative
+            or NaN weights) are checked on the CPU; on a GPU a bad row becomes NaN, and KDFAST_CHECK=1 raises.
+        NotImplementedError: part of the interface that this version does not compute.
+        RuntimeError: second derivatives on a fused engine (use engine="reference").
+
+    Source: Hinton et al. 2015, arXiv:1503.02531, for τ²; the divergences name theirs.
+    """
+    options = Options(
+        temperature=temperature,
+        divergence=get_divergence(divergence),
+        kd_weight=kd_weight,
+        ce_weight=ce_weight,
+        anchor_weight=anchor_weight,
+        anchor_targets=anchor_targets,
+        teacher_grad=teacher_grad,
+        token_weights=token_weights,
+        kd_token_weights=kd_token_weights,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        num_items_in_batch=num_items_in_batch,
+        temperature_squared=temperature_squared,
+        valid_vocab=valid_vocab,
+        vocab=vocab,
+        process_group=process_group,
+        vocab_start=vocab_start,
+        engine=engine,
+        scratch_bytes=scratch_bytes,
+        return_metrics=return_metrics,
+    )
+    check(student, teacher, labels, options)
+    problem, weights = assemble(student, teacher, labels, options)
+    loss, stats = engines.run(problem)
+    if options.reduction == "none":
+        loss = loss.reshape(student.hidden.shape[:-1])
+    if not return_metrics:
+        return loss
+    return loss, _metrics(problem, stats, weights)
+
+
+class FusedKDLoss(nn.Module):
+    """`fused_kd_loss` as a module: options at construction, tensors at the call.
+
+        criterion = FusedKDLoss(temperature=2.0, ce_weight=1.0)
+        loss = criterion(Head(h_s, W), Projected(h_t, P), labels)
+
+    Any option can also be given at the call, where it wins: schedules and per-batch tensors
+    (`kd_weight`, `token_weights`, `num_items_in_batch`, …) belong there. Raises TypeError for an unknown option.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        unknown = sorted(set(options) - set(Options.names()))
+        if unknown:
+            raise TypeError(f"FusedKDLoss: unknown option {unknown[0]!r}; expected one of {', '.join(Options.names())}")
+        get_divergence(options.get("divergence", "forward_kl"))
+        self.options = options
+
+    def forward(
+        self, student: Head, teacher: Teacher | None, labels: Tensor | None = None, **options: Any
+    ) -> Tensor | tuple[Tensor, KDMetrics]:
+        return fused_kd_loss(student, teacher, labels, **{**self.options, **options})
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+def _metrics(problem: Problem, stats: Tensor, weights: Tensor) -> KDMetrics:
+    """Weighted means of `stats` (6, N) by `weights` (3, N), whose rows are zero for terms that do not exist."""
+    main = KD if problem.teacher_hidden is not None else CE
+
+    def mean(row: int, weight_row: int) -> Tensor:
+        w = weights[weight_row]
+        return (torch.where(w == 0, 0.0, w * stats[row]).sum() / w.sum()).float()  # 0/0 is the NaN we promise
+
+    return KDMetrics(
+        kd=mean(KD, KD),
+        ce=mean(CE, CE),
+        anchor=mean(ANCHOR, ANCHOR),
+        student_entropy=mean(STUDENT_ENTROPY, main),
+        teacher_entropy=mean(TEACHER_ENTROPY, KD),
+        agreement=mean(AGREEMENT, KD),
+        tokens=(weights[main] != 0).sum().float(),
+    )

@@ -1,0 +1,193 @@
+"""The operator boundary: every fused engine runs behind these `torch.library` operators.
+
+    kdfast::fused_kd            loss, statistics, and gradients taken in the forward where they are wanted
+    kdfast::fused_kd_gradients  the gradients alone, for a vector of upstream gradients (reduction="none")
+    kdfast::finish_gradient     saved gradient · scale · upstream gradient → the input's dtype
+
+The arguments of the first two are the fields of `Problem`, in order, the flags which gradients are needed among
+them: a graph compiled for those flags does just that work. Fake implementations give shapes and dtypes.
+
+Tensors saved for backward are never written to, so a second backward gives the same gradients. The last two
+operators *are* the backward; their own autograd raises, because second derivatives would come out silently wrong.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdfast.problem import Problem, Result
+
+ENGINES = {"torch": "kdfast.engines.chunked"}  # module with run(Problem) -> Result
+
+_SCHEMA_TYPES = {
+    "Tensor": "Tensor",
+    "Tensor | None": "Tensor?",
+    "float": "float",
+    "float | None": "float?",
+    "list[float]": "float[]",
+    "int": "SymInt",
+    "bool": "bool",
+    "str": "str",
+}
+_FIELDS = fields(Problem)
+_NAMES = [field.name for field in _FIELDS]
+_TENSORS = [field.name for field in _FIELDS if str(field.type).startswith("Tensor")]
+_ARGUMENTS = ", ".join(f"{_SCHEMA_TYPES[str(field.type)]} {field.name}" for field in _FIELDS)
+_DIFFERENTIABLE = (
+    "hidden",
+    "weight",
+    "bias",
+    "teacher_hidden",
+)  # need_… flags and Result fields have these names
+
+
+def run(problem: Problem) -> tuple[Tensor, Tensor]:
+    """(loss, stats) of `problem` on its engine; the loss is differentiable once."""
+    result = Result(*fused_kd(*(getattr(problem, name) for name in _NAMES)))
+    return result.loss, result.stats
+
+
+def _solve(problem: Problem) -> Result:
+    engine = importlib.import_module(ENGINES[problem.engine])
+    with torch.autocast(problem.hidden.device.type, enabled=False), torch.no_grad():
+        return engine.run(problem)
+
+
+def _shapes(problem: Problem) -> Result:
+    """The Result's tensors, uninitialised: what a fake implementation returns."""
+    x, N = problem, problem.hidden.shape[0]
+
+    def empty(*shape: int, wanted: bool = True) -> Tensor:
+        return torch.empty(shape if wanted else (0,), device=x.hidden.device, dtype=x.dtype)
+
+    return Result(
+        loss=empty(N) if x.per_row else empty(),
+        stats=empty(6, N),
+        hidden=empty(*x.hidden.shape, wanted=x.need_hidden),
+        weight=empty(*x.weight.shape, wanted=x.need_weight),
+        bias=empty(x.weight.shape[0], wanted=x.need_bias),
+        teacher_hidden=empty(*x.hidden.shape, wanted=x.need_teacher_hidden),
+        scale=empty(),
+    )
+
+
+def _without_gradients(problem: Problem) -> Problem:
+    return replace(problem, need_hidden=False, need_weight=False, need_bias=False, need_teacher_hidden=False)
+
+
+def _for_forward(problem: Problem) -> Problem:
+    """With per-row losses no gradient can be taken before the upstream gradients are known."""
+    return _without_gradients(problem) if problem.per_row else problem
+
+
+@torch.library.custom_op(
+    "kdfast::fused_kd",
+    mutates_args=(),
+    schema=f"({_ARGUMENTS}) -> ({', '.join(['Tensor'] * len(Result._fields))})",
+)
+def fused_kd(*arguments: Any) -> tuple[Tensor, ...]:
+    return tuple(_solve(_for_forward(Problem(*arguments))))
+
+
+@fused_kd.register_fake
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    return tuple(_shapes(_for_forward(Problem(*arguments))))
+
+
+@torch.library.custom_op(
+    "kdfast::fused_kd_gradients",
+    mutates_args=(),
+    schema=f"({_ARGUMENTS}, Tensor upstream) -> ({', '.join(['Tensor'] * len(_DIFFERENTIABLE))})",
+)
+def fused_kd_gradients(*arguments: Any) -> tuple[Tensor, ...]:
+    """Gradients of Σₙ upstreamₙ·lossₙ, in the inputs' dtypes; empty where not needed. upstream (N,)."""
+    *values, upstream = arguments
+    x = Problem(*values)
+    coefficients = torch.where(x.coefficients == 0, 0.0, x.coefficients * upstream)
+    result = _solve(replace(x, coefficients=coefficients, want_metrics=False, per_row=False))
+    return tuple(
+        _finish(getattr(result, name), result.scale, getattr(x, name)) if getattr(x, f"need_{name}") else empty
+        for name, empty in zip(_DIFFERENTIABLE, _nothing(x), strict=True)
+    )
+
+
+@fused_kd_gradients.register_fake
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    x = Problem(*arguments[:-1])
+    return tuple(
+        torch.empty_like(getattr(x, name)) if getattr(x, f"need_{name}") else empty
+        for name, empty in zip(_DIFFERENTIABLE, _nothing(x), strict=True)
+    )
+
+
+def _nothing(x: Problem) -> list[Tensor]:
+    return [x.hidden.new_empty(0) for _ in _DIFFERENTIABLE]
+
+
+@torch.library.custom_op(
+    "kdfast::finish_gradient",
+    mutates_args=(),
+    schema="(Tensor saved, Tensor scale, Tensor upstream, Tensor like) -> Tensor",
+)
+def finish_gradient(saved: Tensor, scale: Tensor, upstream: Tensor, like: Tensor) -> Tensor:
+    """saved · scale · upstream in `like`'s dtype. `like` is the input itself: through it autograd sees that the
+    gradient depends on the inputs, and a second derivative reaches the error instead of a silent constant."""
+    return _finish(saved, scale * upstream, like)
+
+
+@finish_gradient.register_fake
+def _(saved: Tensor, scale: Tensor, upstream: Tensor, like: Tensor) -> Tensor:
+    return torch.empty_like(saved, dtype=like.dtype)
+
+
+def _finish(gradient: Tensor, factor: Tensor, like: Tensor) -> Tensor:
+    out = torch.empty_like(gradient, dtype=like.dtype)
+    return torch.mul(gradient, factor, out=out)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, result = Problem(*inputs), Result(*output)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.needed = tuple(name for name in _DIFFERENTIABLE if getattr(x, f"need_{name}"))
+    ctx.per_row = x.per_row
+    if x.per_row:
+        ctx.options = [None if name in _TENSORS else getattr(x, name) for name in _NAMES]
+        ctx.save_for_backward(*(getattr(x, name) for name in _TENSORS))
+    else:
+        wanted = [(getattr(result, name), getattr(x, name)) for name in ctx.needed]
+        ctx.save_for_backward(result.scale, *(tensor for pair in wanted for tensor in pair))
+
+
+def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    gradients: dict[str, Tensor] = {}
+    if upstream is not None and ctx.per_row:
+        tensors = dict(zip(_TENSORS, ctx.saved_tensors, strict=True))
+        arguments = [tensors.get(name, value) for name, value in zip(_NAMES, ctx.options, strict=True)]
+        gradients = dict(zip(_DIFFERENTIABLE, fused_kd_gradients(*arguments, upstream), strict=True))
+    elif upstream is not None:
+        scale, *saved = ctx.saved_tensors
+        for name, gradient, like in zip(ctx.needed, saved[::2], saved[1::2], strict=True):
+            gradients[name] = finish_gradient(gradient, scale, upstream, like)
+    return tuple(gradients.get(name) if name in ctx.needed else None for name in _NAMES)
+
+
+def _no_second_derivative(ctx: Any, *_: Any) -> None:
+    raise RuntimeError(
+        "fused_kd_loss: second derivatives are not available on a fused engine, whose gradients are taken in the "
+        "forward. Use engine='reference' (or drop create_graph=True)"
+    )
+
+
+def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    pass
+
+
+fused_kd.register_autograd(_backward, setup_context=_save)
+fused_kd_gradients.register_autograd(_no_second_derivative, setup_context=_save_nothing)
+finish_gradient.register_autograd(_no_second_derivative, setup_context=_save_nothing)

@@ -1,0 +1,40 @@
+"""The keyword options of `fused_kd_loss`, as one object the checks and the assembly read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import Tensor
+
+from kdfast.divergences import Divergence
+
+
+@dataclass(frozen=True, eq=False)
+class Options:
+    """Meaning and shapes: see `fused_kd_loss`. `divergence` is an instance here."""
+
+    temperature: float | Tensor
+    divergence: Divergence
+    kd_weight: float | Tensor
+    ce_weight: float | Tensor
+    anchor_weight: float | Tensor
+    anchor_targets: Tensor | None
+    teacher_grad: str
+    token_weights: Tensor | None
+    kd_token_weights: Tensor | None
+    ignore_index: int
+    reduction: str
+    num_items_in_batch: int | Tensor | None
+    temperature_squared: bool
+    valid_vocab: int | None
+    vocab: str
+    process_group: Any
+    vocab_start: int | None
+    engine: str
+    scratch_bytes: int | None
+    return_metrics: bool
+
+    @classmethod
+    def names(cls) -> list[str]:
+        return [field.name for field in fields(cls)]

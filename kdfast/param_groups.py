@@ -1,0 +1,102 @@
+"""Learning rates by part of a distillation model: parameter groups for any torch optimizer.
+
+    optimizer = torch.optim.AdamW(distillation_param_groups(model, lr=5e-5, weight_decay=0.01))
+
+A freshly started projector must move much faster than a pretrained student, or the student learns from noise while it
+catches up. Parts are recognised by parameter name, as `model.named_parameters()` gives it:
+
+    projector   a name with "logit_projector" in it            5 × lr, or projector_lr
+    router      a name with "router" in it                     2 × lr
+    student     the rest; only names under `student.`, where the model has such a submodule
+    other       what is left then: further auxiliary modules, at lr
+
+Biases and the parameters of norms get no weight decay and stand in a group of their own.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import nn
+
+PARTS = ("student", "router", "projector", "other")
+
+# what DDP, torch.compile, FSDP and activation checkpointing put into names
+_WRAPPERS = re.compile(r"\b(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+
+def distillation_param_groups(
+    model: nn.Module,
+    lr: float,
+    *,
+    weight_decay: float = 0.0,
+    projector_lr: float | None = None,
+    projector_lr_multiplier: float = 5.0,
+    router_lr_multiplier: float = 2.0,
+) -> list[dict[str, Any]]:
+    """Every trainable parameter of `model` in exactly one optimizer group.
+
+    Args:
+        model: any module; frozen parameters are left out, tied ones come once.
+        lr: the student's learning rate, also that of other modules.
+        weight_decay: for all but biases and norms.
+        projector_lr: the projector's learning rate; None = projector_lr_multiplier · lr.
+        projector_lr_multiplier, router_lr_multiplier: times lr.
+
+    Returns:
+        Dicts with "name" (one of `PARTS`), "params", "lr" and "weight_decay", in the order of `PARTS`, those with
+        weight decay first; none is empty. torch optimizers keep "name", so logs can use it.
+
+    Raises:
+        ValueError: a rate, multiplier or weight decay is negative or NaN, or nothing is trainable.
+    """
+    numbers = {
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "projector_lr": projector_lr,
+        "projector_lr_multiplier": projector_lr_multiplier,
+        "router_lr_multiplier": router_lr_multiplier,
+    }
+    for argument, value in numbers.items():
+        if value is not None and not value >= 0:
+            raise ValueError(f"{argument}={value!r}; expected a number ≥ 0")
+
+    rates = {
+        "student": lr,
+        "router": router_lr_multiplier * lr,
+        "projector": projector_lr_multiplier * lr if projector_lr is None else projector_lr,
+        "other": lr,
+    }
+    parameters = [(_WRAPPERS.sub("", name), p) for name, p in model.named_parameters() if p.requires_grad]
+    if not parameters:
+        raise ValueError("model has no parameter that requires a gradient; expected something to train")
+    has_student = any(name.startswith("student.") for name, _ in parameters)
+    undecayed = _biases_and_norms(model)
+
+    groups: dict[tuple[str, bool], dict[str, Any]] = {
+        (part, decays): {"name": part, "params": [], "lr": rates[part], "weight_decay": weight_decay if decays else 0.0}
+        for part in PARTS
+        for decays in (True, False)
+    }
+    for name, parameter in parameters:
+        groups[_part(name, has_student), id(parameter) not in undecayed]["params"].append(parameter)
+    return [group for group in groups.values() if group["params"]]
+
+
+def _part(name: str, has_student: bool) -> str:
+    if "logit_projector" in name:
+        return "projector"
+    if "router" in name:
+        return "router"
+    return "student" if not has_student or name.startswith("student.") else "other"
+
+
+def _biases_and_norms(model: nn.Module) -> set[int]:
+    """Ids of the parameters without weight decay: by their own name, or by their module's class."""
+    return {
+        id(parameter)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if name == "bias" or name.endswith("_bias") or "norm" in type(module).__name__.lower()
+    }

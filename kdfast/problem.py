@@ -1,0 +1,93 @@
+"""The problem an engine solves: flat, checked tensors and explicit flags; and the result it gives back.
+
+Every user-facing convention (reduction, divisors, masks, τ²) is folded into one coefficient per row and term, so
+an engine knows only
+
+    loss = Σₙ  c_kdₙ·divergenceₙ + c_ceₙ·CEₙ + c_anchorₙ·anchorₙ            (a term counts nothing where c = 0)
+
+Letters: `N` tokens, `V` vocabulary, `Hs`/`Ht` student and teacher width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdfast.divergences import Divergence, get_divergence
+
+# Rows of Problem.coefficients and, with the statistics after them, of Result.stats.
+KD, CE, ANCHOR, STUDENT_ENTROPY, TEACHER_ENTROPY, AGREEMENT = range(6)
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Field for field the arguments of the operators in `kdfast.operators`."""
+
+    hidden: Tensor  # (N, Hs)
+    weight: Tensor  # (V, Hs)
+    bias: Tensor | None  # (V,)
+    logit_scale: float
+    softcap: float | None
+    teacher_hidden: Tensor | None  # (N, Hs) already projected where teacher_weight is None, else (N, Ht)
+    teacher_weight: Tensor | None  # (V, Ht): the teacher's own head; None = the student's (weight, bias, …)
+    teacher_bias: Tensor | None  # (V,)
+    teacher_logit_scale: float
+    teacher_softcap: float | None
+    labels: Tensor | None  # (N,) int64, every entry a valid address
+    anchor_targets: Tensor | None  # (N,) int64, likewise; None unless the teacher is projected
+    temperature: Tensor  # ()
+    coefficients: Tensor  # (3, N), rows KD, CE, ANCHOR; dtype: the precision of the logits
+    active: Tensor  # (N,) bool; an inactive row counts for nothing, whatever its hidden states hold
+    divergence_name: str
+    divergence_parameters: list[float]
+    teacher_grad: str  # "full" | "projector" | "none"
+    valid_vocab: int  # ids from here on are padding rows of the embedding
+    ce_term: bool  # the cross entropy is part of the loss
+    anchor_term: bool  # the anchor is part of the loss
+    want_metrics: bool  # every statistic there is, in the loss or not
+    per_row: bool  # loss (N,) instead of ()
+    need_hidden: bool
+    need_weight: bool
+    need_bias: bool
+    need_teacher_hidden: bool
+    engine: str
+    scratch_bytes: int  # 0 = the engine's default
+
+    @property
+    def divergence(self) -> Divergence:
+        return get_divergence(self.divergence_name, self.divergence_parameters)
+
+    @property
+    def projected(self) -> bool:
+        """The teacher goes through the student's head."""
+        return self.teacher_hidden is not None and self.teacher_weight is None
+
+    @property
+    def use_ce(self) -> bool:
+        return self.ce_term or (self.want_metrics and self.labels is not None)
+
+    @property
+    def use_anchor(self) -> bool:
+        return self.anchor_term or (self.want_metrics and self.anchor_targets is not None)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of logits, losses and accumulated gradients: float64 for float64 inputs, else float32."""
+        return self.coefficients.dtype
+
+
+class Result(NamedTuple):
+    """What a fused engine returns. A gradient is that of the summed loss *divided by `scale`*, a power of two, so
+    that 16-bit inputs do not underflow before the upstream gradient is known; empty where it was not asked for.
+    """
+
+    loss: Tensor  # () or (N,)
+    stats: Tensor  # (6, N): divergence, CE, anchor, student entropy, teacher entropy, agreement; 0 = not computed
+    hidden: Tensor  # (N, Hs)
+    weight: Tensor  # (V, Hs)
+    bias: Tensor  # (V,)
+    teacher_hidden: Tensor  # (N, Hs)
+    scale: Tensor  # ()

@@ -1,0 +1,98 @@
+"""Masks, token weights, divisors and term weights → one coefficient per row and term.
+
+A bad value that could not be checked without a synchronisation (a label out of range, a negative weight, on a GPU
+or inside a compiled graph) becomes a NaN coefficient: the row's loss is NaN and no bad address is touched.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdfast.options import Options
+
+NAN = float("nan")
+
+
+class RowWeights(NamedTuple):
+    coefficients: Tensor  # (3, N): what each row's KD, CE and anchor term is multiplied by in the loss
+    weights: Tensor  # (3, N): the row's weight in each term's mean
+    active: Tensor  # (N,) bool: the row counts for something
+    labels: Tensor | None  # (N,) int64, ignored and bad entries replaced by 0
+    anchor_targets: Tensor | None  # likewise; `labels` where none were given
+
+
+def row_weights(
+    labels: Tensor | None,
+    options: Options,
+    N: int,
+    valid_vocab: int,
+    temperature: Tensor,
+    *,
+    has_kd: bool,
+    has_anchor: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> RowWeights:
+    """`labels`, `options.anchor_targets` and both token weights have N elements or are None; τ is 0-d."""
+    zeros = torch.zeros(N, device=device, dtype=dtype)
+    base = zeros + 1 if options.token_weights is None else _non_negative(options.token_weights.reshape(-1).to(dtype))
+    if labels is not None:
+        labels, base = _targets(labels, base, options.ignore_index, valid_vocab)
+    kd = base
+    if options.kd_token_weights is not None:
+        kd = _non_negative(options.kd_token_weights.reshape(-1).to(dtype))
+    anchor_targets, anchor = labels, base
+    if options.anchor_targets is not None:
+        anchor_targets, anchor = _targets(options.anchor_targets, base, options.ignore_index, valid_vocab)
+
+    weights = torch.stack(
+        [
+            kd if has_kd else zeros,
+            base if labels is not None else zeros,
+            anchor if has_anchor and anchor_targets is not None else zeros,
+        ]
+    )
+    tau = _positive(temperature)
+    kd_factor = tau * tau if options.temperature_squared else torch.ones_like(tau)
+    factors = torch.stack(
+        [
+            _factor(options.kd_weight, tau) * kd_factor,
+            _factor(options.ce_weight, tau),
+            _factor(options.anchor_weight, tau),
+        ]
+    )
+    if options.reduction == "mean":
+        if options.num_items_in_batch is None:
+            divisor = weights.sum(dim=1)
+        else:
+            divisor = _factor(options.num_items_in_batch, tau).expand(3)
+        factors = torch.where(divisor == 0, 0.0, factors / divisor)
+    coefficients = torch.where(weights == 0, 0.0, weights * factors[:, None])
+    return RowWeights(coefficients, weights, (weights != 0).any(dim=0), labels, anchor_targets)
+
+
+def _targets(targets: Tensor, weights: Tensor, ignore_index: int, valid_vocab: int) -> tuple[Tensor, Tensor]:
+    """Targets that are safe to gather with, and weights that are 0 at ignored rows and NaN at bad ones."""
+    targets = targets.reshape(-1).long()
+    ignored = targets == ignore_index
+    bad = ((targets < 0) | (targets >= valid_vocab)) & ~ignored
+    weights = weights.masked_fill(bad, NAN).masked_fill(ignored, 0.0)
+    return targets.masked_fill(ignored | bad, 0), weights
+
+
+def _factor(value: float | Tensor, like: Tensor) -> Tensor:
+    """A term's weight or divisor as a 0-d tensor like τ, without a synchronisation."""
+    if isinstance(value, Tensor):
+        return _non_negative(value.detach().to(device=like.device, dtype=like.dtype, non_blocking=True))
+    return torch.full_like(like, float(value))
+
+
+def _non_negative(x: Tensor) -> Tensor:
+    return torch.where(x < 0, NAN, x)
+
+
+def _positive(x: Tensor) -> Tensor:
+    return torch.where(x <= 0, NAN, x)

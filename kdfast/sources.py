@@ -1,0 +1,97 @@
+"""What a loss compares: the student's head, and the kinds of teacher.
+
+Each source is a frozen dataclass and a registered pytree: `torch.compile`, activation checkpointing and hooks
+see the tensors inside. Nothing is checked here; `fused_kd_loss` checks every field and names it in its errors.
+
+Letters: `*` any leading shape (the same for student, teacher and labels), `V` vocabulary, `Hs`/`Ht` student and
+teacher width, `K` entries kept per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass, fields
+from typing import Any, Literal
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """Hidden states and the head that turns them into logits, `softcap·tanh(logit_scale·(h Wᵀ + b)/softcap)`.
+
+    hidden       (*, H)  float32, bfloat16, float16 or float64
+    weight       (V, H)  the embedding or `lm_head.weight`, same dtype (outside autocast)
+    bias         (V,)    or None
+    logit_scale          multiplies the logits before the cap (Cohere's `logit_scale`; Granite divides: pass 1/x)
+    softcap              Gemma-2's `final_logit_softcapping`; None = no cap
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    _: KW_ONLY
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Projected:
+    """A teacher whose hidden states go through a projector and then through the student's own head.
+
+    hidden            (*, Ht)   teacher hidden states; without a projector (*, Hs), and they receive a gradient
+    projector_weight  (Hs, Ht)  as `nn.Linear(Ht, Hs).weight`
+    projector_bias    (Hs,)     or None
+    """
+
+    hidden: Tensor
+    projector_weight: Tensor | None = None
+    projector_bias: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Logits:
+    """A teacher given as dense logits (*, V). Part of the interface; not computed by this version."""
+
+    logits: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class SparseLogits:
+    """A teacher given as K log-probabilities per token. Part of the interface; not computed by this version."""
+
+    indices: Tensor
+    log_probs: Tensor
+    _: KW_ONLY
+    tail: Literal["renormalize", "bucket", "none"] = "renormalize"
+
+
+Teacher = Projected | Head | Logits | SparseLogits
+
+
+def _register(cls: type, tensors: tuple[str, ...]) -> None:
+    options = tuple(f.name for f in fields(cls) if f.name not in tensors)
+
+    def flatten(source: Any) -> tuple[list[Any], tuple[Any, ...]]:
+        return [getattr(source, name) for name in tensors], tuple(getattr(source, name) for name in options)
+
+    def flatten_with_keys(source: Any) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
+        leaves, context = flatten(source)
+        return [(pytree.GetAttrKey(name), leaf) for name, leaf in zip(tensors, leaves, strict=True)], context
+
+    def unflatten(leaves: Any, context: tuple[Any, ...]) -> Any:
+        return cls(*leaves, **dict(zip(options, context, strict=True)))
+
+    pytree.register_pytree_node(
+        cls,
+        flatten,
+        unflatten,
+        serialized_type_name=f"kdfast.{cls.__name__}",
+        flatten_with_keys_fn=flatten_with_keys,
+    )
+
+
+_register(Head, ("hidden", "weight", "bias"))
+_register(Projected, ("hidden", "projector_weight", "projector_bias"))
+_register(Logits, ("logits",))
+_register(SparseLogits, ("indices", "log_probs"))

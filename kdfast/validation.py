@@ -1,0 +1,303 @@
+"""Checks of everything a caller passes. Every error names the argument, what came, what was expected, what to do.
+
+Names, types, shapes, devices and dtypes are checked always. Values of tensors are checked where that is free: on
+the CPU, outside a compiled graph. On a GPU they would cost a synchronisation; KDFAST_CHECK=1 asks for it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdfast import engines
+from kdfast.options import Options
+from kdfast.sources import Head, Logits, Projected, SparseLogits, Teacher
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+CHECK_ON_DEVICE = os.environ.get("KDFAST_CHECK", "0") == "1"
+
+
+def check(student: Head, teacher: Teacher | None, labels: Tensor | None, options: Options) -> None:
+    """Raise ValueError, TypeError or NotImplementedError for the first thing that is wrong."""
+    if not isinstance(student, Head):
+        raise TypeError(f"student is {_kind(student)}; expected kdfast.Head(hidden, weight, bias)")
+    if teacher is not None and not isinstance(teacher, Projected | Head | Logits | SparseLogits):
+        raise TypeError(f"teacher is {_kind(teacher)}; expected kdfast.Projected, kdfast.Head or None")
+    _check_names(options)
+    _check_to_come(teacher, options)
+    _check_head("student", student)
+    _check_valid_vocab(student, options)
+    leading, device = student.hidden.shape[:-1], student.hidden.device
+    if isinstance(teacher, Projected):
+        _check_projected(teacher, student)
+    elif isinstance(teacher, Head):
+        _check_own_head(teacher, student)
+    _check_targets("labels", labels, student, options)
+    _check_targets("anchor_targets", options.anchor_targets, student, options)
+    _check_token_weights("token_weights", options.token_weights, leading, device)
+    _check_token_weights("kd_token_weights", options.kd_token_weights, leading, device)
+    _check_number("temperature", options.temperature, positive=True)
+    for name in ("kd_weight", "ce_weight", "anchor_weight"):
+        _check_number(name, getattr(options, name))
+    if options.num_items_in_batch is not None:
+        _check_number("num_items_in_batch", options.num_items_in_batch)
+    _check_terms(teacher, labels, options)
+
+
+def _check_names(options: Options) -> None:
+    expected = {
+        "teacher_grad": ("full", "projector", "none"),
+        "reduction": ("mean", "sum", "none"),
+        "vocab": ("error", "truncate"),
+        "engine": engines.NAMES,
+    }
+    for name, allowed in expected.items():
+        value = getattr(options, name)
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r} is unknown; expected one of {', '.join(map(repr, allowed))}")
+    if not isinstance(options.ignore_index, Integral) or isinstance(options.ignore_index, bool):
+        raise TypeError(f"ignore_index is {_kind(options.ignore_index)}; expected an int, such as -100")
+    scratch = options.scratch_bytes
+    if scratch is not None and (not isinstance(scratch, Integral) or isinstance(scratch, bool) or scratch <= 0):
+        raise ValueError(f"scratch_bytes={scratch!r}; expected a positive int (bytes for one chunk's logits) or None")
+
+
+def _check_to_come(teacher: Teacher | None, options: Options) -> None:
+    to_come = None
+    if isinstance(teacher, Logits | SparseLogits):
+        to_come = f"teacher={type(teacher).__name__}(…)"
+    elif options.vocab == "truncate":
+        to_come = "vocab='truncate'"
+    elif options.process_group is not None or options.vocab_start is not None:
+        to_come = "a vocabulary-parallel head (process_group, vocab_start)"
+    elif options.engine in engines.TO_COME:
+        to_come = f"engine={options.engine!r}"
+    if to_come is not None:
+        raise NotImplementedError(
+            f"{to_come} is part of the interface but not in this version. Available: teachers Projected, Head and "
+            f"None with vocabularies of equal size on one process, engines {', '.join(engines.AVAILABLE)}"
+        )
+
+
+def _check_head(name: str, head: Head) -> None:
+    _check_float_tensor(f"{name}: Head.hidden", head.hidden)
+    _check_float_tensor(f"{name}: Head.weight", head.weight)
+    _check_layout(f"{name}: Head", head.hidden, head.weight, head.bias, "weight", "bias", "(V, H)", "V")
+    for field, value in (("logit_scale", head.logit_scale), ("softcap", head.softcap)):
+        if field == "softcap" and value is None:
+            continue
+        if not isinstance(value, Real) or isinstance(value, bool):
+            raise TypeError(
+                f"{name}: Head.{field} is {_kind(value)}; expected a number. A trained scale belongs on the hidden "
+                "states: multiply them by it"
+            )
+        if not math.isfinite(value) or (field == "softcap" and value <= 0):
+            raise ValueError(
+                f"{name}: Head.{field}={value}; expected a finite number{' > 0' if field == 'softcap' else ''}"
+            )
+
+
+def _check_projected(teacher: Projected, student: Head) -> None:
+    _check_float_tensor("teacher: Projected.hidden", teacher.hidden)
+    _check_same_rows("teacher: Projected.hidden", teacher.hidden, student.hidden)
+    Hs, Ht = student.hidden.shape[-1], teacher.hidden.shape[-1]
+    weight, bias = teacher.projector_weight, teacher.projector_bias
+    if weight is None:
+        if bias is not None:
+            raise ValueError(
+                "teacher: Projected.projector_bias is given without projector_weight; give both, or neither and "
+                "hidden states that already have the student's width"
+            )
+        if Ht != Hs:
+            raise ValueError(
+                f"teacher: Projected.hidden has width {Ht} and no projector_weight; without a projector it must have "
+                f"the student's width {Hs}. Pass projector_weight of shape ({Hs}, {Ht})"
+            )
+        return
+    _check_float_tensor("teacher: Projected.projector_weight", weight)
+    if tuple(weight.shape) != (Hs, Ht):
+        transposed = " Transpose it?" if tuple(weight.shape) == (Ht, Hs) else ""
+        raise ValueError(
+            f"teacher: Projected.projector_weight is {tuple(weight.shape)}; with student width Hs={Hs} and teacher "
+            f"width Ht={Ht} it must be (Hs, Ht) = ({Hs}, {Ht}), as nn.Linear({Ht}, {Hs}).weight is.{transposed}"
+        )
+    fields = ("projector_weight", "projector_bias")
+    _check_layout("teacher: Projected", teacher.hidden, weight, bias, *fields, "(Hs, Ht)", "Hs")
+    _refuse_grad("teacher: Projected.hidden", teacher.hidden, "a teacher under a projector gets no gradient")
+
+
+def _check_own_head(teacher: Head, student: Head) -> None:
+    _check_head("teacher", teacher)
+    _check_same_rows("teacher: Head.hidden", teacher.hidden, student.hidden)
+    if teacher.weight.shape[0] != student.weight.shape[0]:
+        raise ValueError(
+            f"teacher: Head.weight has a vocabulary of {teacher.weight.shape[0]} and the student's has "
+            f"{student.weight.shape[0]}; they must be the same tokens. If the larger one only adds padding rows, "
+            "slice both weights to the shared rows and pass those"
+        )
+    for field, tensor in (("hidden", teacher.hidden), ("weight", teacher.weight), ("bias", teacher.bias)):
+        _refuse_grad(f"teacher: Head.{field}", tensor, "the teacher gets no gradient")
+
+
+def _check_layout(
+    name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, w: str, b: str, shape: str, rows: str
+) -> None:
+    """hidden (*, H) · weight (V, H)ᵀ + bias (V,): ranks, widths, devices and dtypes."""
+    if weight.dim() != 2 or weight.shape[0] == 0:
+        raise ValueError(f"{name}.{w} has shape {tuple(weight.shape)}; expected {shape}")
+    if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1] or hidden.shape[-1] == 0:
+        transposed = " Transpose the weight?" if hidden.dim() and hidden.shape[-1] == weight.shape[0] else ""
+        raise ValueError(
+            f"{name}.hidden is {tuple(hidden.shape)} and {name}.{w} is {tuple(weight.shape)}; expected (*, H) and "
+            f"{shape} with the same width.{transposed}"
+        )
+    tensors = [("hidden", hidden), (w, weight)]
+    if bias is not None:
+        _check_float_tensor(f"{name}.{b}", bias)
+        if tuple(bias.shape) != (weight.shape[0],):
+            raise ValueError(f"{name}.{b} is {tuple(bias.shape)}; expected ({rows},) = ({weight.shape[0]},)")
+        tensors.append((b, bias))
+    for field, tensor in tensors[1:]:
+        if tensor.device != hidden.device:
+            raise ValueError(
+                f"{name}.{field} is on {tensor.device} and {name}.hidden on {hidden.device}; move them to one device"
+            )
+        if tensor.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+            raise ValueError(
+                f"{name}.{field} is {tensor.dtype} and {name}.hidden {hidden.dtype}; within one head dtypes must "
+                "agree: convert one, or run under torch.autocast"
+            )
+
+
+def _check_same_rows(name: str, hidden: Tensor, student_hidden: Tensor) -> None:
+    if hidden.shape[:-1] != student_hidden.shape[:-1]:
+        raise ValueError(
+            f"{name} is {tuple(hidden.shape)} and student: Head.hidden {tuple(student_hidden.shape)}; the leading "
+            "shape must be the same, one row per token"
+        )
+    if hidden.device != student_hidden.device:
+        raise ValueError(
+            f"{name} is on {hidden.device} and student: Head.hidden on {student_hidden.device}; move them to one device"
+        )
+
+
+def _check_valid_vocab(student: Head, options: Options) -> None:
+    valid, V = options.valid_vocab, student.weight.shape[0]
+    if valid is None:
+        return
+    if not isinstance(valid, Integral) or isinstance(valid, bool):
+        raise TypeError(f"valid_vocab is {_kind(valid)}; expected an int or None")
+    if not 0 < valid <= V:
+        raise ValueError(f"valid_vocab={valid}; expected 1 to the head's {V} rows")
+
+
+def _check_targets(name: str, targets: Tensor | None, student: Head, options: Options) -> None:
+    if targets is None:
+        return
+    if not isinstance(targets, Tensor):
+        raise TypeError(f"{name} is {_kind(targets)}; expected an integer tensor or None")
+    if targets.dtype.is_floating_point or targets.dtype.is_complex or targets.dtype == torch.bool:
+        raise TypeError(f"{name} has dtype {targets.dtype}; expected integer token ids. Convert with .long()")
+    leading, device = student.hidden.shape[:-1], student.hidden.device
+    _check_shape_and_device(name, targets, leading, device)
+    if not _can_read(targets):
+        return
+    valid = student.weight.shape[0] if options.valid_vocab is None else options.valid_vocab
+    bad = ((targets < 0) | (targets >= valid)) & (targets != options.ignore_index)
+    if bool(bad.any()):
+        raise ValueError(
+            f"{name} contains {int(targets[bad].flatten()[0])}; expected ids from 0 to {valid - 1} or "
+            f"ignore_index={options.ignore_index}. Is it another tokenizer's, or a different ignore_index?"
+        )
+
+
+def _check_token_weights(name: str, weights: Tensor | None, leading: torch.Size, device: torch.device) -> None:
+    if weights is None:
+        return
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"{name} is {_kind(weights)}; expected a tensor with one weight per token, or None")
+    if weights.dtype.is_complex:
+        raise TypeError(f"{name} has dtype {weights.dtype}; expected real weights")
+    _check_shape_and_device(name, weights, leading, device)
+    _refuse_grad(name, weights, "weights get no gradient")
+    if _can_read(weights) and not bool(((weights >= 0) & (weights < math.inf)).all()):
+        raise ValueError(f"{name} contains a negative, infinite or NaN weight; expected finite weights ≥ 0")
+
+
+def _check_number(name: str, value: Any, *, positive: bool = False) -> None:
+    """A finite number ≥ 0 (> 0 where `positive`), or a 0-d tensor holding one."""
+    expected = "a finite number > 0" if positive else "a finite number ≥ 0"
+    if isinstance(value, Tensor):
+        if value.dim() != 0 or value.dtype.is_complex:
+            raise ValueError(f"{name} is a tensor of shape {tuple(value.shape)}; expected {expected} or a 0-d tensor")
+        _refuse_grad(name, value, f"{name} gets no gradient")
+        if not _can_read(value):
+            return
+        value = value.item()
+    elif not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} is {_kind(value)}; expected {expected} or a 0-d tensor")
+    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+        raise ValueError(f"{name}={value}; expected {expected}")
+
+
+def _check_terms(teacher: Teacher | None, labels: Tensor | None, options: Options) -> None:
+    """A term that was asked for must have something to be computed from."""
+    if labels is None and _asked(options.ce_weight):
+        raise ValueError(f"ce_weight={options.ce_weight} without labels; pass labels, or ce_weight=0")
+    if teacher is None and labels is None:
+        raise ValueError("teacher=None and labels=None: nothing to compute; pass labels and ce_weight, or a teacher")
+    if _asked(options.anchor_weight):
+        if not isinstance(teacher, Projected):
+            raise ValueError(
+                f"anchor_weight={options.anchor_weight} with teacher={_kind(teacher)}; the anchor is the cross entropy "
+                "of a Projected teacher. Pass one, or anchor_weight=0"
+            )
+        if labels is None and options.anchor_targets is None:
+            raise ValueError(f"anchor_weight={options.anchor_weight} without anchor_targets or labels; pass one")
+
+
+def _check_float_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is {_kind(value)}; expected a tensor")
+    if type(value).__name__ == "DTensor":
+        raise TypeError(
+            f"{name} is a DTensor; expected a plain tensor. An FSDP-sharded head must be unsharded first "
+            "(call the loss inside the module's forward, or use .full_tensor()); a vocabulary-parallel head needs "
+            "process_group="
+        )
+    if value.dtype not in DTYPES:
+        raise TypeError(f"{name} has dtype {value.dtype}; expected float32, bfloat16, float16 or float64")
+
+
+def _check_shape_and_device(name: str, value: Tensor, leading: torch.Size, device: torch.device) -> None:
+    if value.shape != leading:
+        raise ValueError(
+            f"{name} is {tuple(value.shape)}; expected {tuple(leading)}, the leading shape of student: Head.hidden"
+        )
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device} and student: Head.hidden on {device}; move them to one device")
+
+
+def _refuse_grad(name: str, tensor: Tensor | None, why: str) -> None:
+    if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} requires grad, but {why}; pass it detached (.detach())")
+
+
+def _can_read(tensor: Tensor) -> bool:
+    """Whether looking at values is free, or was asked for."""
+    if torch.compiler.is_compiling():
+        return False
+    return tensor.device.type == "cpu" or (CHECK_ON_DEVICE and tensor.device.type != "meta")
+
+
+def _asked(weight: float | Tensor) -> bool:
+    return isinstance(weight, Tensor) or weight != 0
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else type(value).__name__

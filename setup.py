@@ -1,0 +1,50 @@
+"""Packaging. What is installed is `kdfast` alone: the folder kernels/ ships as `kdfast.kernels`.
+
+A top-level `kernels` would hide the Hugging Face package of that name, which `transformers` probes; hence the
+explicit list of packages instead of `find_packages()`.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "kdfast/_version.py").read_text()).group(1)
+README = ROOT / "README.md"
+
+TRAIN = [
+    "transformers>=5",
+    "datasets>=4",
+    "accelerate>=1.10",
+    "safetensors",
+    "tokenizers",
+    "pyyaml",
+    "matplotlib",
+    "tqdm",
+]
+BENCH = ["pytest", "pytest-benchmark", "trl", "liger-kernel"]
+# `kernels` is Hugging Face's: one test shows that ours and theirs live side by side
+DEV = ["pytest", "pytest-benchmark", "hypothesis", "ruff", "mypy", "types-PyYAML", "kernels", "setuptools>=77"]
+
+setup(
+    name="kdfast",
+    version=VERSION,
+    description="Knowledge distillation of large-vocabulary language models whose logits don't fit",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    author="kdfast authors",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=["kdfast", "kdfast.engines", "kdfast.training", "kdfast.cli", "kdfast.kernels"],
+    package_dir={"kdfast.kernels": "kernels"},
+    package_data={"kdfast.kernels": ["README.md"]},
+    install_requires=["torch>=2.8", "numpy"],
+    extras_require={"train": TRAIN, "bench": BENCH, "dev": DEV},
+    entry_points={"console_scripts": ["kdfast=kdfast.cli.main:main"]},
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,180 @@
+"""Every wrong argument gets an error that names it, what came, what was expected, and what to do."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from cases import HS, N, V, make, student, teacher
+
+from kdfast import Head, Logits, Projected, SparseLogits, fused_kd_loss
+
+CASE = make(torch.float32)
+NAN_WEIGHTS = torch.full((N,), torch.nan)
+
+
+def call(student_=None, teacher_=None, labels=CASE.labels, **options):
+    student_ = student(CASE) if student_ is None else student_
+    teacher_ = teacher(CASE, "projected") if teacher_ is None else teacher_
+    return fused_kd_loss(student_, teacher_, labels, **options)
+
+
+def head(**changed):
+    return Head(**({"hidden": CASE.hs, "weight": CASE.W, "bias": CASE.b} | changed))
+
+
+def own(**changed):
+    return Head(**({"hidden": CASE.ht, "weight": CASE.Wt, "bias": CASE.bt} | changed))
+
+
+def projected(**changed):
+    return Projected(**({"hidden": CASE.ht, "projector_weight": CASE.P, "projector_bias": CASE.p} | changed))
+
+
+WRONG = {
+    "student kind": (TypeError, "student is Tensor; expected kdfast.Head", {"student_": CASE.hs}),
+    "teacher kind": (TypeError, "teacher is Tensor; expected kdfast.Projected", {"teacher_": CASE.ht}),
+    "hidden width": (ValueError, r"student: Head.hidden is \(23, 11\).*same width", {"student_": head(hidden=CASE.hs[:, 1:])}),
+    "transposed head": (ValueError, "Transpose the weight", {"student_": head(hidden=torch.randn(N, V), bias=None)}),
+    "weight rank": (ValueError, r"Head.weight has shape \(101,\)", {"student_": head(weight=CASE.b)}),
+    "bias shape": (ValueError, r"Head.bias is \(100,\); expected \(V,\) = \(101,\)", {"student_": head(bias=CASE.b[1:])}),
+    "integer weight": (TypeError, "Head.weight has dtype torch.int64", {"student_": head(weight=CASE.W.long())}),
+    "list weight": (TypeError, "Head.weight is list; expected a tensor", {"student_": head(weight=[1.0])}),
+    "dtypes in a head": (ValueError, "within one head dtypes must agree", {"student_": head(weight=CASE.W.double())}),
+    "devices in a head": (ValueError, "Head.weight is on meta .*one device", {"student_": head(weight=CASE.W.to("meta"))}),
+    "softcap": (ValueError, "Head.softcap=0.0; expected a finite number > 0", {"student_": head(softcap=0.0)}),
+    "logit_scale": (TypeError, "logit_scale is Tensor.*multiply them", {"student_": head(logit_scale=torch.ones(()))}),
+    "projector transposed": (
+        ValueError,
+        r"Projected.projector_weight is \(20, 12\); with student width Hs=12 and teacher width Ht=20 it must be "
+        r"\(Hs, Ht\) = \(12, 20\), as nn.Linear\(20, 12\).weight is. Transpose it\?",
+        {"teacher_": projected(projector_weight=CASE.P.t())},
+    ),
+    "projector bias": (ValueError, "projector_bias is", {"teacher_": projected(projector_bias=CASE.p[1:])}),
+    "bias alone": (ValueError, "projector_bias is given without", {"teacher_": projected(projector_weight=None)}),
+    "no projector": (ValueError, "must have the student's width 12", {"teacher_": Projected(CASE.ht)}),
+    "rows differ": (ValueError, "leading shape must be the same", {"teacher_": projected(hidden=CASE.ht[1:])}),
+    "teacher device": (ValueError, "Projected.hidden is on meta", {"teacher_": Projected(torch.empty(N, HS, device="meta"))}),
+    "vocabularies differ": (
+        ValueError, "vocabulary of 100 and the student's has 101", {"teacher_": own(weight=CASE.Wt[1:], bias=None)},
+    ),
+    "teacher hidden wants grad": (
+        ValueError, "Projected.hidden requires grad.*detach", {"teacher_": projected(hidden=CASE.ht.clone().requires_grad_())},
+    ),
+    "teacher weight wants grad": (
+        ValueError, "Head.weight requires grad.*detach", {"teacher_": own(weight=CASE.Wt.clone().requires_grad_())},
+    ),
+    "teacher bias wants grad": (
+        ValueError, "Head.bias requires grad.*detach", {"teacher_": own(bias=CASE.bt.clone().requires_grad_())},
+    ),
+    "label range": (ValueError, "labels contains 101; expected ids from 0 to 100", {"labels": torch.full((N,), V)}),
+    "label negative": (ValueError, "labels contains -1; expected", {"labels": torch.full((N,), -1)}),
+    "label in padding": (ValueError, "from 0 to 49", {"labels": torch.full((N,), 50), "valid_vocab": 50}),
+    "label dtype": (TypeError, "labels has dtype torch.float32.*long", {"labels": torch.zeros(N)}),
+    "label list": (TypeError, "labels is list", {"labels": [1]}),
+    "label shape": (ValueError, r"labels is \(22,\); expected \(23,\)", {"labels": CASE.labels[1:]}),
+    "label device": (ValueError, "labels is on meta", {"labels": CASE.labels.to("meta")}),
+    "anchor range": (ValueError, "anchor_targets contains 101", {"anchor_targets": torch.full((N,), V), "anchor_weight": 1.0}),
+    "temperature zero": (ValueError, "temperature=0; expected a finite number > 0", {"temperature": 0}),
+    "temperature negative": (ValueError, "temperature=-1.0; expected", {"temperature": torch.tensor(-1.0)}),
+    "temperature nan": (ValueError, "temperature=nan", {"temperature": float("nan")}),
+    "temperature shape": (ValueError, r"temperature is a tensor of shape \(1,\)", {"temperature": torch.ones(1)}),
+    "temperature grad": (ValueError, "temperature requires grad", {"temperature": torch.ones((), requires_grad=True)}),
+    "temperature text": (TypeError, "temperature is str", {"temperature": "2"}),
+    "kd_weight negative": (ValueError, "kd_weight=-0.1; expected a finite number ≥ 0", {"kd_weight": -0.1}),
+    "kd_weight nan": (ValueError, "kd_weight=nan", {"kd_weight": torch.tensor(torch.nan)}),
+    "kd_weight grad": (ValueError, "kd_weight requires grad", {"kd_weight": torch.ones((), requires_grad=True)}),
+    "ce_weight infinite": (ValueError, "ce_weight=inf", {"ce_weight": float("inf")}),
+    "anchor_weight bool": (TypeError, "anchor_weight is bool", {"anchor_weight": True}),
+    "token_weights nan": (ValueError, "token_weights contains a negative, infinite or NaN", {"token_weights": NAN_WEIGHTS}),
+    "token_weights negative": (ValueError, "token_weights contains", {"token_weights": -torch.ones(N)}),
+    "kd_token_weights shape": (ValueError, r"kd_token_weights is \(1,\)", {"kd_token_weights": torch.ones(1)}),
+    "token_weights grad": (ValueError, "token_weights requires grad", {"token_weights": torch.ones(N, requires_grad=True)}),
+    "num_items negative": (ValueError, "num_items_in_batch=-3", {"num_items_in_batch": -3}),
+    "divergence": (ValueError, "divergence='kl' is unknown; expected one of forward_kl", {"divergence": "kl"}),
+    "teacher_grad": (ValueError, "teacher_grad='all' is unknown; expected one of 'full'", {"teacher_grad": "all"}),
+    "reduction": (ValueError, "reduction='avg' is unknown; expected one of 'mean'", {"reduction": "avg"}),
+    "engine": (ValueError, "engine='cuda' is unknown; expected one of 'auto'", {"engine": "cuda"}),
+    "vocab": (ValueError, "vocab='pad' is unknown", {"vocab": "pad"}),
+    "ignore_index": (TypeError, "ignore_index is float", {"ignore_index": -100.0}),
+    "valid_vocab": (ValueError, "valid_vocab=102; expected 1 to the head's 101 rows", {"valid_vocab": 102}),
+    "valid_vocab type": (TypeError, "valid_vocab is float", {"valid_vocab": 5.0}),
+    "scratch_bytes": (ValueError, "scratch_bytes=0; expected a positive int", {"scratch_bytes": 0}),
+    "ce without labels": (ValueError, "ce_weight=1.0 without labels", {"labels": None, "ce_weight": 1.0}),
+    "anchor without targets": (ValueError, "without anchor_targets or labels", {"labels": None, "anchor_weight": 1.0}),
+    "anchor of a head": (ValueError, "anchor_weight=1.0 with teacher=Head", {"teacher_": own(), "anchor_weight": 1.0}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_argument(name):
+    error, message, arguments = WRONG[name]
+    with pytest.raises(error, match=message):
+        call(**arguments)
+
+
+TO_COME = {
+    "dense logits": {"teacher_": Logits(torch.randn(N, V))},
+    "sparse logits": {"teacher_": SparseLogits(torch.zeros(N, 2, dtype=torch.long), torch.zeros(N, 2))},
+    "truncate": {"vocab": "truncate"},
+    "vocabulary-parallel": {"vocab_start": 0},
+    "triton_chunked": {"engine": "triton_chunked"},
+    "triton_tiled": {"engine": "triton_tiled"},
+    "symmetric_kl": {"divergence": "symmetric_kl"},
+    "total_variation": {"divergence": "total_variation"},
+}
+
+
+@pytest.mark.parametrize("name", TO_COME)
+def test_what_is_still_to_come_says_so(name):
+    with pytest.raises(NotImplementedError, match="not in this version"):
+        call(**TO_COME[name])
+
+
+def test_nothing_to_compute():
+    with pytest.raises(ValueError, match="nothing to compute"):
+        fused_kd_loss(student(CASE), None)
+
+
+def test_a_dtensor_head_is_refused():
+    class DTensor(torch.Tensor):
+        pass
+
+    with pytest.raises(TypeError, match="Head.weight is a DTensor.*unsharded"):
+        call(student_=head(weight=torch.randn(V, HS).as_subclass(DTensor)))
+
+
+def test_grad_is_no_error_without_grad_mode():
+    with torch.no_grad():
+        loss = call(teacher_=projected(hidden=CASE.ht.clone().requires_grad_()))
+    assert not loss.requires_grad
+
+
+@pytest.mark.parametrize("engine", ["reference", "torch"])
+def test_unchecked_values_become_nan_without_touching_bad_addresses(engine, monkeypatch):
+    """What a GPU or a compiled graph does, where looking would cost a synchronisation."""
+    from kdfast import validation
+
+    monkeypatch.setattr(validation, "_can_read", lambda tensor: False)
+    labels = CASE.labels.clone()
+    labels[3], labels[4] = V + 1_000_000_000, -7
+    loss = call(labels=labels, ce_weight=1.0, reduction="none", engine=engine)
+    assert loss[3:5].isnan().all()
+    assert loss[5:].isfinite().all()
+    assert call(labels=labels, engine=engine).isnan()
+    weights = torch.ones(N)
+    weights[2] = -1
+    assert call(token_weights=weights, reduction="none", engine=engine)[2].isnan()
+    for options in ({"temperature": torch.tensor(-1.0)}, {"kd_weight": torch.tensor(-1.0)}):
+        assert call(engine=engine, **options).isnan()
+
+
+def test_checks_can_be_asked_for():
+    """KDFAST_CHECK is read at import; on the CPU values are checked either way."""
+    code = "from kdfast import validation; print(validation.CHECK_ON_DEVICE)"
+    for value, expected in (("1", "True"), ("0", "False")):
+        out = subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "KDFAST_CHECK": value}, capture_output=True, text=True
+        )
+        assert out.stdout.strip() == expected, out.stderr
