@@ -173,8 +173,20 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None
     elif upstream is not None:
         scale, *saved = ctx.saved_tensors
         for name, gradient, like in zip(ctx.needed, saved[::2], saved[1::2], strict=True):
-            gradients[name] = finish_gradient(gradient, scale, upstream, like)
+            if _is_finished(gradient, scale, upstream, like):
+                gradients[name] = gradient
+            else:
+                gradients[name] = finish_gradient(gradient, scale, upstream, like)
     return tuple(gradients.get(name) if name in ctx.needed else None for name in _NAMES)
+
+
+def _is_finished(gradient: Tensor, scale: Tensor, upstream: Tensor, like: Tensor) -> bool:
+    """Whether the saved gradient is the answer: `loss.backward()` in full precision. Saves a pass over dW and its
+    memory. Only where looking is free (a CPU) and nothing is being traced or differentiated again. Autograd drops
+    its own reference after a last backward, and clones what it still holds for another."""
+    if type(upstream) is not Tensor or upstream.device.type != "cpu" or torch.is_grad_enabled():
+        return False
+    return gradient.dtype == like.dtype and bool(scale * upstream == 1)
 
 
 def _no_second_derivative(ctx: Any, *_: Any) -> None:

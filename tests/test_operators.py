@@ -104,7 +104,7 @@ def test_second_derivatives_raise(reduction):
     for leaf in (case.hs, case.P):
         (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
         assert gradient.requires_grad
-        with pytest.raises(RuntimeError, match="second derivatives .* engine='reference'"):
+        with pytest.raises(RuntimeError, match=r"second derivatives .* engine='reference'"):
             gradient.sum().backward(retain_graph=True)
 
 

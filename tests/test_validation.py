@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (one line a case reads better)
 """Every wrong argument gets an error that names it, what came, what was expected, and what to do."""
 
 import os
@@ -141,7 +142,7 @@ def test_a_dtensor_head_is_refused():
     class DTensor(torch.Tensor):
         pass
 
-    with pytest.raises(TypeError, match="Head.weight is a DTensor.*unsharded"):
+    with pytest.raises(TypeError, match=r"Head.weight is a DTensor.*unsharded"):
         call(student_=head(weight=torch.randn(V, HS).as_subclass(DTensor)))
 
 

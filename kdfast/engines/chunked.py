@@ -57,7 +57,7 @@ def _run(x: Problem) -> Result:
     N, H = x.hidden.shape
     V, device = x.valid_vocab, x.hidden.device
     plan = _plan(x)
-    scale = _scale(x.coefficients)
+    scale = _scale(x)
     weight = x.weight[:V]
     stats = torch.zeros((6, N), device=device, dtype=x.dtype)
     d_hidden = _zeros(x.need_hidden, (N, H), x)
@@ -194,12 +194,12 @@ def _budget(x: Problem, per_token: int) -> int:
     return max(DEVICE_SCRATCH, DEVICE_TOKENS * per_token)
 
 
-def _scale(coefficients: Tensor) -> Tensor:
-    """The power of two at or below the largest coefficient, () ; 1 where there is none."""
-    if coefficients.numel() == 0:
-        return torch.ones((), device=coefficients.device, dtype=coefficients.dtype)
-    largest = coefficients.abs().max()
-    one = torch.ones_like(largest)
+def _scale(x: Problem) -> Tensor:
+    """(): for 16-bit inputs the power of two at or below the largest coefficient, so that 1/N is applied last; else 1."""
+    one = torch.ones((), device=x.coefficients.device, dtype=x.dtype)
+    if x.weight.dtype == x.dtype or x.coefficients.numel() == 0:
+        return one
+    largest = x.coefficients.abs().max()
     usable = (largest > 0) & largest.isfinite()
     return torch.ldexp(one, torch.frexp(torch.where(usable, largest, one)).exponent - 1)
 

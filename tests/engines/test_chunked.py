@@ -1,6 +1,7 @@
 """The chunked engine: precision where it is hardest, the products it makes, and what it must not touch."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -239,6 +240,17 @@ def test_inputs_are_not_written_to_and_a_second_backward_is_right():
             assert torch.equal(getattr(case, name), getattr(before, name))
 
 
+def test_a_gradient_handed_out_is_not_the_one_kept_for_another_backward():
+    case = make()
+    loss = fused_kd_loss(student(case), teacher(case, "projected"), case.labels)
+    loss.backward(retain_graph=True)
+    first = case.W.grad.clone()
+    case.W.grad.mul_(7)  # an optimizer or gradient clipping writes here
+    case.W.grad = None
+    loss.backward()
+    assert torch.equal(case.W.grad, first)
+
+
 def test_chunking_does_not_change_the_numbers_in_bfloat16():
     """dW accumulates in fp32 over chunks: 32 chunks are no worse than one."""
     tensors = near_convergence(torch.bfloat16, 0.02, vocab=2048)
@@ -254,11 +266,15 @@ def test_chunking_does_not_change_the_numbers_in_bfloat16():
 
 
 def test_scale_is_a_power_of_two_and_survives_nan():
-    scale = chunked._scale(torch.tensor([[0.3, -0.7], [0.0, 0.0]]))
-    assert scale.item() == 0.5
-    assert chunked._scale(torch.zeros(3, 4)).item() == 1
-    assert chunked._scale(torch.tensor([torch.nan, 1.0])).item() == 1
-    assert chunked._scale(torch.zeros(3, 0)).item() == 1
+    def scale(coefficients, dtype=torch.bfloat16):
+        x = SimpleNamespace(coefficients=coefficients, weight=torch.empty(0, dtype=dtype), dtype=torch.float32)
+        return chunked._scale(x).item()
+
+    assert scale(torch.tensor([[0.3, -0.7], [0.0, 0.0]])) == 0.5
+    assert scale(torch.tensor([[0.3, -0.7], [0.0, 0.0]]), torch.float32) == 1
+    assert scale(torch.zeros(3, 4)) == 1
+    assert scale(torch.tensor([torch.nan, 1.0])) == 1
+    assert scale(torch.zeros(3, 0)) == 1
 
 
 def test_jsd_takes_its_second_pass_in_chunks():
