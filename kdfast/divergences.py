@@ -64,7 +64,7 @@ class ForwardKL(Divergence):
 
     def terms(self, p: Tensor, q: Tensor, g: Tensor) -> Terms:
         difference = _difference(p, q, g)
-        a_p = _weighted(p, g)
+        a_p = weighted(p, g)
         return Terms(a_p + difference, a_p, difference)
 
 
@@ -108,8 +108,8 @@ class JSD(Divergence):
         # log m/p = log1p((1−β)·expm1(−g)) is safe for g ≥ 0, log m/q = log1p(β·expm1(g)) for g ≤ 0; they differ by g
         other = (g >= 0).to(g.dtype).mul_(1 - 2 * self.beta).add_(self.beta)
         mixed = torch.expm1(-g.abs()).mul_(other).log1p_()
-        a_p = _weighted(p, mixed + (-g).clamp_min_(0)).mul_(-self.beta)
-        a_q = _weighted(q, mixed + g.clamp_min(0)).mul_(self.beta - 1)
+        a_p = weighted(p, mixed + (-g).clamp_min_(0)).mul_(-self.beta)
+        a_q = weighted(q, mixed + g.clamp_min(0)).mul_(self.beta - 1)
         return Terms(a_p + a_q, a_p, a_q)
 
 
@@ -147,15 +147,15 @@ def log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (log_p - log_q).nan_to_num_(nan=0.0, posinf=inf, neginf=-inf)
 
 
+def weighted(p: Tensor, x: Tensor) -> Tensor:
+    """p·x with 0·∞ = 0."""
+    return (p * x).nan_to_num_(nan=0.0, posinf=inf, neginf=-inf)
+
+
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """p·(log p − log q) with 0·log 0 = 0, and gradients that are finite there."""
     empty = log_p.isneginf()
     return log_p.exp() * (log_p.masked_fill(empty, 0.0) - log_q.masked_fill(empty, 0.0))
-
-
-def _weighted(p: Tensor, x: Tensor) -> Tensor:
-    """p·x with 0·∞ = 0."""
-    return (p * x).nan_to_num_(nan=0.0, posinf=inf, neginf=-inf)
 
 
 def _difference(p: Tensor, q: Tensor, g: Tensor) -> Tensor:

@@ -195,7 +195,7 @@ def _budget(x: Problem, per_token: int) -> int:
 
 
 def _scale(x: Problem) -> Tensor:
-    """(): for 16-bit inputs the power of two at or below the largest coefficient, so that 1/N is applied last; else 1."""
+    """(): for 16-bit inputs the power of two at or below the largest coefficient, so that 1/N comes last; else 1."""
     one = torch.ones((), device=x.coefficients.device, dtype=x.dtype)
     if x.weight.dtype == x.dtype or x.coefficients.numel() == 0:
         return one

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kdfast.divergences import log_ratio
+from kdfast.divergences import log_ratio, weighted
 from kdfast.problem import AGREEMENT, ANCHOR, CE, KD, STUDENT_ENTROPY, TEACHER_ENTROPY, Problem
 
 
@@ -52,23 +52,35 @@ def solve(
     coefficients = (x.coefficients[:, rows] / scale)[:, :, None]  # (3, r, 1)
     slope_s = _transform(z_s, x.logit_scale, x.softcap)
     slope_t = None if z_t is None else _transform(z_t, x.teacher_logit_scale, x.teacher_softcap)
-    if x.want_metrics:
-        _statistics(z_s, z_t, stats, rows)
-
     grad_s: Tensor | None = None
     grad_t: Tensor | None = None
     grad_a: Tensor | None = None
     if z_t is not None:
         stats[KD, rows], grad_s, grad_t = _divergence(x, z_s, z_t, coefficients[KD], wanted)
-    if x.use_ce:
-        assert x.labels is not None
-        value, grad = _cross_entropy(z_s, x.labels[rows], coefficients[CE], wanted.student and x.ce_term)
-        stats[CE, rows], grad_s = value, _add(grad_s, grad)
-    if x.use_anchor:
-        assert x.anchor_targets is not None
-        assert z_t is not None
-        targets = x.anchor_targets[rows]
-        stats[ANCHOR, rows], grad_a = _cross_entropy(z_t, targets, coefficients[ANCHOR], wanted.anchor)
+        if x.want_metrics:
+            stats[AGREEMENT, rows] = (z_s.argmax(dim=-1) == z_t.argmax(dim=-1)).to(stats.dtype)
+
+    # at τ = 1
+    if x.use_ce or x.want_metrics:
+        log_q = z_s.log_softmax(dim=-1)
+        q = log_q.exp()
+        if x.want_metrics:
+            stats[STUDENT_ENTROPY, rows] = -weighted(q, log_q).sum(dim=-1)
+        if x.use_ce:
+            assert x.labels is not None
+            stats[CE, rows] = _cross_entropy(log_q, x.labels[rows])
+            if wanted.student and x.ce_term:
+                grad_s = _add(grad_s, _cross_entropy_gradient(q, x.labels[rows], coefficients[CE]))
+    if z_t is not None and (x.use_anchor or x.want_metrics):
+        log_p = z_t.log_softmax(dim=-1)
+        p = log_p.exp()
+        if x.want_metrics:
+            stats[TEACHER_ENTROPY, rows] = -weighted(p, log_p).sum(dim=-1)
+        if x.use_anchor:
+            assert x.anchor_targets is not None
+            stats[ANCHOR, rows] = _cross_entropy(log_p, x.anchor_targets[rows])
+            if wanted.anchor:
+                grad_a = _cross_entropy_gradient(p, x.anchor_targets[rows], coefficients[ANCHOR])
 
     for grad, slope, logit_scale in (
         (grad_s, slope_s, x.logit_scale),
@@ -126,28 +138,14 @@ def _centre(a: Tensor, softmax: Tensor, centred: bool) -> Tensor:
     return a if centred else a.addcmul_(softmax, a.sum(dim=-1, keepdim=True), value=-1)
 
 
-def _cross_entropy(z: Tensor, targets: Tensor, coefficient: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
-    """(cross entropy at τ = 1 (r,), coefficient·(softmax − onehot) (r, V))."""
-    targets = targets[:, None]
-    log_normalizer = z.logsumexp(dim=-1, keepdim=True)
-    value = (log_normalizer - z.gather(1, targets)).squeeze(1)
-    if not wanted:
-        return value, None
-    grad = (z - log_normalizer).exp_().mul_(coefficient)
-    return value, grad.scatter_add_(1, targets, -coefficient)
+def _cross_entropy(log_q: Tensor, targets: Tensor) -> Tensor:
+    """−log q at the targets (r,)."""
+    return -log_q.gather(1, targets[:, None]).squeeze(1)
 
 
-def _statistics(z_s: Tensor, z_t: Tensor | None, stats: Tensor, rows: slice) -> None:
-    stats[STUDENT_ENTROPY, rows] = _entropy(z_s)
-    if z_t is not None:
-        stats[TEACHER_ENTROPY, rows] = _entropy(z_t)
-        stats[AGREEMENT, rows] = (z_s.argmax(dim=-1) == z_t.argmax(dim=-1)).to(stats.dtype)
-
-
-def _entropy(z: Tensor) -> Tensor:
-    """−Σ p·log p at τ = 1, with 0·log 0 = 0."""
-    p = z.softmax(dim=-1)
-    return torch.special.entr(p).sum(dim=-1)
+def _cross_entropy_gradient(q: Tensor, targets: Tensor, coefficient: Tensor) -> Tensor:
+    """coefficient·(q − onehot), in q's memory."""
+    return q.mul_(coefficient).scatter_add_(1, targets[:, None], -coefficient)
 
 
 def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:

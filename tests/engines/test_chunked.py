@@ -10,6 +10,7 @@ from torch.nn.functional import linear
 
 from kdfast import JSD, Head, Projected, fused_kd_loss, gemm
 from kdfast.engines import chunked
+from kdfast.problem import Problem
 
 
 def eager(case, kind, dtype, *, temperature, ce_weight, **head):
@@ -282,3 +283,30 @@ def test_jsd_takes_its_second_pass_in_chunks():
     whole = fused_kd_loss(student(case), teacher(case, "head"), divergence=JSD(0.5))
     parts = fused_kd_loss(student(case), teacher(case, "head"), divergence=JSD(0.5), scratch_bytes=1)
     torch.testing.assert_close(whole, parts)
+
+
+@pytest.mark.parametrize("kind", ["hidden", "head", "none"])
+def test_no_host_synchronisation_off_the_cpu(kind):
+    """On the meta device, which takes the path of a GPU, whatever reads a value on the host raises."""
+    N, width = 20, 12
+
+    def empty(*shape, dtype=torch.bfloat16):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x = Problem(
+        hidden=empty(N, width), weight=empty(V, width), bias=empty(V), logit_scale=0.5, softcap=30.0,
+        teacher_hidden=None if kind == "none" else empty(N, width),
+        teacher_weight=empty(V, width) if kind == "head" else None,
+        teacher_bias=None, teacher_logit_scale=1.0, teacher_softcap=None, labels=empty(N, dtype=torch.long),
+        anchor_targets=empty(N, dtype=torch.long) if kind == "hidden" else None, temperature=empty(dtype=torch.float32),
+        coefficients=empty(3, N, dtype=torch.float32), active=empty(N, dtype=torch.bool), divergence_name="jsd",
+        divergence_parameters=[0.5], teacher_grad="full", valid_vocab=V - 3, ce_term=True, anchor_term=kind == "hidden",
+        want_metrics=True, per_row=False, need_hidden=True, need_weight=True, need_bias=True,
+        need_teacher_hidden=kind == "hidden", engine="torch", scratch_bytes=7 * V * 6,
+    )  # fmt: skip
+    with gemm.record() as calls:
+        result = chunked.run(x)
+    assert result.weight.shape == (V, width)
+    assert len(calls) > 3
+    with pytest.raises(RuntimeError, match="meta"):  # the instrument works
+        x.active.nonzero().numel()

@@ -1,0 +1,35 @@
+"""Distillation runs on transformers and accelerate: `KDTrainer`, `KDConfig`, and what they are made of.
+
+    student, teacher = load_student("gpt2"), load_teacher("gpt2-medium")
+    args = KDConfig(output_dir="out", recipe="run5", max_steps=1000)
+    KDTrainer(student, args, teacher=teacher, train_dataset=blocks).train()
+
+recipes.py  named choices        config.py   KDConfig            loading.py     students and teachers
+heads.py    backbone and head    labels.py   the shift           model.py       the loss, under one forward
+fidelity.py KL to the teacher    meter.py    means for logs      guard.py       stop at NaN
+checkpoint.py  what is saved     trainer.py  KDTrainer           data.py        text to blocks
+"""
+
+try:
+    import accelerate as _accelerate  # noqa: F401
+    import transformers as _transformers  # noqa: F401
+except ImportError as error:
+    raise ImportError(f"kdfast.training needs {error.name}: pip install 'kdfast[train]'") from error
+
+from kdfast.training.config import KDConfig
+from kdfast.training.guard import NonFiniteLossError
+from kdfast.training.loading import load_student, load_teacher
+from kdfast.training.model import DistillationModel
+from kdfast.training.recipes import RECIPES, Recipe
+from kdfast.training.trainer import KDTrainer
+
+__all__ = [
+    "RECIPES",
+    "DistillationModel",
+    "KDConfig",
+    "KDTrainer",
+    "NonFiniteLossError",
+    "Recipe",
+    "load_student",
+    "load_teacher",
+]

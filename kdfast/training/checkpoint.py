@@ -1,0 +1,105 @@
+"""What a checkpoint holds of the models, and how a folder appears only when it is complete.
+
+    config.json, model.safetensors, …   the student, as `save_pretrained` writes it: plain `from_pretrained` reads it
+    logit_projector.safetensors         the projector, where there is one
+
+Written to a hidden folder first and moved: whoever looks for checkpoints never sees half of one. Weights are
+safetensors throughout, so reading runs no code.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers.utils import logging as transformers_logging
+
+from kdfast.training.model import DistillationModel
+
+PROJECTOR_FILE = "logit_projector.safetensors"
+INCOMPLETE = ".incomplete"
+
+
+def save_models(folder: Path, model: DistillationModel, state: dict[str, Tensor] | None = None) -> None:
+    """Student and projector into `folder`. `state` replaces `model.state_dict()` (gathered from shards)."""
+
+    def part(prefix: str) -> dict[str, Tensor] | None:
+        if state is None:
+            return None
+        return {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+
+    with _without_bars():
+        model.student.save_pretrained(folder, state_dict=part("student."))
+    if model.logit_projector is not None:
+        tensors = part("logit_projector.") or model.logit_projector.state_dict()
+        save_file({name: t.contiguous() for name, t in tensors.items()}, folder / PROJECTOR_FILE, {"format": "pt"})
+
+
+def load_models(folder: Path, model: DistillationModel) -> None:
+    """The inverse of `save_models`, in place. Raises ValueError where a file or a weight is missing."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{str(folder)!r} is not a checkpoint: it has no config.json")
+    with _without_bars():
+        read: Any = type(model.student).from_pretrained
+        loaded, report = read(folder, local_files_only=True, use_safetensors=True, output_loading_info=True)
+    if report["missing_keys"]:
+        raise ValueError(f"{str(folder)!r} lacks weights of the student: {', '.join(sorted(report['missing_keys']))}")
+    model.student.load_state_dict(loaded.state_dict())
+    if model.logit_projector is not None:
+        path = folder / PROJECTOR_FILE
+        if not path.is_file():
+            raise ValueError(f"{str(folder)!r} has no {PROJECTOR_FILE}; it was saved by a recipe without a projector")
+        model.logit_projector.load_state_dict(load_file(path))
+
+
+def staging(final: Path) -> Path:
+    """Where `final` is written until it is complete: beside it, under a name no one takes for a checkpoint."""
+    return final.with_name(f".{final.name}{INCOMPLETE}")
+
+
+def publish(staged: Path, final: Path, *, replace: bool) -> None:
+    """Move a complete folder to its name.
+
+    A `final` that exists is replaced whole, or (`replace=False`) receives the files one by one, weights last.
+    """
+    if not final.exists():
+        staged.rename(final)
+    elif replace:
+        old = final.with_name(f".{final.name}.old{INCOMPLETE}")
+        discard(old)
+        final.rename(old)
+        staged.rename(final)
+        discard(old)
+    else:
+        for path in sorted(staged.iterdir(), key=lambda path: path.suffix == ".safetensors"):
+            os.replace(path, final / path.name)
+        staged.rmdir()
+
+
+def discard(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def discard_incomplete(run: Path) -> None:
+    """Remove what an interrupted run left half written in its output folder."""
+    for folder in run.glob(f".checkpoint-*{INCOMPLETE}"):
+        shutil.rmtree(folder)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """A progress bar per saved file would break into the one of the run."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,137 @@
+"""`KDConfig`: every `TrainingArguments` field, and those of a distillation.
+
+A distillation field left at None comes from the recipe; `resolved()` gives what is in force.
+"""
+
+# ruff: noqa: RUF009  (_from_recipe is a field(), not a default that is shared)
+
+import logging
+import math
+from dataclasses import dataclass, field, fields, replace
+from numbers import Real
+from typing import Any, get_args
+
+from transformers import TrainingArguments
+
+from kdfast import engines
+from kdfast.divergences import get_divergence
+from kdfast.projector import ProjectorInit
+from kdfast.training.recipes import UNUSED, Recipe, get_recipe
+
+logger = logging.getLogger(__name__)
+
+# evaluation metrics of which less is better, for metric_for_best_model ("…loss" is known to TrainingArguments)
+LESS_IS_BETTER = ("ce", "perplexity", "kd", "kl_teacher_student", "kl_teacher_projected", "ce_projected")
+
+
+def _from_recipe(help: str) -> Any:
+    return field(default=None, metadata={"help": f"{help} None = from the recipe."})
+
+
+@dataclass
+class KDConfig(TrainingArguments):
+    """`TrainingArguments` with the settings of a distillation.
+
+    Changed defaults: `logging_nan_inf_filter=False` (a NaN is never averaged away) and
+    `ddp_find_unused_parameters=False`; and `metric_for_best_model="ce"` and the like know that less is better.
+
+    Raises ValueError naming the field, what came and what was expected.
+    """
+
+    recipe: str = field(default="run5", metadata={"help": "lm_only, run4, run5 or true_head."})
+    temperature: float | None = _from_recipe("τ > 0 of the KD term.")
+    temperature_steps: list[float] | None = _from_recipe(
+        "In place of temperature: one value after the other in equal parts of the run, such as 3 2 1.5."
+    )
+    divergence: str | None = _from_recipe("forward_kl, reverse_kl, jsd.")
+    kd_weight: float | None = _from_recipe("Multiplies τ²·KL; the value after the ramp.")
+    kd_ramp: float | None = _from_recipe("Fraction of the run over which the KD weight ramps up; 0 = constant.")
+    kd_ramp_start: float | None = _from_recipe("KD weight at the start of the ramp.")
+    ce_weight: float | None = _from_recipe("Multiplies the language-model loss.")
+    anchor_weight: float | None = _from_recipe("Multiplies the projected teacher's own cross entropy.")
+    teacher_grad: str | None = _from_recipe("Where the KD gradient goes on the teacher's side: full, projector, none.")
+    projector_init: str | None = _from_recipe("default (as nn.Linear) or normal (std 0.01, zero bias).")
+    projector_lr: float | None = _from_recipe("The projector's learning rate, in place of the multiplier.")
+    projector_lr_multiplier: float | None = _from_recipe("The projector's learning rate over learning_rate.")
+    router_lr_multiplier: float | None = _from_recipe("The routers' learning rate over learning_rate.")
+    engine: str = field(default="auto", metadata={"help": "Engine of the loss; auto picks by device."})
+    scratch_bytes: int | None = field(
+        default=None, metadata={"help": "Memory for one chunk's logits; None = the engine's default."}
+    )
+    valid_vocab: int | None = field(
+        default=None, metadata={"help": "Ids from here on are padding rows of the embedding; None = there are none."}
+    )
+
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN and inf losses in the log."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Search for parameters without a gradient under DDP."}
+    )
+
+    def __post_init__(self) -> None:
+        self._check()
+        best = (self.metric_for_best_model or "").removeprefix("eval_")
+        if self.greater_is_better is None and best in LESS_IS_BETTER:
+            self.greater_is_better = False
+        super().__post_init__()
+
+    def resolved(self) -> Recipe:
+        """The recipe with every explicit value in it. Values it has no use for are left out, with a log line."""
+        recipe = get_recipe(self.recipe)
+        given = {f.name: getattr(self, f.name) for f in fields(Recipe) if hasattr(self, f.name)}
+        given = {name: value for name, value in given.items() if value is not None}
+        unused = [name for name in given if name in UNUSED[recipe.teacher]]
+        if unused:
+            logger.warning("recipe=%r has no use for %s: left out", self.recipe, ", ".join(unused))
+        used = {name: value for name, value in given.items() if name not in unused}
+        if "temperature_steps" in used:
+            used["temperature_steps"] = tuple(used["temperature_steps"])
+        return replace(recipe, **used)
+
+    def _check(self) -> None:
+        get_recipe(self.recipe)
+        at_least_zero = (
+            "kd_weight", "kd_ramp_start", "ce_weight", "anchor_weight", "projector_lr",
+            "projector_lr_multiplier", "router_lr_multiplier",
+        )  # fmt: skip
+        for name in at_least_zero:
+            self._check_number(name, "a number ≥ 0", lambda x: x >= 0)
+        self._check_number("temperature", "a number > 0", lambda x: x > 0)
+        self._check_number("kd_ramp", "a fraction of the run in [0, 1]", lambda x: 0 <= x <= 1)
+        for name in ("scratch_bytes", "valid_vocab"):
+            self._check_number(name, "an int > 0", lambda x: x > 0 and x == int(x))
+        if self.temperature_steps is not None:
+            steps = self.temperature_steps
+            if not isinstance(steps, list | tuple) or not all(_is_number(x) and x > 0 for x in steps) or not steps:
+                raise ValueError(f"temperature_steps={steps!r}; expected a list of numbers > 0, such as [3, 2, 1.5]")
+            if self.temperature is not None:
+                raise ValueError(f"temperature={self.temperature} and temperature_steps={steps}; expected one of them")
+        if self.divergence is not None:
+            if not isinstance(self.divergence, str):
+                raise ValueError(f"divergence={self.divergence!r}; expected a name, such as 'forward_kl'")
+            try:
+                get_divergence(self.divergence)
+            except NotImplementedError as error:
+                raise ValueError(str(error)) from error
+        choices = {
+            "teacher_grad": ("full", "projector", "none"),
+            "projector_init": get_args(ProjectorInit),
+            "engine": ("auto", *engines.AVAILABLE),
+        }
+        for name, allowed in choices.items():
+            value = getattr(self, name)
+            if value is not None and value not in allowed:
+                raise ValueError(f"{name}={value!r}; expected one of {', '.join(allowed)}")
+        if self.label_smoothing_factor != 0:
+            raise ValueError(
+                f"label_smoothing_factor={self.label_smoothing_factor}; it would need the logits, which are never "
+                "made. Leave it at 0"
+            )
+
+    def _check_number(self, name: str, expected: str, holds: Any) -> None:
+        value = getattr(self, name)
+        if value is not None and not (_is_number(value) and holds(value)):
+            raise ValueError(f"{name}={value!r}; expected {expected}, or None")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,44 @@
+"""How near student and projected teacher are to the true teacher: what a falling KD loss alone does not show.
+
+A projector can bring the KD loss to zero by turning the projected teacher into the student. Its KL to the true
+teacher, through the teacher's own head, then stays where it was.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdfast.interface import fused_kd_loss
+from kdfast.sources import Head
+
+
+class Fidelity(NamedTuple):
+    """0-d tensors, means over the targets at τ = 1."""
+
+    kl_teacher_student: Tensor  # KL(true teacher ‖ student)
+    kl_teacher_projected: Tensor | None  # KL(true teacher ‖ projected teacher); None without a projector
+
+
+@torch.no_grad()
+def fidelity(student: Head, projected: Head | None, teacher: Head, targets: Tensor, **options: Any) -> Fidelity | None:
+    """Compare both with the teacher's own head; None where the vocabularies differ in size.
+
+    Args:
+        student: the student's head.
+        projected: the student's head over the projected hidden states; None without a projector.
+        teacher: the teacher's own head.
+        targets: (B, T); the rows that are not −100 are compared.
+        options: engine, scratch_bytes, valid_vocab.
+    """
+    if student.weight.shape[0] != teacher.weight.shape[0]:
+        return None
+
+    def kl(head: Head) -> Tensor:
+        loss = fused_kd_loss(head, teacher, targets, temperature=1.0, return_metrics=False, **options)
+        assert isinstance(loss, Tensor)
+        return loss
+
+    return Fidelity(kl(student), None if projected is None else kl(projected))

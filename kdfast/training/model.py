@@ -1,0 +1,226 @@
+"""`DistillationModel`: student, frozen teacher and projector under one forward, which returns the loss.
+
+The backbones are called and the heads' weights passed on to `fused_kd_loss`, so no logits are made. Everything goes
+through this forward: the hooks of DDP and FSDP run, and autocast and torch.compile see the whole step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kdfast.interface import KDMetrics, fused_kd_loss
+from kdfast.projector import LogitProjector
+from kdfast.sources import Head, Projected, Teacher
+from kdfast.training.fidelity import Fidelity, fidelity
+from kdfast.training.heads import backbone, check_model, head, head_shape
+from kdfast.training.labels import shift_labels
+from kdfast.training.recipes import Recipe, get_recipe
+
+
+class DistillationOutput(NamedTuple):
+    loss: Tensor  # ()
+    metrics: KDMetrics
+    fidelity: Fidelity | None  # only where it was asked for and there is a teacher
+
+
+class DistillationModel(nn.Module):
+    """What the trainer trains. Usable in any loop: `model(**batch, kd_weight=…).loss.backward()`.
+
+    The teacher is put into eval mode and stays there under `.train()`; its parameters are frozen here, and it is in
+    no `state_dict`. The projector, if the recipe has one, is `logit_projector`, in fp32 (fp64 for an fp64 student).
+
+    Args:
+        student: a causal `PreTrainedModel`.
+        teacher: another one that takes the same token ids; None for the recipe "lm_only", which uses a teacher for
+            evaluation only.
+        recipe: a name, or a `Recipe` such as `KDConfig(…).resolved()`.
+        engine, scratch_bytes, valid_vocab: as in `fused_kd_loss`.
+        check_heads: compare both heads with their models once, on four tokens.
+
+    Raises:
+        ValueError, TypeError: the recipe needs a teacher, the vocabularies differ under "true_head", an adapter sits
+            on a head, a head does something that is not understood.
+    """
+
+    main_input_name = "input_ids"
+    accepts_loss_kwargs = True  # tells transformers.Trainer that num_items_in_batch is the divisor here
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel | None = None,
+        *,
+        recipe: str | Recipe = "run5",
+        engine: str = "auto",
+        scratch_bytes: int | None = None,
+        valid_vocab: int | None = None,
+        check_heads: bool = True,
+    ) -> None:
+        super().__init__()
+        self.recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
+        self.loss_options: dict[str, Any] = {
+            "engine": engine,
+            "scratch_bytes": scratch_bytes,
+            "valid_vocab": valid_vocab,
+        }
+        if check_heads:
+            check_model(student, "student")
+            if teacher is not None:
+                check_model(teacher, "teacher")
+        _check_pair(student, teacher, self.recipe)
+        self.student = student
+        self.teacher = None if teacher is None else teacher.requires_grad_(False).eval()
+        self.logit_projector = _make_projector(student, teacher, self.recipe)
+        self.register_state_dict_post_hook(_drop_teacher)
+        self.register_load_state_dict_post_hook(_forgive_teacher)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        *,
+        temperature: float | Tensor | None = None,
+        kd_weight: float | Tensor | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        with_fidelity: bool = False,
+        **backbone_inputs: Any,
+    ) -> DistillationOutput:
+        """The loss of one batch: ce_weight·LM + kd_weight·τ²·KL (+ the anchor).
+
+        Args:
+            input_ids: (B, T) int64.
+            attention_mask: (B, T), 0 where there is padding.
+            labels: (B, T) int64, *not* shifted; −100 counts for nothing.
+            position_ids: (B, T), for packed sequences; None = 0 to T − 1.
+            temperature, kd_weight: number or 0-d tensor; None = the recipe's, without its schedule.
+            num_items_in_batch: the divisor of every term: the targets (`shift_labels(…) != -100`) in all
+                micro-batches and processes of this step. None = those of this batch.
+            with_fidelity: also compare with the true teacher.
+            backbone_inputs: passed on to both backbones.
+        """
+        if labels is None:
+            raise ValueError(
+                "labels is None; expected (B, T) ids, as in input_ids and not shifted, with -100 where nothing is to "
+                "be learned"
+            )
+        targets = shift_labels(labels, attention_mask)
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False, **backbone_inputs}
+        if position_ids is not None:
+            inputs["position_ids"] = position_ids
+        student = head(self.student, backbone(self.student)(**inputs).last_hidden_state)
+
+        teacher: Head | None = None
+        if self.teacher is not None and (with_fidelity or self.recipe.teacher != "none"):
+            with torch.no_grad():
+                teacher = head(self.teacher, backbone(self.teacher)(**inputs).last_hidden_state)
+
+        loss, metrics = fused_kd_loss(
+            student,
+            self._kd_teacher(teacher),
+            targets,
+            temperature=self.recipe.temperature if temperature is None else temperature,
+            kd_weight=self.recipe.kd_weight if kd_weight is None else kd_weight,
+            num_items_in_batch=num_items_in_batch,
+            return_metrics=True,
+            **self._recipe_options(),
+        )
+        if teacher is None or not with_fidelity:
+            return DistillationOutput(loss, metrics, None)
+        projected = self._projected_head(student, teacher.hidden)
+        return DistillationOutput(loss, metrics, fidelity(student, projected, teacher, targets, **self.loss_options))
+
+    def train(self, mode: bool = True) -> DistillationModel:
+        """As nn.Module's, but the teacher stays in eval mode."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
+
+    def _kd_teacher(self, teacher: Head | None) -> Teacher | None:
+        """The teacher of the KD term."""
+        if self.recipe.teacher == "none":
+            return None
+        assert teacher is not None
+        if self.logit_projector is None:
+            return teacher
+        projector = self.logit_projector
+        return Projected(teacher.hidden.to(projector.weight.dtype), projector.weight, projector.bias)
+
+    def _projected_head(self, student: Head, teacher_hidden: Tensor) -> Head | None:
+        """The projected teacher as a head of its own: the student's, over the projected hidden states."""
+        if self.logit_projector is None:
+            return None
+        projected = self.logit_projector(teacher_hidden.to(self.logit_projector.weight.dtype))
+        return replace(student, hidden=projected.to(student.hidden.dtype))
+
+    def _recipe_options(self) -> dict[str, Any]:
+        recipe, options = self.recipe, dict(self.loss_options)
+        options |= {"divergence": recipe.divergence, "ce_weight": recipe.ce_weight}
+        if recipe.teacher == "projected":
+            options |= {"teacher_grad": recipe.teacher_grad, "anchor_weight": recipe.anchor_weight}
+        return options
+
+    # What transformers.Trainer asks its model for; all of it is the student's.
+
+    @property
+    def config(self) -> Any:
+        return self.student.config
+
+    @property
+    def generation_config(self) -> Any:
+        return self.student.generation_config
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.student.get_input_embeddings()
+
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        self.student.activation_checkpointing_enable(**options)
+
+    def gradient_checkpointing_enable(self, **options: Any) -> None:
+        self.student.gradient_checkpointing_enable(**options)
+
+
+def _check_pair(student: PreTrainedModel, teacher: PreTrainedModel | None, recipe: Recipe) -> None:
+    if teacher is None:
+        if recipe.teacher != "none":
+            raise ValueError(f"teacher is None; recipe {recipe.name!r} needs one. Pass it, or use recipe='lm_only'")
+        return
+    if teacher is student:
+        raise ValueError("teacher and student are the same object; expected two models, for the teacher gets frozen")
+    ours, theirs = head_shape(student)[0], head_shape(teacher)[0]
+    if recipe.teacher == "own_head" and ours != theirs:
+        raise ValueError(
+            f"teacher has a vocabulary of {theirs} and the student one of {ours}; recipe {recipe.name!r} compares "
+            "the two heads token by token, so they must be the same. If only padding rows differ, resize one model's "
+            "token embeddings; otherwise use a recipe with a projector, such as 'run5'"
+        )
+
+
+def _make_projector(student: PreTrainedModel, teacher: PreTrainedModel | None, recipe: Recipe) -> LogitProjector | None:
+    if recipe.teacher != "projected":
+        return None
+    assert teacher is not None
+    weight = student.get_output_embeddings().weight
+    return LogitProjector(
+        head_shape(teacher)[1],
+        head_shape(student)[1],
+        init=recipe.projector_init,
+        device=weight.device,
+        dtype=torch.promote_types(weight.dtype, torch.float32),
+    )
+
+
+def _drop_teacher(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for name in [name for name in state if name.startswith(f"{prefix}teacher.")]:
+        del state[name]
+
+
+def _forgive_teacher(module: nn.Module, incompatible: Any) -> None:
+    incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if ".teacher." not in f".{k}"]

@@ -1,0 +1,377 @@
+"""`KDTrainer`: transformers.Trainer over a `DistillationModel`.
+
+Loop, data, optimizer, resume, progress bars and trackers are the Trainer's. Added here: schedules and the divisor of
+the loss, learning rates by part, logs of the distillation, evaluation without logits, checkpoints that hold the
+student alone and appear only when complete, and a stop at the first loss that is not finite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, get_last_checkpoint, rotate_checkpoints
+
+from kdfast.param_groups import distillation_param_groups
+from kdfast.schedules import Schedule
+from kdfast.training import checkpoint
+from kdfast.training.config import KDConfig
+from kdfast.training.guard import NonFiniteGuard
+from kdfast.training.labels import IGNORE_INDEX, shift_labels
+from kdfast.training.meter import EvaluationMeter, TrainingMeter
+from kdfast.training.model import DistillationModel
+
+
+class KDTrainer(Trainer):
+    """Trains the student (and the projector) of a `DistillationModel`.
+
+    Batches need input_ids and labels (*not* shifted, −100 ignored); attention_mask and position_ids are used if they
+    are there. The loss of a step is divided by its targets in all micro-batches and processes, so k micro-batches of
+    b give the gradient of one of k·b. KD weight and temperature follow global_step / max_steps.
+
+    Logged besides the Trainer's: kd (without τ²), ce, ce_projected, agreement, both entropies, kd_weight,
+    temperature, lr_<part>, tokens_per_second, tokens_seen (targets; padding not counted). Evaluated: loss under the
+    weights now in force, ce, perplexity, kd, and against the teacher's own head, where its vocabulary is the
+    student's, kl_teacher_student and kl_teacher_projected. What does not exist under a recipe is absent.
+
+    Args:
+        model: the student, wrapped here under `args.resolved()`, or a `DistillationModel`.
+        args: a `KDConfig`.
+        teacher: for a student that is not wrapped yet; None under "lm_only", which otherwise uses it for evaluation.
+        train_dataset, eval_dataset, processing_class, data_collator, callbacks, optimizers: as in Trainer. Its
+            default collator neither makes nor pads labels.
+        kd_weight_schedule, temperature_schedule: callables of progress in [0, 1] in place of the recipe's.
+
+    Raises:
+        TypeError, ValueError: args is no KDConfig, several GPUs without a launcher, or what `DistillationModel`
+            raises.
+        NonFiniteLossError: from `train` and `save_model`; the last good checkpoint is kept and named.
+    """
+
+    model: DistillationModel
+    args: KDConfig
+
+    def __init__(
+        self,
+        model: PreTrainedModel | DistillationModel,
+        args: KDConfig,
+        *,
+        teacher: PreTrainedModel | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        kd_weight_schedule: Schedule | None = None,
+        temperature_schedule: Schedule | None = None,
+    ) -> None:
+        if not isinstance(args, KDConfig):
+            raise TypeError(
+                f"args is {type(args).__name__}; expected a KDConfig, which has every TrainingArguments field"
+            )
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs are visible to one process, which would be nn.DataParallel; not supported. Start "
+                "with torchrun or accelerate launch, or show one GPU: CUDA_VISIBLE_DEVICES=0"
+            )
+        if not isinstance(model, DistillationModel):
+            set_seed(args.seed)  # the projector's start
+            model = DistillationModel(
+                model,
+                teacher,
+                recipe=args.resolved(),
+                engine=args.engine,
+                scratch_bytes=args.scratch_bytes,
+                valid_vocab=args.valid_vocab,
+            )
+        elif teacher is not None:
+            raise ValueError("teacher is given besides a DistillationModel, which has its own; leave it out")
+        if getattr(model.student, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                "the student carries a PEFT adapter; checkpoints here hold whole models. Merge the adapter first, or "
+                "use DistillationModel in a loop of your own"
+            )
+        self.kd_weight_schedule = kd_weight_schedule or model.recipe.kd_weight_schedule()
+        self.temperature_schedule = temperature_schedule or model.recipe.temperature_schedule()
+        use_cache = getattr(model.config, "use_cache", None)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            data_collator=data_collator,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if use_cache is not None:  # Trainer turns it off in the config that gets saved; the forward here does without
+            model.config.use_cache = use_cache
+        self._start_run()
+
+    def _start_run(self) -> None:
+        self._meter = TrainingMeter(self.args.device)
+        self._guard = NonFiniteGuard(self.args.device, lambda: _last_checkpoint(self.args.output_dir))
+        self._weights: dict[str, float] = {}  # kd_weight and temperature of the last batch
+        self._learning_rates: dict[str, float] = {}  # of the last step, by part
+
+    # Training
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """As in Trainer. Raises NonFiniteLossError."""
+        self._start_run()
+        if self.args.should_save:
+            checkpoint.discard_incomplete(Path(str(self.args.output_dir)))
+        if self.model_wrapped is self.model and self.accelerator.num_processes > 1 and not self.is_fsdp_enabled:
+            # accelerate took an evaluation before the run for the model's preparation, and would leave out DDP
+            self.model._is_accelerate_prepared = False  # type: ignore[assignment]
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            recipe = self._recipe
+            groups = distillation_param_groups(
+                model,
+                self.args.learning_rate,
+                weight_decay=self.args.weight_decay,
+                projector_lr=recipe.projector_lr,
+                projector_lr_multiplier=recipe.projector_lr_multiplier,
+                router_lr_multiplier=recipe.router_lr_multiplier,
+            )
+            cls, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer_cls_and_kwargs = (cls, {"params": groups, **options})
+        return super().create_optimizer(model)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss of one micro-batch, divided by the targets of the whole step."""
+        self._meter.start()
+        self._weights = self._weights_in_force()
+        output = model(**inputs, **self._on_device(self._weights), num_items_in_batch=num_items_in_batch)
+        loss, metrics = output.loss, output.metrics
+        self._guard.watch_loss(self.state.global_step + 1, loss, metrics.ce, metrics.kd, **self._weights)
+        self._meter.add(metrics)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # DDP averages what has to be summed
+        return (loss, output) if return_outputs else loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
+        # Trainer counts labels; what the loss sums over is targets: shifted, and without padding.
+        if not batch_samples or "labels" not in batch_samples[0]:
+            return None
+        targets = [shift_labels(batch["labels"], batch.get("attention_mask")) for batch in batch_samples]
+        counted = [{"labels": t, "shift_labels": t} for t in targets]
+        return super()._get_num_items_in_batch(counted, device)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if isinstance(norm, Tensor) and getattr(self.accelerator, "scaler", None) is None:  # a scaler skips inf steps
+            self._guard.watch_gradient(norm)
+        return norm
+
+    def _get_learning_rate(self) -> float:
+        # asked once per step, between the optimizer's step and the scheduler's
+        groups = self.optimizer.param_groups if self.optimizer is not None else []
+        self._learning_rates = {f"lr_{group['name']}": float(group["lr"]) for group in groups if "name" in group}
+        return super()._get_learning_rate()
+
+    def _weights_in_force(self) -> dict[str, float]:
+        # a model that was not trained here is evaluated under the final weights
+        progress = self.state.global_step / self.state.max_steps if self.state.max_steps > 0 else 1.0
+        return {"kd_weight": self.kd_weight_schedule(progress), "temperature": self.temperature_schedule(progress)}
+
+    def _on_device(self, weights: dict[str, float]) -> dict[str, Tensor]:
+        """0-d tensors made on the device: no synchronisation, and a compiled graph stays the same."""
+        return {name: torch.full((), value, device=self.args.device) for name, value in weights.items()}
+
+    # Logging
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:  # a line of training, not of evaluation or of the end
+            self._guard.check()
+            logs |= self._learning_rates
+            logs |= self._meter.read(self._reduce)
+            if self._recipe.teacher != "none":
+                logs |= self._weights
+            self._count_tokens()
+            logs["tokens_seen"] = self.state.num_input_tokens_seen
+        super().log(logs, start_time)
+
+    def _count_tokens(self) -> None:
+        tokens = self._meter.count_tokens(self._reduce)
+        if self.args.include_num_input_tokens_seen == "no":  # otherwise Trainer counts, at a synchronisation a step
+            self.state.num_input_tokens_seen += tokens
+
+    def _reduce(self, tensor: Tensor) -> Tensor:
+        return self.accelerator.reduce(tensor, reduction="sum")
+
+    # Evaluation
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As in Trainer, but token-weighted means over the whole set, without logits."""
+        self._evaluation = EvaluationMeter(self.args.device)
+        with self._meter.paused():
+            output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+        metrics = dict(output.metrics or {})
+        metrics.pop(f"{metric_key_prefix}_loss", None)  # Trainer's: a mean over samples
+        means = self._evaluation.read(self._reduce)
+        metrics |= {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
+        return output._replace(metrics=metrics)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, None, None]:
+        inputs = self._without_repeats(self._prepare_inputs(inputs))
+        with torch.no_grad(), self.compute_loss_context_manager():
+            output = model(**inputs, **self._on_device(self._weights_in_force()), with_fidelity=True)
+        self._evaluation.add(output)
+        return output.loss, None, None
+
+    def _without_repeats(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The last batch of several processes is filled up with samples already seen; their labels go."""
+        state, n_processes = self.accelerator.gradient_state, self.accelerator.num_processes
+        if n_processes == 1 or not state.end_of_dataloader or state.remainder <= 0 or "labels" not in inputs:
+            return inputs
+        labels = inputs["labels"]
+        real = min(max(state.remainder - self.accelerator.process_index * len(labels), 0), len(labels))
+        kept = torch.arange(len(labels), device=labels.device)[:, None] < real
+        return {**inputs, "labels": labels.masked_fill(~kept, IGNORE_INDEX)}
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(
+            "predict would return logits, which are never made here; use evaluate, or the student itself "
+            "(trainer.model.student)"
+        )
+
+    # Checkpoints
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Student, projector and tokenizer into `output_dir`, whose files are complete or not there."""
+        if _internal_call:  # into a folder that is itself still to be published
+            super().save_model(output_dir, _internal_call=True)
+            return
+        self._guard.check_weights(self._trained())
+        final = Path(output_dir or str(self.args.output_dir))
+        staged = final / checkpoint.INCOMPLETE if final.is_dir() else checkpoint.staging(final)
+        if self.args.should_save:
+            checkpoint.discard(staged)
+        super().save_model(str(staged), _internal_call=True)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            checkpoint.publish(staged, final, replace=False)
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.save_models(folder, self.accelerator.unwrap_model(self.model), state_dict)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        (folder / "training_args.json").write_text(self.args.to_json_string())
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Trainer's, written aside and then renamed."""
+        with self._meter.paused():
+            self._guard.check_weights(self._trained())
+            self._count_tokens()
+            self.store_flos()
+            run = Path(self._get_output_dir(trial))
+            final = run / f"checkpoint-{self.state.global_step}"
+            staged = checkpoint.staging(final)
+            if self.args.should_save:
+                checkpoint.discard(staged)
+                staged.mkdir(parents=True)
+            self.accelerator.wait_for_everyone()
+
+            self.save_model(str(staged), _internal_call=True)
+            if not self.args.save_only_model:
+                self._save_optimizer_and_scheduler(str(staged))
+                self._save_scaler(str(staged))
+                self._save_rng_state(str(staged))
+            best = run / f"checkpoint-{self.state.best_global_step}"
+            if self.state.best_global_step and (best == final or best.is_dir()):
+                self.state.best_model_checkpoint = str(best)
+            if self.args.should_save:
+                self._save_state(staged)
+
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                checkpoint.publish(staged, final, replace=True)
+            if self.args.push_to_hub:
+                self._push_from_checkpoint(str(final))
+            if self.args.should_save:
+                best_checkpoint = self.state.best_model_checkpoint
+                rotate_checkpoints(str(run), self.args.save_total_limit, best_checkpoint, use_mtime=True)
+            self.accelerator.wait_for_everyone()
+
+    def _save_state(self, folder: Path) -> None:
+        kept: dict[str, Any] = self.state.stateful_callbacks  # type: ignore[assignment]
+        for callback in (*self.callback_handler.callbacks, self.control):
+            if not isinstance(callback, ExportableState):
+                continue
+            name = type(callback).__name__
+            if isinstance(kept.get(name), list):
+                kept[name].append(callback.state())
+            else:
+                kept[name] = callback.state()
+        self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        if not Path(resume_from_checkpoint).is_dir():
+            raise ValueError(
+                f"resume_from_checkpoint={resume_from_checkpoint!r}: no such folder; expected a checkpoint-N"
+            )
+        checkpoint.load_models(Path(resume_from_checkpoint), self.model)
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_best_model()
+            return
+        best = self.state.best_model_checkpoint
+        assert best is not None
+        checkpoint.load_models(Path(best), self.accelerator.unwrap_model(self.model))
+
+    def _trained(self) -> Iterable[tuple[str, Tensor]]:
+        return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+
+    @property
+    def _recipe(self) -> Any:
+        return self.accelerator.unwrap_model(self.model).recipe
+
+
+def _last_checkpoint(run: str | None) -> str | None:
+    return get_last_checkpoint(run) if run is not None and Path(run).is_dir() else None

@@ -1,0 +1,95 @@
+import logging
+from dataclasses import asdict
+
+import pytest
+from transformers import HfArgumentParser, TrainingArguments
+
+from kdfast.schedules import Constant, Piecewise, Ramp
+from kdfast.training import RECIPES, KDConfig
+
+
+def test_recipes_say_what_they_are():
+    run4, run5, true_head = RECIPES["run4"], RECIPES["run5"], RECIPES["true_head"]
+    assert (run4.projector_init, run4.projector_lr_multiplier, run4.router_lr_multiplier) == ("default", 1.0, 1.0)
+    assert run4.kd_weight_schedule() == Constant(0.7)
+    assert (run5.projector_init, run5.projector_lr_multiplier, run5.router_lr_multiplier) == ("normal", 5.0, 2.0)
+    assert run5.kd_weight_schedule() == Ramp(0.7, start=0.1, until=0.2)
+    assert (true_head.teacher, true_head.kd_weight_schedule()) == ("own_head", Constant(0.7))
+    assert RECIPES["lm_only"].teacher == "none"
+    assert {recipe.temperature for recipe in RECIPES.values()} == {2.0}
+    assert {recipe.ce_weight for recipe in RECIPES.values()} == {1.0}
+
+
+def test_the_default_is_run5_unchanged(config):
+    assert config().resolved() == RECIPES["run5"]
+
+
+def test_explicit_values_win_and_zero_is_a_value(config):
+    resolved = config(recipe="run5", temperature=3.0, kd_ramp=0.0, kd_weight=0.4, projector_lr=1e-2).resolved()
+    assert (resolved.temperature, resolved.kd_weight, resolved.projector_lr) == (3.0, 0.4, 1e-2)
+    assert resolved.kd_weight_schedule() == Constant(0.4)
+    assert resolved.projector_init == "normal", "what was not given stays the recipe's"
+
+
+def test_temperature_steps(config):
+    resolved = config(temperature_steps=[3.0, 2.0, 1.5]).resolved()
+    assert resolved.temperature_schedule() == Piecewise([3.0, 2.0, 1.5])
+
+
+def test_what_a_recipe_has_no_use_for_is_left_out_with_a_log_line(config, caplog):
+    args = config(recipe="lm_only", kd_weight=0.5, projector_lr=1e-2, ce_weight=2.0)
+    with caplog.at_level(logging.WARNING, logger="kdfast"):
+        resolved = args.resolved()
+    assert resolved == type(resolved)(**{**asdict(RECIPES["lm_only"]), "ce_weight": 2.0})
+    assert "recipe='lm_only' has no use for kd_weight, projector_lr" in caplog.text
+
+
+def test_defaults_that_differ_from_training_arguments(config):
+    args = config()
+    assert isinstance(args, TrainingArguments)
+    assert args.logging_nan_inf_filter is False
+    assert args.report_to == []
+
+
+@pytest.mark.parametrize(
+    ("metric", "greater"),
+    [("eval_ce", False), ("ce", False), ("kl_teacher_student", False), ("loss", False), ("agreement", True)],
+)
+def test_the_best_model_has_the_lowest_cross_entropy(config, metric, greater):
+    # TrainingArguments alone takes every metric that does not end in "loss" for one that should be large
+    assert config(metric_for_best_model=metric).greater_is_better is greater
+
+
+def test_an_argument_parser_reads_every_field():
+    def parse(words):
+        return HfArgumentParser(KDConfig).parse_args_into_dataclasses(f"--use_cpu true {words}".split())[0]
+
+    args = parse("--output_dir out --recipe run4 --temperature 1.5 --projector_lr 1e-2 --learning_rate 3e-4")
+    assert (args.recipe, args.temperature, args.projector_lr, args.learning_rate) == ("run4", 1.5, 1e-2, 3e-4)
+    assert parse("--temperature_steps 3 2").temperature_steps == [3.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"recipe": "run6"}, "recipe='run6' is unknown; expected one of lm_only, run4, run5, true_head"),
+        ({"temperature": 0.0}, "temperature=0.0; expected a number > 0"),
+        ({"temperature": "2"}, "temperature='2'; expected a number"),
+        ({"kd_weight": -0.1}, "kd_weight=-0.1"),
+        ({"ce_weight": float("nan")}, "ce_weight=nan"),
+        ({"kd_ramp": 1.2}, "kd_ramp=1.2; expected a fraction"),
+        ({"temperature_steps": []}, "temperature_steps=\\[\\]"),
+        ({"temperature_steps": [2.0], "temperature": 2.0}, "expected one of them"),
+        ({"divergence": "chi2"}, "divergence='chi2' is unknown"),
+        ({"divergence": 2}, "divergence=2; expected a name"),
+        ({"projector_init": "svd"}, "projector_init='svd'; expected one of default, normal"),
+        ({"teacher_grad": "some"}, "teacher_grad='some'"),
+        ({"engine": "fast"}, "engine='fast'; expected one of auto, "),
+        ({"scratch_bytes": 0}, "scratch_bytes=0"),
+        ({"valid_vocab": 2.5}, "valid_vocab=2.5"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1"),
+    ],
+)
+def test_bad_values_are_named(config, given, message):
+    with pytest.raises(ValueError, match=message):
+        config(**given)

@@ -1,0 +1,118 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import TrainerCallback
+
+from kdfast.training import KDTrainer
+from kdfast.training.labels import shift_labels
+
+
+def log_probabilities(logits, rows, temperature=1.0):
+    """(tokens, V) over all rows at once: what the whole set has to give, whatever the batches were."""
+    targets = shift_labels(torch.stack([row["labels"] for row in rows]))
+    kept = targets != -100
+    return (logits[kept].double() / temperature).log_softmax(-1), targets[kept]
+
+
+def kl(log_p, log_q):
+    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True).item()
+
+
+@pytest.mark.parametrize("recipe", ["run4", "true_head", "lm_only"])
+def test_means_over_the_whole_set_with_a_ragged_last_batch(tiny, rows, config, recipe):
+    data = rows(5)  # batches of 2, 2 and 1, each with another number of targets
+    args = config(recipe=recipe, temperature=1.5)
+    trainer = KDTrainer(tiny("gpt2", dropout=0.3), args, teacher=tiny(width=24, seed=1), eval_dataset=data)
+    metrics = trainer.evaluate()
+
+    model, ids = trainer.model.eval(), torch.stack([row["input_ids"] for row in data])
+    with torch.no_grad():
+        logits_s, logits_t = model.student(ids).logits, model.teacher(ids).logits
+        log_q, targets = log_probabilities(logits_s, data)
+        log_t, _ = log_probabilities(logits_t, data)
+        ce = F.nll_loss(log_q, targets).item()
+        assert metrics["eval_ce"] == pytest.approx(ce, rel=1e-5)
+        assert metrics["eval_perplexity"] == pytest.approx(math.exp(ce), rel=1e-4)
+        assert metrics["eval_tokens"] == len(targets)
+        assert metrics["eval_kl_teacher_student"] == pytest.approx(kl(log_t, log_q), rel=1e-4)
+        if recipe == "lm_only":
+            assert metrics["eval_loss"] == pytest.approx(ce, rel=1e-5)
+            assert not {"eval_kd", "eval_kl_teacher_projected", "eval_ce_projected"} & metrics.keys()
+            return
+        if recipe == "run4":
+            hidden_t = model.teacher.model(ids).last_hidden_state
+            logits_t = model.student.lm_head(model.logit_projector(hidden_t))
+            log_p, _ = log_probabilities(logits_t, data)
+            assert metrics["eval_kl_teacher_projected"] == pytest.approx(kl(log_t, log_p), rel=1e-4)
+            assert metrics["eval_ce_projected"] == pytest.approx(F.nll_loss(log_p, targets).item(), rel=1e-5)
+        else:
+            assert "eval_kl_teacher_projected" not in metrics
+        kd = kl(log_probabilities(logits_t, data, 1.5)[0], log_probabilities(logits_s, data, 1.5)[0])
+        assert metrics["eval_kd"] == pytest.approx(kd, rel=1e-4), "at the training temperature, without its square"
+        assert metrics["eval_loss"] == pytest.approx(ce + 0.7 * 1.5**2 * kd, rel=1e-4)
+
+
+def test_loss_is_under_the_weights_now_in_force(tiny, rows, config):
+    args = config(recipe="run5", max_steps=10, eval_strategy="steps", eval_steps=1, learning_rate=0.0)
+    trainer = KDTrainer(tiny(), args, teacher=tiny(width=24, seed=1), train_dataset=rows(4), eval_dataset=rows(4))
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "eval_loss" in line]
+    weights = [(line["eval_loss"] - line["eval_ce"]) / (4 * line["eval_kd"]) for line in lines[:3]]
+    assert weights == pytest.approx([0.4, 0.7, 0.7], rel=1e-2)  # progress 0.1, 0.2, 0.3 of the ramp
+
+
+def test_a_teacher_with_another_vocabulary_has_no_kl_of_its_own(tiny, rows, config):
+    trainer = KDTrainer(tiny(), config(), teacher=tiny(V=80, width=24, seed=1), eval_dataset=rows(3))
+    metrics = trainer.evaluate()
+    assert not {"eval_kl_teacher_student", "eval_kl_teacher_projected"} & metrics.keys()
+    assert metrics["eval_kd"] > 0
+
+
+def test_rows_without_targets_count_for_nothing(tiny, rows, config):
+    data = rows(3)
+    trainer = KDTrainer(tiny(), config(), teacher=tiny(width=24, seed=1))
+    without = trainer.evaluate(data)
+    masked = {"input_ids": data[0]["input_ids"], "labels": torch.full((12,), -100)}
+    # the masked rows come as a batch of their own, which has no mean at all
+    with_masked = trainer.evaluate([masked, masked, *data])
+    for key in ("eval_loss", "eval_ce", "eval_kd", "eval_kl_teacher_student", "eval_tokens"):
+        assert with_masked[key] == pytest.approx(without[key], rel=1e-5), key
+
+
+def test_nothing_to_evaluate_is_absent_not_nan(tiny, rows, config):
+    masked = {"input_ids": rows(1)[0]["input_ids"], "labels": torch.full((12,), -100)}
+    metrics = KDTrainer(tiny(), config(recipe="lm_only"), eval_dataset=[masked]).evaluate()
+    assert metrics["eval_tokens"] == 0
+    assert not {"eval_loss", "eval_ce", "eval_perplexity"} & metrics.keys()
+
+
+def test_callbacks_and_logs_get_the_metrics_and_training_goes_on(tiny, rows, config):
+    class Seen(TrainerCallback):
+        metrics, steps = [], 0
+
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            self.metrics.append(metrics)
+
+        def on_prediction_step(self, *args, **kwargs):
+            Seen.steps += 1
+
+    args = config(max_steps=4, eval_strategy="steps", eval_steps=2)
+    trainer = KDTrainer(
+        tiny("gpt2", dropout=0.2), args, teacher=tiny(width=24, seed=1), train_dataset=rows(8), eval_dataset=rows(3),
+        callbacks=[Seen()],
+    )  # fmt: skip
+    trainer.train()
+    logged = [line for line in trainer.state.log_history if "eval_ce" in line]
+    assert [line["step"] for line in logged] == [2, 4]
+    assert [metrics["eval_ce"] for metrics in Seen.metrics] == [line["eval_ce"] for line in logged]
+    assert Seen.steps == 4
+    assert logged[0]["eval_ce"] != logged[1]["eval_ce"]
+
+
+def test_several_sets_and_a_prefix(tiny, rows, config):
+    trainer = KDTrainer(tiny(), config(recipe="lm_only"), eval_dataset={"a": rows(2), "b": rows(3, seed=6)})
+    metrics = trainer.evaluate()
+    assert metrics["eval_a_ce"] != metrics["eval_b_ce"]
+    assert trainer.evaluate(rows(2), metric_key_prefix="test")["test_ce"] == metrics["eval_a_ce"]

@@ -1,0 +1,78 @@
+import pytest
+import torch
+from torch import nn
+
+from kdfast.training.heads import backbone, check_model, head
+
+FAMILIES = ["gpt2", "llama", "qwen2", "gemma2", "cohere", "granite", "opt"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_head_over_backbone_is_the_models_logits(tiny, family):
+    model = tiny(family).eval()
+    ids = torch.arange(5, 17)[None]
+    ours = head(model, backbone(model)(input_ids=ids).last_hidden_state)
+    logits = ours.logit_scale * (ours.hidden @ ours.weight.T)
+    if ours.softcap is not None:
+        logits = ours.softcap * torch.tanh(logits / ours.softcap)
+    torch.testing.assert_close(logits, model(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_check_accepts_known_families_and_leaves_no_trace(tiny, family, dtype):
+    model = tiny(family, dropout=0.1).to(dtype).train()
+    model.get_input_embeddings().eval()
+    state = torch.get_rng_state()
+    check_model(model, "student")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+    assert not model.get_input_embeddings().training, "a part in eval mode stays there"
+    assert not backbone(model)._forward_hooks
+
+
+@pytest.mark.parametrize("family", ["gemma2", "cohere", "granite"])
+def test_check_sees_a_factor_that_was_not_read(tiny, family, monkeypatch):
+    # initializer_range 0.002: the logits of a fresh model are so small that a cap would not show at their own size
+    model = tiny(family, spread=0.002)
+    check_model(model, "teacher")
+    monkeypatch.setattr("kdfast.training.heads._logit_scale", lambda config: 1.0)
+    monkeypatch.setattr("kdfast.training.heads._softcap", lambda config: None)
+    with pytest.raises(ValueError, match=rf"teacher \({type(model).__name__}\).*not known here"):
+        check_model(model, "teacher")
+
+
+def test_check_sees_a_head_that_transforms_first(tiny):
+    model = tiny("llama")
+    model.lm_head.register_forward_pre_hook(lambda module, args: (args[0] * 1.01,))
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM.*off by 1\.0%"):
+        check_model(model, "student")
+
+
+@pytest.mark.parametrize("attribute", ["base_layer", "modules_to_save"])
+def test_an_adapter_on_the_head_is_refused(tiny, attribute):
+    # what PEFT puts in place of a layer it adapts: a module that holds the layer, and has a weight too
+    class Adapted(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            setattr(self, attribute, nn.ModuleDict({"default": layer}) if attribute == "modules_to_save" else layer)
+            self.weight = layer.weight
+
+    model = tiny("llama")
+    model.set_output_embeddings(Adapted(model.lm_head))
+    with pytest.raises(ValueError, match=r"student \(LlamaForCausalLM\) has an adapter on its head \(Adapted\)"):
+        check_model(model, "student")
+
+
+def test_what_is_no_causal_language_model_is_refused(tiny):
+    with pytest.raises(TypeError, match="student is Linear; expected a transformers PreTrainedModel"):
+        check_model(nn.Linear(2, 2), "student")
+    with pytest.raises(TypeError, match=r"teacher \(LlamaModel\) has NoneType as its head"):
+        check_model(tiny("llama").model, "teacher")
+
+
+def test_a_loss_outside_the_logits_is_refused(tiny):
+    model = tiny("llama")
+    model.config.output_router_logits = True
+    with pytest.raises(ValueError, match="output_router_logits=True"):
+        check_model(model, "student")

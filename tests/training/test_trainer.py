@@ -1,0 +1,297 @@
+import math
+import traceback
+from dataclasses import fields
+
+import pytest
+import torch
+from datasets import Dataset
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import TrainingArguments
+
+from kdfast.schedules import Linear
+from kdfast.training import DistillationModel, KDTrainer
+
+
+def train_logs(trainer):
+    return [line for line in trainer.state.log_history if "loss" in line]
+
+
+def gradient_of_one_step(trainer):
+    """The gradient the optimizer sees in the first step, clipping off."""
+    seen = {}
+
+    def keep(optimizer, args, kwargs):
+        seen.update({n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None})
+
+    trainer.create_optimizer().register_step_pre_hook(keep)
+    trainer.train()
+    return seen
+
+
+@pytest.mark.parametrize("recipe", ["run5", "true_head", "lm_only"])
+def test_micro_batches_add_up_to_the_whole_batch(tiny, rows, config, recipe):
+    # uneven −100 masks and padding: a mean of means, or a divisor that counts unshifted labels or padding, differs
+    data = rows(4)
+    for i, row in enumerate(data):
+        row["attention_mask"] = torch.ones(12, dtype=torch.long)
+        row["attention_mask"][12 - i :] = 0
+
+    def run(micro, accumulate):
+        args = config(
+            recipe=recipe, max_steps=1, max_grad_norm=0.0, per_device_train_batch_size=micro,
+            gradient_accumulation_steps=accumulate,
+        )  # fmt: skip
+        trainer = KDTrainer(tiny("gpt2"), args, teacher=tiny(width=24, seed=1), train_dataset=data)
+        return gradient_of_one_step(trainer), train_logs(trainer)[0]
+
+    whole, log_whole = run(4, 1)
+    parts, log_parts = run(1, 4)
+    assert whole.keys() == parts.keys()
+    for name in whole:
+        torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+    for key in ("loss", "ce", "grad_norm"):
+        assert log_parts[key] == pytest.approx(log_whole[key], rel=1e-4), key
+
+
+def test_the_divisor_counts_targets(tiny, rows, config):
+    data = rows(2)
+    data[0]["attention_mask"] = data[1]["attention_mask"] = torch.tensor([0] * 3 + [1] * 9)
+    trainer = KDTrainer(tiny(), config(recipe="lm_only"), train_dataset=data)
+    batches = [{name: row[name][None] for name in row} for row in data]
+    # row 0: 9 real tokens, the first has nothing before it → 8; row 1: labels from 3 on, the same 9 → 8
+    assert trainer._get_num_items_in_batch(batches, torch.device("cpu")) == 16
+
+
+def test_the_total_is_lm_plus_weight_times_tau_squared_kl(tiny, rows, config):
+    args = config(recipe="run4", temperature=3.0, kd_weight=0.4, ce_weight=0.5)
+    trainer = KDTrainer(tiny(), args, teacher=tiny(width=24, seed=1), train_dataset=rows(8))
+    trainer.train()
+    for line in train_logs(trainer):
+        assert line["loss"] == pytest.approx(0.5 * line["ce"] + 0.4 * 9 * line["kd"], rel=1e-4)
+
+
+def test_schedules_follow_the_run_and_are_logged(tiny, rows, config):
+    args = config(recipe="run5", max_steps=20, temperature_steps=[3.0, 2.0])
+    trainer = KDTrainer(tiny(), args, teacher=tiny(width=24, seed=1), train_dataset=rows(8))
+    trainer.train()
+    logs = train_logs(trainer)
+    assert [line["kd_weight"] for line in logs[:6]] == pytest.approx([0.1, 0.25, 0.4, 0.55, 0.7, 0.7])
+    assert [line["temperature"] for line in logs] == [3.0] * 10 + [2.0] * 10
+    for line in logs:  # what is logged is what was in the loss
+        expected = line["ce"] + line["kd_weight"] * line["temperature"] ** 2 * line["kd"]
+        assert line["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_schedule_of_ones_own(tiny, rows, config):
+    trainer = KDTrainer(
+        tiny(),
+        config(max_steps=2),
+        teacher=tiny(width=24, seed=1),
+        train_dataset=rows(8),
+        kd_weight_schedule=Linear(1.0, 0.0),
+        temperature_schedule=lambda progress: 1.0 + progress,
+    )
+    trainer.train()
+    assert [(line["kd_weight"], line["temperature"]) for line in train_logs(trainer)] == [(1.0, 1.0), (0.5, 1.5)]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "given", "expected"),
+    [
+        ("run5", {}, {"lr_student": 1e-3, "lr_projector": 5e-3}),
+        ("run5", {"projector_lr": 2e-2}, {"lr_student": 1e-3, "lr_projector": 2e-2}),
+        ("run4", {}, {"lr_student": 1e-3, "lr_projector": 1e-3}),
+        ("lm_only", {}, {"lr_student": 1e-3}),
+    ],
+)
+def test_learning_rates_by_part(tiny, rows, config, recipe, given, expected):
+    args = config(recipe=recipe, max_steps=2, lr_scheduler_type="constant", **given)
+    trainer = KDTrainer(tiny(), args, teacher=tiny(width=24, seed=1), train_dataset=rows(8))
+    trainer.train()
+    line = train_logs(trainer)[-1]
+    assert {name: value for name, value in line.items() if name.startswith("lr_")} == pytest.approx(expected)
+
+
+def test_learning_rates_decay_together(tiny, rows, config):
+    trainer = KDTrainer(tiny(), config(max_steps=4), teacher=tiny(width=24, seed=1), train_dataset=rows(8))
+    trainer.train()
+    for line in train_logs(trainer):
+        assert line["lr_student"] == line["learning_rate"]
+        assert line["lr_projector"] == pytest.approx(5 * line["learning_rate"])
+    assert train_logs(trainer)[-1]["learning_rate"] == pytest.approx(2.5e-4)
+
+
+def test_weight_decay_spares_norms_and_biases(tiny, config):
+    trainer = KDTrainer(tiny("gpt2"), config(weight_decay=0.1), teacher=tiny(width=24, seed=1))
+    groups = trainer.create_optimizer().param_groups
+    names = {id(p): name for name, p in trainer.model.named_parameters()}
+    decayed = {names[id(p)] for g in groups if g["weight_decay"] for p in g["params"]}
+    spared = {names[id(p)] for g in groups if not g["weight_decay"] for p in g["params"]}
+    assert "student.transformer.wte.weight" in decayed
+    assert "logit_projector.weight" in decayed
+    assert spared == {name for name in names.values() if ".ln_" in name or "bias" in name} - {
+        name for name in names.values() if name.startswith("teacher.")
+    }
+
+
+def test_logs_average_over_tokens_between_two_lines(tiny, rows, config):
+    data = rows(8)
+
+    def logs(every):
+        args = config(recipe="run4", learning_rate=0.0, logging_steps=every, weight_decay=0.0)
+        trainer = KDTrainer(tiny(), args, teacher=tiny(width=24, seed=1), train_dataset=data)
+        trainer.train()
+        return train_logs(trainer)
+
+    single, (both, _) = logs(1), logs(2)
+    seen = [single[0]["tokens_seen"], single[1]["tokens_seen"] - single[0]["tokens_seen"]]
+    assert seen[0] != seen[1], "else a plain mean would pass"
+    for key in ("kd", "ce", "ce_projected", "agreement", "student_entropy", "teacher_entropy"):
+        weighted = (single[0][key] * seen[0] + single[1][key] * seen[1]) / sum(seen)
+        assert both[key] == pytest.approx(weighted, rel=1e-5, abs=1e-7), key
+    assert both["tokens_seen"] == sum(seen)
+    assert all(line["tokens_per_second"] > 0 for line in single)
+
+
+def test_what_a_recipe_does_not_have_is_not_logged(tiny, rows, config):
+    trainer = KDTrainer(tiny(), config(recipe="lm_only", max_steps=1), train_dataset=rows(4))
+    trainer.train()
+    (line,) = train_logs(trainer)
+    assert not {"kd", "kd_weight", "temperature", "ce_projected", "teacher_entropy", "agreement"} & line.keys()
+    assert line["loss"] == pytest.approx(line["ce"], rel=1e-5)
+    assert all(math.isfinite(value) for value in line.values())
+
+
+@pytest.mark.parametrize("recipe", ["lm_only", "run4", "run5", "true_head"])
+def test_no_logits_in_training_or_evaluation(tiny, rows, config, no_logits, recipe):
+    student, teacher = tiny("gemma2"), tiny(width=24, seed=1)
+    args = config(recipe=recipe, max_steps=2, eval_strategy="steps", eval_steps=1)
+    trainer = KDTrainer(student, args, teacher=teacher, train_dataset=rows(4), eval_dataset=rows(3))
+    no_logits(student, teacher)
+    trainer.train()
+    trainer.evaluate()
+    with pytest.raises(AssertionError, match="logits were made"):
+        student(input_ids=torch.ones(1, 2, dtype=torch.long))
+
+
+class Synchronisations(TorchDispatchMode):
+    """Counts the reads of a tensor's value, each of which would make the host wait for a GPU.
+
+    Not those of transformers' models, which look for packed sequences, nor those of the loss, which looks at values
+    where that is free: on a CPU.
+    """
+
+    ELSEWHERE = ("transformers/models/", "kdfast/validation.py", "kdfast/operators.py")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            files = {frame.filename for frame in traceback.extract_stack()}
+            self.count += not any(part in file for file in files for part in self.ELSEWHERE)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_reads_no_value(tiny, rows, config, monkeypatch):
+    args = config(recipe="run5", max_steps=3, logging_steps=100)
+    trainer = KDTrainer(tiny(), args, teacher=tiny(width=24, seed=1), train_dataset=rows(8))
+    seen, steps = Synchronisations(), []
+    training_step = trainer.training_step
+
+    def watched(*arguments):
+        trainer._guard._every_step = False  # as on a GPU
+        with seen:
+            steps.append(training_step(*arguments))
+            trainer._get_grad_norm(trainer.model)
+        return steps[-1]
+
+    monkeypatch.setattr(trainer, "training_step", watched)
+    trainer.train()
+    assert len(steps) == 3
+    assert seen.count == 0
+    with seen:
+        assert torch.ones(()).item()
+    assert seen.count == 1, "else nothing was counted"
+
+
+def test_bf16_autocast(tiny, rows, config):
+    def losses(**given):
+        args = config(recipe="run5", **given)
+        trainer = KDTrainer(tiny(), args, teacher=tiny(width=24, seed=1), train_dataset=rows(8), eval_dataset=rows(3))
+        trainer.train()
+        assert trainer.model.student.dtype == torch.float32
+        return [line["loss"] for line in train_logs(trainer)] + [trainer.evaluate()["eval_loss"]]
+
+    narrow, wide = losses(bf16=True), losses()
+    assert narrow == pytest.approx(wide, rel=1e-2)
+    assert narrow != wide
+
+
+def test_columns_the_model_does_not_take_are_left_out(tiny, rows, config):
+    data = rows(4)
+    packed = [[0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5]] * 4  # two sequences of 6 in every row
+    columns = {name: [row[name].tolist() for row in data] for name in ("input_ids", "labels")}
+    columns |= {"position_ids": packed, "text": ["a"] * 4}
+
+    def loss(columns):
+        trainer = KDTrainer(tiny("gpt2"), config(recipe="lm_only"), eval_dataset=Dataset.from_dict(columns))
+        return trainer.evaluate()["eval_loss"]
+
+    with_positions = loss(columns)
+    del columns["position_ids"]
+    assert loss(columns) != with_positions
+
+
+def test_training_learns(tiny, rows, config):
+    args = config(recipe="run5", max_steps=30, learning_rate=1e-2)
+    trainer = KDTrainer(tiny(spread=0.02), args, teacher=tiny(width=24, seed=1), train_dataset=rows(2))
+    trainer.train()
+    logs = train_logs(trainer)
+    assert logs[-1]["ce"] < 0.5 * logs[0]["ce"]
+
+
+def test_a_step_does_not_touch_the_teacher_or_the_configs_cache_setting(tiny, rows, config):
+    student, teacher = tiny(), tiny(width=24, seed=1)
+    before = {name: p.clone() for name, p in teacher.named_parameters()}
+    KDTrainer(student, config(max_steps=2), teacher=teacher, train_dataset=rows(4)).train()
+    for name, p in teacher.named_parameters():
+        assert torch.equal(p, before[name]), name
+    assert student.config.use_cache is True
+
+
+def test_the_projector_starts_from_the_seed(tiny, config):
+    def start(seed):
+        torch.manual_seed(99 + seed)
+        return KDTrainer(tiny(), config(seed=seed), teacher=tiny(width=24, seed=1)).model.logit_projector.weight
+
+    assert torch.equal(start(1), start(1))
+    assert not torch.equal(start(1), start(2))
+
+
+def test_activation_checkpointing_gives_the_same_gradients(tiny, rows, config):
+    def run(**given):
+        trainer = KDTrainer(
+            tiny(layers=2), config(max_steps=1, max_grad_norm=0.0, **given), teacher=tiny(width=24, seed=1),
+            train_dataset=rows(2),
+        )  # fmt: skip
+        return gradient_of_one_step(trainer)
+
+    known = {field.name for field in fields(TrainingArguments)}
+    option = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    plain, checkpointed = run(), run(**{option: True})
+    for name in plain:
+        torch.testing.assert_close(checkpointed[name], plain[name], msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_errors(tiny, rows, config, tmp_path):
+    with pytest.raises(TypeError, match="args is TrainingArguments; expected a KDConfig"):
+        KDTrainer(tiny(), TrainingArguments(str(tmp_path), use_cpu=True))
+    with pytest.raises(ValueError, match="which has its own"):
+        KDTrainer(DistillationModel(tiny(), recipe="lm_only"), config(), teacher=tiny(seed=1))
+    trainer = KDTrainer(tiny(), config(recipe="lm_only"), train_dataset=[{"input_ids": torch.tensor([3, 4])}] * 4)
+    with pytest.raises(ValueError, match="labels is None"):
+        trainer.train()
+    with pytest.raises(NotImplementedError, match="never made here"):
+        trainer.predict(rows(2))
