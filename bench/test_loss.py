@@ -89,7 +89,7 @@ def report(kind, rows):
         f"N={TOKENS}, V={SIZES['V']}, Hs={SIZES['Hs']}, Ht={SIZES['Ht']}, fp32, forward and backward; "
         f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, {machine['date']}; "
         f"median of {ROUNDS} alternating rounds\n",
-        "| contender | operations | seconds | floor B / time | tokens/s | peak above inputs and gradients | gradient error |",
+        "| contender | operations | seconds | floor B / time | tokens/s | memory | gradient error |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:

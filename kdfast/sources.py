@@ -39,6 +39,9 @@ class Head:
 class Projected:
     """A teacher whose hidden states go through a projector and then through the student's own head.
 
+    The projector runs in its own dtype (as nn.Linear, under autocast too); its output is cast to the student's. In
+    bf16 that rounding is what limits accuracy near convergence: docs/log.md has the figures.
+
     hidden            (*, Ht)   teacher hidden states; without a projector (*, Hs), and they receive a gradient
     projector_weight  (Hs, Ht)  as `nn.Linear(Ht, Hs).weight`
     projector_bias    (Hs,)     or None

@@ -19,7 +19,6 @@ from kdfast.options import Options
 from kdfast.sources import Head, Logits, Projected, SparseLogits, Teacher
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-CHECK_ON_DEVICE = os.environ.get("KDFAST_CHECK", "0") == "1"
 
 
 def check(student: Head, teacher: Teacher | None, labels: Tensor | None, options: Options) -> None:
@@ -292,7 +291,7 @@ def _can_read(tensor: Tensor) -> bool:
     """Whether looking at values is free, or was asked for."""
     if torch.compiler.is_compiling():
         return False
-    return tensor.device.type == "cpu" or (CHECK_ON_DEVICE and tensor.device.type != "meta")
+    return tensor.device.type == "cpu" or (os.environ.get("KDFAST_CHECK") == "1" and tensor.device.type != "meta")
 
 
 def _asked(weight: float | Tensor) -> bool:

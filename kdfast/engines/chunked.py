@@ -159,7 +159,7 @@ def _plan(x: Problem) -> Plan:
         anchor=x.anchor_term and x.need_teacher_hidden,
         teacher_to_weight=teacher_to_weight,
     )
-    anchor_apart = wanted.anchor and teacher_to_weight
+    anchor_apart = wanted.anchor and full and x.need_weight
     planes = 2 if x.teacher_hidden is not None else 1
     per_token = V * planes * x.dtype.itemsize
     if x.weight.dtype != x.dtype:
@@ -214,17 +214,17 @@ def _without(hidden: Tensor, off: Tensor | None) -> Tensor:
 
 
 def _select(x: Problem, index: Tensor) -> Problem:
-    def rows(tensor: Tensor | None, dim: int = 0) -> Tensor | None:
-        return None if tensor is None else tensor.index_select(dim, index)
+    def rows(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.index_select(0, index)
 
     return replace(
         x,
-        hidden=rows(x.hidden),
+        hidden=x.hidden.index_select(0, index),
         teacher_hidden=rows(x.teacher_hidden),
         labels=rows(x.labels),
         anchor_targets=rows(x.anchor_targets),
-        coefficients=rows(x.coefficients, 1),
-        active=rows(x.active),
+        coefficients=x.coefficients.index_select(1, index),
+        active=x.active.index_select(0, index),
     )
 
 
