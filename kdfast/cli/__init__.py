@@ -1,0 +1,1 @@
+"""The command line: `kdfast distill`, `kdfast demo`, `kdfast doctor`."""

@@ -1,0 +1,195 @@
+"""A YAML file and the command line's overrides -> typed arguments.
+
+The YAML mapping becomes an argument list and the overrides are appended, so both go through one HfArgumentParser:
+a type is checked in one place, the last one given wins, and `learning_rate: 5e-5`, a string to PyYAML, is a number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from kdfast.cli.errors import UserError
+from kdfast.training import KDConfig
+
+
+def _key(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class ModelArguments:
+    _argument_group_name = "models"
+
+    model_name_or_path: str | None = _key(None, "the student to go on training: a name or a folder")
+    student_config: str | None = _key(
+        None, "a fresh student: a config.json, a folder with one, or a mapping with model_type and its settings"
+    )
+    teacher_model_name_or_path: str | None = _key(None, "the teacher; recipe lm_only needs none")
+    tokenizer_name: str | None = _key(None, "default: the student's, or else the teacher's")
+    dtype: str = _key("float32", "dtype of the student's weights; bf16: true gives mixed precision on top of float32")
+    teacher_dtype: str = _key("auto", "dtype of the teacher's weights; auto is the one they were saved in")
+
+
+@dataclass
+class DataArguments:
+    _argument_group_name = "data"
+
+    train_file: str | None = _key(None, "a file, folder or glob: text, JSON, JSON lines, CSV or parquet")
+    eval_file: str | None = _key(None, "the same for evaluation; default: part of the training blocks, held out")
+    dataset_name: str | None = _key(None, "a data set of the hub or a local folder, in place of train_file")
+    dataset_config_name: str | None = _key(None, "its configuration")
+    dataset_split: str = _key("train", "its split to train on")
+    eval_dataset_split: str | None = _key(None, "its split to evaluate on")
+    text_column: str = _key("text", "the column that holds the text")
+    max_length: int = _key(1024, "tokens in a block")
+    eval_fraction: float = _key(0.01, "share of the blocks held out where nothing is named for evaluation")
+
+
+@dataclass
+class RunArguments:
+    _argument_group_name = "run"
+
+    overwrite_output_dir: bool = _key(False, "throw away the run that output_dir holds and start anew")
+
+
+ARGUMENT_CLASSES: tuple[Any, ...] = (ModelArguments, DataArguments, RunArguments, KDConfig)
+
+
+class Arguments(NamedTuple):
+    model: ModelArguments
+    data: DataArguments
+    run: RunArguments
+    training: KDConfig
+    given: dict[str, Any]  # what differs from the defaults, by key
+
+
+class _Parser(HfArgumentParser):
+    """Raises what argparse would print with the usage of 150 options, and accepts no abbreviated keys."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__(ARGUMENT_CLASSES, prog="kdfast distill CONFIG.yaml", allow_abbrev=False)
+        self.source = source
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.source}: {message.removeprefix('argument ')}")
+
+
+def parse(config: str, overrides: Sequence[str]) -> Arguments:
+    """The arguments of `kdfast distill config overrides...`; UserError names the key and where it stands."""
+    return parse_mapping(config, _read_yaml(config), overrides)
+
+
+def parse_mapping(source: str, content: Mapping[str, Any], overrides: Sequence[str] = ()) -> Arguments:
+    """The same for a mapping that is at hand; `source` is what an error calls it."""
+    from_mapping = _as_arguments(source, content)
+    for name, arguments in ((source, from_mapping), ("command line", overrides)):
+        _, unknown = _Parser(name).parse_known_args(arguments)
+        if unknown and name == source:  # its keys are known: one that takes a single value was given a list
+            raise UserError(f"{source}: {', '.join(unknown)} is too much: the key it is given to takes one value")
+        if unknown:
+            _refuse(name, unknown[0])
+    parser = _Parser(source)
+    namespace = vars(parser.parse_args([*from_mapping, *overrides]))
+    given = {key: value for key, value in namespace.items() if value != parser.get_default(key)}
+    _check(source, namespace)
+    try:
+        model, data, run, training = (cls(**{key: namespace[key] for key in _names(cls)}) for cls in ARGUMENT_CLASSES)
+    except (ValueError, ImportError) as error:  # what KDConfig and TrainingArguments make of the values
+        raise UserError(f"{source}: {error}") from error
+    return Arguments(model, data, run, training, given)
+
+
+def _check(source: str, given: Mapping[str, Any]) -> None:
+    """What must be there, and what excludes each other, in words of keys."""
+    for one, other in (("model_name_or_path", "student_config"), ("train_file", "dataset_name")):
+        if (given[one] is None) == (given[other] is None):
+            found = "neither" if given[one] is None else "both"
+            raise UserError(f"{source}: {found} of {one} and {other} given; expected exactly one of the two")
+    if given["eval_file"] is not None and given["eval_dataset_split"] is not None:
+        raise UserError(f"{source}: both of eval_file and eval_dataset_split given; expected one or neither")
+    if given["eval_dataset_split"] is not None and given["dataset_name"] is None:
+        raise UserError(f"{source}: eval_dataset_split given without dataset_name; name an eval_file instead")
+    if given["teacher_model_name_or_path"] is None and given["recipe"] != "lm_only":
+        raise UserError(
+            f"{source}: recipe {given['recipe']!r} needs teacher_model_name_or_path; lm_only alone goes without"
+        )
+    if not given["output_dir"]:
+        raise UserError(f"{source}: output_dir is missing; name the folder for the results")
+    if given["max_length"] < 2:
+        raise UserError(f"{source}: max_length={given['max_length']}; expected at least 2 tokens")
+    if not 0 < given["eval_fraction"] < 1:
+        raise UserError(f"{source}: eval_fraction={given['eval_fraction']}; expected a number between 0 and 1")
+
+
+def format_help() -> str:
+    """Usage and kdfast's own keys; TrainingArguments' 120 are named, not listed."""
+    parser = _Parser("command line")
+    inherited = {f.name for f in dataclasses.fields(TrainingArguments)} - {"output_dir"}
+    for action in parser._actions:
+        if action.dest in inherited:
+            action.help = argparse.SUPPRESS
+    parser.usage = "%(prog)s [--key value ...]"
+    parser.epilog = "Every name of transformers.TrainingArguments is a key too."
+    return parser.format_help()
+
+
+def _read_yaml(config: str) -> dict[str, Any]:
+    path = Path(config)
+    if not path.is_file():
+        raise UserError(f"{config}: no such file")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"{config}: not valid YAML: {' '.join(str(error).split())}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{config}: not a text file ({error})") from error
+    if content is None:
+        raise UserError(f"{config}: the file is empty; it must hold `key: value` lines")
+    if not isinstance(content, dict):
+        raise UserError(f"{config}: holds a {type(content).__name__}; it must hold `key: value` lines")
+    return content
+
+
+def _as_arguments(source: str, content: Mapping[str, Any]) -> list[str]:
+    arguments = []
+    known = _known()
+    for key, value in content.items():
+        if key not in known:
+            _refuse(source, str(key))
+        if value is None:  # `key:` with nothing behind it: the default
+            continue
+        if isinstance(value, list):
+            arguments += [f"--{key}", *map(str, value)]
+        elif isinstance(value, dict):
+            arguments.append(f"--{key}={json.dumps(value)}")
+        else:
+            arguments.append(f"--{key}={value}")
+    return arguments
+
+
+def _names(cls: type) -> list[str]:
+    return [f.name for f in dataclasses.fields(cls) if f.init]
+
+
+def _known() -> list[str]:
+    return [name for cls in ARGUMENT_CLASSES for name in _names(cls)]
+
+
+def _refuse(source: str, given: str) -> NoReturn:
+    """`given` is a key or what argparse could not place."""
+    if source == "command line" and not given.startswith("-"):
+        raise UserError(f"command line: {given!r} belongs to no key; write --key value")
+    name = given.split("=")[0].lstrip("-").replace("-", "_")
+    known = _known()
+    near = [key for key in known if key.startswith(name)] or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    raise UserError(f"{source}: unknown key {name!r}{f'; did you mean {near[0]!r}?' if near else ''}")

@@ -1,0 +1,252 @@
+"""`kdfast demo`: a real distillation on this machine, with nothing downloaded and no GPU needed.
+
+Text is Python's own library as it is installed here, one file in twenty held out; the tokenizer is a byte-level BPE
+trained on it; the teacher is trained on it and kept in the cache, under a key made of text and settings. Then, at
+the same budget of tokens and the same learning rate, one student for each recipe. Every run is one that
+`kdfast distill` could do: the file with its settings is written beside its results. The table shows what came out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import random
+import shutil
+import sysconfig
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import transformers
+import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from kdfast.cli import output_dir as folder
+from kdfast.cli.arguments import parse
+from kdfast.cli.distill import run_distillation
+from kdfast.cli.errors import UserError
+from kdfast.training.report import Run, text_table, write_report
+from kdfast.training.summary import write_summary
+
+RECIPES = ("lm_only", "run4", "run5", "true_head")
+HELD_OUT = 20  # every twentieth file is for evaluation
+END = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the demo trains. The defaults fit ten minutes of two CPU cores."""
+
+    files: int = 10_000  # at most
+    excerpt: int = 2000  # characters of a held-out file
+    vocabulary: int = 8192
+    context: int = 128
+    batch: int = 4  # blocks a step
+    teacher_layers: int = 4
+    teacher_width: int = 256
+    teacher_steps: int = 1000
+    student_layers: int = 2
+    student_width: int = 128
+    student_steps: int = 400
+    learning_rate: float = 1e-3
+    evaluations: int = 2
+
+
+QUICK = Sizes(
+    files=60,
+    vocabulary=512,
+    context=64,
+    batch=4,
+    teacher_layers=1,
+    teacher_width=32,
+    teacher_steps=6,
+    student_layers=1,
+    student_width=16,
+    student_steps=6,
+    excerpt=300,
+)
+
+
+def demo(*, quick: bool, output_dir: str, cache_dir: str | None, seed: int) -> int:
+    """Everything from the text to the table; returns the exit code."""
+    start = time.perf_counter()
+    datasets.disable_progress_bars()  # of loading and tokenising, seconds here; training has its own
+    transformers.utils.logging.disable_progress_bar()
+    sizes = QUICK if quick else Sizes()
+
+    train, evaluation = library_text(sizes)
+    print(
+        f"Text: {len(train)} files of Python's library to train on, {_megabytes(train):.1f} MB; "
+        f"{len(evaluation)} held out, {_megabytes(evaluation):.2f} MB."
+    )
+    key = _key(sizes, seed, [*train, *evaluation])
+    cache = _cache_root(cache_dir) / key
+    _once(cache / "train", lambda path: _write_files(path, train))
+    _once(cache / "eval", lambda path: _write_files(path, evaluation))
+    _once(cache / "tokenizer", lambda path: _train_tokenizer(path, train, sizes.vocabulary))
+
+    tokens = sizes.batch * sizes.context
+    print(
+        f"Teacher: {sizes.teacher_layers} layers of width {sizes.teacher_width}, {sizes.teacher_steps} steps of "
+        f"{tokens} tokens. Kept in {cache}."
+    )
+    teacher = _run("teacher", cache, _teacher_settings(cache, sizes, seed))
+
+    output = _unfinished(Path(output_dir), key)
+    print(
+        f"Students: {sizes.student_layers} layers of width {sizes.student_width}, {sizes.student_steps} steps of "
+        f"{tokens} tokens each, learning rate {sizes.learning_rate}, seed {seed}. Results go to {output}."
+    )
+    students = [_run(recipe, output, _student_settings(cache, sizes, seed, recipe)) for recipe in RECIPES]
+
+    note = (
+        f"Python library text, a vocabulary of {sizes.vocabulary}; every student had {sizes.student_steps} steps of "
+        f"{tokens} tokens at learning rate {sizes.learning_rate}. One seed, one small setting."
+    )
+    runs = [teacher, *students]
+    write_report(output / folder.REPORT, "kdfast demo", runs, note)
+    write_summary(output / folder.SUMMARY, {run.name: run.summary for run in runs})
+    print(f"\n{text_table(runs)}\n\n{note}\n{_against_lm_only(students)}")
+    print(f"Curves: {output / folder.REPORT}. {time.perf_counter() - start:.0f} seconds in all.")
+    return 0
+
+
+def library_text(sizes: Sizes) -> tuple[list[str], list[str]]:
+    """(files to train on, excerpts of the held-out files): Python's own modules, without tests and character tables."""
+    root = Path(sysconfig.get_path("stdlib"))
+    skipped = {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages"}
+    files = [path for path in sorted(root.rglob("*.py")) if not skipped & set(path.relative_to(root).parts)]
+    read = (path.read_text(encoding="utf-8", errors="replace") for path in files)
+    texts = list(dict.fromkeys(text for text in read if text.strip()))  # none twice, on both sides of the split
+    random.Random(0).shuffle(texts)  # small samples see all of the library
+    held_out = [_middle(text, sizes.excerpt) for text in texts[::HELD_OUT]]
+    train = [text for i, text in enumerate(texts) if i % HELD_OUT][: sizes.files]
+    if len(train) < 50:
+        raise UserError(f"the demo reads Python's own library, and {str(root)!r} holds {len(train)} files of it")
+    return train, held_out
+
+
+def _middle(text: str, length: int) -> str:
+    """Whole lines from the middle, where a module is code rather than its licence and imports."""
+    start = max(0, (len(text) - length) // 2)
+    start = text.rfind("\n", 0, start) + 1
+    return text[start : text.rfind("\n", 0, start + length) + 1]
+
+
+def _megabytes(texts: list[str]) -> float:
+    return sum(len(text.encode()) for text in texts) / 1e6
+
+
+def _cache_root(cache_dir: str | None) -> Path:
+    if cache_dir is not None:
+        return Path(cache_dir).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kdfast" / "demo"
+
+
+def _key(sizes: Sizes, seed: int, texts: list[str]) -> str:
+    """Of all that the teacher depends on."""
+    digest = hashlib.sha256(json.dumps([sizes.vocabulary, _teacher_settings(Path(), sizes, seed)]).encode())
+    for text in texts:
+        digest.update(hashlib.sha256(text.encode()).digest())
+    return digest.hexdigest()[:16]
+
+
+def _once(path: Path, make: Callable[[Path], None]) -> None:
+    """`make(path)`, unless it is there; half of it never is."""
+    if not path.exists():
+        partial = path.with_name(path.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        make(partial)
+        partial.rename(path)
+
+
+def _write_files(path: Path, texts: list[str]) -> None:
+    for i, text in enumerate(texts):
+        (path / f"{i:05}.py").write_text(text, encoding="utf-8")
+
+
+def _train_tokenizer(path: Path, texts: list[str], vocabulary: int) -> None:
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(texts, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END, eos_token=END).save_pretrained(path)
+
+
+def _unfinished(wanted: Path, key: str) -> Path:
+    """`wanted`, or `wanted-2`, …: the first that is new, or holds an interrupted demo of the same settings."""
+    for i in itertools.count(1):
+        path = wanted if i == 1 else wanted.with_name(f"{wanted.name}-{i}")
+        mark = path / "demo-key"
+        if not path.exists():
+            path.mkdir(parents=True)
+            mark.write_text(key)
+            return path
+        if mark.exists() and mark.read_text() == key and not folder.is_finished(path):
+            return path
+    raise AssertionError("unreachable")
+
+
+def _run(name: str, parent: Path, settings: dict[str, Any]) -> Run:
+    """What `kdfast distill parent/name.yaml` does."""
+    config = parent / f"{name}.yaml"
+    config.write_text(yaml.safe_dump({**settings, "output_dir": str(parent / name)}, sort_keys=False))
+    return run_distillation(parse(str(config), []), name)
+
+
+def _settings(cache: Path, sizes: Sizes, seed: int, layers: int, width: int, steps: int) -> dict[str, Any]:
+    return {
+        "student_config": {
+            "model_type": "gpt2",
+            "n_layer": layers,
+            "n_embd": width,
+            "n_head": max(1, width // 64),
+            "n_positions": sizes.context,
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+        },
+        "tokenizer_name": str(cache / "tokenizer"),
+        "train_file": str(cache / "train"),
+        "eval_file": str(cache / "eval"),
+        "max_length": sizes.context,
+        "per_device_train_batch_size": sizes.batch,
+        "per_device_eval_batch_size": 2 * sizes.batch,
+        "max_steps": steps,
+        "learning_rate": sizes.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": steps // 20,
+        "logging_steps": max(1, steps // 40),
+        "eval_strategy": "steps",
+        "eval_steps": max(1, steps // sizes.evaluations),
+        "save_steps": max(1, steps // 4),
+        "save_total_limit": 1,
+        "seed": seed,
+    }
+
+
+def _teacher_settings(cache: Path, sizes: Sizes, seed: int) -> dict[str, Any]:
+    settings = _settings(cache, sizes, seed, sizes.teacher_layers, sizes.teacher_width, sizes.teacher_steps)
+    return {"recipe": "lm_only", **settings}
+
+
+def _student_settings(cache: Path, sizes: Sizes, seed: int, recipe: str) -> dict[str, Any]:
+    settings = _settings(cache, sizes, seed, sizes.student_layers, sizes.student_width, sizes.student_steps)
+    return {"recipe": recipe, "teacher_model_name_or_path": str(cache / "teacher"), **settings}
+
+
+def _against_lm_only(students: list[Run]) -> str:
+    baseline, *others = (run.summary["eval_ce"] for run in students)
+    differences = ", ".join(f"{r.name} {ce - baseline:+.3f}" for r, ce in zip(students[1:], others, strict=True))
+    return f"Student CE against {students[0].name}, in nats, where less is better: {differences}."

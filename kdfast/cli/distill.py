@@ -1,0 +1,212 @@
+"""`kdfast distill CONFIG.yaml`: tokenizer, data, models, training, evaluation, and the files that say what came of it.
+
+Into output_dir go the student with its tokenizer (plain `from_pretrained` reads it), the projector beside it,
+summary.json, report.html, and while training checkpoint-N folders. The same command again goes on where an
+interrupted run stopped, and leaves a finished one alone.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from transformers import (
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerState,
+    default_data_collator,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from kdfast import engines
+from kdfast.cli import output_dir as folder
+from kdfast.cli.arguments import Arguments, DataArguments, ModelArguments, format_help, parse
+from kdfast.cli.errors import RunFailed, UserError
+from kdfast.training import KDConfig, KDTrainer, NonFiniteLossError, load_student, load_teacher
+from kdfast.training.checkpoint import load_models
+from kdfast.training.data import DataError, hold_out, load_blocks, read_dataset, read_files
+from kdfast.training.progress import show_progress
+from kdfast.training.report import Run, text_table, write_report
+from kdfast.training.summary import PeakMemory, parameters, summarise, write_summary
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def distill(argv: list[str]) -> int:
+    """The command; returns the exit code."""
+    if not argv or {"-h", "--help"} & set(argv):
+        print(format_help())
+        return 0 if argv else 2
+    arguments = parse(argv[0], argv[1:])
+    run = run_distillation(arguments)
+    _say(arguments.training, text_table([run]))
+    return 0
+
+
+def run_distillation(arguments: Arguments, name: str | None = None) -> Run:
+    """One run, from its arguments to its files; or what an earlier call with the same arguments came to.
+
+    Raises UserError where the arguments cannot be run, RunFailed where a loss or gradient is not finite.
+    """
+    training = arguments.training
+    assert training.output_dir is not None  # parse saw to it
+    output_dir = Path(training.output_dir)
+    name = name or output_dir.name
+    with training.main_process_first(desc="looking into output_dir"):
+        if training.process_index == 0:
+            folder.claim(output_dir, arguments.given, arguments.run.overwrite_output_dir)
+    if folder.is_finished(output_dir):
+        _say(training, f"{name}: finished already, in {output_dir}; --overwrite_output_dir true would train it again")
+        return folder.read_run(output_dir, name)
+
+    try:
+        trainer = _trainer(arguments, name)
+    except ValueError as error:  # DataError, and what the models and the trainer say of arguments that do not fit
+        raise UserError(str(error)) from error
+    checkpoint = training.resume_from_checkpoint or get_last_checkpoint(output_dir)
+    if checkpoint:
+        _say(training, f"{name}: going on from {checkpoint}")
+    transformers.utils.logging.disable_progress_bar()  # of saving, which would break into training's
+    show_progress(trainer, name)
+    trainer.add_callback(_LogLastStep())
+
+    peak = PeakMemory(training.device)
+    try:
+        if not (checkpoint and _trained_to_the_end(trainer, Path(checkpoint))):
+            trainer.train(resume_from_checkpoint=checkpoint)
+        evaluation = _evaluation_of_now(trainer) or trainer.evaluate()
+        trainer.save_model()
+    except NonFiniteLossError as error:
+        raise RunFailed(str(error)) from error
+    trainer.save_state()
+    summary = summarise(trainer, evaluation, peak)
+    run = Run(name, trainer.state.log_history, summary)
+    if training.process_index == 0:
+        write_report(output_dir / folder.REPORT, f"{name}: recipe {summary['recipe']}", [run])
+        write_summary(output_dir / folder.SUMMARY, summary)  # last: it says that the run is finished
+        _say(training, f"{name}: model, summary.json and report.html are in {output_dir}")
+    return run
+
+
+def _say(training: KDConfig, text: str) -> None:
+    if training.process_index == 0:
+        print(text, flush=True)
+
+
+def _evaluation_of_now(trainer: KDTrainer) -> dict[str, float] | None:
+    """What eval_strategy had evaluated after the last step: once is enough, unless another step was the best."""
+    if trainer.args.load_best_model_at_end:
+        return None
+    log, step = trainer.state.log_history, trainer.state.global_step
+    return next((entry for entry in reversed(log) if "eval_ce" in entry and entry["step"] == step), None)
+
+
+def _trained_to_the_end(trainer: KDTrainer, checkpoint: Path) -> bool:
+    """Loads a checkpoint of the last step, from which Trainer would take one step more."""
+    state = TrainerState.load_from_json(str(checkpoint / folder.STATE))
+    if state.global_step < state.max_steps:
+        return False
+    best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    load_models(Path(best or checkpoint), trainer.model)
+    trainer.state = state
+    return True
+
+
+def _trainer(arguments: Arguments, name: str) -> KDTrainer:
+    models, training = arguments.model, arguments.training
+    training.dataloader_pin_memory &= torch.accelerator.is_available()  # without one, a warning is all it brings
+    tokenizer = _tokenizer(models)
+    with training.main_process_first(desc="tokenising"):
+        train, evaluation = _blocks(arguments.data, tokenizer)
+    set_seed(training.seed)  # a fresh student's weights
+    student = load_student(
+        models.model_name_or_path,
+        student_config=_student_config(models.student_config),
+        tokenizer=tokenizer,
+        dtype=models.dtype,
+    )
+    teacher = None
+    if models.teacher_model_name_or_path is not None:
+        teacher = load_teacher(models.teacher_model_name_or_path, tokenizer=tokenizer, dtype=models.teacher_dtype)
+    loaded = {"student": student} if teacher is None else {"student": student, "teacher": teacher}
+    for which, model in loaded.items():
+        _check_positions(which, model, arguments.data.max_length)
+    sizes = ", ".join(f"{which} {parameters(model) / 1e6:.1f}M parameters" for which, model in loaded.items())
+    blocks = f"{len(train)} blocks of {arguments.data.max_length} tokens to train on, {len(evaluation)} to evaluate on"
+    engine = engines.resolve(training.engine, training.device)
+    _say(training, f"{name}: recipe {training.recipe}; {sizes}; {blocks}; engine {engine} on {training.device}")
+    return KDTrainer(
+        student,
+        training,
+        teacher=teacher,
+        train_dataset=train,
+        eval_dataset=evaluation,
+        processing_class=tokenizer,
+        data_collator=default_data_collator,  # blocks are of one length: nothing to pad
+    )
+
+
+def _tokenizer(models: ModelArguments) -> PreTrainedTokenizerBase:
+    """By tokenizer_name, or the student's, or the teacher's: the first that is given."""
+    for key in ("tokenizer_name", "model_name_or_path", "teacher_model_name_or_path"):
+        if (name := getattr(models, key)) is not None:
+            try:
+                return AutoTokenizer.from_pretrained(name)
+            except (OSError, ValueError) as error:
+                reason = str(error).strip().splitlines()[0]
+                raise ValueError(f"{key}: no tokenizer could be loaded from {name!r}: {reason}") from error
+    raise ValueError("tokenizer_name is missing; it is needed where neither student nor teacher brings a tokenizer")
+
+
+def _blocks(data: DataArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Dataset]:
+    def blocks(argument: str, documents: Dataset) -> Dataset:
+        return load_blocks(argument, documents, tokenizer, data.max_length, data.text_column)
+
+    def of_file(key: str, source: str) -> Dataset:
+        return blocks(f"{key} {source!r}", read_files(key, source))
+
+    def of_split(key: str, split: str) -> Dataset:
+        assert data.dataset_name is not None
+        documents = read_dataset(key, data.dataset_name, data.dataset_config_name, split)
+        return blocks(f"dataset_name {data.dataset_name!r}, split {split!r}", documents)
+
+    if data.train_file is not None:
+        train = of_file("train_file", data.train_file)
+    else:
+        train = of_split("dataset_split", data.dataset_split)
+    if data.eval_file is not None:
+        return train, of_file("eval_file", data.eval_file)
+    if data.eval_dataset_split is not None:
+        return train, of_split("eval_dataset_split", data.eval_dataset_split)
+    return hold_out(train, data.eval_fraction)
+
+
+def _student_config(given: str | None) -> dict[str, Any] | str | None:
+    """A mapping in YAML arrives here as JSON."""
+    if given is None or not given.lstrip().startswith("{"):
+        return given
+    try:
+        return json.loads(given)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"student_config: {given!r} is not valid JSON: {error}") from error
+
+
+def _check_positions(which: str, model: PreTrainedModel, max_length: int) -> None:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and max_length > limit:
+        raise DataError(f"max_length={max_length} is more than the {limit} positions the {which} has; lower it")
+
+
+class _LogLastStep(TrainerCallback):
+    """The last step is logged whatever logging_steps is: curves end where the run does, and tokens are all counted."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            control.should_log = True

@@ -1,0 +1,9 @@
+"""What the command line turns into one line on stderr, instead of a traceback."""
+
+
+class UserError(Exception):
+    """What the user gave cannot be run; the message says what it was and what to do. Exit code 2."""
+
+
+class RunFailed(Exception):
+    """A run that began well and cannot go on. Exit code 1."""

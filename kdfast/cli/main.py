@@ -1,0 +1,60 @@
+"""`kdfast distill | demo | doctor`.
+
+Exit codes: 0 done, 1 the run failed (a loss that is not finite), 2 the request cannot be run, 130 interrupted.
+Subcommands are imported when called: `kdfast doctor` works where the training part is not installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+
+from kdfast._version import __version__
+from kdfast.cli.errors import RunFailed, UserError
+
+TRAINING_PART = ("transformers", "datasets", "accelerate", "tokenizers", "yaml", "matplotlib", "tqdm")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="kdfast",
+        description="Knowledge distillation of large-vocabulary language models whose logits don't fit.",
+    )
+    parser.add_argument("--version", action="version", version=f"kdfast {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    commands.add_parser("distill", help="distil a teacher into a student, as CONFIG.yaml says")
+    of_demo = commands.add_parser("demo", help="a real distillation on this machine, from its own text to one table")
+    of_demo.add_argument("--quick", action="store_true", help="toy sizes: seconds, and numbers that mean nothing")
+    of_demo.add_argument(
+        "--output-dir",
+        default="runs/demo",
+        help="results go here, or beside it where an earlier demo is finished (default: %(default)s)",
+    )
+    of_demo.add_argument("--cache-dir", help="the teacher is kept here (default: $XDG_CACHE_HOME/kdfast/demo)")
+    of_demo.add_argument("--seed", type=int, default=0)
+    commands.add_parser("doctor", help="versions, devices, the engine `auto` picks, what `kernels` resolves to")
+    argv = sys.argv[1:] if argv is None else argv
+    # distill's keys are declared by dataclasses that need transformers: it parses what follows itself
+    args = parser.parse_args(argv[:1] if argv[:1] == ["distill"] else argv)
+
+    try:
+        if args.command == "doctor":
+            from kdfast.cli.doctor import doctor
+
+            return doctor()
+        if missing := [name for name in TRAINING_PART if importlib.util.find_spec(name) is None]:
+            raise UserError(f"{args.command} needs {', '.join(missing)}: pip install 'kdfast[train]'")
+        if args.command == "distill":
+            from kdfast.cli.distill import distill
+
+            return distill(argv[1:])
+        from kdfast.cli.demo import demo
+
+        return demo(quick=args.quick, output_dir=args.output_dir, cache_dir=args.cache_dir, seed=args.seed)
+    except (UserError, RunFailed) as error:
+        print(f"kdfast: {error}", file=sys.stderr)
+        return 1 if isinstance(error, RunFailed) else 2
+    except KeyboardInterrupt:
+        print("kdfast: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130

@@ -1,0 +1,85 @@
+"""What an output_dir holds before a run: nothing, an interrupted run to go on with, a finished one, or strange files.
+
+`kdfast.json` is written first and says which run the folder belongs to; `summary.json` is written last and says that
+the run is finished. Between them lie checkpoints, which appear only when complete. Nothing of an earlier run is
+replaced unless `overwrite_output_dir` asks for it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import get_last_checkpoint
+
+from kdfast.cli.errors import UserError
+from kdfast.training.report import Run
+
+RECORD = "kdfast.json"
+SUMMARY = "summary.json"
+REPORT = "report.html"
+STATE = "trainer_state.json"
+MODEL_FILES = ("config.json", "model.safetensors")
+
+# settings that may change between an interruption and the resume without making it another run
+FREE = {"overwrite_output_dir", "resume_from_checkpoint", "disable_tqdm", "report_to", "run_name"}
+FREE_PREFIXES = ("logging_", "save_", "log_", "dataloader_", "push_to_hub", "hub_")
+
+
+def read_run(output_dir: Path, name: str | None = None) -> Run:
+    """A finished run, for a report."""
+    summary = json.loads((output_dir / SUMMARY).read_text(encoding="utf-8"))
+    state = json.loads((output_dir / STATE).read_text(encoding="utf-8"))
+    return Run(name or output_dir.name, state["log_history"], summary)
+
+
+def is_finished(output_dir: Path) -> bool:
+    return (output_dir / SUMMARY).is_file()
+
+
+def changed_settings(output_dir: Path, given: Mapping[str, Any]) -> list[str]:
+    """'key: then X, now Y' of every setting that differs from the run the folder belongs to."""
+    before = json.loads((output_dir / RECORD).read_text(encoding="utf-8"))
+    now = json.loads(json.dumps(given, default=str))
+    return [
+        f"{key}: then {before.get(key, 'default')}, now {now.get(key, 'default')}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and key not in FREE and not key.startswith(FREE_PREFIXES)
+    ]
+
+
+def claim(output_dir: Path, given: Mapping[str, Any], overwrite: bool) -> None:
+    """Makes the folder this run's own. Raises UserError where that would destroy something, or mix two runs."""
+    record = output_dir / RECORD
+    if not record.exists():
+        strange = [name for name in (SUMMARY, REPORT, STATE, *MODEL_FILES) if (output_dir / name).exists()]
+        if strange or (output_dir.is_dir() and _has_results(output_dir)):
+            raise UserError(
+                f"output_dir: {str(output_dir)!r} holds {strange[0] if strange else 'checkpoints'} of something "
+                "else than a run of kdfast; name another folder"
+            )
+    elif overwrite:
+        _remove_run(output_dir)
+    elif _has_results(output_dir) and (changed := changed_settings(output_dir, given)):
+        raise UserError(
+            f"output_dir: {str(output_dir)!r} holds a run with other settings ({'; '.join(changed)}). Name another "
+            "folder, or throw that run away with --overwrite_output_dir true"
+        )
+    output_dir.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps(given, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+def _has_results(output_dir: Path) -> bool:
+    return is_finished(output_dir) or get_last_checkpoint(output_dir) is not None
+
+
+def _remove_run(output_dir: Path) -> None:
+    """Results and checkpoints of a run, and no other file."""
+    (output_dir / SUMMARY).unlink(missing_ok=True)  # first: what is half removed is not finished
+    for path in [*output_dir.glob("checkpoint-*"), *output_dir.glob(".*.incomplete")]:
+        shutil.rmtree(path)
+    for name in (REPORT, STATE, *MODEL_FILES):
+        (output_dir / name).unlink(missing_ok=True)

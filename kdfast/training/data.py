@@ -1,0 +1,137 @@
+"""Text to fixed-length blocks of token ids, through the `datasets` library and its cache.
+
+A source is a file, a glob, a folder, or a data set's name. JSON, JSON lines, CSV and parquet give one document per
+row (`text_column`); every other file is plain text and one document, with its line breaks. Documents are tokenised
+without special tokens, each is closed by the end-of-text token, and the stream is cut into blocks of `max_length`;
+nothing is padded, so every position of a block is trained on, and a block may begin inside a document. `labels` are
+the `input_ids`; nothing is shifted here. What is left over at the end of every 1000 documents, less than one block,
+is dropped.
+
+Not here: streaming, mixtures of sources, chat templates, masks at document boundaries.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+TABLES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+TEXTS = {".txt", ".text", ".md", ".rst", ".tex", ".html", ".py", ".c", ".h", ".cpp", ".rs", ".go", ".java", ".js"}
+LONGEST_PIECE = 100_000  # characters a tokenizer is given at once; keeps its memory bounded, and its threads busy
+
+
+class DataError(ValueError):
+    """The data named by an argument is missing, empty, or not what the argument says."""
+
+
+def load_blocks(
+    argument: str, documents: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, text_column: str = "text"
+) -> Dataset:
+    """Documents to blocks: columns `input_ids` and `labels`, `max_length` ids each.
+
+    `argument` is what an error names: the argument the documents came from, with its value.
+    """
+    if text_column not in documents.column_names:
+        near = difflib.get_close_matches(text_column, documents.column_names, n=1)
+        raise DataError(
+            f"{argument} has no column {text_column!r}; its columns are {', '.join(documents.column_names)}. "
+            f"Set text_column{f' to {near[0]!r}, perhaps' if near else ''}."
+        )
+    if tokenizer.eos_token_id is None:
+        raise DataError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no end-of-text token, which closes every document here. "
+            "Set its eos_token and save it again."
+        )
+
+    def pack(batch: dict[str, list[str | None]]) -> dict[str, Any]:
+        pieces = [list(_pieces(text or "")) for text in batch[text_column]]
+        flat = [piece for document in pieces for piece in document]
+        ids = iter(tokenizer(flat, add_special_tokens=False, verbose=False)["input_ids"] if flat else [])
+        stream: list[int] = []
+        for document in pieces:
+            for _ in document:
+                stream += next(ids)
+            stream.append(tokenizer.eos_token_id)
+        n_blocks = len(stream) // max_length
+        blocks = list(np.array(stream[: n_blocks * max_length], dtype=np.int32).reshape(n_blocks, max_length))
+        return {"input_ids": blocks, "labels": blocks}
+
+    blocks = documents.map(
+        pack, batched=True, batch_size=1000, remove_columns=documents.column_names, desc=f"Tokenising {argument}"
+    )
+    if len(blocks) == 0:
+        raise DataError(
+            f"{argument} holds {len(documents)} document(s) and not one full block of max_length={max_length} "
+            "tokens. Give it more text, or lower max_length."
+        )
+    return blocks
+
+
+def read_files(argument: str, source: str) -> Dataset:
+    """The documents of a file, a folder (files of a known kind, at any depth) or a glob, in sorted order."""
+    from datasets import load_dataset
+
+    path = Path(source).expanduser()
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in TEXTS | TABLES.keys())
+    elif path.exists():
+        files = [path]
+    else:
+        files = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
+    if not files:
+        raise DataError(f"{argument}: {source!r} does not exist, or is a folder or pattern without a readable file")
+    if not any(p.stat().st_size for p in files):
+        raise DataError(f"{argument}: {source!r} is empty")
+
+    kinds = {TABLES.get(p.suffix, "text") for p in files}
+    if len(kinds) > 1:
+        mixed = " and ".join(sorted(kinds))
+        raise DataError(f"{argument}: {source!r} mixes {mixed} files; name one kind, as in '*.txt'")
+    kind = kinds.pop()
+    options = {"sample_by": "document", "encoding_errors": "replace"} if kind == "text" else {}
+    try:
+        return load_dataset(kind, data_files=[str(p) for p in files], split="train", **options)
+    except Exception as error:  # `datasets` wraps whatever its reader met: malformed JSON, not a parquet file, ...
+        raise DataError(f"{argument}: {source!r} could not be read as {kind}: {error.__cause__ or error}") from error
+
+
+def read_dataset(argument: str, name: str, config: str | None = None, split: str = "train") -> Dataset:
+    """The documents of one split of a named data set, from the hub or a local folder."""
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(name, config, split=split)
+    except Exception as error:  # missing name, unknown configuration or split, no network: all say what, none say where
+        raise DataError(f"{argument}: data set {name!r}, configuration {config!r}, split {split!r}: {error}") from error
+
+
+def hold_out(blocks: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
+    """(training, evaluation): the last `fraction` of the blocks, at least one, is held out."""
+    n_eval = max(1, int(len(blocks) * fraction))
+    if n_eval >= len(blocks):
+        raise DataError(
+            f"eval_fraction={fraction} leaves nothing to train on: there are {len(blocks)} block(s), and {n_eval} "
+            "would be held out. Give more text, lower max_length, or name an eval_file."
+        )
+    n_train = len(blocks) - n_eval
+    return blocks.select(range(n_train)), blocks.select(range(n_train, len(blocks)))
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """`text` in pieces of at most LONGEST_PIECE characters, cut at a line's end where there is one."""
+    start = 0
+    while start < len(text):
+        stop = start + LONGEST_PIECE
+        if stop < len(text):
+            stop = text.rfind("\n", start, stop) + 1 or stop
+        yield text[start:stop]
+        start = stop

@@ -1,0 +1,113 @@
+"""summary.json: what a run was and what came of it, in one flat file. null is where a number does not apply."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import resource
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kdfast import __version__, engines
+from kdfast.training.trainer import KDTrainer
+
+PACKAGES = ("torch", "triton", "numpy", "transformers", "tokenizers", "datasets", "accelerate")
+# of an evaluation, whose keys have the prefix eval_; the student's ce keeps it
+EVALUATED = ("perplexity", "kd", "kl_teacher_student", "kl_teacher_projected", "ce_projected", "agreement")
+
+
+def summarise(trainer: KDTrainer, evaluation: dict[str, float], peak: PeakMemory) -> dict[str, Any]:
+    """The summary of a trained run and of its last `evaluation`.
+
+    tokens are targets trained on, those before a resume included; seconds are those of the training steps, without
+    evaluations and saving; kd is the KL the loss sees (at its temperature, without τ²), on the evaluation text.
+    """
+    model = trainer.model
+    tokens, seconds = trainer.state.num_input_tokens_seen, training_seconds(trainer.state.log_history)
+    return {
+        "recipe": model.recipe.name,
+        "eval_ce": evaluation.get("eval_ce"),
+        **{name: evaluation.get(f"eval_{name}") for name in EVALUATED},
+        "tokens": tokens,
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds if seconds else None,
+        "steps": trainer.state.global_step,
+        "eval_tokens": evaluation.get("eval_tokens"),
+        "peak_memory_bytes": peak.read(),
+        "peak_memory_of": peak.what,
+        "engine": engines.resolve(trainer.args.engine, trainer.args.device),
+        "device": peak.device_name,
+        "student_parameters": parameters(model.student),
+        "teacher_parameters": None if model.teacher is None else parameters(model.teacher),
+        "seed": trainer.args.seed,
+        "settings": dataclasses.asdict(model.recipe),
+        "versions": versions(),
+    }
+
+
+def write_summary(path: Path, summary: dict[str, Any]) -> None:
+    """The file is complete or not there."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def training_seconds(log: Sequence[dict[str, Any]]) -> float:
+    """From the speed each line of the log notes; the log outlives an interruption, a clock would not."""
+    seconds, before = 0.0, 0
+    for entry in log:
+        if "tokens_per_second" in entry:
+            seconds += (entry["tokens_seen"] - before) / entry["tokens_per_second"]
+            before = entry["tokens_seen"]
+    return seconds
+
+
+def versions() -> dict[str, str | None]:
+    packages = {name: installed_version(name) for name in PACKAGES}
+    return {"kdfast": __version__, "python": platform.python_version(), **packages}
+
+
+def installed_version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+class PeakMemory:
+    """The most memory in use since this was made: the allocator's on a GPU, the whole process's elsewhere."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            self.what = "device allocator"
+            self.device_name = torch.cuda.get_device_name(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            return
+        self.what = "process"
+        self.device_name = f"{device.type}, {torch.get_num_threads()} threads"
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: sets the peak to what is in use now
+        except OSError:
+            self.what = "process, since its start"
+
+    def read(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        if self.what == "process":
+            for line in Path("/proc/self/status").read_text().splitlines():
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())

@@ -1,0 +1,192 @@
+"""`kdfast distill`, whole runs of four steps: what is written, going on, leaving alone, and refusing."""
+
+import json
+import math
+import shutil
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kdfast.cli import distill
+from kdfast.training import NonFiniteLossError
+
+KEYS = {
+    "eval_ce", "perplexity", "kl_teacher_student", "kl_teacher_projected", "tokens", "seconds", "peak_memory_bytes",
+    "engine", "recipe", "versions",
+}  # fmt: skip
+
+
+def summary(place, name="out"):
+    return json.loads((place / name / "summary.json").read_text())
+
+
+def steps(place, name="out"):
+    log = json.loads((place / name / "trainer_state.json").read_text())["log_history"]
+    return [entry["step"] for entry in log if "loss" in entry]
+
+
+def results(place, name="out"):
+    """Contents of the files that a run is about."""
+    return {file: (place / name / file).read_bytes() for file in ("summary.json", "report.html", "model.safetensors")}
+
+
+def test_a_run_writes_summary_report_student_and_projector(place, kdfast):
+    code, out, _ = kdfast("distill", "config.yaml")
+    assert code == 0
+    found = summary(place)
+    assert found.keys() >= KEYS
+    assert found["recipe"] == "run5"
+    assert found["engine"] == "torch"
+    assert found["tokens"] == 4 * 2 * 31  # steps, blocks a step, targets of a block of 32: the tail is counted too
+    assert found["perplexity"] == pytest.approx(math.exp(found["eval_ce"]))
+    assert found["kl_teacher_student"] > 0
+    assert found["kl_teacher_projected"] > 0
+    assert 1e7 < found["peak_memory_bytes"] < 1e11
+    assert found["versions"]["kdfast"]
+    assert f"{found['eval_ce']:.4f}" in out  # the table
+
+    out_dir = place / "out"
+    student = AutoModelForCausalLM.from_pretrained(out_dir)
+    assert student.config.n_embd == 16
+    assert AutoTokenizer.from_pretrained(out_dir)("é")["input_ids"]
+    assert (out_dir / "logit_projector.safetensors").exists()
+    page = (out_dir / "report.html").read_text()
+    assert "data:image/svg+xml" in page
+    assert f"{found['eval_ce']:.4f}" in page
+    assert steps(place) == [3, 4]  # logging_steps, and the last one
+
+
+def test_recipes_without_a_teacher_or_a_projector_have_nulls(place, kdfast):
+    assert kdfast("distill", "config.yaml", "--recipe", "true_head", "--output_dir", "own")[0] == 0
+    assert summary(place, "own")["kl_teacher_projected"] is None
+    assert summary(place, "own")["kl_teacher_student"] > 0
+    assert not (place / "own/logit_projector.safetensors").exists()
+
+    config = yaml.safe_load((place / "config.yaml").read_text())
+    del config["teacher_model_name_or_path"]
+    (place / "alone.yaml").write_text(yaml.safe_dump({**config, "tokenizer_name": "teacher"}))
+    assert kdfast("distill", "alone.yaml", "--recipe", "lm_only", "--output_dir", "alone")[0] == 0
+    assert summary(place, "alone")["kl_teacher_student"] is None
+    assert summary(place, "alone")["kd"] is None
+    assert summary(place, "alone")["teacher_parameters"] is None
+
+
+def test_a_finished_run_goes_on_training_as_a_model_of_its_own(place, kdfast):
+    assert kdfast("distill", "config.yaml", "--output_dir", "first")[0] == 0
+    config = yaml.safe_load((place / "config.yaml").read_text())
+    del config["student_config"]
+    (place / "second.yaml").write_text(yaml.safe_dump({**config, "model_name_or_path": "first"}))
+    assert kdfast("distill", "second.yaml")[0] == 0
+    assert summary(place)["eval_ce"] < summary(place, "first")["eval_ce"]
+
+
+def test_the_same_command_leaves_a_finished_run_alone(place, kdfast):
+    kdfast("distill", "config.yaml")
+    before = results(place)
+    code, out, _ = kdfast("distill", "config.yaml", "--logging_steps", "1")  # not what makes it another run
+    assert code == 0
+    assert "finished already" in out
+    assert results(place) == before
+
+    code, _, err = kdfast("distill", "config.yaml", "--learning_rate", "1e-4")
+    assert code == 2
+    assert "other settings (learning_rate: then 0.005, now 0.0001)" in err
+    assert results(place) == before
+
+    assert kdfast("distill", "config.yaml", "--learning_rate", "1e-4", "--overwrite_output_dir", "true")[0] == 0
+    assert results(place).keys() == before.keys()
+    assert results(place)["model.safetensors"] != before["model.safetensors"]
+
+
+@pytest.mark.parametrize("checkpoint", [2, 4])  # between two steps, and after the last one but before the evaluation
+def test_an_interrupted_run_ends_as_an_unbroken_one(place, kdfast, checkpoint):
+    kdfast("distill", "config.yaml")
+    whole = results(place)
+    for name in ("summary.json", "report.html", "model.safetensors", "config.json", "trainer_state.json"):
+        (place / "out" / name).unlink()
+    if checkpoint == 2:
+        shutil.rmtree(place / "out/checkpoint-4")
+    code, out, _ = kdfast("distill", "config.yaml")
+    assert code == 0
+    assert f"going on from out/checkpoint-{checkpoint}" in out
+    assert results(place)["model.safetensors"] == whole["model.safetensors"]
+    same = ("eval_ce", "kl_teacher_student", "kl_teacher_projected", "tokens", "steps")
+    assert {key: summary(place)[key] for key in same} == {key: json.loads(whole["summary.json"])[key] for key in same}
+
+
+def test_a_run_that_failed_before_its_first_step_may_change_its_settings(place, kdfast):
+    assert kdfast("distill", "config.yaml", "--train_file", "gone.txt")[0] == 2
+    assert kdfast("distill", "config.yaml")[0] == 0
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(place, kdfast, teacher):
+    before = (teacher / "model.safetensors").read_bytes()
+    code, _, err = kdfast("distill", "config.yaml", "--output_dir", "teacher", "--overwrite_output_dir", "true")
+    assert code == 2
+    assert "'teacher' holds config.json of something else" in err
+    assert (teacher / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["--train_file", "gone.txt"], "train_file: 'gone.txt' does not exist"),
+        (["--train_file", "empty.txt"], "train_file: 'empty.txt' is empty"),
+        (["--eval_file", "empty.txt"], "eval_file: 'empty.txt' is empty"),
+        (["--train_file", "tiny.txt"], "'tiny.txt' holds 1 document(s) and not one full block of max_length=32"),
+        (["--max_length", "65", "--per_device_train_batch_size", "1"], "max_length=65 is more than the 64 positions"),
+        (["--text_column", "body"], "has no column 'body'"),
+        (["--teacher_model_name_or_path", "./no", "--tokenizer_name", "teacher"], "teacher_model_name_or_path='./no'"),
+        (["--tokenizer_name", "./gone"], "tokenizer_name: no tokenizer could be loaded from './gone'"),
+        (["--student_config", "{}"], "student_config={} has no model_type"),
+        (["--student_config", "{model"], "is not valid JSON"),
+        (["--student_config", '{"model_type": "gpt2", "n_layers": 1}'], "'n_layers' is not a setting"),
+        (["--engine", "fast"], "engine='fast'; expected one of auto"),
+    ],
+)
+def test_what_does_not_work_is_one_line_on_stderr(place, kdfast, overrides, expected):
+    (place / "empty.txt").touch()
+    (place / "tiny.txt").write_text("tiny")
+    code, _, err = kdfast("distill", "config.yaml", *overrides)
+    assert code == 2
+    (line,) = [line for line in err.splitlines() if line.startswith("kdfast: ")]
+    assert expected in line
+    assert "Traceback" not in err
+    assert not (place / "out/summary.json").exists()
+
+
+def test_a_loss_that_is_not_finite_is_exit_code_1_and_no_summary(place, kdfast, monkeypatch):
+    def diverge(self, **_):
+        raise NonFiniteLossError("step 3: the loss is nan.", 3, None)
+
+    monkeypatch.setattr(distill.KDTrainer, "train", diverge)
+    code, _, err = kdfast("distill", "config.yaml")
+    assert (code, err.splitlines()[-1]) == (1, "kdfast: step 3: the loss is nan.")
+    assert not (place / "out/summary.json").exists()
+
+
+def test_an_interruption_is_exit_code_130(place, kdfast, monkeypatch):
+    def interrupt(self, **_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(distill.KDTrainer, "train", interrupt)
+    code, _, err = kdfast("distill", "config.yaml")
+    assert code == 130
+    assert "the same command goes on" in err
+
+
+def test_help_and_no_config(kdfast):
+    code, out, _ = kdfast("distill", "--help")
+    assert code == 0
+    assert "--teacher_model_name_or_path" in out
+    assert kdfast("distill")[0] == 2
+
+
+def test_the_bar_shows_loss_kl_weight_and_speed(place, kdfast):
+    code, out, err = kdfast("distill", "config.yaml", "--disable_tqdm", "false", "--eval_strategy", "steps")
+    assert code == 0
+    bar = err.replace("\r", "\n").split("4/4")[-1]
+    for label in ("loss ", "KL ", "weight 0.70", "tok/s "):
+        assert label in bar
+    assert "KL(true‖student)" in out
