@@ -81,5 +81,6 @@ def _remove_run(output_dir: Path) -> None:
     (output_dir / SUMMARY).unlink(missing_ok=True)  # first: what is half removed is not finished
     for path in [*output_dir.glob("checkpoint-*"), *output_dir.glob(".*.incomplete")]:
         shutil.rmtree(path)
-    for name in (REPORT, STATE, *MODEL_FILES):
-        (output_dir / name).unlink(missing_ok=True)
+    weights = [*output_dir.glob("*.safetensors"), *output_dir.glob("*.safetensors.index.json")]  # a projector's too
+    for path in [*weights, *(output_dir / name for name in (REPORT, STATE, *MODEL_FILES))]:
+        path.unlink(missing_ok=True)

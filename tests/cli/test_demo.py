@@ -48,11 +48,13 @@ def test_an_interrupted_demo_goes_on_in_its_folder(tmp_path):
 
 
 def test_text_is_split_by_files_and_bounded():
-    train, evaluation = demo.library_text(demo.QUICK)
-    assert not set(train) & set(evaluation)
-    assert 0.75 * demo.QUICK.train_bytes < sum(len(t.encode()) for t in train) <= demo.QUICK.train_bytes
-    assert 0 < sum(len(t.encode()) for t in evaluation) <= demo.QUICK.eval_bytes
-    assert demo.library_text(demo.QUICK) == (train, evaluation)
+    sizes = demo.Sizes()
+    train, evaluation = demo.library_text(sizes)
+    assert len(train) > 10 * len(evaluation) > 100
+    assert not any(excerpt in text for excerpt in evaluation if len(excerpt) > 200 for text in train)
+    assert all(len(excerpt) <= sizes.excerpt for excerpt in evaluation)
+    assert demo.library_text(sizes) == (train, evaluation)
+    assert demo.library_text(demo.QUICK)[0] == train[: demo.QUICK.files]
 
 
 def test_the_teacher_is_kept_under_all_it_depends_on():

@@ -94,9 +94,10 @@ def test_the_same_command_leaves_a_finished_run_alone(place, kdfast):
     assert "other settings (learning_rate: then 0.005, now 0.0001)" in err
     assert results(place) == before
 
-    assert kdfast("distill", "config.yaml", "--learning_rate", "1e-4", "--overwrite_output_dir", "true")[0] == 0
-    assert results(place).keys() == before.keys()
+    assert kdfast("distill", "config.yaml", "--recipe", "true_head", "--overwrite_output_dir", "true")[0] == 0
+    assert summary(place)["recipe"] == "true_head"
     assert results(place)["model.safetensors"] != before["model.safetensors"]
+    assert not (place / "out/logit_projector.safetensors").exists()  # the earlier run's
 
 
 @pytest.mark.parametrize("checkpoint", [2, 4])  # between two steps, and after the last one but before the evaluation
