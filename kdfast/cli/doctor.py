@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib.util
 import platform
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, distribution, version
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import torch
 
-PACKAGES = ("torch", "triton", "numpy", "transformers", "datasets", "accelerate", "tokenizers", "safetensors")
+from kdfast.versions import PACKAGES, installed_version
 
 
 def doctor() -> int:
@@ -30,13 +30,6 @@ def doctor() -> int:
     ours, theirs, healthy = _kernels()
     print(f"\nkdfast.kernels  {ours}\nkernels         {theirs}")
     return 0 if healthy else 1
-
-
-def installed_version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def _devices() -> Iterator[tuple[torch.device, str]]:

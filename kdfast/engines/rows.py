@@ -60,27 +60,21 @@ def solve(
         if x.want_metrics:
             stats[AGREEMENT, rows] = (z_s.argmax(dim=-1) == z_t.argmax(dim=-1)).to(stats.dtype)
 
-    # at τ = 1
     if x.use_ce or x.want_metrics:
-        log_q = z_s.log_softmax(dim=-1)
-        q = log_q.exp()
-        if x.want_metrics:
-            stats[STUDENT_ENTROPY, rows] = -weighted(q, log_q).sum(dim=-1)
-        if x.use_ce:
-            assert x.labels is not None
-            stats[CE, rows] = _cross_entropy(log_q, x.labels[rows])
-            if wanted.student and x.ce_term:
-                grad_s = _add(grad_s, _cross_entropy_gradient(q, x.labels[rows], coefficients[CE]))
+        targets = x.labels[rows] if x.use_ce and x.labels is not None else None
+        entropy, value, grad = _at_temperature_one(
+            z_s, targets, coefficients[CE], entropy=x.want_metrics, gradient=wanted.student and x.ce_term
+        )
+        _record(stats, rows, STUDENT_ENTROPY, entropy)
+        _record(stats, rows, CE, value)
+        grad_s = _add(grad_s, grad)
     if z_t is not None and (x.use_anchor or x.want_metrics):
-        log_p = z_t.log_softmax(dim=-1)
-        p = log_p.exp()
-        if x.want_metrics:
-            stats[TEACHER_ENTROPY, rows] = -weighted(p, log_p).sum(dim=-1)
-        if x.use_anchor:
-            assert x.anchor_targets is not None
-            stats[ANCHOR, rows] = _cross_entropy(log_p, x.anchor_targets[rows])
-            if wanted.anchor:
-                grad_a = _cross_entropy_gradient(p, x.anchor_targets[rows], coefficients[ANCHOR])
+        targets = x.anchor_targets[rows] if x.use_anchor and x.anchor_targets is not None else None
+        entropy, value, grad_a = _at_temperature_one(
+            z_t, targets, coefficients[ANCHOR], entropy=x.want_metrics, gradient=wanted.anchor
+        )
+        _record(stats, rows, TEACHER_ENTROPY, entropy)
+        _record(stats, rows, ANCHOR, value)
 
     for grad, slope, logit_scale in (
         (grad_s, slope_s, x.logit_scale),
@@ -138,14 +132,25 @@ def _centre(a: Tensor, softmax: Tensor, centred: bool) -> Tensor:
     return a if centred else a.addcmul_(softmax, a.sum(dim=-1, keepdim=True), value=-1)
 
 
-def _cross_entropy(log_q: Tensor, targets: Tensor) -> Tensor:
-    """−log q at the targets (r,)."""
-    return -log_q.gather(1, targets[:, None]).squeeze(1)
+def _at_temperature_one(
+    z: Tensor, targets: Tensor | None, coefficient: Tensor, *, entropy: bool, gradient: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(entropy (r,), cross entropy on `targets` (r,), coefficient·(softmax − onehot) (r, V)); None = not asked for."""
+    log_q = z.log_softmax(dim=-1)
+    index = None if targets is None else targets[:, None]
+    value = None if index is None else -log_q.gather(1, index).squeeze(1)
+    if not (entropy or gradient):
+        return None, value, None
+    q = log_q.exp()
+    spread = -weighted(q, log_q).sum(dim=-1) if entropy else None
+    if not gradient or index is None:
+        return spread, value, None
+    return spread, value, q.mul_(coefficient).scatter_add_(1, index, -coefficient)
 
 
-def _cross_entropy_gradient(q: Tensor, targets: Tensor, coefficient: Tensor) -> Tensor:
-    """coefficient·(q − onehot), in q's memory."""
-    return q.mul_(coefficient).scatter_add_(1, targets[:, None], -coefficient)
+def _record(stats: Tensor, rows: slice, row: int, value: Tensor | None) -> None:
+    if value is not None:
+        stats[row, rows] = value
 
 
 def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:

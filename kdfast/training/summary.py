@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import platform
 import resource
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from kdfast import __version__, engines
+from kdfast import engines
 from kdfast.training.trainer import KDTrainer
+from kdfast.versions import versions
 
-PACKAGES = ("torch", "triton", "numpy", "transformers", "tokenizers", "datasets", "accelerate")
 # of an evaluation, whose keys have the prefix eval_; the student's ce keeps it
 EVALUATED = ("perplexity", "kd", "kl_teacher_student", "kl_teacher_projected", "ce_projected", "agreement")
 
@@ -67,18 +65,6 @@ def training_seconds(log: Sequence[dict[str, Any]]) -> float:
             seconds += (entry["tokens_seen"] - before) / entry["tokens_per_second"]
             before = entry["tokens_seen"]
     return seconds
-
-
-def versions() -> dict[str, str | None]:
-    packages = {name: installed_version(name) for name in PACKAGES}
-    return {"kdfast": __version__, "python": platform.python_version(), **packages}
-
-
-def installed_version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 class PeakMemory:

@@ -56,7 +56,8 @@ def test_two_processes_are_one_with_the_whole_batch(tmp_path, monkeypatch):
         command, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
         timeout=300, check=False,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    # not the exit code: after the work, gloo's own teardown aborts now and then ("terminate called …")
+    assert {path.name for path in tmp_path.glob("done-*")} == {"done-0", "done-1"}, done.stderr[-3000:]
     logs = json.loads((tmp_path / "logs.json").read_text())
     gradient = torch.load(tmp_path / "gradient.pt", weights_only=True)
 
@@ -88,6 +89,8 @@ def child(folder):
     if trainer.is_world_process_zero():
         (folder / "logs.json").write_text(json.dumps(logs))
         torch.save(gradient, folder / "gradient.pt")
+    (folder / f"done-{trainer.args.process_index}").touch()
+    torch.distributed.barrier()  # gloo's threads abort where one process goes while the other still talks to it
     torch.distributed.destroy_process_group()
 
 
