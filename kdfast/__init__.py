@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 from kdfast._version import __version__
 from kdfast.divergences import JSD, Divergence, ForwardKL, ReverseKL
 from kdfast.interface import FusedKDLoss, KDMetrics, fused_kd_loss
+from kdfast.param_groups import distillation_param_groups
+from kdfast.projector import LogitProjector
 from kdfast.sources import Head, Logits, Projected, SparseLogits
 
 if TYPE_CHECKING:
@@ -41,11 +43,13 @@ __all__ = [
     "FusedKDLoss",
     "Head",
     "KDMetrics",
+    "LogitProjector",
     "Logits",
     "Projected",
     "ReverseKL",
     "SparseLogits",
     "__version__",
+    "distillation_param_groups",
     "fused_kd_loss",
 ]
 
