@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdfast import engines
-from kdfast.options import Options
+from kdfast.options import Options, is_asked
 from kdfast.problem import Problem
-from kdfast.row_weights import row_weights
+from kdfast.row_weights import row_weights, scalar
 from kdfast.sources import Head, Projected, Teacher
 
 
@@ -33,7 +33,7 @@ def assemble(student: Head, teacher: Teacher | None, labels: Tensor | None, opti
 
     double = torch.float64 in (hidden.dtype, None if teacher_hidden is None else teacher_hidden.dtype)
     dtype = torch.float64 if double else torch.float32
-    temperature = _scalar(options.temperature, device, dtype)
+    temperature = scalar(options.temperature, device, dtype)
     rows = row_weights(
         labels,
         options,
@@ -53,7 +53,7 @@ def assemble(student: Head, teacher: Teacher | None, labels: Tensor | None, opti
         weight=student.weight,
         bias=student.bias,
         logit_scale=float(student.logit_scale),
-        softcap=None if student.softcap is None else float(student.softcap),
+        softcap=_float(student.softcap),
         teacher_hidden=teacher_hidden,
         teacher_weight=None if own is None else own.weight,
         teacher_bias=None if own is None else own.bias,
@@ -68,8 +68,8 @@ def assemble(student: Head, teacher: Teacher | None, labels: Tensor | None, opti
         divergence_parameters=options.divergence.parameters,
         teacher_grad=options.teacher_grad,
         valid_vocab=valid_vocab,
-        ce_term=rows.labels is not None and not _is_zero(options.ce_weight),
-        anchor_term=has_anchor and not _is_zero(options.anchor_weight),
+        ce_term=rows.labels is not None and is_asked(options.ce_weight),
+        anchor_term=has_anchor and is_asked(options.anchor_weight),
         want_metrics=options.return_metrics,
         per_row=options.reduction == "none",
         need_hidden=grad and hidden.requires_grad,
@@ -97,16 +97,5 @@ def _autocast(head: Head) -> Head:
     )
 
 
-def _scalar(value: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """A 0-d tensor on the device, without a synchronisation."""
-    if isinstance(value, Tensor):
-        return value.detach().to(device=device, dtype=dtype, non_blocking=True)
-    return torch.full((), float(value), device=device, dtype=dtype)
-
-
 def _float(value: float | None) -> float | None:
     return None if value is None else float(value)
-
-
-def _is_zero(value: float | Tensor) -> bool:
-    return not isinstance(value, Tensor) and value == 0

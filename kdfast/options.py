@@ -10,6 +10,11 @@ from torch import Tensor
 from kdfast.divergences import Divergence
 
 
+def is_asked(weight: float | Tensor) -> bool:
+    """Whether a term with this weight may count: a tensor's value is not looked at."""
+    return isinstance(weight, Tensor) or weight != 0
+
+
 @dataclass(frozen=True, eq=False)
 class Options:
     """Meaning and shapes: see `fused_kd_loss`. `divergence` is an instance here."""

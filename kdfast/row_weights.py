@@ -83,11 +83,16 @@ def _targets(targets: Tensor, weights: Tensor, ignore_index: int, valid_vocab: i
     return targets.masked_fill(ignored | bad, 0), weights
 
 
-def _factor(value: float | Tensor, like: Tensor) -> Tensor:
-    """A term's weight or divisor as a 0-d tensor like τ, without a synchronisation."""
+def scalar(value: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A number or 0-d tensor as a 0-d tensor on the device, without a synchronisation."""
     if isinstance(value, Tensor):
-        return _non_negative(value.detach().to(device=like.device, dtype=like.dtype, non_blocking=True))
-    return torch.full_like(like, float(value))
+        return value.detach().to(device=device, dtype=dtype, non_blocking=True)
+    return torch.full((), float(value), device=device, dtype=dtype)
+
+
+def _factor(value: float | Tensor, like: Tensor) -> Tensor:
+    """A term's weight or divisor as a 0-d tensor like τ."""
+    return _non_negative(scalar(value, like.device, like.dtype))
 
 
 def _non_negative(x: Tensor) -> Tensor:

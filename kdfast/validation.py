@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kdfast import engines
-from kdfast.options import Options
+from kdfast.options import Options, is_asked
 from kdfast.sources import Head, Logits, Projected, SparseLogits, Teacher
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -246,11 +246,11 @@ def _check_number(name: str, value: Any, *, positive: bool = False) -> None:
 
 def _check_terms(teacher: Teacher | None, labels: Tensor | None, options: Options) -> None:
     """A term that was asked for must have something to be computed from."""
-    if labels is None and _asked(options.ce_weight):
+    if labels is None and is_asked(options.ce_weight):
         raise ValueError(f"ce_weight={options.ce_weight} without labels; pass labels, or ce_weight=0")
     if teacher is None and labels is None:
         raise ValueError("teacher=None and labels=None: nothing to compute; pass labels and ce_weight, or a teacher")
-    if _asked(options.anchor_weight):
+    if is_asked(options.anchor_weight):
         if not isinstance(teacher, Projected):
             raise ValueError(
                 f"anchor_weight={options.anchor_weight} with teacher={_kind(teacher)}; the anchor is the cross entropy "
@@ -292,10 +292,6 @@ def _can_read(tensor: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False
     return tensor.device.type == "cpu" or (os.environ.get("KDFAST_CHECK") == "1" and tensor.device.type != "meta")
-
-
-def _asked(weight: float | Tensor) -> bool:
-    return isinstance(weight, Tensor) or weight != 0
 
 
 def _kind(value: object) -> str:

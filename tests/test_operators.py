@@ -1,5 +1,6 @@
 """At home in PyTorch: opcheck, torch.compile without a graph break, autocast, checkpointing, second derivatives."""
 
+import inspect
 import shutil
 from dataclasses import fields
 
@@ -23,7 +24,7 @@ def problem(case, kind, **options):
     """The operators' arguments for a case."""
     defaults = {
         name: parameter.default
-        for name, parameter in __import__("inspect").signature(fused_kd_loss).parameters.items()
+        for name, parameter in inspect.signature(fused_kd_loss).parameters.items()
         if name in Options.names()
     }
     defaults |= options

@@ -16,6 +16,7 @@ from typing import Any
 from transformers.trainer_utils import get_last_checkpoint
 
 from kdfast.cli.errors import UserError
+from kdfast.training.files import write_text
 from kdfast.training.report import Run
 
 RECORD = "kdfast.json"
@@ -69,7 +70,7 @@ def claim(output_dir: Path, given: Mapping[str, Any], overwrite: bool) -> None:
             "folder, or throw that run away with --overwrite_output_dir true"
         )
     output_dir.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(given, indent=2, default=str) + "\n", encoding="utf-8")
+    write_text(record, json.dumps(given, indent=2, default=str) + "\n")
 
 
 def _has_results(output_dir: Path) -> bool:

@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from kdfast.training.files import write_text
+
 # Okabe and Ito's colours, which stay apart for colour-blind readers
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 
@@ -115,9 +117,7 @@ def write_report(path: Path, title: str, runs: Sequence[Run], note: str = "") ->
         ),
     ]
     page = PAGE.format(title=html.escape(title), body="\n".join(filter(None, parts)))
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, page)
 
 
 def _html_table(runs: Sequence[Run]) -> str:

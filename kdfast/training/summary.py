@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from kdfast import engines
+from kdfast.training.files import write_text
 from kdfast.training.trainer import KDTrainer
 from kdfast.versions import versions
 
@@ -52,9 +53,7 @@ def summarise(trainer: KDTrainer, evaluation: dict[str, float], peak: PeakMemory
 
 def write_summary(path: Path, summary: dict[str, Any]) -> None:
     """The file is complete or not there."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def training_seconds(log: Sequence[dict[str, Any]]) -> float:

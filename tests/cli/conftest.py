@@ -3,8 +3,8 @@
 import pytest
 import torch
 import yaml
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from byte_tokenizer import make_tokenizer
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from kdfast.cli.main import main
 
@@ -23,14 +23,6 @@ CONFIG = {
     "use_cpu": True,
     "disable_tqdm": True,
 }
-
-
-def make_tokenizer():
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({c: i for i, c in enumerate([*letters, "<end>"])}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
 
 
 @pytest.fixture(scope="session")
