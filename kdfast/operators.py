@@ -22,7 +22,10 @@ from torch import Tensor
 
 from kdfast.problem import Problem, Result
 
-ENGINES = {"torch": "kdfast.engines.chunked"}  # module with run(Problem) -> Result
+ENGINES = {  # module with run(Problem) -> Result
+    "torch": "kdfast.engines.chunked",
+    "triton_chunked": "kdfast.engines.chunked",
+}
 
 _SCHEMA_TYPES = {
     "Tensor": "Tensor",

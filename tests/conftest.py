@@ -8,6 +8,9 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic mod
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # the Triton engines on CPU tensors; read when a kernel is first imported
+
 
 @pytest.fixture(autouse=True)
 def _seeded_and_poisoned():

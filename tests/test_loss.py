@@ -9,7 +9,7 @@ from cases import HS, HT, LEAVES, N, V, copy, gradients, make, relative, student
 
 from kdfast import JSD, FusedKDLoss, Head, Projected, fused_kd_loss
 
-ENGINES = ["reference", "torch"]
+ENGINES = ["reference", "torch", "triton_chunked"]
 SMALL = 5 * 2 * V * 8  # bytes: chunks of five tokens, and 23 is no multiple of five
 
 

@@ -1,9 +1,11 @@
-"""The `torch` engine: chunks of tokens, gradients in the forward. Any device, no host synchronisation on a GPU.
+"""The engines `torch` and `triton_chunked`: chunks of tokens, gradients in the forward, no host synchronisation.
+
+They differ in who turns logits into gradients (`ROW_WORK`); the products are the vendor's in both.
 
 For each chunk of m tokens, with student and projected rows stacked (they share W):
 
     Z  (2m, V) = [h_s; h_p] · Wᵀ               one product, fp32                      2u
-    G  (2m, V) = dL/dZ                          kdfast.engines.rows, in Z's memory where the dtype is the same
+    G  (2m, V) = dL/dZ                          the row work, in Z's memory where the dtype is the same
     dX (2m, H) = G · W                          one product                            2u
     dW (V, H) += Gᵀ · [h_s; h_p]                one product, accumulated in fp32       2u
 
@@ -11,11 +13,14 @@ A product nobody wants the result of is not made: 6u with `teacher_grad="full"`,
 "none"; a teacher with its own head costs 3u(Hs) + u(Ht); without gradients the logits alone. The anchor's gradient
 must not reach W, so with "full" it waits in a plane of its own until dW has been taken.
 
-Memory beyond inputs and gradients: one chunk of logits, (V·4 bytes)·2 per token in fp32, within `scratch_bytes`.
+Memory beyond inputs and gradients: one chunk of logits, (V·4 bytes)·2 per token in fp32 and as many gradients in a
+16-bit dtype, within `scratch_bytes`. Rows are padded to 128 elements where a GPU reads them, so that its products see
+an aligned leading dimension whatever V is.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 from dataclasses import dataclass, replace
 
@@ -23,12 +28,14 @@ import torch
 from torch import Tensor
 
 from kdfast import gemm
-from kdfast.engines.rows import Buffers, Wanted, solve
+from kdfast.engines.row_work import Buffers, Wanted
 from kdfast.problem import ANCHOR, Problem, Result
 
+ROW_WORK = {"torch": "kdfast.engines.torch_rows", "triton_chunked": "kdfast.engines.triton_rows"}
 CPU_SCRATCH = 128 << 20  # 316 tokens at V=50257: past that the products gain nothing
 DEVICE_SCRATCH = 512 << 20
 DEVICE_TOKENS = 1024  # fewer rows than this starve a GPU's matrix units
+ALIGNMENT = 128  # elements a row of scratch is padded to
 CPU_BLOCK = 1 << 17  # logits a CPU works on at a time (512 KB in fp32), so that the row work stays in cache
 
 
@@ -38,15 +45,16 @@ class Plan:
 
     wanted: Wanted  # gradients of the logits
     anchor_apart: bool  # the KD term's dL/dz_t reaches W, so the anchor's must wait in a plane of its own
-    mix: bool  # teacher rows are made orthogonal to student rows before they are rounded (rows._decorrelate)
+    mix: bool  # teacher rows are made orthogonal to student rows before they are rounded (torch_rows._decorrelate)
     gradient_dtype: torch.dtype
     tokens: int  # per chunk
+    stride: int  # elements from one row of scratch to the next
     block: int  # rows per call of the row work
 
 
 def run(x: Problem) -> Result:
     """Loss, statistics and scaled gradients of `x`."""
-    if x.hidden.device.type != "cpu":
+    if x.hidden.device.type != "cpu" or x.engine != "torch":
         return _run(x)
     # Looking at a mask is free on a CPU: rows that count for nothing are dropped, not multiplied by zero.
     index = x.active.nonzero().squeeze(1)
@@ -57,6 +65,7 @@ def _run(x: Problem) -> Result:
     N, H = x.hidden.shape
     V, device = x.valid_vocab, x.hidden.device
     plan = _plan(x)
+    solve = importlib.import_module(ROW_WORK[x.engine]).solve
     scale = _scale(x)
     weight = x.weight[:V]
     stats = torch.zeros((6, N), device=device, dtype=x.dtype)
@@ -67,10 +76,13 @@ def _run(x: Problem) -> Result:
     teacher_input = x.need_teacher_hidden and (plan.wanted.teacher or plan.wanted.anchor)
 
     pairs = 2 if x.teacher_hidden is not None else 1
-    planes = torch.empty(pairs * plan.tokens, V, device=device, dtype=x.dtype)
-    narrow = plan.gradient_dtype != x.dtype
-    gradients = torch.empty_like(planes, dtype=plan.gradient_dtype) if narrow else planes
-    anchor_plane = gradients.new_empty(plan.tokens, V) if plan.anchor_apart else None
+    def scratch(rows: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(rows, plan.stride, device=device, dtype=dtype)[:, :V]
+
+    planes = scratch(pairs * plan.tokens, x.dtype)
+    narrow = plan.gradient_dtype != x.dtype and any(plan.wanted)
+    gradients = scratch(pairs * plan.tokens, plan.gradient_dtype) if narrow else planes
+    anchor_plane = scratch(plan.tokens, plan.gradient_dtype) if plan.anchor_apart else None
     mix = planes.new_empty(plan.tokens) if plan.mix else None
 
     for start in range(0, N, plan.tokens):
@@ -121,9 +133,10 @@ def _run(x: Problem) -> Result:
 
 
 def _logits(x: Problem, rows: slice, weight: Tensor, planes: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(inputs (m or 2m, H), z_s (m, V), z_t (m, V) or None) of one chunk: raw products, bias added."""
-    off = None if x.hidden.device.type == "cpu" else ~x.active[rows, None]
-    m, V = rows.stop - rows.start, x.valid_vocab
+    """(inputs (m or 2m, H), z_s (m, V), z_t (m, V) or None) of one chunk: raw products, without bias."""
+    dropped = x.hidden.device.type == "cpu" and x.engine == "torch"
+    off = None if dropped else ~x.active[rows, None]
+    m = rows.stop - rows.start
     student = _without(x.hidden[rows], off)
     if x.teacher_hidden is None:
         inputs, teacher = student, None
@@ -132,17 +145,13 @@ def _logits(x: Problem, rows: slice, weight: Tensor, planes: Tensor) -> tuple[Te
         inputs = torch.cat([student, teacher]) if x.projected else student
     z = planes[: inputs.shape[0]]
     gemm.logits(inputs, weight, z)
-    if x.bias is not None:
-        z += x.bias[:V]
     if x.projected:
         return inputs, z[:m], z[m:]
     if teacher is None:
         return inputs, z, None
     assert x.teacher_weight is not None
     z_t = planes[m : 2 * m]
-    gemm.logits(teacher, x.teacher_weight[:V], z_t)
-    if x.teacher_bias is not None:
-        z_t += x.teacher_bias[:V]
+    gemm.logits(teacher, x.teacher_weight[: x.valid_vocab], z_t)
     return inputs, z, z_t
 
 
@@ -159,13 +168,15 @@ def _plan(x: Problem) -> Plan:
         anchor=x.anchor_term and x.need_teacher_hidden,
         teacher_to_weight=teacher_to_weight,
     )
-    anchor_apart = wanted.anchor and full and x.need_weight
+    anchor_apart = wanted.anchor and teacher_to_weight
     planes = 2 if x.teacher_hidden is not None else 1
-    per_token = V * planes * x.dtype.itemsize
-    if x.weight.dtype != x.dtype:
-        per_token += V * planes * x.weight.dtype.itemsize  # gradients in the dtype of the products
+    on_cpu = x.hidden.device.type == "cpu"
+    stride = V if on_cpu and x.engine == "torch" else -(-V // ALIGNMENT) * ALIGNMENT
+    per_token = stride * planes * x.dtype.itemsize
+    if x.weight.dtype != x.dtype and any(wanted):
+        per_token += stride * planes * x.weight.dtype.itemsize  # gradients in the dtype of the products
     if anchor_apart:
-        per_token += V * dtype.itemsize
+        per_token += stride * dtype.itemsize
     tokens = min(max(1, _budget(x, per_token) // per_token), max(1, N))
     tokens = -(-N // -(-N // tokens)) if N else 1  # chunks of equal size
     return Plan(
@@ -174,7 +185,8 @@ def _plan(x: Problem) -> Plan:
         mix=dtype != x.dtype and full and x.need_weight and (x.need_hidden or not x.need_teacher_hidden),
         gradient_dtype=dtype,
         tokens=tokens,
-        block=max(1, CPU_BLOCK // V) if x.hidden.device.type == "cpu" else tokens,
+        stride=stride,
+        block=max(1, CPU_BLOCK // V) if on_cpu and x.engine == "torch" else tokens,
     )
 
 

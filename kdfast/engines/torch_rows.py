@@ -1,6 +1,6 @@
-"""The row work of the chunked engine, in plain torch: logits of a few rows → losses, statistics, gradients.
+"""The row work of the `torch` engine: logits of a few rows → losses, statistics, gradients, in plain torch.
 
-z_s, z_t (r, V) are the raw products h·Wᵀ + b; they are overwritten. A gradient is written towards those products
+z_s, z_t (r, V) are the raw products h·Wᵀ; they are overwritten. A gradient is written towards those products
 (temperature, softcap and logit_scale included), divided by the problem's scale, in the dtype of its buffer; the
 buffers may be the logits' own memory, since nothing is read after the first write.
 
@@ -9,32 +9,12 @@ On a CPU r is kept so small that the dozen temporaries stay in the cache: there 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from kdfast.divergences import log_ratio, weighted
+from kdfast.engines.row_work import Buffers, Wanted
 from kdfast.problem import AGREEMENT, ANCHOR, CE, KD, STUDENT_ENTROPY, TEACHER_ENTROPY, Problem
-
-
-class Buffers(NamedTuple):
-    """Where the gradients of these rows go, each (r, V); None = not wanted."""
-
-    student: Tensor | None
-    teacher: Tensor | None
-    anchor: Tensor | None  # a plane of its own for the anchor's part; None = it is added to the teacher's
-    mix: Tensor | None  # (r,): `teacher` holds grad_t + mix·grad_s, orthogonal to grad_s; None = grad_t as it is
-    bias: Tensor | None  # (V,) sum over rows of all that reaches the bias, accumulated here before any rounding
-
-
-class Wanted(NamedTuple):
-    """Which gradients of the logits are wanted."""
-
-    student: bool  # dL/dz_s
-    teacher: bool  # the KD term's dL/dz_t
-    anchor: bool  # the anchor's dL/dz_t
-    teacher_to_weight: bool  # the KD term's dL/dz_t reaches W and the bias
 
 
 def solve(
@@ -50,6 +30,10 @@ def solve(
 ) -> None:
     """Fill `stats[:, rows]` (6, N) and the gradient buffers of `x`'s rows `rows` from their logits."""
     coefficients = (x.coefficients[:, rows] / scale)[:, :, None]  # (3, r, 1)
+    teacher_bias = x.bias if x.projected else x.teacher_bias
+    for z, bias in ((z_s, x.bias), (z_t, teacher_bias)):
+        if z is not None and bias is not None:
+            z += bias[: x.valid_vocab]
     slope_s = _transform(z_s, x.logit_scale, x.softcap)
     slope_t = None if z_t is None else _transform(z_t, x.teacher_logit_scale, x.teacher_softcap)
     grad_s: Tensor | None = None

@@ -1,0 +1,62 @@
+"""Divergences on the device: one entry each, shared by the row kernel and the tiled kernels.
+
+With p the teacher's and q the student's probability of an entry and g = log p − log q, an entry is a function that
+returns (f, a_p, a_q): the summand, arranged so that it keeps its digits when p ≈ q, and its derivatives towards log p
+and log q. The gradient towards logits at τ is (a − softmax·Σa)/τ. What they mean, and their sources, stand in
+`kdfast.divergences`; the tests hold each entry against the definition there.
+
+To add one: its function, a branch in `terms`, a line in `ENTRIES`.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from kdfast.kernels.special import difference, expm1, log1p, weighted
+
+
+@triton.jit
+def forward_kl(p, q, g):
+    """Σ p·g, plus q − p, which sums to zero and makes every summand of second order."""
+    a_q = difference(p, q, g)
+    a_p = weighted(p, g)
+    return a_p + a_q, a_p, a_q
+
+
+@triton.jit
+def jsd(p, q, g, beta):
+    """β·KL(p‖m) + (1−β)·KL(q‖m), m = β p + (1−β) q: log m/p for g ≥ 0 and log m/q for g < 0 are log1p of something
+    small, and differ by g."""
+    mixed = log1p(expm1(-tl.abs(g)) * tl.where(g >= 0, 1 - beta, beta))
+    a_p = -beta * weighted(p, mixed + tl.maximum(-g, 0))
+    a_q = (beta - 1) * weighted(q, mixed + tl.maximum(g, 0))
+    return a_p + a_q, a_p, a_q
+
+
+@triton.jit
+def terms(DIVERGENCE: tl.constexpr, p, q, g, parameter):
+    """(f, a_p, a_q) of the divergence of that name. parameter: its only number, or 0."""
+    if DIVERGENCE == "forward_kl":
+        f, a_p, a_q = forward_kl(p, q, g)
+    elif DIVERGENCE == "reverse_kl":
+        f, a_q, a_p = forward_kl(q, p, -g)
+    else:
+        tl.static_assert(DIVERGENCE == "jsd")
+        f, a_p, a_q = jsd(p, q, g, parameter)
+    return f, a_p, a_q
+
+
+class Entry(NamedTuple):
+    """What the kernels must know of a divergence besides `terms`."""
+
+    base: str = ""  # "t" or "s": KL whose expectation is under that side; one pass over the logits suffices
+    centred_p: bool = False  # Σ a_p is zero by construction
+    centred_q: bool = False  # Σ a_q is
+
+
+ENTRIES = {
+    "forward_kl": Entry(base="t", centred_q=True),
+    "reverse_kl": Entry(base="s", centred_p=True),
+    "jsd": Entry(),
+}

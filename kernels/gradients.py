@@ -1,0 +1,58 @@
+"""Gradients of a block of logits, once the rows' constants are known: shared by the row kernel and the tiled kernels.
+
+    ∂L/∂z_s = c_kd/τ·(a_q − q·Σa_q) + c_ce·(softmax(z_s) − onehot(label))
+    ∂L/∂z_t = c_kd/τ·(a_p − p·Σa_p)  and  c_anchor·(softmax(z_t) − onehot(target))
+
+each times the slope of its head's softcap and scale, so that it is a gradient towards h·Wᵀ + b.
+"""
+
+import triton
+import triton.language as tl
+
+from kdfast.kernels.divergences import terms
+from kdfast.kernels.statistics import probabilities
+
+
+@triton.jit
+def gradients(
+    z_s, z_t, slope_s, slope_t, v, rows, mix, coefficients, labels, targets, inv_tau, parameter,
+    TEACHER: tl.constexpr, DIVERGENCE: tl.constexpr, CENTRED_P: tl.constexpr, CENTRED_Q: tl.constexpr,
+    CE: tl.constexpr, STUDENT: tl.constexpr, TEACHER_GRADIENT: tl.constexpr, ANCHOR: tl.constexpr,
+    MIX: tl.constexpr,
+):  # fmt: skip
+    """(student's, teacher's KD part, teacher's anchor part), [R, BLOCK] each; an unwanted one is 0.
+
+    z, slope [R, BLOCK]; v [1, BLOCK]; rows, mix, labels, targets [R]; coefficients (kd, ce, anchor), [R] each.
+    With MIX the teacher's part has mix·(the student's) added."""
+    m_s, _, m_t, _, _, A_p, A_q, n_s, n_t = rows
+    c_kd, c_ce, c_anchor = coefficients
+    grad_s = tl.zeros_like(z_s)
+    grad_t = grad_s
+    grad_a = grad_s
+    if TEACHER and (STUDENT or TEACHER_GRADIENT):
+        k = (c_kd * inv_tau)[:, None]
+        p, q, g = probabilities(z_s, z_t, rows, inv_tau)
+        _, a_p, a_q = terms(DIVERGENCE, p, q, g, parameter)
+        if STUDENT:
+            if not CENTRED_Q:
+                a_q -= q * A_q[:, None]
+            grad_s = tl.where(k == 0, 0, k * a_q)  # a row the KD term does not count may diverge
+        if TEACHER_GRADIENT:
+            if not CENTRED_P:
+                a_p -= p * A_p[:, None]
+            grad_t = tl.where(k == 0, 0, k * a_p)
+    if STUDENT and CE:
+        grad_s += _cross_entropy(z_s, v, m_s, n_s, labels, c_ce)
+    if ANCHOR:
+        grad_a = _cross_entropy(z_t, v, m_t, n_t, targets, c_anchor) * slope_t
+    grad_s *= slope_s
+    grad_t *= slope_t
+    if MIX:
+        grad_t += mix[:, None] * grad_s
+    return grad_s, grad_t, grad_a
+
+
+@triton.jit
+def _cross_entropy(z, v, m, n, targets, coefficient):
+    softmax = tl.exp((z - m[:, None]) - n[:, None])
+    return coefficient[:, None] * tl.where(v == targets[:, None], softmax - 1, softmax)

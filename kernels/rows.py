@@ -1,0 +1,241 @@
+"""Row kernel of the chunked engine: logits of one token chunk → statistics, losses and gradients of the logits.
+
+z_s, z_t (m, V)  scratch in fp32 (fp64), rows of student and teacher: raw products h·Wᵀ, read and left as they are
+grad_* (m, V)    gradients in the GEMM's dtype; may be the logits' own memory where the dtype is the same
+
+One program a token (`RowConfig.rows` of them), so that nothing is shared between programs. Passes over its row pair:
+
+    forward and reverse KL, or no teacher    statistics; gradients                     2 reads, 1 write
+    every other divergence                   statistics; divergence; gradients         3 reads, 1 write
+    without gradients                        one fewer, and no write
+
+The first read comes from memory. A row pair is 2·V·4 bytes (402 KB at V=50257); with one program on each of 132
+multiprocessors 53 MB are alive, so later reads can come from a 60 MB L2. Bytes from memory, a row pair: 8·V read and
+4·V written in bf16.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kdfast.kernels.configurations import RowConfig
+from kdfast.kernels.divergences import ENTRIES
+from kdfast.kernels.gradients import gradients
+from kdfast.kernels.statistics import (
+    cross_entropy,
+    empty_pair,
+    empty_side,
+    entropy,
+    finish,
+    finish_terms,
+    fold,
+    fold_terms,
+    mix_of,
+    transform,
+)
+
+
+@triton.jit
+def _logits(z_ptr, bias_ptr, r_mask, v, V, scale, softcap, SOFTCAP: tl.constexpr):
+    """A block [R, BLOCK] of rows' logits, −inf from V on, and their slope towards the raw products. z_ptr [R, 1]."""
+    inside = v < V
+    z = tl.load(z_ptr + v, mask=r_mask & inside, other=0)
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + v, mask=inside, other=0).to(z.dtype)
+    z, slope = transform(z, scale, softcap, SOFTCAP)
+    return tl.where(inside, z, -float("inf")), slope
+
+
+@triton.jit(do_not_specialize=["start", "m"])
+def row_kernel(
+    z_s_ptr, z_t_ptr, stride_z,  # (m, V) each; z_t_ptr None without a teacher
+    bias_s_ptr, bias_t_ptr,  # (V,) or None
+    labels_ptr, targets_ptr,  # (N,) int64 or None: the cross entropy's and the anchor's
+    active_ptr,  # (N,) bool
+    coefficients_ptr, stride_c,  # (3, N): kd, ce, anchor
+    temperature_ptr, scale_ptr,  # ()
+    stats_ptr, stride_stats,  # (6, N): divergence, CE, anchor, student entropy, teacher entropy, agreement
+    grad_s_ptr, grad_t_ptr, stride_g,  # (m, V) or None
+    grad_a_ptr, stride_a,  # (m, V) or None: the anchor's part, where it is kept apart
+    mix_ptr,  # (m,) or None
+    start, m, V,
+    scale_s: "fp64", softcap_s: "fp64", scale_t: "fp64", softcap_t: "fp64", parameter: "fp64",
+    SOFTCAP_S: tl.constexpr, SOFTCAP_T: tl.constexpr,
+    DIVERGENCE: tl.constexpr, BASE: tl.constexpr, CENTRED_P: tl.constexpr, CENTRED_Q: tl.constexpr,
+    CE: tl.constexpr, CE_GRADIENT: tl.constexpr, ANCHOR: tl.constexpr, ANCHOR_GRADIENT: tl.constexpr,
+    TEACHER_GRADIENT: tl.constexpr, METRICS: tl.constexpr, IN_PLACE: tl.constexpr,
+    R: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    TEACHER: tl.constexpr = z_t_ptr is not None
+    MIX: tl.constexpr = mix_ptr is not None
+    dtype: tl.constexpr = z_s_ptr.dtype.element_ty
+    r = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    n = start.to(tl.int64) + r
+    inside_r = r < m
+    r_mask = inside_r[:, None]
+    lanes = tl.arange(0, BLOCK)[None, :]
+    row_g = r[:, None] * stride_g
+    row_a = r[:, None] * stride_a
+    z_s_ptr += r[:, None] * stride_z
+    if TEACHER:
+        z_t_ptr += r[:, None] * stride_z
+
+    active = tl.load(active_ptr + n, mask=inside_r, other=0) != 0
+    if tl.max(active.to(tl.int32), axis=0) == 0:
+        for block in range(0, V, BLOCK):
+            v = block + lanes
+            mask = r_mask & (v < V)
+            nothing = tl.zeros([R, BLOCK], tl.float32)
+            if grad_s_ptr is not None:
+                tl.store(grad_s_ptr + row_g + v, nothing, mask=mask)
+            if grad_t_ptr is not None:
+                tl.store(grad_t_ptr + row_g + v, nothing, mask=mask)
+            if grad_a_ptr is not None:
+                tl.store(grad_a_ptr + row_a + v, nothing, mask=mask)
+        if MIX:
+            tl.store(mix_ptr + r, tl.zeros([R], tl.float32), mask=inside_r)
+        return
+
+    zero = tl.zeros([R], dtype)
+    inv_tau = 1 / tl.load(temperature_ptr)
+    scale = tl.load(scale_ptr)
+    coefficients = (
+        tl.load(coefficients_ptr + n, mask=inside_r, other=0) / scale,
+        tl.load(coefficients_ptr + stride_c + n, mask=inside_r, other=0) / scale,
+        tl.load(coefficients_ptr + 2 * stride_c + n, mask=inside_r, other=0) / scale,
+    )
+    labels = tl.load(labels_ptr + n, mask=inside_r, other=0).to(tl.int32) if CE else r
+    targets = tl.load(targets_ptr + n, mask=inside_r, other=0).to(tl.int32) if ANCHOR else r
+    scale_s = tl.full([1, 1], scale_s, dtype)
+    scale_t = tl.full([1, 1], scale_t, dtype)
+    softcap_s = tl.full([1, 1], softcap_s, dtype)
+    softcap_t = tl.full([1, 1], softcap_t, dtype)
+    parameter = tl.full([1, 1], parameter, dtype)
+
+    # statistics
+    student, teacher, pair = empty_side(zero), empty_side(zero), empty_pair(zero)
+    for block in range(0, V, BLOCK):
+        v = block + lanes
+        z_s, _ = _logits(z_s_ptr, bias_s_ptr, r_mask, v, V, scale_s, softcap_s, SOFTCAP_S)
+        z_t = z_s
+        if TEACHER:
+            z_t, _ = _logits(z_t_ptr, bias_t_ptr, r_mask, v, V, scale_t, softcap_t, SOFTCAP_T)
+        student, teacher, pair = fold(
+            student, teacher, pair, z_s, z_t, v, labels, targets, inv_tau, TEACHER, BASE, MIX, CE, ANCHOR, METRICS
+        )
+    value, rows, products = finish(student, teacher, pair, BASE, MIX, TEACHER)
+
+    # divergence
+    if TEACHER and BASE == "":
+        sums = (zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)
+        for block in range(0, V, BLOCK):
+            v = block + lanes
+            z_s, _ = _logits(z_s_ptr, bias_s_ptr, r_mask, v, V, scale_s, softcap_s, SOFTCAP_S)
+            z_t, _ = _logits(z_t_ptr, bias_t_ptr, r_mask, v, V, scale_t, softcap_t, SOFTCAP_T)
+            sums = fold_terms(
+                sums, z_s, z_t, rows, inv_tau, parameter, DIVERGENCE, CENTRED_P, CENTRED_Q, MIX
+            )
+        value, rows, products = finish_terms(sums, rows)
+
+    ce = zero
+    counts = inside_r & active  # an inactive row's statistics stay 0
+    if TEACHER:
+        tl.store(stats_ptr + n, value, mask=counts)
+    if CE:
+        ce = cross_entropy(student)
+        tl.store(stats_ptr + stride_stats + n, ce, mask=counts)
+    if ANCHOR:
+        tl.store(stats_ptr + 2 * stride_stats + n, cross_entropy(teacher), mask=counts)
+    if METRICS:
+        tl.store(stats_ptr + 3 * stride_stats + n, entropy(student), mask=counts)
+        if TEACHER:
+            tl.store(stats_ptr + 4 * stride_stats + n, entropy(teacher), mask=counts)
+            tl.store(stats_ptr + 5 * stride_stats + n, (student[4] == teacher[4]).to(dtype), mask=counts)
+
+    # gradients
+    if grad_s_ptr is not None or grad_t_ptr is not None:
+        mix = zero
+        if MIX:
+            mix = mix_of(products, ce if CE_GRADIENT else zero, coefficients, inv_tau)
+            mix = tl.where(active, mix, 0)
+            tl.store(mix_ptr + r, mix, mask=inside_r)
+        for block in range(0, V, BLOCK):
+            v = block + lanes
+            mask = r_mask & (v < V)
+            z_s, slope_s = _logits(z_s_ptr, bias_s_ptr, r_mask, v, V, scale_s, softcap_s, SOFTCAP_S)
+            z_t, slope_t = z_s, slope_s
+            if TEACHER:
+                z_t, slope_t = _logits(z_t_ptr, bias_t_ptr, r_mask, v, V, scale_t, softcap_t, SOFTCAP_T)
+            grad_s, grad_t, grad_a = gradients(
+                z_s, z_t, slope_s, slope_t, v, rows, mix, coefficients, labels, targets, inv_tau, parameter,
+                TEACHER, DIVERGENCE, CENTRED_P, CENTRED_Q, CE_GRADIENT, grad_s_ptr is not None, TEACHER_GRADIENT,
+                ANCHOR_GRADIENT, MIX,
+            )  # fmt: skip
+            if IN_PLACE:
+                tl.debug_barrier()  # the block has been read by every thread before any of it is written
+            if grad_a_ptr is not None:
+                tl.store(grad_a_ptr + row_a + v, tl.where(active[:, None], grad_a, 0), mask=mask)
+            elif ANCHOR_GRADIENT:
+                grad_t += grad_a
+            if grad_s_ptr is not None:
+                tl.store(grad_s_ptr + row_g + v, tl.where(active[:, None], grad_s, 0), mask=mask)
+            if grad_t_ptr is not None:
+                tl.store(grad_t_ptr + row_g + v, tl.where(active[:, None], grad_t, 0), mask=mask)
+
+
+def solve_rows(
+    z_s: Tensor,  # (m, V)
+    z_t: Tensor | None,  # (m, V), strided as z_s
+    *,
+    start: int,  # the chunk's first token
+    bias: Tensor | None,  # (V,)
+    teacher_bias: Tensor | None,  # (V,)
+    logit_scale: float,
+    softcap: float | None,
+    teacher_logit_scale: float,
+    teacher_softcap: float | None,
+    labels: Tensor | None,  # (N,) int64; given = the cross entropy is wanted
+    targets: Tensor | None,  # (N,) int64; given = the anchor is wanted
+    active: Tensor,  # (N,) bool
+    coefficients: Tensor,  # (3, N)
+    temperature: Tensor,  # ()
+    scale: Tensor,  # ()
+    divergence: str,
+    parameter: float,
+    ce_gradient: bool,
+    teacher_gradient: bool,
+    anchor_gradient: bool,
+    metrics: bool,
+    stats: Tensor,  # (6, N), written where computed
+    grad_s: Tensor | None,  # (m, V)
+    grad_t: Tensor | None,  # (m, V): KD part, and the anchor's unless grad_a is given
+    grad_a: Tensor | None,  # (m, V)
+    mix: Tensor | None,  # (m,); given = grad_t is made orthogonal to grad_s
+    config: RowConfig,
+) -> None:
+    """One launch."""
+    m, V = z_s.shape
+    if m == 0:
+        return
+    entry = ENTRIES[divergence]
+    gradient = grad_s if grad_s is not None else grad_t
+    row_kernel[(triton.cdiv(m, config.rows),)](
+        z_s, z_t, z_s.stride(0),
+        bias, teacher_bias,
+        labels, targets,
+        active,
+        coefficients, coefficients.stride(0),
+        temperature, scale,
+        stats, stats.stride(0),
+        grad_s, grad_t, 0 if gradient is None else gradient.stride(0),
+        grad_a, 0 if grad_a is None else grad_a.stride(0),
+        mix,
+        start, m, V,
+        logit_scale, softcap or 1.0, teacher_logit_scale, teacher_softcap or 1.0, parameter,
+        SOFTCAP_S=softcap is not None, SOFTCAP_T=teacher_softcap is not None,
+        DIVERGENCE=divergence, BASE=entry.base, CENTRED_P=entry.centred_p, CENTRED_Q=entry.centred_q,
+        CE=labels is not None, CE_GRADIENT=ce_gradient, ANCHOR=targets is not None, ANCHOR_GRADIENT=anchor_gradient,
+        TEACHER_GRADIENT=teacher_gradient, METRICS=metrics,
+        IN_PLACE=gradient is not None and gradient.dtype == z_s.dtype,
+        R=config.rows, BLOCK=config.block, num_warps=config.warps,
+    )  # fmt: skip
