@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdfast import engines
+from kdfast import operators
+from kdfast.engines.choice import resolve
 from kdfast.options import Options, is_asked
 from kdfast.problem import Problem
 from kdfast.row_weights import row_weights, scalar
@@ -20,12 +21,21 @@ def assemble(student: Head, teacher: Teacher | None, labels: Tensor | None, opti
     device, N = hidden.device, hidden.shape[0]
     valid_vocab = student.weight.shape[0] if options.valid_vocab is None else options.valid_vocab
 
+    engine = resolve(
+        options.engine,
+        device,
+        student.weight.dtype,
+        tokens=N,
+        vocab=valid_vocab,
+        teacher=teacher is not None,
+        scratch_bytes=options.scratch_bytes or 0,
+    )
     own: Head | None = None
     teacher_hidden: Tensor | None = None
     if isinstance(teacher, Projected):
         teacher_hidden = teacher.hidden.reshape(-1, teacher.hidden.shape[-1])
         if teacher.projector_weight is not None:
-            teacher_hidden = F.linear(teacher_hidden, teacher.projector_weight, teacher.projector_bias)
+            teacher_hidden = _project(teacher_hidden, teacher.projector_weight, teacher.projector_bias, engine)
         teacher_hidden = teacher_hidden.to(student.weight.dtype)
     elif isinstance(teacher, Head):
         own = _autocast(teacher)
@@ -76,10 +86,19 @@ def assemble(student: Head, teacher: Teacher | None, labels: Tensor | None, opti
         need_weight=grad and student.weight.requires_grad,
         need_bias=grad and student.bias is not None and student.bias.requires_grad,
         need_teacher_hidden=grad and own is None and teacher_hidden is not None and teacher_hidden.requires_grad,
-        engine=engines.resolve(options.engine, device),
+        engine=engine,
         scratch_bytes=options.scratch_bytes or 0,
     )
     return problem, rows.weights
+
+
+def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, engine: str) -> Tensor:
+    if engine != "triton_tiled":
+        return F.linear(hidden, weight, bias)
+    dtype = hidden.dtype
+    if torch.is_autocast_enabled(hidden.device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+    return operators.project(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
 def _autocast(head: Head) -> Head:

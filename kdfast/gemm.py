@@ -1,4 +1,4 @@
-"""Every matrix product of the chunked engine: precision in one place, and counted.
+"""Every matrix product with the vocabulary that an engine hands to the vendor: precision in one place, and counted.
 
     logits           Z (m, V)  = X (m, H) · Wᵀ        Z in fp32 (fp64), whatever X and W are
     input_gradient   dX (m, H) = G (m, V) · W         returned in fp32 (fp64)
@@ -50,6 +50,16 @@ def record() -> Iterator[list[Call]]:
         _recording = before
 
 
+def tf32(device: torch.device) -> bool:
+    """Whether PyTorch is set to round fp32 operands of products on `device` to TF32; kernels follow it."""
+    if device.type != "cuda":
+        return False
+    setting = getattr(torch.backends.cuda.matmul, "fp32_precision", None)  # torch ≥ 2.9
+    if setting == "none":
+        setting = getattr(torch.backends, "fp32_precision", None)
+    return torch.backends.cuda.matmul.allow_tf32 if setting is None else setting == "tf32"
+
+
 def gradient_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """Dtype in which the gradients of the logits are kept for the products, for heads of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32 if device.type == "cpu" else dtype
@@ -57,7 +67,7 @@ def gradient_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 def logits(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     """out = x · weightᵀ.  x (m, H), weight (V, H) of one dtype; out (m, V) fp32 or fp64, rows may be strided."""
-    _count("logits", x.shape[0], weight)
+    count("logits", x.shape[0], *weight.shape)
     if x.dtype == weight.dtype == out.dtype:
         return torch.mm(x, weight.t(), out=out)
     if x.is_cuda and out.dtype == torch.float32 and x.dtype == weight.dtype:
@@ -70,7 +80,7 @@ def logits(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
 
 def input_gradient(g: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """g · weight.  g (m, V), weight (V, H) → (m, H) in `dtype` (fp32 or fp64)."""
-    _count("input_gradient", g.shape[0], weight)
+    count("input_gradient", g.shape[0], *weight.shape)
     if g.dtype == weight.dtype:
         return _product(g, weight, dtype)
     if weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -81,9 +91,18 @@ def input_gradient(g: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
+def add_input_gradient(g: Tensor, weight: Tensor, accumulator: Tensor) -> None:
+    """accumulator += g · weight.  g (m, V), weight (V, H), accumulator (m, H) fp32 or fp64."""
+    if g.dtype == weight.dtype == accumulator.dtype:
+        count("input_gradient", g.shape[0], *weight.shape)
+        accumulator.addmm_(g, weight)
+    else:
+        accumulator += input_gradient(g, weight, accumulator.dtype)
+
+
 def weight_gradient(g: Tensor, x: Tensor, accumulator: Tensor) -> Tensor:
     """accumulator += gᵀ · x.  g (m, V), x (m, H), accumulator (V, H) fp32 or fp64."""
-    _count("weight_gradient", g.shape[0], accumulator)
+    count("weight_gradient", g.shape[0], *accumulator.shape)
     x = x.to(g.dtype)
     if g.dtype == accumulator.dtype:
         return accumulator.addmm_(g.t(), x)
@@ -104,6 +123,7 @@ def _blocks(vocab: int) -> Iterator[slice]:
         yield slice(start, min(start + VOCAB_BLOCK, vocab))
 
 
-def _count(kind: str, rows: int, weight: Tensor) -> None:
+def count(kind: str, rows: int, vocab: int, width: int) -> None:
+    """Note a product; a kernel that multiplies calls this itself."""
     if _recording is not None:
-        _recording.append(Call(kind, rows, *weight.shape))
+        _recording.append(Call(kind, rows, vocab, width))

@@ -3,6 +3,7 @@
     kdfast::fused_kd            loss, statistics, and gradients taken in the forward where they are wanted
     kdfast::fused_kd_gradients  the gradients alone, for a vector of upstream gradients (reduction="none")
     kdfast::finish_gradient     saved gradient · scale · upstream gradient → the input's dtype
+    kdfast::project             the projector of the tiled engine, hidden · Pᵀ + p
 
 The arguments of the first two are the fields of `Problem`, in order, the flags which gradients are needed among
 them: a graph compiled for those flags does just that work. Fake implementations give shapes and dtypes.
@@ -14,17 +15,20 @@ operators *are* the backward; their own autograd raises, because second derivati
 from __future__ import annotations
 
 import importlib
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kdfast import gemm
 from kdfast.problem import Problem, Result
 
-ENGINES = {  # module with run(Problem) -> Result
+ENGINES = {  # module with run(Problem, rows of an earlier Result or None) -> Result
     "torch": "kdfast.engines.chunked",
     "triton_chunked": "kdfast.engines.chunked",
+    "triton_tiled": "kdfast.engines.triton_tiled",
 }
 
 _SCHEMA_TYPES = {
@@ -55,37 +59,32 @@ def run(problem: Problem) -> tuple[Tensor, Tensor]:
     return result.loss, result.stats
 
 
-def _solve(problem: Problem) -> Result:
+def _solve(problem: Problem, rows: Tensor | None = None) -> Result:
     engine = importlib.import_module(ENGINES[problem.engine])
-    with torch.autocast(problem.hidden.device.type, enabled=False), torch.no_grad():
-        return engine.run(problem)
+    device = problem.hidden.device
+    # kernels are launched on the current device, which need not be the tensors'
+    current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with current, torch.autocast(device.type, enabled=False), torch.no_grad():
+        return engine.run(problem, rows)
 
 
 def _shapes(problem: Problem) -> Result:
     """The Result's tensors, uninitialised: what a fake implementation returns."""
-    x, N = problem, problem.hidden.shape[0]
+    x, N = problem.of_the_forward(), problem.hidden.shape[0]
 
-    def empty(*shape: int, wanted: bool = True) -> Tensor:
-        return torch.empty(shape if wanted else (0,), device=x.hidden.device, dtype=x.dtype)
+    def empty(*shape: int, wanted: bool = True, dtype: torch.dtype = x.dtype) -> Tensor:
+        return torch.empty(shape if wanted else (0,), device=x.hidden.device, dtype=dtype)
 
     return Result(
         loss=empty(N) if x.per_row else empty(),
         stats=empty(6, N),
         hidden=empty(*x.hidden.shape, wanted=x.need_hidden),
-        weight=empty(*x.weight.shape, wanted=x.need_weight),
+        weight=empty(*x.weight.shape, wanted=x.need_weight, dtype=x.weight_gradient_dtype),
         bias=empty(x.weight.shape[0], wanted=x.need_bias),
         teacher_hidden=empty(*x.hidden.shape, wanted=x.need_teacher_hidden),
         scale=empty(),
+        rows=empty(x.row_constants, N, wanted=x.row_constants > 0),
     )
-
-
-def _without_gradients(problem: Problem) -> Problem:
-    return replace(problem, need_hidden=False, need_weight=False, need_bias=False, need_teacher_hidden=False)
-
-
-def _for_forward(problem: Problem) -> Problem:
-    """With per-row losses no gradient can be taken before the upstream gradients are known."""
-    return _without_gradients(problem) if problem.per_row else problem
 
 
 @torch.library.custom_op(
@@ -94,25 +93,28 @@ def _for_forward(problem: Problem) -> Problem:
     schema=f"({_ARGUMENTS}) -> ({', '.join(['Tensor'] * len(Result._fields))})",
 )
 def fused_kd(*arguments: Any) -> tuple[Tensor, ...]:
-    return tuple(_solve(_for_forward(Problem(*arguments))))
+    return tuple(_solve(Problem(*arguments)))
 
 
 @fused_kd.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    return tuple(_shapes(_for_forward(Problem(*arguments))))
+    return tuple(_shapes(Problem(*arguments)))
 
 
 @torch.library.custom_op(
     "kdfast::fused_kd_gradients",
     mutates_args=(),
-    schema=f"({_ARGUMENTS}, Tensor upstream) -> ({', '.join(['Tensor'] * len(_DIFFERENTIABLE))})",
+    schema=f"({_ARGUMENTS}, Tensor rows, Tensor upstream) -> ({', '.join(['Tensor'] * len(_DIFFERENTIABLE))})",
 )
 def fused_kd_gradients(*arguments: Any) -> tuple[Tensor, ...]:
-    """Gradients of Σₙ upstreamₙ·lossₙ, in the inputs' dtypes; empty where not needed. upstream (N,)."""
-    *values, upstream = arguments
+    """Gradients of Σₙ upstreamₙ·lossₙ, in the inputs' dtypes; empty where not needed.
+
+    rows: the forward's Result.rows; upstream (N,)."""
+    *values, rows, upstream = arguments
     x = Problem(*values)
     coefficients = torch.where(x.coefficients == 0, 0.0, x.coefficients * upstream)
-    result = _solve(replace(x, coefficients=coefficients, want_metrics=False, per_row=False))
+    x = replace(x, coefficients=coefficients, want_metrics=False, per_row=False)
+    result = _solve(x, rows if rows.numel() else None)
     return tuple(
         _finish(getattr(result, name), result.scale, getattr(x, name)) if getattr(x, f"need_{name}") else empty
         for name, empty in zip(_DIFFERENTIABLE, _nothing(x), strict=True)
@@ -121,7 +123,7 @@ def fused_kd_gradients(*arguments: Any) -> tuple[Tensor, ...]:
 
 @fused_kd_gradients.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    x = Problem(*arguments[:-1])
+    x = Problem(*arguments[:-2])
     return tuple(
         torch.empty_like(getattr(x, name)) if getattr(x, f"need_{name}") else empty
         for name, empty in zip(_DIFFERENTIABLE, _nothing(x), strict=True)
@@ -161,7 +163,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.per_row = x.per_row
     if x.per_row:
         ctx.options = [None if name in _TENSORS else getattr(x, name) for name in _NAMES]
-        ctx.save_for_backward(*(getattr(x, name) for name in _TENSORS))
+        ctx.save_for_backward(result.rows, *(getattr(x, name) for name in _TENSORS))
     else:
         wanted = [(getattr(result, name), getattr(x, name)) for name in ctx.needed]
         ctx.save_for_backward(result.scale, *(tensor for pair in wanted for tensor in pair))
@@ -170,9 +172,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     gradients: dict[str, Tensor] = {}
     if upstream is not None and ctx.per_row:
-        tensors = dict(zip(_TENSORS, ctx.saved_tensors, strict=True))
+        rows, *saved = ctx.saved_tensors
+        tensors = dict(zip(_TENSORS, saved, strict=True))
         arguments = [tensors.get(name, value) for name, value in zip(_NAMES, ctx.options, strict=True)]
-        gradients = dict(zip(_DIFFERENTIABLE, fused_kd_gradients(*arguments, upstream), strict=True))
+        gradients = dict(zip(_DIFFERENTIABLE, fused_kd_gradients(*arguments, rows, upstream), strict=True))
     elif upstream is not None:
         scale, *saved = ctx.saved_tensors
         for name, gradient, like in zip(ctx.needed, saved[::2], saved[1::2], strict=True):
@@ -206,3 +209,35 @@ def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 fused_kd.register_autograd(_backward, setup_context=_save)
 fused_kd_gradients.register_autograd(_no_second_derivative, setup_context=_save_nothing)
 finish_gradient.register_autograd(_no_second_derivative, setup_context=_save_nothing)
+
+
+@torch.library.custom_op("kdfast::project", mutates_args=())
+def project(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """hidden (N, Ht) · weight (Hs, Ht)ᵀ + bias (Hs,), of one dtype → (N, Hs). The teacher's hidden states, which are
+    constants here: no gradient reaches them."""
+    from kdfast.kernels import projection
+    from kdfast.kernels.configurations import tile_config
+
+    current = torch.cuda.device(hidden.device) if hidden.is_cuda else nullcontext()
+    with current:
+        bias = None if bias is None else bias.contiguous()
+        config = tile_config("projection", weight, hidden.shape[0])
+        return projection.project(hidden, weight, bias, tf32=gemm.tf32(hidden.device), config=config)
+
+
+@project.register_fake
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return hidden.new_empty(hidden.shape[0], weight.shape[0])
+
+
+def _save_projection(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[0])
+
+
+def _project_backward(ctx: Any, upstream: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
+    (hidden,) = ctx.saved_tensors
+    weight = upstream.t() @ hidden if ctx.needs_input_grad[1] else None
+    return None, weight, upstream.sum(dim=0) if ctx.needs_input_grad[2] else None
+
+
+project.register_autograd(_project_backward, setup_context=_save_projection)

@@ -10,7 +10,7 @@ Letters: `N` tokens, `V` vocabulary, `Hs`/`Ht` student and teacher width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -73,6 +73,24 @@ class Problem:
     def use_anchor(self) -> bool:
         return self.anchor_term or (self.want_metrics and self.anchor_targets is not None)
 
+    def without_gradients(self) -> Problem:
+        return replace(self, need_hidden=False, need_weight=False, need_bias=False, need_teacher_hidden=False)
+
+    def of_the_forward(self) -> Problem:
+        """With per-row losses no gradient can be taken before the upstream gradients are known."""
+        return self.without_gradients() if self.per_row else self
+
+    @property
+    def weight_gradient_dtype(self) -> torch.dtype:
+        """Of Result.weight. The tiled engine finishes a slab of dW in one product, so bf16 is rounded once, there."""
+        narrow = self.engine == "triton_tiled" and self.weight.dtype == torch.bfloat16
+        return torch.bfloat16 if narrow else self.dtype
+
+    @property
+    def row_constants(self) -> int:
+        """Numbers a row that the forward leaves for a backward of per-row losses (`kdfast.kernels.statistics`)."""
+        return 10 if self.engine == "triton_tiled" and self.per_row else 0
+
     @property
     def dtype(self) -> torch.dtype:
         """Precision of logits, losses and accumulated gradients: float64 for float64 inputs, else float32."""
@@ -91,3 +109,4 @@ class Result(NamedTuple):
     bias: Tensor  # (V,)
     teacher_hidden: Tensor  # (N, Hs)
     scale: Tensor  # ()
+    rows: Tensor  # (row_constants, N), or empty

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kdfast import engines
+from kdfast.engines.choice import unavailable
 from kdfast.options import Options, is_asked
 from kdfast.sources import Head, Logits, Projected, SparseLogits, Teacher
 
@@ -31,6 +32,9 @@ def check(student: Head, teacher: Teacher | None, labels: Tensor | None, options
     _check_to_come(teacher, options)
     _check_head("student", student)
     _check_valid_vocab(student, options)
+    obstacle = unavailable(options.engine, student.hidden.device)
+    if obstacle is not None:
+        raise ValueError(f"engine={options.engine!r} {obstacle}")
     leading, device = student.hidden.shape[:-1], student.hidden.device
     if isinstance(teacher, Projected):
         _check_projected(teacher, student)
@@ -74,12 +78,10 @@ def _check_to_come(teacher: Teacher | None, options: Options) -> None:
         to_come = "vocab='truncate'"
     elif options.process_group is not None or options.vocab_start is not None:
         to_come = "a vocabulary-parallel head (process_group, vocab_start)"
-    elif options.engine in engines.TO_COME:
-        to_come = f"engine={options.engine!r}"
     if to_come is not None:
         raise NotImplementedError(
             f"{to_come} is part of the interface but not in this version. Available: teachers Projected, Head and "
-            f"None with vocabularies of equal size on one process, engines {', '.join(engines.AVAILABLE)}"
+            "None with vocabularies of equal size on one process"
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import triton
 from torch import Tensor
 
 
@@ -19,6 +20,21 @@ class RowConfig:
     block: int  # logits of a row at a time
     warps: int
     why: str = ""
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Of a kernel that multiplies: tokens × vocabulary × width of a tile."""
+
+    block_n: int
+    block_v: int
+    block_h: int
+    warps: int
+    stages: int
+    why: str = ""
+
+    def blocks(self) -> dict[str, int]:
+        return {"BLOCK_N": self.block_n, "BLOCK_V": self.block_v, "BLOCK_H": self.block_h}
 
 
 ROW_TABLE: dict[str, RowConfig] = {
@@ -36,6 +52,35 @@ def architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
+def known_architecture(device: torch.device) -> str | None:
+    """The row of the tables that `device` uses: its own, or its closest older relative's."""
+    name = architecture(device)
+    return name if name in ROW_TABLE else None
+
+
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+
+
 def row_config(z: Tensor) -> RowConfig:
     """For logits z (m, V)."""
     return ROW_TABLE[architecture(z.device)]
+
+
+def splits_of(row_blocks: int, tiles: int, device: torch.device) -> int:
+    return min(2, tiles)
+
+
+def interpreting() -> bool:
+    """Kernels run in Triton's interpreter (TRITON_INTERPRET=1 when they were imported)."""
+    return triton.knobs.runtime.interpret
+
+
+TILE_TABLE: dict[tuple[str, str], TileConfig] = {
+    ("interpreter", "statistics"): TileConfig(16, 64, 16, 4, 2),
+    ("interpreter", "gradients"): TileConfig(16, 64, 16, 4, 2),
+    ("interpreter", "projection"): TileConfig(16, 64, 16, 4, 2),
+}
+
+
+def tile_config(kernel: str, operand: Tensor, N: int) -> TileConfig:
+    return TILE_TABLE[architecture(operand.device), kernel]

@@ -56,3 +56,11 @@ def gradients(
 def _cross_entropy(z, v, m, n, targets, coefficient):
     softmax = tl.exp((z - m[:, None]) - n[:, None])
     return coefficient[:, None] * tl.where(v == targets[:, None], softmax - 1, softmax)
+
+
+@triton.jit
+def store_gradient(pointers, grad, counts, mask):
+    """Write a block, rounded to the buffer's dtype; 0 where `counts` is false. float16 saturates, NaN stays NaN."""
+    if pointers.dtype.element_ty == tl.float16:
+        grad = tl.where(grad > 65504, 65504, tl.where(grad < -65504, -65504, grad))
+    tl.store(pointers, tl.where(counts, grad, 0), mask=mask)

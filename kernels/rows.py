@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kdfast.kernels.configurations import RowConfig
 from kdfast.kernels.divergences import ENTRIES
-from kdfast.kernels.gradients import gradients
+from kdfast.kernels.gradients import gradients, store_gradient
 from kdfast.kernels.statistics import (
     cross_entropy,
     empty_pair,
@@ -174,13 +174,13 @@ def row_kernel(
             if IN_PLACE:
                 tl.debug_barrier()  # the block has been read by every thread before any of it is written
             if grad_a_ptr is not None:
-                tl.store(grad_a_ptr + row_a + v, tl.where(active[:, None], grad_a, 0), mask=mask)
+                store_gradient(grad_a_ptr + row_a + v, grad_a, active[:, None], mask)
             elif ANCHOR_GRADIENT:
                 grad_t += grad_a
             if grad_s_ptr is not None:
-                tl.store(grad_s_ptr + row_g + v, tl.where(active[:, None], grad_s, 0), mask=mask)
+                store_gradient(grad_s_ptr + row_g + v, grad_s, active[:, None], mask)
             if grad_t_ptr is not None:
-                tl.store(grad_t_ptr + row_g + v, tl.where(active[:, None], grad_t, 0), mask=mask)
+                store_gradient(grad_t_ptr + row_g + v, grad_t, active[:, None], mask)
 
 
 def solve_rows(

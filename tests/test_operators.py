@@ -17,6 +17,7 @@ from kdfast.options import Options
 from kdfast.problem import Problem
 
 compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
+ENGINES = ["torch", "triton_chunked", "triton_tiled"]
 BACKENDS = ["aot_eager", pytest.param("inductor", marks=compiler)]
 
 
@@ -35,11 +36,12 @@ def problem(case, kind, **options):
 
 @pytest.mark.parametrize("kind", ["hidden", "head", "none"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_opcheck(kind, reduction):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_opcheck(kind, reduction, engine):
     case = make(n=6)
     arguments = [
         a.detach().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a
-        for a in problem(case, kind, reduction=reduction, ce_weight=0.5, return_metrics=True)
+        for a in problem(case, kind, reduction=reduction, ce_weight=0.5, return_metrics=True, engine=engine)
     ]
     torch.library.opcheck(operators.fused_kd, tuple(arguments))
 
@@ -52,7 +54,8 @@ def test_opcheck_of_the_backward_operators():
     names = [field.name for field in fields(Problem)]
     for name in ("need_hidden", "need_weight", "need_bias", "need_teacher_hidden"):
         arguments[names.index(name)] = True
-    torch.library.opcheck(operators.fused_kd_gradients, (*arguments, torch.rand(6, dtype=torch.float64)))
+    rows, upstream = torch.empty(0, dtype=torch.float64), torch.rand(6, dtype=torch.float64)
+    torch.library.opcheck(operators.fused_kd_gradients, (*arguments, rows, upstream))
     one = torch.ones((), dtype=torch.float64)
     torch.library.opcheck(operators.finish_gradient, (torch.rand(4, 3), one.float(), one.float(), torch.rand(4, 3)))
 
@@ -60,13 +63,14 @@ def test_opcheck_of_the_backward_operators():
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own imports
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["projected", "head"])
-def test_compiled_without_a_graph_break_gives_the_same_numbers(backend, kind):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_compiled_without_a_graph_break_gives_the_same_numbers(backend, kind, engine):
     case = make(torch.float32)
 
     def step(c, temperature, kd_weight, reduction):
         return fused_kd_loss(
             student(c, softcap=5.0), teacher(c, kind), c.labels, temperature=temperature, kd_weight=kd_weight,
-            ce_weight=0.5, reduction=reduction, token_weights=c.weights, return_metrics=True,
+            ce_weight=0.5, reduction=reduction, token_weights=c.weights, return_metrics=True, engine=engine,
         )  # fmt: skip
 
     torch._dynamo.reset()
@@ -114,7 +118,7 @@ def test_autocast_computes_heads_as_linear_does(kind):
     """Inside autocast: the numbers of heads cast to bf16, gradients in the leaves' own dtype."""
     case = make(torch.float32)
     narrow = copy(case, torch.bfloat16)
-    for engine in ("reference", "torch"):
+    for engine in ("reference", *ENGINES):
         wide = copy(case, torch.float32)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = fused_kd_loss(student(wide), teacher(wide, kind), wide.labels, ce_weight=0.5, engine=engine)

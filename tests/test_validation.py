@@ -118,8 +118,6 @@ TO_COME = {
     "sparse logits": {"teacher_": SparseLogits(torch.zeros(N, 2, dtype=torch.long), torch.zeros(N, 2))},
     "truncate": {"vocab": "truncate"},
     "vocabulary-parallel": {"vocab_start": 0},
-    "triton_chunked": {"engine": "triton_chunked"},
-    "triton_tiled": {"engine": "triton_tiled"},
     "symmetric_kl": {"divergence": "symmetric_kl"},
     "total_variation": {"divergence": "total_variation"},
 }

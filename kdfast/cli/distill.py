@@ -24,7 +24,6 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from kdfast import engines
 from kdfast.cli import output_dir as folder
 from kdfast.cli.arguments import Arguments, DataArguments, ModelArguments, format_help, parse
 from kdfast.cli.errors import RunFailed, UserError
@@ -33,7 +32,7 @@ from kdfast.training.checkpoint import load_models
 from kdfast.training.data import DataError, hold_out, load_blocks, read_dataset, read_files
 from kdfast.training.progress import show_progress
 from kdfast.training.report import Run, text_table, write_report
-from kdfast.training.summary import PeakMemory, parameters, summarise, write_summary
+from kdfast.training.summary import PeakMemory, engine_of, parameters, summarise, write_summary
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -140,7 +139,7 @@ def _trainer(arguments: Arguments, name: str) -> KDTrainer:
         _check_positions(which, model, arguments.data.max_length)
     sizes = ", ".join(f"{which} {parameters(model) / 1e6:.1f}M parameters" for which, model in loaded.items())
     blocks = f"{len(train)} blocks of {arguments.data.max_length} tokens to train on, {len(evaluation)} to evaluate on"
-    engine = engines.resolve(training.engine, training.device)
+    engine = engine_of(training, student)
     _say(training, f"{name}: recipe {training.recipe}; {sizes}; {blocks}; engine {engine} on {training.device}")
     return KDTrainer(
         student,

@@ -10,13 +10,18 @@ from pathlib import Path
 
 import torch
 
+from kdfast.cli.errors import UserError
+from kdfast.engines.choice import choose
 from kdfast.versions import PACKAGES, installed_version
 
 
-def doctor() -> int:
-    """Prints the findings; the exit code is 1 where something will not work, else 0."""
+def doctor(tokens: int, vocab: int, dtype: str, scratch_bytes: int | None = None) -> int:
+    """Prints the findings, and what `auto` picks for such a loss; the exit code is 1 where something will not work."""
     import kdfast
-    from kdfast import engines
+
+    for name, value in (("--tokens", tokens), ("--vocab", vocab), ("--scratch-bytes", scratch_bytes)):
+        if value is not None and value <= 0:
+            raise UserError(f"doctor: {name} {value}; expected a positive number")
 
     print(f"kdfast          {kdfast.__version__}  {Path(kdfast.__file__).parent}")
     print(f"python          {platform.python_version()}  {platform.platform()}")
@@ -24,8 +29,13 @@ def doctor() -> int:
         print(f"{name:15} {installed_version(name) or 'not installed'}")
 
     print()
+    print(f"For N={tokens} tokens, V={vocab}, {dtype}, a teacher, all gradients:")
     for device, what in _devices():
-        print(f"{device!s:15} {what}; engine auto is {engines.resolve('auto', device)}")
+        choice = choose(
+            device, getattr(torch, dtype), tokens=tokens, vocab=vocab, scratch_bytes=scratch_bytes or 0
+        )
+        chunks = "" if choice.tokens is None else f", {-(-tokens // choice.tokens)} chunks of {choice.tokens} tokens"
+        print(f"{device!s:15} {what}; engine auto is {choice.engine}{chunks} ({choice.why})")
 
     ours, theirs, healthy = _kernels()
     print(f"\nkdfast.kernels  {ours}\nkernels         {theirs}")

@@ -13,6 +13,7 @@ import sys
 from kdfast._version import __version__
 from kdfast.cli.errors import RunFailed, UserError
 
+DTYPES = ("bfloat16", "float16", "float32", "float64")
 TRAINING_PART = ("transformers", "datasets", "accelerate", "tokenizers", "yaml", "matplotlib", "tqdm")
 
 
@@ -33,7 +34,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     of_demo.add_argument("--cache-dir", help="the teacher is kept here (default: $XDG_CACHE_HOME/kdfast/demo)")
     of_demo.add_argument("--seed", type=int, default=0)
-    commands.add_parser("doctor", help="versions, devices, the engine `auto` picks, what `kernels` resolves to")
+    of_doctor = commands.add_parser(
+        "doctor", help="versions, devices, the engine and chunk `auto` picks, what `kernels` resolves to"
+    )
+    of_doctor.add_argument("--tokens", type=int, default=8192, help="N, tokens a step (default: %(default)s)")
+    of_doctor.add_argument("--vocab", type=int, default=50257, help="V (default: %(default)s)")
+    of_doctor.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="the head's (default: %(default)s)")
+    of_doctor.add_argument("--scratch-bytes", type=int, help="as in fused_kd_loss (default: the engine's)")
     argv = sys.argv[1:] if argv is None else argv
     # distill's keys are declared by dataclasses that need transformers: it parses what follows itself
     args = parser.parse_args(argv[:1] if argv[:1] == ["distill"] else argv)
@@ -42,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.command == "doctor":
             from kdfast.cli.doctor import doctor
 
-            return doctor()
+            return doctor(args.tokens, args.vocab, args.dtype, args.scratch_bytes)
         if missing := [name for name in TRAINING_PART if importlib.util.find_spec(name) is None]:
             raise UserError(f"{args.command} needs {', '.join(missing)}: pip install 'kdfast[train]'")
         if args.command == "distill":

@@ -1,28 +1,21 @@
-"""The engines: four ways to solve one Problem, and the one function that picks.
+"""The engines: four ways to solve one Problem.
 
-    reference        eager, plain torch, the specification                        engines/reference.py
-    torch            chunked, plain torch, any device                             engines/chunked.py
-    triton_chunked   Triton and the vendor's GEMM                                 not in this version
-    triton_tiled     Triton only                                                  not in this version
+    reference        eager, plain torch, the specification                        reference.py
+    torch            chunks of tokens, plain torch, any device                    chunked.py, torch_rows.py
+    triton_chunked   chunks of tokens, Triton row kernels, the vendor's GEMM      chunked.py, triton_rows.py
+    triton_tiled     logits in registers only, slabs of the vocabulary            triton_tiled.py
 
-`reference` is differentiated by autograd; the others run behind the operators in `kdfast.operators`.
+`reference` is differentiated by autograd; the others run behind the operators in `kdfast.operators`. `choice.py` says
+which can run where and what "auto" picks.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from kdfast.problem import Problem
 
-AVAILABLE = ("reference", "torch", "triton_chunked")
-TO_COME = ("triton_tiled",)
-NAMES = ("auto", *AVAILABLE, *TO_COME)
-
-
-def resolve(engine: str, device: torch.device) -> str:
-    """The engine that `engine` stands for on `device`. "auto" is `torch` everywhere in this version."""
-    return "torch" if engine == "auto" else engine
+NAMES = ("auto", "reference", "torch", "triton_chunked", "triton_tiled")
 
 
 def run(problem: Problem) -> tuple[Tensor, Tensor]:

@@ -21,21 +21,27 @@ an aligned leading dimension whatever V is.
 from __future__ import annotations
 
 import importlib
-import os
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from kdfast import gemm
-from kdfast.engines.row_work import Buffers, Wanted
-from kdfast.problem import ANCHOR, Problem, Result
+from kdfast.engines.planning import (
+    Wanted,
+    active_rows,
+    bytes_per_token,
+    chunk_tokens,
+    gradient_scale,
+    mixes,
+    row_stride,
+    total,
+    wanted,
+)
+from kdfast.engines.row_work import Buffers
+from kdfast.problem import Problem, Result
 
 ROW_WORK = {"torch": "kdfast.engines.torch_rows", "triton_chunked": "kdfast.engines.triton_rows"}
-CPU_SCRATCH = 128 << 20  # 316 tokens at V=50257: past that the products gain nothing
-DEVICE_SCRATCH = 512 << 20
-DEVICE_TOKENS = 1024  # fewer rows than this starve a GPU's matrix units
-ALIGNMENT = 128  # elements a row of scratch is padded to
 CPU_BLOCK = 1 << 17  # logits a CPU works on at a time (512 KB in fp32), so that the row work stays in cache
 
 
@@ -44,16 +50,16 @@ class Plan:
     """Which gradients are wanted, and in what portions the work is done."""
 
     wanted: Wanted  # gradients of the logits
-    anchor_apart: bool  # the KD term's dL/dz_t reaches W, so the anchor's must wait in a plane of its own
-    mix: bool  # teacher rows are made orthogonal to student rows before they are rounded (torch_rows._decorrelate)
+    mix: bool  # teacher rows are made orthogonal to student rows before they are rounded
     gradient_dtype: torch.dtype
     tokens: int  # per chunk
     stride: int  # elements from one row of scratch to the next
     block: int  # rows per call of the row work
 
 
-def run(x: Problem) -> Result:
-    """Loss, statistics and scaled gradients of `x`."""
+def run(x: Problem, rows: Tensor | None = None) -> Result:
+    """Loss, statistics and scaled gradients of `x`. rows: of no use here, statistics come with the logits."""
+    x = x.of_the_forward()
     if x.hidden.device.type != "cpu" or x.engine != "torch":
         return _run(x)
     # Looking at a mask is free on a CPU: rows that count for nothing are dropped, not multiplied by zero.
@@ -66,7 +72,7 @@ def _run(x: Problem) -> Result:
     V, device = x.valid_vocab, x.hidden.device
     plan = _plan(x)
     solve = importlib.import_module(ROW_WORK[x.engine]).solve
-    scale = _scale(x)
+    scale = gradient_scale(x)
     weight = x.weight[:V]
     stats = torch.zeros((6, N), device=device, dtype=x.dtype)
     d_hidden = _zeros(x.need_hidden, (N, H), x)
@@ -82,7 +88,7 @@ def _run(x: Problem) -> Result:
     planes = scratch(pairs * plan.tokens, x.dtype)
     narrow = plan.gradient_dtype != x.dtype and any(plan.wanted)
     gradients = scratch(pairs * plan.tokens, plan.gradient_dtype) if narrow else planes
-    anchor_plane = scratch(plan.tokens, plan.gradient_dtype) if plan.anchor_apart else None
+    anchor_plane = scratch(plan.tokens, plan.gradient_dtype) if plan.wanted.anchor_apart else None
     mix = planes.new_empty(plan.tokens) if plan.mix else None
 
     for start in range(0, N, plan.tokens):
@@ -127,21 +133,22 @@ def _run(x: Problem) -> Result:
                 if mix is not None:
                     d_teacher[rows] -= mix[:m, None] * d_inputs[:m]
 
-    terms = x.coefficients * stats[: ANCHOR + 1]
-    loss = torch.where(x.coefficients == 0, 0.0, terms).sum(dim=0)
-    return Result(loss if x.per_row else loss.sum(), stats, d_hidden, d_weight, d_bias, d_teacher, scale)
+    return Result(total(x, stats), stats, d_hidden, d_weight, d_bias, d_teacher, scale, stats.new_empty(0))
 
 
 def _logits(x: Problem, rows: slice, weight: Tensor, planes: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """(inputs (m or 2m, H), z_s (m, V), z_t (m, V) or None) of one chunk: raw products, without bias."""
     dropped = x.hidden.device.type == "cpu" and x.engine == "torch"
-    off = None if dropped else ~x.active[rows, None]
     m = rows.stop - rows.start
-    student = _without(x.hidden[rows], off)
+
+    def taken(hidden: Tensor) -> Tensor:
+        return hidden[rows] if dropped else active_rows(hidden[rows], x.active[rows])
+
+    student = taken(x.hidden)
     if x.teacher_hidden is None:
         inputs, teacher = student, None
     else:
-        teacher = _without(x.teacher_hidden[rows], off)
+        teacher = taken(x.teacher_hidden)
         inputs = torch.cat([student, teacher]) if x.projected else student
     z = planes[: inputs.shape[0]]
     gemm.logits(inputs, weight, z)
@@ -156,73 +163,30 @@ def _logits(x: Problem, rows: slice, weight: Tensor, planes: Tensor) -> tuple[Te
 
 
 def _plan(x: Problem) -> Plan:
-    needs_head = x.need_weight or x.need_bias
-    full = x.projected and x.teacher_grad == "full"
-    to_teacher = x.projected and x.teacher_grad != "none" and x.need_teacher_hidden
-    dtype = gemm.gradient_dtype(x.weight.dtype, x.weight.device)
-    N, V = x.hidden.shape[0], x.valid_vocab
-    teacher_to_weight = full and needs_head
-    wanted = Wanted(
-        student=x.need_hidden or needs_head,
-        teacher=to_teacher or teacher_to_weight,
-        anchor=x.anchor_term and x.need_teacher_hidden,
-        teacher_to_weight=teacher_to_weight,
+    device, N, V = x.hidden.device, x.hidden.shape[0], x.valid_vocab
+    want = wanted(x)
+    per_token = bytes_per_token(
+        device,
+        x.weight.dtype,
+        V,
+        sides=2 if x.teacher_hidden is not None else 1,
+        gradients=any(want),
+        anchor_apart=want.anchor_apart,
+        engine=x.engine,
     )
-    anchor_apart = wanted.anchor and teacher_to_weight
-    planes = 2 if x.teacher_hidden is not None else 1
-    on_cpu = x.hidden.device.type == "cpu"
-    stride = V if on_cpu and x.engine == "torch" else -(-V // ALIGNMENT) * ALIGNMENT
-    per_token = stride * planes * x.dtype.itemsize
-    if x.weight.dtype != x.dtype and any(wanted):
-        per_token += stride * planes * x.weight.dtype.itemsize  # gradients in the dtype of the products
-    if anchor_apart:
-        per_token += stride * dtype.itemsize
-    tokens = min(max(1, _budget(x, per_token) // per_token), max(1, N))
-    tokens = -(-N // -(-N // tokens)) if N else 1  # chunks of equal size
+    tokens = chunk_tokens(N, per_token, device, x.scratch_bytes)
     return Plan(
-        wanted=wanted,
-        anchor_apart=anchor_apart,
-        mix=dtype != x.dtype and full and x.need_weight and (x.need_hidden or not x.need_teacher_hidden),
-        gradient_dtype=dtype,
+        wanted=want,
+        mix=mixes(x),
+        gradient_dtype=gemm.gradient_dtype(x.weight.dtype, device),
         tokens=tokens,
-        stride=stride,
-        block=max(1, CPU_BLOCK // V) if on_cpu and x.engine == "torch" else tokens,
+        stride=row_stride(V, device, x.engine),
+        block=max(1, CPU_BLOCK // V) if device.type == "cpu" and x.engine == "torch" else tokens,
     )
-
-
-def _budget(x: Problem, per_token: int) -> int:
-    """Bytes for one chunk: the argument, else KDFAST_SCRATCH_BYTES, else the device's default."""
-    if x.scratch_bytes:
-        return x.scratch_bytes
-    setting = os.environ.get("KDFAST_SCRATCH_BYTES")
-    if setting is not None:
-        if not setting.isdecimal() or int(setting) == 0:
-            raise ValueError(
-                f"KDFAST_SCRATCH_BYTES={setting!r}; expected a positive number of bytes, such as 268435456"
-            )
-        return int(setting)
-    if x.hidden.device.type == "cpu":
-        return CPU_SCRATCH
-    return max(DEVICE_SCRATCH, DEVICE_TOKENS * per_token)
-
-
-def _scale(x: Problem) -> Tensor:
-    """(): for 16-bit inputs the power of two at or below the largest coefficient, so that 1/N comes last; else 1."""
-    one = torch.ones((), device=x.coefficients.device, dtype=x.dtype)
-    if x.weight.dtype == x.dtype or x.coefficients.numel() == 0:
-        return one
-    largest = x.coefficients.abs().max()
-    usable = (largest > 0) & largest.isfinite()
-    return torch.ldexp(one, torch.frexp(torch.where(usable, largest, one)).exponent - 1)
 
 
 def _zeros(wanted: bool, shape: tuple[int, ...], x: Problem) -> Tensor:
     return torch.zeros(shape if wanted else (0,), device=x.hidden.device, dtype=x.dtype)
-
-
-def _without(hidden: Tensor, off: Tensor | None) -> Tensor:
-    """Inactive rows as zeros: whatever they hold, NaN included, must not reach a sum."""
-    return hidden if off is None else hidden.masked_fill(off, 0)
 
 
 def _select(x: Problem, index: Tensor) -> Problem:

@@ -13,15 +13,6 @@ from typing import NamedTuple
 from torch import Tensor
 
 
-class Wanted(NamedTuple):
-    """Which gradients of the logits are wanted."""
-
-    student: bool  # dL/dz_s
-    teacher: bool  # the KD term's dL/dz_t
-    anchor: bool  # the anchor's dL/dz_t
-    teacher_to_weight: bool  # the KD term's dL/dz_t reaches W and the bias
-
-
 class Buffers(NamedTuple):
     """Where the gradients of these rows go, each (r, V); None = not wanted."""
 

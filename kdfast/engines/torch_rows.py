@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from kdfast.divergences import log_ratio, weighted
-from kdfast.engines.row_work import Buffers, Wanted
+from kdfast.engines.planning import Wanted
+from kdfast.engines.row_work import Buffers
 from kdfast.problem import AGREEMENT, ANCHOR, CE, KD, STUDENT_ENTROPY, TEACHER_ENTROPY, Problem
 
 
@@ -78,7 +79,7 @@ def solve(
         out.mix.copy_(_decorrelate(grad_s, grad_t))
     for buffer, grad in ((out.student, grad_s), (out.teacher, grad_t), (out.anchor, grad_a)):
         if buffer is not None:
-            buffer.zero_() if grad is None else buffer.copy_(grad)
+            buffer.zero_() if grad is None else buffer.copy_(_saturated(grad, buffer.dtype))
 
 
 def _transform(z: Tensor, logit_scale: float, softcap: float | None) -> Tensor | None:
@@ -130,6 +131,10 @@ def _at_temperature_one(
     if not gradient or index is None:
         return spread, value, None
     return spread, value, q.mul_(coefficient).scatter_add_(1, index, -coefficient)
+
+
+def _saturated(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    return grad.clamp_(-65504, 65504) if dtype == torch.float16 else grad
 
 
 def _record(stats: Tensor, rows: slice, row: int, value: Tensor | None) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from kdfast.engines.row_work import Buffers, Wanted
+from kdfast.engines.planning import Wanted
+from kdfast.engines.row_work import Buffers
 from kdfast.kernels.column_sums import add_column_sums
 from kdfast.kernels.configurations import row_config
 from kdfast.kernels.rows import solve_rows

@@ -115,7 +115,7 @@ class KDConfig(TrainingArguments):
         choices = {
             "teacher_grad": ("full", "projector", "none"),
             "projector_init": get_args(ProjectorInit),
-            "engine": ("auto", *engines.AVAILABLE),
+            "engine": engines.NAMES,
         }
         for name, allowed in choices.items():
             value = getattr(self, name)

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
-from kdfast import engines
+from kdfast.engines.choice import resolve
+from kdfast.training.config import KDConfig
 from kdfast.training.files import write_text
 from kdfast.training.trainer import KDTrainer
 from kdfast.versions import versions
@@ -41,7 +43,7 @@ def summarise(trainer: KDTrainer, evaluation: dict[str, float], peak: PeakMemory
         "eval_tokens": evaluation.get("eval_tokens"),
         "peak_memory_bytes": peak.read(),
         "peak_memory_of": peak.what,
-        "engine": engines.resolve(trainer.args.engine, trainer.args.device),
+        "engine": engine_of(trainer.args, model.student),
         "device": peak.device_name,
         "student_parameters": parameters(model.student),
         "teacher_parameters": None if model.teacher is None else parameters(model.teacher),
@@ -49,6 +51,12 @@ def summarise(trainer: KDTrainer, evaluation: dict[str, float], peak: PeakMemory
         "settings": dataclasses.asdict(model.recipe),
         "versions": versions(),
     }
+
+
+def engine_of(args: KDConfig, student: PreTrainedModel) -> str:
+    """The engine that trains `student` in batches of 1024 tokens and more."""
+    weight = student.get_output_embeddings().weight
+    return resolve(args.engine, args.device, weight.dtype, tokens=1024, vocab=weight.shape[0])
 
 
 def write_summary(path: Path, summary: dict[str, Any]) -> None:

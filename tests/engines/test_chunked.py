@@ -10,6 +10,7 @@ from torch.nn.functional import linear
 
 from kdfast import JSD, Head, Projected, fused_kd_loss, gemm
 from kdfast.engines import chunked
+from kdfast.engines.planning import gradient_scale
 from kdfast.problem import Problem
 
 
@@ -63,7 +64,7 @@ def near_convergence(dtype, noise, *, width=256, vocab=16384, rows=256):
     return [t.to(dtype) for t in (hs, W, ht, Wt, P)]
 
 
-def solve(tensors, kind, dtype, engine, *, rounded=False, upstream=1.0):
+def solve(tensors, kind, dtype, engine, *, rounded=False, upstream=1.0, labels=None, **options):
     """(loss, KL, gradients) with the numbers of `tensors` in `dtype`; `rounded`: projected hidden states too."""
     hs, W, ht, Wt, P = (t.to(dtype, copy=True) for t in tensors)
     leaves = [t.requires_grad_() for t in ([hs, W, P] if kind == "projected" else [hs, W])]
@@ -74,7 +75,7 @@ def solve(tensors, kind, dtype, engine, *, rounded=False, upstream=1.0):
         source = Projected(projected + (projected.to(tensors[0].dtype).to(dtype) - projected).detach())
     else:
         source = Projected(ht, P)
-    loss, metrics = fused_kd_loss(Head(hs, W), source, engine=engine, return_metrics=True)
+    loss, metrics = fused_kd_loss(Head(hs, W), source, labels, engine=engine, return_metrics=True, **options)
     loss.backward(torch.tensor(upstream, dtype=loss.dtype))
     return loss, metrics.kd, [leaf.grad for leaf in leaves]
 
@@ -269,10 +270,11 @@ def test_chunking_does_not_change_the_numbers_in_bfloat16():
 def test_scale_is_a_power_of_two_and_survives_nan():
     def scale(coefficients, dtype=torch.bfloat16):
         x = SimpleNamespace(coefficients=coefficients, weight=torch.empty(0, dtype=dtype), dtype=torch.float32)
-        return chunked._scale(x).item()
+        return gradient_scale(x).item()
 
     assert scale(torch.tensor([[0.3, -0.7], [0.0, 0.0]])) == 0.5
     assert scale(torch.tensor([[0.3, -0.7], [0.0, 0.0]]), torch.float32) == 1
+    assert scale(torch.tensor([[0.3, -0.7], [0.0, 0.0]]), torch.float16) == 0.5 / 1024
     assert scale(torch.zeros(3, 4)) == 1
     assert scale(torch.tensor([torch.nan, 1.0])) == 1
     assert scale(torch.zeros(3, 0)) == 1

@@ -1,0 +1,94 @@
+"""Which engine runs: whether one can on a device, and what `engine="auto"` picks.
+
+`auto`, in this order:
+
+    not a GPU, or a GPU Triton is not installed for or has no block sizes for      torch
+    float64                                                                        torch
+    the scratch budget holds fewer than MIN_TOKENS tokens of logits                triton_tiled
+    else                                                                           triton_chunked
+
+The chunked engine does 6u operations where the tiled one does 8u, so it is preferred wherever its matrix products get
+enough rows; by default the budget is made large enough (1024 tokens). This order is derived from operation counts
+(docs/performance.md), not yet from measurements.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+
+from kdfast.engines.planning import bytes_per_token, chunk_tokens
+
+MIN_TOKENS = 256  # twice that many rows are two row blocks of a 16-bit product's tiles; fewer leave a GPU idle
+
+
+class Choice(NamedTuple):
+    engine: str
+    tokens: int | None  # a chunk's; None = the engine does not work in chunks of tokens
+    why: str
+
+
+@torch.compiler.assume_constant_result  # looks at what is installed: nothing a graph should hold
+def unavailable(engine: str, device: torch.device) -> str | None:
+    """Why `engine` cannot run on `device`, and what to do; None where it can."""
+    if not engine.startswith("triton"):
+        return None
+    if find_spec("triton") is None:
+        return "needs the package triton, which is not installed; install it (Linux), or use engine='torch'"
+    from kdfast.kernels import configurations
+
+    if device.type == "cpu" and not configurations.interpreting():
+        return (
+            "needs a GPU and the tensors are on cpu; use engine='torch' (or, to test the kernels, set "
+            "TRITON_INTERPRET=1 before kdfast is imported: slow)"
+        )
+    if device.type not in ("cpu", "cuda"):
+        return f"needs a CUDA or ROCm GPU and the tensors are on {device.type}; use engine='torch'"
+    if configurations.known_architecture(device) is None:
+        return (
+            f"has no block sizes for {configurations.architecture(device)}; expected one of "
+            f"{', '.join(configurations.ARCHITECTURES)} or a newer relative. Use engine='torch'"
+        )
+    return None
+
+
+def choose(
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    tokens: int,
+    vocab: int,
+    teacher: bool = True,
+    scratch_bytes: int = 0,
+) -> Choice:
+    """What `engine="auto"` runs: `tokens` rows over `vocab` entries, the head's dtype, with a teacher or none."""
+    per_token = bytes_per_token(device, dtype, vocab, sides=1 + teacher)
+    chunk = chunk_tokens(tokens, per_token, device, scratch_bytes)
+    if device.type != "cuda":
+        return Choice("torch", chunk, f"Triton needs a GPU; this is {device.type}")
+    if dtype == torch.float64:
+        return Choice("torch", chunk, "float64")
+    problem = unavailable("triton_chunked", device)
+    if problem is not None:
+        return Choice("torch", chunk, f"triton_chunked {problem}")
+    if chunk < min(MIN_TOKENS, tokens):
+        return Choice("triton_tiled", None, f"the scratch budget holds the logits of {chunk} tokens only")
+    return Choice("triton_chunked", chunk, "6u operations against the tiled engine's 8u")
+
+
+def resolve(
+    engine: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    tokens: int,
+    vocab: int,
+    teacher: bool = True,
+    scratch_bytes: int = 0,
+) -> str:
+    """The engine that `engine` stands for. An explicit choice is never replaced."""
+    if engine != "auto":
+        return engine
+    return choose(device, dtype, tokens=tokens, vocab=vocab, teacher=teacher, scratch_bytes=scratch_bytes).engine

@@ -1,0 +1,176 @@
+"""The engine `triton_tiled`: logits live in registers; nothing of size N × V is ever written.
+
+    statistics   kdfast.kernels.tiled_statistics: row constants, losses, metrics                2u; 4u for a JSD
+    then for each slab of the vocabulary, w entries wide:
+    G  (2N, w)   kdfast.kernels.tiled_gradients: logits recomputed, their gradients             2u
+    dW (w, H)  = Gᵀ · [h_s; h_p]   one product, complete                                        2u
+    dX (2N, H) += G · W            one product, accumulated in fp32                             2u
+
+8u against the chunked engine's 6u. With per-row losses the forward stops after the statistics and keeps ten numbers a
+row, with which the backward starts at the slabs: 8u again, where the chunked engine takes 8u too.
+
+Memory beyond inputs and gradients: a slab of gradients within `scratch_bytes`, dX in fp32, and dW once more (bf16: in
+bf16; else in fp32). Two runs give the same bits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kdfast import gemm
+from kdfast.engines.planning import active_rows, gradient_scale, mixes, scratch_budget, total, wanted
+from kdfast.kernels.arguments import Heads, Term
+from kdfast.kernels.column_sums import add_column_sums
+from kdfast.kernels.configurations import tile_config
+from kdfast.kernels.tiled_gradients import slab_gradients
+from kdfast.kernels.tiled_statistics import statistics
+from kdfast.problem import Problem, Result
+
+SCRATCH = 256 << 20
+
+
+def run(x: Problem, rows: Tensor | None = None) -> Result:
+    """Loss, statistics and scaled gradients of `x`. rows: an earlier Result's, whose statistics are then not needed."""
+    N, H = x.hidden.shape
+    scale = gradient_scale(x)
+    heads, term = _heads(x), _term(x, scale)
+    stats = torch.zeros((6, N), device=x.hidden.device, dtype=x.dtype)
+    if rows is None:
+        rows = stats.new_empty(10, N)
+        config = tile_config("statistics", x.weight, N)
+        _count(x, passes=2 if x.teacher_hidden is not None and term.entry.base == "" else 1)
+        statistics(heads, term, stats=stats, rows=rows, mix=mixes(x), config=config)
+
+    now = x.of_the_forward()
+    d_hidden = _zeros(now.need_hidden, (N, H), x.dtype, x)
+    d_weight = _zeros(now.need_weight, tuple(x.weight.shape), x.weight_gradient_dtype, x)
+    d_bias = _zeros(now.need_bias, (x.weight.shape[0],), x.dtype, x)
+    d_teacher = _zeros(now.need_teacher_hidden, (N, H), x.dtype, x)
+    if any(wanted(now)) and N:
+        _gradients(now, heads, term, rows, d_hidden, d_weight, d_bias, d_teacher)
+    kept = rows if x.row_constants else stats.new_empty(0)
+    return Result(total(x, stats), stats, d_hidden, d_weight, d_bias, d_teacher, scale, kept)
+
+
+def _gradients(
+    x: Problem, heads: Heads, term: Term, rows: Tensor, d_hidden: Tensor, d_weight: Tensor, d_bias: Tensor,
+    d_teacher: Tensor,
+) -> None:  # fmt: skip
+    (N, _), V = x.hidden.shape, x.valid_vocab
+    want, mix = wanted(x), rows[-1] if mixes(x) else None
+    teacher = want.teacher or want.anchor
+    sides = want.student + teacher
+    dtype = gemm.gradient_dtype(x.weight.dtype, x.weight.device)
+    config = tile_config("gradients", x.weight, N)
+    width = _slab_width(x, (sides + want.anchor_apart) * dtype.itemsize, config.block_v)
+    planes = torch.empty(sides + want.anchor_apart, N, width, device=x.hidden.device, dtype=dtype)
+    inputs = _inputs(x, mix) if x.need_weight else None
+    to_weight = slice(0, 2 * N if want.teacher_to_weight else N)
+    teacher_input = x.need_teacher_hidden and teacher
+    to_input = slice(N if want.student and not x.need_hidden else 0, sides * N if teacher_input else N)
+    d_inputs = x.coefficients.new_zeros(max(0, to_input.stop - to_input.start), x.hidden.shape[1])
+
+    for first in range(0, V, width):
+        ids = slice(first, min(first + width, V))
+        slab = planes[..., : ids.stop - first]
+        _count(x, part=ids)
+        slab_gradients(
+            heads,
+            term,
+            rows=rows,
+            first=first,
+            grad_s=slab[0] if want.student else None,
+            grad_t=slab[int(want.student)] if teacher else None,
+            grad_a=slab[-1] if want.anchor_apart else None,
+            mix=mix is not None,
+            config=config,
+        )
+        g = planes[:sides].flatten(0, 1)[:, : ids.stop - first]
+        if inputs is not None:
+            gemm.weight_gradient(g[to_weight], inputs[to_weight], d_weight[ids])
+        if x.need_bias:
+            add_column_sums(g[:N], None if mix is None else 1 - mix, d_bias[ids])
+            if want.teacher_to_weight:
+                add_column_sums(g[N:], None, d_bias[ids])
+        if want.anchor_apart:
+            slab[1] += slab[-1]
+        if d_inputs.numel():
+            gemm.add_input_gradient(g[to_input], x.weight[ids], d_inputs)
+
+    if x.need_hidden:
+        d_hidden.copy_(d_inputs[:N])
+    if teacher_input:
+        d_teacher.copy_(d_inputs[-N:])
+        if mix is not None and x.need_hidden:
+            d_teacher.addcmul_(mix[:, None], d_inputs[:N], value=-1)
+
+
+def _inputs(x: Problem, mix: Tensor | None) -> Tensor:
+    """[h_s − mix·h_p; h_p] (2N, H), what dW is taken of; h_s alone where the teacher has its own head."""
+    student = active_rows(x.hidden, x.active)
+    if not x.projected or x.teacher_hidden is None:
+        return student
+    teacher = active_rows(x.teacher_hidden, x.active)
+    if mix is None:
+        return torch.cat([student, teacher])
+    mixed = torch.addcmul(student.to(x.dtype), teacher.to(x.dtype), mix[:, None], value=-1)
+    return torch.cat([mixed.to(student.dtype), teacher])
+
+
+def _slab_width(x: Problem, bytes_per_logit: int, tile: int) -> int:
+    """Entries of the vocabulary at a time: whole tiles, in slabs of about equal width."""
+    tiles = -(-x.valid_vocab // tile)
+    budget = scratch_budget(x.scratch_bytes, SCRATCH) // (x.hidden.shape[0] * bytes_per_logit * tile)
+    slabs = -(-tiles // max(1, budget))
+    return -(-tiles // slabs) * tile
+
+
+def _heads(x: Problem) -> Heads:
+    bias = None if x.bias is None else x.bias.contiguous()
+    own_bias = None if x.teacher_bias is None else x.teacher_bias.contiguous()
+    return Heads(
+        hidden=x.hidden,
+        weight=x.weight,
+        bias=bias,
+        logit_scale=x.logit_scale,
+        softcap=x.softcap,
+        teacher_hidden=x.teacher_hidden,
+        teacher_weight=x.teacher_weight,
+        teacher_bias=bias if x.projected else own_bias,
+        teacher_logit_scale=x.teacher_logit_scale,
+        teacher_softcap=x.teacher_softcap,
+        vocab=x.valid_vocab,
+        tf32=gemm.tf32(x.hidden.device),
+    )
+
+
+def _term(x: Problem, scale: Tensor) -> Term:
+    want = wanted(x)  # with per-row losses too: what the statistics must know of a later backward
+    return Term(
+        divergence=x.divergence_name,
+        parameter=x.divergence_parameters[0] if x.divergence_parameters else 0.0,
+        temperature=x.temperature,
+        coefficients=x.coefficients,
+        scale=scale,
+        active=x.active,
+        labels=x.labels if x.use_ce else None,
+        targets=x.anchor_targets if x.use_anchor else None,
+        ce_gradient=want.student and x.ce_term,
+        teacher_gradient=want.teacher,
+        anchor_gradient=want.anchor,
+        metrics=x.want_metrics,
+    )
+
+
+def _count(x: Problem, passes: int = 1, part: slice | None = None) -> None:
+    """Tell `gemm.record` of the logits a kernel computes."""
+    V = x.valid_vocab if part is None else part.stop - part.start
+    for _ in range(passes):
+        gemm.count("logits", x.hidden.shape[0] * (2 if x.projected else 1), V, x.hidden.shape[1])
+        if x.teacher_weight is not None:
+            gemm.count("logits", x.hidden.shape[0], V, x.teacher_weight.shape[1])
+
+
+def _zeros(needed: bool, shape: tuple[int, ...], dtype: torch.dtype, x: Problem) -> Tensor:
+    return torch.zeros(shape if needed else (0,), device=x.hidden.device, dtype=dtype)

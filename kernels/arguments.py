@@ -1,0 +1,96 @@
+"""What the launchers are told, in two pieces: the heads that make logits, and the loss that is taken of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdfast.kernels.configurations import TileConfig, architecture
+from kdfast.kernels.divergences import ENTRIES, Entry
+
+
+@dataclass(frozen=True, eq=False)
+class Heads:
+    """Logits: softcap·tanh(logit_scale·(h Wᵀ + b)/softcap) of student and teacher."""
+
+    hidden: Tensor  # (N, Hs)
+    weight: Tensor  # (V, Hs)
+    bias: Tensor | None  # (V,)
+    logit_scale: float
+    softcap: float | None
+    teacher_hidden: Tensor | None  # (N, Hs) where it shares the student's head, (N, Ht), or None
+    teacher_weight: Tensor | None  # (V, Ht), or None
+    teacher_bias: Tensor | None  # (V,): the student's again where the head is shared
+    teacher_logit_scale: float
+    teacher_softcap: float | None
+    vocab: int  # entries of the vocabulary that count
+    tf32: bool  # fp32 products may round their operands to TF32
+
+    @property
+    def own(self) -> bool:
+        return self.teacher_weight is not None
+
+    def pointers(self) -> tuple[Any, ...]:
+        """Kernel arguments: tensors with their strides, then the biases."""
+        matrices = (self.hidden, self.teacher_hidden, self.weight, self.teacher_weight)
+        pairs = [(None, 0, 0) if t is None else (readable(t), t.stride(0), t.stride(1)) for t in matrices]
+        return (*pairs[0], *pairs[1], *pairs[2], *pairs[3], self.bias, self.teacher_bias)
+
+    def sizes(self) -> tuple[int, int, int, int]:
+        """N, V, Hs, Ht."""
+        width = self.hidden.shape[1]
+        return (self.hidden.shape[0], self.vocab, width, self.teacher_hidden.shape[1] if self.own else width)
+
+    def scalars(self) -> tuple[float, float, float, float]:
+        return (self.logit_scale, self.softcap or 1.0, self.teacher_logit_scale, self.teacher_softcap or 1.0)
+
+    def flags(self, config: TileConfig) -> dict[str, Any]:
+        _, _, Hs, Ht = self.sizes()
+        return {
+            "SOFTCAP_S": self.softcap is not None,
+            "SOFTCAP_T": self.teacher_softcap is not None,
+            "EVEN_S": Hs % config.block_h == 0,
+            "EVEN_T": Ht % config.block_h == 0,
+            "PRECISION": "tf32" if self.tf32 else "ieee",
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """The loss: a divergence, and what else is wanted of the logits."""
+
+    divergence: str
+    parameter: float  # the divergence's only number, or 0
+    temperature: Tensor  # ()
+    coefficients: Tensor  # (3, N): kd, ce, anchor
+    scale: Tensor  # (): gradients are divided by it
+    active: Tensor  # (N,) bool
+    labels: Tensor | None  # (N,) int64; given = the cross entropy is wanted
+    targets: Tensor | None  # (N,) int64; given = the anchor is wanted
+    ce_gradient: bool
+    teacher_gradient: bool
+    anchor_gradient: bool
+    metrics: bool
+
+    @property
+    def entry(self) -> Entry:
+        return ENTRIES[self.divergence]
+
+    def divergence_flags(self) -> dict[str, Any]:
+        entry = self.entry
+        return {
+            "DIVERGENCE": self.divergence,
+            "BASE": entry.base,
+            "CENTRED_P": entry.centred_p,
+            "CENTRED_Q": entry.centred_q,
+        }
+
+
+def readable(operand: Tensor) -> Tensor:
+    """The interpreter has no bf16 product; widened there."""
+    if operand.dtype == torch.bfloat16 and architecture(operand.device) == "interpreter":
+        return torch.empty_strided(operand.shape, operand.stride(), dtype=torch.float32).copy_(operand)
+    return operand

@@ -1,0 +1,59 @@
+"""The projector: out (N, Hs) = x (N, Ht) · Pᵀ + p, accumulated in fp32 (fp64), rounded once to the inputs' dtype."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kdfast.kernels.arguments import readable
+from kdfast.kernels.configurations import TileConfig
+
+
+@triton.jit(do_not_specialize=["N"])
+def projection_kernel(
+    x_ptr, stride_xn, stride_xh,  # (N, Ht)
+    w_ptr, stride_wo, stride_wh,  # (Hs, Ht)
+    bias_ptr,  # (Hs,) or None
+    out_ptr, stride_on,  # (N, Hs)
+    N, Hs, Ht,
+    EVEN: tl.constexpr, DOUBLE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = tl.float64 if DOUBLE else tl.float32
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    h = tl.arange(0, BLOCK_H)
+    n_safe = tl.minimum(n, N - 1).to(tl.int64)
+    o_safe = tl.minimum(o, Hs - 1).to(tl.int64)
+    x = x_ptr + n_safe[:, None] * stride_xn + h[None, :] * stride_xh  # [BLOCK_N, BLOCK_H]
+    w = w_ptr + o_safe[None, :] * stride_wo + h[:, None] * stride_wh  # [BLOCK_H, BLOCK_V]
+    acc = tl.zeros([BLOCK_N, BLOCK_V], dtype)
+    for start in range(0, Ht, BLOCK_H):
+        if EVEN:
+            a = tl.load(x)
+            b = tl.load(w)
+        else:
+            a = tl.load(x, mask=h[None, :] < Ht - start, other=0)
+            b = tl.load(w, mask=h[:, None] < Ht - start, other=0)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=dtype)
+        x += BLOCK_H * stride_xh
+        w += BLOCK_H * stride_wh
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + o_safe).to(dtype)[None, :]
+    mask = (n < N)[:, None] & (o < Hs)[None, :]
+    tl.store(out_ptr + n.to(tl.int64)[:, None] * stride_on + o[None, :], acc, mask=mask)
+
+
+def project(x: Tensor, weight: Tensor, bias: Tensor | None, *, tf32: bool, config: TileConfig) -> Tensor:
+    """x (N, Ht) · weight (Hs, Ht)ᵀ + bias (Hs,) → (N, Hs) in x's dtype."""
+    (N, Ht), Hs = x.shape, weight.shape[0]
+    out = torch.empty(N, Hs, device=x.device, dtype=x.dtype)
+    if N == 0:
+        return out
+    projection_kernel[(triton.cdiv(N, config.block_n), triton.cdiv(Hs, config.block_v))](
+        readable(x), x.stride(0), x.stride(1), readable(weight), weight.stride(0), weight.stride(1), bias,
+        out, out.stride(0), N, Hs, Ht,
+        EVEN=Ht % config.block_h == 0, DOUBLE=x.dtype == torch.float64, PRECISION="tf32" if tf32 else "ieee",
+        **config.blocks(), num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    return out

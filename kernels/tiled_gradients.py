@@ -1,0 +1,119 @@
+"""Gradient kernel of the tiled engine: a slab of the vocabulary's logits recomputed, its gradients written.
+
+grad_* (N, slab)  in the GEMM's dtype; the products dX += G·W and dW = Gᵀ·X of the slab are taken by the caller
+
+Operations: as many as one pass of the statistics kernel, for the slab's share of V. Written: 2 or 4 bytes per logit.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kdfast.kernels.arguments import Heads, Term
+from kdfast.kernels.configurations import TileConfig
+from kdfast.kernels.gradients import gradients, store_gradient
+from kdfast.kernels.statistics import ROWS
+from kdfast.kernels.tiled_statistics import load_rows
+from kdfast.kernels.tiles import tile
+
+GROUP = 8  # row blocks that walk a stretch of the vocabulary together, so that tiles of W are read from L2
+
+
+@triton.jit(do_not_specialize=["N", "first", "width"])
+def gradients_kernel(
+    xs_ptr, stride_xsn, stride_xsh,  # (N, Hs)
+    xt_ptr, stride_xtn, stride_xth,  # (N, Hs) or (N, Ht), or None
+    w_ptr, stride_wv, stride_wh,  # (V, Hs)
+    wt_ptr, stride_wtv, stride_wth,  # (V, Ht), or None
+    bias_s_ptr, bias_t_ptr,  # (V,) or None
+    labels_ptr, targets_ptr,  # (N,) int64 or None
+    active_ptr,  # (N,) bool
+    coefficients_ptr, stride_c,  # (3, N)
+    temperature_ptr, scale_ptr,  # ()
+    rows_ptr,  # (10, N)
+    grad_s_ptr, grad_t_ptr, grad_a_ptr, stride_g,  # (N, width) each, or None
+    N, V, Hs, Ht, first, width,
+    scale_s: "fp64", softcap_s: "fp64", scale_t: "fp64", softcap_t: "fp64", parameter: "fp64",
+    SOFTCAP_S: tl.constexpr, SOFTCAP_T: tl.constexpr, EVEN_S: tl.constexpr, EVEN_T: tl.constexpr,
+    DIVERGENCE: tl.constexpr, BASE: tl.constexpr, CENTRED_P: tl.constexpr, CENTRED_Q: tl.constexpr,
+    CE_GRADIENT: tl.constexpr, TEACHER_GRADIENT: tl.constexpr, ANCHOR_GRADIENT: tl.constexpr, MIX: tl.constexpr,
+    PRECISION: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = rows_ptr.dtype.element_ty
+    row_blocks = tl.cdiv(N, BLOCK_N)
+    tiles = tl.cdiv(width, BLOCK_V)
+    group = tl.program_id(0) // (GROUP * tiles)
+    rows_here = tl.minimum(row_blocks - group * GROUP, GROUP)
+    within = tl.program_id(0) % (GROUP * tiles)
+    n = (group * GROUP + within % rows_here) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = (within // rows_here) * BLOCK_V + tl.arange(0, BLOCK_V)
+    v = first + column
+    inside = n < N
+    labels = tl.load(labels_ptr + n, mask=inside, other=0).to(tl.int32) if CE_GRADIENT else n
+    targets = tl.load(targets_ptr + n, mask=inside, other=0).to(tl.int32) if ANCHOR_GRADIENT else n
+    inv_tau = 1 / tl.load(temperature_ptr)
+    z_s, slope_s, z_t, slope_t = tile(
+        xs_ptr, stride_xsn, stride_xsh, xt_ptr, stride_xtn, stride_xth,
+        w_ptr, stride_wv, stride_wh, wt_ptr, stride_wtv, stride_wth, bias_s_ptr, bias_t_ptr,
+        n, v, N, V, Hs, Ht,
+        tl.full([1, 1], scale_s, dtype), tl.full([1, 1], softcap_s, dtype),
+        tl.full([1, 1], scale_t, dtype), tl.full([1, 1], softcap_t, dtype),
+        dtype, SOFTCAP_S, SOFTCAP_T, EVEN_S, EVEN_T, PRECISION, BLOCK_N, BLOCK_V, BLOCK_H,
+    )  # fmt: skip
+
+    rows = load_rows(rows_ptr + n, N, inside)
+    mix = tl.load(rows_ptr + ROWS * N.to(tl.int64) + n, mask=inside, other=0)
+    scale = tl.load(scale_ptr)
+    coefficients = (
+        tl.load(coefficients_ptr + n, mask=inside, other=0) / scale,
+        tl.load(coefficients_ptr + stride_c + n, mask=inside, other=0) / scale,
+        tl.load(coefficients_ptr + 2 * stride_c + n, mask=inside, other=0) / scale,
+    )
+    grad_s, grad_t, grad_a = gradients(
+        z_s, z_t, slope_s, slope_t, v[None, :], rows, mix, coefficients, labels, targets, inv_tau,
+        tl.full([1, 1], parameter, dtype),
+        xt_ptr is not None, DIVERGENCE, CENTRED_P, CENTRED_Q, CE_GRADIENT, grad_s_ptr is not None, TEACHER_GRADIENT,
+        ANCHOR_GRADIENT, MIX,
+    )  # fmt: skip
+    counts = (tl.load(active_ptr + n, mask=inside, other=0) != 0)[:, None] & (v < V)[None, :]
+    mask = inside[:, None] & (column < width)[None, :]
+    out = n.to(tl.int64)[:, None] * stride_g + column[None, :]
+    if grad_a_ptr is not None:
+        store_gradient(grad_a_ptr + out, grad_a, counts, mask)
+    elif ANCHOR_GRADIENT:
+        grad_t += grad_a
+    if grad_s_ptr is not None:
+        store_gradient(grad_s_ptr + out, grad_s, counts, mask)
+    if grad_t_ptr is not None:
+        store_gradient(grad_t_ptr + out, grad_t, counts, mask)
+
+
+def slab_gradients(
+    heads: Heads,
+    term: Term,
+    *,
+    rows: Tensor,  # (10, N) from `statistics`
+    first: int,  # the slab's first id
+    grad_s: Tensor | None,  # (N, width), all of one stride
+    grad_t: Tensor | None,  # KD part, and the anchor's unless grad_a is given
+    grad_a: Tensor | None,
+    mix: bool,
+    config: TileConfig,
+) -> None:
+    """Gradients towards h·Wᵀ + b of ids first … first + width, over `term.scale`."""
+    some = grad_s if grad_s is not None else grad_t
+    assert some is not None
+    N, width = some.shape
+    if N == 0:
+        return
+    gradients_kernel[(triton.cdiv(N, config.block_n) * triton.cdiv(width, config.block_v),)](
+        *heads.pointers(),
+        term.labels if term.ce_gradient else None, term.targets if term.anchor_gradient else None,
+        term.active, term.coefficients, term.coefficients.stride(0), term.temperature, term.scale,
+        rows, grad_s, grad_t, grad_a, some.stride(0),
+        *heads.sizes(), first, width, *heads.scalars(), term.parameter,
+        **heads.flags(config), **term.divergence_flags(),
+        CE_GRADIENT=term.ce_gradient, TEACHER_GRADIENT=term.teacher_gradient, ANCHOR_GRADIENT=term.anchor_gradient,
+        MIX=mix, GROUP=GROUP, **config.blocks(), num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip

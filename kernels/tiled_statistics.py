@@ -1,0 +1,286 @@
+"""Statistics kernel of the tiled engine: logits live in registers, a few numbers a row leave them.
+
+    statistics   grid (row blocks, splits of V): each program walks its part of the vocabulary tile by tile and folds
+                 the logits into the state of `kdfast.kernels.statistics`; partial states (splits, state, N)
+    combine      merges the parts in order (no atomics: two runs are bit-equal) into row constants and statistics
+
+A divergence that is no KL needs both log-sum-exps first and takes both kernels twice: 2u more operations.
+
+Operations: 2u(Hs) for a projected teacher, u(Hs) + u(Ht) for one with its own head, u(Hs) without. Read per tile:
+(2·BLOCK_N + BLOCK_V)·H operands, from L2 mostly; written: 19 numbers a row and split.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kdfast.kernels.arguments import Heads, Term
+from kdfast.kernels.configurations import TileConfig, splits_of
+from kdfast.kernels.statistics import (
+    PAIR,
+    ROWS,
+    SIDE,
+    TERMS,
+    cross_entropy,
+    empty_pair,
+    empty_side,
+    entropy,
+    finish,
+    finish_terms,
+    fold,
+    fold_terms,
+    mix_of,
+    rescale_pair,
+    rescale_side,
+)
+from kdfast.kernels.tiles import tile
+
+
+@triton.jit
+def _store(pointers, stride, values, mask):
+    """A tuple of [R] tensors into consecutive rows."""
+    for i in tl.static_range(len(values)):
+        tl.store(pointers + i * stride, values[i], mask=mask)
+
+
+@triton.jit
+def load_rows(pointers, stride, mask):
+    """The rows' constants, [R] each."""
+    return (
+        tl.load(pointers, mask=mask, other=0),
+        tl.load(pointers + stride, mask=mask, other=0),
+        tl.load(pointers + 2 * stride, mask=mask, other=0),
+        tl.load(pointers + 3 * stride, mask=mask, other=0),
+        tl.load(pointers + 4 * stride, mask=mask, other=0),
+        tl.load(pointers + 5 * stride, mask=mask, other=0),
+        tl.load(pointers + 6 * stride, mask=mask, other=0),
+        tl.load(pointers + 7 * stride, mask=mask, other=0),
+        tl.load(pointers + 8 * stride, mask=mask, other=0),
+    )
+
+
+@triton.jit(do_not_specialize=["N", "tiles_per_split"])
+def statistics_kernel(
+    xs_ptr, stride_xsn, stride_xsh,  # (N, Hs)
+    xt_ptr, stride_xtn, stride_xth,  # (N, Hs) or (N, Ht), or None
+    w_ptr, stride_wv, stride_wh,  # (V, Hs)
+    wt_ptr, stride_wtv, stride_wth,  # (V, Ht), or None
+    bias_s_ptr, bias_t_ptr,  # (V,) or None
+    labels_ptr, targets_ptr,  # (N,) int64 or None
+    temperature_ptr,  # ()
+    rows_ptr,  # (10, N): read in the second pass
+    out_ptr,  # (splits, state, N)
+    N, V, Hs, Ht, tiles_per_split,
+    scale_s: "fp64", softcap_s: "fp64", scale_t: "fp64", softcap_t: "fp64", parameter: "fp64",
+    SOFTCAP_S: tl.constexpr, SOFTCAP_T: tl.constexpr, EVEN_S: tl.constexpr, EVEN_T: tl.constexpr,
+    DIVERGENCE: tl.constexpr, BASE: tl.constexpr, CENTRED_P: tl.constexpr, CENTRED_Q: tl.constexpr,
+    METRICS: tl.constexpr, MIX: tl.constexpr, SECOND: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    TEACHER: tl.constexpr = xt_ptr is not None
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    split = tl.program_id(1)
+    inside = n < N
+    labels = tl.load(labels_ptr + n, mask=inside, other=0).to(tl.int32) if labels_ptr is not None else n
+    targets = tl.load(targets_ptr + n, mask=inside, other=0).to(tl.int32) if targets_ptr is not None else n
+    inv_tau = 1 / tl.load(temperature_ptr)
+    scale_s = tl.full([1, 1], scale_s, dtype)
+    scale_t = tl.full([1, 1], scale_t, dtype)
+    softcap_s = tl.full([1, 1], softcap_s, dtype)
+    softcap_t = tl.full([1, 1], softcap_t, dtype)
+    parameter = tl.full([1, 1], parameter, dtype)
+    zero = tl.zeros([BLOCK_N], dtype)
+    student, teacher, pair = empty_side(zero), empty_side(zero), empty_pair(zero)
+    sums = (zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)
+    if SECOND:
+        rows = load_rows(rows_ptr + n, N, inside)
+
+    first = split * tiles_per_split * BLOCK_V
+    for start in range(first, tl.minimum(first + tiles_per_split * BLOCK_V, V), BLOCK_V):
+        v = start + tl.arange(0, BLOCK_V)
+        z_s, _, z_t, _ = tile(
+            xs_ptr, stride_xsn, stride_xsh, xt_ptr, stride_xtn, stride_xth,
+            w_ptr, stride_wv, stride_wh, wt_ptr, stride_wtv, stride_wth, bias_s_ptr, bias_t_ptr,
+            n, v, N, V, Hs, Ht, scale_s, softcap_s, scale_t, softcap_t,
+            dtype, SOFTCAP_S, SOFTCAP_T, EVEN_S, EVEN_T, PRECISION, BLOCK_N, BLOCK_V, BLOCK_H,
+        )  # fmt: skip
+        if SECOND:
+            sums = fold_terms(sums, z_s, z_t, rows, inv_tau, parameter, DIVERGENCE, CENTRED_P, CENTRED_Q, MIX)
+        else:
+            student, teacher, pair = fold(
+                student, teacher, pair, z_s, z_t, v[None, :], labels, targets, inv_tau,
+                TEACHER, BASE, MIX, labels_ptr is not None, targets_ptr is not None, METRICS,
+            )  # fmt: skip
+
+    stride = N.to(tl.int64)
+    out = out_ptr + n + split * stride * (TERMS if SECOND else 2 * SIDE + PAIR)
+    if SECOND:
+        _store(out, stride, sums, inside)
+    else:
+        _store(out, stride, student, inside)
+        if TEACHER:
+            _store(out + SIDE * stride, stride, teacher, inside)
+            _store(out + 2 * SIDE * stride, stride, pair, inside)
+
+
+@triton.jit
+def _load_side(p, stride, mask):
+    return (
+        tl.load(p, mask=mask, other=0),
+        tl.load(p + stride, mask=mask, other=0),
+        tl.load(p + 2 * stride, mask=mask, other=0),
+        tl.load(p + 3 * stride, mask=mask, other=0),
+        tl.load(p + 4 * stride, mask=mask, other=0).to(tl.int32),
+        tl.load(p + 5 * stride, mask=mask, other=0),
+    )
+
+
+@triton.jit
+def _load_pair(p, stride, mask):
+    return (
+        tl.load(p, mask=mask, other=0),
+        tl.load(p + stride, mask=mask, other=0),
+        tl.load(p + 2 * stride, mask=mask, other=0),
+        tl.load(p + 3 * stride, mask=mask, other=0),
+        tl.load(p + 4 * stride, mask=mask, other=0),
+        tl.load(p + 5 * stride, mask=mask, other=0),
+        tl.load(p + 6 * stride, mask=mask, other=0),
+    )
+
+
+@triton.jit
+def _add_sides(a, b, best):
+    """Two states with the same maximum."""
+    return (a[0], a[1] + b[1], a[2] + b[2], a[3] + b[3], best, a[5] + b[5])
+
+
+@triton.jit
+def _merge_sides(a, b, inv_tau):
+    """(state, moves and their exponentials of a and of b). Ids in b are larger: a keeps its argmax in a tie."""
+    m = tl.maximum(a[0], b[0])
+    best = tl.where(b[0] > a[0], b[4], a[4])
+    a, move_a, r_a = rescale_side(a, m, inv_tau, True)
+    b, move_b, r_b = rescale_side(b, m, inv_tau, True)
+    return _add_sides(a, b, best), move_a, r_a, move_b, r_b
+
+
+@triton.jit(do_not_specialize=["N", "splits"])
+def combine_kernel(
+    parts_ptr,  # (splits, state, N)
+    active_ptr,  # (N,) bool
+    coefficients_ptr, stride_c,  # (3, N)
+    temperature_ptr,  # ()
+    stats_ptr, stride_stats,  # (6, N)
+    rows_ptr,  # (10, N): the rows' constants and mix
+    N, splits,
+    TEACHER: tl.constexpr, BASE: tl.constexpr, CE: tl.constexpr, CE_GRADIENT: tl.constexpr, ANCHOR: tl.constexpr,
+    METRICS: tl.constexpr, MIX: tl.constexpr, SECOND: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = parts_ptr.dtype.element_ty
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = n < N
+    stride = N.to(tl.int64)
+    parts_ptr += n
+    inv_tau = 1 / tl.load(temperature_ptr)
+    zero = tl.zeros([BLOCK], dtype)
+    counts = tl.load(active_ptr + n, mask=inside, other=0) != 0
+    ce = zero
+
+    if SECOND:
+        sums = (zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)
+        for split in range(splits):
+            p = parts_ptr + split * stride * TERMS
+            a = _load_pair(p, stride, inside)
+            b = _load_pair(p + (TERMS - PAIR) * stride, stride, inside)
+            sums = (
+                sums[0] + a[0], sums[1] + a[1], sums[2] + a[2], sums[3] + a[3], sums[4] + a[4], sums[5] + a[5],
+                sums[6] + a[6], sums[7] + b[4], sums[8] + b[5], sums[9] + b[6],
+            )  # fmt: skip
+        value, rows, products = finish_terms(sums, load_rows(rows_ptr + n, N, inside))
+        if CE_GRADIENT:
+            ce = tl.load(stats_ptr + stride_stats + n, mask=inside, other=0)
+    else:
+        student, teacher, pair = empty_side(zero), empty_side(zero), empty_pair(zero)
+        for split in range(splits):
+            p = parts_ptr + split * stride * (2 * SIDE + PAIR)
+            other = _load_side(p, stride, inside)
+            S_s, S_so = student[1], other[1]
+            student, move_s, r_s, move_so, r_so = _merge_sides(student, other, inv_tau)
+            if TEACHER:
+                other = _load_side(p + SIDE * stride, stride, inside)
+                S_t, S_to = teacher[1], other[1]
+                teacher, move_t, r_t, move_to, r_to = _merge_sides(teacher, other, inv_tau)
+                other = _load_pair(p + 2 * SIDE * stride, stride, inside)
+                if BASE == "t":
+                    a = rescale_pair(pair, S_t, move_t, move_s, r_t, r_s, "t" if MIX else "")
+                    b = rescale_pair(other, S_to, move_to, move_so, r_to, r_so, "t" if MIX else "")
+                    pair = (a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3], a[4] + b[4], a[5] + b[5], a[6] + b[6])
+                elif BASE == "s":
+                    a = rescale_pair(pair, S_s, move_s, move_t, r_s, r_t, "s" if MIX else "")
+                    b = rescale_pair(other, S_so, move_so, move_to, r_so, r_to, "s" if MIX else "")
+                    pair = (a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3], a[4] + b[4], a[5] + b[5], a[6] + b[6])
+        value, rows, products = finish(student, teacher, pair, BASE, MIX, TEACHER)
+        if CE:
+            ce = cross_entropy(student)
+            tl.store(stats_ptr + stride_stats + n, ce, mask=inside & counts)
+        if ANCHOR:
+            tl.store(stats_ptr + 2 * stride_stats + n, cross_entropy(teacher), mask=inside & counts)
+        if METRICS:
+            tl.store(stats_ptr + 3 * stride_stats + n, entropy(student), mask=inside & counts)
+            if TEACHER:
+                tl.store(stats_ptr + 4 * stride_stats + n, entropy(teacher), mask=inside & counts)
+                agree = (student[4] == teacher[4]).to(dtype)
+                tl.store(stats_ptr + 5 * stride_stats + n, agree, mask=inside & counts)
+
+    if TEACHER:
+        tl.store(stats_ptr + n, value, mask=inside & counts)
+    mix = zero
+    if MIX:
+        coefficients = (
+            tl.load(coefficients_ptr + n, mask=inside, other=0),
+            tl.load(coefficients_ptr + stride_c + n, mask=inside, other=0),
+            zero,
+        )
+        mix = tl.where(counts, mix_of(products, ce if CE_GRADIENT else zero, coefficients, inv_tau), 0)
+    _store(rows_ptr + n, N, rows, inside)
+    tl.store(rows_ptr + ROWS * stride + n, mix, mask=inside)
+
+
+COMBINE_BLOCK = 128
+
+
+def statistics(heads: Heads, term: Term, *, stats: Tensor, rows: Tensor, mix: bool, config: TileConfig) -> None:
+    """Fill stats (6, N) where computed and rows (10, N): the constants of each row, then `mix`."""
+    N = heads.hidden.shape[0]
+    if N == 0:
+        return
+    _pass(heads, term, stats, rows, mix, config, second=False)
+    if heads.teacher_hidden is not None and term.entry.base == "":
+        _pass(heads, term, stats, rows, mix, config, second=True)
+
+
+def _pass(
+    heads: Heads, term: Term, stats: Tensor, rows: Tensor, mix: bool, config: TileConfig, *, second: bool
+) -> None:
+    N, V = heads.hidden.shape[0], heads.vocab
+    row_blocks, tiles = triton.cdiv(N, config.block_n), triton.cdiv(V, config.block_v)
+    splits = splits_of(row_blocks, tiles, heads.hidden.device)
+    per_split = triton.cdiv(tiles, splits)
+    splits = triton.cdiv(tiles, per_split)
+    parts = rows.new_empty(splits, TERMS.value if second else 2 * SIDE.value + PAIR.value, N)
+    flags = {"METRICS": term.metrics, "MIX": mix, "SECOND": second}
+    statistics_kernel[(row_blocks, splits)](
+        *heads.pointers(),
+        None if second else term.labels, None if second else term.targets,
+        term.temperature, rows, parts,
+        *heads.sizes(), per_split, *heads.scalars(), term.parameter,
+        **heads.flags(config), **term.divergence_flags(), **flags, **config.blocks(),
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    combine_kernel[(triton.cdiv(N, COMBINE_BLOCK),)](
+        parts, term.active, term.coefficients, term.coefficients.stride(0), term.temperature,
+        stats, stats.stride(0), rows, N, splits,
+        TEACHER=heads.teacher_hidden is not None, BASE=term.entry.base, CE=term.labels is not None,
+        CE_GRADIENT=term.ce_gradient, ANCHOR=term.targets is not None, **flags, BLOCK=COMBINE_BLOCK, num_warps=4,
+    )  # fmt: skip
