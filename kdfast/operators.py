@@ -216,13 +216,11 @@ def project(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """hidden (N, Ht) · weight (Hs, Ht)ᵀ + bias (Hs,), of one dtype → (N, Hs). The teacher's hidden states, which are
     constants here: no gradient reaches them."""
     from kdfast.kernels import projection
-    from kdfast.kernels.configurations import tile_config
 
     current = torch.cuda.device(hidden.device) if hidden.is_cuda else nullcontext()
     with current:
         bias = None if bias is None else bias.contiguous()
-        config = tile_config("projection", weight, hidden.shape[0])
-        return projection.project(hidden, weight, bias, tf32=gemm.tf32(hidden.device), config=config)
+        return projection.project(hidden, weight, bias, tf32=gemm.tf32(hidden.device))
 
 
 @project.register_fake

@@ -33,6 +33,12 @@ class Heads:
     def own(self) -> bool:
         return self.teacher_weight is not None
 
+    @property
+    def intricate(self) -> bool:
+        """More work per logit than a product and a sum: the "full" rows of the configuration table."""
+        extras = (self.softcap, self.teacher_softcap, self.bias, self.teacher_bias)
+        return any(extra is not None for extra in extras)
+
     def pointers(self) -> tuple[Any, ...]:
         """Kernel arguments: tensors with their strides, then the biases."""
         matrices = (self.hidden, self.teacher_hidden, self.weight, self.teacher_weight)
@@ -74,6 +80,10 @@ class Term:
     teacher_gradient: bool
     anchor_gradient: bool
     metrics: bool
+
+    @property
+    def intricate(self) -> bool:
+        return self.metrics or self.targets is not None or self.entry.base == ""
 
     @property
     def entry(self) -> Entry:

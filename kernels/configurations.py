@@ -1,15 +1,21 @@
-"""Block sizes, one table: for each architecture and size band a frozen dataclass, with the reason that chose it.
+"""Block sizes: one table, for each architecture, operand width and band of N the tiles of every kernel.
 
-`architecture()` names what a tensor's device is: "sm_90", "gfx942", …, or "interpreter" for CPU tensors.
+How the rows were chosen: by compiling, not yet by timing. `make aot` compiles every row for its chip and holds it to no
+spills, the chip's shared memory and its best tensor-core instruction; among what passes, the largest tile that keeps
+all of it. What follows a product needs registers for every logit in hand, so a tile's columns are worked on in `parts`,
+and a loss with softcap, biases, metrics or an anchor ("full") gets a narrower tile than one without ("lean").
+`KDFAST_AUTOTUNE=1` times the neighbours of a row on the GPU at hand and prints the row to put here.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import triton
 from torch import Tensor
+
+FEW = 64  # tokens: up to here a smaller block of rows wastes less
 
 
 @dataclass(frozen=True)
@@ -19,7 +25,6 @@ class RowConfig:
     rows: int  # a program
     block: int  # logits of a row at a time
     warps: int
-    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -31,19 +36,155 @@ class TileConfig:
     block_h: int
     warps: int
     stages: int
-    why: str = ""
+    parts: int = 1  # stretches of a tile's columns, worked on one after the other
 
     def blocks(self) -> dict[str, int]:
         return {"BLOCK_N": self.block_n, "BLOCK_V": self.block_v, "BLOCK_H": self.block_h}
 
 
-ROW_TABLE: dict[str, RowConfig] = {
-    "interpreter": RowConfig(16, 64, 4, "few, wide programs: the interpreter pays per operation, not per element"),
-    "sm_90": RowConfig(1, 4096, 8, "not measured"),
+@dataclass(frozen=True)
+class Row:
+    """Of the table: one configuration a kernel, and why."""
+
+    rows: RowConfig
+    lean: TileConfig  # statistics kernel, without softcap, bias, metrics and anchor
+    full: TileConfig  # statistics kernel, with any of them
+    gradients: TileConfig
+    projection: TileConfig
+    why: str
+
+    @classmethod
+    def kernels(cls) -> list[str]:
+        return [field.name for field in fields(cls) if field.name != "why"]
+
+
+ROWS = RowConfig(1, 4096, 8)
+# gfx942 has wavefronts of 64: as many threads in half as many warps; 64 KB of shared memory: two stages
+AMD_ROWS = RowConfig(1, 4096, 4)
+IEEE = TileConfig(64, 64, 16, 8, 2, 4)  # fp32 in fp32: no tensor cores, and as many registers for operands as for sums
+
+INTERPRETER = Row(
+    RowConfig(16, 64, 4),
+    *[TileConfig(16, 64, 16, 4, 1, 2)] * 4,
+    why="few, wide programs, the interpreter pays per operation; blocks small enough for tests to cross them",
+)
+
+SM_90 = Row(
+    ROWS,
+    lean=TileConfig(128, 128, 64, 8, 3, 4),
+    full=TileConfig(128, 64, 64, 8, 3, 4),
+    gradients=TileConfig(128, 128, 64, 8, 3, 8),
+    projection=TileConfig(128, 128, 64, 8, 3),
+    why="two 128×128 fp32 accumulators fill half the registers of two warpgroups; 147 KB of 227 KB shared. Not timed",
+)
+SM_90_FEW = Row(
+    ROWS,
+    lean=TileConfig(64, 128, 64, 4, 3, 4),
+    full=TileConfig(64, 64, 64, 4, 3, 2),
+    gradients=TileConfig(64, 128, 64, 4, 3, 8),
+    projection=TileConfig(64, 64, 64, 4, 3),
+    why="wgmma takes 64 rows at least; one warpgroup, two programs a multiprocessor. Not timed",
+)
+SM_100 = Row(
+    ROWS,
+    lean=TileConfig(128, 128, 64, 8, 3, 4),
+    full=TileConfig(128, 64, 64, 8, 3, 4),
+    gradients=TileConfig(128, 128, 64, 8, 3, 8),
+    projection=TileConfig(128, 128, 64, 8, 3),
+    why="tcgen05 takes 128 rows; accumulators lie in tensor memory and leave it a part at a time. Not timed",
+)
+SM_80 = Row(
+    ROWS,
+    lean=TileConfig(128, 128, 32, 8, 3, 4),
+    full=TileConfig(128, 64, 32, 8, 3, 4),
+    gradients=TileConfig(128, 128, 32, 8, 3, 8),
+    projection=TileConfig(128, 128, 32, 8, 3),
+    why="mma.sync reads operands into registers: a width of 64 spills where 32 does not. Not timed",
+)
+SM_80_FEW = Row(
+    ROWS,
+    lean=TileConfig(64, 64, 32, 4, 3, 2),
+    full=TileConfig(64, 64, 32, 4, 3, 2),
+    gradients=TileConfig(64, 64, 32, 4, 3, 4),
+    projection=TileConfig(64, 64, 32, 4, 3),
+    why="one row block of 64; more programs over V fill the chip. Not timed",
+)
+SM_120 = Row(
+    ROWS,
+    lean=TileConfig(128, 64, 32, 8, 3, 4),
+    full=TileConfig(128, 64, 32, 8, 3, 4),
+    gradients=TileConfig(128, 128, 32, 8, 3, 8),
+    projection=TileConfig(128, 128, 32, 8, 3),
+    why="as sm_80, but 128 columns spill 56 bytes in the lean statistics too. Not timed",
+)
+GFX942 = Row(
+    AMD_ROWS,
+    lean=TileConfig(128, 128, 32, 8, 2, 4),
+    full=TileConfig(128, 64, 32, 8, 2, 4),
+    gradients=TileConfig(128, 128, 32, 8, 2, 8),
+    projection=TileConfig(128, 128, 32, 8, 2),
+    why="512 registers a thread, of which half are accumulators'; 64 KB of LDS. Not timed",
+)
+GFX942_FEW = Row(
+    AMD_ROWS,
+    lean=TileConfig(64, 64, 32, 4, 2, 2),
+    full=TileConfig(64, 64, 32, 4, 2, 2),
+    gradients=TileConfig(64, 64, 32, 4, 2, 4),
+    projection=TileConfig(64, 64, 32, 4, 2),
+    why="one row block of 64. Not timed",
+)
+FP32 = Row(
+    ROWS,
+    *[IEEE] * 4,
+    why="fp32 operands without TF32 are multiplied outside the tensor cores: tiles for registers, not for reuse",
+)
+AMD_FP32 = Row(
+    AMD_ROWS,
+    *[IEEE] * 4,
+    why="fp32 operands: v_mfma_f32 exists, at a quarter of the 16-bit rate",
+)
+
+# (architecture, bytes an operand, band of N) → row. float64 shares the 4-byte rows' tiles.
+TABLE: dict[tuple[str, int, str], Row] = {
+    ("sm_80", 2, "many"): SM_80,
+    ("sm_80", 2, "few"): SM_80_FEW,
+    ("sm_80", 4, "many"): FP32,
+    ("sm_80", 4, "few"): FP32,
+    ("sm_86", 2, "many"): SM_80,
+    ("sm_86", 2, "few"): SM_80_FEW,
+    ("sm_86", 4, "many"): FP32,
+    ("sm_86", 4, "few"): FP32,
+    ("sm_89", 2, "many"): SM_80,
+    ("sm_89", 2, "few"): SM_80_FEW,
+    ("sm_89", 4, "many"): FP32,
+    ("sm_89", 4, "few"): FP32,
+    ("sm_90", 2, "many"): SM_90,
+    ("sm_90", 2, "few"): SM_90_FEW,
+    ("sm_90", 4, "many"): FP32,
+    ("sm_90", 4, "few"): FP32,
+    ("sm_100", 2, "many"): SM_100,
+    ("sm_100", 2, "few"): SM_100,
+    ("sm_100", 4, "many"): FP32,
+    ("sm_100", 4, "few"): FP32,
+    ("sm_120", 2, "many"): SM_120,
+    ("sm_120", 2, "few"): SM_80_FEW,
+    ("sm_120", 4, "many"): FP32,
+    ("sm_120", 4, "few"): FP32,
+    ("gfx942", 2, "many"): GFX942,
+    ("gfx942", 2, "few"): GFX942_FEW,
+    ("gfx942", 4, "many"): AMD_FP32,
+    ("gfx942", 4, "few"): AMD_FP32,
 }
+ARCHITECTURES = tuple(dict.fromkeys(architecture for architecture, _, _ in TABLE))
+
+
+def interpreting() -> bool:
+    """Kernels run in Triton's interpreter (TRITON_INTERPRET=1 when they were imported)."""
+    return triton.knobs.runtime.interpret
 
 
 def architecture(device: torch.device) -> str:
+    """"sm_90", "gfx942", …; "interpreter" for CPU tensors."""
     if device.type == "cpu":
         return "interpreter"
     if torch.version.hip is not None:
@@ -53,34 +194,43 @@ def architecture(device: torch.device) -> str:
 
 
 def known_architecture(device: torch.device) -> str | None:
-    """The row of the tables that `device` uses: its own, or its closest older relative's."""
+    """The architecture whose rows `device` uses: its own, or the closest older one of the same generation (sm_103 runs
+    sm_100's, sm_87 sm_86's); None where there is none."""
     name = architecture(device)
-    return name if name in ROW_TABLE else None
+    if name == "interpreter" or name in ARCHITECTURES:
+        return name
+    if not name.startswith("sm_"):
+        return None
+    relatives = [a for a in ARCHITECTURES if a[:-1] == name[:-1] and int(a[3:]) < int(name[3:])]
+    return max(relatives, key=lambda a: int(a[3:]), default=None)
 
 
-ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+def row_of(device: torch.device, itemsize: int, N: int) -> Row:
+    """The table's row for operands of `itemsize` bytes and N tokens."""
+    name = known_architecture(device)
+    if name == "interpreter":
+        return INTERPRETER
+    assert name is not None, architecture(device)
+    return TABLE[name, min(itemsize, 4), "few" if N <= FEW else "many"]
+
+
+def splits_of(row_blocks: int, tiles: int, device: torch.device) -> int:
+    """Programs that share a row block's vocabulary: enough to fill the chip in whole waves, no more than needed.
+
+    The time of a launch is waves × tiles a program; the fewest splits within 2% of the shortest."""
+    if device.type == "cpu":
+        return min(2, tiles)
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    most = min(tiles, max(1, 4 * multiprocessors // row_blocks) + 1)
+    times = {s: triton.cdiv(row_blocks * s, multiprocessors) * triton.cdiv(tiles, s) for s in range(1, most + 1)}
+    return next(s for s, time in times.items() if time <= 1.02 * min(times.values()))
 
 
 def row_config(z: Tensor) -> RowConfig:
     """For logits z (m, V)."""
-    return ROW_TABLE[architecture(z.device)]
-
-
-def splits_of(row_blocks: int, tiles: int, device: torch.device) -> int:
-    return min(2, tiles)
-
-
-def interpreting() -> bool:
-    """Kernels run in Triton's interpreter (TRITON_INTERPRET=1 when they were imported)."""
-    return triton.knobs.runtime.interpret
-
-
-TILE_TABLE: dict[tuple[str, str], TileConfig] = {
-    ("interpreter", "statistics"): TileConfig(16, 64, 16, 4, 2),
-    ("interpreter", "gradients"): TileConfig(16, 64, 16, 4, 2),
-    ("interpreter", "projection"): TileConfig(16, 64, 16, 4, 2),
-}
+    return row_of(z.device, z.element_size(), z.shape[0]).rows
 
 
 def tile_config(kernel: str, operand: Tensor, N: int) -> TileConfig:
-    return TILE_TABLE[architecture(operand.device), kernel]
+    """kernel: "lean", "full", "gradients" or "projection"; operand: the head's weight, or the projector's."""
+    return getattr(row_of(operand.device, operand.element_size(), N), kernel)

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kdfast.kernels.arguments import readable
-from kdfast.kernels.configurations import TileConfig
+from kdfast.kernels.configurations import TileConfig, tile_config
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -44,12 +44,14 @@ def projection_kernel(
     tl.store(out_ptr + n.to(tl.int64)[:, None] * stride_on + o[None, :], acc, mask=mask)
 
 
-def project(x: Tensor, weight: Tensor, bias: Tensor | None, *, tf32: bool, config: TileConfig) -> Tensor:
+def project(x: Tensor, weight: Tensor, bias: Tensor | None, *, tf32: bool, config: TileConfig | None = None) -> Tensor:
     """x (N, Ht) · weight (Hs, Ht)ᵀ + bias (Hs,) → (N, Hs) in x's dtype."""
     (N, Ht), Hs = x.shape, weight.shape[0]
     out = torch.empty(N, Hs, device=x.device, dtype=x.dtype)
     if N == 0:
         return out
+    if config is None:
+        config = tile_config("projection", weight, N)
     projection_kernel[(triton.cdiv(N, config.block_n), triton.cdiv(Hs, config.block_v))](
         readable(x), x.stride(0), x.stride(1), readable(weight), weight.stride(0), weight.stride(1), bias,
         out, out.stride(0), N, Hs, Ht,

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kdfast.kernels.configurations import RowConfig
+from kdfast.kernels.configurations import RowConfig, row_config
 from kdfast.kernels.divergences import ENTRIES
 from kdfast.kernels.gradients import gradients, store_gradient
 from kdfast.kernels.statistics import (
@@ -36,14 +36,25 @@ from kdfast.kernels.statistics import (
 
 
 @triton.jit
-def _logits(z_ptr, bias_ptr, r_mask, v, V, scale, softcap, SOFTCAP: tl.constexpr):
+def _logits(z_ptr, bias_ptr, r_mask, v, width, V, scale, softcap, SOFTCAP: tl.constexpr):
     """A block [R, BLOCK] of rows' logits, −inf from V on, and their slope towards the raw products. z_ptr [R, 1]."""
-    inside = v < V
-    z = tl.load(z_ptr + v, mask=r_mask & inside, other=0)
+    # a mask that ends where 16 elements do keeps the loads wide; what lies between V and width is never used
+    z = tl.load(z_ptr + v, mask=r_mask & (v < width), other=0)
     if bias_ptr is not None:
-        z += tl.load(bias_ptr + v, mask=inside, other=0).to(z.dtype)
+        z += tl.load(bias_ptr + v, mask=v < V, other=0).to(z.dtype)
     z, slope = transform(z, scale, softcap, SOFTCAP)
-    return tl.where(inside, z, -float("inf")), slope
+    return tl.where(v < V, z, -float("inf")), slope
+
+
+@triton.jit
+def _target(side, z_ptr, bias_ptr, inside_r, targets, scale, softcap, SOFTCAP: tl.constexpr):
+    """The side's state with its target's logit; z_ptr [R, 1], targets [R]."""
+    one = targets[:, None]
+    z = tl.load(z_ptr + one, mask=inside_r[:, None], other=0)
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + one, mask=inside_r[:, None], other=0).to(z.dtype)
+    z, _ = transform(z, scale, softcap, SOFTCAP)
+    return (side[0], side[1], side[2], side[3], side[4], tl.sum(z, axis=1))
 
 
 @triton.jit(do_not_specialize=["start", "m"])
@@ -58,7 +69,7 @@ def row_kernel(
     grad_s_ptr, grad_t_ptr, stride_g,  # (m, V) or None
     grad_a_ptr, stride_a,  # (m, V) or None: the anchor's part, where it is kept apart
     mix_ptr,  # (m,) or None
-    start, m, V,
+    start, m, V, width,  # width: elements of a row that may be read and written, ≥ V
     scale_s: "fp64", softcap_s: "fp64", scale_t: "fp64", softcap_t: "fp64", parameter: "fp64",
     SOFTCAP_S: tl.constexpr, SOFTCAP_T: tl.constexpr,
     DIVERGENCE: tl.constexpr, BASE: tl.constexpr, CENTRED_P: tl.constexpr, CENTRED_Q: tl.constexpr,
@@ -84,7 +95,7 @@ def row_kernel(
     if tl.max(active.to(tl.int32), axis=0) == 0:
         for block in range(0, V, BLOCK):
             v = block + lanes
-            mask = r_mask & (v < V)
+            mask = r_mask & (v < width)
             nothing = tl.zeros([R, BLOCK], tl.float32)
             if grad_s_ptr is not None:
                 tl.store(grad_s_ptr + row_g + v, nothing, mask=mask)
@@ -116,13 +127,18 @@ def row_kernel(
     student, teacher, pair = empty_side(zero), empty_side(zero), empty_pair(zero)
     for block in range(0, V, BLOCK):
         v = block + lanes
-        z_s, _ = _logits(z_s_ptr, bias_s_ptr, r_mask, v, V, scale_s, softcap_s, SOFTCAP_S)
+        z_s, _ = _logits(z_s_ptr, bias_s_ptr, r_mask, v, width, V, scale_s, softcap_s, SOFTCAP_S)
         z_t = z_s
         if TEACHER:
-            z_t, _ = _logits(z_t_ptr, bias_t_ptr, r_mask, v, V, scale_t, softcap_t, SOFTCAP_T)
+            z_t, _ = _logits(z_t_ptr, bias_t_ptr, r_mask, v, width, V, scale_t, softcap_t, SOFTCAP_T)
         student, teacher, pair = fold(
-            student, teacher, pair, z_s, z_t, v, labels, targets, inv_tau, TEACHER, BASE, MIX, CE, ANCHOR, METRICS
-        )
+            student, teacher, pair, z_s, z_t, v, labels, targets, inv_tau, TEACHER, BASE, MIX, CE, ANCHOR, METRICS,
+            False,
+        )  # fmt: skip
+    if CE:
+        student = _target(student, z_s_ptr, bias_s_ptr, inside_r, labels, scale_s, softcap_s, SOFTCAP_S)
+    if ANCHOR:
+        teacher = _target(teacher, z_t_ptr, bias_t_ptr, inside_r, targets, scale_t, softcap_t, SOFTCAP_T)
     value, rows, products = finish(student, teacher, pair, BASE, MIX, TEACHER)
 
     # divergence
@@ -130,8 +146,8 @@ def row_kernel(
         sums = (zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)
         for block in range(0, V, BLOCK):
             v = block + lanes
-            z_s, _ = _logits(z_s_ptr, bias_s_ptr, r_mask, v, V, scale_s, softcap_s, SOFTCAP_S)
-            z_t, _ = _logits(z_t_ptr, bias_t_ptr, r_mask, v, V, scale_t, softcap_t, SOFTCAP_T)
+            z_s, _ = _logits(z_s_ptr, bias_s_ptr, r_mask, v, width, V, scale_s, softcap_s, SOFTCAP_S)
+            z_t, _ = _logits(z_t_ptr, bias_t_ptr, r_mask, v, width, V, scale_t, softcap_t, SOFTCAP_T)
             sums = fold_terms(
                 sums, z_s, z_t, rows, inv_tau, parameter, DIVERGENCE, CENTRED_P, CENTRED_Q, MIX
             )
@@ -161,11 +177,11 @@ def row_kernel(
             tl.store(mix_ptr + r, mix, mask=inside_r)
         for block in range(0, V, BLOCK):
             v = block + lanes
-            mask = r_mask & (v < V)
-            z_s, slope_s = _logits(z_s_ptr, bias_s_ptr, r_mask, v, V, scale_s, softcap_s, SOFTCAP_S)
+            mask = r_mask & (v < width)
+            z_s, slope_s = _logits(z_s_ptr, bias_s_ptr, r_mask, v, width, V, scale_s, softcap_s, SOFTCAP_S)
             z_t, slope_t = z_s, slope_s
             if TEACHER:
-                z_t, slope_t = _logits(z_t_ptr, bias_t_ptr, r_mask, v, V, scale_t, softcap_t, SOFTCAP_T)
+                z_t, slope_t = _logits(z_t_ptr, bias_t_ptr, r_mask, v, width, V, scale_t, softcap_t, SOFTCAP_T)
             grad_s, grad_t, grad_a = gradients(
                 z_s, z_t, slope_s, slope_t, v, rows, mix, coefficients, labels, targets, inv_tau, parameter,
                 TEACHER, DIVERGENCE, CENTRED_P, CENTRED_Q, CE_GRADIENT, grad_s_ptr is not None, TEACHER_GRADIENT,
@@ -187,6 +203,7 @@ def solve_rows(
     z_s: Tensor,  # (m, V)
     z_t: Tensor | None,  # (m, V), strided as z_s
     *,
+    width: int,  # elements of a row, of logits and of gradients, that may be read and written: V, or the padded stride
     start: int,  # the chunk's first token
     bias: Tensor | None,  # (V,)
     teacher_bias: Tensor | None,  # (V,)
@@ -211,13 +228,15 @@ def solve_rows(
     grad_t: Tensor | None,  # (m, V): KD part, and the anchor's unless grad_a is given
     grad_a: Tensor | None,  # (m, V)
     mix: Tensor | None,  # (m,); given = grad_t is made orthogonal to grad_s
-    config: RowConfig,
+    config: RowConfig | None = None,
 ) -> None:
     """One launch."""
     m, V = z_s.shape
     if m == 0:
         return
     entry = ENTRIES[divergence]
+    if config is None:
+        config = row_config(z_s)
     gradient = grad_s if grad_s is not None else grad_t
     row_kernel[(triton.cdiv(m, config.rows),)](
         z_s, z_t, z_s.stride(0),
@@ -230,7 +249,7 @@ def solve_rows(
         grad_s, grad_t, 0 if gradient is None else gradient.stride(0),
         grad_a, 0 if grad_a is None else grad_a.stride(0),
         mix,
-        start, m, V,
+        start, m, V, width,
         logit_scale, softcap or 1.0, teacher_logit_scale, teacher_softcap or 1.0, parameter,
         SOFTCAP_S=softcap is not None, SOFTCAP_T=teacher_softcap is not None,
         DIVERGENCE=divergence, BASE=entry.base, CENTRED_P=entry.centred_p, CENTRED_Q=entry.centred_q,

@@ -30,6 +30,7 @@ import triton
 import triton.language as tl
 
 from kdfast.kernels.divergences import terms
+from kdfast.kernels.reductions import sum2, sum3, sum7
 from kdfast.kernels.special import difference, log1p, tanh, weighted
 
 # Below any logit, yet finite: differences of two such maxima are 0, not NaN.
@@ -84,9 +85,9 @@ def rescale_pair(pair, S_b, move_b, move_o, r_b, r_o, MIX: tl.constexpr):
     rho = difference(r_b, r_o, delta)
     if MIX == "s":  # Q = Σ e_b²·u²
         Q = r_b * r_b * (Q + delta * (2 * U + delta * S2))
-    elif MIX:
+    elif MIX != "":
         Q = r_o * r_o * Q + rho * (2 * r_o * P + rho * S2)
-    if MIX:
+    if MIX != "":
         R = r_b * (r_o * (R + delta * P) + rho * (U + delta * S2))
         P = r_b * (r_o * P + rho * S2)
         U = r_b * r_b * (U + delta * S2)
@@ -115,12 +116,17 @@ def fold_side(
     y = z - m[:, None]
     x = y * inv_tau
     e = tl.exp(x)
-    S += tl.sum(e, axis=1)
-    if AT_ONE:
+    if ENTROPY:
         e1 = tl.exp(y)
-        S1 += tl.sum(e1, axis=1)
-        if ENTROPY:
-            E += tl.sum(weighted(e1, y), axis=1)
+        more, more1, more_E = sum3(e, e1, weighted(e1, y))
+        S1 += more1
+        E += more_E
+    elif AT_ONE:
+        more, more1 = sum2(e, tl.exp(y))
+        S1 += more1
+    else:
+        more = tl.sum(e, axis=1)
+    S += more
     if TARGET:
         target += tl.sum(tl.where(v == targets[:, None], z, 0), axis=1)
     return (m, S, S1, E, best, target), x, e, move, r
@@ -133,30 +139,28 @@ def fold_pair(pair, S_b, x_b, x_o, e_b, e_o, move_b, move_o, r_b, r_o, MIX: tl.c
     u = x_b - x_o
     w = difference(e_b, e_o, u)
     eu = weighted(e_b, u)
-    G += tl.sum(eu, axis=1)
-    D += tl.sum(w, axis=1)
-    if MIX:
-        S2 += tl.sum(e_b * e_b, axis=1)
-        P += tl.sum(e_b * w, axis=1)
-        U += tl.sum(e_b * eu, axis=1)
-        R += tl.sum(eu * w, axis=1)
+    if MIX != "":
         other = eu if MIX == "s" else w
-        Q += tl.sum(other * other, axis=1)
-    return (G, D, S2, P, Q, U, R)
+        more = sum7(eu, w, e_b * e_b, e_b * w, other * other, e_b * eu, eu * w)
+        return (G + more[0], D + more[1], S2 + more[2], P + more[3], Q + more[4], U + more[5], R + more[6])
+    else:
+        more_G, more_D = sum2(eu, w)
+        return (G + more_G, D + more_D, S2, P, Q, U, R)
 
 
 @triton.jit
 def fold(
     student, teacher, pair, z_s, z_t, v, labels, targets, inv_tau,
     TEACHER: tl.constexpr, BASE: tl.constexpr, MIX: tl.constexpr, CE: tl.constexpr, ANCHOR: tl.constexpr,
-    METRICS: tl.constexpr,
+    METRICS: tl.constexpr, TARGETS: tl.constexpr,
 ):  # fmt: skip
-    """The first pass over a block of both sides. BASE: the divergence's `Entry.base`."""
+    """The first pass over a block of both sides. BASE: the divergence's `Entry.base`; TARGETS: look for the targets'
+    logits (a caller that has the logits in memory need not)."""
     S_s, S_t = student[1], teacher[1]
-    student, x_s, e_s, move_s, r_s = fold_side(student, z_s, v, labels, inv_tau, CE or METRICS, METRICS, CE)
+    student, x_s, e_s, move_s, r_s = fold_side(student, z_s, v, labels, inv_tau, CE or METRICS, METRICS, CE and TARGETS)
     if TEACHER:
         teacher, x_t, e_t, move_t, r_t = fold_side(
-            teacher, z_t, v, targets, inv_tau, ANCHOR or METRICS, METRICS, ANCHOR
+            teacher, z_t, v, targets, inv_tau, ANCHOR or METRICS, METRICS, ANCHOR and TARGETS
         )
         if BASE == "t":
             pair = fold_pair(pair, S_t, x_t, x_s, e_t, e_s, move_t, move_s, r_t, r_s, "t" if MIX else "")

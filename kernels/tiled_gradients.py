@@ -10,11 +10,11 @@ import triton.language as tl
 from torch import Tensor
 
 from kdfast.kernels.arguments import Heads, Term
-from kdfast.kernels.configurations import TileConfig
+from kdfast.kernels.configurations import TileConfig, tile_config
 from kdfast.kernels.gradients import gradients, store_gradient
 from kdfast.kernels.statistics import ROWS
 from kdfast.kernels.tiled_statistics import load_rows
-from kdfast.kernels.tiles import tile
+from kdfast.kernels.tiles import logits, parts, tile
 
 GROUP = 8  # row blocks that walk a stretch of the vocabulary together, so that tiles of W are read from L2
 
@@ -38,55 +38,65 @@ def gradients_kernel(
     DIVERGENCE: tl.constexpr, BASE: tl.constexpr, CENTRED_P: tl.constexpr, CENTRED_Q: tl.constexpr,
     CE_GRADIENT: tl.constexpr, TEACHER_GRADIENT: tl.constexpr, ANCHOR_GRADIENT: tl.constexpr, MIX: tl.constexpr,
     PRECISION: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = rows_ptr.dtype.element_ty
+    TEACHER: tl.constexpr = xt_ptr is not None
     row_blocks = tl.cdiv(N, BLOCK_N)
     tiles = tl.cdiv(width, BLOCK_V)
     group = tl.program_id(0) // (GROUP * tiles)
     rows_here = tl.minimum(row_blocks - group * GROUP, GROUP)
     within = tl.program_id(0) % (GROUP * tiles)
     n = (group * GROUP + within % rows_here) * BLOCK_N + tl.arange(0, BLOCK_N)
-    column = (within // rows_here) * BLOCK_V + tl.arange(0, BLOCK_V)
-    v = first + column
+    start = (within // rows_here) * BLOCK_V  # in the slab
     inside = n < N
     labels = tl.load(labels_ptr + n, mask=inside, other=0).to(tl.int32) if CE_GRADIENT else n
     targets = tl.load(targets_ptr + n, mask=inside, other=0).to(tl.int32) if ANCHOR_GRADIENT else n
-    inv_tau = 1 / tl.load(temperature_ptr)
-    z_s, slope_s, z_t, slope_t = tile(
+    products_s, products_t = tile(
         xs_ptr, stride_xsn, stride_xsh, xt_ptr, stride_xtn, stride_xth,
-        w_ptr, stride_wv, stride_wh, wt_ptr, stride_wtv, stride_wth, bias_s_ptr, bias_t_ptr,
-        n, v, N, V, Hs, Ht,
-        tl.full([1, 1], scale_s, dtype), tl.full([1, 1], softcap_s, dtype),
-        tl.full([1, 1], scale_t, dtype), tl.full([1, 1], softcap_t, dtype),
-        dtype, SOFTCAP_S, SOFTCAP_T, EVEN_S, EVEN_T, PRECISION, BLOCK_N, BLOCK_V, BLOCK_H,
+        w_ptr, stride_wv, stride_wh, wt_ptr, stride_wtv, stride_wth,
+        n, first + start + tl.arange(0, BLOCK_V), N, V, Hs, Ht,
+        dtype, EVEN_S, EVEN_T, PRECISION, BLOCK_N, BLOCK_V, BLOCK_H,
     )  # fmt: skip
 
-    rows = load_rows(rows_ptr + n, N, inside)
-    mix = tl.load(rows_ptr + ROWS * N.to(tl.int64) + n, mask=inside, other=0)
+    inv_tau = 1 / tl.load(temperature_ptr)
     scale = tl.load(scale_ptr)
     coefficients = (
         tl.load(coefficients_ptr + n, mask=inside, other=0) / scale,
         tl.load(coefficients_ptr + stride_c + n, mask=inside, other=0) / scale,
         tl.load(coefficients_ptr + 2 * stride_c + n, mask=inside, other=0) / scale,
     )
-    grad_s, grad_t, grad_a = gradients(
-        z_s, z_t, slope_s, slope_t, v[None, :], rows, mix, coefficients, labels, targets, inv_tau,
-        tl.full([1, 1], parameter, dtype),
-        xt_ptr is not None, DIVERGENCE, CENTRED_P, CENTRED_Q, CE_GRADIENT, grad_s_ptr is not None, TEACHER_GRADIENT,
-        ANCHOR_GRADIENT, MIX,
-    )  # fmt: skip
-    counts = (tl.load(active_ptr + n, mask=inside, other=0) != 0)[:, None] & (v < V)[None, :]
-    mask = inside[:, None] & (column < width)[None, :]
-    out = n.to(tl.int64)[:, None] * stride_g + column[None, :]
-    if grad_a_ptr is not None:
-        store_gradient(grad_a_ptr + out, grad_a, counts, mask)
-    elif ANCHOR_GRADIENT:
-        grad_t += grad_a
-    if grad_s_ptr is not None:
-        store_gradient(grad_s_ptr + out, grad_s, counts, mask)
-    if grad_t_ptr is not None:
-        store_gradient(grad_t_ptr + out, grad_t, counts, mask)
+    rows = load_rows(rows_ptr + n, N, inside)
+    mix = tl.load(rows_ptr + ROWS * N.to(tl.int64) + n, mask=inside, other=0)
+    counts = (tl.load(active_ptr + n, mask=inside, other=0) != 0)[:, None]
+    scale_s = tl.full([1, 1], scale_s, dtype)
+    scale_t = tl.full([1, 1], scale_t, dtype)
+    softcap_s = tl.full([1, 1], softcap_s, dtype)
+    softcap_t = tl.full([1, 1], softcap_t, dtype)
+    parameter = tl.full([1, 1], parameter, dtype)
+    parts_s, parts_t = parts(products_s, PARTS), parts(products_t, PARTS)
+    for i in tl.static_range(PARTS):
+        column = start + i * (BLOCK_V // PARTS) + tl.arange(0, BLOCK_V // PARTS)
+        v = first + column
+        z_s, slope_s = logits(parts_s[i], bias_s_ptr, v, V, scale_s, softcap_s, SOFTCAP_S)
+        z_t, slope_t = z_s, slope_s
+        if TEACHER:
+            z_t, slope_t = logits(parts_t[i], bias_t_ptr, v, V, scale_t, softcap_t, SOFTCAP_T)
+        grad_s, grad_t, grad_a = gradients(
+            z_s, z_t, slope_s, slope_t, v[None, :], rows, mix, coefficients, labels, targets, inv_tau, parameter,
+            TEACHER, DIVERGENCE, CENTRED_P, CENTRED_Q, CE_GRADIENT, grad_s_ptr is not None, TEACHER_GRADIENT,
+            ANCHOR_GRADIENT, MIX,
+        )  # fmt: skip
+        mask = inside[:, None] & (column < width)[None, :]
+        out = n.to(tl.int64)[:, None] * stride_g + column[None, :]
+        if grad_a_ptr is not None:
+            store_gradient(grad_a_ptr + out, grad_a, counts, mask)
+        elif ANCHOR_GRADIENT:
+            grad_t += grad_a
+        if grad_s_ptr is not None:
+            store_gradient(grad_s_ptr + out, grad_s, counts, mask)
+        if grad_t_ptr is not None:
+            store_gradient(grad_t_ptr + out, grad_t, counts, mask)
 
 
 def slab_gradients(
@@ -99,7 +109,7 @@ def slab_gradients(
     grad_t: Tensor | None,  # KD part, and the anchor's unless grad_a is given
     grad_a: Tensor | None,
     mix: bool,
-    config: TileConfig,
+    config: TileConfig | None = None,
 ) -> None:
     """Gradients towards h·Wᵀ + b of ids first … first + width, over `term.scale`."""
     some = grad_s if grad_s is not None else grad_t
@@ -107,6 +117,8 @@ def slab_gradients(
     N, width = some.shape
     if N == 0:
         return
+    if config is None:
+        config = tile_config("gradients", heads.weight, N)
     gradients_kernel[(triton.cdiv(N, config.block_n) * triton.cdiv(width, config.block_v),)](
         *heads.pointers(),
         term.labels if term.ce_gradient else None, term.targets if term.anchor_gradient else None,
@@ -115,5 +127,5 @@ def slab_gradients(
         *heads.sizes(), first, width, *heads.scalars(), term.parameter,
         **heads.flags(config), **term.divergence_flags(),
         CE_GRADIENT=term.ce_gradient, TEACHER_GRADIENT=term.teacher_gradient, ANCHOR_GRADIENT=term.anchor_gradient,
-        MIX=mix, GROUP=GROUP, **config.blocks(), num_warps=config.warps, num_stages=config.stages,
+        MIX=mix, GROUP=GROUP, PARTS=config.parts, **config.blocks(), num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip

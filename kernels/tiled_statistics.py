@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kdfast.kernels.arguments import Heads, Term
-from kdfast.kernels.configurations import TileConfig, splits_of
+from kdfast.kernels.configurations import TileConfig, splits_of, tile_config
 from kdfast.kernels.statistics import (
     PAIR,
     ROWS,
@@ -33,7 +33,7 @@ from kdfast.kernels.statistics import (
     rescale_pair,
     rescale_side,
 )
-from kdfast.kernels.tiles import tile
+from kdfast.kernels.tiles import logits, parts, tile
 
 
 @triton.jit
@@ -75,7 +75,7 @@ def statistics_kernel(
     SOFTCAP_S: tl.constexpr, SOFTCAP_T: tl.constexpr, EVEN_S: tl.constexpr, EVEN_T: tl.constexpr,
     DIVERGENCE: tl.constexpr, BASE: tl.constexpr, CENTRED_P: tl.constexpr, CENTRED_Q: tl.constexpr,
     METRICS: tl.constexpr, MIX: tl.constexpr, SECOND: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     TEACHER: tl.constexpr = xt_ptr is not None
@@ -98,20 +98,26 @@ def statistics_kernel(
 
     first = split * tiles_per_split * BLOCK_V
     for start in range(first, tl.minimum(first + tiles_per_split * BLOCK_V, V), BLOCK_V):
-        v = start + tl.arange(0, BLOCK_V)
-        z_s, _, z_t, _ = tile(
+        products_s, products_t = tile(
             xs_ptr, stride_xsn, stride_xsh, xt_ptr, stride_xtn, stride_xth,
-            w_ptr, stride_wv, stride_wh, wt_ptr, stride_wtv, stride_wth, bias_s_ptr, bias_t_ptr,
-            n, v, N, V, Hs, Ht, scale_s, softcap_s, scale_t, softcap_t,
-            dtype, SOFTCAP_S, SOFTCAP_T, EVEN_S, EVEN_T, PRECISION, BLOCK_N, BLOCK_V, BLOCK_H,
+            w_ptr, stride_wv, stride_wh, wt_ptr, stride_wtv, stride_wth,
+            n, start + tl.arange(0, BLOCK_V), N, V, Hs, Ht,
+            dtype, EVEN_S, EVEN_T, PRECISION, BLOCK_N, BLOCK_V, BLOCK_H,
         )  # fmt: skip
-        if SECOND:
-            sums = fold_terms(sums, z_s, z_t, rows, inv_tau, parameter, DIVERGENCE, CENTRED_P, CENTRED_Q, MIX)
-        else:
-            student, teacher, pair = fold(
-                student, teacher, pair, z_s, z_t, v[None, :], labels, targets, inv_tau,
-                TEACHER, BASE, MIX, labels_ptr is not None, targets_ptr is not None, METRICS,
-            )  # fmt: skip
+        parts_s, parts_t = parts(products_s, PARTS), parts(products_t, PARTS)
+        for i in tl.static_range(PARTS):
+            v = start + i * (BLOCK_V // PARTS) + tl.arange(0, BLOCK_V // PARTS)
+            z_s, _ = logits(parts_s[i], bias_s_ptr, v, V, scale_s, softcap_s, SOFTCAP_S)
+            z_t = z_s
+            if TEACHER:
+                z_t, _ = logits(parts_t[i], bias_t_ptr, v, V, scale_t, softcap_t, SOFTCAP_T)
+            if SECOND:
+                sums = fold_terms(sums, z_s, z_t, rows, inv_tau, parameter, DIVERGENCE, CENTRED_P, CENTRED_Q, MIX)
+            else:
+                student, teacher, pair = fold(
+                    student, teacher, pair, z_s, z_t, v[None, :], labels, targets, inv_tau,
+                    TEACHER, BASE, MIX, labels_ptr is not None, targets_ptr is not None, METRICS, True,
+                )  # fmt: skip
 
     stride = N.to(tl.int64)
     out = out_ptr + n + split * stride * (TERMS if SECOND else 2 * SIDE + PAIR)
@@ -250,11 +256,15 @@ def combine_kernel(
 COMBINE_BLOCK = 128
 
 
-def statistics(heads: Heads, term: Term, *, stats: Tensor, rows: Tensor, mix: bool, config: TileConfig) -> None:
+def statistics(
+    heads: Heads, term: Term, *, stats: Tensor, rows: Tensor, mix: bool, config: TileConfig | None = None
+) -> None:
     """Fill stats (6, N) where computed and rows (10, N): the constants of each row, then `mix`."""
     N = heads.hidden.shape[0]
     if N == 0:
         return
+    if config is None:
+        config = tile_config("full" if heads.intricate or term.intricate else "lean", heads.weight, N)
     _pass(heads, term, stats, rows, mix, config, second=False)
     if heads.teacher_hidden is not None and term.entry.base == "":
         _pass(heads, term, stats, rows, mix, config, second=True)
@@ -268,18 +278,18 @@ def _pass(
     splits = splits_of(row_blocks, tiles, heads.hidden.device)
     per_split = triton.cdiv(tiles, splits)
     splits = triton.cdiv(tiles, per_split)
-    parts = rows.new_empty(splits, TERMS.value if second else 2 * SIDE.value + PAIR.value, N)
+    partial = rows.new_empty(splits, TERMS.value if second else 2 * SIDE.value + PAIR.value, N)
     flags = {"METRICS": term.metrics, "MIX": mix, "SECOND": second}
     statistics_kernel[(row_blocks, splits)](
         *heads.pointers(),
         None if second else term.labels, None if second else term.targets,
-        term.temperature, rows, parts,
+        term.temperature, rows, partial,
         *heads.sizes(), per_split, *heads.scalars(), term.parameter,
-        **heads.flags(config), **term.divergence_flags(), **flags, **config.blocks(),
+        **heads.flags(config), **term.divergence_flags(), **flags, PARTS=config.parts, **config.blocks(),
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     combine_kernel[(triton.cdiv(N, COMBINE_BLOCK),)](
-        parts, term.active, term.coefficients, term.coefficients.stride(0), term.temperature,
+        partial, term.active, term.coefficients, term.coefficients.stride(0), term.temperature,
         stats, stats.stride(0), rows, N, splits,
         TEACHER=heads.teacher_hidden is not None, BASE=term.entry.base, CE=term.labels is not None,
         CE_GRADIENT=term.ce_gradient, ANCHOR=term.targets is not None, **flags, BLOCK=COMBINE_BLOCK, num_warps=4,

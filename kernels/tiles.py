@@ -25,12 +25,11 @@ def tile(
     xt_ptr, stride_xtn, stride_xth,
     w_ptr, stride_wv, stride_wh,
     wt_ptr, stride_wtv, stride_wth,
-    bias_s_ptr, bias_t_ptr,
-    n, v, N, V, Hs, Ht, scale_s, softcap_s, scale_t, softcap_t,
-    dtype: tl.constexpr, SOFTCAP_S: tl.constexpr, SOFTCAP_T: tl.constexpr, EVEN_S: tl.constexpr, EVEN_T: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
+    n, v, N, V, Hs, Ht,
+    dtype: tl.constexpr, EVEN_S: tl.constexpr, EVEN_T: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """(z_s, slope_s, z_t, slope_t) [BLOCK_N, BLOCK_V]: logits, −inf from V on, and their slopes towards h·Wᵀ + b.
+    """The products h·Wᵀ of student and teacher, [BLOCK_N, BLOCK_V] each; the teacher's are 0 where there is none.
 
     n (BLOCK_N,), v (BLOCK_V,) int32; xt_ptr None without a teacher, wt_ptr None where it shares W."""
     h = tl.arange(0, BLOCK_H)
@@ -46,8 +45,10 @@ def tile(
         for start in range(0, Hs, BLOCK_H):
             left = Hs - start
             b = _operand(w, h[:, None], left, EVEN_S)
-            acc_s = tl.dot(_operand(xs, h[None, :], left, EVEN_S), b, acc_s, input_precision=PRECISION, out_dtype=dtype)
-            acc_t = tl.dot(_operand(xt, h[None, :], left, EVEN_S), b, acc_t, input_precision=PRECISION, out_dtype=dtype)
+            a = _operand(xs, h[None, :], left, EVEN_S)
+            acc_s = tl.dot(a, b, acc_s, input_precision=PRECISION, out_dtype=dtype)
+            a = _operand(xt, h[None, :], left, EVEN_S)
+            acc_t = tl.dot(a, b, acc_t, input_precision=PRECISION, out_dtype=dtype)
             xs += BLOCK_H * stride_xsh
             xt += BLOCK_H * stride_xth
             w += BLOCK_H * stride_wh
@@ -55,7 +56,8 @@ def tile(
         for start in range(0, Hs, BLOCK_H):
             left = Hs - start
             a = _operand(xs, h[None, :], left, EVEN_S)
-            acc_s = tl.dot(a, _operand(w, h[:, None], left, EVEN_S), acc_s, input_precision=PRECISION, out_dtype=dtype)
+            b = _operand(w, h[:, None], left, EVEN_S)
+            acc_s = tl.dot(a, b, acc_s, input_precision=PRECISION, out_dtype=dtype)
             xs += BLOCK_H * stride_xsh
             w += BLOCK_H * stride_wh
     if wt_ptr is not None:
@@ -63,19 +65,43 @@ def tile(
         for start in range(0, Ht, BLOCK_H):
             left = Ht - start
             a = _operand(xt, h[None, :], left, EVEN_T)
-            acc_t = tl.dot(a, _operand(wt, h[:, None], left, EVEN_T), acc_t, input_precision=PRECISION, out_dtype=dtype)
+            b = _operand(wt, h[:, None], left, EVEN_T)
+            acc_t = tl.dot(a, b, acc_t, input_precision=PRECISION, out_dtype=dtype)
             xt += BLOCK_H * stride_xth
             wt += BLOCK_H * stride_wth
-    z_s, slope_s = _finish(acc_s, bias_s_ptr, v_safe, v < V, scale_s, softcap_s, SOFTCAP_S)
-    z_t, slope_t = z_s, slope_s
-    if xt_ptr is not None:
-        z_t, slope_t = _finish(acc_t, bias_t_ptr, v_safe, v < V, scale_t, softcap_t, SOFTCAP_T)
-    return z_s, slope_s, z_t, slope_t
+    return acc_s, acc_t
 
 
 @triton.jit
-def _finish(acc, bias_ptr, v_safe, inside, scale, softcap, SOFTCAP: tl.constexpr):
+def _halves(x):
+    return tl.split(x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1))
+
+
+@triton.jit
+def parts(x, PARTS: tl.constexpr):
+    """The columns of x in PARTS equal stretches, in order: what follows a product needs a dozen registers for every
+    column it has in hand, and a whole tile's worth of them would spill. Takes no data from its thread."""
+    if PARTS == 1:
+        return (x,)
+    elif PARTS == 2:
+        return _halves(x)
+    elif PARTS == 4:
+        a, b = _halves(x)
+        a0, a1 = _halves(a)
+        b0, b1 = _halves(b)
+        return (a0, a1, b0, b1)
+    else:
+        tl.static_assert(PARTS == 8)
+        a, b = _halves(x)
+        a0, a1, a2, a3 = parts(a, 4)
+        b0, b1, b2, b3 = parts(b, 4)
+        return (a0, a1, a2, a3, b0, b1, b2, b3)
+
+
+@triton.jit
+def logits(acc, bias_ptr, v, V, scale, softcap, SOFTCAP: tl.constexpr):
+    """(logits, −inf from V on; their slope towards h·Wᵀ + b) of a block of products."""
     if bias_ptr is not None:
-        acc += tl.load(bias_ptr + v_safe).to(acc.dtype)[None, :]
+        acc += tl.load(bias_ptr + tl.minimum(v, V - 1)).to(acc.dtype)[None, :]
     z, slope = transform(acc, scale, softcap, SOFTCAP)
-    return tl.where(inside[None, :], z, -float("inf")), slope
+    return tl.where((v < V)[None, :], z, -float("inf")), slope

@@ -7,7 +7,6 @@ from torch import Tensor
 from kdfast.engines.planning import Wanted
 from kdfast.engines.row_work import Buffers
 from kdfast.kernels.column_sums import add_column_sums
-from kdfast.kernels.configurations import row_config
 from kdfast.kernels.rows import solve_rows
 from kdfast.problem import Problem
 
@@ -29,6 +28,7 @@ def solve(
     solve_rows(
         z_s,
         z_t,
+        width=z_s.stride(0),  # the chunk loop's scratch: whole padded rows
         start=rows.start,
         bias=bias,
         teacher_bias=bias if x.projected else own_bias,
@@ -53,7 +53,6 @@ def solve(
         grad_t=out.teacher,
         grad_a=out.anchor,
         mix=out.mix,
-        config=row_config(z_s),
     )
     if out.bias is None:
         return

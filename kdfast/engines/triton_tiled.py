@@ -38,9 +38,8 @@ def run(x: Problem, rows: Tensor | None = None) -> Result:
     stats = torch.zeros((6, N), device=x.hidden.device, dtype=x.dtype)
     if rows is None:
         rows = stats.new_empty(10, N)
-        config = tile_config("statistics", x.weight, N)
         _count(x, passes=2 if x.teacher_hidden is not None and term.entry.base == "" else 1)
-        statistics(heads, term, stats=stats, rows=rows, mix=mixes(x), config=config)
+        statistics(heads, term, stats=stats, rows=rows, mix=mixes(x))
 
     now = x.of_the_forward()
     d_hidden = _zeros(now.need_hidden, (N, H), x.dtype, x)
@@ -62,8 +61,8 @@ def _gradients(
     teacher = want.teacher or want.anchor
     sides = want.student + teacher
     dtype = gemm.gradient_dtype(x.weight.dtype, x.weight.device)
-    config = tile_config("gradients", x.weight, N)
-    width = _slab_width(x, (sides + want.anchor_apart) * dtype.itemsize, config.block_v)
+    tile = tile_config("gradients", x.weight, N).block_v
+    width = _slab_width(x, (sides + want.anchor_apart) * dtype.itemsize, tile)
     planes = torch.empty(sides + want.anchor_apart, N, width, device=x.hidden.device, dtype=dtype)
     inputs = _inputs(x, mix) if x.need_weight else None
     to_weight = slice(0, 2 * N if want.teacher_to_weight else N)
@@ -84,7 +83,6 @@ def _gradients(
             grad_t=slab[int(want.student)] if teacher else None,
             grad_a=slab[-1] if want.anchor_apart else None,
             mix=mix is not None,
-            config=config,
         )
         g = planes[:sides].flatten(0, 1)[:, : ids.stop - first]
         if inputs is not None:

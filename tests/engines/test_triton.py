@@ -16,7 +16,7 @@ from kdfast import JSD, Head, Projected, fused_kd_loss, gemm
 from kdfast.kernels import configurations
 from kdfast.kernels.arguments import Heads, Term
 from kdfast.kernels.column_sums import add_column_sums
-from kdfast.kernels.configurations import RowConfig, TileConfig
+from kdfast.kernels.configurations import Row, RowConfig, TileConfig
 from kdfast.kernels.rows import solve_rows
 from kdfast.kernels.tiled_gradients import slab_gradients
 from kdfast.kernels.tiled_statistics import statistics
@@ -30,9 +30,8 @@ BLOCK = 64  # of the vocabulary, in the interpreter's rows of the tables
 @pytest.fixture
 def wide(monkeypatch):
     """Blocks for large problems: the interpreter pays per operation."""
-    monkeypatch.setitem(configurations.ROW_TABLE, "interpreter", RowConfig(64, 4096, 4))
-    for key in [key for key in configurations.TILE_TABLE if key[0] == "interpreter"]:
-        monkeypatch.setitem(configurations.TILE_TABLE, key, TileConfig(64, 2048, 256, 4, 1))
+    tile = TileConfig(64, 2048, 256, 4, 1)
+    monkeypatch.setattr(configurations, "INTERPRETER", Row(RowConfig(64, 4096, 4), *[tile] * 4, why="large problems"))
 
 
 def eager(case, kind, dtype, options):
@@ -238,8 +237,8 @@ def test_row_kernel_beyond_two_billion_elements():
         stats = torch.zeros(6, n)
         t = term(n)
         solve_rows(
-            z_s, z_t, start=0, bias=None, teacher_bias=None, logit_scale=1.0, softcap=None, teacher_logit_scale=1.0,
-            teacher_softcap=None, labels=None, targets=None, active=t.active, coefficients=t.coefficients,
+            z_s, z_t, width=v, start=0, bias=None, teacher_bias=None, logit_scale=1.0, softcap=None,
+            teacher_logit_scale=1.0, teacher_softcap=None, labels=None, targets=None, active=t.active, coefficients=t.coefficients,
             temperature=t.temperature, scale=t.scale, divergence="forward_kl", parameter=0.0, ce_gradient=False,
             teacher_gradient=True, anchor_gradient=False, metrics=False, stats=stats, grad_s=grad_s, grad_t=grad_t,
             grad_a=None, mix=None, config=RowConfig(2, 32, 4),

@@ -1,0 +1,306 @@
+"""Compile every kernel exactly as its host launcher launches it, for GPUs that need not be there, and read the result.
+
+    make aot                                                           # every row of the table, minutes
+    python tests/kernels/aot.py --quick --arch sm_90 gfx942 --kernel row_kernel
+
+Exit status 1 and a list of what is wrong where a kernel does not compile, has a stack frame (spills lie there), wants
+more shared memory than the chip has, or makes of `tl.dot` anything but the architecture's best tensor-core instruction.
+
+How: a launcher gets tensors on the "meta" device while torch and Triton believe in a GPU of that architecture, and
+every launch becomes Triton's own warm-up, which compiles and stops before loading. So signature, specialisation and
+options are those of a real launch whose tensors lie at multiples of 16 bytes.
+
+A new kernel: a generator of `Case`s below, and its line in `cases`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from kdfast.kernels.arguments import Heads, Term
+from kdfast.kernels.column_sums import add_column_sums
+from kdfast.kernels.configurations import TABLE
+from kdfast.kernels.projection import project
+from kdfast.kernels.rows import solve_rows
+from kdfast.kernels.tiled_gradients import slab_gradients
+from kdfast.kernels.tiled_statistics import statistics
+
+# target, multiprocessors, KiB of shared memory a block may have, tensor-core instruction in the PTX or GCN assembly
+CHIPS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), 108, 163, "mma.sync"),
+    "sm_86": (GPUTarget("cuda", 86, 32), 84, 99, "mma.sync"),
+    "sm_89": (GPUTarget("cuda", 89, 32), 128, 99, "mma.sync"),
+    "sm_90": (GPUTarget("cuda", 90, 32), 132, 227, "wgmma.mma_async"),
+    "sm_100": (GPUTarget("cuda", 100, 32), 148, 227, "tcgen05.mma"),
+    "sm_120": (GPUTarget("cuda", 120, 32), 170, 99, "mma.sync"),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 304, 64, "v_mfma"),
+}
+
+
+class Case(NamedTuple):
+    kernel: str  # of the launcher's launches the one looked at
+    label: str
+    launch: Callable[[], Any]
+    tensor_core: bool = False  # expected
+    allow_stack: str | None = None  # why a stack frame is accepted
+
+
+TOKENS, CHUNK, FEW, SLAB = 4096, 1024, 48, 8192
+PADDED = 50304  # 50257 is odd, so nothing in a row is known to be aligned but its start; 50304 is its padded twin
+
+
+def cases(arch: str, quick: bool) -> Iterator[Case]:
+    """Every kernel with its lightest and its heaviest flags, over an aligned and an unaligned vocabulary, for every row
+    of the table: 16-bit operands, fp32 and, where the chip has them, TF32 products; many tokens and few."""
+    tensor_cores_for_fp32 = arch == "gfx942"
+    for V in (50257,) if quick else (50257, PADDED):
+        yield from row_cases(arch, V)
+        yield from column_sums_cases(V)
+        yield from tile_cases(V, TOKENS, torch.bfloat16)
+        if not quick:
+            yield from tile_cases(V, FEW, torch.bfloat16)
+            yield from tile_cases(V, TOKENS, torch.float32, tensor_core=tensor_cores_for_fp32)
+            if arch != "gfx942":
+                yield from tile_cases(V, TOKENS, torch.float32, tf32=True)
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def scratch(rows: int, V: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:  # strided as the chunk loop does
+    return meta(rows, PADDED, dtype=dtype)[:, :V]
+
+
+def row_cases(arch: str, V: int) -> Iterator[Case]:
+    z_s, z_t = scratch(2 * CHUNK, V).split(CHUNK)
+    grad_s, grad_t, grad_a = scratch(3 * CHUNK, V, torch.bfloat16).split(CHUNK)
+    labels, bias = meta(TOKENS, dtype=torch.int64), meta(V, dtype=torch.bfloat16)
+    everything = {
+        "bias": bias, "teacher_bias": bias, "softcap": 30.0, "teacher_softcap": 30.0, "targets": labels,
+        "ce_gradient": True, "teacher_gradient": True, "anchor_gradient": True, "metrics": True,
+        "grad_s": grad_s, "grad_t": grad_t, "grad_a": grad_a, "mix": meta(CHUNK),
+    }  # fmt: skip
+    nothing = {name: False if value is True else None for name, value in everything.items()}
+    solve = partial(
+        solve_rows, width=PADDED, start=0, logit_scale=1.0, teacher_logit_scale=1.0, labels=labels, parameter=0.5, scale=meta(),
+        active=meta(TOKENS, dtype=torch.bool), coefficients=meta(3, TOKENS), temperature=meta(), stats=meta(6, TOKENS),
+        config=TABLE[arch, 4, "many"].rows,
+    )  # fmt: skip
+    for divergence in ("forward_kl", "jsd"):
+        most = partial(solve, z_s, z_t, divergence=divergence, **everything)
+        yield Case("row_kernel", f"{divergence}, everything, V={V}", most)
+    least = partial(solve, z_s, None, divergence="forward_kl", **nothing)
+    yield Case("row_kernel", f"cross entropy alone, V={V}", least)
+
+
+def column_sums_cases(V: int) -> Iterator[Case]:
+    for label, weights in (("plain", None), ("weighted", meta(CHUNK))):
+        launch = partial(add_column_sums, scratch(CHUNK, V, torch.bfloat16), weights, meta(V))
+        yield Case("column_sums_kernel", f"{label}, V={V}", launch)
+
+
+def tile_cases(
+    V: int, N: int, dtype: torch.dtype, *, tensor_core: bool = True, tf32: bool = False
+) -> Iterator[Case]:
+    """The kernels of the tiled engine. Lightest: a projected teacher, forward KL, nothing else; heaviest: everything."""
+    label = f"{'TF32' if tf32 else str(dtype)[6:]}, N={N}, V={V}"
+    Hs, Ht = 768, 1000  # 1000 is no multiple of a block of the width
+    labels, bias = meta(N, dtype=torch.int64), meta(V, dtype=dtype)
+    planes = meta(3, N, SLAB, dtype=dtype)
+    stats, rows = meta(6, N), meta(10, N)
+
+    def launches(divergence: str, heavy: bool) -> tuple[Callable[[], Any], Callable[[], Any]]:
+        extra = bias if heavy else None
+        softcap = 30.0 if heavy else None
+        own = heavy and divergence == "jsd"
+        heads = Heads(
+            meta(N, Hs, dtype=dtype), meta(V, Hs, dtype=dtype), extra, 1.0, softcap,
+            meta(N, Ht if own else Hs, dtype=dtype), meta(V, Ht, dtype=dtype) if own else None, extra, 1.0, softcap,
+            V, tf32,
+        )  # fmt: skip
+        targets = labels if heavy else None
+        term = Term(
+            divergence, 0.5, meta(), meta(3, N), meta(), meta(N, dtype=torch.bool), targets, targets, heavy, True,
+            heavy, heavy,
+        )  # fmt: skip
+        grad_a = planes[2] if heavy else None
+        return (
+            partial(statistics, heads, term, stats=stats, rows=rows, mix=heavy),
+            partial(
+                slab_gradients, heads, term, rows=rows, first=0, grad_s=planes[0], grad_t=planes[1], grad_a=grad_a,
+                mix=heavy,
+            ),
+        )  # fmt: skip
+
+    for divergence, heavy in (("forward_kl", False), ("forward_kl", True), ("jsd", True)):
+        name = f"{divergence}, {'everything' if heavy else 'nothing else'}, {label}"
+        of_statistics, of_gradients = launches(divergence, heavy)
+        yield Case("statistics_kernel", name, of_statistics, tensor_core)
+        yield Case("combine_kernel", name, of_statistics)
+        if not (heavy and divergence == "forward_kl"):
+            yield Case("gradients_kernel", name, of_gradients, tensor_core)
+    projector = partial(project, meta(N, Ht, dtype=dtype), meta(Hs, Ht, dtype=dtype), meta(Hs, dtype=dtype), tf32=tf32)
+    yield Case("projection_kernel", label, projector, tensor_core)
+
+
+@dataclass
+class Result:
+    arch: str
+    kernel: str
+    case: str
+    blocks: str = ""  # the integer constexprs
+    warps: int = 0
+    regs: int = 0  # a thread
+    stack: int = 0  # bytes a thread
+    shared: int = 0  # bytes a block
+    tensor: int = 0  # tensor-core instructions; those of PTX or GCN
+    mufu: int = 0  # exp, log, 1/x and their kin
+    total: int = 0  # instructions
+    seconds: float = 0.0  # near 0: from Triton's cache
+    hash: str = ""  # from here on not in the table
+    wrong: list[str] = field(default_factory=list)
+
+
+@contextmanager
+def pretending(arch: str) -> Iterator[None]:
+    """What launchers ask of torch and Triton is answered as if a GPU of that architecture were there."""
+    target, multiprocessors, _, _ = CHIPS[arch]
+    cuda = target.backend == "cuda"
+    # the target is also the device's name, so that what a JITFunction keeps per device it keeps per target
+    device = {"get_current_target": lambda: target, "get_current_device": lambda: target}
+    driver.set_active(SimpleNamespace(**device, get_current_stream=lambda device: 0))
+    properties = SimpleNamespace(multi_processor_count=multiprocessors, gcnArchName=arch)
+    with (
+        mock.patch("torch.cuda.get_device_properties", return_value=properties),
+        mock.patch("torch.cuda.get_device_capability", return_value=divmod(target.arch, 10) if cuda else (9, 4)),
+        mock.patch("torch.version.hip", None if cuda else "6.4"),
+    ):
+        yield
+
+
+def compile_case(arch: str, quick: bool, index: int) -> list[Result]:
+    """Of the index-th case, one result per distinct compilation."""
+    launch, compiled = JITFunction.run, {}
+
+    def run(self, *args, grid, warmup, **kwargs):
+        if self.__name__ == case.kernel:
+            began = time.perf_counter()
+            binary = launch(self, *args, grid=grid, warmup=True, **kwargs)
+            compiled.setdefault(binary.hash, read(binary, self, case, arch, time.perf_counter() - began))
+
+    with pretending(arch), mock.patch.object(JITFunction, "run", run):
+        case = list(cases(arch, quick))[index]
+        try:
+            case.launch()
+        except Exception as e:
+            while e.__cause__ is not None:  # Triton's outermost error names only where the call stands
+                e = e.__cause__
+            message = "\n    ".join([f"does not compile: {type(e).__name__}", *str(e).strip().splitlines()[-6:]])
+            return [Result(arch, case.kernel, case.label, wrong=[message])]
+    return list(compiled.values()) or [Result(arch, case.kernel, case.label, wrong=["its launcher did not launch it"])]
+
+
+def read(binary: Any, kernel: JITFunction, case: Case, arch: str, seconds: float) -> Result:
+    target, _, shared, tensor_core = CHIPS[arch]
+    result = Result(arch, case.kernel, case.label, seconds=round(seconds, 2), hash=binary.hash)
+    result.warps, result.shared = binary.metadata.num_warps, binary.metadata.shared
+    constants = {kernel.params[path[0]].name: value for path, value in binary.src.constants.items()}
+    numbers = (p.name for p in kernel.params if p.is_constexpr and type(constants[p.name]) is int)
+    result.blocks = " ".join(f"{name}={constants[name]}" for name in numbers)
+    if target.backend == "cuda":
+        assembly, sass = binary.asm["ptx"], disassemble(binary.asm["cubin"])
+        result.regs, result.stack = (int(re.search(rf"\b{key}:(\d+)", sass)[1]) for key in ("REG", "STACK"))
+        opcodes = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+ +)?(?!NOP)([A-Z][\w.]*)", sass, re.M)
+    else:
+        assembly = binary.asm["amdgcn"]
+        counts = dict(re.findall(r"^\s+\.(\w+):\s+(\d+)$", assembly, re.M))
+        result.regs, result.stack = int(counts["vgpr_count"]), int(counts["private_segment_fixed_size"])
+        opcodes = re.findall(r"^\t([a-z]\w+)", assembly, re.M)
+    result.mufu = sum(bool(re.match(r"MUFU|v_(exp|log|rcp|rsq|sqrt)_", opcode)) for opcode in opcodes)
+    result.total, result.tensor = len(opcodes), assembly.count(tensor_core)
+    if result.stack and case.allow_stack is None:
+        result.wrong.append(f"stack frame of {result.stack} bytes a thread (spills?)")
+    if result.shared > shared * 1024:
+        result.wrong.append(f"{result.shared} bytes of shared memory, the chip has {shared * 1024}")
+    if (getattr(binary.metadata, "tmem_size", None) or 0) > 512:
+        result.wrong.append(f"{binary.metadata.tmem_size} columns of tensor memory, the chip has 512")
+    if case.tensor_core and not result.tensor:
+        result.wrong.append(f"no {tensor_core}: tl.dot does not run on the architecture's tensor cores")
+    return result
+
+
+def disassemble(cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump", "-res-usage", "-sass", file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def print_table(results: list[Result]) -> None:
+    lines = [list(asdict(results[0]))[:-2], *([str(cell) for cell in asdict(r).values()][:-2] for r in results)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print(*(f"{c:<{w}} " if i < 4 else f"{c:>{w}}" for i, (c, w) in enumerate(zip(line, widths, strict=True))))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="compile every kernel ahead of time, check what came out")
+    parser.add_argument("--quick", action="store_true", help="one vocabulary size")
+    parser.add_argument("--arch", nargs="+", choices=CHIPS, default=list(CHIPS), metavar="ARCH", help=" ".join(CHIPS))
+    parser.add_argument("--kernel", nargs="+", metavar="NAME", help="these kernels only")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
+    parser.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
+    args = parser.parse_args()
+    if triton.knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET is set: Triton's interpreter does not compile. Unset it")
+
+    tasks = []
+    for arch in args.arch:
+        with pretending(arch):
+            kernels = [case.kernel for case in cases(arch, args.quick)]
+        tasks += [(arch, args.quick, i) for i, name in enumerate(kernels) if not args.kernel or name in args.kernel]
+    if not tasks:
+        parser.error(f"--kernel {' '.join(args.kernel)}: there is no such kernel")
+    began = time.perf_counter()
+    lines: dict[tuple[str, str], Result] = {}  # cases that came out as the same compilation share one
+    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+        for found in pool.map(compile_case, *zip(*tasks, strict=True)):
+            for result in found:
+                if (same := lines.setdefault((result.arch, result.hash or result.case), result)) is not result:
+                    same.case += f" = {result.case}"
+    results = list(lines.values())
+    print_table(results)
+    wrong = [f"{r.arch} {r.kernel} ({r.case}): {what}" for r in results for what in r.wrong]
+    print(f"\n{len(results)} compilations, triton {triton.__version__}, {time.perf_counter() - began:.0f} s")
+    print("\n".join([*wrong, f"{len(wrong)} wrong"]))
+    if args.json:
+        args.json.write_text(json.dumps([asdict(result) for result in results], indent=1))
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
