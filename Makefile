@@ -15,7 +15,7 @@ READY_BENCH := $(VENV)/.ready-bench
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long lint types check bench clean
+.PHONY: help demo test test-long aot lint types check bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -28,6 +28,9 @@ test: $(READY)  ## the tests, without those marked long
 
 test-long: $(READY)  ## the tests that take minutes
 	$(BIN)/python -m pytest -m long $(ARGS)
+
+aot: $(READY)  ## every kernel compiled for seven GPUs without one: registers, spills, shared memory, tensor cores
+	PYTHONPATH=. $(BIN)/python tests/kernels/aot.py $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -40,7 +40,8 @@ setup(
     packages=["kdfast", "kdfast.engines", "kdfast.training", "kdfast.cli", "kdfast.kernels"],
     package_dir={"kdfast.kernels": "kernels"},
     package_data={"kdfast.kernels": ["README.md"]},
-    install_requires=["torch>=2.8", "numpy"],
+    # PyTorch's CUDA build brings the Triton that belongs to it; its CPU build none, and the tests run the kernels there
+    install_requires=["torch>=2.8", "numpy", "triton>=3.4; platform_system == 'Linux'"],
     extras_require={"train": TRAIN, "bench": BENCH, "dev": DEV},
     entry_points={"console_scripts": ["kdfast=kdfast.cli.main:main"]},
     classifiers=[

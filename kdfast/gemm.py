@@ -93,9 +93,9 @@ def input_gradient(g: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def add_input_gradient(g: Tensor, weight: Tensor, accumulator: Tensor) -> None:
     """accumulator += g · weight.  g (m, V), weight (V, H), accumulator (m, H) fp32 or fp64."""
-    if g.dtype == weight.dtype == accumulator.dtype:
+    if g.dtype == weight.dtype and _accumulates(g, accumulator):
         count("input_gradient", g.shape[0], *weight.shape)
-        accumulator.addmm_(g, weight)
+        _accumulate(accumulator, g, weight)
     else:
         accumulator += input_gradient(g, weight, accumulator.dtype)
 
@@ -104,11 +104,25 @@ def weight_gradient(g: Tensor, x: Tensor, accumulator: Tensor) -> Tensor:
     """accumulator += gᵀ · x.  g (m, V), x (m, H), accumulator (V, H) fp32 or fp64."""
     count("weight_gradient", g.shape[0], *accumulator.shape)
     x = x.to(g.dtype)
-    if g.dtype == accumulator.dtype:
-        return accumulator.addmm_(g.t(), x)
+    if _accumulates(g, accumulator):
+        return _accumulate(accumulator, g.t(), x)
     for block in _blocks(accumulator.shape[0]):
         accumulator[block] += _product(g[:, block].t(), x, accumulator.dtype)
     return accumulator
+
+
+def _accumulates(operand: Tensor, accumulator: Tensor) -> bool:
+    """Whether a product of such operands can be added to `accumulator` in its own call, without a temporary.
+    Before PyTorch 2.10 a 16-bit product would not be added to fp32."""
+    narrow = operand.is_cuda and accumulator.dtype == torch.float32 and torch.__version__ >= "2.10"
+    return operand.dtype == accumulator.dtype or narrow
+
+
+def _accumulate(accumulator: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """accumulator += a · b."""
+    if a.dtype == accumulator.dtype:
+        return accumulator.addmm_(a, b)
+    return torch.ops.aten.addmm.dtype_out(accumulator, a, b, accumulator.dtype, out=accumulator)
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

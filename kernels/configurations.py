@@ -9,11 +9,10 @@ and a loss with softcap, biases, metrics or an anchor ("full") gets a narrower t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 import torch
 import triton
-from torch import Tensor
 
 FEW = 64  # tokens: up to here a smaller block of rows wastes less
 
@@ -38,6 +37,12 @@ class TileConfig:
     stages: int
     parts: int = 1  # stretches of a tile's columns, worked on one after the other
 
+    def fitting(self, *widths: int) -> TileConfig:
+        """For such widths: one that is no multiple of 64 is read through masks, element by element where it is odd,
+        and spills at 64 where it does not at 32."""
+        uneven = any(width % self.block_h for width in widths)
+        return replace(self, block_h=min(self.block_h, 32)) if uneven else self
+
     def blocks(self) -> dict[str, int]:
         return {"BLOCK_N": self.block_n, "BLOCK_V": self.block_v, "BLOCK_H": self.block_h}
 
@@ -52,10 +57,6 @@ class Row:
     gradients: TileConfig
     projection: TileConfig
     why: str
-
-    @classmethod
-    def kernels(cls) -> list[str]:
-        return [field.name for field in fields(cls) if field.name != "why"]
 
 
 ROWS = RowConfig(1, 4096, 8)
@@ -81,7 +82,7 @@ SM_90_FEW = Row(
     ROWS,
     lean=TileConfig(64, 128, 64, 4, 3, 4),
     full=TileConfig(64, 64, 64, 4, 3, 2),
-    gradients=TileConfig(64, 128, 64, 4, 3, 8),
+    gradients=TileConfig(64, 64, 64, 4, 3, 4),
     projection=TileConfig(64, 64, 64, 4, 3),
     why="wgmma takes 64 rows at least; one warpgroup, two programs a multiprocessor. Not timed",
 )
@@ -224,13 +225,3 @@ def splits_of(row_blocks: int, tiles: int, device: torch.device) -> int:
     most = min(tiles, max(1, 4 * multiprocessors // row_blocks) + 1)
     times = {s: triton.cdiv(row_blocks * s, multiprocessors) * triton.cdiv(tiles, s) for s in range(1, most + 1)}
     return next(s for s, time in times.items() if time <= 1.02 * min(times.values()))
-
-
-def row_config(z: Tensor) -> RowConfig:
-    """For logits z (m, V)."""
-    return row_of(z.device, z.element_size(), z.shape[0]).rows
-
-
-def tile_config(kernel: str, operand: Tensor, N: int) -> TileConfig:
-    """kernel: "lean", "full", "gradients" or "projection"; operand: the head's weight, or the projector's."""
-    return getattr(row_of(operand.device, operand.element_size(), N), kernel)

@@ -6,7 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kdfast.kernels.arguments import readable
-from kdfast.kernels.configurations import TileConfig, tile_config
+from kdfast.kernels.configurations import TileConfig
+from kdfast.kernels.search import choose
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -51,7 +52,8 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None, *, tf32: bool, confi
     if N == 0:
         return out
     if config is None:
-        config = tile_config("projection", weight, N)
+        config = choose("projection", weight, N, lambda c: project(x, weight, bias, tf32=tf32, config=c))
+    config = config.fitting(Ht)
     projection_kernel[(triton.cdiv(N, config.block_n), triton.cdiv(Hs, config.block_v))](
         readable(x), x.stride(0), x.stride(1), readable(weight), weight.stride(0), weight.stride(1), bias,
         out, out.stride(0), N, Hs, Ht,

@@ -18,9 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kdfast.kernels.configurations import RowConfig, row_config
+from kdfast.kernels.configurations import RowConfig, row_of
 from kdfast.kernels.divergences import ENTRIES
 from kdfast.kernels.gradients import gradients, store_gradient
+from kdfast.kernels.search import choose
 from kdfast.kernels.statistics import (
     cross_entropy,
     empty_pair,
@@ -231,13 +232,17 @@ def solve_rows(
     config: RowConfig | None = None,
 ) -> None:
     """One launch."""
+    arguments = locals()
     m, V = z_s.shape
     if m == 0:
         return
     entry = ENTRIES[divergence]
-    if config is None:
-        config = row_config(z_s)
     gradient = grad_s if grad_s is not None else grad_t
+    in_place = gradient is not None and gradient.dtype == z_s.dtype
+    if config is None and in_place:  # launching twice would read what the first launch wrote
+        config = row_of(z_s.device, z_s.element_size(), m).rows
+    elif config is None:
+        config = choose("rows", z_s, m, lambda c: solve_rows(**{**arguments, "config": c}))
     row_kernel[(triton.cdiv(m, config.rows),)](
         z_s, z_t, z_s.stride(0),
         bias, teacher_bias,
@@ -255,6 +260,6 @@ def solve_rows(
         DIVERGENCE=divergence, BASE=entry.base, CENTRED_P=entry.centred_p, CENTRED_Q=entry.centred_q,
         CE=labels is not None, CE_GRADIENT=ce_gradient, ANCHOR=targets is not None, ANCHOR_GRADIENT=anchor_gradient,
         TEACHER_GRADIENT=teacher_gradient, METRICS=metrics,
-        IN_PLACE=gradient is not None and gradient.dtype == z_s.dtype,
+        IN_PLACE=in_place,
         R=config.rows, BLOCK=config.block, num_warps=config.warps,
     )  # fmt: skip

@@ -10,8 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kdfast.kernels.arguments import Heads, Term
-from kdfast.kernels.configurations import TileConfig, tile_config
+from kdfast.kernels.configurations import TileConfig
 from kdfast.kernels.gradients import gradients, store_gradient
+from kdfast.kernels.search import choose
 from kdfast.kernels.statistics import ROWS
 from kdfast.kernels.tiled_statistics import load_rows
 from kdfast.kernels.tiles import logits, parts, tile
@@ -118,7 +119,9 @@ def slab_gradients(
     if N == 0:
         return
     if config is None:
-        config = tile_config("gradients", heads.weight, N)
+        out = {"rows": rows, "first": first, "grad_s": grad_s, "grad_t": grad_t, "grad_a": grad_a, "mix": mix}
+        config = choose("gradients", heads.weight, N, lambda c: slab_gradients(heads, term, **out, config=c))
+    config = config.fitting(*heads.sizes()[2:])
     gradients_kernel[(triton.cdiv(N, config.block_n) * triton.cdiv(width, config.block_v),)](
         *heads.pointers(),
         term.labels if term.ce_gradient else None, term.targets if term.anchor_gradient else None,

@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kdfast.kernels.arguments import Heads, Term
-from kdfast.kernels.configurations import TileConfig, splits_of, tile_config
+from kdfast.kernels.configurations import TileConfig, splits_of
+from kdfast.kernels.search import choose
 from kdfast.kernels.statistics import (
     PAIR,
     ROWS,
@@ -264,7 +265,11 @@ def statistics(
     if N == 0:
         return
     if config is None:
-        config = tile_config("full" if heads.intricate or term.intricate else "lean", heads.weight, N)
+        kernel = "full" if heads.intricate or term.intricate else "lean"
+        config = choose(
+            kernel, heads.weight, N, lambda c: statistics(heads, term, stats=stats, rows=rows, mix=mix, config=c)
+        )
+    config = config.fitting(*heads.sizes()[2:])
     _pass(heads, term, stats, rows, mix, config, second=False)
     if heads.teacher_hidden is not None and term.entry.base == "":
         _pass(heads, term, stats, rows, mix, config, second=True)

@@ -22,7 +22,7 @@ from kdfast import gemm
 from kdfast.engines.planning import active_rows, gradient_scale, mixes, scratch_budget, total, wanted
 from kdfast.kernels.arguments import Heads, Term
 from kdfast.kernels.column_sums import add_column_sums
-from kdfast.kernels.configurations import tile_config
+from kdfast.kernels.configurations import row_of
 from kdfast.kernels.tiled_gradients import slab_gradients
 from kdfast.kernels.tiled_statistics import statistics
 from kdfast.problem import Problem, Result
@@ -61,7 +61,7 @@ def _gradients(
     teacher = want.teacher or want.anchor
     sides = want.student + teacher
     dtype = gemm.gradient_dtype(x.weight.dtype, x.weight.device)
-    tile = tile_config("gradients", x.weight, N).block_v
+    tile = row_of(x.weight.device, x.weight.element_size(), N).gradients.block_v
     width = _slab_width(x, (sides + want.anchor_apart) * dtype.itemsize, tile)
     planes = torch.empty(sides + want.anchor_apart, N, width, device=x.hidden.device, dtype=dtype)
     inputs = _inputs(x, mix) if x.need_weight else None

@@ -238,10 +238,10 @@ def test_row_kernel_beyond_two_billion_elements():
         t = term(n)
         solve_rows(
             z_s, z_t, width=v, start=0, bias=None, teacher_bias=None, logit_scale=1.0, softcap=None,
-            teacher_logit_scale=1.0, teacher_softcap=None, labels=None, targets=None, active=t.active, coefficients=t.coefficients,
-            temperature=t.temperature, scale=t.scale, divergence="forward_kl", parameter=0.0, ce_gradient=False,
-            teacher_gradient=True, anchor_gradient=False, metrics=False, stats=stats, grad_s=grad_s, grad_t=grad_t,
-            grad_a=None, mix=None, config=RowConfig(2, 32, 4),
+            teacher_logit_scale=1.0, teacher_softcap=None, labels=None, targets=None, active=t.active,
+            coefficients=t.coefficients, temperature=t.temperature, scale=t.scale, divergence="forward_kl",
+            parameter=0.0, ce_gradient=False, teacher_gradient=True, anchor_gradient=False, metrics=False,
+            stats=stats, grad_s=grad_s, grad_t=grad_t, grad_a=None, mix=None, config=RowConfig(2, 32, 4),
         )  # fmt: skip
         sums = torch.zeros(v)
         add_column_sums(grad_s, None, sums)

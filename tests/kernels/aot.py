@@ -82,7 +82,7 @@ def cases(arch: str, quick: bool) -> Iterator[Case]:
         if not quick:
             yield from tile_cases(V, FEW, torch.bfloat16)
             yield from tile_cases(V, TOKENS, torch.float32, tensor_core=tensor_cores_for_fp32)
-            if arch != "gfx942":
+            if arch != "gfx942" and V == 50257:
                 yield from tile_cases(V, TOKENS, torch.float32, tf32=True)
 
 
@@ -105,8 +105,9 @@ def row_cases(arch: str, V: int) -> Iterator[Case]:
     }  # fmt: skip
     nothing = {name: False if value is True else None for name, value in everything.items()}
     solve = partial(
-        solve_rows, width=PADDED, start=0, logit_scale=1.0, teacher_logit_scale=1.0, labels=labels, parameter=0.5, scale=meta(),
-        active=meta(TOKENS, dtype=torch.bool), coefficients=meta(3, TOKENS), temperature=meta(), stats=meta(6, TOKENS),
+        solve_rows, width=PADDED, start=0, logit_scale=1.0, teacher_logit_scale=1.0, labels=labels, parameter=0.5,
+        scale=meta(), active=meta(TOKENS, dtype=torch.bool), coefficients=meta(3, TOKENS), temperature=meta(),
+        stats=meta(6, TOKENS),
         config=TABLE[arch, 4, "many"].rows,
     )  # fmt: skip
     for divergence in ("forward_kl", "jsd"):
@@ -125,7 +126,7 @@ def column_sums_cases(V: int) -> Iterator[Case]:
 def tile_cases(
     V: int, N: int, dtype: torch.dtype, *, tensor_core: bool = True, tf32: bool = False
 ) -> Iterator[Case]:
-    """The kernels of the tiled engine. Lightest: a projected teacher, forward KL, nothing else; heaviest: everything."""
+    """The tiled engine's kernels. Lightest: a projected teacher, forward KL, nothing else; heaviest: everything."""
     label = f"{'TF32' if tf32 else str(dtype)[6:]}, N={N}, V={V}"
     Hs, Ht = 768, 1000  # 1000 is no multiple of a block of the width
     labels, bias = meta(N, dtype=torch.int64), meta(V, dtype=dtype)
