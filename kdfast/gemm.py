@@ -111,6 +111,13 @@ def weight_gradient(g: Tensor, x: Tensor, accumulator: Tensor) -> Tensor:
     return accumulator
 
 
+def whole_weight_gradient(g: Tensor, x: Tensor, out: Tensor) -> None:
+    """out = gᵀ · x, summed in fp32 (fp64) and rounded once.  g (m, V), x (m, H), out (V, H) of any dtype."""
+    count("weight_gradient", g.shape[0], *out.shape)
+    wide = torch.promote_types(out.dtype, torch.float32)
+    out.copy_(_product(g.t(), x.to(g.dtype), wide))
+
+
 def _accumulates(operand: Tensor, accumulator: Tensor) -> bool:
     """Whether a product of such operands can be added to `accumulator` in its own call, without a temporary.
     Before PyTorch 2.10 a 16-bit product would not be added to fp32."""

@@ -87,8 +87,10 @@ def fused_kd_loss(
         valid_vocab: ids ≥ this are padding rows of the embedding: probability 0, no gradient.
         vocab: "truncate" (vocabularies of different size) is not in this version.
         process_group, vocab_start: vocabulary-parallel heads are not in this version.
-        engine: "auto", "reference" (eager; any memory), "torch" (chunked). An explicit choice never falls back.
-        scratch_bytes: memory for one chunk's logits; None = KDFAST_SCRATCH_BYTES or the engine's default.
+        engine: "auto", "reference" (eager, whole logits), "torch" (chunks of tokens, any device), "triton_chunked" (a
+            GPU; fewest operations) or "triton_tiled" (a GPU; least memory). An explicit choice never falls back.
+        scratch_bytes: memory for one chunk's logits and their gradients, or one slab's gradients; None =
+            KDFAST_SCRATCH_BYTES or the engine's default (a CPU 128 MiB; a GPU max(512 MiB, 1024 tokens), tiled 256 MiB).
         return_metrics: also return `KDMetrics`.
 
     Returns:

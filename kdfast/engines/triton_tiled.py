@@ -86,7 +86,7 @@ def _gradients(
         )
         g = planes[:sides].flatten(0, 1)[:, : ids.stop - first]
         if inputs is not None:
-            gemm.weight_gradient(g[to_weight], inputs[to_weight], d_weight[ids])
+            gemm.whole_weight_gradient(g[to_weight], inputs[to_weight], d_weight[ids])
         if x.need_bias:
             add_column_sums(g[:N], None if mix is None else 1 - mix, d_bias[ids])
             if want.teacher_to_weight:

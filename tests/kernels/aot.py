@@ -126,14 +126,15 @@ def column_sums_cases(V: int) -> Iterator[Case]:
 def tile_cases(
     V: int, N: int, dtype: torch.dtype, *, tensor_core: bool = True, tf32: bool = False
 ) -> Iterator[Case]:
-    """The tiled engine's kernels. Lightest: a projected teacher, forward KL, nothing else; heaviest: everything."""
+    """The tiled engine's kernels. Lightest: a projected teacher, forward KL, nothing else; heaviest: everything; and
+    between them the heaviest that the table's `lean` configuration is for."""
     label = f"{'TF32' if tf32 else str(dtype)[6:]}, N={N}, V={V}"
     Hs, Ht = 768, 1000  # 1000 is no multiple of a block of the width
     labels, bias = meta(N, dtype=torch.int64), meta(V, dtype=dtype)
     planes = meta(3, N, SLAB, dtype=dtype)
     stats, rows = meta(6, N), meta(10, N)
 
-    def launches(divergence: str, heavy: bool) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    def launches(divergence: str, heavy: bool, plain: bool) -> tuple[Callable[[], Any], Callable[[], Any]]:
         extra = bias if heavy else None
         softcap = 30.0 if heavy else None
         own = heavy and divergence == "jsd"
@@ -142,26 +143,29 @@ def tile_cases(
             meta(N, Ht if own else Hs, dtype=dtype), meta(V, Ht, dtype=dtype) if own else None, extra, 1.0, softcap,
             V, tf32,
         )  # fmt: skip
-        targets = labels if heavy else None
         term = Term(
-            divergence, 0.5, meta(), meta(3, N), meta(), meta(N, dtype=torch.bool), targets, targets, heavy, True,
-            heavy, heavy,
+            divergence, 0.5, meta(), meta(3, N), meta(), meta(N, dtype=torch.bool), labels if heavy or plain else None,
+            labels if heavy else None, heavy or plain, True, heavy, heavy,
         )  # fmt: skip
+        mix = heavy or plain
         grad_a = planes[2] if heavy else None
         return (
-            partial(statistics, heads, term, stats=stats, rows=rows, mix=heavy),
+            partial(statistics, heads, term, stats=stats, rows=rows, mix=mix),
             partial(
                 slab_gradients, heads, term, rows=rows, first=0, grad_s=planes[0], grad_t=planes[1], grad_a=grad_a,
-                mix=heavy,
+                mix=mix,
             ),
         )  # fmt: skip
 
-    for divergence, heavy in (("forward_kl", False), ("forward_kl", True), ("jsd", True)):
-        name = f"{divergence}, {'everything' if heavy else 'nothing else'}, {label}"
-        of_statistics, of_gradients = launches(divergence, heavy)
+    for divergence, flags in (
+        ("forward_kl", "nothing else"), ("forward_kl", "CE"), ("forward_kl", "everything"), ("jsd", "everything"),
+    ):  # fmt: skip
+        heavy = flags == "everything"
+        name = f"{divergence}, {flags}, {label}"
+        of_statistics, of_gradients = launches(divergence, heavy, plain=flags == "CE")
         yield Case("statistics_kernel", name, of_statistics, tensor_core)
         yield Case("combine_kernel", name, of_statistics)
-        if not (heavy and divergence == "forward_kl"):
+        if (divergence, flags) in (("forward_kl", "nothing else"), ("jsd", "everything")):
             yield Case("gradients_kernel", name, of_gradients, tensor_core)
     projector = partial(project, meta(N, Ht, dtype=dtype), meta(Hs, Ht, dtype=dtype), meta(Hs, dtype=dtype), tf32=tf32)
     yield Case("projection_kernel", label, projector, tensor_core)
