@@ -34,10 +34,10 @@ class Case:
     calls: list[gemm.Call] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(self.device).manual_seed(0)
 
         def normal(*shape: int, std: float = 1.0) -> Tensor:
-            return torch.randn(*shape, generator=generator).mul_(std).to(self.device, self.dtype)
+            return torch.randn(*shape, generator=generator, device=self.device).mul_(std).to(self.dtype)
 
         self.hs = normal(self.N, self.Hs).requires_grad_()
         self.W = normal(self.V, self.Hs, std=self.Hs**-0.5).requires_grad_()

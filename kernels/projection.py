@@ -52,8 +52,7 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None, *, tf32: bool, confi
     if N == 0:
         return out
     if config is None:
-        config = choose("projection", weight, N, lambda c: project(x, weight, bias, tf32=tf32, config=c))
-    config = config.fitting(Ht)
+        config = choose("projection", weight, N, lambda c: project(x, weight, bias, tf32=tf32, config=c), [Ht])
     projection_kernel[(triton.cdiv(N, config.block_n), triton.cdiv(Hs, config.block_v))](
         readable(x), x.stride(0), x.stride(1), readable(weight), weight.stride(0), weight.stride(1), bias,
         out, out.stride(0), N, Hs, Ht,

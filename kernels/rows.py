@@ -10,8 +10,8 @@ One program a token (`RowConfig.rows` of them), so that nothing is shared betwee
     without gradients                        one fewer, and no write
 
 The first read comes from memory. A row pair is 2·V·4 bytes (402 KB at V=50257); with one program on each of 132
-multiprocessors 53 MB are alive, so later reads can come from a 60 MB L2. Bytes from memory, a row pair: 8·V read and
-4·V written in bf16.
+multiprocessors 53 MB are alive and later reads come from a 60 MB L2, with two 106 MB, and some come from memory. Bytes,
+a row pair: 8·V a read, 4·V written in bf16.
 """
 
 import triton
@@ -58,7 +58,7 @@ def _target(side, z_ptr, bias_ptr, inside_r, targets, scale, softcap, SOFTCAP: t
     return (side[0], side[1], side[2], side[3], side[4], tl.sum(z, axis=1))
 
 
-@triton.jit(do_not_specialize=["start", "m"])
+@triton.jit(do_not_specialize=["stride_c", "stride_stats", "start", "m"])
 def row_kernel(
     z_s_ptr, z_t_ptr, stride_z,  # (m, V) each; z_t_ptr None without a teacher
     bias_s_ptr, bias_t_ptr,  # (V,) or None

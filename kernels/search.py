@@ -9,7 +9,7 @@ nothing is written anywhere. A new row counts after `make aot` and the tests hav
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import date
 from typing import Any
@@ -35,11 +35,15 @@ BETTER = 0.98  # of the best time so far: less is noise
 _found: dict[tuple[Any, ...], Config] = {}
 
 
-def choose(kernel: str, operand: Tensor, N: int, launch: Callable[[Any], Any]) -> Any:
-    """The configuration of `kernel` (a field of the table's rows) for N tokens and operands like `operand`.
+def choose(kernel: str, operand: Tensor, N: int, launch: Callable[[Any], Any], widths: Sequence[int] = ()) -> Any:
+    """The configuration of `kernel` (a field of the table's rows) for N tokens, operands like `operand` and, of a
+    kernel that multiplies, the widths it sums over.
 
     launch(config) does the work once, and doing it again must change nothing."""
-    config = getattr(row_of(operand.device, operand.element_size(), N), kernel)
+    row = row_of(operand.device, operand.element_size(), N)
+    config = getattr(row, kernel)
+    if any(width % config.block_h for width in widths):
+        kernel, config = "odd", row.odd
     if os.environ.get("KDFAST_AUTOTUNE", "0") in ("", "0") or not operand.is_cuda:
         return config
     band = "few" if N <= FEW else "many"

@@ -20,7 +20,7 @@ from kdfast.kernels.tiles import logits, parts, tile
 GROUP = 8  # row blocks that walk a stretch of the vocabulary together, so that tiles of W are read from L2
 
 
-@triton.jit(do_not_specialize=["N", "first", "width"])
+@triton.jit(do_not_specialize=["stride_c", "N", "first", "width"])
 def gradients_kernel(
     xs_ptr, stride_xsn, stride_xsh,  # (N, Hs)
     xt_ptr, stride_xtn, stride_xth,  # (N, Hs) or (N, Ht), or None
@@ -88,7 +88,8 @@ def gradients_kernel(
             TEACHER, DIVERGENCE, CENTRED_P, CENTRED_Q, CE_GRADIENT, grad_s_ptr is not None, TEACHER_GRADIENT,
             ANCHOR_GRADIENT, MIX,
         )  # fmt: skip
-        mask = inside[:, None] & (column < width)[None, :]
+        # what lies between `width` and the end of its last tile is padding of the slab, and takes the store whole
+        mask = inside[:, None] & (column < stride_g)[None, :]
         out = n.to(tl.int64)[:, None] * stride_g + column[None, :]
         if grad_a_ptr is not None:
             store_gradient(grad_a_ptr + out, grad_a, counts, mask)
@@ -106,7 +107,7 @@ def slab_gradients(
     *,
     rows: Tensor,  # (10, N) from `statistics`
     first: int,  # the slab's first id
-    grad_s: Tensor | None,  # (N, width), all of one stride
+    grad_s: Tensor | None,  # (N, width), all of one stride; rows have room for whole tiles
     grad_t: Tensor | None,  # KD part, and the anchor's unless grad_a is given
     grad_a: Tensor | None,
     mix: bool,
@@ -120,8 +121,10 @@ def slab_gradients(
         return
     if config is None:
         out = {"rows": rows, "first": first, "grad_s": grad_s, "grad_t": grad_t, "grad_a": grad_a, "mix": mix}
-        config = choose("gradients", heads.weight, N, lambda c: slab_gradients(heads, term, **out, config=c))
-    config = config.fitting(*heads.sizes()[2:])
+        config = choose(
+            "gradients", heads.weight, N, lambda c: slab_gradients(heads, term, **out, config=c),
+            widths=heads.sizes()[2:],
+        )  # fmt: skip
     gradients_kernel[(triton.cdiv(N, config.block_n) * triton.cdiv(width, config.block_v),)](
         *heads.pointers(),
         term.labels if term.ce_gradient else None, term.targets if term.anchor_gradient else None,

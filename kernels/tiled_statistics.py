@@ -172,7 +172,7 @@ def _merge_sides(a, b, inv_tau):
     return _add_sides(a, b, best), move_a, r_a, move_b, r_b
 
 
-@triton.jit(do_not_specialize=["N", "splits"])
+@triton.jit(do_not_specialize=["stride_c", "stride_stats", "N", "splits"])
 def combine_kernel(
     parts_ptr,  # (splits, state, N)
     active_ptr,  # (N,) bool
@@ -266,10 +266,10 @@ def statistics(
         return
     if config is None:
         kernel = "full" if heads.intricate or term.intricate else "lean"
+        out = {"stats": stats, "rows": rows, "mix": mix}
         config = choose(
-            kernel, heads.weight, N, lambda c: statistics(heads, term, stats=stats, rows=rows, mix=mix, config=c)
+            kernel, heads.weight, N, lambda c: statistics(heads, term, **out, config=c), widths=heads.sizes()[2:]
         )
-    config = config.fitting(*heads.sizes()[2:])
     _pass(heads, term, stats, rows, mix, config, second=False)
     if heads.teacher_hidden is not None and term.entry.base == "":
         _pass(heads, term, stats, rows, mix, config, second=True)

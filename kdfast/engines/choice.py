@@ -30,7 +30,6 @@ class Choice(NamedTuple):
     why: str
 
 
-@torch.compiler.assume_constant_result  # looks at what is installed: nothing a graph should hold
 def unavailable(engine: str, device: torch.device) -> str | None:
     """Why `engine` cannot run on `device`, and what to do; None where it can."""
     if not engine.startswith("triton"):
@@ -52,6 +51,11 @@ def unavailable(engine: str, device: torch.device) -> str | None:
             f"{', '.join(configurations.ARCHITECTURES)} or a newer relative. Use engine='torch'"
         )
     return None
+
+
+# it looks at what is installed, nothing a graph should hold: torch.compiler.assume_constant_result, which would import
+# the compiler along with the library
+unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def choose(

@@ -31,7 +31,7 @@ BLOCK = 64  # of the vocabulary, in the interpreter's rows of the tables
 def wide(monkeypatch):
     """Blocks for large problems: the interpreter pays per operation."""
     tile = TileConfig(64, 2048, 256, 4, 1)
-    monkeypatch.setattr(configurations, "INTERPRETER", Row(RowConfig(64, 4096, 4), *[tile] * 4, why="large problems"))
+    monkeypatch.setattr(configurations, "INTERPRETER", Row(RowConfig(64, 4096, 4), *[tile] * 5, why="large problems"))
 
 
 def eager(case, kind, dtype, options):
@@ -263,7 +263,9 @@ def test_tiled_kernels_beyond_two_billion_elements():
         heads = Heads(which[0], which[2], None, 1.0, None, which[1], None, None, 1.0, None, v, False)
         t, stats, rows = term(n), torch.zeros(6, n), torch.empty(10, n)
         statistics(heads, t, stats=stats, rows=rows, mix=False, config=config)
-        planes = [far_apart(n, v, FAR) if which is far else torch.empty(n, v).half() for _ in range(2)]
+        room = 96  # whole tiles of 32
+        planes = [far_apart(n, room, FAR) if which is far else torch.empty(n, room).half() for _ in range(2)]
+        planes = [plane[:, :v] for plane in planes]
         slab_gradients(
             heads, t, rows=rows, first=0, grad_s=planes[0], grad_t=planes[1], grad_a=None, mix=False, config=config
         )
