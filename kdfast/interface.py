@@ -90,7 +90,8 @@ def fused_kd_loss(
         engine: "auto", "reference" (eager, whole logits), "torch" (chunks of tokens, any device), "triton_chunked" (a
             GPU; fewest operations) or "triton_tiled" (a GPU; least memory). An explicit choice never falls back.
         scratch_bytes: memory for one chunk's logits and their gradients, or one slab's gradients; None =
-            KDFAST_SCRATCH_BYTES or the default: 128 MiB on a CPU and for "triton_tiled", else max(512 MiB, 1024 tokens).
+            KDFAST_SCRATCH_BYTES or the default, 128 MiB on a CPU and for "triton_tiled", else
+            max(512 MiB, 1024 tokens).
         return_metrics: also return `KDMetrics`.
 
     Returns:
