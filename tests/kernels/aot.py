@@ -126,15 +126,16 @@ def column_sums_cases(V: int) -> Iterator[Case]:
 def tile_cases(
     V: int, N: int, dtype: torch.dtype, *, tensor_core: bool = True, tf32: bool = False
 ) -> Iterator[Case]:
-    """The tiled engine's kernels. Lightest: a projected teacher, forward KL, nothing else; heaviest: everything; and
-    between them the heaviest that the table's `lean` configuration is for."""
+    """The tiled engine's kernels. Lightest: a projected teacher, forward KL, nothing else; heaviest: everything, the
+    teacher's own head for a JSD; between them the heaviest that the table's `lean` configuration is for; and the
+    heaviest with a width that no block divides."""
     label = f"{'TF32' if tf32 else str(dtype)[6:]}, N={N}, V={V}"
-    Hs, Ht = 768, 1000  # 1000 is no multiple of a block of the width
+    Hs, even, odd = 768, 1024, 1000
     labels, bias = meta(N, dtype=torch.int64), meta(V, dtype=dtype)
     planes = meta(3, N, SLAB, dtype=dtype)
     stats, rows = meta(6, N), meta(10, N)
 
-    def launches(divergence: str, heavy: bool, plain: bool) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    def launches(divergence: str, heavy: bool, plain: bool, Ht: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
         extra = bias if heavy else None
         softcap = 30.0 if heavy else None
         own = heavy and divergence == "jsd"
@@ -157,19 +158,20 @@ def tile_cases(
             ),
         )  # fmt: skip
 
-    combinations = [("forward_kl", "nothing else"), ("jsd", "everything")]
+    combinations = [("forward_kl", "nothing else", even), ("jsd", "everything", even)]
     if V != PADDED:  # the vocabulary enters a tile's masks only: what lies between is seen once
-        combinations += [("forward_kl", "CE"), ("forward_kl", "everything")]
-    for divergence, flags in combinations:
+        combinations += [("forward_kl", "CE", even), ("forward_kl", "everything", even), ("jsd", "everything", odd)]
+    for divergence, flags, Ht in combinations:
         heavy = flags == "everything"
-        name = f"{divergence}, {flags}, {label}"
-        of_statistics, of_gradients = launches(divergence, heavy, plain=flags == "CE")
+        name = f"{divergence}, {flags}, {label}{', odd width' if Ht == odd else ''}"
+        of_statistics, of_gradients = launches(divergence, heavy, flags == "CE", Ht)
         yield Case("statistics_kernel", name, of_statistics, tensor_core)
         yield Case("combine_kernel", name, of_statistics)
         if (divergence, flags) in (("forward_kl", "nothing else"), ("jsd", "everything")):
             yield Case("gradients_kernel", name, of_gradients, tensor_core)
-    projector = partial(project, meta(N, Ht, dtype=dtype), meta(Hs, Ht, dtype=dtype), meta(Hs, dtype=dtype), tf32=tf32)
-    yield Case("projection_kernel", label, projector, tensor_core)
+    for Ht in (even, odd):
+        operands = meta(N, Ht, dtype=dtype), meta(Hs, Ht, dtype=dtype), meta(Hs, dtype=dtype)
+        yield Case("projection_kernel", f"{label}, Ht={Ht}", partial(project, *operands, tf32=tf32), tensor_core)
 
 
 @dataclass
