@@ -9,7 +9,7 @@ and a loss with softcap, biases, metrics or an anchor ("full") gets a narrower t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -98,10 +98,10 @@ SM_80 = Row(
     ROWS,
     lean=TileConfig(128, 64, 32, 8, 3, 4),
     full=TileConfig(128, 64, 32, 8, 3, 4),
-    gradients=TileConfig(128, 128, 32, 8, 3, 8),
+    gradients=TileConfig(128, 64, 32, 8, 3, 4),
     projection=TileConfig(128, 128, 32, 8, 3),
     odd=TileConfig(128, 32, 32, 8, 3, 2),
-    why="mma.sync reads operands into registers: 128 columns spill 24–56 bytes, a width of 64 spills too. Not timed",
+    why="mma.sync reads operands into registers: 128 columns spill 24–340 bytes, a width of 64 spills too. Not timed",
 )
 SM_80_FEW = Row(
     ROWS,
@@ -112,6 +112,12 @@ SM_80_FEW = Row(
     odd=TileConfig(64, 32, 32, 4, 3, 2),
     why="one row block of 64; more programs over V fill the chip. Not timed",
 )
+SM_120 = replace(
+    SM_80,
+    full=TileConfig(128, 32, 32, 8, 3, 2),
+    why="as sm_80, but 64 columns spill 8–16 bytes with everything and the teacher's own head. Not timed",
+)
+SM_120_FEW = replace(SM_80_FEW, full=TileConfig(64, 32, 32, 4, 3, 2), why=f"one row block of 64; {SM_120.why}")
 GFX942 = Row(
     AMD_ROWS,
     lean=TileConfig(128, 64, 32, 8, 2, 4),
@@ -139,6 +145,10 @@ FP32 = Row(
     odd=TileConfig(64, 32, 16, 8, 2),
     why="fp32 without TF32 is multiplied outside the tensor cores: as many registers for operands as for sums",
 )
+SM_100_FP32 = replace(
+    FP32, full=TileConfig(64, 32, 16, 8, 2, 2), why=f"{FP32.why}; with TF32 and everything 64 columns spill 24 bytes"
+)
+SM_120_FP32 = replace(FP32, odd=TileConfig(64, 32, 16, 8, 2, 2), why=f"{FP32.why}; one part spills 8 bytes")
 AMD_FP32 = Row(
     AMD_ROWS,
     lean=TileConfig(64, 32, 16, 8, 2, 2),
@@ -169,12 +179,12 @@ TABLE: dict[tuple[str, int, str], Row] = {
     ("sm_90", 4, "few"): FP32,
     ("sm_100", 2, "many"): SM_100,
     ("sm_100", 2, "few"): SM_100,
-    ("sm_100", 4, "many"): FP32,
-    ("sm_100", 4, "few"): FP32,
-    ("sm_120", 2, "many"): SM_80,
-    ("sm_120", 2, "few"): SM_80_FEW,
-    ("sm_120", 4, "many"): FP32,
-    ("sm_120", 4, "few"): FP32,
+    ("sm_100", 4, "many"): SM_100_FP32,
+    ("sm_100", 4, "few"): SM_100_FP32,
+    ("sm_120", 2, "many"): SM_120,
+    ("sm_120", 2, "few"): SM_120_FEW,
+    ("sm_120", 4, "many"): SM_120_FP32,
+    ("sm_120", 4, "few"): SM_120_FP32,
     ("gfx942", 2, "many"): GFX942,
     ("gfx942", 2, "few"): GFX942_FEW,
     ("gfx942", 4, "many"): AMD_FP32,
