@@ -10,6 +10,7 @@ and a loss with softcap, biases, metrics or an anchor ("full") gets a narrower t
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 import triton
@@ -149,14 +150,8 @@ SM_100_FP32 = replace(
     FP32, full=TileConfig(64, 32, 16, 8, 2, 2), why=f"{FP32.why}; with TF32 and everything 64 columns spill 24 bytes"
 )
 SM_120_FP32 = replace(FP32, odd=TileConfig(64, 32, 16, 8, 2, 2), why=f"{FP32.why}; one part spills 8 bytes")
-AMD_FP32 = Row(
-    AMD_ROWS,
-    lean=TileConfig(64, 32, 16, 8, 2, 2),
-    full=TileConfig(64, 64, 16, 8, 2, 4),
-    gradients=TileConfig(64, 64, 16, 8, 2, 4),
-    projection=TileConfig(64, 64, 16, 8, 2),
-    odd=TileConfig(64, 32, 16, 8, 2),
-    why="fp32 operands: v_mfma_f32 exists, at a quarter of the 16-bit rate",
+AMD_FP32 = replace(
+    FP32, rows=AMD_ROWS, why="fp32 operands: v_mfma_f32 exists, at a quarter of the 16-bit rate"
 )
 
 # (architecture, bytes an operand, band of N) → row. float64 shares the 4-byte rows' tiles.
@@ -220,13 +215,17 @@ def known_architecture(device: torch.device) -> str | None:
     return max(relatives, key=lambda a: int(a[3:]), default=None)
 
 
+def key_of(device: torch.device, itemsize: int, N: int) -> tuple[str, int, str]:
+    """Of the table, for operands of `itemsize` bytes and N tokens."""
+    name = known_architecture(device)
+    assert name is not None, architecture(device)
+    return name, min(itemsize, 4), "few" if N <= FEW else "many"
+
+
 def row_of(device: torch.device, itemsize: int, N: int) -> Row:
     """The table's row for operands of `itemsize` bytes and N tokens."""
-    name = known_architecture(device)
-    if name == "interpreter":
-        return INTERPRETER
-    assert name is not None, architecture(device)
-    return TABLE[name, min(itemsize, 4), "few" if N <= FEW else "many"]
+    key = key_of(device, itemsize, N)
+    return INTERPRETER if key[0] == "interpreter" else TABLE[key]
 
 
 def splits_of(row_blocks: int, tiles: int, device: torch.device) -> int:
@@ -235,7 +234,11 @@ def splits_of(row_blocks: int, tiles: int, device: torch.device) -> int:
     The time of a launch is waves × tiles a program; the fewest splits within 2% of the shortest."""
     if device.type == "cpu":
         return min(2, tiles)
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    return _splits(row_blocks, tiles, torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@lru_cache
+def _splits(row_blocks: int, tiles: int, multiprocessors: int) -> int:
     most = min(tiles, max(1, 4 * multiprocessors // row_blocks) + 1)
     times = {s: triton.cdiv(row_blocks * s, multiprocessors) * triton.cdiv(tiles, s) for s in range(1, most + 1)}
     return next(s for s, time in times.items() if time <= 1.02 * min(times.values()))

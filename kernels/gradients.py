@@ -14,6 +14,16 @@ from kdfast.kernels.statistics import probabilities
 
 
 @triton.jit
+def load_coefficients(pointers, stride, mask, scale):
+    """(kd, ce, anchor) of the rows at `pointers`, [R] each, over the gradients' scale."""
+    return (
+        tl.load(pointers, mask=mask, other=0) / scale,
+        tl.load(pointers + stride, mask=mask, other=0) / scale,
+        tl.load(pointers + 2 * stride, mask=mask, other=0) / scale,
+    )
+
+
+@triton.jit
 def gradients(
     z_s, z_t, slope_s, slope_t, v, rows, mix, coefficients, labels, targets, inv_tau, parameter,
     TEACHER: tl.constexpr, DIVERGENCE: tl.constexpr, CENTRED_P: tl.constexpr, CENTRED_Q: tl.constexpr,

@@ -20,18 +20,17 @@ from torch import Tensor
 
 from kdfast.kernels.configurations import RowConfig, row_of
 from kdfast.kernels.divergences import ENTRIES
-from kdfast.kernels.gradients import gradients, store_gradient
+from kdfast.kernels.gradients import gradients, load_coefficients, store_gradient
 from kdfast.kernels.search import choose
 from kdfast.kernels.statistics import (
-    cross_entropy,
     empty_pair,
     empty_side,
-    entropy,
     finish,
     finish_terms,
     fold,
     fold_terms,
     mix_of,
+    store_statistics,
     transform,
 )
 
@@ -110,12 +109,7 @@ def row_kernel(
 
     zero = tl.zeros([R], dtype)
     inv_tau = 1 / tl.load(temperature_ptr)
-    scale = tl.load(scale_ptr)
-    coefficients = (
-        tl.load(coefficients_ptr + n, mask=inside_r, other=0) / scale,
-        tl.load(coefficients_ptr + stride_c + n, mask=inside_r, other=0) / scale,
-        tl.load(coefficients_ptr + 2 * stride_c + n, mask=inside_r, other=0) / scale,
-    )
+    coefficients = load_coefficients(coefficients_ptr + n, stride_c, inside_r, tl.load(scale_ptr))
     labels = tl.load(labels_ptr + n, mask=inside_r, other=0).to(tl.int32) if CE else r
     targets = tl.load(targets_ptr + n, mask=inside_r, other=0).to(tl.int32) if ANCHOR else r
     scale_s = tl.full([1, 1], scale_s, dtype)
@@ -154,20 +148,10 @@ def row_kernel(
             )
         value, rows, products = finish_terms(sums, rows)
 
-    ce = zero
     counts = inside_r & active  # an inactive row's statistics stay 0
     if TEACHER:
         tl.store(stats_ptr + n, value, mask=counts)
-    if CE:
-        ce = cross_entropy(student)
-        tl.store(stats_ptr + stride_stats + n, ce, mask=counts)
-    if ANCHOR:
-        tl.store(stats_ptr + 2 * stride_stats + n, cross_entropy(teacher), mask=counts)
-    if METRICS:
-        tl.store(stats_ptr + 3 * stride_stats + n, entropy(student), mask=counts)
-        if TEACHER:
-            tl.store(stats_ptr + 4 * stride_stats + n, entropy(teacher), mask=counts)
-            tl.store(stats_ptr + 5 * stride_stats + n, (student[4] == teacher[4]).to(dtype), mask=counts)
+    ce = store_statistics(stats_ptr + n, stride_stats, counts, student, teacher, TEACHER, CE, ANCHOR, METRICS)
 
     # gradients
     if grad_s_ptr is not None or grad_t_ptr is not None:

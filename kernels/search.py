@@ -18,7 +18,7 @@ import torch
 import triton
 from torch import Tensor
 
-from kdfast.kernels.configurations import FEW, RowConfig, TileConfig, known_architecture, row_of
+from kdfast.kernels.configurations import RowConfig, TileConfig, key_of, row_of
 
 Config = RowConfig | TileConfig
 STEPS: dict[str, tuple[int, ...]] = {
@@ -46,8 +46,7 @@ def choose(kernel: str, operand: Tensor, N: int, launch: Callable[[Any], Any], w
         kernel, config = "odd", row.odd
     if os.environ.get("KDFAST_AUTOTUNE", "0") in ("", "0") or not operand.is_cuda:
         return config
-    band = "few" if N <= FEW else "many"
-    key = (known_architecture(operand.device), operand.element_size(), band, kernel)
+    key = (*key_of(operand.device, operand.element_size(), N), kernel)
     if key not in _found:
         print(f"kdfast: searching {key}", flush=True)
         _found[key] = search(config, launch)

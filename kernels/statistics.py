@@ -281,3 +281,24 @@ def cross_entropy(side):
 def entropy(side):
     _, _, S1, E, _, _ = side
     return tl.log(S1) - E / S1
+
+
+@triton.jit
+def store_statistics(
+    stats_ptr, stride, mask, student, teacher,
+    TEACHER: tl.constexpr, CE: tl.constexpr, ANCHOR: tl.constexpr, METRICS: tl.constexpr,
+):  # fmt: skip
+    """Write what two sides' states say, rows 1 to 5 of stats (the divergence, row 0, is the caller's); returns the
+    cross entropy [R], 0 where it is not wanted. stats_ptr [R]."""
+    ce = tl.zeros_like(student[0])
+    if CE:
+        ce = cross_entropy(student)
+        tl.store(stats_ptr + stride, ce, mask=mask)
+    if ANCHOR:
+        tl.store(stats_ptr + 2 * stride, cross_entropy(teacher), mask=mask)
+    if METRICS:
+        tl.store(stats_ptr + 3 * stride, entropy(student), mask=mask)
+        if TEACHER:
+            tl.store(stats_ptr + 4 * stride, entropy(teacher), mask=mask)
+            tl.store(stats_ptr + 5 * stride, (student[4] == teacher[4]).to(ce.dtype), mask=mask)
+    return ce

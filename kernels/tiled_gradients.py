@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kdfast.kernels.arguments import Heads, Term
 from kdfast.kernels.configurations import TileConfig
-from kdfast.kernels.gradients import gradients, store_gradient
+from kdfast.kernels.gradients import gradients, load_coefficients, store_gradient
 from kdfast.kernels.search import choose
 from kdfast.kernels.statistics import ROWS
 from kdfast.kernels.tiled_statistics import load_rows
@@ -61,12 +61,7 @@ def gradients_kernel(
     )  # fmt: skip
 
     inv_tau = 1 / tl.load(temperature_ptr)
-    scale = tl.load(scale_ptr)
-    coefficients = (
-        tl.load(coefficients_ptr + n, mask=inside, other=0) / scale,
-        tl.load(coefficients_ptr + stride_c + n, mask=inside, other=0) / scale,
-        tl.load(coefficients_ptr + 2 * stride_c + n, mask=inside, other=0) / scale,
-    )
+    coefficients = load_coefficients(coefficients_ptr + n, stride_c, inside, tl.load(scale_ptr))
     rows = load_rows(rows_ptr + n, N, inside)
     mix = tl.load(rows_ptr + ROWS * N.to(tl.int64) + n, mask=inside, other=0)
     counts = (tl.load(active_ptr + n, mask=inside, other=0) != 0)[:, None]

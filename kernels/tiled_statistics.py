@@ -22,10 +22,8 @@ from kdfast.kernels.statistics import (
     ROWS,
     SIDE,
     TERMS,
-    cross_entropy,
     empty_pair,
     empty_side,
-    entropy,
     finish,
     finish_terms,
     fold,
@@ -33,6 +31,7 @@ from kdfast.kernels.statistics import (
     mix_of,
     rescale_pair,
     rescale_side,
+    store_statistics,
 )
 from kdfast.kernels.tiles import logits, parts, tile
 
@@ -163,6 +162,12 @@ def _add_sides(a, b, best):
 
 
 @triton.jit
+def _add_pairs(a, b):
+    """Two states with the same maxima."""
+    return (a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3], a[4] + b[4], a[5] + b[5], a[6] + b[6])
+
+
+@triton.jit
 def _merge_sides(a, b, inv_tau):
     """(state, moves and their exponentials of a and of b). Ids in b are larger: a keeps its argmax in a tie."""
     m = tl.maximum(a[0], b[0])
@@ -222,23 +227,15 @@ def combine_kernel(
                 if BASE == "t":
                     a = rescale_pair(pair, S_t, move_t, move_s, r_t, r_s, "t" if MIX else "")
                     b = rescale_pair(other, S_to, move_to, move_so, r_to, r_so, "t" if MIX else "")
-                    pair = (a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3], a[4] + b[4], a[5] + b[5], a[6] + b[6])
+                    pair = _add_pairs(a, b)
                 elif BASE == "s":
                     a = rescale_pair(pair, S_s, move_s, move_t, r_s, r_t, "s" if MIX else "")
                     b = rescale_pair(other, S_so, move_so, move_to, r_so, r_to, "s" if MIX else "")
-                    pair = (a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3], a[4] + b[4], a[5] + b[5], a[6] + b[6])
+                    pair = _add_pairs(a, b)
         value, rows, products = finish(student, teacher, pair, BASE, MIX, TEACHER)
-        if CE:
-            ce = cross_entropy(student)
-            tl.store(stats_ptr + stride_stats + n, ce, mask=inside & counts)
-        if ANCHOR:
-            tl.store(stats_ptr + 2 * stride_stats + n, cross_entropy(teacher), mask=inside & counts)
-        if METRICS:
-            tl.store(stats_ptr + 3 * stride_stats + n, entropy(student), mask=inside & counts)
-            if TEACHER:
-                tl.store(stats_ptr + 4 * stride_stats + n, entropy(teacher), mask=inside & counts)
-                agree = (student[4] == teacher[4]).to(dtype)
-                tl.store(stats_ptr + 5 * stride_stats + n, agree, mask=inside & counts)
+        ce = store_statistics(
+            stats_ptr + n, stride_stats, inside & counts, student, teacher, TEACHER, CE, ANCHOR, METRICS
+        )
 
     if TEACHER:
         tl.store(stats_ptr + n, value, mask=inside & counts)

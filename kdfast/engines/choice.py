@@ -15,7 +15,7 @@ enough rows; by default the budget is made large enough (1024 tokens). This orde
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -82,17 +82,6 @@ def choose(
     return Choice("triton_chunked", chunk, "6u operations against the tiled engine's 8u")
 
 
-def resolve(
-    engine: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    tokens: int,
-    vocab: int,
-    teacher: bool = True,
-    scratch_bytes: int = 0,
-) -> str:
-    """The engine that `engine` stands for. An explicit choice is never replaced."""
-    if engine != "auto":
-        return engine
-    return choose(device, dtype, tokens=tokens, vocab=vocab, teacher=teacher, scratch_bytes=scratch_bytes).engine
+def resolve(engine: str, device: torch.device, dtype: torch.dtype, **sizes: Any) -> str:
+    """The engine that `engine` stands for; sizes as for `choose`. An explicit choice is never replaced."""
+    return choose(device, dtype, **sizes).engine if engine == "auto" else engine
