@@ -23,7 +23,7 @@ TRAIN = [
     "matplotlib",
     "tqdm",
 ]
-BENCH = ["pytest", "pytest-benchmark", "trl", "liger-kernel"]
+BENCH = ["pytest", "pytest-benchmark", "trl", "liger-kernel", "fla-core"]
 # `kernels` is Hugging Face's: one test shows that ours and theirs live side by side
 DEV = ["pytest", "pytest-benchmark", "hypothesis", "ruff", "mypy", "types-PyYAML", "kernels", "setuptools>=77"]
 

@@ -61,14 +61,16 @@ class Contender:
     kinds: tuple[str, ...]
     run: Callable[[Case], object]
     operations: dict[str, str]  # kind → formula
-    needs: str | None = None  # package
+    needs: str | None = None  # module
     checked: bool = True  # has gradients to check
 
     def missing(self) -> str | None:
         """Why it cannot run here, or None."""
-        if self.needs and importlib.util.find_spec(self.needs) is None:
-            return f"{self.needs} is not installed"
-        return None
+        try:
+            found = not self.needs or importlib.util.find_spec(self.needs) is not None
+        except ModuleNotFoundError:  # of the package it is in
+            found = False
+        return None if found else f"{self.needs} is not installed"
 
 
 def ours(case: Case) -> None:
@@ -129,6 +131,6 @@ CONTENDERS = [
     ),
     Contender("kdfast torch", BOTH, ours, {"projected": "6u(Hs)", "head": "3u(Hs)+u(Ht)"}),
     Contender("eager", BOTH, eager, {"projected": "6u(Hs)", "head": "3u(Hs)+u(Ht)"}),
-    Contender("TRL ChunkedDivergence", HEAD, trl, {"head": "4u(Hs)+2u(Ht)"}, needs="trl"),
+    Contender("TRL ChunkedDivergence", HEAD, trl, {"head": "4u(Hs)+2u(Ht)"}, needs="trl.kernels.chunked_divergence"),
     Contender("Liger chunked JSD (β=0)", HEAD, liger, {"head": "3u(Hs)+u(Ht)"}, needs="liger_kernel"),
 ]

@@ -251,7 +251,7 @@ def kernels(case: Case, rounds: int) -> dict[str, Row]:
         arguments, options = launch.call_args_list[0]
         runs[label] = partial(getattr(module, launcher), *arguments, **options)
         written = options["grad_s"] if backward else None
-        logits = 2 * (arguments[0].numel() if reads else case.N * case.V if written is None else written.numel())
+        logits = 2 * (arguments[2].numel() if reads else case.N * case.V if written is None else written.numel())
         moved = logits * (4 * bool(reads) + (0 if written is None else written.element_size()))
         operations = 0 if reads else 2 * logits * case.Hs
         predicted = 1e3 * max(moved / BANDWIDTH, operations / TRITON_RATE)

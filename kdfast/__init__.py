@@ -18,7 +18,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdfast._version import __version__
-from kdfast.divergences import JSD, Divergence, ForwardKL, ReverseKL
+from kdfast.divergences import (
+    JSD,
+    Divergence,
+    ForwardKL,
+    ReverseKL,
+    SkewKL,
+    SkewReverseKL,
+    SymmetricKL,
+    TotalVariation,
+)
 from kdfast.interface import FusedKDLoss, KDMetrics, fused_kd_loss
 from kdfast.param_groups import distillation_param_groups
 from kdfast.projector import LogitProjector
@@ -47,7 +56,11 @@ __all__ = [
     "Logits",
     "Projected",
     "ReverseKL",
+    "SkewKL",
+    "SkewReverseKL",
     "SparseLogits",
+    "SymmetricKL",
+    "TotalVariation",
     "__version__",
     "distillation_param_groups",
     "fused_kd_loss",

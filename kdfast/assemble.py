@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from math import inf
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdfast import operators
+from kdfast import operators, sparse
 from kdfast.engines.choice import resolve
 from kdfast.options import Options, is_asked
-from kdfast.problem import Problem
-from kdfast.row_weights import row_weights, scalar
-from kdfast.sources import Head, Projected, Teacher
+from kdfast.problem import ANCHOR, KD, Problem
+from kdfast.row_weights import RowWeights, row_weights, scalar
+from kdfast.sources import Head, Logits, Projected, SparseLogits, Teacher
 
 
-def assemble(student: Head, teacher: Teacher | None, labels: Tensor | None, options: Options) -> tuple[Problem, Tensor]:
-    """Checked arguments → (Problem, weights (3, N) of the rows in KD, CE and anchor means)."""
+class Assembled(NamedTuple):
+    problem: Problem
+    weights: Tensor  # (3, N): of the rows in KD, CE and anchor means
+    anchor: Problem | None  # where the anchor is a distribution: its KL to the projected teacher, the student there
+
+
+def assemble(student: Head, teacher: Teacher | None, labels: Tensor | None, options: Options) -> Assembled:
+    """Checked arguments → what an engine solves."""
     student = _autocast(student)
-    hidden = student.hidden.reshape(-1, student.hidden.shape[-1])
-    device, N = hidden.device, hidden.shape[0]
-    valid_vocab = student.weight.shape[0] if options.valid_vocab is None else options.valid_vocab
+    hidden = _flat(student.hidden)
+    device, N, vocab = hidden.device, hidden.shape[0], student.weight.shape[0]
+    valid_vocab = vocab if options.valid_vocab is None else options.valid_vocab
 
     engine = resolve(
         options.engine,
@@ -27,69 +37,165 @@ def assemble(student: Head, teacher: Teacher | None, labels: Tensor | None, opti
         student.weight.dtype,
         tokens=N,
         vocab=valid_vocab,
-        teacher=teacher is not None,
+        teacher=isinstance(teacher, Head | Projected),
         scratch_bytes=options.scratch_bytes or 0,
     )
-    own: Head | None = None
-    teacher_hidden: Tensor | None = None
+    projected: Tensor | None = None
     if isinstance(teacher, Projected):
-        teacher_hidden = teacher.hidden.reshape(-1, teacher.hidden.shape[-1])
+        projected = _flat(teacher.hidden)
         if teacher.projector_weight is not None:
-            teacher_hidden = _project(teacher_hidden, teacher.projector_weight, teacher.projector_bias, engine)
-        teacher_hidden = teacher_hidden.to(student.weight.dtype)
+            projected = _project(projected, teacher.projector_weight, teacher.projector_bias, engine)
+        projected = projected.to(student.weight.dtype)
     elif isinstance(teacher, Head):
-        own = _autocast(teacher)
-        teacher_hidden = own.hidden.reshape(-1, own.hidden.shape[-1])
+        teacher = _autocast(teacher)
 
-    double = torch.float64 in (hidden.dtype, None if teacher_hidden is None else teacher_hidden.dtype)
+    others = (projected, teacher.hidden if isinstance(teacher, Head) else None)
+    double = any(t is not None and t.dtype == torch.float64 for t in (hidden, *others))
     dtype = torch.float64 if double else torch.float32
     temperature = scalar(options.temperature, device, dtype)
+    sides = _sides(teacher, student, projected, valid_vocab, temperature, dtype)
     rows = row_weights(
         labels,
         options,
         N,
         valid_vocab,
-        temperature,
+        sides["temperature"],
         has_kd=teacher is not None,
         has_anchor=isinstance(teacher, Projected),
+        bad_kd=_out_of_vocabulary(teacher, vocab, options),
+        bad_anchor=_out_of_vocabulary(options.anchor_targets, vocab, options),
         dtype=dtype,
         device=device,
     )
 
+    ce_term = rows.labels is not None and is_asked(options.ce_weight)
+    anchor_term = projected is not None and rows.has_anchor and is_asked(options.anchor_weight)
+    soft_anchor = not isinstance(options.anchor_targets, Tensor | None)
     grad = torch.is_grad_enabled()
-    has_anchor = isinstance(teacher, Projected) and rows.anchor_targets is not None
     problem = Problem(
         hidden=hidden,
         weight=student.weight,
         bias=student.bias,
         logit_scale=float(student.logit_scale),
         softcap=_float(student.softcap),
-        teacher_hidden=teacher_hidden,
-        teacher_weight=None if own is None else own.weight,
-        teacher_bias=None if own is None else own.bias,
-        teacher_logit_scale=float(student.logit_scale if own is None else own.logit_scale),
-        teacher_softcap=_float(student.softcap if own is None else own.softcap),
+        **sides,
         labels=rows.labels,
-        anchor_targets=rows.anchor_targets if has_anchor else None,
-        temperature=temperature,
+        anchor_targets=rows.anchor_targets if projected is not None else None,
         coefficients=rows.coefficients,
         active=rows.active,
         divergence_name=options.divergence.name,
         divergence_parameters=options.divergence.parameters,
         teacher_grad=options.teacher_grad,
-        valid_vocab=valid_vocab,
-        ce_term=rows.labels is not None and is_asked(options.ce_weight),
-        anchor_term=has_anchor and is_asked(options.anchor_weight),
+        # past the shared ids there is the cross entropy alone
+        valid_vocab=valid_vocab if ce_term or options.return_metrics else sides["kd_vocab"],
+        ce_term=ce_term,
+        anchor_term=anchor_term and not soft_anchor,
         want_metrics=options.return_metrics,
         per_row=options.reduction == "none",
         need_hidden=grad and hidden.requires_grad,
         need_weight=grad and student.weight.requires_grad,
         need_bias=grad and student.bias is not None and student.bias.requires_grad,
-        need_teacher_hidden=grad and own is None and teacher_hidden is not None and teacher_hidden.requires_grad,
+        need_teacher_hidden=grad and projected is not None and projected.requires_grad,
         engine=engine,
         scratch_bytes=options.scratch_bytes or 0,
     )
-    return problem, rows.weights
+    if not soft_anchor or projected is None or not (anchor_term or options.return_metrics):
+        return Assembled(problem, rows.weights, None)
+    return Assembled(problem, rows.weights, _soft_anchor(problem, options, rows, anchor_term, student))
+
+
+def _sides(
+    teacher: Teacher | None,
+    student: Head,
+    projected: Tensor | None,
+    valid_vocab: int,
+    temperature: Tensor,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """The fields of Problem that say what the student is compared with, and at which temperature."""
+    side: dict[str, Any] = dict.fromkeys(
+        ("teacher_hidden", "teacher_weight", "teacher_bias", "teacher_logits", "teacher_rows", "teacher_indices")
+    )
+    side |= {
+        "teacher_hidden": projected,
+        "teacher_logit_scale": float(student.logit_scale),
+        "teacher_softcap": _float(student.softcap),
+        "teacher_log_probs": None,
+        "teacher_tail": "renormalize",
+        "kd_vocab": valid_vocab,
+        "temperature": temperature,
+    }
+    if isinstance(teacher, Head):
+        side |= {
+            "teacher_hidden": _flat(teacher.hidden),
+            "teacher_weight": teacher.weight,
+            "teacher_bias": teacher.bias,
+            "teacher_logit_scale": float(teacher.logit_scale),
+            "teacher_softcap": _float(teacher.softcap),
+            "kd_vocab": min(valid_vocab, teacher.weight.shape[0]),
+        }
+    elif isinstance(teacher, Logits):
+        rows = teacher.logits.shape[:-1].numel()
+        side |= {
+            "teacher_logits": teacher.logits,
+            "teacher_rows": torch.arange(rows, device=teacher.logits.device),
+            "kd_vocab": min(valid_vocab, teacher.logits.shape[-1]),
+        }
+    elif isinstance(teacher, SparseLogits):
+        indices, log_probs = sparse.prepare(_flat(teacher.indices), _flat(teacher.log_probs), valid_vocab, dtype)
+        side |= {"teacher_indices": indices, "teacher_log_probs": log_probs, "teacher_tail": teacher.tail}
+        if teacher.tail == "none":  # weights as given mean what they say at τ = 1 only
+            side["temperature"] = torch.where(temperature == 1, temperature, float("nan"))
+    return side
+
+
+def _soft_anchor(
+    problem: Problem, options: Options, rows: RowWeights, anchor_term: bool, student: Head
+) -> Problem:
+    """H(targets, projected) = KL(targets ‖ projected) + H(targets): a distillation of the projected teacher alone."""
+    targets = options.anchor_targets
+    assert isinstance(targets, Head | Logits | SparseLogits)
+    assert problem.teacher_hidden is not None
+    if isinstance(targets, Head):
+        targets = _autocast(targets)
+    sides = _sides(
+        targets, student, None, problem.valid_vocab, torch.ones_like(problem.temperature), problem.dtype
+    )
+    coefficients = torch.zeros_like(rows.coefficients)
+    coefficients[KD] = rows.coefficients[ANCHOR]
+    return replace(
+        problem,
+        **sides,
+        hidden=problem.teacher_hidden,
+        weight=problem.weight.detach(),
+        bias=None if problem.bias is None else problem.bias.detach(),
+        labels=None,
+        anchor_targets=None,
+        coefficients=coefficients,
+        active=rows.weights[ANCHOR] != 0,
+        divergence_name="forward_kl",
+        divergence_parameters=[],
+        valid_vocab=sides["kd_vocab"],
+        ce_term=False,
+        anchor_term=False,
+        want_metrics=not isinstance(targets, SparseLogits),  # the targets' entropy
+        need_hidden=problem.need_teacher_hidden and anchor_term,
+        need_weight=False,
+        need_bias=False,
+        need_teacher_hidden=False,
+    )
+
+
+def _out_of_vocabulary(source: Any, vocab: int, options: Options) -> Tensor | None:
+    """(N,) bool: rows of a sparse source with mass on an id the student does not have."""
+    if not isinstance(source, SparseLogits) or options.vocab == "truncate":
+        return None
+    strange = (source.indices < 0) | (source.indices >= vocab)
+    return _flat(strange & (source.log_probs > -inf)).any(dim=-1)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
 
 
 def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, engine: str) -> Tensor:

@@ -10,12 +10,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kdfast import engines
+from kdfast import engines, sparse
 from kdfast.assemble import assemble
 from kdfast.divergences import Divergence, get_divergence
 from kdfast.options import Options
 from kdfast.problem import AGREEMENT, ANCHOR, CE, KD, STUDENT_ENTROPY, TEACHER_ENTROPY, Problem
-from kdfast.sources import Head, Teacher
+from kdfast.sources import Head, Logits, SparseLogits, Teacher
 from kdfast.validation import check
 
 
@@ -42,7 +42,7 @@ def fused_kd_loss(
     kd_weight: float | Tensor = 1.0,
     ce_weight: float | Tensor = 0.0,
     anchor_weight: float | Tensor = 0.0,
-    anchor_targets: Tensor | None = None,
+    anchor_targets: Tensor | Head | Logits | SparseLogits | None = None,
     teacher_grad: Literal["full", "projector", "none"] = "full",
     token_weights: Tensor | None = None,
     kd_token_weights: Tensor | None = None,
@@ -72,12 +72,16 @@ def fused_kd_loss(
 
     Args:
         student: `Head` with hidden (*, Hs), weight (V, Hs), bias (V,) or None, logit_scale and softcap.
-        teacher: `Projected` (through the student's own head), `Head` (the teacher's own), or None (no KD term).
+        teacher: `Projected` (through the student's own head), `Head` (the teacher's own), `Logits` (dense, given),
+            `SparseLogits` (K log-probabilities a token), or None (no KD term).
         labels: (*,) integer ids, or None. Rows equal to `ignore_index` count for nothing.
         temperature: τ > 0, number or 0-d tensor, on both sides of the KD term; CE and anchor are at τ = 1.
-        divergence: "forward_kl", "reverse_kl", "jsd" or an instance, e.g. `JSD(beta=0.1)`.
+        divergence: "forward_kl", "reverse_kl", "symmetric_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation"
+            or an instance, e.g. `JSD(beta=0.1)`. Which to choose when: docs/divergences.md.
         kd_weight, ce_weight, anchor_weight: ≥ 0, number or 0-d tensor (a tensor does not recompile a graph).
-        anchor_targets: (*,) ids for the anchor; None = `labels`. The anchor's gradient never reaches W.
+        anchor_targets: what the projected teacher is anchored to: (*,) ids, None = `labels`, or a distribution, the
+            true teacher's `Head`, `Logits` or `SparseLogits` (one pass over the vocabulary more), on every row that
+            has a label. The anchor's gradient never reaches W.
         teacher_grad: Projected only, where the KD term's gradient goes on the teacher's side: "full" (plain
             autograd), "projector" (not to W), "none".
         token_weights: (*,) ≥ 0, multiplies every term of a row.
@@ -85,7 +89,9 @@ def fused_kd_loss(
         reduction: "mean", "sum", or "none" for (*,) weighted rows.
         num_items_in_batch: with "mean", the divisor of every term (gradient accumulation, data parallel).
         valid_vocab: ids ≥ this are padding rows of the embedding: probability 0, no gradient.
-        vocab: "truncate" (vocabularies of different size) is not in this version.
+        vocab: teacher's and student's vocabulary differ in size: "error", or "truncate": both sides of the KD term end
+            at the shared first ids, CE keeps the student's whole vocabulary, and a sparse teacher's other ids are
+            dropped. (With `valid_vocab` within both there is no difference: only their padding differs.)
         process_group, vocab_start: vocabulary-parallel heads are not in this version.
         engine: "auto", "reference" (eager, whole logits), "torch" (chunks of tokens, any device), "triton_chunked" (a
             GPU; fewest operations) or "triton_tiled" (a GPU; least memory). An explicit choice never falls back.
@@ -129,13 +135,17 @@ def fused_kd_loss(
         return_metrics=return_metrics,
     )
     check(student, teacher, labels, options)
-    problem, weights = assemble(student, teacher, labels, options)
-    loss, stats = engines.run(problem)
+    assembled = assemble(student, teacher, labels, options)
+    loss, stats = engines.run(assembled.problem)
+    if assembled.anchor is not None:
+        anchor_loss, anchor = _soft_anchor(assembled.anchor)
+        loss = loss + anchor_loss
+        stats = torch.cat([stats[:ANCHOR], anchor[None], stats[ANCHOR + 1 :]])
     if options.reduction == "none":
         loss = loss.reshape(student.hidden.shape[:-1])
     if not return_metrics:
         return loss
-    return loss, _metrics(problem, stats, weights)
+    return loss, _metrics(assembled.problem, stats, assembled.weights)
 
 
 class FusedKDLoss(nn.Module):
@@ -165,9 +175,17 @@ class FusedKDLoss(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
+def _soft_anchor(x: Problem) -> tuple[Tensor, Tensor]:
+    """(loss () or (N,), cross entropy (N,)): the targets' entropy is added to their KL, which has the gradient."""
+    loss, stats = engines.run(x)
+    entropy = sparse.entropy(x) if x.sparse else stats[TEACHER_ENTROPY]
+    constant = torch.where(x.coefficients[KD] == 0, 0.0, x.coefficients[KD] * entropy)
+    return loss + (constant if x.per_row else constant.sum()), stats[KD] + entropy
+
+
 def _metrics(problem: Problem, stats: Tensor, weights: Tensor) -> KDMetrics:
     """Weighted means of `stats` (6, N) by `weights` (3, N), whose rows are zero for terms that do not exist."""
-    main = KD if problem.teacher_hidden is not None else CE
+    main = KD if problem.has_teacher else CE
 
     def mean(row: int, weight_row: int) -> Tensor:
         w = weights[weight_row]
@@ -178,7 +196,7 @@ def _metrics(problem: Problem, stats: Tensor, weights: Tensor) -> KDMetrics:
         ce=mean(CE, CE),
         anchor=mean(ANCHOR, ANCHOR),
         student_entropy=mean(STUDENT_ENTROPY, main),
-        teacher_entropy=mean(TEACHER_ENTROPY, KD),
+        teacher_entropy=mean(TEACHER_ENTROPY, KD) * (float("nan") if problem.sparse else 1.0),
         agreement=mean(AGREEMENT, KD),
         tokens=(weights[main] != 0).sum().float(),
     )

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from kdfast.divergences import Divergence
+from kdfast.sources import Head, Logits, SparseLogits
 
 
 def is_asked(weight: float | Tensor) -> bool:
@@ -24,7 +25,7 @@ class Options:
     kd_weight: float | Tensor
     ce_weight: float | Tensor
     anchor_weight: float | Tensor
-    anchor_targets: Tensor | None
+    anchor_targets: Tensor | Head | Logits | SparseLogits | None
     teacher_grad: str
     token_weights: Tensor | None
     kd_token_weights: Tensor | None

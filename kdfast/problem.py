@@ -36,6 +36,11 @@ class Problem:
     teacher_bias: Tensor | None  # (V,)
     teacher_logit_scale: float
     teacher_softcap: float | None
+    teacher_logits: Tensor | None  # (*, ≥ kd_vocab): dense, given, of any strides
+    teacher_rows: Tensor | None  # (N,) int64: each token's row of them, counted through their leading dimensions
+    teacher_indices: Tensor | None  # (N, K) int64 as `kdfast.sparse.prepare` leaves them
+    teacher_log_probs: Tensor | None  # (N, K)
+    teacher_tail: str  # "renormalize" | "bucket" | "none"; of the sparse teacher
     labels: Tensor | None  # (N,) int64, every entry a valid address
     anchor_targets: Tensor | None  # (N,) int64, likewise; None unless the teacher is projected
     temperature: Tensor  # ()
@@ -44,7 +49,8 @@ class Problem:
     divergence_name: str
     divergence_parameters: list[float]
     teacher_grad: str  # "full" | "projector" | "none"
-    valid_vocab: int  # ids from here on are padding rows of the embedding
+    valid_vocab: int  # ids from here on are padding rows of the student's embedding
+    kd_vocab: int  # both sides of the KD term end here: less than valid_vocab where the teacher's vocabulary is smaller
     ce_term: bool  # the cross entropy is part of the loss
     anchor_term: bool  # the anchor is part of the loss
     want_metrics: bool  # every statistic there is, in the loss or not
@@ -59,6 +65,14 @@ class Problem:
     @property
     def divergence(self) -> Divergence:
         return get_divergence(self.divergence_name, self.divergence_parameters)
+
+    @property
+    def sparse(self) -> bool:
+        return self.teacher_indices is not None
+
+    @property
+    def has_teacher(self) -> bool:
+        return self.teacher_hidden is not None or self.teacher_logits is not None or self.sparse
 
     @property
     def projected(self) -> bool:

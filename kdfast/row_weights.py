@@ -21,7 +21,8 @@ class RowWeights(NamedTuple):
     weights: Tensor  # (3, N): the row's weight in each term's mean
     active: Tensor  # (N,) bool: the row counts for something
     labels: Tensor | None  # (N,) int64, ignored and bad entries replaced by 0
-    anchor_targets: Tensor | None  # likewise; `labels` where none were given
+    anchor_targets: Tensor | None  # likewise; `labels` where none were given; None where they are a distribution
+    has_anchor: bool  # there is something to anchor to
 
 
 def row_weights(
@@ -33,10 +34,13 @@ def row_weights(
     *,
     has_kd: bool,
     has_anchor: bool,
+    bad_kd: Tensor | None,
+    bad_anchor: Tensor | None,
     dtype: torch.dtype,
     device: torch.device,
 ) -> RowWeights:
-    """`labels`, `options.anchor_targets` and both token weights have N elements or are None; τ is 0-d."""
+    """`labels`, `options.anchor_targets` where they are ids, and both token weights have N elements or are None; τ is
+    0-d; bad_kd, bad_anchor (N,) bool: rows whose teacher, or anchor, cannot be read."""
     zeros = torch.zeros(N, device=device, dtype=dtype)
     base = zeros + 1 if options.token_weights is None else _non_negative(options.token_weights.reshape(-1).to(dtype))
     if labels is not None:
@@ -44,15 +48,22 @@ def row_weights(
     kd = base
     if options.kd_token_weights is not None:
         kd = _non_negative(options.kd_token_weights.reshape(-1).to(dtype))
+    if bad_kd is not None:
+        kd = kd.masked_fill(bad_kd & (kd != 0), NAN)
     anchor_targets, anchor = labels, base
-    if options.anchor_targets is not None:
+    if isinstance(options.anchor_targets, Tensor):
         anchor_targets, anchor = _targets(options.anchor_targets, base, options.ignore_index, valid_vocab)
+    elif options.anchor_targets is not None:
+        anchor_targets = None
+    if bad_anchor is not None:
+        anchor = anchor.masked_fill(bad_anchor & (anchor != 0), NAN)
+    has_anchor = has_anchor and (anchor_targets is not None or options.anchor_targets is not None)
 
     weights = torch.stack(
         [
             kd if has_kd else zeros,
             base if labels is not None else zeros,
-            anchor if has_anchor and anchor_targets is not None else zeros,
+            anchor if has_anchor else zeros,
         ]
     )
     tau = _positive(temperature)
@@ -71,7 +82,7 @@ def row_weights(
             divisor = _factor(options.num_items_in_batch, tau).expand(3)
         factors = torch.where(divisor == 0, 0.0, factors / divisor)
     coefficients = torch.where(weights == 0, 0.0, weights * factors[:, None])
-    return RowWeights(coefficients, weights, (weights != 0).any(dim=0), labels, anchor_targets)
+    return RowWeights(coefficients, weights, (weights != 0).any(dim=0), labels, anchor_targets, has_anchor)
 
 
 def _targets(targets: Tensor, weights: Tensor, ignore_index: int, valid_vocab: int) -> tuple[Tensor, Tensor]:

@@ -54,14 +54,30 @@ class Projected:
 
 @dataclass(frozen=True, eq=False)
 class Logits:
-    """A teacher given as dense logits (*, V). Part of the interface; not computed by this version."""
+    """A teacher given as dense logits, read where they lie: no copy, whatever their strides (`logits[:, :-1]` is fine).
+
+    logits  (*, V)  any float dtype
+    """
 
     logits: Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class SparseLogits:
-    """A teacher given as K log-probabilities per token. Part of the interface; not computed by this version."""
+    """A teacher given as K log-probabilities a token, at τ = 1; the cost grows with K, not with K·V.
+
+    indices    (*, K)  integer ids, in any order, K ≤ 1024. The probabilities of equal ids add up
+    log_probs  (*, K)  any float dtype; −inf: no entry (padding), whatever its id
+    tail               what is known of the ids that are not given. The student is normalised over all of V:
+
+    "renormalize"  nothing: the teacher is its K entries, renormalised at τ. Reverse and symmetric KL are infinite
+    "bucket"       their sum: one more category, 1 − Σ exp(log_probs), on both sides. Exact at τ = 1; at another τ both
+                   sides' K + 1 masses are taken to the power 1/τ and normalised again, so the loss still is zero
+                   exactly where the student has the teacher's masses, but it is not what dense logits at τ would give
+    "none"         they have none: weights exp(log_probs) as given, not normalised; τ = 1 only. For ids drawn at random
+                   with weight counts/n (random-sampling KD), whose expectation is the dense gradient. Source: Anshumann
+                   et al. 2025, arXiv:2503.16870
+    """
 
     indices: Tensor
     log_probs: Tensor

@@ -20,6 +20,8 @@ from kdfast.options import Options, is_asked
 from kdfast.sources import Head, Logits, Projected, SparseLogits, Teacher
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MOST_ENTRIES = 1024  # of a sparse teacher a token: a kernel's program holds a token's entries in registers
+LARGEST_LOG_PROB = 0.01  # a probability of one, rounded
 
 
 def check(student: Head, teacher: Teacher | None, labels: Tensor | None, options: Options) -> None:
@@ -27,9 +29,11 @@ def check(student: Head, teacher: Teacher | None, labels: Tensor | None, options
     if not isinstance(student, Head):
         raise TypeError(f"student is {_kind(student)}; expected kdfast.Head(hidden, weight, bias)")
     if teacher is not None and not isinstance(teacher, Projected | Head | Logits | SparseLogits):
-        raise TypeError(f"teacher is {_kind(teacher)}; expected kdfast.Projected, kdfast.Head or None")
+        raise TypeError(
+            f"teacher is {_kind(teacher)}; expected kdfast.Projected, Head, Logits, SparseLogits or None"
+        )
     _check_names(options)
-    _check_to_come(teacher, options)
+    _check_to_come(options)
     _check_head("student", student)
     _check_valid_vocab(student, options)
     obstacle = unavailable(options.engine, student.hidden.device)
@@ -38,10 +42,14 @@ def check(student: Head, teacher: Teacher | None, labels: Tensor | None, options
     leading, device = student.hidden.shape[:-1], student.hidden.device
     if isinstance(teacher, Projected):
         _check_projected(teacher, student)
-    elif isinstance(teacher, Head):
-        _check_own_head(teacher, student)
+    else:
+        _check_distribution("teacher", teacher, student, options)
+    _check_divergence(teacher, options)
     _check_targets("labels", labels, student, options)
-    _check_targets("anchor_targets", options.anchor_targets, student, options)
+    if isinstance(options.anchor_targets, Head | Logits | SparseLogits):
+        _check_distribution("anchor_targets", options.anchor_targets, student, options)
+    else:
+        _check_targets("anchor_targets", options.anchor_targets, student, options)
     _check_token_weights("token_weights", options.token_weights, leading, device)
     _check_token_weights("kd_token_weights", options.kd_token_weights, leading, device)
     _check_number("temperature", options.temperature, positive=True)
@@ -70,18 +78,11 @@ def _check_names(options: Options) -> None:
         raise ValueError(f"scratch_bytes={scratch!r}; expected a positive int (bytes for one chunk's logits) or None")
 
 
-def _check_to_come(teacher: Teacher | None, options: Options) -> None:
-    to_come = None
-    if isinstance(teacher, Logits | SparseLogits):
-        to_come = f"teacher={type(teacher).__name__}(…)"
-    elif options.vocab == "truncate":
-        to_come = "vocab='truncate'"
-    elif options.process_group is not None or options.vocab_start is not None:
-        to_come = "a vocabulary-parallel head (process_group, vocab_start)"
-    if to_come is not None:
+def _check_to_come(options: Options) -> None:
+    if options.process_group is not None or options.vocab_start is not None:
         raise NotImplementedError(
-            f"{to_come} is part of the interface but not in this version. Available: teachers Projected, Head and "
-            "None with vocabularies of equal size on one process"
+            "a vocabulary-parallel head (process_group, vocab_start) is part of the interface but not in this version; "
+            "heads are whole on one process"
         )
 
 
@@ -97,7 +98,7 @@ def _check_head(name: str, head: Head) -> None:
                 f"{name}: Head.{field} is {_kind(value)}; expected a number. A trained scale belongs on the hidden "
                 "states: multiply them by it"
             )
-        if not math.isfinite(value) or (field == "softcap" and value <= 0):
+        if not _is_finite(value) or (field == "softcap" and value <= 0):
             raise ValueError(
                 f"{name}: Head.{field}={value}; expected a finite number{' > 0' if field == 'softcap' else ''}"
             )
@@ -132,17 +133,94 @@ def _check_projected(teacher: Projected, student: Head) -> None:
     _refuse_grad("teacher: Projected.hidden", teacher.hidden, "a teacher under a projector gets no gradient")
 
 
-def _check_own_head(teacher: Head, student: Head) -> None:
-    _check_head("teacher", teacher)
-    _check_same_rows("teacher: Head.hidden", teacher.hidden, student.hidden)
-    if teacher.weight.shape[0] != student.weight.shape[0]:
-        raise ValueError(
-            f"teacher: Head.weight has a vocabulary of {teacher.weight.shape[0]} and the student's has "
-            f"{student.weight.shape[0]}; they must be the same tokens. If the larger one only adds padding rows, "
-            "slice both weights to the shared rows and pass those"
+def _check_distribution(
+    name: str, source: Head | Logits | SparseLogits | None, student: Head, options: Options
+) -> None:
+    """A teacher, or an anchor, that has a distribution of its own."""
+    if isinstance(source, Head):
+        _check_head(name, source)
+        _check_same_rows(f"{name}: Head.hidden", source.hidden, student.hidden)
+        _check_vocabularies(f"{name}: Head.weight", source.weight.shape[0], student, options)
+        for field, tensor in (("hidden", source.hidden), ("weight", source.weight), ("bias", source.bias)):
+            _refuse_grad(f"{name}: Head.{field}", tensor, "the teacher gets no gradient")
+    elif isinstance(source, Logits):
+        _check_float_tensor(f"{name}: Logits.logits", source.logits)
+        if source.logits.dim() == 0 or source.logits.shape[-1] == 0:
+            raise ValueError(f"{name}: Logits.logits has shape {tuple(source.logits.shape)}; expected (*, V)")
+        _check_same_rows(f"{name}: Logits.logits", source.logits, student.hidden)
+        _check_vocabularies(f"{name}: Logits.logits", source.logits.shape[-1], student, options)
+        _refuse_grad(f"{name}: Logits.logits", source.logits, "the teacher gets no gradient")
+    elif isinstance(source, SparseLogits):
+        _check_sparse(name, source, student, options)
+
+
+def _check_vocabularies(name: str, vocab: int, student: Head, options: Options) -> None:
+    own = student.weight.shape[0]
+    real = options.valid_vocab is not None and options.valid_vocab <= min(vocab, own)
+    if vocab == own or real or options.vocab == "truncate":
+        return
+    raise ValueError(
+        f"{name} has a vocabulary of {vocab} and the student's head {own}. If the larger one only adds padding rows, "
+        "pass valid_vocab=, the number of real tokens; if its first ids are the other's, pass vocab='truncate' to "
+        "compare those alone"
+    )
+
+
+def _check_sparse(name: str, source: SparseLogits, student: Head, options: Options) -> None:
+    indices, log_probs, tail = source.indices, source.log_probs, source.tail
+    if tail not in ("renormalize", "bucket", "none"):
+        raise ValueError(f"{name}: SparseLogits.tail={tail!r} is unknown; expected 'renormalize', 'bucket' or 'none'")
+    if not isinstance(indices, Tensor):
+        raise TypeError(f"{name}: SparseLogits.indices is {_kind(indices)}; expected an integer tensor (*, K)")
+    if indices.dtype.is_floating_point or indices.dtype.is_complex or indices.dtype == torch.bool:
+        raise TypeError(
+            f"{name}: SparseLogits.indices has dtype {indices.dtype}; expected integer token ids. Convert with .long()"
         )
-    for field, tensor in (("hidden", teacher.hidden), ("weight", teacher.weight), ("bias", teacher.bias)):
-        _refuse_grad(f"teacher: Head.{field}", tensor, "the teacher gets no gradient")
+    _check_float_tensor(f"{name}: SparseLogits.log_probs", log_probs)
+    if indices.shape != log_probs.shape or indices.dim() == 0 or not 1 <= indices.shape[-1] <= MOST_ENTRIES:
+        raise ValueError(
+            f"{name}: SparseLogits.indices is {tuple(indices.shape)} and .log_probs {tuple(log_probs.shape)}; expected "
+            f"(*, K) both, with K from 1 to {MOST_ENTRIES}"
+        )
+    _check_same_rows(f"{name}: SparseLogits.indices", indices, student.hidden)
+    _check_same_rows(f"{name}: SparseLogits.log_probs", log_probs, student.hidden)
+    _refuse_grad(f"{name}: SparseLogits.log_probs", log_probs, "the teacher gets no gradient")
+    if name == "teacher" and tail == "none":
+        tau = options.temperature
+        if isinstance(tau, Tensor):
+            tau = tau.item() if _can_read(tau) and tau.dim() == 0 else 1.0
+        if isinstance(tau, Real) and tau != 1:
+            raise ValueError(
+                f"temperature={tau} with teacher: SparseLogits.tail='none'; weights taken as given say nothing about "
+                "another temperature. Pass temperature=1.0, or tail='renormalize' or 'bucket'"
+            )
+    if not (_can_read(indices) and _can_read(log_probs)):
+        return
+    V = student.weight.shape[0]
+    strange = ((indices < 0) | (indices >= V)) & (log_probs > -math.inf)
+    if options.vocab != "truncate" and bool(strange.any()):
+        raise ValueError(
+            f"{name}: SparseLogits.indices contains {int(indices[strange].flatten()[0])}; expected ids from 0 to "
+            f"{V - 1} (an entry of log-probability −inf may hold any id), or vocab='truncate' to drop the others"
+        )
+    if bool(log_probs.isnan().any()) or bool((log_probs == math.inf).any()):
+        raise ValueError(f"{name}: SparseLogits.log_probs contains NaN or +inf; expected log-probabilities")
+    if tail != "renormalize" and bool((log_probs > LARGEST_LOG_PROB).any()):
+        raise ValueError(
+            f"{name}: SparseLogits.log_probs contains {float(log_probs.max())}, more than all of the probability; "
+            f"tail={tail!r} takes log-probabilities, not logits: apply log_softmax over the whole vocabulary first"
+        )
+
+
+def _check_divergence(teacher: Teacher | None, options: Options) -> None:
+    if not isinstance(teacher, SparseLogits) or teacher.tail == "bucket":
+        return
+    if options.divergence.name in ("reverse_kl", "symmetric_kl"):
+        raise ValueError(
+            f"divergence={options.divergence.name!r} with teacher: SparseLogits.tail={teacher.tail!r} is infinite: the "
+            "student has probability where the teacher has none. Pass tail='bucket', or a divergence that is finite "
+            "there: forward_kl, jsd, skew_kl, skew_reverse_kl, total_variation"
+        )
 
 
 def _check_layout(
@@ -201,7 +279,8 @@ def _check_targets(name: str, targets: Tensor | None, student: Head, options: Op
     if targets is None:
         return
     if not isinstance(targets, Tensor):
-        raise TypeError(f"{name} is {_kind(targets)}; expected an integer tensor or None")
+        or_what = "None" if name == "labels" else "None, Head, Logits or SparseLogits"
+        raise TypeError(f"{name} is {_kind(targets)}; expected an integer tensor, {or_what}")
     if targets.dtype.is_floating_point or targets.dtype.is_complex or targets.dtype == torch.bool:
         raise TypeError(f"{name} has dtype {targets.dtype}; expected integer token ids. Convert with .long()")
     leading, device = student.hidden.shape[:-1], student.hidden.device
@@ -242,7 +321,7 @@ def _check_number(name: str, value: Any, *, positive: bool = False) -> None:
         value = value.item()
     elif not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name} is {_kind(value)}; expected {expected} or a 0-d tensor")
-    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+    if not _is_finite(value) or value < 0 or (positive and value == 0):
         raise ValueError(f"{name}={value}; expected {expected}")
 
 
@@ -294,6 +373,11 @@ def _can_read(tensor: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False
     return tensor.device.type == "cpu" or (os.environ.get("KDFAST_CHECK") == "1" and tensor.device.type != "meta")
+
+
+def _is_finite(value: Any) -> bool:
+    """math.isfinite in comparisons, which a compiled graph can make of a number that changes."""
+    return -math.inf < value < math.inf
 
 
 def _kind(value: object) -> str:

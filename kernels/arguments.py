@@ -26,12 +26,29 @@ class Heads:
     teacher_bias: Tensor | None  # (V,): the student's again where the head is shared
     teacher_logit_scale: float
     teacher_softcap: float | None
+    teacher_logits: Tensor | None  # given, of any strides but one row a token at `offsets` (N,) int64, or None
+    offsets: Tensor | None
     vocab: int  # entries of the vocabulary that count
+    kd_vocab: int  # of both sides of the KD term; the rest is the cross entropy's alone
     tf32: bool  # fp32 products may round their operands to TF32
 
     @property
     def own(self) -> bool:
         return self.teacher_weight is not None
+
+    @property
+    def teacher(self) -> bool:
+        """There are two sides of logits."""
+        return self.teacher_hidden is not None or self.teacher_logits is not None
+
+    @property
+    def truncated(self) -> bool:
+        return self.kd_vocab < self.vocab
+
+    def given(self) -> tuple[Tensor | None, Tensor | None, int]:
+        """Kernel arguments: logits, where their rows lie, and the stride of their entries."""
+        logits = self.teacher_logits
+        return logits, self.offsets, 0 if logits is None else logits.stride(-1)
 
     @property
     def intricate(self) -> bool:
@@ -45,16 +62,16 @@ class Heads:
         pairs = [(None, 0, 0) if t is None else (readable(t), t.stride(0), t.stride(1)) for t in matrices]
         return (*pairs[0], *pairs[1], *pairs[2], *pairs[3], self.bias, self.teacher_bias)
 
-    def sizes(self) -> tuple[int, int, int, int]:
-        """N, V, Hs, Ht."""
+    def widths(self) -> tuple[int, int]:
+        """Hs, Ht."""
         width = self.hidden.shape[1]
-        return (self.hidden.shape[0], self.vocab, width, self.teacher_hidden.shape[1] if self.own else width)
+        return width, self.teacher_hidden.shape[1] if self.own else width
 
     def scalars(self) -> tuple[float, float, float, float]:
         return (self.logit_scale, self.softcap or 1.0, self.teacher_logit_scale, self.teacher_softcap or 1.0)
 
     def flags(self, config: TileConfig) -> dict[str, Any]:
-        _, _, Hs, Ht = self.sizes()
+        Hs, Ht = self.widths()
         return {
             "SOFTCAP_S": self.softcap is not None,
             "SOFTCAP_T": self.teacher_softcap is not None,
@@ -68,7 +85,7 @@ class Heads:
 class Term:
     """The loss: a divergence, and what else is wanted of the logits."""
 
-    divergence: str
+    divergence: str  # "sparse": a teacher given by a few entries a row, which the kernels know little of
     parameter: float  # the divergence's only number, or 0
     temperature: Tensor  # ()
     coefficients: Tensor  # (3, N): kd, ce, anchor
@@ -80,14 +97,23 @@ class Term:
     teacher_gradient: bool
     anchor_gradient: bool
     metrics: bool
+    bits: Tensor | None = None  # (rows at hand, words) int32: set bits take entries out of a sparse teacher's bucket
+
+    @property
+    def sparse(self) -> bool:
+        return self.divergence == "sparse"
 
     @property
     def intricate(self) -> bool:
-        return self.metrics or self.targets is not None or self.entry.base == ""
+        return self.metrics or self.targets is not None or self.entry.base == "" or self.bits is not None
 
     @property
     def entry(self) -> Entry:
-        return ENTRIES[self.divergence]
+        return Entry() if self.sparse else ENTRIES[self.divergence]
+
+    def excluded(self) -> tuple[Tensor | None, int]:
+        """Kernel arguments."""
+        return self.bits, 0 if self.bits is None else self.bits.stride(0)
 
     def divergence_flags(self) -> dict[str, Any]:
         entry = self.entry

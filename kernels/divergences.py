@@ -25,6 +25,15 @@ def forward_kl(p, q, g):
 
 
 @triton.jit
+def symmetric_kl(p, q, g):
+    """½ Σ (p − q)·g: the mean of both KLs."""
+    d = difference(p, q, g)
+    a_p = 0.5 * (weighted(p, g) - d)
+    a_q = 0.5 * (d - weighted(q, g))
+    return tl.where(d == 0, 0, -0.5 * d * g), a_p, a_q
+
+
+@triton.jit
 def jsd(p, q, g, beta):
     """β·KL(p‖m) + (1−β)·KL(q‖m), m = β p + (1−β) q: log m/p for g ≥ 0 and log m/q for g < 0 are log1p of something
     small, and differ by g."""
@@ -35,15 +44,45 @@ def jsd(p, q, g, beta):
 
 
 @triton.jit
+def skew_kl(p, q, g, alpha):
+    """KL(p‖m), m = α p + (1−α) q, plus (1−α)·(q − p), which sums to zero and makes every summand of second order.
+    Where p < e⁻⁸⁰ q it counts for nothing, so that expm1(−g) may stop there; where q is 0, g may be NaN. m = p·(1 + x)
+    stays above 0 also when rounded."""
+    MOST: tl.constexpr = 1 - (2**-52 if g.dtype == tl.float64 else 2**-23)
+    of_q = tl.minimum(1 - alpha, MOST)
+    x = of_q * expm1(tl.minimum(tl.where(q > 0, -g, -80), 80))  # (m − p)/p
+    r = x / (1 + x)  # (m − p)/m
+    a_q = of_q * r * q
+    a_p = p * (alpha * r - log1p(x))
+    return a_p + a_q, a_p, a_q
+
+
+@triton.jit
+def total_variation(p, q, g):
+    """½ Σ |p − q|, subgradient 0 where p = q."""
+    d = difference(p, q, g)
+    half = tl.where(d < 0, 0.5, tl.where(d > 0, -0.5, 0.0))
+    return -half * d, half * p, -half * q
+
+
+@triton.jit
 def terms(DIVERGENCE: tl.constexpr, p, q, g, parameter):
     """(f, a_p, a_q) of the divergence of that name. parameter: its only number, or 0."""
     if DIVERGENCE == "forward_kl":
         f, a_p, a_q = forward_kl(p, q, g)
     elif DIVERGENCE == "reverse_kl":
         f, a_q, a_p = forward_kl(q, p, -g)
-    else:
-        tl.static_assert(DIVERGENCE == "jsd")
+    elif DIVERGENCE == "symmetric_kl":
+        f, a_p, a_q = symmetric_kl(p, q, g)
+    elif DIVERGENCE == "jsd":
         f, a_p, a_q = jsd(p, q, g, parameter)
+    elif DIVERGENCE == "skew_kl":
+        f, a_p, a_q = skew_kl(p, q, g, parameter)
+    elif DIVERGENCE == "skew_reverse_kl":
+        f, a_q, a_p = skew_kl(q, p, -g, parameter)
+    else:
+        tl.static_assert(DIVERGENCE == "total_variation")
+        f, a_p, a_q = total_variation(p, q, g)
     return f, a_p, a_q
 
 
@@ -58,5 +97,9 @@ class Entry(NamedTuple):
 ENTRIES = {
     "forward_kl": Entry(base="t", centred_q=True),
     "reverse_kl": Entry(base="s", centred_p=True),
+    "symmetric_kl": Entry(),
     "jsd": Entry(),
+    "skew_kl": Entry(),
+    "skew_reverse_kl": Entry(),
+    "total_variation": Entry(),
 }

@@ -25,23 +25,33 @@ def load_coefficients(pointers, stride, mask, scale):
 
 @triton.jit
 def gradients(
-    z_s, z_t, slope_s, slope_t, v, rows, mix, coefficients, labels, targets, inv_tau, parameter,
-    TEACHER: tl.constexpr, DIVERGENCE: tl.constexpr, CENTRED_P: tl.constexpr, CENTRED_Q: tl.constexpr,
-    CE: tl.constexpr, STUDENT: tl.constexpr, TEACHER_GRADIENT: tl.constexpr, ANCHOR: tl.constexpr,
-    MIX: tl.constexpr,
+    z_s, z_t, slope_s, slope_t, v, kd_V, rows, mix, coefficients, labels, targets, inv_tau, parameter,
+    TEACHER: tl.constexpr, TRUNCATED: tl.constexpr, DIVERGENCE: tl.constexpr, CENTRED_P: tl.constexpr,
+    CENTRED_Q: tl.constexpr, CE: tl.constexpr, STUDENT: tl.constexpr, TEACHER_GRADIENT: tl.constexpr,
+    ANCHOR: tl.constexpr, MIX: tl.constexpr,
 ):  # fmt: skip
     """(student's, teacher's KD part, teacher's anchor part), [R, BLOCK] each; an unwanted one is 0.
 
     z, slope [R, BLOCK]; v [1, BLOCK]; rows, mix, labels, targets [R]; coefficients (kd, ce, anchor), [R] each.
-    With MIX the teacher's part has mix·(the student's) added."""
-    m_s, _, m_t, _, _, A_p, A_q, n_s, n_t = rows
+    With MIX the teacher's part has mix·(the student's) added. TRUNCATED: the KD term ends at kd_V. For a "sparse"
+    teacher the student's part is what entries get that it does not have: A_p·exp(x − log S), with the constants in the
+    teacher's place."""
+    m_s, _, m_t, ls_t, _, A_p, A_q, n_s, n_t = rows
     c_kd, c_ce, c_anchor = coefficients
     grad_s = tl.zeros_like(z_s)
     grad_t = grad_s
     grad_a = grad_s
-    if TEACHER and (STUDENT or TEACHER_GRADIENT):
+    if DIVERGENCE == "sparse":
+        if STUDENT:
+            outside = A_p[:, None]
+            softmax = tl.exp((z_s - m_t[:, None]) * inv_tau - ls_t[:, None])
+            grad_s = tl.where(outside == 0, 0, outside * softmax)
+    elif TEACHER and (STUDENT or TEACHER_GRADIENT):
         k = (c_kd * inv_tau)[:, None]
-        p, q, g = probabilities(z_s, z_t, rows, inv_tau)
+        shared = z_s
+        if TRUNCATED:
+            shared = tl.where(v < kd_V, z_s, -float("inf"))
+        p, q, g = probabilities(shared, z_t, rows, inv_tau)
         _, a_p, a_q = terms(DIVERGENCE, p, q, g, parameter)
         if STUDENT:
             if not CENTRED_Q:

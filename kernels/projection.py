@@ -8,6 +8,7 @@ from torch import Tensor
 from kdfast.kernels.arguments import readable
 from kdfast.kernels.configurations import TileConfig
 from kdfast.kernels.search import choose
+from kdfast.kernels.tiles import tile
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -23,24 +24,12 @@ def projection_kernel(
     dtype: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     o = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    h = tl.arange(0, BLOCK_H)
-    n_safe = tl.minimum(n, N - 1).to(tl.int64)
-    o_safe = tl.minimum(o, Hs - 1).to(tl.int64)
-    x = x_ptr + n_safe[:, None] * stride_xn + h[None, :] * stride_xh  # [BLOCK_N, BLOCK_H]
-    w = w_ptr + o_safe[None, :] * stride_wo + h[:, None] * stride_wh  # [BLOCK_H, BLOCK_V]
-    acc = tl.zeros([BLOCK_N, BLOCK_V], dtype)
-    for start in range(0, Ht, BLOCK_H):
-        if EVEN:
-            a = tl.load(x)
-            b = tl.load(w)
-        else:
-            a = tl.load(x, mask=h[None, :] < Ht - start, other=0)
-            b = tl.load(w, mask=h[:, None] < Ht - start, other=0)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=dtype)
-        x += BLOCK_H * stride_xh
-        w += BLOCK_H * stride_wh
+    acc, _ = tile(
+        x_ptr, stride_xn, stride_xh, None, 0, 0, w_ptr, stride_wo, stride_wh, None, 0, 0,
+        n, o, N, Hs, Hs, Ht, Ht, dtype, EVEN, EVEN, PRECISION, BLOCK_N, BLOCK_V, BLOCK_H,
+    )  # fmt: skip
     if bias_ptr is not None:
-        acc += tl.load(bias_ptr + o_safe).to(dtype)[None, :]
+        acc += tl.load(bias_ptr + tl.minimum(o, Hs - 1)).to(dtype)[None, :]
     mask = (n < N)[:, None] & (o < Hs)[None, :]
     tl.store(out_ptr + n.to(tl.int64)[:, None] * stride_on + o[None, :], acc, mask=mask)
 

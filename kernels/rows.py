@@ -3,10 +3,15 @@
 z_s, z_t (m, V)  scratch in fp32 (fp64), rows of student and teacher: raw products h·Wᵀ, read and left as they are
 grad_* (m, V)    gradients in the GEMM's dtype; may be the logits' own memory where the dtype is the same
 
+Teacher's logits that the caller gave are read where they lie. Of a teacher given by a few entries a row the kernel
+knows next to nothing (`fold_sparse`): it is launched twice, for the statistics and for the gradients, with arithmetic
+on those entries between (`kdfast.sparse`).
+
 One program a token (`RowConfig.rows` of them), so that nothing is shared between programs. Passes over its row pair:
 
     forward and reverse KL, or no teacher    statistics; gradients                     2 reads, 1 write
     every other divergence                   statistics; divergence; gradients         3 reads, 1 write
+    a sparse teacher                         statistics; gradients                     2 reads, 1 write
     without gradients                        one fewer, and no write
 
 The first read comes from memory. A row pair is 2·V·4 bytes (402 KB at V=50257); with one program on each of 132
@@ -18,21 +23,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kdfast.kernels.arguments import Heads, Term
 from kdfast.kernels.configurations import RowConfig, row_of
-from kdfast.kernels.divergences import ENTRIES
 from kdfast.kernels.gradients import gradients, load_coefficients, store_gradient
 from kdfast.kernels.search import choose
 from kdfast.kernels.statistics import (
+    ROWS,
     empty_pair,
     empty_side,
     finish,
     finish_terms,
     fold,
+    fold_side,
+    fold_sparse,
     fold_terms,
+    load_rows,
     mix_of,
+    store_rows,
     store_statistics,
     transform,
+    whole_vocabulary,
 )
+from kdfast.kernels.tiles import given_logits
 
 
 @triton.jit
@@ -44,6 +56,20 @@ def _logits(z_ptr, bias_ptr, r_mask, v, width, V, scale, softcap, SOFTCAP: tl.co
         z += tl.load(bias_ptr + v, mask=v < V, other=0).to(z.dtype)
     z, slope = transform(z, scale, softcap, SOFTCAP)
     return tl.where(v < V, z, -float("inf")), slope
+
+
+@triton.jit
+def _teacher_logits(
+    z_t_ptr, bias_t_ptr, given_ptr, stride_v, r_mask, v, width, V, scale, softcap, dtype: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """The same of the teacher, computed (z_t_ptr) or given (given_ptr, [R, 1]); what is given gets no gradient."""
+    if given_ptr is not None:
+        z = given_logits(given_ptr, stride_v, r_mask, v, V, dtype)
+        slope = tl.zeros_like(z)
+    else:
+        z, slope = _logits(z_t_ptr, bias_t_ptr, r_mask, v, width, V, scale, softcap, SOFTCAP)
+    return z, slope
 
 
 @triton.jit
@@ -59,7 +85,9 @@ def _target(side, z_ptr, bias_ptr, inside_r, targets, scale, softcap, SOFTCAP: t
 
 @triton.jit(do_not_specialize=["stride_c", "stride_stats", "start", "m"])
 def row_kernel(
-    z_s_ptr, z_t_ptr, stride_z,  # (m, V) each; z_t_ptr None without a teacher
+    z_s_ptr, z_t_ptr, stride_z,  # (m, V) each; z_t_ptr None where the teacher's logits are not computed
+    given_ptr, offsets_ptr, stride_v,  # dense teacher logits and their rows' offsets (N,), or None
+    bits_ptr, stride_bits,  # (m, words) int32 or None: of a sparse teacher
     bias_s_ptr, bias_t_ptr,  # (V,) or None
     labels_ptr, targets_ptr,  # (N,) int64 or None: the cross entropy's and the anchor's
     active_ptr,  # (N,) bool
@@ -69,15 +97,18 @@ def row_kernel(
     grad_s_ptr, grad_t_ptr, stride_g,  # (m, V) or None
     grad_a_ptr, stride_a,  # (m, V) or None: the anchor's part, where it is kept apart
     mix_ptr,  # (m,) or None
-    start, m, V, width,  # width: elements of a row that may be read and written, ≥ V
+    rows_ptr,  # (9, m) or None: the rows' constants, between the phases
+    start, m, V, kd_V, width,  # width: elements of a row that may be read and written, ≥ V
     scale_s: "fp64", softcap_s: "fp64", scale_t: "fp64", softcap_t: "fp64", parameter: "fp64",
-    SOFTCAP_S: tl.constexpr, SOFTCAP_T: tl.constexpr,
+    PHASE: tl.constexpr,  # "": all in one launch; "statistics", which fills rows_ptr; "gradients", which reads it
+    SOFTCAP_S: tl.constexpr, SOFTCAP_T: tl.constexpr, TRUNCATED: tl.constexpr,
     DIVERGENCE: tl.constexpr, BASE: tl.constexpr, CENTRED_P: tl.constexpr, CENTRED_Q: tl.constexpr,
     CE: tl.constexpr, CE_GRADIENT: tl.constexpr, ANCHOR: tl.constexpr, ANCHOR_GRADIENT: tl.constexpr,
     TEACHER_GRADIENT: tl.constexpr, METRICS: tl.constexpr, IN_PLACE: tl.constexpr,
     R: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    TEACHER: tl.constexpr = z_t_ptr is not None
+    TEACHER: tl.constexpr = (z_t_ptr is not None) or (given_ptr is not None)
+    SPARSE: tl.constexpr = DIVERGENCE == "sparse"
     MIX: tl.constexpr = mix_ptr is not None
     dtype: tl.constexpr = z_s_ptr.dtype.element_ty
     r = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
@@ -88,8 +119,12 @@ def row_kernel(
     row_g = r[:, None] * stride_g
     row_a = r[:, None] * stride_a
     z_s_ptr += r[:, None] * stride_z
-    if TEACHER:
+    if z_t_ptr is not None:
         z_t_ptr += r[:, None] * stride_z
+    if given_ptr is not None:
+        given_ptr += tl.load(offsets_ptr + n, mask=inside_r, other=0)[:, None]
+    if bits_ptr is not None:
+        bits_ptr += r[:, None] * stride_bits
 
     active = tl.load(active_ptr + n, mask=inside_r, other=0) != 0
     if tl.max(active.to(tl.int32), axis=0) == 0:
@@ -105,6 +140,9 @@ def row_kernel(
                 tl.store(grad_a_ptr + row_a + v, nothing, mask=mask)
         if MIX:
             tl.store(mix_ptr + r, tl.zeros([R], tl.float32), mask=inside_r)
+        if PHASE == "statistics":
+            for i in tl.static_range(ROWS):
+                tl.store(rows_ptr + i * m + r, tl.zeros([R], tl.float32), mask=inside_r)
         return
 
     zero = tl.zeros([R], dtype)
@@ -117,44 +155,72 @@ def row_kernel(
     softcap_s = tl.full([1, 1], softcap_s, dtype)
     softcap_t = tl.full([1, 1], softcap_t, dtype)
     parameter = tl.full([1, 1], parameter, dtype)
+    ce = zero
 
     # statistics
-    student, teacher, pair = empty_side(zero), empty_side(zero), empty_pair(zero)
-    for block in range(0, V, BLOCK):
-        v = block + lanes
-        z_s, _ = _logits(z_s_ptr, bias_s_ptr, r_mask, v, width, V, scale_s, softcap_s, SOFTCAP_S)
-        z_t = z_s
-        if TEACHER:
-            z_t, _ = _logits(z_t_ptr, bias_t_ptr, r_mask, v, width, V, scale_t, softcap_t, SOFTCAP_T)
-        student, teacher, pair = fold(
-            student, teacher, pair, z_s, z_t, v, labels, targets, inv_tau, TEACHER, BASE, MIX, CE, ANCHOR, METRICS,
-            False,
-        )  # fmt: skip
-    if CE:
-        student = _target(student, z_s_ptr, bias_s_ptr, inside_r, labels, scale_s, softcap_s, SOFTCAP_S)
-    if ANCHOR:
-        teacher = _target(teacher, z_t_ptr, bias_t_ptr, inside_r, targets, scale_t, softcap_t, SOFTCAP_T)
-    value, rows, products = finish(student, teacher, pair, BASE, MIX, TEACHER)
-
-    # divergence
-    if TEACHER and BASE == "":
-        sums = (zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)
-        for block in range(0, V, BLOCK):
+    if PHASE == "gradients":
+        rows = load_rows(rows_ptr + r, m, inside_r)
+        products = (zero, zero)
+    else:
+        student, teacher, pair = empty_side(zero), empty_side(zero), empty_pair(zero)
+        for block in range(0, kd_V, BLOCK):
             v = block + lanes
-            z_s, _ = _logits(z_s_ptr, bias_s_ptr, r_mask, v, width, V, scale_s, softcap_s, SOFTCAP_S)
-            z_t, _ = _logits(z_t_ptr, bias_t_ptr, r_mask, v, width, V, scale_t, softcap_t, SOFTCAP_T)
-            sums = fold_terms(
-                sums, z_s, z_t, rows, inv_tau, parameter, DIVERGENCE, CENTRED_P, CENTRED_Q, MIX
-            )
-        value, rows, products = finish_terms(sums, rows)
+            z_s, _ = _logits(z_s_ptr, bias_s_ptr, r_mask, v, width, kd_V, scale_s, softcap_s, SOFTCAP_S)
+            if SPARSE:
+                student, teacher = fold_sparse(
+                    student, teacher, z_s, v, labels, inv_tau, bits_ptr, r_mask, CE, METRICS, False
+                )
+            else:
+                z_t = z_s
+                if TEACHER:
+                    z_t, _ = _teacher_logits(
+                        z_t_ptr, bias_t_ptr, given_ptr, stride_v, r_mask, v, width, kd_V, scale_t, softcap_t, dtype,
+                        SOFTCAP_T,
+                    )  # fmt: skip
+                student, teacher, pair = fold(
+                    student, teacher, pair, z_s, z_t, v, labels, targets, inv_tau, TEACHER, BASE, MIX, CE, ANCHOR,
+                    METRICS, False,
+                )  # fmt: skip
+        value, rows, products = finish(student, teacher, pair, BASE, MIX, TEACHER or bits_ptr is not None)
+        if TRUNCATED:
+            beyond = student
+            for block in range(kd_V // BLOCK * BLOCK, V, BLOCK):
+                v = block + lanes
+                z_s, _ = _logits(z_s_ptr, bias_s_ptr, r_mask, v, width, V, scale_s, softcap_s, SOFTCAP_S)
+                z_s = tl.where(v >= kd_V, z_s, -float("inf"))
+                beyond, _, _, _, _ = fold_side(beyond, z_s, v, labels, inv_tau, True, METRICS, False)
+            student, rows = whole_vocabulary(student, beyond, rows)
+        if CE:
+            student = _target(student, z_s_ptr, bias_s_ptr, inside_r, labels, scale_s, softcap_s, SOFTCAP_S)
+        if ANCHOR:
+            teacher = _target(teacher, z_t_ptr, bias_t_ptr, inside_r, targets, scale_t, softcap_t, SOFTCAP_T)
 
-    counts = inside_r & active  # an inactive row's statistics stay 0
-    if TEACHER:
-        tl.store(stats_ptr + n, value, mask=counts)
-    ce = store_statistics(stats_ptr + n, stride_stats, counts, student, teacher, TEACHER, CE, ANCHOR, METRICS)
+        # divergence
+        if TEACHER and BASE == "":
+            sums = (zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)
+            for block in range(0, kd_V, BLOCK):
+                v = block + lanes
+                z_s, _ = _logits(z_s_ptr, bias_s_ptr, r_mask, v, width, kd_V, scale_s, softcap_s, SOFTCAP_S)
+                z_t, _ = _teacher_logits(
+                    z_t_ptr, bias_t_ptr, given_ptr, stride_v, r_mask, v, width, kd_V, scale_t, softcap_t, dtype,
+                    SOFTCAP_T,
+                )  # fmt: skip
+                sums = fold_terms(
+                    sums, z_s, z_t, rows, inv_tau, parameter, DIVERGENCE, CENTRED_P, CENTRED_Q, MIX
+                )
+            value, rows, products = finish_terms(sums, rows)
+
+        counts = inside_r & active  # an inactive row's statistics stay 0
+        if TEACHER:
+            tl.store(stats_ptr + n, value, mask=counts)
+        ce = store_statistics(
+            stats_ptr + n, stride_stats, counts, student, teacher, TEACHER, SPARSE, CE, ANCHOR, METRICS
+        )
+        if PHASE == "statistics":
+            store_rows(rows_ptr + r, m, rows, inside_r)
 
     # gradients
-    if grad_s_ptr is not None or grad_t_ptr is not None:
+    if PHASE != "statistics" and (grad_s_ptr is not None or grad_t_ptr is not None):
         mix = zero
         if MIX:
             mix = mix_of(products, ce if CE_GRADIENT else zero, coefficients, inv_tau)
@@ -166,11 +232,14 @@ def row_kernel(
             z_s, slope_s = _logits(z_s_ptr, bias_s_ptr, r_mask, v, width, V, scale_s, softcap_s, SOFTCAP_S)
             z_t, slope_t = z_s, slope_s
             if TEACHER:
-                z_t, slope_t = _logits(z_t_ptr, bias_t_ptr, r_mask, v, width, V, scale_t, softcap_t, SOFTCAP_T)
+                z_t, slope_t = _teacher_logits(
+                    z_t_ptr, bias_t_ptr, given_ptr, stride_v, r_mask, v, width, kd_V, scale_t, softcap_t, dtype,
+                    SOFTCAP_T,
+                )  # fmt: skip
             grad_s, grad_t, grad_a = gradients(
-                z_s, z_t, slope_s, slope_t, v, rows, mix, coefficients, labels, targets, inv_tau, parameter,
-                TEACHER, DIVERGENCE, CENTRED_P, CENTRED_Q, CE_GRADIENT, grad_s_ptr is not None, TEACHER_GRADIENT,
-                ANCHOR_GRADIENT, MIX,
+                z_s, z_t, slope_s, slope_t, v, kd_V, rows, mix, coefficients, labels, targets, inv_tau, parameter,
+                TEACHER, TRUNCATED, DIVERGENCE, CENTRED_P, CENTRED_Q, CE_GRADIENT, grad_s_ptr is not None,
+                TEACHER_GRADIENT, ANCHOR_GRADIENT, MIX,
             )  # fmt: skip
             if IN_PLACE:
                 tl.debug_barrier()  # the block has been read by every thread before any of it is written
@@ -185,34 +254,20 @@ def row_kernel(
 
 
 def solve_rows(
+    heads: Heads,  # the logits are at hand: only what turns products into logits, and where given ones lie, is read
+    term: Term,
     z_s: Tensor,  # (m, V)
-    z_t: Tensor | None,  # (m, V), strided as z_s
+    z_t: Tensor | None,  # (m, ≥ kd_vocab), strided as z_s
     *,
     width: int,  # elements of a row, of logits and of gradients, that may be read and written: V, or the padded stride
     start: int,  # the chunk's first token
-    bias: Tensor | None,  # (V,)
-    teacher_bias: Tensor | None,  # (V,)
-    logit_scale: float,
-    softcap: float | None,
-    teacher_logit_scale: float,
-    teacher_softcap: float | None,
-    labels: Tensor | None,  # (N,) int64; given = the cross entropy is wanted
-    targets: Tensor | None,  # (N,) int64; given = the anchor is wanted
-    active: Tensor,  # (N,) bool
-    coefficients: Tensor,  # (3, N)
-    temperature: Tensor,  # ()
-    scale: Tensor,  # ()
-    divergence: str,
-    parameter: float,
-    ce_gradient: bool,
-    teacher_gradient: bool,
-    anchor_gradient: bool,
-    metrics: bool,
     stats: Tensor,  # (6, N), written where computed
     grad_s: Tensor | None,  # (m, V)
-    grad_t: Tensor | None,  # (m, V): KD part, and the anchor's unless grad_a is given
-    grad_a: Tensor | None,  # (m, V)
-    mix: Tensor | None,  # (m,); given = grad_t is made orthogonal to grad_s
+    grad_t: Tensor | None = None,  # (m, V): KD part, and the anchor's unless grad_a is given
+    grad_a: Tensor | None = None,  # (m, V)
+    mix: Tensor | None = None,  # (m,); given = grad_t is made orthogonal to grad_s
+    phase: str = "",  # or "statistics" and "gradients" apart
+    rows: Tensor | None = None,  # (9, m): the rows' constants, which the one leaves and the other reads
     config: RowConfig | None = None,
 ) -> None:
     """One launch."""
@@ -220,7 +275,6 @@ def solve_rows(
     m, V = z_s.shape
     if m == 0:
         return
-    entry = ENTRIES[divergence]
     gradient = grad_s if grad_s is not None else grad_t
     in_place = gradient is not None and gradient.dtype == z_s.dtype
     if config is None and in_place:  # launching twice would read what the first launch wrote
@@ -229,21 +283,23 @@ def solve_rows(
         config = choose("rows", z_s, m, lambda c: solve_rows(**{**arguments, "config": c}))
     row_kernel[(triton.cdiv(m, config.rows),)](
         z_s, z_t, z_s.stride(0),
-        bias, teacher_bias,
-        labels, targets,
-        active,
-        coefficients, coefficients.stride(0),
-        temperature, scale,
+        *heads.given(),
+        *term.excluded(),
+        heads.bias, heads.teacher_bias,
+        term.labels, term.targets,
+        term.active,
+        term.coefficients, term.coefficients.stride(0),
+        term.temperature, term.scale,
         stats, stats.stride(0),
         grad_s, grad_t, 0 if gradient is None else gradient.stride(0),
         grad_a, 0 if grad_a is None else grad_a.stride(0),
-        mix,
-        start, m, V, width,
-        logit_scale, softcap or 1.0, teacher_logit_scale, teacher_softcap or 1.0, parameter,
-        SOFTCAP_S=softcap is not None, SOFTCAP_T=teacher_softcap is not None,
-        DIVERGENCE=divergence, BASE=entry.base, CENTRED_P=entry.centred_p, CENTRED_Q=entry.centred_q,
-        CE=labels is not None, CE_GRADIENT=ce_gradient, ANCHOR=targets is not None, ANCHOR_GRADIENT=anchor_gradient,
-        TEACHER_GRADIENT=teacher_gradient, METRICS=metrics,
+        mix, rows,
+        start, m, V, heads.kd_vocab, width, *heads.scalars(), term.parameter,
+        PHASE=phase,
+        SOFTCAP_S=heads.softcap is not None, SOFTCAP_T=heads.teacher_softcap is not None, TRUNCATED=heads.truncated,
+        **term.divergence_flags(),
+        CE=term.labels is not None, CE_GRADIENT=term.ce_gradient, ANCHOR=term.targets is not None,
+        ANCHOR_GRADIENT=term.anchor_gradient, TEACHER_GRADIENT=term.teacher_gradient, METRICS=term.metrics,
         IN_PLACE=in_place,
         R=config.rows, BLOCK=config.block, num_warps=config.warps,
     )  # fmt: skip

@@ -170,6 +170,53 @@ def fold(
 
 
 @triton.jit
+def fold_sparse(
+    student, bucket, z, v, labels, inv_tau, bits_ptr, inside, CE: tl.constexpr, METRICS: tl.constexpr,
+    TARGETS: tl.constexpr,
+):  # fmt: skip
+    """As `fold` for a teacher that is given by a few entries a row: the student's side and, where bits_ptr [R, 1] is
+    given, in the teacher's place the student's without the entries whose bits are set. inside [R, 1]."""
+    student, _, _, _, _ = fold_side(student, z, v, labels, inv_tau, CE or METRICS, METRICS, CE and TARGETS)
+    if bits_ptr is not None:
+        word = tl.load(bits_ptr + v // 32, mask=inside & (z > -float("inf")), other=0)
+        rest = tl.where(((word >> (v % 32)) & 1) == 0, z, -float("inf"))
+        bucket, _, _, _, _ = fold_side(bucket, rest, v, labels, inv_tau, False, False, False)
+    return student, bucket
+
+
+@triton.jit
+def whole_vocabulary(student, beyond, rows):
+    """The student's side and the rows' constants where entries beyond the shared ones have been folded into `beyond`:
+    a cross entropy and an entropy see them, the KD term and the argmax do not."""
+    m, S1 = beyond[0], beyond[2]
+    n_s = tl.log(S1) + (m - rows[0])
+    rows = (rows[0], rows[1], rows[2], rows[3], rows[4], rows[5], rows[6], n_s, rows[8])
+    return (m, student[1], S1, beyond[3], student[4], beyond[5]), rows
+
+
+@triton.jit
+def store_rows(pointers, stride, rows, mask):
+    """The rows' constants, [R] each, one below the other."""
+    for i in tl.static_range(len(rows)):
+        tl.store(pointers + i * stride, rows[i], mask=mask)
+
+
+@triton.jit
+def load_rows(pointers, stride, mask):
+    return (
+        tl.load(pointers, mask=mask, other=0),
+        tl.load(pointers + stride, mask=mask, other=0),
+        tl.load(pointers + 2 * stride, mask=mask, other=0),
+        tl.load(pointers + 3 * stride, mask=mask, other=0),
+        tl.load(pointers + 4 * stride, mask=mask, other=0),
+        tl.load(pointers + 5 * stride, mask=mask, other=0),
+        tl.load(pointers + 6 * stride, mask=mask, other=0),
+        tl.load(pointers + 7 * stride, mask=mask, other=0),
+        tl.load(pointers + 8 * stride, mask=mask, other=0),
+    )
+
+
+@triton.jit
 def finish(student, teacher, pair, BASE: tl.constexpr, MIX: tl.constexpr, TEACHER: tl.constexpr):
     """After the first pass: the divergence of a KL (else 0), the rows' constants, and ⟨G_t, G_s⟩ and ⟨G_s, G_s⟩ of the
     KD term over (coefficient/τ)². All [R]; the constants are
@@ -286,10 +333,10 @@ def entropy(side):
 @triton.jit
 def store_statistics(
     stats_ptr, stride, mask, student, teacher,
-    TEACHER: tl.constexpr, CE: tl.constexpr, ANCHOR: tl.constexpr, METRICS: tl.constexpr,
+    TEACHER: tl.constexpr, SPARSE: tl.constexpr, CE: tl.constexpr, ANCHOR: tl.constexpr, METRICS: tl.constexpr,
 ):  # fmt: skip
     """Write what two sides' states say, rows 1 to 5 of stats (the divergence, row 0, is the caller's); returns the
-    cross entropy [R], 0 where it is not wanted. stats_ptr [R]."""
+    cross entropy [R], 0 where it is not wanted. stats_ptr [R]. SPARSE: the student's argmax, for the agreement."""
     ce = tl.zeros_like(student[0])
     if CE:
         ce = cross_entropy(student)
@@ -298,7 +345,9 @@ def store_statistics(
         tl.store(stats_ptr + 2 * stride, cross_entropy(teacher), mask=mask)
     if METRICS:
         tl.store(stats_ptr + 3 * stride, entropy(student), mask=mask)
-        if TEACHER:
+        if SPARSE:
+            tl.store(stats_ptr + 5 * stride, student[4].to(ce.dtype), mask=mask)
+        elif TEACHER:
             tl.store(stats_ptr + 4 * stride, entropy(teacher), mask=mask)
             tl.store(stats_ptr + 5 * stride, (student[4] == teacher[4]).to(ce.dtype), mask=mask)
     return ce

@@ -13,9 +13,8 @@ from kdfast.kernels.arguments import Heads, Term
 from kdfast.kernels.configurations import TileConfig
 from kdfast.kernels.gradients import gradients, load_coefficients, store_gradient
 from kdfast.kernels.search import choose
-from kdfast.kernels.statistics import ROWS
-from kdfast.kernels.tiled_statistics import load_rows
-from kdfast.kernels.tiles import logits, parts, tile
+from kdfast.kernels.statistics import ROWS, load_rows
+from kdfast.kernels.tiles import given_logits, logits, parts, tile
 
 GROUP = 8  # row blocks that walk a stretch of the vocabulary together, so that tiles of W are read from L2
 
@@ -27,22 +26,24 @@ def gradients_kernel(
     w_ptr, stride_wv, stride_wh,  # (V, Hs)
     wt_ptr, stride_wtv, stride_wth,  # (V, Ht), or None
     bias_s_ptr, bias_t_ptr,  # (V,) or None
+    given_ptr, offsets_ptr, stride_v,  # dense teacher logits and their rows' offsets (N,), or None
     labels_ptr, targets_ptr,  # (N,) int64 or None
     active_ptr,  # (N,) bool
     coefficients_ptr, stride_c,  # (3, N)
     temperature_ptr, scale_ptr,  # ()
     rows_ptr,  # (10, N)
     grad_s_ptr, grad_t_ptr, grad_a_ptr, stride_g,  # (N, width) each, or None
-    N, V, Hs, Ht, first, width,
+    N, V, kd_V, Hs, Ht, first, width,
     scale_s: "fp64", softcap_s: "fp64", scale_t: "fp64", softcap_t: "fp64", parameter: "fp64",
     SOFTCAP_S: tl.constexpr, SOFTCAP_T: tl.constexpr, EVEN_S: tl.constexpr, EVEN_T: tl.constexpr,
+    TRUNCATED: tl.constexpr,
     DIVERGENCE: tl.constexpr, BASE: tl.constexpr, CENTRED_P: tl.constexpr, CENTRED_Q: tl.constexpr,
     CE_GRADIENT: tl.constexpr, TEACHER_GRADIENT: tl.constexpr, ANCHOR_GRADIENT: tl.constexpr, MIX: tl.constexpr,
     PRECISION: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = rows_ptr.dtype.element_ty
-    TEACHER: tl.constexpr = xt_ptr is not None
+    TEACHER: tl.constexpr = (xt_ptr is not None) or (given_ptr is not None)
     row_blocks = tl.cdiv(N, BLOCK_N)
     tiles = tl.cdiv(width, BLOCK_V)
     group = tl.program_id(0) // (GROUP * tiles)
@@ -56,7 +57,7 @@ def gradients_kernel(
     products_s, products_t = tile(
         xs_ptr, stride_xsn, stride_xsh, xt_ptr, stride_xtn, stride_xth,
         w_ptr, stride_wv, stride_wh, wt_ptr, stride_wtv, stride_wth,
-        n, first + start + tl.arange(0, BLOCK_V), N, V, Hs, Ht,
+        n, first + start + tl.arange(0, BLOCK_V), N, V, kd_V, Hs, Ht,
         dtype, EVEN_S, EVEN_T, PRECISION, BLOCK_N, BLOCK_V, BLOCK_H,
     )  # fmt: skip
 
@@ -70,17 +71,21 @@ def gradients_kernel(
     softcap_s = tl.full([1, 1], softcap_s, dtype)
     softcap_t = tl.full([1, 1], softcap_t, dtype)
     parameter = tl.full([1, 1], parameter, dtype)
+    if given_ptr is not None:
+        given_ptr += tl.load(offsets_ptr + n, mask=inside, other=0)[:, None]
     parts_s, parts_t = parts(products_s, PARTS), parts(products_t, PARTS)
     for i in tl.static_range(PARTS):
         column = start + i * (BLOCK_V // PARTS) + tl.arange(0, BLOCK_V // PARTS)
         v = first + column
         z_s, slope_s = logits(parts_s[i], bias_s_ptr, v, V, scale_s, softcap_s, SOFTCAP_S)
         z_t, slope_t = z_s, slope_s
-        if TEACHER:
-            z_t, slope_t = logits(parts_t[i], bias_t_ptr, v, V, scale_t, softcap_t, SOFTCAP_T)
+        if given_ptr is not None:
+            z_t = given_logits(given_ptr, stride_v, inside[:, None], v[None, :], kd_V, dtype)
+        elif TEACHER:
+            z_t, slope_t = logits(parts_t[i], bias_t_ptr, v, kd_V, scale_t, softcap_t, SOFTCAP_T)
         grad_s, grad_t, grad_a = gradients(
-            z_s, z_t, slope_s, slope_t, v[None, :], rows, mix, coefficients, labels, targets, inv_tau, parameter,
-            TEACHER, DIVERGENCE, CENTRED_P, CENTRED_Q, CE_GRADIENT, grad_s_ptr is not None, TEACHER_GRADIENT,
+            z_s, z_t, slope_s, slope_t, v[None, :], kd_V, rows, mix, coefficients, labels, targets, inv_tau, parameter,
+            TEACHER, TRUNCATED, DIVERGENCE, CENTRED_P, CENTRED_Q, CE_GRADIENT, grad_s_ptr is not None, TEACHER_GRADIENT,
             ANCHOR_GRADIENT, MIX,
         )  # fmt: skip
         # what lies between `width` and the end of its last tile is padding of the slab, and takes the store whole
@@ -118,15 +123,15 @@ def slab_gradients(
         out = {"rows": rows, "first": first, "grad_s": grad_s, "grad_t": grad_t, "grad_a": grad_a, "mix": mix}
         config = choose(
             "gradients", heads.weight, N, lambda c: slab_gradients(heads, term, **out, config=c),
-            widths=heads.sizes()[2:],
+            widths=heads.widths(),
         )  # fmt: skip
     gradients_kernel[(triton.cdiv(N, config.block_n) * triton.cdiv(width, config.block_v),)](
-        *heads.pointers(),
+        *heads.pointers(), *heads.given(),
         term.labels if term.ce_gradient else None, term.targets if term.anchor_gradient else None,
         term.active, term.coefficients, term.coefficients.stride(0), term.temperature, term.scale,
         rows, grad_s, grad_t, grad_a, some.stride(0),
-        *heads.sizes(), first, width, *heads.scalars(), term.parameter,
-        **heads.flags(config), **term.divergence_flags(),
+        N, heads.vocab, heads.kd_vocab, *heads.widths(), first, width, *heads.scalars(), term.parameter,
+        **heads.flags(config), TRUNCATED=heads.truncated, **term.divergence_flags(),
         CE_GRADIENT=term.ce_gradient, TEACHER_GRADIENT=term.teacher_gradient, ANCHOR_GRADIENT=term.anchor_gradient,
         MIX=mix, GROUP=GROUP, PARTS=config.parts, **config.blocks(), num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip

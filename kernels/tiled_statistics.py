@@ -4,11 +4,16 @@
                  the logits into the state of `kdfast.kernels.statistics`; partial states (splits, state, N)
     combine      merges the parts in order (no atomics: two runs are bit-equal) into row constants and statistics
 
+Where the teacher's vocabulary ends before the student's, what lies beyond is walked on its own, for the student alone.
+
 A divergence that is no KL needs both log-sum-exps first and takes both kernels twice: 2u more operations.
 
 Operations: 2u(Hs) for a projected teacher, u(Hs) + u(Ht) for one with its own head, u(Hs) without. Read per tile:
 (2·BLOCK_N + BLOCK_V)·H operands, from L2 mostly; written: 19 numbers a row and split.
 """
+
+from dataclasses import replace
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -27,50 +32,33 @@ from kdfast.kernels.statistics import (
     finish,
     finish_terms,
     fold,
+    fold_sparse,
     fold_terms,
+    load_rows,
     mix_of,
     rescale_pair,
     rescale_side,
+    store_rows,
     store_statistics,
+    whole_vocabulary,
 )
-from kdfast.kernels.tiles import logits, parts, tile
+from kdfast.kernels.tiles import given_logits, logits, parts, tile
 
 
-@triton.jit
-def _store(pointers, stride, values, mask):
-    """A tuple of [R] tensors into consecutive rows."""
-    for i in tl.static_range(len(values)):
-        tl.store(pointers + i * stride, values[i], mask=mask)
-
-
-@triton.jit
-def load_rows(pointers, stride, mask):
-    """The rows' constants, [R] each."""
-    return (
-        tl.load(pointers, mask=mask, other=0),
-        tl.load(pointers + stride, mask=mask, other=0),
-        tl.load(pointers + 2 * stride, mask=mask, other=0),
-        tl.load(pointers + 3 * stride, mask=mask, other=0),
-        tl.load(pointers + 4 * stride, mask=mask, other=0),
-        tl.load(pointers + 5 * stride, mask=mask, other=0),
-        tl.load(pointers + 6 * stride, mask=mask, other=0),
-        tl.load(pointers + 7 * stride, mask=mask, other=0),
-        tl.load(pointers + 8 * stride, mask=mask, other=0),
-    )
-
-
-@triton.jit(do_not_specialize=["N", "tiles_per_split"])
+@triton.jit(do_not_specialize=["N", "tiles_per_split", "begin"])
 def statistics_kernel(
     xs_ptr, stride_xsn, stride_xsh,  # (N, Hs)
     xt_ptr, stride_xtn, stride_xth,  # (N, Hs) or (N, Ht), or None
     w_ptr, stride_wv, stride_wh,  # (V, Hs)
     wt_ptr, stride_wtv, stride_wth,  # (V, Ht), or None
     bias_s_ptr, bias_t_ptr,  # (V,) or None
+    given_ptr, offsets_ptr, stride_v,  # dense teacher logits and their rows' offsets (N,), or None
+    bits_ptr, stride_bits,  # (N, words) int32 or None: of a sparse teacher
     labels_ptr, targets_ptr,  # (N,) int64 or None
     temperature_ptr,  # ()
     rows_ptr,  # (10, N): read in the second pass
     out_ptr,  # (splits, state, N)
-    N, V, Hs, Ht, tiles_per_split,
+    N, V, Hs, Ht, tiles_per_split, begin,  # entries from `begin` to V
     scale_s: "fp64", softcap_s: "fp64", scale_t: "fp64", softcap_t: "fp64", parameter: "fp64",
     SOFTCAP_S: tl.constexpr, SOFTCAP_T: tl.constexpr, EVEN_S: tl.constexpr, EVEN_T: tl.constexpr,
     DIVERGENCE: tl.constexpr, BASE: tl.constexpr, CENTRED_P: tl.constexpr, CENTRED_Q: tl.constexpr,
@@ -78,12 +66,14 @@ def statistics_kernel(
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = out_ptr.dtype.element_ty
-    TEACHER: tl.constexpr = xt_ptr is not None
+    TEACHER: tl.constexpr = (xt_ptr is not None) or (given_ptr is not None)
+    SPARSE: tl.constexpr = DIVERGENCE == "sparse"
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
     inside = n < N
     labels = tl.load(labels_ptr + n, mask=inside, other=0).to(tl.int32) if labels_ptr is not None else n
     targets = tl.load(targets_ptr + n, mask=inside, other=0).to(tl.int32) if targets_ptr is not None else n
+    labels = tl.where(labels < V, labels, -1)  # another launch's; a tile past V has a column of its number
     inv_tau = 1 / tl.load(temperature_ptr)
     scale_s = tl.full([1, 1], scale_s, dtype)
     scale_t = tl.full([1, 1], scale_t, dtype)
@@ -96,12 +86,17 @@ def statistics_kernel(
     if SECOND:
         rows = load_rows(rows_ptr + n, N, inside)
 
-    first = split * tiles_per_split * BLOCK_V
+    if given_ptr is not None:
+        given_ptr += tl.load(offsets_ptr + n, mask=inside, other=0)[:, None]
+    if bits_ptr is not None:
+        bits_ptr += n.to(tl.int64)[:, None] * stride_bits
+
+    first = begin + split * tiles_per_split * BLOCK_V
     for start in range(first, tl.minimum(first + tiles_per_split * BLOCK_V, V), BLOCK_V):
         products_s, products_t = tile(
             xs_ptr, stride_xsn, stride_xsh, xt_ptr, stride_xtn, stride_xth,
             w_ptr, stride_wv, stride_wh, wt_ptr, stride_wtv, stride_wth,
-            n, start + tl.arange(0, BLOCK_V), N, V, Hs, Ht,
+            n, start + tl.arange(0, BLOCK_V), N, V, V, Hs, Ht,
             dtype, EVEN_S, EVEN_T, PRECISION, BLOCK_N, BLOCK_V, BLOCK_H,
         )  # fmt: skip
         parts_s, parts_t = parts(products_s, PARTS), parts(products_t, PARTS)
@@ -109,9 +104,16 @@ def statistics_kernel(
             v = start + i * (BLOCK_V // PARTS) + tl.arange(0, BLOCK_V // PARTS)
             z_s, _ = logits(parts_s[i], bias_s_ptr, v, V, scale_s, softcap_s, SOFTCAP_S)
             z_t = z_s
-            if TEACHER:
+            if given_ptr is not None:
+                z_t = given_logits(given_ptr, stride_v, inside[:, None], v[None, :], V, dtype)
+            elif TEACHER:
                 z_t, _ = logits(parts_t[i], bias_t_ptr, v, V, scale_t, softcap_t, SOFTCAP_T)
-            if SECOND:
+            if SPARSE:
+                student, teacher = fold_sparse(
+                    student, teacher, z_s, v[None, :], labels, inv_tau, bits_ptr, inside[:, None],
+                    labels_ptr is not None, METRICS, True,
+                )  # fmt: skip
+            elif SECOND:
                 sums = fold_terms(sums, z_s, z_t, rows, inv_tau, parameter, DIVERGENCE, CENTRED_P, CENTRED_Q, MIX)
             else:
                 student, teacher, pair = fold(
@@ -122,12 +124,12 @@ def statistics_kernel(
     stride = N.to(tl.int64)
     out = out_ptr + n + split * stride * (TERMS if SECOND else 2 * SIDE + PAIR)
     if SECOND:
-        _store(out, stride, sums, inside)
+        store_rows(out, stride, sums, inside)
     else:
-        _store(out, stride, student, inside)
-        if TEACHER:
-            _store(out + SIDE * stride, stride, teacher, inside)
-            _store(out + 2 * SIDE * stride, stride, pair, inside)
+        store_rows(out, stride, student, inside)
+        if TEACHER or bits_ptr is not None:
+            store_rows(out + SIDE * stride, stride, teacher, inside)
+            store_rows(out + 2 * SIDE * stride, stride, pair, inside)
 
 
 @triton.jit
@@ -177,16 +179,18 @@ def _merge_sides(a, b, inv_tau):
     return _add_sides(a, b, best), move_a, r_a, move_b, r_b
 
 
-@triton.jit(do_not_specialize=["stride_c", "stride_stats", "N", "splits"])
+@triton.jit(do_not_specialize=["stride_c", "stride_stats", "N", "splits", "splits_beyond"])
 def combine_kernel(
     parts_ptr,  # (splits, state, N)
+    beyond_ptr,  # (splits_beyond, state, N): the student's side past the shared vocabulary, or None
     active_ptr,  # (N,) bool
     coefficients_ptr, stride_c,  # (3, N)
     temperature_ptr,  # ()
     stats_ptr, stride_stats,  # (6, N)
     rows_ptr,  # (10, N): the rows' constants and mix
-    N, splits,
-    TEACHER: tl.constexpr, BASE: tl.constexpr, CE: tl.constexpr, CE_GRADIENT: tl.constexpr, ANCHOR: tl.constexpr,
+    N, splits, splits_beyond,
+    TEACHER: tl.constexpr, SPARSE: tl.constexpr, BASE: tl.constexpr,
+    CE: tl.constexpr, CE_GRADIENT: tl.constexpr, ANCHOR: tl.constexpr,
     METRICS: tl.constexpr, MIX: tl.constexpr, SECOND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = parts_ptr.dtype.element_ty
@@ -233,8 +237,14 @@ def combine_kernel(
                     b = rescale_pair(other, S_so, move_so, move_to, r_so, r_to, "s" if MIX else "")
                     pair = _add_pairs(a, b)
         value, rows, products = finish(student, teacher, pair, BASE, MIX, TEACHER)
+        if beyond_ptr is not None:
+            beyond = student
+            for split in range(splits_beyond):
+                other = _load_side(beyond_ptr + n + split * stride * (2 * SIDE + PAIR), stride, inside)
+                beyond, _, _, _, _ = _merge_sides(beyond, other, inv_tau)
+            student, rows = whole_vocabulary(student, beyond, rows)
         ce = store_statistics(
-            stats_ptr + n, stride_stats, inside & counts, student, teacher, TEACHER, CE, ANCHOR, METRICS
+            stats_ptr + n, stride_stats, inside & counts, student, teacher, TEACHER, SPARSE, CE, ANCHOR, METRICS
         )
 
     if TEACHER:
@@ -247,7 +257,7 @@ def combine_kernel(
             zero,
         )
         mix = tl.where(counts, mix_of(products, ce if CE_GRADIENT else zero, coefficients, inv_tau), 0)
-    _store(rows_ptr + n, N, rows, inside)
+    store_rows(rows_ptr + n, N, rows, inside)
     tl.store(rows_ptr + ROWS * stride + n, mix, mask=inside)
 
 
@@ -265,34 +275,51 @@ def statistics(
         kernel = "full" if heads.intricate or term.intricate else "lean"
         out = {"stats": stats, "rows": rows, "mix": mix}
         config = choose(
-            kernel, heads.weight, N, lambda c: statistics(heads, term, **out, config=c), widths=heads.sizes()[2:]
+            kernel, heads.weight, N, lambda c: statistics(heads, term, **out, config=c), widths=heads.widths()
         )
-    _pass(heads, term, stats, rows, mix, config, second=False)
-    if heads.teacher_hidden is not None and term.entry.base == "":
-        _pass(heads, term, stats, rows, mix, config, second=True)
+    flags = {"METRICS": term.metrics, "MIX": mix}
+    shared = _fold(heads, term, rows, config, flags, 0, heads.kd_vocab)
+    beyond = None
+    if heads.truncated:
+        alone = replace(heads, teacher_hidden=None, teacher_weight=None, teacher_bias=None, teacher_logits=None)
+        beyond = _fold(
+            alone, replace(term, divergence="sparse", targets=None), rows, config, flags, heads.kd_vocab, heads.vocab
+        )
+    _combine(heads, term, stats, rows, flags, shared, beyond)
+    if heads.teacher and term.entry.base == "":
+        flags["SECOND"] = True
+        _combine(heads, term, stats, rows, flags, _fold(heads, term, rows, config, flags, 0, heads.kd_vocab), None)
 
 
-def _pass(
-    heads: Heads, term: Term, stats: Tensor, rows: Tensor, mix: bool, config: TileConfig, *, second: bool
-) -> None:
-    N, V = heads.hidden.shape[0], heads.vocab
-    row_blocks, tiles = triton.cdiv(N, config.block_n), triton.cdiv(V, config.block_v)
+def _fold(
+    heads: Heads, term: Term, rows: Tensor, config: TileConfig, flags: dict[str, Any], begin: int, end: int
+) -> Tensor:
+    """(splits, state, N): partial states of the entries from `begin` to `end`."""
+    N, second = heads.hidden.shape[0], flags.setdefault("SECOND", False)
+    row_blocks, tiles = triton.cdiv(N, config.block_n), triton.cdiv(end - begin, config.block_v)
     splits = splits_of(row_blocks, tiles, heads.hidden.device)
     per_split = triton.cdiv(tiles, splits)
     splits = triton.cdiv(tiles, per_split)
     partial = rows.new_empty(splits, TERMS.value if second else 2 * SIDE.value + PAIR.value, N)
-    flags = {"METRICS": term.metrics, "MIX": mix, "SECOND": second}
     statistics_kernel[(row_blocks, splits)](
-        *heads.pointers(),
+        *heads.pointers(), *heads.given(), *term.excluded(),
         None if second else term.labels, None if second else term.targets,
         term.temperature, rows, partial,
-        *heads.sizes(), per_split, *heads.scalars(), term.parameter,
+        N, end, *heads.widths(), per_split, begin, *heads.scalars(), term.parameter,
         **heads.flags(config), **term.divergence_flags(), **flags, PARTS=config.parts, **config.blocks(),
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
+    return partial
+
+
+def _combine(
+    heads: Heads, term: Term, stats: Tensor, rows: Tensor, flags: dict[str, Any], partial: Tensor, beyond: Tensor | None
+) -> None:
+    N = heads.hidden.shape[0]
     combine_kernel[(triton.cdiv(N, COMBINE_BLOCK),)](
-        partial, term.active, term.coefficients, term.coefficients.stride(0), term.temperature,
-        stats, stats.stride(0), rows, N, splits,
-        TEACHER=heads.teacher_hidden is not None, BASE=term.entry.base, CE=term.labels is not None,
-        CE_GRADIENT=term.ce_gradient, ANCHOR=term.targets is not None, **flags, BLOCK=COMBINE_BLOCK, num_warps=4,
+        partial, beyond, term.active, term.coefficients, term.coefficients.stride(0), term.temperature,
+        stats, stats.stride(0), rows, N, partial.shape[0], 0 if beyond is None else beyond.shape[0],
+        TEACHER=heads.teacher or term.bits is not None, SPARSE=term.sparse, BASE=term.entry.base,
+        CE=term.labels is not None, CE_GRADIENT=term.ce_gradient, ANCHOR=term.targets is not None, **flags,
+        BLOCK=COMBINE_BLOCK, num_warps=4,
     )  # fmt: skip

@@ -25,13 +25,14 @@ def tile(
     xt_ptr, stride_xtn, stride_xth,
     w_ptr, stride_wv, stride_wh,
     wt_ptr, stride_wtv, stride_wth,
-    n, v, N, V, Hs, Ht,
+    n, v, N, V, V_t, Hs, Ht,
     dtype: tl.constexpr, EVEN_S: tl.constexpr, EVEN_T: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """The products h·Wᵀ of student and teacher, [BLOCK_N, BLOCK_V] each; the teacher's are 0 where there is none.
 
-    n (BLOCK_N,), v (BLOCK_V,) int32; xt_ptr None without a teacher, wt_ptr None where it shares W."""
+    n (BLOCK_N,), v (BLOCK_V,) int32; V, V_t entries that may be read of W and Wt; xt_ptr None without a teacher, wt_ptr
+    None where it shares W."""
     h = tl.arange(0, BLOCK_H)
     n_safe = tl.minimum(n, N - 1).to(tl.int64)
     v_safe = tl.minimum(v, V - 1).to(tl.int64)
@@ -61,7 +62,7 @@ def tile(
             xs += BLOCK_H * stride_xsh
             w += BLOCK_H * stride_wh
     if wt_ptr is not None:
-        wt = wt_ptr + v_safe[None, :] * stride_wtv + h[:, None] * stride_wth
+        wt = wt_ptr + tl.minimum(v, V_t - 1).to(tl.int64)[None, :] * stride_wtv + h[:, None] * stride_wth
         for start in range(0, Ht, BLOCK_H):
             left = Ht - start
             a = _operand(xt, h[None, :], left, EVEN_T)
@@ -105,3 +106,9 @@ def logits(acc, bias_ptr, v, V, scale, softcap, SOFTCAP: tl.constexpr):
         acc += tl.load(bias_ptr + tl.minimum(v, V - 1)).to(acc.dtype)[None, :]
     z, slope = transform(acc, scale, softcap, SOFTCAP)
     return tl.where((v < V)[None, :], z, -float("inf")), slope
+
+
+@triton.jit
+def given_logits(pointers, stride_v, inside, v, V, dtype: tl.constexpr):
+    """A block of logits the caller gave, −inf from V on; pointers, inside [R, 1], v [1, BLOCK]."""
+    return tl.load(pointers + v.to(tl.int64) * stride_v, mask=inside & (v < V), other=-float("inf")).to(dtype)

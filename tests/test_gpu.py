@@ -236,8 +236,10 @@ def test_row_kernel_in_place(divergence):
     logits, scratch, apart = (torch.randn(shape, device=x.hidden.device)[:, :V] for _ in range(3))
     options = {"scale": gradient_scale(x), "wanted": wanted(x), "stats": torch.zeros(6, m, device=x.hidden.device)}
 
+    work = triton_rows.Work(x, **options)
+
     def solve_chunk(z, g):
-        triton_rows.solve(x, slice(0, m), z[:m], z[m:], out=Buffers(g[:m], g[m:], None, None, None), **options)
+        work(slice(0, m), z[:m], z[m:], Buffers(g[:m], g[m:], None, None, None))
 
     solve_chunk(logits, apart)
     for _ in range(50):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from cases import HS, HT, LEAVES, N, V, copy, gradients, make, relative, student, teacher
 
-from kdfast import JSD, FusedKDLoss, Head, Projected, fused_kd_loss
+from kdfast import JSD, Divergence, FusedKDLoss, Head, Projected, SkewKL, SkewReverseKL, fused_kd_loss
 
 ENGINES = ["reference", "torch", "triton_chunked", "triton_tiled"]
 SMALL = 5 * 2 * V * 8  # bytes: chunks of five tokens, and 23 is no multiple of five; slabs of 64 ids, a tile's width
@@ -22,8 +22,8 @@ def both(kind, *, seed=0, head=None, teacher_head=None, case=None, upstream=None
     expected_case = copy(case)
     arguments = dict(options)
     divergence = arguments.pop("divergence", "forward_kl")
-    if isinstance(divergence, JSD):
-        arguments |= {"name": "jsd", "beta": divergence.beta}
+    if isinstance(divergence, Divergence):
+        arguments |= {"name": divergence.name, **vars(divergence)}  # beta or alpha
     else:
         arguments["name"] = divergence
     for ours, theirs in (("num_items_in_batch", "num_items"), ("valid_vocab", "valid")):
@@ -51,6 +51,7 @@ def both(kind, *, seed=0, head=None, teacher_head=None, case=None, upstream=None
 
 
 DIVERGENCES = ["forward_kl", "reverse_kl", JSD(0.5), JSD(0.2), JSD(0.0), JSD(1.0)]
+MORE = ["symmetric_kl", SkewKL(0.1), SkewReverseKL(0.6), "total_variation"]
 SIDES = [("projected", grad) for grad in ("full", "projector", "none")] + [("hidden", "full"), ("head", "full")]
 
 
@@ -58,6 +59,13 @@ SIDES = [("projected", grad) for grad in ("full", "projector", "none")] + [("hid
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 def test_divergence_by_teacher(divergence, kind, teacher_grad):
     both(kind, divergence=divergence, teacher_grad=teacher_grad)
+
+
+@pytest.mark.parametrize(("kind", "temperature"), [("projected", 0.5), ("head", 5.0)])
+@pytest.mark.parametrize("divergence", MORE, ids=str)
+def test_more_divergences(divergence, kind, temperature):
+    """What a teacher's kind means to the engines does not depend on these: two kinds will do."""
+    both(kind, divergence=divergence, temperature=temperature, ce_weight=0.5)
 
 
 @pytest.mark.parametrize(("kind", "teacher_grad"), SIDES)

@@ -30,7 +30,7 @@ def problem(case, kind, **options):
     }
     defaults |= options
     defaults["divergence"] = get_divergence(defaults["divergence"])
-    x, _ = assemble(student(case), teacher(case, kind), case.labels, Options(**defaults))
+    x = assemble(student(case), teacher(case, kind), case.labels, Options(**defaults)).problem
     return [getattr(x, field.name) for field in fields(Problem)]
 
 

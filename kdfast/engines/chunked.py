@@ -71,10 +71,10 @@ def _run(x: Problem) -> Result:
     N, H = x.hidden.shape
     V, device = x.valid_vocab, x.hidden.device
     plan = _plan(x)
-    solve = importlib.import_module(ROW_WORK[x.engine]).solve
     scale = gradient_scale(x)
     weight = x.weight[:V]
     stats = torch.zeros((6, N), device=device, dtype=x.dtype)
+    work = importlib.import_module(ROW_WORK[x.engine]).Work(x, scale=scale, wanted=plan.wanted, stats=stats)
     d_hidden = _zeros(x.need_hidden, (N, H), x)
     d_weight = _zeros(x.need_weight, tuple(x.weight.shape), x)
     d_bias = _zeros(x.need_bias, (x.weight.shape[0],), x)
@@ -82,6 +82,7 @@ def _run(x: Problem) -> Result:
     teacher_input = x.need_teacher_hidden and (plan.wanted.teacher or plan.wanted.anchor)
 
     pairs = 2 if x.teacher_hidden is not None else 1
+
     def scratch(rows: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(rows, plan.stride, device=device, dtype=dtype)[:, :V]
 
@@ -99,15 +100,11 @@ def _run(x: Problem) -> Result:
         g_s, g_t = g[:m], g[m:] if pairs == 2 else None
         for b in range(0, m, plan.block):
             part = slice(b, min(b + plan.block, m))
-            solve(
-                x,
+            work(
                 slice(start + part.start, start + part.stop),
                 z_s[part],
                 None if z_t is None else z_t[part],
-                scale=scale,
-                wanted=plan.wanted,
-                stats=stats,
-                out=Buffers(
+                Buffers(
                     g_s[part] if plan.wanted.student else None,
                     g_t[part] if g_t is not None and (plan.wanted.teacher or plan.wanted.anchor) else None,
                     None if anchor_plane is None else anchor_plane[part],
@@ -157,8 +154,8 @@ def _logits(x: Problem, rows: slice, weight: Tensor, planes: Tensor) -> tuple[Te
     if teacher is None:
         return inputs, z, None
     assert x.teacher_weight is not None
-    z_t = planes[m : 2 * m]
-    gemm.logits(teacher, x.teacher_weight[: x.valid_vocab], z_t)
+    z_t = planes[m : 2 * m, : x.kd_vocab]
+    gemm.logits(teacher, x.teacher_weight[: x.kd_vocab], z_t)
     return inputs, z, z_t
 
 
@@ -197,6 +194,9 @@ def _select(x: Problem, index: Tensor) -> Problem:
         x,
         hidden=x.hidden.index_select(0, index),
         teacher_hidden=rows(x.teacher_hidden),
+        teacher_rows=rows(x.teacher_rows),
+        teacher_indices=rows(x.teacher_indices),
+        teacher_log_probs=rows(x.teacher_log_probs),
         labels=rows(x.labels),
         anchor_targets=rows(x.anchor_targets),
         coefficients=x.coefficients.index_select(1, index),

@@ -5,9 +5,13 @@ Logits are computed in fp32 (float64 for float64 inputs), whatever the inputs' d
 
 from __future__ import annotations
 
+from math import inf
+
 import torch
 from torch import Tensor
 
+from kdfast import sparse
+from kdfast.engines.given import given_rows
 from kdfast.problem import AGREEMENT, ANCHOR, CE, KD, STUDENT_ENTROPY, TEACHER_ENTROPY, Problem
 
 
@@ -19,7 +23,7 @@ def run(problem: Problem) -> tuple[Tensor, Tensor]:
 
 def _run(x: Problem) -> tuple[Tensor, Tensor]:
     off = ~x.active[:, None]  # whatever an inactive row holds, NaN included, must not reach a sum
-    z_s = _logits(x, x.hidden.masked_fill(off, 0), x.weight, x.bias, x.logit_scale, x.softcap)
+    z_s = _through_the_students_head(x, x.hidden.masked_fill(off, 0), fixed=False)
     rows: dict[int, Tensor] = {}  # statistic → (N,)
     if x.want_metrics:
         rows[STUDENT_ENTROPY] = _entropy(z_s)
@@ -27,26 +31,24 @@ def _run(x: Problem) -> tuple[Tensor, Tensor]:
         assert x.labels is not None
         rows[CE] = _cross_entropy(z_s, x.labels)
 
-    if x.teacher_hidden is not None:
-        h_t = x.teacher_hidden.masked_fill(off, 0)
-        fixed_weight, fixed_bias = x.weight.detach(), None if x.bias is None else x.bias.detach()
-        if x.teacher_weight is not None:
-            z_t = _logits(x, h_t, x.teacher_weight, x.teacher_bias, x.teacher_logit_scale, x.teacher_softcap)
-        elif x.teacher_grad == "full":
-            z_t = _logits(x, h_t, x.weight, x.bias, x.logit_scale, x.softcap)
-        else:
-            h_kd = h_t if x.teacher_grad == "projector" else h_t.detach()
-            z_t = _logits(x, h_kd, fixed_weight, fixed_bias, x.logit_scale, x.softcap)
+    shared = _counted(x, z_s[:, : x.kd_vocab])
+    if x.sparse:
+        rows[KD] = _sparse(x, shared)
+        if x.want_metrics:
+            rows[AGREEMENT] = (shared.argmax(-1) == sparse.best(x)).to(x.dtype)
+    elif x.has_teacher:
+        h_t = None if x.teacher_hidden is None else x.teacher_hidden.masked_fill(off, 0)
+        z_t = _counted(x, _teacher_logits(x, h_t))
         log_p = (z_t / x.temperature).log_softmax(-1)
-        log_q = (z_s / x.temperature).log_softmax(-1)
+        log_q = (shared / x.temperature).log_softmax(-1)
         rows[KD] = x.divergence.pointwise(log_p, log_q).sum(-1)
         if x.use_anchor:
+            assert h_t is not None
             assert x.anchor_targets is not None
-            z_a = _logits(x, h_t, fixed_weight, fixed_bias, x.logit_scale, x.softcap)
-            rows[ANCHOR] = _cross_entropy(z_a, x.anchor_targets)
+            rows[ANCHOR] = _cross_entropy(_through_the_students_head(x, h_t, fixed=True), x.anchor_targets)
         if x.want_metrics:
             rows[TEACHER_ENTROPY] = _entropy(z_t)
-            rows[AGREEMENT] = (z_s.argmax(-1) == z_t.argmax(-1)).to(x.dtype)
+            rows[AGREEMENT] = (shared.argmax(-1) == z_t.argmax(-1)).to(x.dtype)
 
     loss = torch.zeros(x.hidden.shape[0], device=x.hidden.device, dtype=x.dtype)
     for term in (KD, CE, ANCHOR):
@@ -57,13 +59,64 @@ def _run(x: Problem) -> tuple[Tensor, Tensor]:
     return (loss if x.per_row else loss.sum()), stats
 
 
+def _counted(x: Problem, z: Tensor) -> Tensor:
+    """Logits (N, V) for the KD term, detached in rows it does not count: those may hold anything, no entry at all or
+    an infinite divergence."""
+    return torch.where((x.coefficients[KD] != 0)[:, None], z, z.detach())
+
+
+def _teacher_logits(x: Problem, hidden: Tensor | None) -> Tensor:
+    """(N, kd_vocab)."""
+    if x.teacher_logits is not None:
+        off = ~x.active[:, None]
+        return given_rows(x, slice(None)).to(x.dtype).masked_fill(off, 0)
+    assert hidden is not None
+    if x.teacher_weight is not None:
+        head = (x.teacher_weight, x.teacher_bias, x.teacher_logit_scale, x.teacher_softcap)
+        return _logits(x, hidden, *head, x.kd_vocab)
+    if x.teacher_grad == "none":
+        hidden = hidden.detach()
+    return _through_the_students_head(x, hidden, fixed=x.teacher_grad != "full")
+
+
+def _through_the_students_head(x: Problem, hidden: Tensor, *, fixed: bool) -> Tensor:
+    """fixed: no gradient reaches the head."""
+    weight, bias = x.weight, x.bias
+    if fixed:
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
+    return _logits(x, hidden, weight, bias, x.logit_scale, x.softcap, x.valid_vocab)
+
+
+def _sparse(x: Problem, z: Tensor) -> Tensor:
+    """(N,) divergence of a teacher given by K entries, made dense: over the vocabulary and, for a bucket, one more."""
+    assert x.teacher_indices is not None
+    assert x.teacher_log_probs is not None
+    nothing = torch.full_like(z, -inf, requires_grad=False).detach()
+    log_p = nothing.scatter(1, x.teacher_indices, x.teacher_log_probs)
+    if x.teacher_tail == "bucket":
+        within = log_p > -inf
+        log_q = z.log_softmax(-1)
+        empty = log_q.masked_fill(within, -inf).isneginf().all(dim=-1, keepdim=True)
+        rest = log_q.masked_fill(within & ~empty, -inf).logsumexp(dim=-1, keepdim=True).masked_fill(empty, -inf)
+        log_q = torch.cat([log_q.masked_fill(~within, -inf), rest], dim=-1)
+        missing = (1 - log_p.double().exp().sum(dim=-1, keepdim=True)).clamp_min(0).log().to(x.dtype)
+        missing = missing.masked_fill(within.all(dim=-1, keepdim=True), -inf)
+        log_p = (torch.cat([log_p, missing], dim=-1) / x.temperature).log_softmax(-1)
+        log_q = (log_q / x.temperature).log_softmax(-1)
+    else:
+        if x.teacher_tail == "renormalize":
+            log_p = (log_p / x.temperature).log_softmax(-1)
+        log_q = (z / x.temperature).log_softmax(-1)
+    return x.divergence.pointwise(log_p, log_q).sum(-1)
+
+
 def _logits(
-    x: Problem, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None
+    x: Problem, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, vocab: int
 ) -> Tensor:
-    """softcap·tanh(scale·(h Wᵀ + b)/softcap) over the valid vocabulary, (N, valid_vocab)."""
-    z = hidden.to(x.dtype) @ weight[: x.valid_vocab].to(x.dtype).T
+    """softcap·tanh(scale·(h Wᵀ + b)/softcap) over the first `vocab` entries, (N, vocab)."""
+    z = hidden.to(x.dtype) @ weight[:vocab].to(x.dtype).T
     if bias is not None:
-        z = z + bias[: x.valid_vocab].to(x.dtype)
+        z = z + bias[:vocab].to(x.dtype)
     z = z * scale
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 

@@ -1,6 +1,7 @@
 """What the chunk loop asks of the row work, and what it gets: the same for every engine that works in chunks.
 
-    solve(x, rows, z_s, z_t, *, scale, wanted, stats, out)
+    work = RowWork(x, scale=, wanted=, stats=)      once
+    work(rows, z_s, z_t, out)                       for some rows at a time
 
 takes logits of the rows `rows` (a slice of x's tokens), raw products h·Wᵀ of shape (r, V), and fills
 `stats[:, rows]` and the buffers in `out`.
@@ -8,9 +9,12 @@ takes logits of the rows `rows` (a slice of x's tokens), raw products h·Wᵀ of
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
+
+from kdfast.engines.planning import Wanted
+from kdfast.problem import Problem
 
 
 class Buffers(NamedTuple):
@@ -21,3 +25,11 @@ class Buffers(NamedTuple):
     anchor: Tensor | None  # a plane of its own for the anchor's part; None = it is added to the teacher's
     mix: Tensor | None  # (r,): `teacher` holds grad_t + mix·grad_s, orthogonal to grad_s; None = grad_t as it is
     bias: Tensor | None  # (V,) sum over rows of all that reaches the bias, accumulated here
+
+
+class RowWork(Protocol):
+    """scale (): gradients are divided by it; stats (6, N)."""
+
+    def __init__(self, x: Problem, *, scale: Tensor, wanted: Wanted, stats: Tensor) -> None: ...
+
+    def __call__(self, rows: slice, z_s: Tensor, z_t: Tensor | None, out: Buffers) -> None: ...

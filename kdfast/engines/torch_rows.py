@@ -9,41 +9,52 @@ On a CPU r is kept so small that the dozen temporaries stay in the cache: there 
 
 from __future__ import annotations
 
+from math import inf
+
 import torch
 from torch import Tensor
 
+from kdfast import sparse
 from kdfast.divergences import log_ratio, weighted
+from kdfast.engines.given import given_rows
 from kdfast.engines.planning import Wanted
 from kdfast.engines.row_work import Buffers
 from kdfast.problem import AGREEMENT, ANCHOR, CE, KD, STUDENT_ENTROPY, TEACHER_ENTROPY, Problem
 
 
-def solve(
-    x: Problem,
-    rows: slice,
-    z_s: Tensor,
-    z_t: Tensor | None,
-    *,
-    scale: Tensor,
-    wanted: Wanted,
-    stats: Tensor,
-    out: Buffers,
+class Work:
+    """`kdfast.engines.row_work.RowWork` in plain torch."""
+
+    def __init__(self, x: Problem, *, scale: Tensor, wanted: Wanted, stats: Tensor) -> None:
+        self.x, self.scale, self.wanted, self.stats = x, scale, wanted, stats
+
+    def __call__(self, rows: slice, z_s: Tensor, z_t: Tensor | None, out: Buffers) -> None:
+        _solve(self.x, rows, z_s, z_t, self.scale, self.wanted, self.stats, out)
+
+
+def _solve(
+    x: Problem, rows: slice, z_s: Tensor, z_t: Tensor | None, scale: Tensor, wanted: Wanted, stats: Tensor, out: Buffers
 ) -> None:
-    """Fill `stats[:, rows]` (6, N) and the gradient buffers of `x`'s rows `rows` from their logits."""
     coefficients = (x.coefficients[:, rows] / scale)[:, :, None]  # (3, r, 1)
     teacher_bias = x.bias if x.projected else x.teacher_bias
-    for z, bias in ((z_s, x.bias), (z_t, teacher_bias)):
-        if z is not None and bias is not None:
-            z += bias[: x.valid_vocab]
-    slope_s = _transform(z_s, x.logit_scale, x.softcap)
-    slope_t = None if z_t is None else _transform(z_t, x.teacher_logit_scale, x.teacher_softcap)
+    slope_s = add_bias_and_transform(z_s, x.bias, x.logit_scale, x.softcap)
+    slope_t: Tensor | None = None
+    if z_t is not None:
+        slope_t = add_bias_and_transform(z_t, teacher_bias, x.teacher_logit_scale, x.teacher_softcap)
+    if x.teacher_logits is not None:
+        z_t = given_rows(x, rows).to(x.dtype)
     grad_s: Tensor | None = None
     grad_t: Tensor | None = None
     grad_a: Tensor | None = None
-    if z_t is not None:
-        stats[KD, rows], grad_s, grad_t = _divergence(x, z_s, z_t, coefficients[KD], wanted)
+    shared = z_s[:, : x.kd_vocab]
+    if x.sparse:
+        stats[KD, rows], grad_s = _sparse(x, rows, shared, coefficients[KD, :, 0], wanted.student)
         if x.want_metrics:
-            stats[AGREEMENT, rows] = (z_s.argmax(dim=-1) == z_t.argmax(dim=-1)).to(stats.dtype)
+            stats[AGREEMENT, rows] = (shared.argmax(dim=-1) == sparse.best(x)[rows]).to(stats.dtype)
+    elif z_t is not None:
+        stats[KD, rows], grad_s, grad_t = _divergence(x, shared, z_t, coefficients[KD], wanted)
+        if x.want_metrics:
+            stats[AGREEMENT, rows] = (shared.argmax(dim=-1) == z_t.argmax(dim=-1)).to(stats.dtype)
 
     if x.use_ce or x.want_metrics:
         targets = x.labels[rows] if x.use_ce and x.labels is not None else None
@@ -52,7 +63,7 @@ def solve(
         )
         _record(stats, rows, STUDENT_ENTROPY, entropy)
         _record(stats, rows, CE, value)
-        grad_s = _add(grad_s, grad)
+        grad_s = _add_shared(grad, grad_s)
     if z_t is not None and (x.use_anchor or x.want_metrics):
         targets = x.anchor_targets[rows] if x.use_anchor and x.anchor_targets is not None else None
         entropy, value, grad_a = _at_temperature_one(
@@ -70,7 +81,7 @@ def solve(
     if out.bias is not None:
         for grad in (grad_s, grad_t if wanted.teacher_to_weight else None):
             if grad is not None:
-                out.bias.add_(grad.sum(dim=0))
+                out.bias[: grad.shape[1]].add_(grad.sum(dim=0))
     if out.anchor is None:
         grad_t, grad_a = _add(grad_t, grad_a), None
     if out.mix is not None:
@@ -79,11 +90,17 @@ def solve(
         out.mix.copy_(_decorrelate(grad_s, grad_t))
     for buffer, grad in ((out.student, grad_s), (out.teacher, grad_t), (out.anchor, grad_a)):
         if buffer is not None:
-            buffer.zero_() if grad is None else buffer.copy_(_saturated(grad, buffer.dtype))
+            _fill(buffer, grad)
 
 
-def _transform(z: Tensor, logit_scale: float, softcap: float | None) -> Tensor | None:
-    """z → softcap·tanh(logit_scale·z/softcap), in place; returns d/dz ÷ logit_scale, or None for 1."""
+def add_bias_and_transform(
+    z: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None
+) -> Tensor | None:
+    """z → softcap·tanh(logit_scale·(z + bias)/softcap), in place; returns d/dz ÷ logit_scale, or None for 1.
+
+    bias: of z's shape, or of z's columns and more."""
+    if bias is not None:
+        z += bias[..., : z.shape[1]]
     if logit_scale != 1.0:
         z.mul_(logit_scale)
     if softcap is None:
@@ -112,6 +129,34 @@ def _divergence(
     return value, grad_s, grad_t
 
 
+def _sparse(
+    x: Problem, rows: slice, z: Tensor, coefficient: Tensor, gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(divergence (r,), coefficient·∂/∂z) of a teacher given by K entries."""
+    assert x.teacher_indices is not None
+    index = x.teacher_indices[rows]
+    # `clamp`: a row of −inf alone, whose differences would be NaN
+    z = z - z.amax(dim=-1, keepdim=True).clamp_min(torch.finfo(z.dtype).min)
+    entries = z.gather(1, index)
+    scaled = z / sparse.temperature(x)
+    softmax = scaled.exp()
+    total = softmax.sum(dim=-1)
+    rest: Tensor | None = None
+    excluded = sparse.excluded(x)
+    if excluded is not None:
+        # an entry without mass keeps its logit: its id is written with what some other entry there would write
+        scaled.scatter_(1, index, torch.where(excluded[rows], -inf, entries))
+        rest = scaled.logsumexp(dim=-1)
+    found = sparse.solve(x, rows, entries, total.log(), rest, coefficient)
+    if not gradient:
+        return found.value, None
+    if rest is None:
+        softmax.div_(total[:, None])
+    else:
+        softmax = torch.exp(scaled.sub_(rest[:, None]), out=softmax)
+    return found.value, softmax.mul_(found.outside[:, None]).scatter_(1, index, found.inside)
+
+
 def _centre(a: Tensor, softmax: Tensor, centred: bool) -> Tensor:
     """a − softmax·Σa, in place."""
     return a if centred else a.addcmul_(softmax, a.sum(dim=-1, keepdim=True), value=-1)
@@ -137,6 +182,14 @@ def _saturated(grad: Tensor, dtype: torch.dtype) -> Tensor:
     return grad.clamp_(-65504, 65504) if dtype == torch.float16 else grad
 
 
+def _fill(buffer: Tensor, grad: Tensor | None) -> None:
+    """Write a gradient; entries of the vocabulary that it does not have get none."""
+    width = 0 if grad is None else grad.shape[1]
+    if grad is not None:
+        buffer[:, :width].copy_(_saturated(grad, buffer.dtype))
+    buffer[:, width:].zero_()
+
+
 def _record(stats: Tensor, rows: slice, row: int, value: Tensor | None) -> None:
     if value is not None:
         stats[row, rows] = value
@@ -146,12 +199,20 @@ def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a.add_(b)
 
 
+def _add_shared(whole: Tensor | None, shared: Tensor | None) -> Tensor | None:
+    """A gradient over the whole vocabulary and one over its first ids."""
+    if whole is None or shared is None:
+        return shared if whole is None else whole
+    whole[:, : shared.shape[1]] += shared
+    return whole
+
+
 def _chain(grad: Tensor | None, slope: Tensor | None, logit_scale: float) -> None:
     """From logits to the raw products h·Wᵀ + b, in place."""
     if grad is None:
         return
     if slope is not None:
-        grad.mul_(slope)
+        grad.mul_(slope[:, : grad.shape[1]])
     if logit_scale != 1.0:
         grad.mul_(logit_scale)
 

@@ -1,63 +1,61 @@
-"""The row work of the `triton_chunked` engine: one launch a chunk, `kdfast.kernels.rows`."""
+"""The row work of the `triton_chunked` engine: `kdfast.kernels.rows`, one launch a chunk, two for a sparse teacher."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 from torch import Tensor
 
+from kdfast.engines import triton_sparse
 from kdfast.engines.planning import Wanted
 from kdfast.engines.row_work import Buffers
+from kdfast.engines.triton_arguments import heads_of, term_of
+from kdfast.kernels import support
 from kdfast.kernels.column_sums import add_column_sums
 from kdfast.kernels.rows import solve_rows
+from kdfast.kernels.statistics import ROWS
 from kdfast.problem import Problem
 
 
-def solve(
-    x: Problem,
-    rows: slice,
-    z_s: Tensor,
-    z_t: Tensor | None,
-    *,
-    scale: Tensor,
-    wanted: Wanted,
-    stats: Tensor,
-    out: Buffers,
-) -> None:
-    """Fill `stats[:, rows]` (6, N) and the gradient buffers of `x`'s rows `rows` from their logits."""
-    bias = None if x.bias is None else x.bias.contiguous()
-    own_bias = None if x.teacher_bias is None else x.teacher_bias.contiguous()
-    solve_rows(
-        z_s,
-        z_t,
-        width=z_s.stride(0),  # the chunk loop's scratch: whole padded rows
-        start=rows.start,
-        bias=bias,
-        teacher_bias=bias if x.projected else own_bias,
-        logit_scale=x.logit_scale,
-        softcap=x.softcap,
-        teacher_logit_scale=x.teacher_logit_scale,
-        teacher_softcap=x.teacher_softcap,
-        labels=x.labels if x.use_ce else None,
-        targets=x.anchor_targets if x.use_anchor else None,
-        active=x.active,
-        coefficients=x.coefficients,
-        temperature=x.temperature,
-        scale=scale,
-        divergence=x.divergence_name,
-        parameter=x.divergence_parameters[0] if x.divergence_parameters else 0.0,
-        ce_gradient=wanted.student and x.ce_term,
-        teacher_gradient=wanted.teacher,
-        anchor_gradient=wanted.anchor,
-        metrics=x.want_metrics,
-        stats=stats,
-        grad_s=out.student,
-        grad_t=out.teacher,
-        grad_a=out.anchor,
-        mix=out.mix,
-    )
-    if out.bias is None:
-        return
-    if out.student is not None:
-        weights = None if out.mix is None else 1 - out.mix
-        add_column_sums(out.student, weights, out.bias)
-    if wanted.teacher_to_weight and out.teacher is not None:
-        add_column_sums(out.teacher, None, out.bias)
+class Work:
+    """`kdfast.engines.row_work.RowWork` on the device."""
+
+    def __init__(self, x: Problem, *, scale: Tensor, wanted: Wanted, stats: Tensor) -> None:
+        self.x, self.scale, self.wanted, self.stats = x, scale, wanted, stats
+        self.heads, self.term = heads_of(x), term_of(x, scale)
+
+    def __call__(self, rows: slice, z_s: Tensor, z_t: Tensor | None, out: Buffers) -> None:
+        if self.x.sparse:
+            self._sparse(rows, z_s, out.student)
+        else:
+            grads = {"grad_s": out.student, "grad_t": out.teacher, "grad_a": out.anchor, "mix": out.mix}
+            solve_rows(self.heads, self.term, z_s, z_t, **self._chunk(rows, z_s), **grads)
+        if out.bias is None:
+            return
+        if out.student is not None:
+            weights = None if out.mix is None else 1 - out.mix
+            add_column_sums(out.student, weights, out.bias)
+        if self.wanted.teacher_to_weight and out.teacher is not None:
+            add_column_sums(out.teacher, None, out.bias)
+
+    def _sparse(self, rows: slice, z: Tensor, grad: Tensor | None) -> None:
+        x = self.x
+        assert x.teacher_indices is not None
+        at = triton_sparse.entries(x, rows, z.gather(1, x.teacher_indices[rows]))
+        constants = z.new_empty(ROWS.value, z.shape[0])
+        phase = {"z_s": z, "z_t": None, **self._chunk(rows, z)}
+        term = replace(self.term, bits=triton_sparse.bits(x, rows))
+        solve_rows(self.heads, term, **phase, grad_s=None, phase="statistics", rows=constants)
+        found = triton_sparse.solve(x, rows, at, constants, self.scale)
+        triton_sparse.record(x, rows, found, self.stats)
+        if grad is None:
+            return
+        outside = triton_sparse.outside(x, found, constants)
+        solve_rows(self.heads, self.term, **phase, grad_s=grad, phase="gradients", rows=outside)
+        inside = triton_sparse.inside(x, rows, at, found, constants, self.scale, grad.dtype)
+        support.write(grad, at.indices, inside)
+
+    def _chunk(self, rows: slice, z: Tensor) -> dict[str, Any]:
+        # the chunk loop's scratch: whole padded rows
+        return {"width": z.stride(0), "start": rows.start, "stats": self.stats}

@@ -1,6 +1,6 @@
 """The engine `triton_tiled`: logits live in registers; nothing of size N × V is ever written.
 
-    statistics   kdfast.kernels.tiled_statistics: row constants, losses, metrics                2u; 4u for a JSD
+    statistics   kdfast.kernels.tiled_statistics: row constants, losses, metrics       2u; 4u where no KL's side does
     then for each slab of the vocabulary, w entries wide:
     G  (2N, w)   kdfast.kernels.tiled_gradients: logits recomputed, their gradients             2u
     dW (w, H)  = Gᵀ · [h_s; h_p]   one product, complete                                        2u
@@ -10,16 +10,22 @@
 row, with which the backward starts at the slabs: 8u again, where the chunked engine takes 8u too.
 
 Memory beyond inputs and gradients: a slab of gradients within `scratch_bytes`, dX in fp32, and dW once more (bf16: in
-bf16; else in fp32). Two runs give the same bits.
+bf16; else in fp32); for a sparse teacher's bucket a bit an entry of the vocabulary, N·V/8 bytes. Two runs give the same
+bits.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from kdfast import gemm
+from kdfast.engines import triton_sparse
 from kdfast.engines.planning import active_rows, gradient_scale, mixes, scratch_budget, total, wanted
+from kdfast.engines.triton_arguments import heads_of, term_of
+from kdfast.kernels import support
 from kdfast.kernels.arguments import Heads, Term
 from kdfast.kernels.column_sums import add_column_sums
 from kdfast.kernels.configurations import row_of
@@ -34,12 +40,18 @@ def run(x: Problem, rows: Tensor | None = None) -> Result:
     """Loss, statistics and scaled gradients of `x`. rows: an earlier Result's, whose statistics are then not needed."""
     N, H = x.hidden.shape
     scale = gradient_scale(x)
-    heads, term = _heads(x), _term(x, scale)
+    heads, term = heads_of(x), term_of(x, scale)
     stats = torch.zeros((6, N), device=x.hidden.device, dtype=x.dtype)
+    fresh = rows is None
     if rows is None:
         rows = stats.new_empty(10, N)
-        _count(x, passes=2 if x.teacher_hidden is not None and term.entry.base == "" else 1)
-        statistics(heads, term, stats=stats, rows=rows, mix=mixes(x))
+        _count(x, passes=2 if heads.teacher and term.entry.base == "" else 1)
+        bits = triton_sparse.bits(x, slice(None)) if x.sparse else None
+        statistics(heads, replace(term, bits=bits), stats=stats, rows=rows, mix=mixes(x))
+    kept = rows if x.row_constants else stats.new_empty(0)
+    values: Tensor | None = None
+    if x.sparse:
+        rows, values = _sparse(x, rows, scale, stats if fresh else None)
 
     now = x.of_the_forward()
     d_hidden = _zeros(now.need_hidden, (N, H), x.dtype, x)
@@ -47,15 +59,29 @@ def run(x: Problem, rows: Tensor | None = None) -> Result:
     d_bias = _zeros(now.need_bias, (x.weight.shape[0],), x.dtype, x)
     d_teacher = _zeros(now.need_teacher_hidden, (N, H), x.dtype, x)
     if any(wanted(now)) and N:
-        _gradients(now, heads, term, rows, d_hidden, d_weight, d_bias, d_teacher)
-    kept = rows if x.row_constants else stats.new_empty(0)
+        _gradients(now, heads, term, rows, values, d_hidden, d_weight, d_bias, d_teacher)
     return Result(total(x, stats), stats, d_hidden, d_weight, d_bias, d_teacher, scale, kept)
 
 
+def _sparse(x: Problem, rows: Tensor, scale: Tensor, stats: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What the gradients of a sparse teacher need: the rows' constants, and the gradients at its entries (N, K). stats:
+    given where the statistics have just been taken, to be completed."""
+    assert x.teacher_indices is not None
+    every = slice(None)
+    products = x.coefficients.new_empty(x.teacher_indices.shape)
+    at = triton_sparse.entries(x, every, support.support_logits(x.hidden, x.weight, x.teacher_indices, products))
+    found = triton_sparse.solve(x, every, at, rows, scale)
+    if stats is not None:
+        triton_sparse.record(x, every, found, stats)
+    dtype = gemm.gradient_dtype(x.weight.dtype, x.weight.device)
+    return triton_sparse.outside(x, found, rows), triton_sparse.inside(x, every, at, found, rows, scale, dtype)
+
+
 def _gradients(
-    x: Problem, heads: Heads, term: Term, rows: Tensor, d_hidden: Tensor, d_weight: Tensor, d_bias: Tensor,
-    d_teacher: Tensor,
+    x: Problem, heads: Heads, term: Term, rows: Tensor, entries: Tensor | None, d_hidden: Tensor, d_weight: Tensor,
+    d_bias: Tensor, d_teacher: Tensor,
 ) -> None:  # fmt: skip
+    """entries (N, K): gradients at a sparse teacher's entries."""
     (N, _), V = x.hidden.shape, x.valid_vocab
     want, mix = wanted(x), rows[-1] if mixes(x) else None
     teacher = want.teacher or want.anchor
@@ -84,6 +110,8 @@ def _gradients(
             grad_a=slab[-1] if want.anchor_apart else None,
             mix=mix is not None,
         )
+        if entries is not None and x.teacher_indices is not None:
+            support.write(slab[0], x.teacher_indices, entries, first)
         g = planes[:sides].flatten(0, 1)[:, : ids.stop - first]
         if inputs is not None:
             gemm.whole_weight_gradient(g[to_weight], inputs[to_weight], d_weight[ids])
@@ -124,50 +152,14 @@ def _slab_width(x: Problem, bytes_per_logit: int, tile: int) -> int:
     return -(-tiles // slabs) * tile
 
 
-def _heads(x: Problem) -> Heads:
-    bias = None if x.bias is None else x.bias.contiguous()
-    own_bias = None if x.teacher_bias is None else x.teacher_bias.contiguous()
-    return Heads(
-        hidden=x.hidden,
-        weight=x.weight,
-        bias=bias,
-        logit_scale=x.logit_scale,
-        softcap=x.softcap,
-        teacher_hidden=x.teacher_hidden,
-        teacher_weight=x.teacher_weight,
-        teacher_bias=bias if x.projected else own_bias,
-        teacher_logit_scale=x.teacher_logit_scale,
-        teacher_softcap=x.teacher_softcap,
-        vocab=x.valid_vocab,
-        tf32=gemm.tf32(x.hidden.device),
-    )
-
-
-def _term(x: Problem, scale: Tensor) -> Term:
-    want = wanted(x)  # with per-row losses too: what the statistics must know of a later backward
-    return Term(
-        divergence=x.divergence_name,
-        parameter=x.divergence_parameters[0] if x.divergence_parameters else 0.0,
-        temperature=x.temperature,
-        coefficients=x.coefficients,
-        scale=scale,
-        active=x.active,
-        labels=x.labels if x.use_ce else None,
-        targets=x.anchor_targets if x.use_anchor else None,
-        ce_gradient=want.student and x.ce_term,
-        teacher_gradient=want.teacher,
-        anchor_gradient=want.anchor,
-        metrics=x.want_metrics,
-    )
-
-
 def _count(x: Problem, passes: int = 1, part: slice | None = None) -> None:
     """Tell `gemm.record` of the logits a kernel computes."""
-    V = x.valid_vocab if part is None else part.stop - part.start
+    part = part or slice(0, x.valid_vocab)
     for _ in range(passes):
-        gemm.count("logits", x.hidden.shape[0] * (2 if x.projected else 1), V, x.hidden.shape[1])
+        gemm.count("logits", x.hidden.shape[0] * (2 if x.projected else 1), part.stop - part.start, x.hidden.shape[1])
         if x.teacher_weight is not None:
-            gemm.count("logits", x.hidden.shape[0], V, x.teacher_weight.shape[1])
+            shared = max(0, min(part.stop, x.kd_vocab) - part.start)
+            gemm.count("logits", x.hidden.shape[0], shared, x.teacher_weight.shape[1])
 
 
 def _zeros(needed: bool, shape: tuple[int, ...], dtype: torch.dtype, x: Problem) -> Tensor:

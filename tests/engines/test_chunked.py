@@ -287,7 +287,7 @@ def test_jsd_takes_its_second_pass_in_chunks():
     torch.testing.assert_close(whole, parts)
 
 
-@pytest.mark.parametrize("kind", ["hidden", "head", "none"])
+@pytest.mark.parametrize("kind", ["hidden", "head", "logits", "sparse", "none"])
 def test_no_host_synchronisation_off_the_cpu(kind):
     """On the meta device, which takes the path of a GPU, whatever reads a value on the host raises."""
     N, width = 20, 12
@@ -297,12 +297,18 @@ def test_no_host_synchronisation_off_the_cpu(kind):
 
     x = Problem(
         hidden=empty(N, width), weight=empty(V, width), bias=empty(V), logit_scale=0.5, softcap=30.0,
-        teacher_hidden=None if kind == "none" else empty(N, width),
+        teacher_hidden=empty(N, width) if kind in ("hidden", "head") else None,
         teacher_weight=empty(V, width) if kind == "head" else None,
-        teacher_bias=None, teacher_logit_scale=1.0, teacher_softcap=None, labels=empty(N, dtype=torch.long),
+        teacher_bias=None, teacher_logit_scale=1.0, teacher_softcap=None,
+        teacher_logits=empty(N, V) if kind == "logits" else None,
+        teacher_rows=empty(N, dtype=torch.long) if kind == "logits" else None,
+        teacher_indices=empty(N, 5, dtype=torch.long) if kind == "sparse" else None,
+        teacher_log_probs=empty(N, 5, dtype=torch.float32) if kind == "sparse" else None, teacher_tail="bucket",
+        labels=empty(N, dtype=torch.long),
         anchor_targets=empty(N, dtype=torch.long) if kind == "hidden" else None, temperature=empty(dtype=torch.float32),
         coefficients=empty(3, N, dtype=torch.float32), active=empty(N, dtype=torch.bool), divergence_name="jsd",
-        divergence_parameters=[0.5], teacher_grad="full", valid_vocab=V - 3, ce_term=True, anchor_term=kind == "hidden",
+        divergence_parameters=[0.5], teacher_grad="full", valid_vocab=V - 3, kd_vocab=V - 3, ce_term=True,
+        anchor_term=kind == "hidden",
         want_metrics=True, per_row=False, need_hidden=True, need_weight=True, need_bias=True,
         need_teacher_hidden=kind == "hidden", engine="torch", scratch_bytes=7 * V * 6,
     )  # fmt: skip

@@ -236,13 +236,10 @@ def test_row_kernel_beyond_two_billion_elements():
     for z_s, z_t, grad_s, grad_t in (near, far):
         stats = torch.zeros(6, n)
         t = term(n)
+        heads = Heads(z_s, z_s, None, 1.0, None, None, None, None, 1.0, None, None, None, v, v, False)
         solve_rows(
-            z_s, z_t, width=v, start=0, bias=None, teacher_bias=None, logit_scale=1.0, softcap=None,
-            teacher_logit_scale=1.0, teacher_softcap=None, labels=None, targets=None, active=t.active,
-            coefficients=t.coefficients, temperature=t.temperature, scale=t.scale, divergence="forward_kl",
-            parameter=0.0, ce_gradient=False, teacher_gradient=True, anchor_gradient=False, metrics=False,
-            stats=stats, grad_s=grad_s, grad_t=grad_t, grad_a=None, mix=None, config=RowConfig(2, 32, 4),
-        )  # fmt: skip
+            heads, t, z_s, z_t, width=v, start=0, stats=stats, grad_s=grad_s, grad_t=grad_t, config=RowConfig(2, 32, 4)
+        )
         sums = torch.zeros(v)
         add_column_sums(grad_s, None, sums)
         results.append((stats, grad_s.clone(), grad_t.clone(), sums))
@@ -260,7 +257,7 @@ def test_tiled_kernels_beyond_two_billion_elements():
     for which in (tensors, far):
         for tensor, values in zip(which, tensors, strict=True):
             tensor.copy_(values)
-        heads = Heads(which[0], which[2], None, 1.0, None, which[1], None, None, 1.0, None, v, False)
+        heads = Heads(which[0], which[2], None, 1.0, None, which[1], None, None, 1.0, None, None, None, v, v, False)
         t, stats, rows = term(n), torch.zeros(6, n), torch.empty(10, n)
         statistics(heads, t, stats=stats, rows=rows, mix=False, config=config)
         room = 96  # whole tiles of 32

@@ -39,6 +39,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from kdfast.kernels import support
 from kdfast.kernels.arguments import Heads, Term
 from kdfast.kernels.column_sums import add_column_sums
 from kdfast.kernels.configurations import TABLE
@@ -78,6 +79,8 @@ def cases(arch: str, quick: bool) -> Iterator[Case]:
     for V in (50257,) if quick else (50257, PADDED):
         yield from row_cases(arch, V)
         yield from column_sums_cases(V)
+        if V != PADDED:
+            yield from support_cases(V)
         yield from tile_cases(V, TOKENS, torch.bfloat16)
         if not quick:
             yield from tile_cases(V, FEW, torch.bfloat16)
@@ -94,27 +97,67 @@ def scratch(rows: int, V: int, dtype: torch.dtype = torch.float32) -> torch.Tens
     return meta(rows, PADDED, dtype=dtype)[:, :V]
 
 
+def heads_of(
+    V: int, N: int, dtype: torch.dtype, *, extra: torch.Tensor | None = None, softcap: float | None = None,
+    own: int | None = None, teacher: bool = True, given: torch.Tensor | None = None, shared: int | None = None,
+    tf32: bool = False,
+) -> Heads:  # fmt: skip
+    """own: width of the teacher's own head; given: its logits instead; shared: its vocabulary, where smaller."""
+    Hs, kd_V = 768, shared or V
+    teacher_hidden = meta(N, own or Hs, dtype=dtype) if teacher and given is None else None
+    teacher_weight = meta(kd_V, own, dtype=dtype) if own is not None else None
+    offsets = None if given is None else meta(N, dtype=torch.int64)
+    return Heads(
+        meta(N, Hs, dtype=dtype), meta(V, Hs, dtype=dtype), extra, 1.0, softcap,
+        teacher_hidden, teacher_weight, extra, 1.0, softcap, given, offsets, V, kd_V, tf32,
+    )  # fmt: skip
+
+
+def term_of(N: int, divergence: str, *, labels: bool, heavy: bool, bits: torch.Tensor | None = None) -> Term:
+    """heavy: an anchor and metrics too."""
+    ids = meta(N, dtype=torch.int64)
+    return Term(
+        divergence, 0.5, meta(), meta(3, N), meta(), meta(N, dtype=torch.bool), ids if labels else None,
+        ids if heavy else None, labels, divergence != "sparse", heavy, heavy or bits is not None, bits,
+    )  # fmt: skip
+
+
 def row_cases(arch: str, V: int) -> Iterator[Case]:
     z_s, z_t = scratch(2 * CHUNK, V).split(CHUNK)
     grad_s, grad_t, grad_a = scratch(3 * CHUNK, V, torch.bfloat16).split(CHUNK)
-    labels, bias = meta(TOKENS, dtype=torch.int64), meta(V, dtype=torch.bfloat16)
-    everything = {
-        "bias": bias, "teacher_bias": bias, "softcap": 30.0, "teacher_softcap": 30.0, "targets": labels,
-        "ce_gradient": True, "teacher_gradient": True, "anchor_gradient": True, "metrics": True,
-        "grad_s": grad_s, "grad_t": grad_t, "grad_a": grad_a, "mix": meta(CHUNK),
-    }  # fmt: skip
-    nothing = {name: False if value is True else None for name, value in everything.items()}
     solve = partial(
-        solve_rows, width=PADDED, start=0, logit_scale=1.0, teacher_logit_scale=1.0, labels=labels, parameter=0.5,
-        scale=meta(), active=meta(TOKENS, dtype=torch.bool), coefficients=meta(3, TOKENS), temperature=meta(),
-        stats=meta(6, TOKENS),
-        config=TABLE[arch, 4, "many"].rows,
-    )  # fmt: skip
+        solve_rows, width=PADDED, start=0, stats=meta(6, TOKENS), config=TABLE[arch, 4, "many"].rows
+    )
+    extra = meta(V, dtype=torch.bfloat16)
+    full = partial(heads_of, V, TOKENS, torch.bfloat16, extra=extra, softcap=30.0)
+    everything = {"grad_s": grad_s, "grad_t": grad_t, "grad_a": grad_a, "mix": meta(CHUNK)}
     for divergence in ("forward_kl", "jsd"):
-        most = partial(solve, z_s, z_t, divergence=divergence, **everything)
+        term = term_of(TOKENS, divergence, labels=True, heavy=True)
+        most = partial(solve, full(), term, z_s, z_t, **everything)
         yield Case("row_kernel", f"{divergence}, everything, V={V}", most)
-    least = partial(solve, z_s, None, divergence="forward_kl", **nothing)
-    yield Case("row_kernel", f"cross entropy alone, V={V}", least)
+    term = term_of(TOKENS, "forward_kl", labels=True, heavy=False)
+    nothing = heads_of(V, TOKENS, torch.bfloat16, teacher=False)
+    yield Case("row_kernel", f"cross entropy alone, V={V}", partial(solve, nothing, term, z_s, None, grad_s=None))
+    if V == PADDED:
+        return
+    given = full(given=meta(TOKENS, V, dtype=torch.bfloat16), shared=V - 257)
+    term = term_of(TOKENS, "skew_kl", labels=True, heavy=False)
+    yield Case("row_kernel", "skew_kl, given logits, truncated", partial(solve, given, term, z_s, None, grad_s=grad_s))
+    rows, bucket = meta(9, CHUNK), meta(TOKENS, -(-V // 32), dtype=torch.int32)
+    sparse = partial(solve, full(teacher=False), term_of(TOKENS, "sparse", labels=True, heavy=False, bits=bucket))
+    for phase, grad in (("statistics", None), ("gradients", grad_s)):
+        launch = partial(sparse, z_s, None, grad_s=grad, phase=phase, rows=rows)
+        yield Case("row_kernel", f"sparse, {phase}", launch)
+
+
+def support_cases(V: int) -> Iterator[Case]:
+    K = 64
+    indices, chosen = meta(TOKENS, K, dtype=torch.int64), meta(TOKENS, K, dtype=torch.bool)
+    x, w = meta(TOKENS, 768, dtype=torch.bfloat16), meta(V, 768, dtype=torch.bfloat16)
+    plane, values = scratch(TOKENS, V, torch.bfloat16), meta(TOKENS, K, dtype=torch.bfloat16)
+    yield Case("bits_kernel", f"K={K}", partial(support.bits, indices, chosen, V))
+    yield Case("support_logits_kernel", f"K={K}", partial(support.support_logits, x, w, indices, meta(TOKENS, K)))
+    yield Case("write_kernel", f"K={K}", partial(support.write, plane, indices, values))
 
 
 def column_sums_cases(V: int) -> Iterator[Case]:
@@ -131,23 +174,14 @@ def tile_cases(
     heaviest with a width that no block divides."""
     label = f"{'TF32' if tf32 else str(dtype)[6:]}, N={N}, V={V}"
     Hs, even, odd = 768, 1024, 1000
-    labels, bias = meta(N, dtype=torch.int64), meta(V, dtype=dtype)
+    bias = meta(V, dtype=dtype)
     planes = meta(3, N, SLAB, dtype=dtype)
     stats, rows = meta(6, N), meta(10, N)
 
     def launches(divergence: str, heavy: bool, plain: bool, Ht: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
-        extra = bias if heavy else None
-        softcap = 30.0 if heavy else None
-        own = heavy and divergence == "jsd"
-        heads = Heads(
-            meta(N, Hs, dtype=dtype), meta(V, Hs, dtype=dtype), extra, 1.0, softcap,
-            meta(N, Ht if own else Hs, dtype=dtype), meta(V, Ht, dtype=dtype) if own else None, extra, 1.0, softcap,
-            V, tf32,
-        )  # fmt: skip
-        term = Term(
-            divergence, 0.5, meta(), meta(3, N), meta(), meta(N, dtype=torch.bool), labels if heavy or plain else None,
-            labels if heavy else None, heavy or plain, True, heavy, heavy,
-        )  # fmt: skip
+        extras = {"extra": bias, "softcap": 30.0} if heavy else {}
+        heads = heads_of(V, N, dtype, own=Ht if heavy and divergence == "jsd" else None, tf32=tf32, **extras)
+        term = term_of(N, divergence, labels=heavy or plain, heavy=heavy)
         mix = heavy or plain
         grad_a = planes[2] if heavy else None
         return (
@@ -158,6 +192,25 @@ def tile_cases(
             ),
         )  # fmt: skip
 
+    if V != PADDED and dtype == torch.bfloat16 and N == TOKENS:
+        bits = meta(N, -(-V // 32), dtype=torch.int32)
+        others = {
+            "given logits, truncated": (
+                heads_of(V, N, dtype, given=meta(N, V, dtype=dtype), shared=V - 257),
+                term_of(N, "skew_kl", labels=True, heavy=False),
+            ),
+            "sparse": (
+                heads_of(V, N, dtype, teacher=False), term_of(N, "sparse", labels=True, heavy=False, bits=bits)
+            ),
+        }  # fmt: skip
+        for name, (heads, term) in others.items():
+            of_statistics = partial(statistics, heads, term, stats=stats, rows=rows, mix=False)
+            of_gradients = partial(
+                slab_gradients, heads, term, rows=rows, first=0, grad_s=planes[0], grad_t=None, grad_a=None, mix=False
+            )
+            yield Case("statistics_kernel", f"{name}, {label}", of_statistics, tensor_core)
+            yield Case("combine_kernel", f"{name}, {label}", of_statistics)
+            yield Case("gradients_kernel", f"{name}, {label}", of_gradients, tensor_core)
     combinations = [("forward_kl", "nothing else", even), ("jsd", "everything", even)]
     if V != PADDED and not tf32:  # the vocabulary enters a tile's masks only: what lies between is seen once
         combinations += [("forward_kl", "CE", even), ("forward_kl", "everything", even)]

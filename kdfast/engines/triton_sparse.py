@@ -1,0 +1,81 @@
+"""Between the kernels' two phases, for a teacher given by K entries a row: arithmetic on (rows, K) in plain torch.
+
+constants (≥ 9, r) are the rows' constants of `kdfast.kernels.statistics`: the student's maximum and log-sum-exp, in the
+teacher's place the bucket's, and log Σ at τ = 1.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdfast import sparse
+from kdfast.engines.torch_rows import add_bias_and_transform
+from kdfast.kernels import support
+from kdfast.problem import AGREEMENT, CE, KD, Problem
+
+
+class Entries(NamedTuple):
+    """The student's logits at the teacher's entries."""
+
+    indices: Tensor  # (r, K)
+    z: Tensor  # (r, K)
+    slope: Tensor | None  # (r, K): of the softcap; None = 1
+
+
+def entries(x: Problem, rows: slice, products: Tensor) -> Entries:
+    """products (r, K): h·Wᵀ at the entries; overwritten."""
+    assert x.teacher_indices is not None
+    indices = x.teacher_indices[rows]
+    bias = None if x.bias is None else x.bias[indices]
+    return Entries(indices, products, add_bias_and_transform(products, bias, x.logit_scale, x.softcap))
+
+
+def bits(x: Problem, rows: slice) -> Tensor | None:
+    """(r, words): the vocabulary's entries that are not in the bucket; None where the tail is no bucket."""
+    excluded = sparse.excluded(x)
+    if excluded is None or x.teacher_indices is None:
+        return None
+    return support.bits(x.teacher_indices[rows], excluded[rows], x.kd_vocab)
+
+
+def solve(x: Problem, rows: slice, at: Entries, constants: Tensor, scale: Tensor) -> sparse.Support:
+    """Divergence and gradients over `scale`."""
+    m_s, log_s, m_t, log_t = constants[:4]
+    rest = None if x.teacher_tail != "bucket" else (m_t - m_s) / sparse.temperature(x) + log_t
+    return sparse.solve(x, rows, at.z - m_s[:, None], log_s, rest, x.coefficients[KD, rows] / scale)
+
+
+def record(x: Problem, rows: slice, found: sparse.Support, stats: Tensor) -> None:
+    """Complete `stats[:, rows]`, where the kernel has left the student's argmax."""
+    active = x.active[rows]
+    stats[KD, rows] = torch.where(active, found.value, 0)
+    if x.want_metrics:
+        agreement = stats[AGREEMENT, rows] == sparse.best(x)[rows]
+        stats[AGREEMENT, rows] = torch.where(active, agreement.to(stats.dtype), 0)
+
+
+def outside(x: Problem, found: sparse.Support, constants: Tensor) -> Tensor:
+    """The rows' constants as the gradients of a sparse teacher read them: whose softmax, and how much of it."""
+    constants = constants.clone()
+    if x.teacher_tail != "bucket":
+        constants[2:4] = constants[:2]
+    constants[5] = found.outside
+    return constants
+
+
+def inside(
+    x: Problem, rows: slice, at: Entries, found: sparse.Support, constants: Tensor, scale: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """(r, K): gradients towards h·Wᵀ at the entries, the cross entropy's part included, in `dtype`."""
+    grad = found.inside
+    if x.ce_term and x.labels is not None:
+        softmax = (at.z - constants[0][:, None] - constants[7][:, None]).exp()
+        onehot = (at.indices == x.labels[rows][:, None]).to(grad.dtype)
+        coefficient = (x.coefficients[CE, rows] / scale)[:, None]
+        grad = grad + torch.where(coefficient == 0, 0, coefficient * (softmax - onehot))
+    grad = grad * x.logit_scale if at.slope is None else grad * at.slope * x.logit_scale
+    grad = torch.where(x.active[rows][:, None], grad, 0)
+    return (grad.clamp(-65504, 65504) if dtype == torch.float16 else grad).to(dtype)
