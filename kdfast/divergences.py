@@ -226,9 +226,10 @@ def weighted(p: Tensor, x: Tensor) -> Tensor:
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """p·(log p − log q) with 0·log 0 = 0, and gradients that are finite there."""
-    empty = log_p.isneginf()
-    return log_p.exp() * (log_p.masked_fill(empty, 0.0) - log_q.masked_fill(empty, 0.0))
+    """p·(log p − log q) with 0·log 0 = 0, where p underflows too, and gradients that are finite there."""
+    p = log_p.exp()
+    empty = p == 0
+    return p * (log_p.masked_fill(empty, 0.0) - log_q.masked_fill(empty, 0.0))
 
 
 def _difference(p: Tensor, q: Tensor, g: Tensor) -> Tensor:

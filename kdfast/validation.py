@@ -60,6 +60,11 @@ def check(student: Head, teacher: Teacher | None, labels: Tensor | None, options
     _check_terms(teacher, labels, options)
 
 
+def same_vocabulary(one: int, other: int, valid: int | None) -> bool:
+    """Whether heads of so many rows differ by padding rows at most: `valid` rows are real."""
+    return one == other or (valid is not None and valid <= min(one, other))
+
+
 def _check_names(options: Options) -> None:
     expected = {
         "teacher_grad": ("full", "projector", "none"),
@@ -156,8 +161,7 @@ def _check_distribution(
 
 def _check_vocabularies(name: str, vocab: int, student: Head, options: Options) -> None:
     own = student.weight.shape[0]
-    real = options.valid_vocab is not None and options.valid_vocab <= min(vocab, own)
-    if vocab == own or real or options.vocab == "truncate":
+    if options.vocab == "truncate" or same_vocabulary(vocab, own, options.valid_vocab):
         return
     raise ValueError(
         f"{name} has a vocabulary of {vocab} and the student's head {own}. If the larger one only adds padding rows, "

@@ -34,6 +34,7 @@ from kdfast.engines.planning import (
     chunk_tokens,
     gradient_scale,
     mixes,
+    on_cpu,
     row_stride,
     total,
     wanted,
@@ -60,9 +61,9 @@ class Plan:
 def run(x: Problem, rows: Tensor | None = None) -> Result:
     """Loss, statistics and scaled gradients of `x`. rows: of no use here, statistics come with the logits."""
     x = x.of_the_forward()
-    if x.hidden.device.type != "cpu" or x.engine != "torch":
+    if not on_cpu(x.hidden.device, x.engine):
         return _run(x)
-    # Looking at a mask is free on a CPU: rows that count for nothing are dropped, not multiplied by zero.
+    # rows that count for nothing are dropped, not multiplied by zero
     index = x.active.nonzero().squeeze(1)
     return _run(x) if index.numel() == x.hidden.shape[0] else _spread(_run(_select(x, index)), index, x)
 
@@ -135,7 +136,7 @@ def _run(x: Problem) -> Result:
 
 def _logits(x: Problem, rows: slice, weight: Tensor, planes: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """(inputs (m or 2m, H), z_s (m, V), z_t (m, V) or None) of one chunk: raw products, without bias."""
-    dropped = x.hidden.device.type == "cpu" and x.engine == "torch"
+    dropped = on_cpu(x.hidden.device, x.engine)
     m = rows.stop - rows.start
 
     def taken(hidden: Tensor) -> Tensor:
@@ -178,7 +179,7 @@ def _plan(x: Problem) -> Plan:
         gradient_dtype=gemm.gradient_dtype(x.weight.dtype, device),
         tokens=tokens,
         stride=row_stride(V, device, x.engine),
-        block=max(1, CPU_BLOCK // V) if device.type == "cpu" and x.engine == "torch" else tokens,
+        block=max(1, CPU_BLOCK // V) if on_cpu(device, x.engine) else tokens,
     )
 
 

@@ -51,9 +51,14 @@ DEVICE_TOKENS = 1024  # fewer rows than this starve a GPU's matrix units
 ALIGNMENT = 128  # elements a row of scratch is padded to, so that products see an aligned leading dimension
 
 
+def on_cpu(device: torch.device, engine: str) -> bool:
+    """The `torch` engine on a CPU, where looking at a mask is free, and a few rows at a time stay in the cache."""
+    return device.type == "cpu" and engine in ("auto", "torch")
+
+
 def row_stride(vocab: int, device: torch.device, engine: str = "auto") -> int:
-    """Elements from one row of logits to the next. The `torch` engine on a CPU packs them."""
-    if device.type == "cpu" and engine in ("auto", "torch"):
+    """Elements from one row of logits to the next. A CPU's are packed."""
+    if on_cpu(device, engine):
         return vocab
     return -(-vocab // ALIGNMENT) * ALIGNMENT
 

@@ -29,6 +29,7 @@ from kdfast.kernels import support
 from kdfast.kernels.arguments import Heads, Term
 from kdfast.kernels.column_sums import add_column_sums
 from kdfast.kernels.configurations import row_of
+from kdfast.kernels.statistics import ROWS
 from kdfast.kernels.tiled_gradients import slab_gradients
 from kdfast.kernels.tiled_statistics import statistics
 from kdfast.problem import Problem, Result
@@ -44,7 +45,7 @@ def run(x: Problem, rows: Tensor | None = None) -> Result:
     stats = torch.zeros((6, N), device=x.hidden.device, dtype=x.dtype)
     fresh = rows is None
     if rows is None:
-        rows = stats.new_empty(10, N)
+        rows = stats.new_empty(ROWS.value + 1, N)
         _count(x, passes=2 if heads.teacher and term.entry.base == "" else 1)
         bits = triton_sparse.bits(x, slice(None)) if x.sparse else None
         statistics(heads, replace(term, bits=bits), stats=stats, rows=rows, mix=mixes(x))

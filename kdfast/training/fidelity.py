@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kdfast.interface import fused_kd_loss
 from kdfast.sources import Head
+from kdfast.validation import same_vocabulary
 
 
 class Fidelity(NamedTuple):
@@ -24,7 +25,7 @@ class Fidelity(NamedTuple):
 
 @torch.no_grad()
 def fidelity(student: Head, projected: Head | None, teacher: Head, targets: Tensor, **options: Any) -> Fidelity | None:
-    """Compare both with the teacher's own head; None where the vocabularies differ in size.
+    """Compare both with the teacher's own head; None where the vocabularies differ by more than padding.
 
     Args:
         student: the student's head.
@@ -33,7 +34,7 @@ def fidelity(student: Head, projected: Head | None, teacher: Head, targets: Tens
         targets: (B, T); the rows that are not −100 are compared.
         options: engine, scratch_bytes, valid_vocab.
     """
-    if student.weight.shape[0] != teacher.weight.shape[0]:
+    if not same_vocabulary(student.weight.shape[0], teacher.weight.shape[0], options.get("valid_vocab")):
         return None
 
     def kl(head: Head) -> Tensor:

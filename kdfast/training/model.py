@@ -20,6 +20,7 @@ from kdfast.training.fidelity import Fidelity, fidelity
 from kdfast.training.heads import backbone, check_model, head, head_shape
 from kdfast.training.labels import shift_labels
 from kdfast.training.recipes import Recipe, get_recipe
+from kdfast.validation import same_vocabulary
 
 
 class DistillationOutput(NamedTuple):
@@ -72,7 +73,7 @@ class DistillationModel(nn.Module):
             check_model(student, "student")
             if teacher is not None:
                 check_model(teacher, "teacher")
-        _check_pair(student, teacher, self.recipe)
+        _check_pair(student, teacher, self.recipe, valid_vocab)
         self.student = student
         self.teacher = None if teacher is None else teacher.requires_grad_(False).eval()
         self.logit_projector = _make_projector(student, teacher, self.recipe)
@@ -187,7 +188,9 @@ class DistillationModel(nn.Module):
         self.student.gradient_checkpointing_enable(**options)
 
 
-def _check_pair(student: PreTrainedModel, teacher: PreTrainedModel | None, recipe: Recipe) -> None:
+def _check_pair(
+    student: PreTrainedModel, teacher: PreTrainedModel | None, recipe: Recipe, valid_vocab: int | None
+) -> None:
     if teacher is None:
         if recipe.teacher != "none":
             raise ValueError(f"teacher is None; recipe {recipe.name!r} needs one. Pass it, or use recipe='lm_only'")
@@ -195,11 +198,11 @@ def _check_pair(student: PreTrainedModel, teacher: PreTrainedModel | None, recip
     if teacher is student:
         raise ValueError("teacher and student are the same object; expected two models, for the teacher gets frozen")
     ours, theirs = head_shape(student)[0], head_shape(teacher)[0]
-    if recipe.teacher == "own_head" and ours != theirs:
+    if recipe.teacher == "own_head" and not same_vocabulary(ours, theirs, valid_vocab):
         raise ValueError(
             f"teacher has a vocabulary of {theirs} and the student one of {ours}; recipe {recipe.name!r} compares "
-            "the two heads token by token, so they must be the same. If only padding rows differ, resize one model's "
-            "token embeddings; otherwise use a recipe with a projector, such as 'run5'"
+            "the two heads token by token, so they must be the same. If only padding rows differ, pass valid_vocab, "
+            "the number of real tokens; otherwise use a recipe with a projector, such as 'run5'"
         )
 
 

@@ -170,6 +170,21 @@ def test_true_head_needs_one_vocabulary(tiny):
         DistillationModel(tiny(V=67), tiny(V=70), recipe="true_head")
 
 
+def test_true_head_of_a_teacher_padded_more(tiny, batch):
+    """67 and 70 rows of which 61 are real: the loss and the fidelity of both cut to those."""
+    student, teacher = tiny(V=67), tiny(V=70, width=24, seed=1)
+    model = DistillationModel(student, teacher, recipe="true_head", valid_vocab=61).eval()
+    ids = batch["input_ids"] % 61
+    labels = torch.where(batch["labels"] == -100, -100, batch["labels"] % 61)
+    batch = {**batch, "input_ids": ids, "labels": labels}
+    output = model(**batch, with_fidelity=True)
+    mask = batch["attention_mask"]
+    kept = shift_labels(labels, mask) != -100
+    truth, ours = (m(ids, attention_mask=mask).logits[kept][:, :61].log_softmax(-1) for m in (teacher, student))
+    expected = F.kl_div(ours, truth, reduction="batchmean", log_target=True)
+    torch.testing.assert_close(output.fidelity.kl_teacher_student, expected.detach(), rtol=1e-4, atol=1e-5)
+
+
 def test_errors_say_what_is_missing(tiny, batch):
     with pytest.raises(ValueError, match="teacher is None; recipe 'run5' needs one"):
         DistillationModel(tiny())
