@@ -55,6 +55,7 @@ class Row:
     # where it is no multiple of 16 either, for which a full tile leaves too few registers
     odd: TileConfig
     why: str
+    given: TileConfig | None = None  # in place of `full` for logits that are given and for a sparse teacher's bucket
 
 
 ROWS = RowConfig(1, 4096, 8)
@@ -83,6 +84,7 @@ SM_90_FEW = Row(
     gradients=TileConfig(64, 64, 64, 4, 3, 4),
     projection=TileConfig(64, 64, 64, 4, 3),
     odd=TileConfig(64, 32, 32, 4, 3, 2),
+    given=TileConfig(64, 64, 64, 4, 3, 4),
     why="wgmma takes 64 rows at least; one warpgroup, two programs a multiprocessor. Not timed",
 )
 SM_100 = Row(
@@ -92,8 +94,9 @@ SM_100 = Row(
     gradients=TileConfig(128, 128, 64, 8, 3, 8),
     projection=TileConfig(128, 128, 64, 8, 3),
     odd=TileConfig(128, 32, 32, 8, 3, 2),
+    given=TileConfig(128, 64, 64, 8, 3, 8),
     why="tcgen05 takes 128 rows; accumulators leave tensor memory a part at a time; 128 columns spill 16–64 bytes with "
-    "a cross entropy. Not timed",
+    "a cross entropy, four parts 40 with given logits, eight 24 with everything else. Not timed",
 )
 SM_80 = Row(
     ROWS,
@@ -102,7 +105,9 @@ SM_80 = Row(
     gradients=TileConfig(128, 64, 32, 8, 3, 4),
     projection=TileConfig(128, 128, 32, 8, 3),
     odd=TileConfig(128, 32, 32, 8, 3, 2),
-    why="mma.sync reads operands into registers: 128 columns spill 24–340 bytes, a width of 64 spills too. Not timed",
+    given=TileConfig(128, 64, 32, 8, 3, 8),
+    why="mma.sync reads operands into registers: 128 columns spill 24–340 bytes, a width of 64 too, four parts 48 with a "
+    "sparse teacher. Not timed",
 )
 SM_80_FEW = Row(
     ROWS,
@@ -111,14 +116,18 @@ SM_80_FEW = Row(
     gradients=TileConfig(64, 64, 32, 4, 3, 4),
     projection=TileConfig(64, 64, 32, 4, 3),
     odd=TileConfig(64, 32, 32, 4, 3, 2),
+    given=TileConfig(64, 64, 32, 4, 3, 2),
     why="one row block of 64; more programs over V fill the chip. Not timed",
 )
 SM_120 = replace(
     SM_80,
     full=TileConfig(128, 32, 32, 8, 3, 2),
+    given=None,
     why="as sm_80, but 64 columns spill 8–16 bytes with everything and the teacher's own head. Not timed",
 )
-SM_120_FEW = replace(SM_80_FEW, full=TileConfig(64, 32, 32, 4, 3, 2), why=f"one row block of 64; {SM_120.why}")
+SM_120_FEW = replace(
+    SM_80_FEW, full=TileConfig(64, 32, 32, 4, 3, 2), given=None, why=f"one row block of 64; {SM_120.why}"
+)
 GFX942 = Row(
     AMD_ROWS,
     lean=TileConfig(128, 64, 32, 8, 2, 4),
@@ -149,7 +158,12 @@ FP32 = Row(
 SM_100_FP32 = replace(
     FP32, full=TileConfig(64, 32, 16, 8, 2, 2), why=f"{FP32.why}; with TF32 and everything 64 columns spill 24 bytes"
 )
-SM_120_FP32 = replace(FP32, odd=TileConfig(64, 32, 16, 8, 2, 2), why=f"{FP32.why}; one part spills 8 bytes")
+SM_120_FP32 = replace(
+    FP32,
+    gradients=TileConfig(64, 64, 16, 8, 2, 8),
+    odd=TileConfig(64, 32, 16, 8, 2, 2),
+    why=f"{FP32.why}; one part of an odd width spills 8 bytes, four of a gradient 16 without a second side",
+)
 AMD_FP32 = replace(
     FP32, rows=AMD_ROWS, why="fp32 operands: v_mfma_f32 exists, at a quarter of the 16-bit rate"
 )

@@ -60,12 +60,12 @@ def _logits(z_ptr, bias_ptr, r_mask, v, width, V, scale, softcap, SOFTCAP: tl.co
 
 @triton.jit
 def _teacher_logits(
-    z_t_ptr, bias_t_ptr, given_ptr, stride_v, r_mask, v, width, V, scale, softcap, dtype: tl.constexpr,
-    SOFTCAP: tl.constexpr,
+    z_t_ptr, bias_t_ptr, given_ptr, r_mask, v, width, V, scale, softcap, dtype: tl.constexpr,
+    STRIDE: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """The same of the teacher, computed (z_t_ptr) or given (given_ptr, [R, 1]); what is given gets no gradient."""
     if given_ptr is not None:
-        z = given_logits(given_ptr, stride_v, r_mask, v, V, dtype)
+        z = given_logits(given_ptr, STRIDE, r_mask, v, V, dtype)
         slope = tl.zeros_like(z)
     else:
         z, slope = _logits(z_t_ptr, bias_t_ptr, r_mask, v, width, V, scale, softcap, SOFTCAP)
@@ -86,7 +86,7 @@ def _target(side, z_ptr, bias_ptr, inside_r, targets, scale, softcap, SOFTCAP: t
 @triton.jit(do_not_specialize=["stride_c", "stride_stats", "start", "m"])
 def row_kernel(
     z_s_ptr, z_t_ptr, stride_z,  # (m, V) each; z_t_ptr None where the teacher's logits are not computed
-    given_ptr, offsets_ptr, stride_v,  # dense teacher logits and their rows' offsets (N,), or None
+    given_ptr, offsets_ptr, STRIDE: tl.constexpr,  # dense teacher logits and their rows' offsets (N,), or None
     bits_ptr, stride_bits,  # (m, words) int32 or None: of a sparse teacher
     bias_s_ptr, bias_t_ptr,  # (V,) or None
     labels_ptr, targets_ptr,  # (N,) int64 or None: the cross entropy's and the anchor's
@@ -174,7 +174,7 @@ def row_kernel(
                 z_t = z_s
                 if TEACHER:
                     z_t, _ = _teacher_logits(
-                        z_t_ptr, bias_t_ptr, given_ptr, stride_v, r_mask, v, width, kd_V, scale_t, softcap_t, dtype,
+                        z_t_ptr, bias_t_ptr, given_ptr, r_mask, v, width, kd_V, scale_t, softcap_t, dtype, STRIDE,
                         SOFTCAP_T,
                     )  # fmt: skip
                 student, teacher, pair = fold(
@@ -202,7 +202,7 @@ def row_kernel(
                 v = block + lanes
                 z_s, _ = _logits(z_s_ptr, bias_s_ptr, r_mask, v, width, kd_V, scale_s, softcap_s, SOFTCAP_S)
                 z_t, _ = _teacher_logits(
-                    z_t_ptr, bias_t_ptr, given_ptr, stride_v, r_mask, v, width, kd_V, scale_t, softcap_t, dtype,
+                    z_t_ptr, bias_t_ptr, given_ptr, r_mask, v, width, kd_V, scale_t, softcap_t, dtype, STRIDE,
                     SOFTCAP_T,
                 )  # fmt: skip
                 sums = fold_terms(
@@ -233,7 +233,7 @@ def row_kernel(
             z_t, slope_t = z_s, slope_s
             if TEACHER:
                 z_t, slope_t = _teacher_logits(
-                    z_t_ptr, bias_t_ptr, given_ptr, stride_v, r_mask, v, width, kd_V, scale_t, softcap_t, dtype,
+                    z_t_ptr, bias_t_ptr, given_ptr, r_mask, v, width, kd_V, scale_t, softcap_t, dtype, STRIDE,
                     SOFTCAP_T,
                 )  # fmt: skip
             grad_s, grad_t, grad_a = gradients(

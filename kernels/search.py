@@ -42,6 +42,8 @@ def choose(kernel: str, operand: Tensor, N: int, launch: Callable[[Any], Any], w
     launch(config) does the work once, and doing it again must change nothing."""
     row = row_of(operand.device, operand.element_size(), N)
     config = getattr(row, kernel)
+    if config is None:
+        kernel, config = "full", row.full
     if any(width % config.block_h for width in widths):
         kernel, config = "odd", row.odd
     if os.environ.get("KDFAST_AUTOTUNE", "0") in ("", "0") or not operand.is_cuda:

@@ -26,7 +26,7 @@ def gradients_kernel(
     w_ptr, stride_wv, stride_wh,  # (V, Hs)
     wt_ptr, stride_wtv, stride_wth,  # (V, Ht), or None
     bias_s_ptr, bias_t_ptr,  # (V,) or None
-    given_ptr, offsets_ptr, stride_v,  # dense teacher logits and their rows' offsets (N,), or None
+    given_ptr, offsets_ptr, STRIDE: tl.constexpr,  # dense teacher logits and their rows' offsets (N,), or None
     labels_ptr, targets_ptr,  # (N,) int64 or None
     active_ptr,  # (N,) bool
     coefficients_ptr, stride_c,  # (3, N)
@@ -80,7 +80,7 @@ def gradients_kernel(
         z_s, slope_s = logits(parts_s[i], bias_s_ptr, v, V, scale_s, softcap_s, SOFTCAP_S)
         z_t, slope_t = z_s, slope_s
         if given_ptr is not None:
-            z_t = given_logits(given_ptr, stride_v, inside[:, None], v[None, :], kd_V, dtype)
+            z_t = given_logits(given_ptr, STRIDE, inside[:, None], v[None, :], kd_V, dtype)
         elif TEACHER:
             z_t, slope_t = logits(parts_t[i], bias_t_ptr, v, kd_V, scale_t, softcap_t, SOFTCAP_T)
         grad_s, grad_t, grad_a = gradients(

@@ -52,7 +52,7 @@ def statistics_kernel(
     w_ptr, stride_wv, stride_wh,  # (V, Hs)
     wt_ptr, stride_wtv, stride_wth,  # (V, Ht), or None
     bias_s_ptr, bias_t_ptr,  # (V,) or None
-    given_ptr, offsets_ptr, stride_v,  # dense teacher logits and their rows' offsets (N,), or None
+    given_ptr, offsets_ptr, STRIDE: tl.constexpr,  # dense teacher logits and their rows' offsets (N,), or None
     bits_ptr, stride_bits,  # (N, words) int32 or None: of a sparse teacher
     labels_ptr, targets_ptr,  # (N,) int64 or None
     temperature_ptr,  # ()
@@ -105,7 +105,7 @@ def statistics_kernel(
             z_s, _ = logits(parts_s[i], bias_s_ptr, v, V, scale_s, softcap_s, SOFTCAP_S)
             z_t = z_s
             if given_ptr is not None:
-                z_t = given_logits(given_ptr, stride_v, inside[:, None], v[None, :], V, dtype)
+                z_t = given_logits(given_ptr, STRIDE, inside[:, None], v[None, :], V, dtype)
             elif TEACHER:
                 z_t, _ = logits(parts_t[i], bias_t_ptr, v, V, scale_t, softcap_t, SOFTCAP_T)
             if SPARSE:
@@ -273,6 +273,8 @@ def statistics(
         return
     if config is None:
         kernel = "full" if heads.intricate or term.intricate else "lean"
+        if heads.teacher_logits is not None or term.bits is not None:
+            kernel = "given"
         out = {"stats": stats, "rows": rows, "mix": mix}
         config = choose(
             kernel, heads.weight, N, lambda c: statistics(heads, term, **out, config=c), widths=heads.widths()

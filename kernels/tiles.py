@@ -109,6 +109,7 @@ def logits(acc, bias_ptr, v, V, scale, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def given_logits(pointers, stride_v, inside, v, V, dtype: tl.constexpr):
+def given_logits(pointers, STRIDE: tl.constexpr, inside, v, V, dtype: tl.constexpr):
     """A block of logits the caller gave, −inf from V on; pointers, inside [R, 1], v [1, BLOCK]."""
-    return tl.load(pointers + v.to(tl.int64) * stride_v, mask=inside & (v < V), other=-float("inf")).to(dtype)
+    offsets = v if STRIDE == 1 else v.to(tl.int64) * STRIDE
+    return tl.load(pointers + offsets, mask=inside & (v < V), other=-float("inf")).to(dtype)

@@ -142,7 +142,10 @@ def row_cases(arch: str, V: int) -> Iterator[Case]:
         return
     given = full(given=meta(TOKENS, V, dtype=torch.bfloat16), shared=V - 257)
     term = term_of(TOKENS, "skew_kl", labels=True, heavy=False)
-    yield Case("row_kernel", "skew_kl, given logits, truncated", partial(solve, given, term, z_s, None, grad_s=grad_s))
+    launch = partial(solve, given, term, z_s, None, grad_s=grad_s)
+    few = "16–48 bytes: ptxas keeps to 128 registers, for two programs a multiprocessor"
+    few = few if arch in ("sm_100", "sm_120") else None
+    yield Case("row_kernel", "skew_kl, given logits, truncated", launch, allow_stack=few)
     rows, bucket = meta(9, CHUNK), meta(TOKENS, -(-V // 32), dtype=torch.int32)
     sparse = partial(solve, full(teacher=False), term_of(TOKENS, "sparse", labels=True, heavy=False, bits=bucket))
     for phase, grad in (("statistics", None), ("gradients", grad_s)):
@@ -192,7 +195,7 @@ def tile_cases(
             ),
         )  # fmt: skip
 
-    if V != PADDED and dtype == torch.bfloat16 and N == TOKENS:
+    if V != PADDED and not tf32:
         bits = meta(N, -(-V // 32), dtype=torch.int32)
         others = {
             "given logits, truncated": (
