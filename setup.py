@@ -25,7 +25,8 @@ TRAIN = [
 ]
 BENCH = ["pytest", "pytest-benchmark", "trl", "liger-kernel", "fla-core"]
 # `kernels` is Hugging Face's: one test shows that ours and theirs live side by side
-DEV = ["pytest", "pytest-benchmark", "hypothesis", "ruff", "mypy", "types-PyYAML", "kernels", "setuptools>=77"]
+TESTS = ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis"]
+DEV = [*TESTS, "ruff", "mypy", "types-PyYAML", "kernels", "setuptools>=77"]
 
 setup(
     name="kdfast",

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdfast import operators, sparse
+from kdfast import autocast, operators, sparse
 from kdfast.engines.choice import resolve
 from kdfast.options import Options, is_asked
 from kdfast.problem import ANCHOR, KD, Problem
@@ -201,18 +201,17 @@ def _flat(tensor: Tensor) -> Tensor:
 def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, engine: str) -> Tensor:
     if engine != "triton_tiled":
         return F.linear(hidden, weight, bias)
-    dtype = hidden.dtype
-    if torch.is_autocast_enabled(hidden.device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(hidden.device.type)
+    dtype = autocast.dtype_of(hidden.device)
+    if dtype is None or hidden.dtype == torch.float64:
+        dtype = hidden.dtype
     return operators.project(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
 def _autocast(head: Head) -> Head:
     """Inside autocast a head is computed as nn.Linear would be: in the autocast dtype (float64 is left alone)."""
-    device_type = head.hidden.device.type
-    if not torch.is_autocast_enabled(device_type) or head.hidden.dtype == torch.float64:
+    dtype = autocast.dtype_of(head.hidden.device)
+    if dtype is None or head.hidden.dtype == torch.float64:
         return head
-    dtype = torch.get_autocast_dtype(device_type)
     return Head(
         head.hidden.to(dtype),
         head.weight.to(dtype),

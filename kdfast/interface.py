@@ -78,7 +78,7 @@ def fused_kd_loss(
         temperature: τ > 0, number or 0-d tensor, on both sides of the KD term; CE and anchor are at τ = 1.
         divergence: "forward_kl", "reverse_kl", "symmetric_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation"
             or an instance, e.g. `JSD(beta=0.1)`. Which to choose when: docs/divergences.md.
-        kd_weight, ce_weight, anchor_weight: ≥ 0, number or 0-d tensor (a tensor does not recompile a graph).
+        kd_weight, ce_weight, anchor_weight: ≥ 0, number or 0-d tensor.
         anchor_targets: what the projected teacher is anchored to: (*,) ids, None = `labels`, or a distribution, the
             true teacher's `Head`, `Logits` or `SparseLogits` (one pass over the vocabulary more), on every row that
             has a label. The anchor's gradient never reaches W.
@@ -109,6 +109,12 @@ def fused_kd_loss(
             or NaN weights) are checked on the CPU; on a GPU a bad row becomes NaN, and KDFAST_CHECK=1 raises.
         NotImplementedError: part of the interface that this version does not compute.
         RuntimeError: second derivatives on a fused engine (use engine="reference").
+
+    torch.compile: one graph, whatever values the tensors have, 0-d ones among the options too. A number that changes
+    compiles once more, for all its later values.
+    CUDA graphs: run once before the capture (kernels are compiled then). Nothing waits for the host; numbers are
+    captured as they are, so what changes between replays must be a CUDA tensor written in place, and a 0-d CPU tensor,
+    which would be copied from pageable memory, is no option there. KDFAST_CHECK=1 cannot be captured.
 
     Source: Hinton et al. 2015, arXiv:1503.02531, for τ²; the divergences name theirs.
     """

@@ -15,6 +15,7 @@ operators *are* the backward; their own autograd raises, because second derivati
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import fields, replace
 from typing import Any
@@ -22,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast import gemm
+from kdfast import autocast, gemm
+from kdfast.engines.planning import wanted
 from kdfast.problem import Problem, Result
 
 ENGINES = {  # module with run(Problem, rows of an earlier Result or None) -> Result
@@ -64,7 +66,7 @@ def _solve(problem: Problem, rows: Tensor | None = None) -> Result:
     device = problem.hidden.device
     # kernels are launched on the current device, which need not be the tensors'
     current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-    with current, torch.autocast(device.type, enabled=False), torch.no_grad():
+    with current, autocast.disabled(device), torch.no_grad():
         return engine.run(problem, rows)
 
 
@@ -114,24 +116,24 @@ def fused_kd_gradients(*arguments: Any) -> tuple[Tensor, ...]:
     x = Problem(*values)
     coefficients = torch.where(x.coefficients == 0, 0.0, x.coefficients * upstream)
     x = replace(x, coefficients=coefficients, want_metrics=False, per_row=False)
+    if not any(wanted(x)):  # a projector whose gradient was asked to be zero, and nothing else
+        return _where_needed(x, lambda like, name: like.new_zeros(like.shape))
     result = _solve(x, rows if rows.numel() else None)
-    return tuple(
-        _finish(getattr(result, name), result.scale, getattr(x, name)) if getattr(x, f"need_{name}") else empty
-        for name, empty in zip(_DIFFERENTIABLE, _nothing(x), strict=True)
-    )
+    return _where_needed(x, lambda like, name: _finish(getattr(result, name), result.scale, like))
 
 
 @fused_kd_gradients.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    x = Problem(*arguments[:-2])
+    # contiguous, whatever the inputs are
+    return _where_needed(Problem(*arguments[:-2]), lambda like, name: like.new_empty(like.shape))
+
+
+def _where_needed(x: Problem, gradient: Callable[[Tensor, str], Tensor]) -> tuple[Tensor, ...]:
+    """gradient(input, its name) of each input that needs one, empty for the others."""
     return tuple(
-        torch.empty_like(getattr(x, name)) if getattr(x, f"need_{name}") else empty
-        for name, empty in zip(_DIFFERENTIABLE, _nothing(x), strict=True)
+        gradient(getattr(x, name), name) if getattr(x, f"need_{name}") else x.hidden.new_empty(0)
+        for name in _DIFFERENTIABLE
     )
-
-
-def _nothing(x: Problem) -> list[Tensor]:
-    return [x.hidden.new_empty(0) for _ in _DIFFERENTIABLE]
 
 
 @torch.library.custom_op(

@@ -98,6 +98,8 @@ def scalar(value: float | Tensor, device: torch.device, dtype: torch.dtype) -> T
     """A number or 0-d tensor as a 0-d tensor on the device, without a synchronisation."""
     if isinstance(value, Tensor):
         return value.detach().to(device=device, dtype=dtype, non_blocking=True)
+    if torch.compiler.is_compiling():  # a product takes a number that changes as it comes, `full` compiles for each
+        return torch.ones((), device=device, dtype=dtype) * value
     return torch.full((), float(value), device=device, dtype=dtype)
 
 

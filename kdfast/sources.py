@@ -1,7 +1,9 @@
 """What a loss compares: the student's head, and the kinds of teacher.
 
-Each source is a frozen dataclass and a registered pytree: `torch.compile`, activation checkpointing and hooks
-see the tensors inside. Nothing is checked here; `fused_kd_loss` checks every field and names it in its errors.
+Each source is a frozen dataclass and a registered pytree: `torch.compile`, activation checkpointing, forward hooks, DDP
+and FSDP see the tensors inside. Reentrant checkpointing (`use_reentrant=True`) and full backward hooks look at a call's
+own tensor arguments alone: hand the first `torch.utils._pytree.tree_flatten`'s leaves. Nothing is checked here;
+`fused_kd_loss` checks every field and names it in its errors.
 
 Letters: `*` any leading shape (the same for student, teacher and labels), `V` vocabulary, `Hs`/`Ht` student and
 teacher width, `K` entries kept per token.

@@ -40,10 +40,12 @@ def prepare(indices: Tensor, log_probs: Tensor, vocab: int, dtype: torch.dtype) 
     """
     known = (indices >= 0) & (indices < vocab)
     log_probs = torch.where(known, log_probs.to(dtype), -inf)
-    indices, order = torch.where(known, indices.long(), 0).sort(dim=-1, stable=True)
+    # contiguous, whatever the caller's strides: kernels read them row by row
+    indices, order = torch.where(known, indices.long(), 0).contiguous().sort(dim=-1, stable=True)
     log_probs = log_probs.gather(-1, order)
     first = counted(indices)
-    if not torch.compiler.is_compiling() and indices.device.type == "cpu" and bool(first.all()):
+    readable = indices.device.type == "cpu" and type(indices) is Tensor and not torch.compiler.is_compiling()
+    if readable and bool(first.all()):
         return indices, log_probs
     K, reach = indices.shape[-1], 1
     while reach < K:  # sums towards the first of each run, over windows of 1, 2, 4, … entries
@@ -151,7 +153,7 @@ def _bucket(
     # the others of a run say what its first one does, and an entry without mass is in the bucket
     position = torch.where(counted(indices), torch.arange(indices.shape[-1], device=z.device), 0).cummax(dim=-1).values
     inside = gradient[:, :-1].gather(-1, position)
-    in_bucket = torch.where(outside == 0, 0, outside)[:, None] * (z - rest[:, None]).exp()
+    in_bucket = torch.where(outside[:, None] == 0, 0, outside[:, None] * (z - rest[:, None]).exp())
     inside = torch.where(log_p > -inf, inside, in_bucket)
     return _masked(Support(f.sum(dim=-1), inside, outside), coefficient)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdfast import engines
+from kdfast import autocast, engines
 from kdfast.engines.choice import unavailable
 from kdfast.options import Options, is_asked
 from kdfast.sources import Head, Logits, Projected, SparseLogits, Teacher
@@ -250,7 +250,8 @@ def _check_layout(
             raise ValueError(
                 f"{name}.{field} is on {tensor.device} and {name}.hidden on {hidden.device}; move them to one device"
             )
-        if tensor.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+        double = torch.float64 in (tensor.dtype, hidden.dtype)  # which autocast leaves alone
+        if tensor.dtype != hidden.dtype and (double or autocast.dtype_of(hidden.device) is None):
             raise ValueError(
                 f"{name}.{field} is {tensor.dtype} and {name}.hidden {hidden.dtype}; within one head dtypes must "
                 "agree: convert one, or run under torch.autocast"
@@ -374,7 +375,7 @@ def _refuse_grad(name: str, tensor: Tensor | None, why: str) -> None:
 
 def _can_read(tensor: Tensor) -> bool:
     """Whether looking at values is free, or was asked for."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter):  # a fake tensor has none
         return False
     return tensor.device.type == "cpu" or (os.environ.get("KDFAST_CHECK") == "1" and tensor.device.type != "meta")
 

@@ -106,8 +106,8 @@ SM_80 = Row(
     projection=TileConfig(128, 128, 32, 8, 3),
     odd=TileConfig(128, 32, 32, 8, 3, 2),
     given=TileConfig(128, 64, 32, 8, 3, 8),
-    why="mma.sync reads operands into registers: 128 columns spill 24–340 bytes, a width of 64 too, four parts 48 with a "
-    "sparse teacher. Not timed",
+    why="mma.sync reads operands into registers: 128 columns spill 24–340 bytes, a width of 64 too, four parts 48 with "
+    "a sparse teacher. Not timed",
 )
 SM_80_FEW = Row(
     ROWS,

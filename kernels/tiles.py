@@ -14,9 +14,11 @@ from kdfast.kernels.statistics import transform
 
 
 @triton.jit
-def _operand(pointers, h, H, EVEN: tl.constexpr):
-    """[.., BLOCK_H] or its transpose; h broadcasts against `pointers`."""
-    return tl.load(pointers) if EVEN else tl.load(pointers, mask=h < H, other=0)
+def _operand(pointers, h, H, EVEN: tl.constexpr, dtype: tl.constexpr):
+    """[.., BLOCK_H] or its transpose; h broadcasts against `pointers`. Products that are summed in float64 take no
+    other operands, and those that are not none of float64."""
+    x = tl.load(pointers) if EVEN else tl.load(pointers, mask=h < H, other=0)
+    return x.to(dtype) if (x.dtype == tl.float64) != (dtype == tl.float64) else x
 
 
 @triton.jit
@@ -45,10 +47,10 @@ def tile(
     if xt_ptr is not None and wt_ptr is None:
         for start in range(0, Hs, BLOCK_H):
             left = Hs - start
-            b = _operand(w, h[:, None], left, EVEN_S)
-            a = _operand(xs, h[None, :], left, EVEN_S)
+            b = _operand(w, h[:, None], left, EVEN_S, dtype)
+            a = _operand(xs, h[None, :], left, EVEN_S, dtype)
             acc_s = tl.dot(a, b, acc_s, input_precision=PRECISION, out_dtype=dtype)
-            a = _operand(xt, h[None, :], left, EVEN_S)
+            a = _operand(xt, h[None, :], left, EVEN_S, dtype)
             acc_t = tl.dot(a, b, acc_t, input_precision=PRECISION, out_dtype=dtype)
             xs += BLOCK_H * stride_xsh
             xt += BLOCK_H * stride_xth
@@ -56,8 +58,8 @@ def tile(
     else:
         for start in range(0, Hs, BLOCK_H):
             left = Hs - start
-            a = _operand(xs, h[None, :], left, EVEN_S)
-            b = _operand(w, h[:, None], left, EVEN_S)
+            a = _operand(xs, h[None, :], left, EVEN_S, dtype)
+            b = _operand(w, h[:, None], left, EVEN_S, dtype)
             acc_s = tl.dot(a, b, acc_s, input_precision=PRECISION, out_dtype=dtype)
             xs += BLOCK_H * stride_xsh
             w += BLOCK_H * stride_wh
@@ -65,8 +67,8 @@ def tile(
         wt = wt_ptr + tl.minimum(v, V_t - 1).to(tl.int64)[None, :] * stride_wtv + h[:, None] * stride_wth
         for start in range(0, Ht, BLOCK_H):
             left = Ht - start
-            a = _operand(xt, h[None, :], left, EVEN_T)
-            b = _operand(wt, h[:, None], left, EVEN_T)
+            a = _operand(xt, h[None, :], left, EVEN_T, dtype)
+            b = _operand(wt, h[:, None], left, EVEN_T, dtype)
             acc_t = tl.dot(a, b, acc_t, input_precision=PRECISION, out_dtype=dtype)
             xt += BLOCK_H * stride_xth
             wt += BLOCK_H * stride_wth

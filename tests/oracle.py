@@ -19,7 +19,11 @@ from kdfast import Logits, Projected, SparseLogits
 
 
 def logits(hidden, weight, bias=None, scale=1.0, softcap=None):
-    z = scale * (hidden @ weight.T + (0 if bias is None else bias))
+    return capped(hidden @ weight.T + (0 if bias is None else bias), scale, softcap)
+
+
+def capped(z, scale, softcap):
+    z = scale * z
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 
@@ -159,10 +163,40 @@ def sparse_pair(indices, log_probs, tail, z, tau):
     return tuple(torch.stack(side) for side in zip(*pairs, strict=True))
 
 
+class Product(NamedTuple):
+    """Logits that the student's head made, of a term's rows."""
+
+    z: Tensor  # h·Wᵀ + b
+    z_abs: Tensor  # |h|·|W|ᵀ + |b|
+    logits: Tensor
+
+
+class Term(NamedTuple):
+    coefficients: Tensor  # (r,) of its rows in the loss
+    rows: Tensor  # (r,)
+    values: Tensor  # (r,)
+    tau: float
+    products: list[Product]
+
+
 class Solved(NamedTuple):
     loss: Tensor
     metrics: dict[str, float]
     margin: float  # the least gap between a row's two largest logits, of either side: what the agreement hangs on
+    tie: float  # the least |log p − log q| of an entry: what the total variation's gradient hangs on
+    terms: list[Term]
+
+    def rounding_errors(self, upstream, relative, absolute):
+        """After `backward(upstream)`, and with the leaves' gradients cleared: leaves there how far off they may be
+        (signs aside), sums of absolute values that they are, where gradients of the logits are off by `relative` of
+        themselves and by `absolute` of the probabilities that they are made of."""
+        upstream = upstream.reshape(-1).abs()
+        for term in self.terms:
+            size = term.coefficients * (upstream[term.rows] if len(upstream) > 1 else upstream) / term.tau
+            for z, z_abs, z_capped in term.products:
+                if z.grad is not None and z_abs.requires_grad:
+                    probabilities = (z_capped.detach() / term.tau).softmax(-1)
+                    z_abs.backward(relative * z.grad.abs() + absolute * size[:, None] * probabilities)
 
 
 def solve(
@@ -175,46 +209,57 @@ def solve(
     tau, leading = float(temperature), student.hidden.shape[:-1]
     valid = student.weight.shape[0] if valid_vocab is None else valid_vocab
     metrics = dict.fromkeys(("kd", "ce", "anchor", "student_entropy", "teacher_entropy", "agreement"), math.nan)
-    margins = [math.inf]
+    margins, ties, terms = [math.inf], [math.inf], []
+    products: list[Product] = []  # of the term at hand
 
     def flat(tensor):
         return tensor.reshape(-1, tensor.shape[-1])
 
-    def head_logits(head, hidden, size, *, fixed=False):
-        weight, bias = head.weight[:size], None if head.bias is None else head.bias[:size]
+    def through_students_head(hidden, hidden_abs, *, fixed=False):
+        weight = student.weight[:valid]
+        bias = weight.new_zeros(()) if student.bias is None else student.bias[:valid]
         if fixed:
-            weight, bias = weight.detach(), None if bias is None else bias.detach()
-        return logits(hidden, weight, bias, head.logit_scale, head.softcap)
+            weight, bias = weight.detach(), bias.detach()
+        z = hidden @ weight.T + bias
+        z_capped = capped(z, student.logit_scale, student.softcap)
+        if z.requires_grad:
+            z.retain_grad()
+            products.append(Product(z, hidden_abs @ weight.abs().T + bias.abs(), z_capped))
+        return z_capped
 
     def student_logits(rows):
-        return head_logits(student, flat(student.hidden)[rows], valid)
+        hidden = flat(student.hidden)[rows]
+        return through_students_head(hidden, hidden.abs())
 
     def projected_logits(rows, *, fixed):
-        hidden = flat(teacher.hidden)[rows]
-        if teacher.projector_weight is not None:
-            hidden = F.linear(hidden, teacher.projector_weight, teacher.projector_bias)
-        return head_logits(student, hidden.to(student.weight.dtype), valid, fixed=fixed)
-
-    def given_logits(source, rows, size):
-        if isinstance(source, Logits):
-            return flat(source.logits)[rows][:, :size]
-        return head_logits(source, flat(source.hidden)[rows], size)
+        hidden, weight, bias = flat(teacher.hidden)[rows], teacher.projector_weight, teacher.projector_bias
+        hidden_abs = hidden.abs()
+        if weight is not None:
+            hidden = F.linear(hidden, weight, bias)
+            hidden_abs = F.linear(hidden_abs, weight.abs(), None if bias is None else bias.abs())
+        dtype = student.weight.dtype
+        return through_students_head(hidden.to(dtype), hidden_abs.to(dtype), fixed=fixed)
 
     def against(source, rows, z, tau):
         """(log_p, log_q, z_t or None) of a given distribution and one of logits z."""
         if isinstance(source, SparseLogits):
             entries = flat(source.indices)[rows], flat(source.log_probs)[rows]
             return *sparse_pair(*entries, source.tail, z, tau), None
-        z_t = given_logits(source, rows, valid).to(z.dtype)
+        if isinstance(source, Logits):
+            z_t = flat(source.logits)[rows][:, :valid]
+        else:
+            bias = None if source.bias is None else source.bias[:valid]
+            hidden = flat(source.hidden)[rows]
+            z_t = logits(hidden, source.weight[:valid], bias, source.logit_scale, source.softcap)
         shared = z[:, : z_t.shape[1]]
-        return (z_t / tau).log_softmax(-1), (shared / tau).log_softmax(-1), z_t
+        return (z_t.to(z.dtype) / tau).log_softmax(-1), (shared / tau).log_softmax(-1), z_t.to(z.dtype)
 
     def entropy(z):
         p = z.softmax(-1)
         return -(p * z.log_softmax(-1).masked_fill(p == 0, 0)).sum(-1)
 
     def best(z):
-        if z.shape[1] > 1 and len(z):
+        if z.shape[1] > 1:
             first, second = z.detach().double().topk(2, dim=-1).values.unbind(-1)
             margins.append(float((first - second).min()))
         return z.argmax(-1)
@@ -227,8 +272,17 @@ def solve(
             chosen.append(mass[0][1] if mass else 0)
         return torch.tensor(chosen)
 
-    def mean(name, rows, values, w):
+    def mean(name, values, rows, w):
         metrics[name] = float((w[rows] * values.detach().double()).sum() / w.sum())
+
+    def term(name, weight, values, rows, w, tau=1.0):
+        mean(name, values, rows, w)
+        divisor = 1.0
+        if reduction == "mean":
+            divisor = float(w.sum() if num_items_in_batch is None else num_items_in_batch)
+        if weight and divisor:
+            terms.append(Term(weight / divisor * w[rows], rows, values, tau, products.copy()))
+        products.clear()
 
     base = torch.ones(leading.numel(), dtype=torch.float64)
     if token_weights is not None:
@@ -241,54 +295,47 @@ def solve(
     if isinstance(anchor_targets, Tensor):
         targets = anchor_targets.reshape(-1).long()
         anchored = base * (targets != ignore_index)
-    terms = []
 
     main = base if teacher is None else kd
     rows = main.nonzero().squeeze(1)
     metrics["tokens"] = float(len(rows))
-    z_s = student_logits(rows)
-    mean("student_entropy", rows, entropy(z_s), main)
-    if isinstance(teacher, Projected):
-        full = projected_logits(rows, fixed=teacher_grad != "full")
-        z_t = full.detach() if teacher_grad == "none" else full
-        log_p, log_q = (z_t / tau).log_softmax(-1), (z_s / tau).log_softmax(-1)
-    elif teacher is not None and len(rows):
-        log_p, log_q, z_t = against(teacher, rows, z_s, tau)
-    if teacher is not None:
-        values = value(divergence, log_p, log_q) if len(rows) else z_s.sum(-1)
-        terms.append((float(kd_weight) * (tau**2 if temperature_squared else 1.0), kd, rows, values))
-        mean("kd", rows, values, kd)
-        if len(rows) and z_t is not None:
-            mean("teacher_entropy", rows, entropy(z_t), kd)
-        if len(rows):
-            theirs = most_probable(teacher, rows) if z_t is None else best(z_t)
-            mean("agreement", rows, (best(z_s if z_t is None else z_s[:, : z_t.shape[1]]) == theirs).double(), kd)
+    if len(rows):
+        z_s = student_logits(rows)
+        mean("student_entropy", entropy(z_s), rows, main)
+    if teacher is not None and len(rows):
+        if isinstance(teacher, Projected):
+            z_t = projected_logits(rows, fixed=teacher_grad != "full")
+            z_t = z_t.detach() if teacher_grad == "none" else z_t
+            log_p, log_q = (z_t / tau).log_softmax(-1), (z_s / tau).log_softmax(-1)
+        else:
+            log_p, log_q, z_t = against(teacher, rows, z_s, tau)
+        squared = tau**2 if temperature_squared else 1.0
+        term("kd", float(kd_weight) * squared, value(divergence, log_p, log_q), rows, kd, tau)
+        gap = (log_p - log_q).detach().abs()
+        ties += gap[gap.isfinite()].tolist()
+        theirs = most_probable(teacher, rows) if z_t is None else best(z_t)
+        ours = best(z_s if z_t is None else z_s[:, : z_t.shape[1]])
+        mean("agreement", (ours == theirs).double(), rows, kd)
+        if z_t is not None:
+            mean("teacher_entropy", entropy(z_t), rows, kd)
 
-    if labels is not None:
-        rows = base.nonzero().squeeze(1)
-        values = F.cross_entropy(student_logits(rows), labels[rows], reduction="none")
-        terms.append((float(ce_weight), base, rows, values))
-        mean("ce", rows, values, base)
+    rows = base.nonzero().squeeze(1)
+    if labels is not None and len(rows):
+        term("ce", float(ce_weight), F.cross_entropy(student_logits(rows), labels[rows], reduction="none"), rows, base)
 
-    if isinstance(teacher, Projected) and (targets is not None or anchor_targets is not None):
-        rows = anchored.nonzero().squeeze(1)
+    rows = anchored.nonzero().squeeze(1)
+    if isinstance(teacher, Projected) and (targets is not None or anchor_targets is not None) and len(rows):
         z_a = projected_logits(rows, fixed=True)
         if anchor_targets is None or isinstance(anchor_targets, Tensor):
             values = F.cross_entropy(z_a, targets[rows], reduction="none")
-        elif len(rows):
+        else:
             log_a, log_z, _ = against(anchor_targets, rows, z_a, 1.0)
             a = log_a.exp()
             values = -(a * log_z.masked_fill(a == 0, 0)).sum(-1)
-        else:
-            values = z_a.sum(-1)
-        terms.append((float(anchor_weight), anchored, rows, values))
-        mean("anchor", rows, values, anchored)
+        term("anchor", float(anchor_weight), values, rows, anchored)
 
-    total = torch.zeros(leading.numel(), dtype=z_s.dtype)
-    for weight, w, rows, values in terms:
-        divisor = 1.0
-        if reduction == "mean":
-            divisor = float(w.sum() if num_items_in_batch is None else num_items_in_batch)
-        if weight and divisor:
-            total = total.index_add(0, rows, (weight / divisor * w[rows]).to(total.dtype) * values)
-    return Solved(total.reshape(leading) if reduction == "none" else total.sum(), metrics, min(margins))
+    total = torch.zeros(leading.numel(), dtype=student.hidden.dtype)
+    for coefficients, rows, values, *_ in terms:
+        total = total.index_add(0, rows, coefficients.to(total.dtype) * values)
+    loss = total.reshape(leading) if reduction == "none" else total.sum()
+    return Solved(loss, metrics, min(margins), min(ties), terms)

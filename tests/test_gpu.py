@@ -12,12 +12,15 @@ from types import SimpleNamespace
 
 import oracle
 import pytest
+import teachers
 import torch
 from cases import LEAVES, copy, relative, student, teacher
+from test_autocast import check_autocast, check_grad_scaler
 from test_chunked import near_convergence, solve
 from test_operators import problem
+from torch.utils import _pytree as pytree
 
-from kdfast import fused_kd_loss, gemm
+from kdfast import Projected, fused_kd_loss, gemm
 from kdfast.engines import triton_rows
 from kdfast.engines.planning import gradient_scale, row_stride, wanted
 from kdfast.engines.row_work import Buffers
@@ -166,45 +169,148 @@ def assert_close(a, b, bits=False):
         assert torch.equal(a[1][name], b[1][name]) if bits else relative(a[1][name], b[1][name]) < 2**-9, name
 
 
-@gpu
-@pytest.mark.parametrize("engine", ["torch", *TRITON])
-def test_compiled(engine):
-    torch._dynamo.reset()
-    case = make("cuda", BF16, *MIDDLE)
-    compiled = fused(case, "projected", engine, function=torch.compile(fused_kd_loss, fullgraph=True))
-    assert_close(compiled, fused(case, "projected", engine))
+# every engine with every kind of teacher; a CPU checks what these functions do, as far as it can
+
+EVERY = [(engine, kind) for engine in teachers.ENGINES for kind in teachers.KINDS]
+SIZE = (257, 5003, 256, 320)  # a vocabulary that is odd; one row more than whole blocks
 
 
-@gpu
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("engine", ["torch", *TRITON])
-def test_no_host_synchronisation(engine, kind):
-    case = make("cuda", BF16, *MIDDLE)
-    fused(case, kind, engine)  # compiles and allocates
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        fused(case, kind, engine)
-        with pytest.raises(RuntimeError, match="synchroniz"):  # the instrument works
-            case.hs[0, 0].item()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+def every(device, dtype, sizes, engine, kind, **options):
+    """(tensors of one problem by name, a function (loss, gradients by name) of what they hold when it is called)."""
+    case = make(device, dtype, *sizes)
+    if kind == "hidden":
+        case.hidden = torch.nn.functional.linear(case.ht, case.P, case.p).detach().requires_grad_()
+        source, own, names = Projected(case.hidden), {}, ("hs", "W", "b", "hidden")
+    else:
+        (source, own), names = teachers.sources(case, kind), teachers.leaves(kind)
+    numbers = {"temperature": 1.0 if kind == "weights" else 2.0, "kd_weight": 0.7, "ce_weight": 0.5}
+    case.numbers = {name: torch.tensor(value, device=device) for name, value in numbers.items()}
+    case.given = pytree.tree_leaves((source, own))
+
+    def run(function=fused_kd_loss, **more):
+        arguments = (student(case, softcap=30.0), source, case.labels)
+        loss = function(*arguments, engine=engine, **own | case.numbers | options | more)
+        return loss.detach(), dict(zip(names, gradients_of(loss, (getattr(case, n) for n in names)), strict=True))
+
+    return case, run
 
 
-@gpu
-@pytest.mark.parametrize("engine", ["torch", *TRITON])
-def test_captured_in_a_graph(engine):
-    """Forward and backward, replayed on other numbers."""
-    case, stream, graph = make("cuda", BF16, *MIDDLE), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+def replayable(device, run):
+    """(what `run` returned, a function that runs it again into the same tensors: a CUDA graph's replay)."""
+    if device == "cpu":
+        result = run()
+
+        def again():
+            pytree.tree_map(lambda old, new: old.copy_(new), result, run())
+
+        return result, again
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        fused(case, "projected", engine)
+        run()  # compiles, allocates, loads
     torch.cuda.current_stream().wait_stream(stream)
     with torch.cuda.graph(graph):
-        captured = fused(case, "projected", engine)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            result = run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return result, graph.replay
+
+
+def check_replay(device, dtype, sizes, engine, kind):
+    """Forward and backward, replayed on other numbers: in the tensors, and in the 0-d tensors of the term weights."""
+    case, run = every(device, dtype, sizes, engine, kind)
+    result, replay = replayable(device, run)
+    stale = result[0].clone()
     with torch.no_grad():
-        case.hs.copy_(case.hs.flip(0))
-    graph.replay()
-    assert_close(captured, fused(case, "projected", engine))
+        case.W.mul_(0.5)
+        case.numbers["kd_weight"].fill_(1.3)
+        for shift, tensor in enumerate((case.hs, case.labels, *case.given)):
+            if isinstance(tensor, torch.Tensor) and tensor.shape[0] == sizes[0]:
+                tensor.copy_(tensor.roll(shift, 0))
+    replay()
+    assert_close(result, run())
+    assert relative(stale, result[0]) > 1e-2
+
+
+def check_backwards(device, dtype, sizes, engine, kind):
+    """Inputs are not written to, and a second backward gives the same bits."""
+    case, run = every(device, dtype, sizes, engine, kind)
+    inputs = (case.hs, case.W, case.b, case.P, case.p, case.labels, *case.given)
+    before = [(x, x._version, x.detach().clone()) for x in inputs if isinstance(x, torch.Tensor)]
+    twice = []
+
+    def keep(*arguments, **options):
+        loss = fused_kd_loss(*arguments, **options)
+        twice.append(torch.autograd.grad(loss, (case.hs, case.W), torch.full_like(loss, 2.0), retain_graph=True))
+        return loss
+
+    for reduction in ("mean", "none"):
+        _, gradients = run(keep, reduction=reduction)
+        assert all(torch.equal(a, 2 * gradients[name]) for name, a in zip(("hs", "W"), twice.pop(), strict=True))
+    for x, version, value in before:
+        assert x._version == version
+        assert torch.equal(x.detach(), value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what follows does it on a GPU")
+@pytest.mark.parametrize("kind", teachers.KINDS)
+def test_the_checks_themselves(kind):
+    for check in (check_replay, check_backwards):
+        check("cpu", FP32, (7, 70, 16, 20), "torch", kind)
+
+
+@gpu
+@pytest.mark.parametrize(("engine", "kind"), EVERY)
+def test_captured_in_a_graph(engine, kind):
+    check_replay("cuda", BF16, SIZE, engine, kind)
+
+
+@gpu
+@pytest.mark.parametrize(("engine", "kind"), EVERY)
+def test_inputs_are_not_written_to_and_a_second_backward_is_right(engine, kind):
+    check_backwards("cuda", BF16, SIZE, engine, kind)
+
+
+@gpu
+@pytest.mark.parametrize(("engine", "kind"), EVERY)
+def test_no_host_synchronisation(engine, kind):
+    """With numbers and CUDA tensors among the options, and with per-row losses."""
+    case, run = every("cuda", BF16, SIZE, engine, kind)
+    numbers = {"temperature": 1.0, "ce_weight": 0.5, "num_items_in_batch": 100}
+    for options in (numbers, {"reduction": "none"}):
+        run(**options)  # compiles and allocates
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run(**options)
+            with pytest.raises(RuntimeError, match="synchroniz"):  # the instrument works
+                case.hs[0, 0].item()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@gpu
+@pytest.mark.parametrize("kind", ["projected", "logits", "bucket"])
+@pytest.mark.parametrize("engine", teachers.ENGINES)
+def test_compiled(engine, kind):
+    torch._dynamo.reset()
+    _, run = every("cuda", BF16, SIZE, engine, kind)
+    assert_close(run(torch.compile(fused_kd_loss, fullgraph=True)), run())
+
+
+@gpu
+@pytest.mark.parametrize(("engine", "kind"), EVERY)
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_autocast(engine, kind, dtype):
+    check_autocast("cuda", engine, kind, dtype, n=64, v=501, hs=64, ht=96)
+
+
+@gpu
+@pytest.mark.parametrize("kind", ["projected", "bucket"])
+@pytest.mark.parametrize("engine", teachers.ENGINES)
+def test_grad_scaler(engine, kind):
+    check_grad_scaler("cuda", engine, kind)
 
 
 @gpu
@@ -246,17 +352,6 @@ def test_row_kernel_in_place(divergence):
         scratch.copy_(logits)
         solve_chunk(scratch, scratch)
         assert torch.equal(scratch, apart)
-
-
-@gpu
-@pytest.mark.parametrize("engine", ["torch", *TRITON])
-def test_inputs_are_not_written_to_and_a_second_backward_is_right(engine):
-    case = make("cuda", BF16, *MIDDLE)
-    before, leaves = copy(case, BF16), [case.hs, case.W, case.P]
-    loss = fused_kd_loss(student(case), teacher(case, "projected"), case.labels, engine=engine)
-    first = torch.autograd.grad(loss, leaves, retain_graph=True)
-    assert all(torch.equal(b, 2 * a) for a, b in zip(first, gradients_of(loss, leaves, 2.0), strict=True))
-    assert all(torch.equal(tensor, getattr(before, name)) for name, tensor in vars(case).items())
 
 
 @gpu

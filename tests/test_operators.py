@@ -1,175 +1,221 @@
-"""At home in PyTorch: opcheck, torch.compile without a graph break, autocast, checkpointing, second derivatives."""
+"""The operators behind the fused engines: torch.library's own checks, and what they must not do.
+
+They read no value on the host, need none to know a shape, and take no derivative they don't have.
+"""
 
 import inspect
-import shutil
-from dataclasses import fields
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import LEAVES, copy, gradients, make, relative, student, teacher
+from cases import LEAVES, copy, make, student
+from teachers import ENGINES, KINDS, leaves, loss_of, sources
+from torch._subclasses import FakeTensorMode
+from torch.library import opcheck
 from torch.utils import _pytree as pytree
-from torch.utils.checkpoint import checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.interpreter import InterpretedFunction
 
-from kdfast import FusedKDLoss, Head, Projected, fused_kd_loss, operators
+from kdfast import fused_kd_loss, operators
 from kdfast.assemble import assemble
 from kdfast.divergences import get_divergence
 from kdfast.options import Options
 from kdfast.problem import Problem
 
-compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
-ENGINES = ["torch", "triton_chunked", "triton_tiled"]
-BACKENDS = ["aot_eager", pytest.param("inductor", marks=compiler)]
+FUSED = ENGINES[1:]
+SMALL = {"n": 3, "v": 9, "hs": 4, "ht": 5}
+OPERANDS = [kind for kind in KINDS if kind != "hidden"]  # which an operator sees as "projected"
 
 
 def problem(case, kind, **options):
-    """The operators' arguments for a case."""
-    defaults = {
-        name: parameter.default
-        for name, parameter in inspect.signature(fused_kd_loss).parameters.items()
-        if name in Options.names()
-    }
-    defaults |= options
-    defaults["divergence"] = get_divergence(defaults["divergence"])
-    x = assemble(student(case), teacher(case, kind), case.labels, Options(**defaults)).problem
-    return [getattr(x, field.name) for field in fields(Problem)]
+    """The operators' arguments for a case; those of the anchor, where it is a distribution."""
+    source, own = sources(case, kind)
+    return arguments(student(case), source, case.labels, **{"ce_weight": 0.5} | own | options)
 
 
-@pytest.mark.parametrize("kind", ["hidden", "head", "none"])
+def arguments(*sources, **options):
+    parameters = inspect.signature(fused_kd_loss).parameters
+    given = {name: parameters[name].default for name in Options.names()} | options
+    given["divergence"] = get_divergence(given["divergence"])
+    assembled = assemble(*sources, Options(**given))
+    return [getattr(assembled.anchor or assembled.problem, field.name) for field in fields(Problem)]
+
+
+def detached(values, keep_grad=False):
+    return tuple(
+        value.detach().requires_grad_(keep_grad and value.requires_grad) if isinstance(value, torch.Tensor) else value
+        for value in values
+    )
+
+
+@pytest.mark.parametrize("kind", OPERANDS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", FUSED)
 def test_opcheck(kind, reduction, engine):
-    case = make(n=6)
-    arguments = [
-        a.detach().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a
-        for a in problem(case, kind, reduction=reduction, ce_weight=0.5, return_metrics=True, engine=engine)
-    ]
-    torch.library.opcheck(operators.fused_kd, tuple(arguments))
+    values = problem(make(**SMALL), kind, reduction=reduction, return_metrics=reduction == "mean", engine=engine)
+    opcheck(operators.fused_kd, detached(values, keep_grad=True))
 
 
-def test_opcheck_of_the_backward_operators():
-    case = make(n=6)
-    with torch.no_grad():
-        arguments = problem(case, "hidden", reduction="none")
-    arguments = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
-    names = [field.name for field in fields(Problem)]
-    for name in ("need_hidden", "need_weight", "need_bias", "need_teacher_hidden"):
-        arguments[names.index(name)] = True
-    rows, upstream = torch.empty(0, dtype=torch.float64), torch.rand(6, dtype=torch.float64)
-    torch.library.opcheck(operators.fused_kd_gradients, (*arguments, rows, upstream))
-    one = torch.ones((), dtype=torch.float64)
-    torch.library.opcheck(operators.finish_gradient, (torch.rand(4, 3), one.float(), one.float(), torch.rand(4, 3)))
+@pytest.mark.parametrize("kind", OPERANDS)
+@pytest.mark.parametrize("engine", FUSED)
+def test_opcheck_of_the_gradients(kind, engine):
+    values = detached(problem(make(**SMALL), kind, reduction="none", engine=engine))
+    rows, upstream = operators.fused_kd(*values)[-1], torch.rand(SMALL["n"], dtype=torch.float64)
+    opcheck(operators.fused_kd_gradients, (*values, rows, upstream))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own imports
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kind", ["projected", "head"])
-@pytest.mark.parametrize("engine", ENGINES)
-def test_compiled_without_a_graph_break_gives_the_same_numbers(backend, kind, engine):
-    case = make(torch.float32)
-
-    def step(c, temperature, kd_weight, reduction):
-        return fused_kd_loss(
-            student(c, softcap=5.0), teacher(c, kind), c.labels, temperature=temperature, kd_weight=kd_weight,
-            ce_weight=0.5, reduction=reduction, token_weights=c.weights, return_metrics=True, engine=engine,
-        )  # fmt: skip
-
-    torch._dynamo.reset()
-    compiled = torch.compile(step, fullgraph=True, backend=backend)
-    for reduction in ("mean", "none"):
-        for temperature in (1.0, 3.0):
-            a, b = copy(case, torch.float32), copy(case, torch.float32)
-            scalars = (torch.tensor(temperature), torch.tensor(0.7))
-            expected, expected_metrics = step(a, *scalars, reduction)
-            loss, metrics = compiled(b, *scalars, reduction)
-            torch.testing.assert_close(loss, expected)
-            torch.testing.assert_close(metrics, expected_metrics, equal_nan=True)
-            expected.sum().backward()
-            loss.sum().backward()
-            for name in LEAVES:
-                torch.testing.assert_close(gradients(b)[name], gradients(a)[name])
+@pytest.mark.parametrize("teacher_grad", ["full", "none"])
+def test_opcheck_with_strides_of_all_kinds_and_gradients_that_are_zero(teacher_grad):
+    """What an operator returns is laid out as its fake implementation says, whatever its inputs' layouts."""
+    case = make(**SMALL)
+    for name, leaf in vars(case).items():
+        if leaf.dim() == 2:
+            setattr(case, name, leaf.detach().t().contiguous().t().requires_grad_(name in LEAVES))
+    wanted = {"need_hidden": False, "need_weight": False, "need_bias": False} if teacher_grad == "none" else {}
+    values = Problem(*detached(problem(case, "projected", reduction="none", teacher_grad=teacher_grad)))
+    values = [getattr(replace(values, **wanted), field.name) for field in fields(Problem)]
+    opcheck(operators.fused_kd_gradients, (*values, torch.empty(0), torch.rand(3, dtype=torch.float64)))
 
 
-def test_compiled_does_not_recompile_for_tensor_weights():
-    case = make(torch.float32)
-    torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
-    criterion = torch.compile(FusedKDLoss(ce_weight=0.5), fullgraph=True, backend=counter)
-    for value in (0.1, 0.4, 0.7):
-        criterion(
-            student(case), teacher(case, "projected"), case.labels, kd_weight=torch.tensor(value),
-            temperature=torch.tensor(1 + value),
-        )  # fmt: skip
-    assert counter.frame_count == 1
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_opcheck_of_the_finishing(dtype):
+    saved = torch.rand(4, 3, dtype=torch.promote_types(dtype, torch.float32))
+    like = torch.rand(3, 4, dtype=dtype).t()
+    opcheck(operators.finish_gradient, (saved, saved.new_ones(()), saved.new_tensor(1.5), like))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@pytest.mark.parametrize("wanted", [("P", "p"), ("P",), ("p",), ()])
+def test_opcheck_of_the_projector(dtype, wanted):
+    case = copy(make(**SMALL), dtype)
+    for name in ("P", "p"):
+        getattr(case, name).requires_grad_(name in wanted)
+    bias = case.p if wanted != ("P",) else None
+    opcheck(operators.project, (case.ht, case.P, bias))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_second_derivatives_raise(reduction):
-    case = make(n=4)
-    loss = fused_kd_loss(student(case), teacher(case, "projected"), reduction=reduction).sum()
-    for leaf in (case.hs, case.P):
-        (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+def test_second_derivatives_raise(kind, reduction):
+    case = make(**SMALL)
+    loss = loss_of(fused_kd_loss, case, kind, reduction=reduction).sum()
+    for name in leaves(kind):
+        (gradient,) = torch.autograd.grad(loss, getattr(case, name), create_graph=True)
         assert gradient.requires_grad
         with pytest.raises(RuntimeError, match=r"second derivatives .* engine='reference'"):
             gradient.sum().backward(retain_graph=True)
 
 
-@pytest.mark.parametrize("kind", ["projected", "head"])
-def test_autocast_computes_heads_as_linear_does(kind):
-    """Inside autocast: the numbers of heads cast to bf16, gradients in the leaves' own dtype."""
-    case = make(torch.float32)
-    narrow = copy(case, torch.bfloat16)
-    for engine in ("reference", *ENGINES):
-        wide = copy(case, torch.float32)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = fused_kd_loss(student(wide), teacher(wide, kind), wide.labels, ce_weight=0.5, engine=engine)
+# values are not there
+
+
+def elsewhere(place, *trees):
+    """The same sources and options with every tensor put through `place`."""
+
+    def one(leaf):
+        return place(leaf.detach()).requires_grad_(leaf.requires_grad) if isinstance(leaf, torch.Tensor) else leaf
+
+    return pytree.tree_map(one, trees)
+
+
+class NoCopies(TorchDispatchMode):
+    """From the host to the device the host waits for, so it must not happen, but for numbers it does not wait for."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default) and result.is_meta:
+            assert all(arg.is_meta for arg in args) or (kwargs or {}).get("non_blocking"), function
+        return result
+
+
+@contextmanager
+def shapes_alone():
+    """The meta device in place of a GPU: what reads a value raises, and so does what makes a tensor of the host's
+    numbers. There is nothing to launch a kernel on."""
+
+    def host_data(*args, **options):
+        raise AssertionError("a tensor made of numbers is copied to the device, and the host waits")
+
+    with pytest.MonkeyPatch.context() as patch, NoCopies():
+        for name in ("tensor", "as_tensor", "from_numpy"):
+            patch.setattr(torch, name, host_data)
+        patch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        patch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+        patch.setattr(InterpretedFunction, "__getitem__", lambda self, grid: lambda *args, **options: None)
+        yield
+
+
+def on_meta(kind):
+    case = make(torch.bfloat16, n=6)
+    everything = (student(case, softcap=4.0), *sources(case, kind), case.labels, case.weights)
+    return elsewhere(lambda tensor: tensor.to("meta"), *everything)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has tests/test_gpu.py")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("engine", FUSED)
+def test_no_host_synchronisation(kind, reduction, engine):
+    """In the assembly and in the operators' own code (not their fake implementations), in chunks, in slabs."""
+    head, source, own, labels, weights = on_meta(kind)
+    numbers = {"temperature": torch.ones(()), "kd_weight": 0.3, "num_items_in_batch": 7}
+    with shapes_alone():
+        values = arguments(
+            head, source, labels, reduction=reduction, engine=engine, return_metrics=True, token_weights=weights,
+            divergence="jsd", valid_vocab=99, scratch_bytes=7 * 101 * 6, **{"ce_weight": 0.5} | own | numbers,
+        )  # fmt: skip
+        result = operators.fused_kd._init_fn(*values)
+        upstream = torch.empty(6, device="meta")
+        hidden, *_ = operators.fused_kd_gradients._init_fn(*values, result[-1], upstream)
+        assert hidden.shape == head.hidden.shape
+        for reading in (lambda: bool(upstream[0] > 0), upstream.nonzero):  # the instrument works
+            with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+                reading().numel()
+        for copying in (lambda: torch.tensor([1, 2], device="meta"), lambda: torch.zeros(2).to("meta")):
+            with pytest.raises(AssertionError):
+                copying()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("engine", ["reference", "torch"])
+def test_meta_tensors(kind, engine):
+    """The whole function and its backward where there are shapes alone; so no host synchronisation here either."""
+    head, source, own, labels, _ = on_meta(kind)
+    with shapes_alone():
+        loss, metrics = fused_kd_loss(head, source, labels, engine=engine, return_metrics=True, ce_weight=0.5, **own)
         loss.backward()
-        expected = fused_kd_loss(student(narrow), teacher(narrow, kind), narrow.labels, ce_weight=0.5, engine=engine)
-        assert loss.dtype == torch.float32
-        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
-        assert all(gradient.dtype == torch.float32 for gradient in gradients(wide).values())
-        exact = copy(case)
-        fused_kd_loss(student(exact), teacher(exact, kind), exact.labels, ce_weight=0.5).backward()
-        # bf16 inputs: each rounded at 2⁻⁹
-        assert relative(wide.hs.grad, exact.hs.grad) < 2e-2
+    assert loss.is_meta
+    assert all(metric.is_meta for metric in metrics)
+    assert (head.weight.grad.shape, head.weight.grad.dtype) == (head.weight.shape, torch.bfloat16)
 
 
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_activation_checkpointing(use_reentrant):
-    plain, checkpointed = make(), make()
-
-    def loss(case):
-        def compute(hs, W, P):
-            return fused_kd_loss(Head(hs, W), Projected(case.ht, P), case.labels, ce_weight=0.5)
-
-        return compute
-
-    loss(plain)(plain.hs, plain.W, plain.P).backward()
-    c = checkpointed
-    checkpoint(loss(c), c.hs, c.W, c.P, use_reentrant=use_reentrant).backward()
-    for name, gradient in gradients(c).items():
-        torch.testing.assert_close(gradient, gradients(plain)[name])
+FEW = [(engine, kind) for engine in ("reference", "torch") for kind in KINDS]
+FEW += [(engine, kind) for engine in ("triton_chunked", "triton_tiled") for kind in ("projected", "logits", "bucket")]
 
 
-def test_sources_are_pytrees():
-    case = make()
-    head = student(case, softcap=3.0, logit_scale=0.5)
-    leaves, spec = pytree.tree_flatten(head)
-    assert [id(leaf) for leaf in leaves] == [id(case.hs), id(case.W), id(case.b)]
-    again = pytree.tree_unflatten([leaf.detach() for leaf in leaves], spec)
-    assert isinstance(again, Head)
-    assert (again.softcap, again.logit_scale) == (3.0, 0.5)
-    assert len(pytree.tree_leaves(teacher(case, "projected"))) == 3
+@pytest.mark.parametrize(("engine", "kind"), FEW)
+def test_fake_tensors(engine, kind):
+    """As estimators of memory use: on a CPU, and yet there is no value to look at."""
+    mode, case = FakeTensorMode(), make(n=6)
+    everything = elsewhere(mode.from_tensor, student(case), *sources(case, kind), case.labels)
+    with mode:
+        for reduction in ("mean", "none"):
+            head, source, own, labels = everything
+            loss = fused_kd_loss(head, source, labels, engine=engine, reduction=reduction, ce_weight=0.5, **own)
+            loss.sum().backward()
+            assert loss.shape == ((6,) if reduction == "none" else ())
+        assert head.hidden.grad.shape == head.hidden.shape
 
 
-def test_data_parallel_divisor_sums_to_the_whole():
-    """Two halves with num_items_in_batch of both: losses and gradients add up to the whole batch's."""
-    whole, halves = make(), make()
-    fused_kd_loss(student(whole), teacher(whole, "projected"), whole.labels, ce_weight=0.5).backward()
-    items = (halves.labels != -100).sum()
-    for part in (slice(0, 9), slice(9, None)):
-        fused_kd_loss(
-            Head(halves.hs[part], halves.W, halves.b), Projected(halves.ht[part], halves.P, halves.p),
-            halves.labels[part], ce_weight=0.5, num_items_in_batch=items,
-        ).backward()  # fmt: skip
-    for name in LEAVES:
-        torch.testing.assert_close(gradients(halves)[name], gradients(whole)[name])
+@pytest.mark.parametrize(("engine", "kind"), FEW)
+def test_the_default_device_does_not_matter(engine, kind):
+    """After torch.set_default_device("cuda") a tensor made without a device would be elsewhere."""
+    case = make(n=6, v=41)
+    expected = loss_of(fused_kd_loss, case, kind, engine=engine)
+    source, own = sources(case, kind)
+    with torch.device("meta"):
+        loss = fused_kd_loss(student(case), source, case.labels, engine=engine, ce_weight=0.5, **own)
+        loss.backward()
+    torch.testing.assert_close(loss, expected)

@@ -10,14 +10,14 @@ from math import inf
 import torch
 from torch import Tensor
 
-from kdfast import sparse
+from kdfast import autocast, sparse
 from kdfast.engines.given import given_rows
 from kdfast.problem import AGREEMENT, ANCHOR, CE, KD, STUDENT_ENTROPY, TEACHER_ENTROPY, Problem
 
 
 def run(problem: Problem) -> tuple[Tensor, Tensor]:
     """(loss () or (N,), stats (6, N)) of `problem`."""
-    with torch.autocast(problem.hidden.device.type, enabled=False):
+    with autocast.disabled(problem.hidden.device):
         return _run(problem)
 
 

@@ -124,8 +124,8 @@ def _divergence(
     terms = divergence.terms(p, q, g)
     value = terms.f.sum(dim=-1).masked_fill_(unknown, float("nan"))
     factor = coefficient / x.temperature
-    grad_s = _centre(terms.a_q, q, divergence.centred_q).mul_(factor) if wanted.student else None
-    grad_t = _centre(terms.a_p, p, divergence.centred_p).mul_(factor) if wanted.teacher else None
+    grad_s = _times(_centre(terms.a_q, q, divergence.centred_q), factor) if wanted.student else None
+    grad_t = _times(_centre(terms.a_p, p, divergence.centred_p), factor) if wanted.teacher else None
     return value, grad_s, grad_t
 
 
@@ -154,7 +154,16 @@ def _sparse(
         softmax.div_(total[:, None])
     else:
         softmax = torch.exp(scaled.sub_(rest[:, None]), out=softmax)
-    return found.value, softmax.mul_(found.outside[:, None]).scatter_(1, index, found.inside)
+    return found.value, _times(softmax, found.outside[:, None]).scatter_(1, index, found.inside)
+
+
+def _times(grad: Tensor, factor: Tensor) -> Tensor:
+    """grad·factor, in place, with 0·∞ = 0: an infinite divergence does not reach rows that it does not count for."""
+    zero = factor == 0
+    grad.mul_(factor)
+    if grad.device.type == "cpu" and not bool(zero.any()):
+        return grad
+    return grad.masked_fill_(zero, 0.0)
 
 
 def _centre(a: Tensor, softmax: Tensor, centred: bool) -> Tensor:

@@ -1,0 +1,18 @@
+"""torch.autocast on any device; some, "meta" among them, have none."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+
+def dtype_of(device: torch.device) -> torch.dtype | None:
+    """In which nn.Linear would compute; None outside autocast."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def disabled(device: torch.device) -> AbstractContextManager[None]:
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
