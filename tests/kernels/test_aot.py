@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 KERNELS = {
     "row_kernel", "column_sums_kernel", "statistics_kernel", "combine_kernel", "gradients_kernel", "projection_kernel",
+    "bits_kernel", "support_logits_kernel", "write_kernel",
 }  # fmt: skip
 
 
