@@ -19,6 +19,9 @@ KINDS = [
 ]  # fmt: skip
 PROJECTED = ("projected", "hidden", "to head", "to sparse")
 ENGINES = ["reference", "torch", "triton_chunked", "triton_tiled"]
+# for what hardly depends on the engine: all kinds with two of them, a few with those that the interpreter runs
+SOME = [(engine, kind) for engine in ENGINES[:2] for kind in KINDS]
+SOME += [(engine, kind) for engine in ENGINES[2:] for kind in ("projected", "logits", "bucket")]
 K = 3
 
 

@@ -9,6 +9,7 @@ import oracle
 import pytest
 import torch
 from cases import HS, N, V, copy, gradients, make, relative, student, teacher
+from oracle import sparse_pair, value
 
 from kdfast import JSD, Head, Logits, Projected, SkewKL, SkewReverseKL, SparseLogits, fused_kd_loss
 
@@ -16,30 +17,6 @@ SMALL = 5 * 2 * V * 8  # bytes: chunks of five tokens, slabs of one tile
 RUNS = [("reference", None), ("torch", None), ("torch", SMALL), ("triton_chunked", 2 * SMALL), ("triton_tiled", SMALL)]
 ENGINES = ["reference", "torch", "triton_chunked", "triton_tiled"]
 EVERY = ["forward_kl", "reverse_kl", "symmetric_kl", JSD(0.3), SkewKL(0.2), SkewReverseKL(0.2), "total_variation"]
-
-
-def value(divergence, log_p, log_q):
-    """(N,) of an instance or a name, by the definition; either side may be without mass anywhere."""
-    name, number = (divergence, 0.5) if isinstance(divergence, str) else (divergence.name, divergence.parameters[0])
-    if name == "total_variation":
-        return (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
-
-    def kl(log_a, log_b):
-        empty = log_a.isneginf()
-        return (log_a.exp() * (log_a.masked_fill(empty, 0) - log_b.masked_fill(empty, 0))).sum(-1)
-
-    def mixture(weight):
-        both = log_p.isneginf() & log_q.isneginf()
-        return torch.where(both, 1.0, weight * log_p.exp() + (1 - weight) * log_q.exp()).log()
-
-    return {
-        "forward_kl": lambda: kl(log_p, log_q),
-        "reverse_kl": lambda: kl(log_q, log_p),
-        "symmetric_kl": lambda: (kl(log_p, log_q) + kl(log_q, log_p)) / 2,
-        "jsd": lambda: number * kl(log_p, mixture(number)) + (1 - number) * kl(log_q, mixture(number)),
-        "skew_kl": lambda: kl(log_p, mixture(number)),
-        "skew_reverse_kl": lambda: kl(log_q, mixture(1 - number)),
-    }[name]()
 
 
 def mean(rows, weights):
@@ -143,34 +120,6 @@ def entries(case, *, kind="top", k=7, seed=1):
     indices[2::3, 5], log_probs[2::3, 5] = indices[2::3, 1], -torch.inf
     log_probs[4, 1:] = -torch.inf
     return indices, log_probs
-
-
-def sparse_pair(indices, log_probs, tail, z_s, tau):
-    """(log_p, log_q) over the vocabulary, or over the support and a bucket, row by row."""
-    pairs = []
-    for ids, lps, z in zip(indices.tolist(), log_probs.tolist(), z_s, strict=True):
-        mass = {}
-        for i, lp in zip(ids, lps, strict=True):
-            if lp > -math.inf:
-                mass[i] = mass.get(i, 0.0) + math.exp(lp)
-        support = sorted(mass)
-        p = torch.tensor([mass[i] for i in support], dtype=torch.float64)
-        if tail == "bucket":
-            q = z.softmax(-1)
-            outside = [i for i in range(len(z)) if i not in mass]
-            rest = [q[outside].sum()] if outside else []
-            missing = [max(0.0, 1 - float(p.sum()))] if outside else []
-            q = torch.cat([q[support], *[r[None] for r in rest]]) ** (1 / tau)
-            p = torch.cat([p, torch.tensor(missing, dtype=torch.float64)]) ** (1 / tau)
-            pair = ((p / p.sum()).log(), (q / q.sum()).log())
-            pairs.append(tuple(torch.cat([x, torch.full((len(z) + 1 - len(x),), -torch.inf)]) for x in pair))
-        else:
-            p = p ** (1 / tau) if tail == "renormalize" else p
-            p = p / p.sum() if tail == "renormalize" else p
-            whole = torch.full((len(z),), -torch.inf, dtype=torch.float64)
-            whole[support] = p.log()
-            pairs.append((whole, (z / tau).log_softmax(-1)))
-    return tuple(torch.stack(side) for side in zip(*pairs, strict=True))
 
 
 @pytest.mark.parametrize("tail", ["renormalize", "bucket", "none"])
@@ -290,6 +239,110 @@ def test_rows_without_weight_may_have_any_sparse_teacher(engine):
     loss.backward()
     torch.testing.assert_close(loss, clean)
     torch.testing.assert_close(c.W.grad, expected)
+
+
+@pytest.mark.parametrize("engine", ENGINES[1:])
+def test_sparse_entries_of_any_strides(engine):
+    case = make(n=6)
+    indices, log_probs = entries(case)
+    results = []
+    for pair in ((indices, log_probs), (indices.t().contiguous().t(), log_probs.t().contiguous().t())):
+        c = copy(case)
+        loss = fused_kd_loss(student(c), SparseLogits(*pair), c.labels, ce_weight=0.5, engine=engine)
+        loss.backward()
+        results.append((loss.detach(), c.W.grad, c.hs.grad))
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_bucket_that_the_student_cannot_reach(engine):
+    """All that it can produce is in the support, and one of the padding entries has an id from the bucket."""
+    case = make(n=3, v=7)
+    with torch.no_grad():
+        case.b[4:] = -torch.inf
+    ids = torch.tensor([[0, 1, 2, 3, 5]]).expand(3, 5)
+    log_probs = torch.tensor([[0.1, 0.2, 0.3, 0.2, 0.0]], dtype=torch.float64).log().expand(3, 5)
+
+    def expected(c):
+        z = oracle.logits(c.hs, c.W, c.b)
+        return 4 * mean(value("reverse_kl", *sparse_pair(ids, log_probs, "bucket", z, 2.0)), keep(c))
+
+    def source(c):
+        return SparseLogits(ids, log_probs, tail="bucket")
+
+    check(expected, case, source, runs=[(engine, None)], divergence="reverse_kl")
+
+
+# rows and terms that count for nothing
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("kind", ["logits", "bucket"])
+def test_a_divergence_without_weight_may_be_infinite(engine, kind):
+    """One side has mass where the other cannot have any; the weight, of a schedule say, is still 0."""
+    case = make(n=6, v=7)
+    case.labels.clamp_(max=3)
+    if kind == "logits":
+        source = Logits(torch.zeros(6, 7, dtype=torch.float64).index_fill(1, torch.tensor([5]), -torch.inf))
+    else:
+        with torch.no_grad():
+            case.b[4:] = -torch.inf
+        source = SparseLogits(torch.arange(4).expand(6, 4), torch.full((6, 4), math.log(0.2)), tail="bucket")
+    options = {"divergence": "reverse_kl" if kind == "logits" else "forward_kl", "ce_weight": 0.5, "engine": engine}
+    assert fused_kd_loss(student(case), source, case.labels, **options).item() == math.inf
+    results = []
+    for given in (None, source):
+        c = copy(case)
+        loss = fused_kd_loss(student(c), given, c.labels, kd_weight=0.0, **options)
+        loss.backward()
+        results.append((loss.detach(), c.W.grad, c.hs.grad))
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("tail", ["renormalize", "bucket"])
+def test_the_metric_of_a_divergence_without_weight(engine, tail):
+    case = make(n=6)
+    source = SparseLogits(*entries(case), tail=tail)
+    kd = [
+        fused_kd_loss(student(case), source, kd_weight=weight, engine=engine, return_metrics=True)[1].kd
+        for weight in (0.0, 1.0)
+    ]
+    torch.testing.assert_close(*kd)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
+def test_mass_that_underflows_is_none(engine, divergence):
+    """0·∞ = 0: logits 1e4 below the others', of ids that the other side cannot have."""
+    case = make(n=3, v=7)
+    z_t = torch.zeros(3, 7, dtype=torch.float64)
+    if divergence == "forward_kl":
+        z_t[:, 5] = -1e4
+    with torch.no_grad():
+        case.b[5] = -torch.inf if divergence == "forward_kl" else -1e4
+    if divergence == "reverse_kl":
+        z_t[:, 5] = -torch.inf
+    loss = fused_kd_loss(student(case), Logits(z_t), divergence=divergence, engine=engine)
+    loss.backward()
+    assert loss.isfinite()
+    assert case.W.grad.isfinite().all()
+
+
+# heads of different precision
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("wide", ["student", "teacher"])
+def test_one_head_in_float64_and_one_in_float32(engine, wide):
+    case = make(n=6)
+    own, other = (torch.float64, torch.float32) if wide == "student" else (torch.float32, torch.float64)
+    c, given = copy(copy(case, torch.float32), own), copy(copy(case, torch.float32), other)
+    exact = copy(copy(case, torch.float32))
+    truth = fused_kd_loss(student(exact), teacher(exact, "head"), engine="reference")
+    loss = fused_kd_loss(student(c), teacher(given, "head"), engine=engine)
+    assert loss.dtype == torch.float64
+    torch.testing.assert_close(loss, truth, rtol=1e-9, atol=0)
 
 
 # vocabularies of different size
