@@ -11,12 +11,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
-import random
-import shutil
-import sysconfig
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,19 +19,15 @@ from typing import Any
 import datasets
 import transformers
 import yaml
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 from kdfast.cli import output_dir as folder
 from kdfast.cli.arguments import parse
+from kdfast.cli.corpus import cache_root, library_text, megabytes, once, train_tokenizer, write_files
 from kdfast.cli.distill import run_distillation
-from kdfast.cli.errors import UserError
 from kdfast.training.report import Run, text_table, write_report
 from kdfast.training.summary import write_summary
 
 RECIPES = ("lm_only", "run4", "run5", "true_head")
-HELD_OUT = 20  # every twentieth file is for evaluation
-END = "<|endoftext|>"
 
 
 @dataclass(frozen=True)
@@ -80,16 +71,16 @@ def demo(*, quick: bool, output_dir: str, cache_dir: str | None, seed: int) -> i
     transformers.utils.logging.disable_progress_bar()
     sizes = QUICK if quick else Sizes()
 
-    train, evaluation = library_text(sizes)
+    train, evaluation = library_text(sizes.files, sizes.excerpt)
     print(
-        f"Text: {len(train)} files of Python's library to train on, {_megabytes(train):.1f} MB; "
-        f"{len(evaluation)} held out, {_megabytes(evaluation):.2f} MB."
+        f"Text: {len(train)} files of Python's library to train on, {megabytes(train):.1f} MB; "
+        f"{len(evaluation)} held out, {megabytes(evaluation):.2f} MB."
     )
     key = _key(sizes, seed, [*train, *evaluation])
-    cache = _cache_root(cache_dir) / key
-    _once(cache / "train", lambda path: _write_files(path, train))
-    _once(cache / "eval", lambda path: _write_files(path, evaluation))
-    _once(cache / "tokenizer", lambda path: _train_tokenizer(path, train, sizes.vocabulary))
+    cache = cache_root(cache_dir) / key
+    once(cache / "train", lambda path: write_files(path, train))
+    once(cache / "eval", lambda path: write_files(path, evaluation))
+    once(cache / "tokenizer", lambda path: train_tokenizer(path, train, sizes.vocabulary))
 
     tokens = sizes.batch * sizes.context
     print(
@@ -117,71 +108,12 @@ def demo(*, quick: bool, output_dir: str, cache_dir: str | None, seed: int) -> i
     return 0
 
 
-def library_text(sizes: Sizes) -> tuple[list[str], list[str]]:
-    """(files to train on, excerpts of the held-out files): Python's own modules, without tests and character tables."""
-    root = Path(sysconfig.get_path("stdlib"))
-    skipped = {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages"}
-    files = [path for path in sorted(root.rglob("*.py")) if not skipped & set(path.relative_to(root).parts)]
-    read = (path.read_text(encoding="utf-8", errors="replace") for path in files)
-    texts = list(dict.fromkeys(text for text in read if text.strip()))  # none twice, on both sides of the split
-    random.Random(0).shuffle(texts)  # small samples see all of the library
-    held_out = [_middle(text, sizes.excerpt) for text in texts[::HELD_OUT]]
-    train = [text for i, text in enumerate(texts) if i % HELD_OUT][: sizes.files]
-    if len(train) < 50:
-        raise UserError(f"the demo reads Python's own library, and {str(root)!r} holds {len(train)} files of it")
-    return train, held_out
-
-
-def _middle(text: str, length: int) -> str:
-    """Whole lines from the middle, where a module is code rather than its licence and imports."""
-    start = max(0, (len(text) - length) // 2)
-    start = text.rfind("\n", 0, start) + 1
-    return text[start : text.rfind("\n", 0, start + length) + 1]
-
-
-def _megabytes(texts: list[str]) -> float:
-    return sum(len(text.encode()) for text in texts) / 1e6
-
-
-def _cache_root(cache_dir: str | None) -> Path:
-    if cache_dir is not None:
-        return Path(cache_dir).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kdfast" / "demo"
-
-
 def _key(sizes: Sizes, seed: int, texts: list[str]) -> str:
     """Of all that the teacher depends on."""
     digest = hashlib.sha256(json.dumps([sizes.vocabulary, _teacher_settings(Path(), sizes, seed)]).encode())
     for text in texts:
         digest.update(hashlib.sha256(text.encode()).digest())
     return digest.hexdigest()[:16]
-
-
-def _once(path: Path, make: Callable[[Path], None]) -> None:
-    """`make(path)`, unless it is there; half of it never is."""
-    if not path.exists():
-        partial = path.with_name(path.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        make(partial)
-        partial.rename(path)
-
-
-def _write_files(path: Path, texts: list[str]) -> None:
-    for i, text in enumerate(texts):
-        (path / f"{i:05}.py").write_text(text, encoding="utf-8")
-
-
-def _train_tokenizer(path: Path, texts: list[str], vocabulary: int) -> None:
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
-    )
-    bpe.train_from_iterator(texts, trainer)
-    PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END, eos_token=END).save_pretrained(path)
 
 
 def _unfinished(wanted: Path, key: str) -> Path:

@@ -15,8 +15,16 @@ from transformers import TrainingArguments
 
 from kdfast import engines
 from kdfast.divergences import get_divergence
-from kdfast.projector import ProjectorInit
-from kdfast.training.recipes import UNUSED, Recipe, get_recipe
+from kdfast.training.recipes import (
+    UNUSED,
+    AnchorHead,
+    AnchorTargets,
+    Gate,
+    ProjectorStart,
+    Recipe,
+    StudentStart,
+    get_recipe,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -47,13 +55,36 @@ class KDConfig(TrainingArguments):
     kd_weight: float | None = _from_recipe("Multiplies τ²·KL; the value after the ramp.")
     kd_ramp: float | None = _from_recipe("Fraction of the run over which the KD weight ramps up; 0 = constant.")
     kd_ramp_start: float | None = _from_recipe("KD weight at the start of the ramp.")
+    kd_gate: str | None = _from_recipe(
+        "none, or KD only where the projected teacher's most likely id is the label (right), or the teacher's (agrees)."
+    )
     ce_weight: float | None = _from_recipe("Multiplies the language-model loss.")
+    student_init: str | None = _from_recipe(
+        "A fresh student's embedding: own (as the model draws it) or svd (solved from the teacher's head)."
+    )
+    compressed_rank: int | None = _from_recipe("Rank of a compressed teacher's head.")
     anchor_weight: float | None = _from_recipe("Multiplies the projected teacher's own cross entropy.")
+    anchor_targets: str | None = _from_recipe(
+        "What the projected teacher is anchored to: labels, teacher_argmax, teacher (the true teacher's distribution)."
+    )
+    anchor_head: str | None = _from_recipe(
+        "Whether the anchor's gradient reaches the student's head: detached, attached."
+    )
     teacher_grad: str | None = _from_recipe("Where the KD gradient goes on the teacher's side: full, projector, none.")
-    projector_init: str | None = _from_recipe("default (as nn.Linear) or normal (std 0.01, zero bias).")
+    projector_init: str | None = _from_recipe(
+        "default (as nn.Linear), normal (std 0.01, zero bias), or solved: svd, lstsq, calibrated."
+    )
+    projector_resolve_steps: int | None = _from_recipe(
+        "The projector is solved again every so many steps, and not trained; 0 = never."
+    )
     projector_lr: float | None = _from_recipe("The projector's learning rate, in place of the multiplier.")
     projector_lr_multiplier: float | None = _from_recipe("The projector's learning rate over learning_rate.")
     router_lr_multiplier: float | None = _from_recipe("The routers' learning rate over learning_rate.")
+    hidden_weight: float | None = _from_recipe("Multiplies the layer-wise hidden-state loss.")
+    calibration_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Tokens of training text that solved starts read; None = 16 times the teacher's width."},
+    )
     engine: str = field(default="auto", metadata={"help": "Engine of the loss; auto picks by device."})
     scratch_bytes: int | None = field(
         default=None, metadata={"help": "Memory for one chunk's logits; None = the engine's default."}
@@ -91,14 +122,15 @@ class KDConfig(TrainingArguments):
         get_recipe(self.recipe)
         at_least_zero = (
             "kd_weight", "kd_ramp_start", "ce_weight", "anchor_weight", "projector_lr",
-            "projector_lr_multiplier", "router_lr_multiplier",
+            "projector_lr_multiplier", "router_lr_multiplier", "hidden_weight",
         )  # fmt: skip
         for name in at_least_zero:
             self._check_number(name, "a number ≥ 0", lambda x: x >= 0)
         self._check_number("temperature", "a number > 0", lambda x: x > 0)
         self._check_number("kd_ramp", "a fraction of the run in [0, 1]", lambda x: 0 <= x <= 1)
-        for name in ("scratch_bytes", "valid_vocab"):
+        for name in ("scratch_bytes", "valid_vocab", "compressed_rank", "calibration_tokens"):
             self._check_number(name, "an int > 0", lambda x: x > 0 and x == int(x))
+        self._check_number("projector_resolve_steps", "an int ≥ 0", lambda x: x >= 0 and x == int(x))
         if self.temperature_steps is not None:
             steps = self.temperature_steps
             if not isinstance(steps, list | tuple) or not all(_is_number(x) and x > 0 for x in steps) or not steps:
@@ -111,7 +143,11 @@ class KDConfig(TrainingArguments):
             get_divergence(self.divergence)
         choices = {
             "teacher_grad": ("full", "projector", "none"),
-            "projector_init": get_args(ProjectorInit),
+            "projector_init": get_args(ProjectorStart),
+            "student_init": get_args(StudentStart),
+            "anchor_targets": get_args(AnchorTargets),
+            "anchor_head": get_args(AnchorHead),
+            "kd_gate": get_args(Gate),
             "engine": engines.NAMES,
         }
         for name, allowed in choices.items():

@@ -20,7 +20,8 @@ class Fidelity(NamedTuple):
     """0-d tensors, means over the targets at τ = 1."""
 
     kl_teacher_student: Tensor  # KL(true teacher ‖ student)
-    kl_teacher_projected: Tensor | None  # KL(true teacher ‖ projected teacher); None without a projector
+    kl_teacher_projected: Tensor | None  # KL(true teacher ‖ its stand-in); None where there is none
+    ce_projected: Tensor | None  # the stand-in's cross entropy on the labels
 
 
 @torch.no_grad()
@@ -29,7 +30,8 @@ def fidelity(student: Head, projected: Head | None, teacher: Head, targets: Tens
 
     Args:
         student: the student's head.
-        projected: the student's head over the projected hidden states; None without a projector.
+        projected: what stands in for the teacher: the student's head over the projected hidden states, a probe's, or
+            the compressed head; None where the teacher's own head is used.
         teacher: the teacher's own head.
         targets: (B, T); the rows that are not −100 are compared.
         options: engine, scratch_bytes, valid_vocab.
@@ -37,9 +39,14 @@ def fidelity(student: Head, projected: Head | None, teacher: Head, targets: Tens
     if not same_vocabulary(student.weight.shape[0], teacher.weight.shape[0], options.get("valid_vocab")):
         return None
 
-    def kl(head: Head) -> Tensor:
-        loss = fused_kd_loss(head, teacher, targets, temperature=1.0, return_metrics=False, **options)
-        assert isinstance(loss, Tensor)
-        return loss
+    kl_student, _ = _against(teacher, student, targets, options)
+    if projected is None:
+        return Fidelity(kl_student, None, None)
+    return Fidelity(kl_student, *_against(teacher, projected, targets, options))
 
-    return Fidelity(kl(student), None if projected is None else kl(projected))
+
+def _against(teacher: Head, head: Head, targets: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """(KL(teacher ‖ head), the head's cross entropy on the labels)."""
+    result = fused_kd_loss(head, teacher, targets, temperature=1.0, return_metrics=True, **options)
+    assert isinstance(result, tuple)
+    return result[0], result[1].ce

@@ -103,7 +103,7 @@ class EvaluationMeter:
     def add(self, output: DistillationOutput) -> None:
         values: dict[str, Tensor | None] = {"loss": output.loss, **named(output.metrics)}
         if output.fidelity is not None:
-            values |= output.fidelity._asdict()
+            values |= {name: value for name, value in output.fidelity._asdict().items() if value is not None}
         self._means.add(values, output.metrics.tokens)
 
     def read(self, reduce: Reduce) -> dict[str, float]:

@@ -6,20 +6,24 @@ through this forward: the hooks of DDP and FSDP run, and autocast and torch.comp
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kdfast.compress import CompressedHead
 from kdfast.interface import KDMetrics, fused_kd_loss
-from kdfast.projector import LogitProjector
-from kdfast.sources import Head, Projected, Teacher
+from kdfast.projector import LogitProjector, ProjectorInit
+from kdfast.sources import Head
 from kdfast.training.fidelity import Fidelity, fidelity
 from kdfast.training.heads import backbone, check_model, head, head_shape
+from kdfast.training.hidden_loss import HiddenStateLoss
 from kdfast.training.labels import shift_labels
 from kdfast.training.recipes import Recipe, get_recipe
+from kdfast.training.starts import Start, solve_starts
+from kdfast.training.teachers import Probe, kd_terms
 from kdfast.validation import same_vocabulary
 
 
@@ -76,7 +80,11 @@ class DistillationModel(nn.Module):
         _check_pair(student, teacher, self.recipe, valid_vocab)
         self.student = student
         self.teacher = None if teacher is None else teacher.requires_grad_(False).eval()
+        self.valid_vocab = valid_vocab
         self.logit_projector = _make_projector(student, teacher, self.recipe)
+        self.hidden_loss = _make_hidden_loss(student, teacher, self.recipe)
+        self.compressed_head: CompressedHead | None = None  # made by solve()
+        self.vocab_weights: Tensor | None = None  # (V,) float64, for solving the projector again; made by solve()
         self.register_state_dict_post_hook(_drop_teacher)
         self.register_load_state_dict_post_hook(_forgive_teacher)
 
@@ -115,27 +123,39 @@ class DistillationModel(nn.Module):
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False, **backbone_inputs}
         if position_ids is not None:
             inputs["position_ids"] = position_ids
-        student = head(self.student, backbone(self.student)(**inputs).last_hidden_state)
-
+        if self.hidden_loss is not None:
+            inputs["output_hidden_states"] = True
+        student_states = backbone(self.student)(**inputs)
+        student = head(self.student, student_states.last_hidden_state)
         teacher: Head | None = None
-        if self.teacher is not None and (with_fidelity or self.recipe.teacher != "none"):
+        if self.teacher is not None and (with_fidelity or self.recipe.teacher != "none" or self.hidden_loss):
             with torch.no_grad():
-                teacher = head(self.teacher, backbone(self.teacher)(**inputs).last_hidden_state)
+                teacher_states = backbone(self.teacher)(**inputs)
+                teacher = head(self.teacher, teacher_states.last_hidden_state)
 
+        kd = kd_terms(self, student, teacher, targets, num_items_in_batch)
         loss, metrics = fused_kd_loss(
             student,
-            self._kd_teacher(teacher),
+            kd.teacher,
             targets,
             temperature=self.recipe.temperature if temperature is None else temperature,
             kd_weight=self.recipe.kd_weight if kd_weight is None else kd_weight,
-            num_items_in_batch=num_items_in_batch,
+            divergence=self.recipe.divergence,
+            ce_weight=self.recipe.ce_weight,
             return_metrics=True,
-            **self._recipe_options(),
+            **kd.options,
         )
+        if kd.anchor_loss is not None:
+            loss = loss + self.recipe.anchor_weight * kd.anchor_loss
+            metrics = metrics._replace(anchor=kd.anchor_loss.detach().float())
+        if self.recipe.anchor_targets != "labels":  # the metric is the cross entropy on the labels
+            metrics = metrics._replace(anchor=torch.full_like(metrics.anchor, float("nan")))
+        if self.hidden_loss is not None:
+            states = student_states.hidden_states, teacher_states.hidden_states
+            loss = loss + self.recipe.hidden_weight * self.hidden_loss(*states, targets, num_items_in_batch)
         if teacher is None or not with_fidelity:
             return DistillationOutput(loss, metrics, None)
-        projected = self._projected_head(student, teacher.hidden)
-        return DistillationOutput(loss, metrics, fidelity(student, projected, teacher, targets, **self.loss_options))
+        return DistillationOutput(loss, metrics, fidelity(student, kd.stand_in, teacher, targets, **self.loss_options))
 
     def train(self, mode: bool = True) -> DistillationModel:
         """As nn.Module's, but the teacher stays in eval mode."""
@@ -144,29 +164,17 @@ class DistillationModel(nn.Module):
             self.teacher.eval()
         return self
 
-    def _kd_teacher(self, teacher: Head | None) -> Teacher | None:
-        """The teacher of the KD term."""
-        if self.recipe.teacher == "none":
-            return None
-        assert teacher is not None
-        if self.logit_projector is None:
-            return teacher
-        projector = self.logit_projector
-        return Projected(teacher.hidden.to(projector.weight.dtype), projector.weight, projector.bias)
+    def solve(self, batches: Iterable[dict[str, Any]], tokens: int | None = None) -> list[Start]:
+        """The starts that the recipe wants solved, from some batches of training text; to be called once, before.
 
-    def _projected_head(self, student: Head, teacher_hidden: Tensor) -> Head | None:
-        """The projected teacher as a head of its own: the student's, over the projected hidden states."""
-        if self.logit_projector is None:
-            return None
-        projected = self.logit_projector(teacher_hidden.to(self.logit_projector.weight.dtype))
-        return replace(student, hidden=projected.to(student.hidden.dtype))
+        Args:
+            batches: keyword arguments of `forward`, on this model's device. Processes must be given the same.
+            tokens: how many targets to read; None = 16 times the teacher's width.
 
-    def _recipe_options(self) -> dict[str, Any]:
-        recipe, options = self.recipe, dict(self.loss_options)
-        options |= {"divergence": recipe.divergence, "ce_weight": recipe.ce_weight}
-        if recipe.teacher == "projected":
-            options |= {"teacher_grad": recipe.teacher_grad, "anchor_weight": recipe.anchor_weight}
-        return options
+        Returns:
+            What was solved and how near it came to the true teacher; empty where the recipe wants nothing solved.
+        """
+        return solve_starts(self, batches, tokens)
 
     # What transformers.Trainer asks its model for; all of it is the student's.
 
@@ -198,32 +206,45 @@ def _check_pair(
     if teacher is student:
         raise ValueError("teacher and student are the same object; expected two models, for the teacher gets frozen")
     ours, theirs = head_shape(student)[0], head_shape(teacher)[0]
-    if recipe.teacher == "own_head" and not same_vocabulary(ours, theirs, valid_vocab):
+    if recipe.needs_true_head and not same_vocabulary(ours, theirs, valid_vocab):
         raise ValueError(
             f"teacher has a vocabulary of {theirs} and the student one of {ours}; recipe {recipe.name!r} compares "
             "the two heads token by token, so they must be the same. If only padding rows differ, pass valid_vocab, "
-            "the number of real tokens; otherwise use a recipe with a projector, such as 'run5'"
+            "the number of real tokens; otherwise use a recipe that does without the teacher's head, such as 'run5'"
         )
 
 
 def _make_projector(student: PreTrainedModel, teacher: PreTrainedModel | None, recipe: Recipe) -> LogitProjector | None:
-    if recipe.teacher != "projected":
+    if not recipe.has_projector:
         return None
     assert teacher is not None
-    weight = student.get_output_embeddings().weight
-    return LogitProjector(
-        head_shape(teacher)[1],
-        head_shape(student)[1],
-        init=recipe.projector_init,
-        device=weight.device,
-        dtype=torch.promote_types(weight.dtype, torch.float32),
-    )
+    weight, width = student.get_output_embeddings().weight, head_shape(teacher)[1]
+    init: ProjectorInit = "normal" if recipe.projector_init == "normal" else "default"
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    projector: LogitProjector
+    if recipe.teacher == "probe":
+        projector = Probe(width, weight, init=init, dtype=dtype)
+    else:
+        projector = LogitProjector(width, weight.shape[1], init=init, device=weight.device, dtype=dtype)
+    return projector.requires_grad_(recipe.projector_resolve_steps == 0)
+
+
+def _make_hidden_loss(
+    student: PreTrainedModel, teacher: PreTrainedModel | None, recipe: Recipe
+) -> HiddenStateLoss | None:
+    if recipe.hidden_weight == 0 or teacher is None:
+        return None
+    ours, theirs = student.config.get_text_config(), teacher.config.get_text_config()
+    loss = HiddenStateLoss(ours.num_hidden_layers, theirs.num_hidden_layers, ours.hidden_size, theirs.hidden_size)
+    return loss.to(student.get_output_embeddings().weight.device)
 
 
 def _drop_teacher(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    for name in [name for name in state if name.startswith(f"{prefix}teacher.")]:
+    for name in [name for name in state if name.startswith((f"{prefix}teacher.", f"{prefix}compressed_head."))]:
         del state[name]
 
 
 def _forgive_teacher(module: nn.Module, incompatible: Any) -> None:
-    incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if ".teacher." not in f".{k}"]
+    incompatible.missing_keys[:] = [
+        k for k in incompatible.missing_keys if not {"teacher", "compressed_head"} & set(k.split(".")[:-1])
+    ]

@@ -1,12 +1,12 @@
 """Recipes: named sets of choices for a whole run. `KDConfig` starts from one and replaces what is given explicitly.
 
-    total = ce_weight·LM + kd_weight(progress)·τ²·KL
+    total = ce_weight·LM + kd_weight(progress)·τ²·KL + anchor_weight·anchor + hidden_weight·hidden states
 
-lm_only    no distillation: the baseline every other recipe has to beat
-run4       projected teacher, nn.Linear's start, constant KD weight, one learning rate
-run5       projected teacher with the three fixes for a run that diverges: a small normal start, a KD weight that
-           ramps from 0.1 over the first fifth of the run, and a learning rate of 5× for the projector
-true_head  the teacher's own head instead of a projector, for teachers that share the student's vocabulary
+lm_only          no distillation: the baseline every other recipe has to beat
+run4             projected teacher, nn.Linear's start, constant KD weight, one learning rate
+run5             projected teacher with the three fixes for a run that diverges: a small normal start, a KD weight that
+                 ramps from 0.1 over the first fifth of the run, and a learning rate of 5× for the projector
+true_head        the teacher's own head instead of a projector, for teachers that share the student's vocabulary
 
 A projector trained by the KD loss alone learns to imitate the student, because that is the easiest way to a low KL.
 What tells is the projected teacher's fidelity, `eval_kl_teacher_projected`, not the KL the loss sees.
@@ -20,26 +20,63 @@ from typing import Literal
 from kdfast.projector import ProjectorInit
 from kdfast.schedules import Constant, Piecewise, Ramp, Schedule
 
+# Where the KD term's teacher logits come from
+TeacherKind = Literal[
+    "none",
+    "own_head",  # the teacher's own head
+    "compressed_head",  # the same as two thin factors, fixed
+    "projected",  # a projector, then the student's own head
+    "probe",  # a projector and a head of its own, trained by the anchor alone
+]
+ProjectorStart = Literal[ProjectorInit, "svd", "lstsq", "calibrated"]
+StudentStart = Literal["own", "svd"]
+AnchorTargets = Literal["labels", "teacher_argmax", "teacher"]
+AnchorHead = Literal["detached", "attached"]
+Gate = Literal["none", "right", "agrees"]
+
 
 @dataclass(frozen=True)
 class Recipe:
     """All that is in force in a run. `KDConfig.resolved()` makes one; fields are named as there."""
 
     name: str
-    teacher: Literal["none", "projected", "own_head"]  # where the KD term's teacher logits come from
+    teacher: TeacherKind
     temperature: float = 2.0
     temperature_steps: tuple[float, ...] | None = None  # in place of `temperature`: equal parts of the run
     divergence: str = "forward_kl"
     kd_weight: float = 0.7
     kd_ramp: float = 0.0  # fraction of the run the KD weight ramps over; 0 = constant
     kd_ramp_start: float = 0.1
+    kd_gate: Gate = "none"  # KD only where the projected teacher's most likely id is the label, or the true teacher's
     ce_weight: float = 1.0
+    student_init: StudentStart = "own"  # "svd": a fresh student's embedding is solved from the teacher's head
+    compressed_rank: int | None = None  # None = the student's width
     anchor_weight: float = 0.0
+    anchor_targets: AnchorTargets = "labels"
+    anchor_head: AnchorHead = "detached"  # whether the anchor's gradient reaches the student's head too
     teacher_grad: Literal["full", "projector", "none"] = "full"
-    projector_init: ProjectorInit = "default"
+    projector_init: ProjectorStart = "default"
+    projector_resolve_steps: int = 0  # the projector is solved again every so many steps, and not trained; 0 = never
     projector_lr: float | None = None
     projector_lr_multiplier: float = 1.0
     router_lr_multiplier: float = 1.0
+    hidden_weight: float = 0.0  # of the layer-wise hidden-state loss
+
+    @property
+    def has_projector(self) -> bool:
+        return self.teacher in ("projected", "probe")
+
+    @property
+    def needs_true_head(self) -> bool:
+        """Whether it compares the teacher's own head with the student's, token by token."""
+        return (
+            self.teacher in ("own_head", "compressed_head")
+            or self.student_init == "svd"
+            or (self.has_projector and self.projector_init in ("svd", "lstsq"))
+            or (self.has_projector and self.projector_resolve_steps > 0)
+            or (self.anchor_weight > 0 and self.anchor_targets != "labels")
+            or self.kd_gate == "agrees"
+        )
 
     def kd_weight_schedule(self) -> Schedule:
         if self.kd_ramp == 0:
@@ -66,18 +103,24 @@ RECIPES: dict[str, Recipe] = {
             router_lr_multiplier=2.0,
         ),
         Recipe("true_head", teacher="own_head"),
+        Recipe("compressed_head", teacher="compressed_head"),
+        Recipe("probe", teacher="probe", anchor_weight=1.0, projector_lr_multiplier=1.0),
     )
 }
 
 # What a recipe of that kind has no use for: given explicitly, it is left out, and the log says so.
-_PROJECTOR = ("projector_init", "projector_lr", "projector_lr_multiplier", "anchor_weight", "teacher_grad")
+_PROJECTOR = (
+    "projector_init", "projector_resolve_steps", "projector_lr", "projector_lr_multiplier",
+    "anchor_weight", "anchor_targets", "anchor_head", "teacher_grad", "kd_gate",
+)  # fmt: skip
+_KD = ("kd_weight", "kd_ramp", "kd_ramp_start", "temperature", "temperature_steps", "divergence")
 UNUSED: dict[str, tuple[str, ...]] = {
-    "none": (
-        "kd_weight", "kd_ramp", "kd_ramp_start", "temperature", "temperature_steps", "divergence", *_PROJECTOR,
-    ),
-    "own_head": _PROJECTOR,
-    "projected": (),
-}  # fmt: skip
+    "none": (*_KD, *_PROJECTOR, "compressed_rank"),
+    "own_head": (*_PROJECTOR, "compressed_rank"),
+    "compressed_head": _PROJECTOR,
+    "projected": ("compressed_rank",),
+    "probe": ("compressed_rank", "anchor_head", "teacher_grad", "projector_resolve_steps"),
+}
 
 
 def get_recipe(name: str) -> Recipe:

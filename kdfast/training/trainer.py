@@ -7,7 +7,8 @@ student alone and appear only when complete, and a stop at the first loss that i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from kdfast.training.guard import NonFiniteGuard
 from kdfast.training.labels import IGNORE_INDEX, shift_labels
 from kdfast.training.meter import EvaluationMeter, TrainingMeter
 from kdfast.training.model import DistillationModel
+from kdfast.training.starts import Start, solve_projector_again
 
 
 class KDTrainer(Trainer):
@@ -113,11 +115,14 @@ class KDTrainer(Trainer):
         )
         if use_cache is not None:  # Trainer turns it off in the config that gets saved; the forward here does without
             model.config.use_cache = use_cache
+        self._solved = False
+        self.starts: list[Start] = []  # what was solved before the first step
         self._start_run()
 
     def _start_run(self) -> None:
         self._meter = TrainingMeter(self.args.device)
         self._guard = NonFiniteGuard(self.args.device, lambda: _last_checkpoint(self.args.output_dir))
+        self._solved_at = -1  # the step before which the projector was solved again
         self._weights: dict[str, float] = {}  # kd_weight and temperature of the last batch
         self._learning_rates: dict[str, float] = {}  # of the last step, by part
 
@@ -133,10 +138,43 @@ class KDTrainer(Trainer):
         self._start_run()
         if self.args.should_save:
             checkpoint.discard_incomplete(Path(str(self.args.output_dir)))
+        self._solve_starts()
         if self.model_wrapped is self.model and self.accelerator.num_processes > 1 and not self.is_fsdp_enabled:
             # accelerate took an evaluation before the run for the model's preparation, and would leave out DDP
             self.model._is_accelerate_prepared = False  # type: ignore[assignment]
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        self._solve_starts()
+        return super().evaluate(*args, **kwargs)
+
+    def _solve_starts(self) -> None:
+        """Once, and the same in every process; a resumed run's weights are loaded over what is solved here."""
+        if self._solved or self.train_dataset is None:
+            return
+        self._solved = True
+        model: DistillationModel = self.accelerator.unwrap_model(self.model)
+        self.starts = model.solve(self._calibration_batches(), self.args.calibration_tokens)
+        for start in self.starts:
+            self.tell(str(start))
+
+    def _calibration_batches(self) -> Iterator[dict[str, Any]]:
+        """Batches of training text, drawn once and for all, not from the loader, which a run goes through in order."""
+        dataset: Any = self.train_dataset
+        size = self.args.per_device_train_batch_size
+        collate = self._get_collator_with_removed_columns(self.data_collator, description="calibration")
+        if hasattr(dataset, "__len__"):
+            order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
+            rows: Iterator[Any] = (dataset[i] for i in order)
+        else:
+            rows = iter(dataset)
+        while batch := list(itertools.islice(rows, size)):
+            yield self._prepare_inputs(collate(batch))
+
+    def tell(self, text: str) -> None:
+        """A line for whoever looks on."""
+        if self.is_world_process_zero():
+            print(text, flush=True)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -164,6 +202,7 @@ class KDTrainer(Trainer):
         """The loss of one micro-batch, divided by the targets of the whole step."""
         self._meter.start()
         self._weights = self._weights_in_force()
+        self._solve_projector_again()
         output = model(**inputs, **self._on_device(self._weights), num_items_in_batch=num_items_in_batch)
         loss, metrics = output.loss, output.metrics
         self._guard.watch_loss(self.state.global_step + 1, loss, metrics.ce, metrics.kd, **self._weights)
@@ -171,6 +210,12 @@ class KDTrainer(Trainer):
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP averages what has to be summed
         return (loss, output) if return_outputs else loss
+
+    def _solve_projector_again(self) -> None:
+        step, every = self.state.global_step, self._recipe.projector_resolve_steps
+        if every > 0 and step % every == 0 and step != self._solved_at:
+            solve_projector_again(self.accelerator.unwrap_model(self.model))
+            self._solved_at = step
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
         # Trainer counts labels; what the loss sums over is targets: shifted, and without padding.

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from kdfast.cli import demo
+from kdfast.cli.corpus import library_text
 
 
 @pytest.fixture
@@ -49,12 +50,12 @@ def test_an_interrupted_demo_goes_on_in_its_folder(tmp_path):
 
 def test_text_is_split_by_files_and_bounded():
     sizes = demo.Sizes()
-    train, evaluation = demo.library_text(sizes)
+    train, evaluation = library_text(sizes.files, sizes.excerpt)
     assert len(train) > 10 * len(evaluation) > 100
     assert not any(excerpt in text for excerpt in evaluation if len(excerpt) > 200 for text in train)
     assert all(len(excerpt) <= sizes.excerpt for excerpt in evaluation)
-    assert demo.library_text(sizes) == (train, evaluation)
-    assert demo.library_text(demo.QUICK)[0] == train[: demo.QUICK.files]
+    assert library_text(sizes.files, sizes.excerpt) == (train, evaluation)
+    assert library_text(demo.QUICK.files, demo.QUICK.excerpt)[0] == train[: demo.QUICK.files]
 
 
 def test_the_teacher_is_kept_under_all_it_depends_on():

@@ -82,7 +82,7 @@ def test_an_argument_parser_reads_every_field():
         ({"temperature_steps": [2.0], "temperature": 2.0}, "expected one of them"),
         ({"divergence": "chi2"}, "divergence='chi2' is unknown"),
         ({"divergence": 2}, "divergence=2; expected a name"),
-        ({"projector_init": "svd"}, "projector_init='svd'; expected one of default, normal"),
+        ({"projector_init": "zero"}, "projector_init='zero'; expected one of default, normal"),
         ({"teacher_grad": "some"}, "teacher_grad='some'"),
         ({"engine": "fast"}, "engine='fast'; expected one of auto, "),
         ({"scratch_bytes": 0}, "scratch_bytes=0"),

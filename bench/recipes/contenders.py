@@ -1,0 +1,77 @@
+"""Who takes part: name → the keys of `kdfast distill` that make it, beside text, models and budget.
+
+τ = 2 and CE weight 1 throughout, KD weight 0.7 unless the name says otherwise. "run4", "run5" and the like are the
+library's recipes; the others are put together from single choices.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+Keys = dict[str, Any]
+
+RUN4: Keys = {"recipe": "run4"}
+# the projector learns from its anchor alone, at five times the student's rate, and the KD gradient leaves it alone
+ANCHORED: Keys = {
+    "recipe": "run4",
+    "projector_init": "normal",
+    "projector_lr_multiplier": 5.0,
+    "teacher_grad": "none",
+    "anchor_weight": 1.0,
+}
+SVD: Keys = {"student_init": "svd", "projector_init": "svd"}
+PROBE: Keys = {"recipe": "probe"}
+CALIBRATED: Keys = {"projector_init": "calibrated"}
+LSTSQ: Keys = {"projector_init": "lstsq"}
+
+BASELINES: dict[str, Keys] = {
+    "lm_only": {"recipe": "lm_only"},
+    "run4": RUN4,
+    "run5": {"recipe": "run5"},
+    "true_head": {"recipe": "true_head"},
+}
+
+FRESH: dict[str, Keys] = {
+    **BASELINES,
+    "svd, LM only": {"recipe": "lm_only", "student_init": "svd"},
+    "svd, true head": {"recipe": "true_head", "student_init": "svd"},
+    "svd, compressed head": {"recipe": "compressed_head", "student_init": "svd"},
+    "svd, compressed head, KD 2": {"recipe": "compressed_head", "student_init": "svd", "kd_weight": 2.0},
+    "svd, projector, KD gradient": {**RUN4, **SVD},
+    "svd, projector not trained": {**RUN4, **SVD, "teacher_grad": "none", "projector_lr": 0.0},
+    "svd, projector, re-solved": {**RUN4, **SVD, "teacher_grad": "none", "projector_resolve_steps": 16},
+    "svd, anchor true teacher": {**ANCHORED, **SVD, "anchor_targets": "teacher"},
+    "svd, anchor true teacher, W attached": {
+        **ANCHORED, **SVD, "anchor_targets": "teacher", "anchor_head": "attached",
+    },
+    "svd, anchor true teacher, gate agrees": {**ANCHORED, **SVD, "anchor_targets": "teacher", "kd_gate": "agrees"},
+    "probe": PROBE,
+    "probe, gate right": {**PROBE, "kd_gate": "right"},
+    "anchor labels": ANCHORED,
+    "anchor labels, W attached": {**ANCHORED, "anchor_head": "attached"},
+    "anchor labels, gate right": {**ANCHORED, "kd_gate": "right"},
+    "anchor teacher's argmax": {**ANCHORED, "anchor_targets": "teacher_argmax"},
+    "compressed head": {"recipe": "compressed_head"},
+    "true head, KD 2": {"recipe": "true_head", "kd_weight": 2.0},
+    "run4 + normal start": {**RUN4, "projector_init": "normal"},
+    "run4 + ramp": {**RUN4, "kd_ramp": 0.2},
+    "run4 + projector 5×": {**RUN4, "projector_lr_multiplier": 5.0},
+}  # fmt: skip
+
+PRETRAINED: dict[str, Keys] = {
+    **BASELINES,
+    "compressed head": {"recipe": "compressed_head"},
+    "true head, KD 2": {"recipe": "true_head", "kd_weight": 2.0},
+    "lstsq, KD gradient": {**RUN4, **LSTSQ},
+    "lstsq, not trained": {**RUN4, **LSTSQ, "teacher_grad": "none", "projector_lr": 0.0},
+    "lstsq, re-solved": {**RUN4, **LSTSQ, "teacher_grad": "none", "projector_resolve_steps": 16},
+    "lstsq, anchor true teacher": {**ANCHORED, **LSTSQ, "anchor_targets": "teacher"},
+    "lstsq, anchor true teacher, gate agrees": {
+        **ANCHORED, **LSTSQ, "anchor_targets": "teacher", "kd_gate": "agrees",
+    },
+    "calibrated, KD gradient": {**RUN4, **CALIBRATED},
+    "calibrated, anchor labels": {**ANCHORED, **CALIBRATED},
+    "calibrated, anchor labels, gate right": {**ANCHORED, **CALIBRATED, "kd_gate": "right"},
+    "probe": {**PROBE, **CALIBRATED},
+    "probe, gate right": {**PROBE, **CALIBRATED, "kd_gate": "right"},
+}  # fmt: skip

@@ -1,0 +1,115 @@
+"""What every run of the experiment shares: text, tokenizer, teacher, students, budget. Made once, then read.
+
+Text is Python's own library, a twentieth of its files held out, a byte-level BPE of 4096 tokens trained on the rest.
+The teacher has sixteen times the tokens of a student. Two widths: 192, whose ratio to the teacher's 256 is that of
+768 to 1024, and 128. A pretrained student has seen four students' budgets of the same text, without a teacher.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from kdfast.cli import output_dir as folder
+from kdfast.cli.arguments import parse
+from kdfast.cli.corpus import library_text, once, train_tokenizer, write_files
+from kdfast.cli.distill import run_distillation
+from kdfast.training.report import Run
+
+VOCABULARY = 4096
+CONTEXT = 128
+BATCH = 4  # blocks a step
+STEPS = 256
+TEACHER = {"layers": 4, "width": 256}
+TEACHER_STEPS, TEACHER_BATCH = 1024, 16
+PRETRAINING_STEPS = 1024
+WIDTHS = (192, 128)
+STUDENT_LAYERS = 2
+EXCERPT = 3000  # characters of a held-out file
+
+
+class Case(NamedTuple):
+    """A student to distil into."""
+
+    width: int
+    pretrained: bool
+
+    @property
+    def name(self) -> str:
+        return f"{'pretrained' if self.pretrained else 'fresh'}-{self.width}"
+
+
+CASES = {case.name: case for case in (Case(width, pretrained) for pretrained in (False, True) for width in WIDTHS)}
+
+
+def prepare(root: Path, *, quick: bool = False) -> None:
+    """Text, tokenizer, teacher and pretrained students under `root`, unless they are there."""
+    train, evaluation = library_text(60 if quick else 10_000, EXCERPT)
+    root.mkdir(parents=True, exist_ok=True)
+    once(root / "train", lambda path: write_files(path, train))
+    once(root / "eval", lambda path: write_files(path, evaluation))
+    once(root / "tokenizer", lambda path: train_tokenizer(path, train, VOCABULARY))
+    scale = 128 if quick else 1
+    teacher = settings(root, **TEACHER, steps=TEACHER_STEPS // scale, batch=TEACHER_BATCH, learning_rate=2e-3, seed=0)
+    run(root / "teacher", {"recipe": "lm_only", **teacher})
+    for width in WIDTHS:
+        student = settings(
+            root, STUDENT_LAYERS, width, steps=PRETRAINING_STEPS // scale, batch=BATCH, learning_rate=2e-3, seed=1000
+        )
+        run(root / f"pretrained-{width}", {"recipe": "lm_only", **student})
+
+
+def student(root: Path, case: Case, learning_rate: float, seed: int, steps: int = STEPS) -> dict[str, Any]:
+    """Settings of a run, without the recipe's."""
+    keys = settings(root, STUDENT_LAYERS, case.width, steps=steps, batch=BATCH, learning_rate=learning_rate, seed=seed)
+    keys["teacher_model_name_or_path"] = str(root / "teacher")
+    if case.pretrained:
+        del keys["student_config"]
+        keys["model_name_or_path"] = str(root / f"pretrained-{case.width}")
+    return keys
+
+
+def settings(
+    root: Path, layers: int, width: int, *, steps: int, batch: int, learning_rate: float, seed: int
+) -> dict[str, Any]:
+    return {
+        "student_config": {
+            "model_type": "gpt2",
+            "n_layer": layers,
+            "n_embd": width,
+            "n_head": width // 64,
+            "n_positions": CONTEXT,
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+        },
+        "tokenizer_name": str(root / "tokenizer"),
+        "train_file": str(root / "train"),
+        "eval_file": str(root / "eval"),
+        "max_length": CONTEXT,
+        "per_device_train_batch_size": batch,
+        "per_device_eval_batch_size": 16,
+        "max_steps": steps,
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": max(1, steps // 20),
+        "logging_steps": max(1, steps // 32),
+        "eval_strategy": "steps",
+        "eval_steps": max(1, steps // 2),
+        "save_strategy": "no",
+        "seed": seed,
+        "data_seed": seed,
+        "disable_tqdm": True,
+    }
+
+
+def run(path: Path, keys: dict[str, Any]) -> Run:
+    """What `kdfast distill path.yaml` does; a finished run is read."""
+    if folder.is_finished(path):
+        return folder.read_run(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    config = path.with_name(f"{path.name}.yaml")
+    config.write_text(yaml.safe_dump({**keys, "output_dir": str(path)}, sort_keys=False))
+    return run_distillation(parse(str(config), []), path.name)

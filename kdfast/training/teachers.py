@@ -1,0 +1,121 @@
+"""What stands behind a recipe's KD term and its anchor, for one batch.
+
+The *stand-in* is the head that the student learns from in place of the teacher's own: the student's over projected
+hidden states, a probe's, or the compressed one. Its fidelity is what evaluation measures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kdfast.interface import fused_kd_loss
+from kdfast.logit_chunks import most_likely
+from kdfast.projector import LogitProjector
+from kdfast.sources import Head, Projected, Teacher
+from kdfast.training.labels import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from kdfast.training.model import DistillationModel
+
+
+class Probe(LogitProjector):
+    """A projector with a head of its own (V, Hs), trained by the anchor alone: a teacher that no student can move.
+
+    The head starts as the student's embedding.
+    """
+
+    def __init__(self, teacher_width: int, embedding: Tensor, **options: Any) -> None:
+        super().__init__(teacher_width, embedding.shape[1], device=embedding.device, **options)
+        self.head = nn.Parameter(embedding.detach().to(self.weight.dtype).clone())
+
+
+class Terms(NamedTuple):
+    """Arguments of `fused_kd_loss` beside the recipe's numbers."""
+
+    teacher: Teacher | None
+    options: dict[str, Any]
+    stand_in: Head | None  # None where the teacher's own head is the teacher, or there is none
+    anchor_loss: Tensor | None  # (), where the anchor is no part of the loss's own computation
+
+
+def kd_terms(
+    model: DistillationModel, student: Head, teacher: Head | None, targets: Tensor, items: int | Tensor | None
+) -> Terms:
+    """Args: `teacher` is its own head over this batch; `targets` (B, T); `items` the divisor of every term, or None."""
+    recipe = model.recipe
+    options = {**model.loss_options, "num_items_in_batch": items}
+    if recipe.teacher == "none":
+        return Terms(None, options, None, None)
+    assert teacher is not None
+    if recipe.teacher == "own_head":
+        return Terms(teacher, options, None, None)
+    if recipe.teacher == "compressed_head":
+        if model.compressed_head is None:
+            raise RuntimeError(
+                f"recipe {recipe.name!r} needs the teacher's head compressed first: call model.solve(batches), as "
+                "KDTrainer does"
+            )
+        stand_in = model.compressed_head(teacher.hidden)
+        return Terms(stand_in, options, stand_in, None)
+
+    projector = model.logit_projector
+    assert projector is not None
+    hidden = teacher.hidden.to(projector.weight.dtype)
+    projected = projector(hidden)
+    if isinstance(projector, Probe):
+        stand_in = Head(projected, projector.head, logit_scale=student.logit_scale, softcap=student.softcap)
+        anchor_loss = _anchor(stand_in, teacher, targets, recipe.anchor_targets, options)
+        stand_in = _detached(stand_in)
+        kd_teacher: Teacher = stand_in
+    else:
+        stand_in = replace(student, hidden=projected.to(student.hidden.dtype))
+        kd_teacher = Projected(hidden, projector.weight, projector.bias)
+        options["teacher_grad"] = recipe.teacher_grad
+        anchor_loss = None
+        if recipe.anchor_weight > 0 and recipe.anchor_head == "attached":
+            anchor_loss = _anchor(stand_in, teacher, targets, recipe.anchor_targets, options)
+        elif recipe.anchor_weight > 0:
+            options["anchor_weight"] = recipe.anchor_weight
+            options["anchor_targets"] = _anchor_targets(teacher, targets, recipe.anchor_targets, model.valid_vocab)
+        stand_in = _detached(stand_in)
+    if recipe.kd_gate != "none":
+        options["kd_token_weights"] = _gate(recipe.kd_gate, stand_in, teacher, targets, model.valid_vocab)
+        if items is None:  # a gate takes tokens out; it does not weigh the others more
+            options["num_items_in_batch"] = (targets != IGNORE_INDEX).sum()
+    return Terms(kd_teacher, options, stand_in, anchor_loss)
+
+
+def _anchor(stand_in: Head, teacher: Head, targets: Tensor, kind: str, options: dict[str, Any]) -> Tensor:
+    """The stand-in's own loss, whose gradient reaches its projector and its head."""
+    shared = {name: options[name] for name in ("engine", "scratch_bytes", "valid_vocab", "num_items_in_batch")}
+    against = _anchor_targets(teacher, targets, kind, options["valid_vocab"])
+    if isinstance(against, Head):
+        loss = fused_kd_loss(stand_in, against, targets, temperature=1.0, **shared)
+    else:
+        loss = fused_kd_loss(stand_in, None, targets if against is None else against, ce_weight=1.0, **shared)
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+def _anchor_targets(teacher: Head, targets: Tensor, kind: str, valid_vocab: int | None) -> Tensor | Head | None:
+    if kind == "labels":
+        return None
+    if kind == "teacher":
+        return teacher
+    return most_likely(teacher, valid_vocab).masked_fill(targets == IGNORE_INDEX, IGNORE_INDEX)
+
+
+def _gate(gate: str, stand_in: Head, teacher: Head, targets: Tensor, valid_vocab: int | None) -> Tensor:
+    """(B, T) of 1 where the stand-in's most likely id is the label, or the true teacher's; else 0."""
+    wanted = targets if gate == "right" else most_likely(teacher, valid_vocab)
+    passes = (most_likely(stand_in, valid_vocab) == wanted) & (targets != IGNORE_INDEX)
+    return passes.to(torch.float32)
+
+
+def _detached(head: Head) -> Head:
+    bias = None if head.bias is None else head.bias.detach()
+    return replace(head, hidden=head.hidden.detach(), weight=head.weight.detach(), bias=bias)
