@@ -46,8 +46,8 @@ def main() -> None:
     args = _arguments()
     root, prepared = args.out, args.out / "prepared"
     start = time.monotonic()
-    setting.prepare(prepared, quick=args.quick)
     cases = [setting.CASES[name] for name in args.cases]
+    setting.prepare(prepared, cases, quick=args.quick)
     jobs: list[Iterator[Job]] = [
         _jobs(root, case, name, keys, args.seeds)
         for case in cases

@@ -7,6 +7,7 @@ The teacher has sixteen times the tokens of a student. Two widths: 192, whose ra
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,8 +45,8 @@ class Case(NamedTuple):
 CASES = {case.name: case for case in (Case(width, pretrained) for pretrained in (False, True) for width in WIDTHS)}
 
 
-def prepare(root: Path, *, quick: bool = False) -> None:
-    """Text, tokenizer, teacher and pretrained students under `root`, unless they are there."""
+def prepare(root: Path, cases: Iterable[Case], *, quick: bool = False) -> None:
+    """Text, tokenizer, teacher and the pretrained students of `cases` under `root`, unless they are there."""
     train, evaluation = library_text(60 if quick else 10_000, EXCERPT)
     root.mkdir(parents=True, exist_ok=True)
     once(root / "train", lambda path: write_files(path, train))
@@ -54,7 +55,7 @@ def prepare(root: Path, *, quick: bool = False) -> None:
     scale = 128 if quick else 1
     teacher = settings(root, **TEACHER, steps=TEACHER_STEPS // scale, batch=TEACHER_BATCH, learning_rate=2e-3, seed=0)
     run(root / "teacher", {"recipe": "lm_only", **teacher})
-    for width in WIDTHS:
+    for width in sorted({case.width for case in cases if case.pretrained}):
         student = settings(
             root, STUDENT_LAYERS, width, steps=PRETRAINING_STEPS // scale, batch=BATCH, learning_rate=2e-3, seed=1000
         )

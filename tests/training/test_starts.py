@@ -1,0 +1,129 @@
+"""Solved starts inside a DistillationModel and a KDTrainer."""
+
+import pytest
+import torch
+
+from kdfast import fused_kd_loss
+from kdfast.training import DistillationModel, KDTrainer
+from kdfast.training.heads import backbone, head
+from kdfast.training.recipes import Recipe
+from kdfast.training.starts import solve_projector_again
+
+SVD = {"student_init": "svd", "projector_init": "svd"}
+
+
+def ids(n=8, T=60, V=67):
+    drawn = torch.randint(3, V, (n, T), generator=torch.Generator().manual_seed(3))
+    return {"input_ids": drawn, "labels": drawn}
+
+
+def make(tiny, family="llama", width=24, **recipe):
+    return DistillationModel(tiny(family), tiny("gpt2", width=width, seed=1), recipe=Recipe("test", **recipe))
+
+
+def measured(model, batch):
+    output = model(**batch, with_fidelity=True)
+    return output.fidelity.kl_teacher_projected.item()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "granite", "cohere"])
+def test_svd_at_full_rank_is_the_true_teacher(tiny, family):
+    """Student as wide as the teacher: the projected teacher is exact, whatever the student's logit scale."""
+    model = make(tiny, family, width=16, teacher="projected", **SVD)
+    before = model.student.get_output_embeddings().weight.square().mean().sqrt()
+    starts = model.solve([ids()])
+    assert measured(model, ids()) < 1e-9
+    assert starts[0].kl < 1e-9
+    assert starts[0].agreement == 1.0
+    after = model.student.get_output_embeddings().weight.square().mean().sqrt()
+    assert after.item() == pytest.approx(before.item(), rel=1e-4)
+
+
+def test_an_untied_student_gets_both_ends(tiny):
+    model = make(tiny, "llama", teacher="none", student_init="svd")
+    model.solve([ids()])
+    ends = model.student.get_input_embeddings().weight, model.student.get_output_embeddings().weight
+    assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize("init", ["lstsq", "calibrated"])
+def test_a_solved_projector_is_nearer_than_a_drawn_one(tiny, init):
+    # teacher and student of one family and almost the same weights, as after pretraining on the same text
+    student = tiny("llama", width=16)
+    teacher = tiny("llama", width=16)
+    with torch.no_grad():
+        for p in teacher.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    drawn = DistillationModel(student, teacher, recipe=Recipe("test", teacher="projected"))
+    solved = DistillationModel(student, teacher, recipe=Recipe("test", teacher="projected", projector_init=init))
+    starts = solved.solve([ids()])
+    assert measured(solved, ids()) < 0.2 * measured(drawn, ids())
+    assert starts[0].what == f"projector_init={init!r}"
+    assert 0 < starts[0].kl < 0.2 * measured(drawn, ids())
+
+
+def test_reported_fidelity_is_that_of_held_out_targets(tiny):
+    model = make(tiny, teacher="projected", projector_init="lstsq")
+    batch = ids()
+    (start,) = model.solve([batch])
+    with torch.no_grad():
+        hidden = backbone(model.teacher)(batch["input_ids"]).last_hidden_state[:, :-1].reshape(-1, 24)
+    hidden = hidden[: 16 * 24][::8]
+    true = head(model.teacher, hidden)
+    stand_in = head(model.student, model.logit_projector(hidden).detach())
+    assert start.tokens == len(hidden) == 48
+    assert start.kl == pytest.approx(fused_kd_loss(stand_in, true, temperature=1.0).item(), rel=1e-5)
+    assert str(start) == f"projector_init='lstsq': KL(true‖start) {start.kl:.3f}, agreement {start.agreement:.0%} on 48 tokens"
+
+
+def test_a_projector_solved_again_follows_a_moved_embedding(tiny):
+    model = make(tiny, teacher="projected", projector_init="lstsq", projector_resolve_steps=3, teacher_grad="none")
+    model.solve([ids()])
+    assert not model.logit_projector.weight.requires_grad
+    with torch.no_grad():
+        model.student.get_output_embeddings().weight.mul_(3.0)
+    off = measured(model, ids())
+    solve_projector_again(model)
+    assert measured(model, ids()) < 0.9 * off
+
+
+def test_nothing_wanted_nothing_read(tiny):
+    def never():
+        raise AssertionError("a batch was read")
+        yield
+
+    assert make(tiny, teacher="own_head").solve(never()) == []
+
+
+def test_no_text_is_said_so(tiny):
+    with pytest.raises(ValueError, match="batches hold 0 targets"):
+        make(tiny, teacher="compressed_head").solve([])
+
+
+def test_trainer_solves_once_before_the_first_step_and_says_so(tiny, rows, config, capsys):
+    def run(**given):
+        args = config(recipe="compressed_head", student_init="svd", learning_rate=0.0, **given)
+        return KDTrainer(tiny("gpt2"), args, teacher=tiny(width=24, seed=1), train_dataset=rows(30), eval_dataset=rows(4))
+
+    trainer = run()
+    fidelity = trainer.evaluate()["eval_kl_teacher_projected"]
+    trainer.train()
+    assert trainer.evaluate()["eval_kl_teacher_projected"] == pytest.approx(fidelity)
+    out = capsys.readouterr().out
+    assert out.count("student_init='svd': KL(true‖start)") == out.count("teacher's head at rank 16: KL") == 1
+    # the order of the data and the random state of training are as without solving
+    again = run(seed=1)
+    again.train()
+    for one, other in zip(trainer.starts, again.starts, strict=True):
+        assert one.kl == pytest.approx(other.kl, rel=0.5)
+
+
+def test_trainer_solves_the_projector_again(tiny, rows, config):
+    solved = []
+    args = config(recipe="run4", projector_init="lstsq", projector_resolve_steps=2, teacher_grad="none", max_steps=5)
+    trainer = KDTrainer(tiny("gpt2"), args, teacher=tiny(width=24, seed=1), train_dataset=rows(30))
+    projector = trainer.model.logit_projector
+    trainer.model.register_forward_pre_hook(lambda model, args: solved.append(projector.weight.detach().clone()))
+    trainer.train()
+    changed = [not torch.equal(a, b) for a, b in zip(solved, solved[1:], strict=False)]
+    assert changed == [False, True, False, True]
