@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import math
+import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +19,7 @@ import numpy as np
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 # (dashes, marker), the next one each time the colours are used up; matplotlib's and SVG's unit is the line's width
 STYLES = (((), "o"), ((4, 1.5), "s"), ((1, 1.2), "^"), ((5, 1.5, 1, 1.5), "D"))
+SEED = re.compile(r"(^|[-_./ ])(seed|s)[-_= ]?\d+(?=$|[-_./ ])|[-_./ ]\d+$", re.IGNORECASE)  # in a run's name
 MADE_BY = "kdfast report"  # in every file, so that one of ours is known from a user's own
 
 
@@ -31,27 +34,34 @@ class Panel(NamedTuple):
     keys: tuple[str, ...]  # in the log; the first one a run has. Evaluations have the prefix eval_
     logarithmic: bool = False
     scale: float = 1.0
+    falls: bool = False  # from far above: the axis ends where most of that is over
 
 
 PANELS = (
-    Panel("Student cross entropy, nats", ("ce",)),
-    Panel("Student perplexity", ("perplexity",), logarithmic=True),
-    Panel("KL(true teacher ‖ student)", ("kl_teacher_student",)),
-    Panel("KL(true teacher ‖ projected teacher)", ("kl_teacher_projected",)),
-    Panel("KL the loss sees, at its temperature", ("kd",)),
-    Panel("Projected teacher's cross entropy, nats", ("ce_projected",)),
+    Panel("Student cross entropy, nats", ("ce",), falls=True),
+    Panel("Student perplexity", ("perplexity",), logarithmic=True, falls=True),
+    Panel("KL(true teacher ‖ student)", ("kl_teacher_student",), falls=True),
+    Panel("KL(true teacher ‖ projected teacher)", ("kl_teacher_projected",), falls=True),
+    Panel("KL the loss sees, at its temperature", ("kd",), falls=True),
+    Panel("Projected teacher's cross entropy, nats", ("ce_projected",), falls=True),
     Panel("Agreement: same most likely token", ("agreement",)),
-    Panel("Total loss", ("loss",)),
+    Panel("Total loss", ("loss",), falls=True),
     Panel("KD weight", ("kd_weight",)),
     Panel("Temperature", ("temperature",)),
     Panel("Learning rate of the student", ("lr_student", "learning_rate")),
     Panel("Learning rate of the projector", ("lr_projector",)),
     Panel("Learning rate of routers", ("lr_router",)),
     Panel("Learning rate of other parameters", ("lr_other",)),
-    Panel("Gradient norm before clipping", ("grad_norm",)),
+    Panel("Gradient norm before clipping", ("grad_norm",), falls=True),
     Panel("Tokens per second", ("tokens_per_second",)),
     Panel("Memory, MiB", ("memory_bytes",), scale=2**-20),
 )
+
+
+class Style(NamedTuple):
+    colour: str
+    dashes: tuple[float, ...]
+    marker: str
 
 
 class Curve(NamedTuple):
@@ -61,10 +71,17 @@ class Curve(NamedTuple):
     y: list[float]
 
 
-def style(run: int) -> tuple[str, tuple[float, ...], str]:
-    """(colour, dashes, marker) of a run, by its place among the runs."""
-    dashes, marker = STYLES[run // len(COLOURS) % len(STYLES)]
-    return COLOURS[run % len(COLOURS)], dashes, marker
+def styles(runs: Sequence[Run]) -> list[Style]:
+    """One for each run; where there are more runs than colours, seeds of one thing share a colour if they can."""
+    things = list(dict.fromkeys(SEED.sub("", run.name) for run in runs))
+    places, seen = [], Counter[str]()
+    for run in runs:
+        thing = SEED.sub("", run.name)
+        places.append((seen[thing], things.index(thing)))
+        seen[thing] += 1
+    if len(runs) <= len(COLOURS) or len(things) > len(COLOURS) or max(seen.values()) > len(STYLES):
+        places = [divmod(i, len(COLOURS)) for i in range(len(runs))]
+    return [Style(COLOURS[colour], *STYLES[row % len(STYLES)]) for row, colour in places]
 
 
 def panels(runs: Sequence[Run]) -> list[tuple[Panel, list[Curve]]]:
@@ -129,9 +146,10 @@ def draw(panel: Panel, curves: Sequence[Curve], runs: Sequence[Run], form: str) 
 
     figure = Figure(figsize=(4.8, 2.9) if form == "svg" else (7.2, 4.8), layout="constrained")
     axes = figure.add_subplot(xlabel="tokens seen" if differ_in_tokens(runs) else "optimiser step")
+    looks = styles(runs)
     both = {curve.evaluated for curve in curves} == {True, False}
     for run, evaluated, x, y in curves:
-        colour, dashes, marker = style(run)
+        colour, dashes, marker = looks[run]
         (line,) = axes.plot(x, y, color=colour, linewidth=1.8 if evaluated else 1.2, zorder=3 if evaluated else 2)
         line.set_dashes(dashes)
         if evaluated or len(x) == 1:  # a line of one point is nothing to see without
@@ -142,6 +160,8 @@ def draw(panel: Panel, curves: Sequence[Curve], runs: Sequence[Run], form: str) 
         axes.set_yscale("log")
         for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
             formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.8)))
+    if panel.falls and (limits := _settled(curves, panel.logarithmic)):
+        axes.set_ylim(limits)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(color="#e4e4e4", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
@@ -151,11 +171,13 @@ def draw(panel: Panel, curves: Sequence[Curve], runs: Sequence[Run], form: str) 
         if both:
             axes.set_xlabel(f"{axes.get_xlabel()}; thin: training, marked: evaluation")
         drawn = sorted({curve.run for curve in curves})
-        keys = [_key(run) for run in drawn]
+        keys = [_key(looks[run]) for run in drawn]
         # $ begins a formula, and matplotlib drops a label that begins with _
         labels = ["\u200a" + runs[run].name.replace("$", r"\$") for run in drawn]
         columns = max(1, min(4, 84 // (8 + max(map(len, labels)))))
-        figure.legend(keys, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
+        figure.legend(
+            keys, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8, handlelength=3.2
+        )
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "kdfast"}):  # the same page for the same runs
         metadata = {"Date": None} if form == "svg" else {"Software": MADE_BY}
@@ -163,10 +185,23 @@ def draw(panel: Panel, curves: Sequence[Curve], runs: Sequence[Run], form: str) 
     return buffer.getvalue()
 
 
-def _key(run: int) -> Any:
+def _settled(curves: Sequence[Curve], logarithmic: bool) -> tuple[float, float] | None:
+    """Limits around all that comes after the first fifth; None where that is too little to go by."""
+    start = 0.2 * max(curve.x[-1] for curve in curves)
+    late = [value for curve in curves for x, value in zip(curve.x, curve.y, strict=True) if x > start]
+    low, high = min(value for curve in curves for value in curve.y), max(late, default=-math.inf)
+    if max(len(curve.x) for curve in curves) < 10 or low >= high:
+        return None
+    if logarithmic:
+        margin = (high / low) ** 0.05
+        return low / margin, high * margin
+    margin = 0.05 * (high - low)
+    return low - margin, high + margin
+
+
+def _key(look: Style) -> Any:
     from matplotlib.lines import Line2D
 
-    colour, dashes, marker = style(run)
-    key = Line2D([], [], color=colour, marker=marker, markersize=4.5, linewidth=1.8)
-    key.set_dashes(dashes)
+    key = Line2D([], [], color=look.colour, marker=look.marker, markersize=4.5, linewidth=1.8)
+    key.set_dashes(look.dashes)
     return key

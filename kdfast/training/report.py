@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from kdfast.training.curves import MADE_BY, PANELS, Curve, Panel, Run, differ_in_tokens, draw, panels, style
+from kdfast.training.curves import MADE_BY, PANELS, Curve, Panel, Run, Style, differ_in_tokens, draw, panels, styles
 from kdfast.training.files import write_bytes, write_text
 
 
@@ -92,39 +92,41 @@ def made_here(path: Path) -> bool:
 
 def png_names() -> list[str]:
     """Of the files that `write_pngs` may write."""
-    return [_png_name(panel) for panel in PANELS]
+    return [f"{_slug(panel)}.png" for panel in PANELS]
 
 
 def write_pngs(folder: Path, runs: Sequence[Run]) -> list[Path]:
     """One picture of every panel that has a number in it, with title and legend, for a paper or a slide."""
     written = []
     for panel, curves in panels(runs):
-        written.append(folder / _png_name(panel))
+        written.append(folder / f"{_slug(panel)}.png")
         write_bytes(written[-1], draw(panel, curves, runs, "png"))
     return written
 
 
-def _png_name(panel: Panel) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", panel.title.lower().replace("'", "")).strip("-") + ".png"
+def _slug(panel: Panel) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", panel.title.lower().replace("'", "")).strip("-")
 
 
 def _html_table(runs: Sequence[Run]) -> str:
     header, *rows = table(runs)
     lines = ["<table>", "<tr>" + "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in header) + "</tr>"]
-    for i, (name, *cells) in enumerate(rows):
+    for look, (name, *cells) in zip(styles(runs), rows, strict=True):
         values = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
-        lines.append(f"<tr><td>{_swatch(i)} {html.escape(name)}</td>{values}</tr>")
+        lines.append(f"<tr><td>{_swatch(look)} {html.escape(name)}</td>{values}</tr>")
     return "\n".join([*lines, "</table>"])
 
 
 def _legend(runs: Sequence[Run]) -> str:
     """Names beside the curves, kept in sight while the page scrolls; one run alone needs none."""
-    lines = "<p>Thin lines are training, marked ones evaluation."
+    lines = "<p>Thin lines are training, marked ones evaluation. Where a quantity falls from far above in the first "
+    lines += "fifth of training, the axis leaves that out."
     if differ_in_tokens(runs):
         lines += " The runs differ in tokens per step, so curves are drawn over the tokens seen."
     if len(runs) == 1:
         return f"{lines}</p>"
-    names = "".join(f"<li>{_swatch(i)} {html.escape(run.name)}</li>" for i, run in enumerate(runs))
+    entries = zip(styles(runs), runs, strict=True)
+    names = "".join(f"<li>{_swatch(look)} {html.escape(run.name)}</li>" for look, run in entries)
     return f'{lines}</p>\n<ul class="legend">{names}</ul>'
 
 
@@ -136,9 +138,9 @@ MARKERS = {
 }
 
 
-def _swatch(run: int) -> str:
+def _swatch(look: Style) -> str:
     """The run's line as it is in the panels."""
-    colour, dashes, marker = style(run)
+    colour, dashes, marker = look
     dashed = f' stroke-dasharray="{" ".join(str(2 * d) for d in dashes)}"' if dashes else ""
     line = f'<line x1="0" y1="6" x2="32" y2="6" stroke="{colour}" stroke-width="2"{dashed}/>'
     return f'<svg width="32" height="12" aria-hidden="true">{line}{MARKERS[marker].format(colour)}</svg>'
@@ -150,7 +152,7 @@ def _figure(panel: Panel, curves: Sequence[Curve], runs: Sequence[Run]) -> str:
     described = html.escape(f"{panel.title}, curves of {len(last)} run(s). Last values: {values}.")
     source = "data:image/svg+xml;base64," + base64.b64encode(draw(panel, curves, runs, "svg")).decode()
     image = f'<img width="480" height="290" alt="{described}" src="{source}">'
-    return f"<figure><figcaption>{html.escape(panel.title)}</figcaption>{image}</figure>"
+    return f'<figure id="{_slug(panel)}"><figcaption>{html.escape(panel.title)}</figcaption>{image}</figure>'
 
 
 def health_messages(run: Run) -> list[str]:
@@ -190,14 +192,14 @@ p {{ max-width: 60rem; }}
 table {{ border-collapse: collapse; display: block; overflow-x: auto; }}
 table {{ font-size: 13.5px; font-variant-numeric: tabular-nums; }}
 th, td {{ padding: .3rem .55rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }}
-th:first-child, td:first-child {{ text-align: left; }}
+th:first-child, td:first-child {{ text-align: left; position: sticky; left: 0; background: #fff; }}
 .legend {{ position: sticky; top: 0; z-index: 1; max-height: 25vh; overflow-y: auto; background: #fff; }}
 .legend {{ display: flex; flex-wrap: wrap; gap: .15rem 1.4rem; list-style: none; margin: 0; }}
 .legend {{ padding: .5rem 0; border-bottom: 1px solid #ddd; font-size: 13.5px; }}
 .legend li {{ overflow-wrap: anywhere; }}
 .panels {{ display: grid; gap: 1.5rem; margin-top: 1rem; }}
 .panels {{ grid-template-columns: repeat(auto-fill, minmax(min(100%, 25rem), 1fr)); }}
-figure {{ margin: 0; }}
+figure {{ margin: 0; scroll-margin-top: 27vh; }}
 figcaption {{ font-weight: 600; }}
 img {{ display: block; width: 100%; height: auto; }}
 details {{ margin: .3rem 0; overflow-wrap: anywhere; }}
