@@ -47,7 +47,7 @@ def read_run(path: Path, name: str | None = None) -> Run:
     summary = summarise_log(log)
     if (path / folder.RECORD).is_file():
         summary = {"recipe": _read(path / folder.RECORD).get("recipe"), **summary}
-    step, end = state.get("global_step", 0), state.get("max_steps", 0)
+    step, end = state.get("global_step") or 0, state.get("max_steps") or 0
     if (path / folder.RECORD).is_file() or step < end:  # ours is finished when its summary is there
         summary = {"unfinished": f"step {step} of {end}", **summary}
     return Run(name or path.name, log, summary)
@@ -120,7 +120,7 @@ def _last_state(path: Path) -> dict[str, Any]:
             break
     if not read:
         raise UserError(f"{str(path)!r}: its checkpoints are gone, removed while they were read; try again")
-    return max(read, key=lambda state: state.get("global_step", 0))
+    return max(read, key=lambda state: state.get("global_step") or 0)
 
 
 def _read(file: Path) -> dict[str, Any]:

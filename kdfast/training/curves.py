@@ -108,15 +108,11 @@ def differ_in_tokens(runs: Sequence[Run]) -> bool:
     rates = []
     for run in runs:
         steps, tokens = _tokens_at(run.log)
-        if any(_trained_or_evaluated(entry) for entry in run.log):
+        if any("loss" in entry or "eval_loss" in entry for entry in run.log):
             if not tokens[-1]:
                 return False
             rates.append(tokens[-1] / steps[-1])
     return bool(rates) and max(rates) > 1.05 * min(rates)  # masked and padded rows make small differences
-
-
-def _trained_or_evaluated(entry: dict[str, Any]) -> bool:
-    return "loss" in entry or "eval_loss" in entry
 
 
 def _tokens_at(log: Sequence[dict[str, Any]]) -> tuple[list[float], list[float]]:
@@ -126,15 +122,16 @@ def _tokens_at(log: Sequence[dict[str, Any]]) -> tuple[list[float], list[float]]
 
 
 def _points(log: Sequence[dict[str, Any]], key: str) -> list[tuple[float, float]]:
-    """(step, value) where the log has a finite one; perplexity is ce's where it is not logged."""
+    """(step, value) where the log has one that can be drawn; perplexity is ce's where it is not logged."""
     points = []
     for entry in log:
         value = entry.get(key)
         if value is None and key.endswith("perplexity"):
             ce = entry.get(key.replace("perplexity", "ce"))
             value = math.exp(ce) if isinstance(ce, int | float) and ce < 700 else None
-        if isinstance(value, int | float) and math.isfinite(value) and isinstance(entry.get("step"), int | float):
-            points.append((entry["step"], value))
+        step = entry.get("step")
+        if isinstance(value, int | float) and abs(value) < 1e100 and isinstance(step, int | float):
+            points.append((step, value))  # neither NaN nor what overflows an axis
     return points
 
 

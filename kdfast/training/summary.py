@@ -82,7 +82,7 @@ def training_seconds(log: Sequence[dict[str, Any]]) -> float:
     """From the speed each line of the log notes; the log outlives an interruption, a clock would not."""
     seconds, before = 0.0, 0
     for entry in log:
-        if "tokens_per_second" in entry:
+        if entry.get("tokens_per_second") and "tokens_seen" in entry:
             seconds += (entry["tokens_seen"] - before) / entry["tokens_per_second"]
             before = entry["tokens_seen"]
     return seconds

@@ -156,6 +156,7 @@ def test_health_messages_stand_under_the_table_once(tmp_path):
 
 def test_a_value_that_is_not_finite_leaves_a_gap_and_no_warning(tmp_path):
     log = [*LOG, {"step": 3, "loss": float("nan"), "ce": float("inf"), "kd": None, "learning_rate": "x"}]
+    log += [{"step": s, "ce": 690.0, "eval_perplexity": 1e300} for s in range(4, 20)]  # diverged: near float's end
     write_report(tmp_path / "report.html", "t", [Run("r", log, SUMMARY)])
 
 
