@@ -27,12 +27,14 @@ from transformers.trainer_utils import get_last_checkpoint
 from kdfast.cli import output_dir as folder
 from kdfast.cli.arguments import Arguments, DataArguments, ModelArguments, format_help, parse
 from kdfast.cli.errors import RunFailed, UserError
+from kdfast.cli.runs import read_run
 from kdfast.training import KDConfig, KDTrainer, NonFiniteLossError, load_student, load_teacher
 from kdfast.training.checkpoint import load_models
 from kdfast.training.data import DataError, hold_out, load_blocks, read_dataset, read_files
+from kdfast.training.memory import PeakMemory
 from kdfast.training.progress import show_progress
 from kdfast.training.report import Run, text_table, write_report
-from kdfast.training.summary import PeakMemory, engine_of, parameters, summarise, write_summary
+from kdfast.training.summary import engine_of, parameters, summarise, write_summary
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -63,7 +65,7 @@ def run_distillation(arguments: Arguments, name: str | None = None) -> Run:
             folder.claim(output_dir, arguments.given, arguments.run.overwrite_output_dir)
     if folder.is_finished(output_dir):
         _say(training, f"{name}: finished already, in {output_dir}; --overwrite_output_dir true would train it again")
-        return folder.read_run(output_dir, name)
+        return read_run(output_dir, name)
 
     try:
         trainer = _trainer(arguments, name)

@@ -1,4 +1,4 @@
-"""`kdfast distill | demo | doctor`.
+"""`kdfast distill | report | demo | doctor`.
 
 Exit codes: 0 done, 1 the run failed (a loss that is not finite), 2 the request cannot be run, 130 interrupted.
 Subcommands are imported when called: `kdfast doctor` works where the training part is not installed.
@@ -25,6 +25,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"kdfast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     commands.add_parser("distill", help="distil a teacher into a student, as CONFIG.yaml says")
+    of_report = commands.add_parser(
+        "report", help="curves and a table of several runs side by side, finished or not, in one page"
+    )
+    of_report.add_argument(
+        "runs", nargs="+", metavar="RUN", help="output_dir of a run, or a folder of such; NAME=RUN gives it a name"
+    )
+    of_report.add_argument("--output", default="report.html", metavar="FILE", help="the page (default: %(default)s)")
+    of_report.add_argument("--png", metavar="DIR", help="also one picture for each panel, into this folder")
+    of_report.add_argument("--title", default="kdfast report", help="of the page (default: %(default)s)")
     of_demo = commands.add_parser("demo", help="a real distillation on this machine, from its own text to one table")
     of_demo.add_argument("--quick", action="store_true", help="toy sizes: seconds, and numbers that mean nothing")
     of_demo.add_argument(
@@ -56,6 +65,10 @@ def main(argv: list[str] | None = None) -> int:
             from kdfast.cli.distill import distill
 
             return distill(argv[1:])
+        if args.command == "report":
+            from kdfast.cli.report import report
+
+            return report(args.runs, output=args.output, png=args.png, title=args.title)
         from kdfast.cli.demo import demo
 
         return demo(quick=args.quick, output_dir=args.output_dir, cache_dir=args.cache_dir, seed=args.seed)

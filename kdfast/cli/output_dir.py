@@ -17,7 +17,6 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from kdfast.cli.errors import UserError
 from kdfast.training.files import write_text
-from kdfast.training.report import Run
 
 RECORD = "kdfast.json"
 SUMMARY = "summary.json"
@@ -28,13 +27,6 @@ MODEL_FILES = ("config.json", "model.safetensors")
 # settings that may change between an interruption and the resume without making it another run
 FREE = {"overwrite_output_dir", "resume_from_checkpoint", "disable_tqdm", "report_to", "run_name"}
 FREE_PREFIXES = ("logging_", "save_", "log_", "dataloader_", "push_to_hub", "hub_")
-
-
-def read_run(output_dir: Path, name: str | None = None) -> Run:
-    """A finished run, for a report."""
-    summary = json.loads((output_dir / SUMMARY).read_text(encoding="utf-8"))
-    state = json.loads((output_dir / STATE).read_text(encoding="utf-8"))
-    return Run(name or output_dir.name, state["log_history"], summary)
 
 
 def is_finished(output_dir: Path) -> bool:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import resource
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from kdfast.engines.choice import resolve
 from kdfast.training.config import KDConfig
 from kdfast.training.files import write_text
+from kdfast.training.memory import PeakMemory
 from kdfast.training.trainer import KDTrainer
 from kdfast.versions import versions
 
@@ -53,6 +51,22 @@ def summarise(trainer: KDTrainer, evaluation: dict[str, float], peak: PeakMemory
     }
 
 
+def summarise_log(log: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What `summarise` would say, as far as a log tells: of a run that is still going, or was interrupted."""
+    evaluation: dict[str, Any] = next((entry for entry in reversed(log) if "eval_ce" in entry), {})
+    tokens = max((entry["tokens_seen"] for entry in log if "tokens_seen" in entry), default=None)
+    seconds = training_seconds(log)
+    return {
+        "eval_ce": evaluation.get("eval_ce"),
+        **{name: evaluation.get(f"eval_{name}") for name in EVALUATED},
+        "tokens": tokens,
+        "seconds": seconds or None,
+        "tokens_per_second": tokens / seconds if tokens and seconds else None,
+        "steps": max((entry["step"] for entry in log if "step" in entry), default=None),
+        "peak_memory_bytes": max((entry["memory_bytes"] for entry in log if "memory_bytes" in entry), default=None),
+    }
+
+
 def engine_of(args: KDConfig, student: PreTrainedModel) -> str:
     """The engine that trains `student` in batches of 1024 tokens and more."""
     weight = student.get_output_embeddings().weight
@@ -68,38 +82,10 @@ def training_seconds(log: Sequence[dict[str, Any]]) -> float:
     """From the speed each line of the log notes; the log outlives an interruption, a clock would not."""
     seconds, before = 0.0, 0
     for entry in log:
-        if "tokens_per_second" in entry:
+        if entry.get("tokens_per_second") and "tokens_seen" in entry:
             seconds += (entry["tokens_seen"] - before) / entry["tokens_per_second"]
             before = entry["tokens_seen"]
     return seconds
-
-
-class PeakMemory:
-    """The most memory in use since this was made: the allocator's on a GPU, the whole process's elsewhere."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        if device.type == "cuda":
-            self.what = "device allocator"
-            self.device_name = torch.cuda.get_device_name(device)
-            torch.cuda.reset_peak_memory_stats(device)
-            return
-        self.what = "process"
-        self.device_name = f"{device.type}, {torch.get_num_threads()} threads"
-        try:
-            Path("/proc/self/clear_refs").write_text("5")  # Linux: sets the peak to what is in use now
-        except OSError:
-            self.what = "process, since its start"
-
-    def read(self) -> int:
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        if self.what == "process":
-            for line in Path("/proc/self/status").read_text().splitlines():
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
 
 
 def parameters(model: nn.Module) -> int:

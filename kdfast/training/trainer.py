@@ -25,6 +25,7 @@ from kdfast.training import checkpoint
 from kdfast.training.config import KDConfig
 from kdfast.training.guard import NonFiniteGuard
 from kdfast.training.labels import IGNORE_INDEX, shift_labels
+from kdfast.training.memory import memory_bytes
 from kdfast.training.meter import EvaluationMeter, TrainingMeter
 from kdfast.training.model import DistillationModel
 from kdfast.training.starts import Start, solve_projector_again
@@ -37,10 +38,11 @@ class KDTrainer(Trainer):
     are there. The loss of a step is divided by its targets in all micro-batches and processes, so k micro-batches of
     b give the gradient of one of k·b. KD weight and temperature follow global_step / max_steps.
 
-    Logged besides the Trainer's: kd (without τ²), ce, ce_projected, agreement, both entropies, kd_weight,
-    temperature, lr_<part>, tokens_per_second, tokens_seen (targets; padding not counted). Evaluated: loss under the
-    weights now in force, ce, perplexity, kd, and against the teacher's own head, where its vocabulary is the
-    student's, kl_teacher_student and kl_teacher_projected. What does not exist under a recipe is absent.
+    Logged besides the Trainer's: kd (without τ²), ce, ce_projected, agreement, both entropies, kd_weight, temperature,
+    lr_<part>, tokens_per_second, tokens_seen (targets; padding not counted), memory_bytes (this process; the
+    allocator's peak so far on a GPU). Evaluated: loss under the weights now in force, ce, perplexity, kd, and against
+    the teacher's own head, where its vocabulary is the student's, kl_teacher_student and kl_teacher_projected. What
+    does not exist under a recipe is absent.
 
     Args:
         model: the student, wrapped here under `args.resolved()`, or a `DistillationModel`.
@@ -257,6 +259,8 @@ class KDTrainer(Trainer):
                 logs |= self._weights
             self._count_tokens()
             logs["tokens_seen"] = self.state.num_input_tokens_seen
+            if (memory := memory_bytes(self.args.device)) is not None:
+                logs["memory_bytes"] = memory
         super().log(logs, start_time)
 
     def _count_tokens(self) -> None:

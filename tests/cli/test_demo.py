@@ -26,7 +26,7 @@ def test_from_text_to_table_twice(tmp_path, quick):
         assert f"{summaries[recipe]['eval_ce']:.4f}" in table[recipe]
     assert "Student CE against lm_only" in out
     page = (tmp_path / "runs/report.html").read_text()
-    assert all(f"</span> {name}</td>" in page for name in table)
+    assert all(f"</svg> {name}</td>" in page for name in table)
 
     (teacher,) = (tmp_path / "cache").glob("*/teacher/model.safetensors")
     trained = teacher.stat().st_mtime_ns

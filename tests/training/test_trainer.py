@@ -153,6 +153,16 @@ def test_logs_average_over_tokens_between_two_lines(tiny, rows, config):
     assert all(line["tokens_per_second"] > 0 for line in single)
 
 
+# on a CPU: what the process holds, which torch alone takes past 10 MB
+def test_lines_of_training_note_the_memory_and_no_others_do(tiny, rows, config):
+    args = config(recipe="lm_only", max_steps=2, logging_steps=1)
+    trainer = KDTrainer(tiny(), args, train_dataset=rows(4), eval_dataset=rows(2))
+    trainer.train()
+    trainer.evaluate()
+    assert all(1e7 < line["memory_bytes"] < 1e12 for line in train_logs(trainer))
+    assert not any("memory_bytes" in line for line in trainer.state.log_history if "loss" not in line)
+
+
 def test_what_a_recipe_does_not_have_is_not_logged(tiny, rows, config):
     trainer = KDTrainer(tiny(), config(recipe="lm_only", max_steps=1), train_dataset=rows(4))
     trainer.train()

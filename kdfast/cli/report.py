@@ -1,0 +1,43 @@
+"""`kdfast report RUN [RUN …]`: one page with the curves of several runs, and a picture of every panel if asked for.
+
+Nothing but files of kdfast's own making is replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from kdfast.cli.errors import UserError
+from kdfast.cli.runs import find_runs
+from kdfast.training.report import made_here, png_names, text_table, write_pngs, write_report
+
+
+def report(runs: Sequence[str], *, output: str, png: str | None, title: str) -> int:
+    """The command; returns the exit code."""
+    found = find_runs(runs)
+    page, pictures = Path(output).expanduser(), None if png is None else Path(png).expanduser()
+    try:
+        _check_replaceable("--output", page)
+        if pictures is not None:
+            pictures.mkdir(parents=True, exist_ok=True)
+            for name in png_names():
+                _check_replaceable("--png", pictures / name)
+        page.parent.mkdir(parents=True, exist_ok=True)
+        write_report(page, title, found)
+        print(f"{text_table(found)}\n\n{len(found)} run{'s' * (len(found) > 1)} in {page}")
+        if pictures is not None:
+            print(f"{len(write_pngs(pictures, found))} pictures in {pictures}")
+    except OSError as error:
+        raise UserError(f"the report cannot be written: {error}") from error
+    return 0
+
+
+def _check_replaceable(option: str, path: Path) -> None:
+    """Raises UserError where a folder is in the way, or a file that was not made here."""
+    if path.is_dir():
+        raise UserError(f"{option}: {str(path)!r} is a folder; expected the name of a file")
+    if path.exists() and not made_here(path):
+        raise UserError(
+            f"{option}: {str(path)!r} is not of kdfast report, and stays; name another or move it"
+        )
