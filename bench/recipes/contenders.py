@@ -24,6 +24,37 @@ PROBE: Keys = {"recipe": "probe"}
 CALIBRATED: Keys = {"projector_init": "calibrated"}
 LSTSQ: Keys = {"projector_init": "lstsq"}
 
+# variant → the contender whose learning rate it takes; who is not here is tuned itself
+TUNED_AS = {
+    "run5": "run4",
+    "run4 + normal start": "run4",
+    "run4 + ramp": "run4",
+    "run4 + projector 5×": "run4",
+    "true head, KD 2": "true_head",
+    "compressed head": "true_head",
+    "svd, true head": "svd, compressed head",
+    "svd, compressed head, KD 2": "svd, compressed head",
+    "svd, projector, KD gradient": "svd, compressed head",
+    "svd, projector not trained": "svd, compressed head",
+    "svd, projector, re-solved": "svd, compressed head",
+    "svd, anchor true teacher": "svd, compressed head",
+    "svd, anchor true teacher, W attached": "svd, compressed head",
+    "svd, anchor true teacher, gate agrees": "svd, compressed head",
+    "anchor labels": "run4",
+    "anchor labels, W attached": "run4",
+    "anchor labels, gate right": "run4",
+    "anchor teacher's argmax": "run4",
+    "probe, gate right": "probe",
+    "lstsq, KD gradient": "run4",
+    "lstsq, not trained": "run4",
+    "lstsq, re-solved": "run4",
+    "lstsq, anchor true teacher": "run4",
+    "lstsq, anchor true teacher, gate agrees": "run4",
+    "calibrated, KD gradient": "run4",
+    "calibrated, anchor labels": "run4",
+    "calibrated, anchor labels, gate right": "run4",
+}
+
 BASELINES: dict[str, Keys] = {
     "lm_only": {"recipe": "lm_only"},
     "run4": RUN4,

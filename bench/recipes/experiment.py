@@ -3,8 +3,9 @@
     python bench/recipes/experiment.py [--out runs/recipes] [--cases fresh-192 …] [--only NAME …] [--seeds 3]
                                        [--workers 2] [--minutes 60] [--quick]
 
-Every run is one of `kdfast distill`, in a process of one thread. For each recipe the learning rate is chosen from
-RATES at seed 0 on the wider student, by final cross entropy, and kept for the narrower one; then come the other seeds.
+Every run is one of `kdfast distill`, in a process of one thread. A recipe's learning rate is chosen from RATES at
+seed 0 on the wider student, by final cross entropy, and kept for the narrower one; then come the other seeds. Variants
+take the rate of their relative, as `contenders.TUNED_AS` says.
 A finished run is read, never made again: the same command goes on where it stopped. `results.py` makes the table.
 """
 
@@ -17,7 +18,6 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,9 +25,35 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # the modules beside this one
 
 import setting
-from contenders import FRESH, PRETRAINED, Keys
+from contenders import FRESH, PRETRAINED, TUNED_AS, Keys
 
 RATES = {False: (4e-3, 2e-3, 8e-3), True: (1e-3, 5e-4, 2e-3)}  # by pretrained; the likeliest first
+
+
+class Plan(NamedTuple):
+    """What is to be run of one recipe in one case."""
+
+    case: setting.Case
+    name: str
+
+    @property
+    def contenders(self) -> dict[str, Keys]:
+        return PRETRAINED if self.case.pretrained else FRESH
+
+    @property
+    def tuning(self) -> list[Job]:
+        relative = TUNED_AS.get(self.name, self.name)
+        wider = setting.Case(setting.WIDTHS[0], self.case.pretrained)
+        return [Job(wider, relative, self.contenders[relative], rate, 0) for rate in RATES[self.case.pretrained]]
+
+    def next(self, root: Path, seeds: int) -> Job | None:
+        """The next run that is still to be made; which it is depends on what came out of those before."""
+        for job in self.tuning:
+            if read(job.path(root)) is None:
+                return job
+        best = min(self.tuning, key=lambda job: read(job.path(root)) or float("inf"))
+        jobs = (Job(self.case, self.name, self.contenders[self.name], best.rate, seed) for seed in range(seeds))
+        return next((job for job in jobs if read(job.path(root)) is None), None)
 
 
 class Job(NamedTuple):
@@ -48,42 +74,37 @@ def main() -> None:
     start = time.monotonic()
     cases = [setting.CASES[name] for name in args.cases]
     setting.prepare(prepared, cases, quick=args.quick)
-    jobs: list[Iterator[Job]] = [
-        _jobs(root, case, name, keys, args.seeds)
+    plans = [
+        plan
         for case in cases
-        for name, keys in (PRETRAINED if case.pretrained else FRESH).items()
-        if not args.only or name in args.only
+        for plan in (Plan(case, name) for name in Plan(case, "").contenders)
+        if not args.only or plan.name in args.only
     ]
-    steps = 4 if args.quick else setting.STEPS
+    steps = 4 if args.quick else None
     with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn"), _one_thread) as pool:
-        running: dict[Future[float], tuple[Job, Iterator[Job]]] = {}
-        waiting = list(jobs)
-        while waiting or running:
-            while waiting and len(running) < args.workers and time.monotonic() - start < 60 * args.minutes:
-                plan = waiting.pop(0)
-                if (job := next(plan, None)) is not None:
-                    future = pool.submit(_train, root, prepared, job, steps)
-                    running[future] = (job, plan)
+        running: dict[Future[float], Job] = {}
+        while True:
+            if len(running) < args.workers and time.monotonic() - start < 60 * args.minutes:
+                job = _next(plans, root, args.seeds, list(running.values()))
+                if job is not None:
+                    running[pool.submit(_train, root, prepared, job, steps)] = job
+                    continue
             if not running:
                 break
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
-                job, plan = running.pop(future)
-                print(f"{job.path(root).relative_to(root)}: CE {future.result():.4f}", flush=True)
-                waiting.insert(0, plan)
-    print(f"{len(waiting)} recipes have runs left; {time.monotonic() - start:.0f} seconds")
+                print(f"{running.pop(future).path(root).relative_to(root)}: CE {future.result():.4f}", flush=True)
+    left = [plan.name for plan in plans if plan.next(root, args.seeds)]
+    print(f"{time.monotonic() - start:.0f} seconds; recipes with runs left: {', '.join(left) or 'none'}")
 
 
-def _jobs(root: Path, case: setting.Case, name: str, keys: Keys, seeds: int) -> Iterator[Job]:
-    """The runs of one recipe that are still to be made; what comes next depends on what came out."""
-    wider = setting.Case(setting.WIDTHS[0], case.pretrained)
-    tuning = [Job(wider, name, keys, rate, 0) for rate in RATES[case.pretrained]]
-    yield from (job for job in tuning if read(job.path(root)) is None)
-    best = min(tuning, key=lambda job: read(job.path(root)) or float("inf"))
-    for seed in range(seeds):
-        job = best._replace(case=case, seed=seed)
-        if read(job.path(root)) is None:
-            yield job
+def _next(plans: list[Plan], root: Path, seeds: int, running: list[Job]) -> Job | None:
+    """The first run that does not wait for one in progress."""
+    for plan in plans:
+        job = plan.next(root, seeds)
+        if job is not None and job not in running and not any(other in running for other in plan.tuning):
+            return job
+    return None
 
 
 def read(path: Path) -> float | None:
@@ -94,7 +115,7 @@ def read(path: Path) -> float | None:
     return json.loads(summary.read_text())["eval_ce"] if summary.is_file() else None
 
 
-def _train(root: Path, prepared: Path, job: Job, steps: int) -> float:
+def _train(root: Path, prepared: Path, job: Job, steps: int | None) -> float:
     from kdfast.cli.errors import RunFailed
 
     path = job.path(root)

@@ -1,8 +1,9 @@
 """What every run of the experiment shares: text, tokenizer, teacher, students, budget. Made once, then read.
 
 Text is Python's own library, a twentieth of its files held out, a byte-level BPE of 4096 tokens trained on the rest.
-The teacher has sixteen times the tokens of a student. Two widths: 192, whose ratio to the teacher's 256 is that of
-768 to 1024, and 128. A pretrained student has seen four students' budgets of the same text, without a teacher.
+The teacher has sixteen times the tokens of a fresh student. Two widths: 192, whose ratio to the teacher's 256 is that
+of 768 to 1024, and 128. A pretrained student has seen four times a fresh one's tokens of the same text, without a
+teacher, and is then given half a fresh one's.
 """
 
 from __future__ import annotations
@@ -17,18 +18,19 @@ from kdfast.cli import output_dir as folder
 from kdfast.cli.arguments import parse
 from kdfast.cli.corpus import library_text, once, train_tokenizer, write_files
 from kdfast.cli.distill import run_distillation
+from kdfast.cli.runs import read_run
 from kdfast.training.report import Run
 
 VOCABULARY = 4096
 CONTEXT = 128
 BATCH = 4  # blocks a step
-STEPS = 256
+STEPS = {False: 256, True: 128}  # by pretrained
 TEACHER = {"layers": 4, "width": 256}
 TEACHER_STEPS, TEACHER_BATCH = 1024, 16
 PRETRAINING_STEPS = 1024
 WIDTHS = (192, 128)
 STUDENT_LAYERS = 2
-EXCERPT = 3000  # characters of a held-out file
+EXCERPT = 1500  # characters of a held-out file
 
 
 class Case(NamedTuple):
@@ -62,8 +64,9 @@ def prepare(root: Path, cases: Iterable[Case], *, quick: bool = False) -> None:
         run(root / f"pretrained-{width}", {"recipe": "lm_only", **student})
 
 
-def student(root: Path, case: Case, learning_rate: float, seed: int, steps: int = STEPS) -> dict[str, Any]:
-    """Settings of a run, without the recipe's."""
+def student(root: Path, case: Case, learning_rate: float, seed: int, steps: int | None = None) -> dict[str, Any]:
+    """Settings of a run, without the recipe's; `steps` other than the case's are for trying things out."""
+    steps = steps or STEPS[case.pretrained]
     keys = settings(root, STUDENT_LAYERS, case.width, steps=steps, batch=BATCH, learning_rate=learning_rate, seed=seed)
     keys["teacher_model_name_or_path"] = str(root / "teacher")
     if case.pretrained:
@@ -109,7 +112,7 @@ def settings(
 def run(path: Path, keys: dict[str, Any]) -> Run:
     """What `kdfast distill path.yaml` does; a finished run is read."""
     if folder.is_finished(path):
-        return folder.read_run(path)
+        return read_run(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     config = path.with_name(f"{path.name}.yaml")
     config.write_text(yaml.safe_dump({**keys, "output_dir": str(path)}, sort_keys=False))

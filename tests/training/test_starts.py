@@ -1,5 +1,7 @@
 """Solved starts inside a DistillationModel and a KDTrainer."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -73,7 +75,8 @@ def test_reported_fidelity_is_that_of_held_out_targets(tiny):
     stand_in = head(model.student, model.logit_projector(hidden).detach())
     assert start.tokens == len(hidden) == 48
     assert start.kl == pytest.approx(fused_kd_loss(stand_in, true, temperature=1.0).item(), rel=1e-5)
-    assert str(start) == f"projector_init='lstsq': KL(true‖start) {start.kl:.3f}, agreement {start.agreement:.0%} on 48 tokens"
+    figures = f"KL(true‖start) {start.kl:.3f}, agreement {start.agreement:.0%} on 48 tokens"
+    assert str(start) == f"projector_init='lstsq': {figures}"
 
 
 def test_a_projector_solved_again_follows_a_moved_embedding(tiny):
@@ -103,7 +106,8 @@ def test_no_text_is_said_so(tiny):
 def test_trainer_solves_once_before_the_first_step_and_says_so(tiny, rows, config, capsys):
     def run(**given):
         args = config(recipe="compressed_head", student_init="svd", learning_rate=0.0, **given)
-        return KDTrainer(tiny("gpt2"), args, teacher=tiny(width=24, seed=1), train_dataset=rows(30), eval_dataset=rows(4))
+        data = {"train_dataset": rows(30), "eval_dataset": rows(4)}
+        return KDTrainer(tiny("gpt2"), args, teacher=tiny(width=24, seed=1), **data)
 
     trainer = run()
     fidelity = trainer.evaluate()["eval_kl_teacher_projected"]
@@ -125,5 +129,5 @@ def test_trainer_solves_the_projector_again(tiny, rows, config):
     projector = trainer.model.logit_projector
     trainer.model.register_forward_pre_hook(lambda model, args: solved.append(projector.weight.detach().clone()))
     trainer.train()
-    changed = [not torch.equal(a, b) for a, b in zip(solved, solved[1:], strict=False)]
+    changed = [not torch.equal(a, b) for a, b in itertools.pairwise(solved)]
     assert changed == [False, True, False, True]
