@@ -48,6 +48,7 @@ def summarise(trainer: KDTrainer, evaluation: dict[str, float], peak: PeakMemory
         "student_parameters": parameters(model.student),
         "teacher_parameters": None if model.teacher is None else parameters(model.teacher),
         "seed": trainer.args.seed,
+        "health": [dataclasses.asdict(finding) for finding in trainer.health.findings] if trainer.health else [],
         "settings": dataclasses.asdict(model.recipe),
         "versions": versions(),
     }
@@ -68,7 +69,7 @@ def training_seconds(log: Sequence[dict[str, Any]]) -> float:
     """From the speed each line of the log notes; the log outlives an interruption, a clock would not."""
     seconds, before = 0.0, 0
     for entry in log:
-        if "tokens_per_second" in entry:
+        if entry.get("tokens_per_second"):  # 0 where every step of a line was left out
             seconds += (entry["tokens_seen"] - before) / entry["tokens_per_second"]
             before = entry["tokens_seen"]
     return seconds
