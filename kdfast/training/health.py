@@ -32,7 +32,7 @@ class Finding:
 class HealthCallback(TrainerCallback, ExportableState):
     """Looks at every log line; `findings` has what was said so far, those before a resume included.
 
-    A kind is said once, as a warning, and again only where it went away and came back.
+    A kind is said once, as a warning, and again only where it came back after `window` looks that did not see it.
 
     Args:
         thresholds: a `HealthThresholds`, or a mapping of those that differ from the defaults.
@@ -44,7 +44,7 @@ class HealthCallback(TrainerCallback, ExportableState):
 
     def _start(self, vocabulary: int = 1) -> None:
         self.findings: list[Finding] = []
-        self._open: set[str] = set()  # kinds that hold now
+        self._open: dict[str, int] = {}  # kinds that hold: looks since the last one that saw it
         self._signs = Signs(self.thresholds, vocabulary)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -73,10 +73,10 @@ class HealthCallback(TrainerCallback, ExportableState):
         kept = kept[0] if isinstance(kept, list) else kept
         if state.log_history and (said := kept.get("attributes", {}).get("said")) is not None:
             self.findings = [Finding(**finding) for finding in said["findings"]]
-            self._open = set(said["open"])
+            self._open = dict(said["open"])
 
     def state(self) -> dict[str, Any]:
-        said = {"findings": [asdict(finding) for finding in self.findings], "open": sorted(self._open)}
+        said = {"findings": [asdict(finding) for finding in self.findings], "open": dict(self._open)}
         return {"args": {"thresholds": asdict(self.thresholds)}, "attributes": {"said": said}}
 
     def _read(self, line: Mapping[str, Any], step: int, max_steps: int) -> list[Finding]:
@@ -84,8 +84,12 @@ class HealthCallback(TrainerCallback, ExportableState):
 
     def _note(self, step: int, found: Mapping[str, str | None]) -> list[Finding]:
         new = [Finding(step, kind, text) for kind, text in found.items() if text and kind not in self._open]
-        self._open |= {kind for kind, text in found.items() if text}
-        self._open -= {kind for kind, text in found.items() if not text}
+        for kind, text in found.items():
+            if text:
+                self._open[kind] = 0
+            elif kind in self._open:
+                self._open[kind] += 1
+        self._open = {kind: looks for kind, looks in self._open.items() if looks < self.thresholds.window}
         self.findings += new
         return new
 

@@ -14,7 +14,8 @@ from itertools import pairwise
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
-HISTORY = 200  # log lines in which the lowest loss is looked for
+HISTORY = 200  # log lines in which the lowest value is looked for
+NOISE = 2.5  # mean steps from line to line: further apart, two smoothed values differ by more than noise
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class HealthThresholds:
     kl_after: float = 0.2  # share of the run after which `kl` applies
     perplexity: float = 10_000.0  # of evaluation or training text
     perplexity_after: float = 0.4  # share of the run after which `perplexity` applies
-    window: int = 5  # log lines in a smoothed value
+    window: int = 5  # log lines in a smoothed value; looks after which a sign that is not seen has gone
     rising: float = 0.1  # smoothed loss above its lowest value, as a share of that
     oscillation_window: int = 12  # log lines looked at for an oscillation
     oscillation: float = 0.2  # median step between log lines, as a share of the loss
@@ -77,11 +78,12 @@ class Signs:
         self._temperature: float | None = None
         self._projected: deque[_Projected] = deque(maxlen=thresholds.window)
         self._evaluated = False  # evaluation says more of the projected teacher than training: heard once, it decides
-        self._lowest: dict[bool, float] = {}  # the projected teacher's smoothed CE, of evaluation or of training
+        self._ces_projected: deque[float] = deque(maxlen=HISTORY)  # smoothed; of evaluation as soon as there is one
+        self._noise: deque[float] = deque(maxlen=HISTORY)  # steps of the projected CE from line to line of training
 
     def read(self, line: Mapping[str, Any], progress: float) -> dict[str, str | None]:
         """Kind → sentence, or None where the sign is judged and not there. `progress` is the share of the run done."""
-        numbers = {k: float(v) for k, v in line.items() if isinstance(v, int | float) and not math.isnan(v)}
+        numbers = {k: float(v) for k, v in line.items() if isinstance(v, int | float) and math.isfinite(v)}
         found = _non_finite(line)
         if "loss" in line:
             found |= self._training(numbers, progress)
@@ -100,10 +102,12 @@ class Signs:
             found |= self._perplexity(line["ce"], progress, "training")
         found |= self._course(line)
         if {"kd", "ce", "ce_projected", "temperature"} <= line.keys() and progress > self._limits.projected_after:
+            if self._projected:
+                self._noise.append(abs(line["ce_projected"] - self._projected[-1].ce_projected))
             self._projected.append(_Projected(_nats(line), line["ce"], line["ce_projected"]))
             if not self._evaluated and len(self._projected) == self._limits.window:
                 mean = _Projected(*map(fmean, zip(*self._projected, strict=True)))
-                found |= self._teacher(mean, progress, evaluated=False)
+                found |= self._teacher(mean, progress, NOISE * fmean(self._noise))
         return found
 
     def _evaluation(self, line: dict[str, float], progress: float) -> dict[str, str | None]:
@@ -113,8 +117,10 @@ class Signs:
         if progress <= self._limits.projected_after:
             return found
         now = _Projected(self._temperature**2 * line["kd"], line["ce"], line["ce_projected"])
-        self._evaluated = True
-        found |= self._teacher(now, progress, evaluated=True)
+        if not self._evaluated:
+            self._evaluated = True
+            self._ces_projected.clear()
+        found |= self._teacher(now, progress)
         if {"kl_teacher_student", "kl_teacher_projected"} <= line.keys():
             student, projected = line["kl_teacher_student"], line["kl_teacher_projected"]
             found["follows"] = self._follows_by_kl(now, student, projected)
@@ -153,7 +159,7 @@ class Signs:
 
     def _course(self, line: dict[str, float]) -> dict[str, str | None]:
         """Rising and oscillating. Losses are compared under the KD weight of now: a ramp alone raises no loss."""
-        if "loss" not in line or not math.isfinite(line["loss"]):
+        if "loss" not in line:
             return {}
         temperature, weight = line.get("temperature"), line.get("kd_weight", 0.0)
         if temperature is not None and temperature != self._temperature:
@@ -175,8 +181,7 @@ class Signs:
         smooth = [fmean(losses[i - n : i]) for i in range(n, len(losses) + 1)]
         noise = fmean(abs(b - a) for a, b in pairwise(losses))
         now, lowest = smooth[-1], min(smooth)
-        # of noise alone, the difference stays within 2 to 2.5 of the mean step
-        if now - lowest <= max(self._limits.rising * abs(lowest), 2.5 * noise):
+        if now - lowest <= max(self._limits.rising * abs(lowest), NOISE * noise):
             return None
         return (
             f"the loss rises: {now:.4g} over the last {n} log lines, {lowest:.4g} at its lowest. Lower learning_rate "
@@ -195,11 +200,10 @@ class Signs:
             f"mean of {level:.4g}. Lower learning_rate, or take larger batches (gradient_accumulation_steps)"
         )
 
-    def _teacher(self, now: _Projected, progress: float, *, evaluated: bool) -> dict[str, str | None]:
+    def _teacher(self, now: _Projected, progress: float, noise: float = 0.0) -> dict[str, str | None]:
         """The projected teacher, judged by cross entropies."""
-        found: dict[str, str | None] = {"follows": None, "misleads": None}
-        lowest = self._lowest[evaluated] = min(now.ce_projected, self._lowest.get(evaluated, math.inf))
-        found["decays"] = self._decays(now, lowest)
+        self._ces_projected.append(now.ce_projected)
+        found: dict[str, str | None] = {"follows": None, "misleads": None, "decays": self._decays(noise)}
         gained, values = now.ce - now.ce_projected, f"{now.ce_projected:.4g} to the student's {now.ce:.4g}"
         if now.kd < self._limits.follower_nats:
             if gained < self._limits.follower_margin:
@@ -225,11 +229,12 @@ class Signs:
             f"student) {student:.4g}, while τ²·KL between the two is only {now.kd:.3g}. {_REMEDY}"
         )
 
-    def _decays(self, now: _Projected, lowest: float) -> str | None:
-        if now.ce_projected <= lowest + self._limits.decay:
+    def _decays(self, noise: float) -> str | None:
+        now, lowest = self._ces_projected[-1], min(self._ces_projected)
+        if now - lowest <= max(self._limits.decay, noise):
             return None
         return (
-            f"the projected teacher gets worse: its own cross entropy is {now.ce_projected:.4g} and was {lowest:.4g} "
+            f"the projected teacher gets worse: its own cross entropy is {now:.4g} and was {lowest:.4g} "
             "before: the head below it moves on, or the KD term drags it. Lower projector_lr or learning_rate, or "
             "anchor it (teacher_grad='none', anchor_weight=1)"
         )

@@ -2,6 +2,7 @@ import json
 import logging
 import math
 import random
+import sys
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tqdm.auto import tqdm
 from transformers import HfArgumentParser, TrainerCallback
 from transformers.trainer_callback import TrainerState
 
@@ -167,6 +169,25 @@ def test_a_projected_teacher_that_decays():
     more = {"ce": ce, "ce_projected": projected, "kd": 0.3, "kd_weight": 0.7, "temperature": 2.0}
     assert kinds(train(ce, **more)) == ["decays"]
     assert kinds(train(ce, **{**more, "ce_projected": 4.0})) == []
+    evaluations = [
+        {"step": 10 * i, "eval_ce": 5.0, "eval_ce_projected": 4.0 + 0.09 * i, "eval_kd": 0.3} for i in range(1, 7)
+    ]
+    lines = sorted([*train(ce, **{**more, "ce_projected": 4.0}), *evaluations], key=lambda line: line["step"])
+    (finding,) = replay(lines).findings
+    assert (finding.kind, finding.step) == ("decays", 40), "evaluation decides where there is one"
+
+
+def test_single_batches_of_little_text_do_not_make_a_projected_teacher_decay():
+    for seed in range(20):
+        draw, ce = random.Random(seed), falling(300, 7.0, 5.5, noise=0)
+        text = [draw.gauss(0, 0.3) for _ in ce]  # easy and hard, to both
+        lines = train(
+            [a + b for a, b in zip(ce, text, strict=True)],
+            ce=[a + b for a, b in zip(ce, text, strict=True)],
+            ce_projected=[a + b - 0.5 for a, b in zip(ce, text, strict=True)],
+            kd=0.1, kd_weight=0.7, temperature=2.0,
+        )  # fmt: skip
+        assert kinds(lines) == [], seed
 
 
 def test_a_small_kl_is_no_crime_where_the_student_has_learned_what_the_projected_teacher_knows():
@@ -195,6 +216,19 @@ def test_said_once_and_again_when_it_comes_back(caplog):
         found = replay(lines).findings
     assert [(f.kind, f.step) for f in found] == [("kl", 21), ("kl", 41)]
     assert [record.getMessage() for record in caplog.records] == [f"step {f.step}: {f.message}" for f in found]
+
+
+def test_said_above_a_progress_bar(capsys):
+    logger, handler = logging.getLogger("kdfast"), logging.StreamHandler(sys.stderr)
+    logger.addHandler(handler)
+    try:
+        with tqdm(total=3, desc="run", file=sys.stderr):
+            replay(train([12.0]), max_steps=3)
+    finally:
+        logger.removeHandler(handler)
+    before, after = capsys.readouterr().err.split("step 1: the loss starts at 12, above 10.")
+    assert before.endswith(" \r"), "the bar is wiped away first"
+    assert "\nrun:   0%" in after.replace("\r", ""), "and drawn again below"
 
 
 def test_findings_and_what_led_to_them_outlive_a_resume(caplog):
@@ -348,7 +382,7 @@ def test_a_step_that_is_not_finite_is_left_out(tiny, rows, config, what, clip, c
     lines = [line for line in trainer.state.log_history if "skipped_steps" in line]
     assert [line["skipped_steps"] for line in lines] == [1, 0, 1]
     found = [f for f in trainer.health.findings if f.kind == "non_finite"]
-    assert [f.step for f in found] == [2, 5]
+    assert [f.step for f in found] == [2], "once for both"
     named = (
         r"loss is nan (loss nan, ce "
         if what == "loss"
@@ -411,4 +445,4 @@ def test_stopping_is_a_finding_too(tiny, rows, config, caplog):
 
 
 def test_a_loss_that_is_logged_as_nan_is_named():
-    assert kinds(train([4.0, NAN, 4.0, math.inf])) == ["non_finite", "non_finite"]
+    assert kinds(train([4.0, NAN, 4.0, math.inf])) == ["non_finite"]
