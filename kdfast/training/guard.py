@@ -77,7 +77,8 @@ class NonFiniteGuard:
     def watch_gradients(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Before clipping, which by a norm of NaN makes every gradient NaN: remembers each one's norm."""
         named = [(name, p.grad) for name, p in parameters if p.grad is not None]
-        self._gradients = [name for name, _ in named], torch._foreach_norm([grad for _, grad in named])
+        norms = torch._foreach_norm([grad for _, grad in named]) if named else []
+        self._gradients = [name for name, _ in named], norms
 
     def skip(self, step: int, reduce: Callable[[Tensor], Tensor]) -> str | None:
         """At the end of step `step`: what is wrong with it, and it has to be left out; or None. Synchronises.

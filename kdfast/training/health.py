@@ -71,7 +71,7 @@ class HealthCallback(TrainerCallback, ExportableState):
         kept: Any = state.stateful_callbacks
         kept = kept.get(type(self).__name__, {}) if isinstance(kept, dict) else {}
         kept = kept[0] if isinstance(kept, list) else kept
-        if state.log_history and (said := kept.get("attributes", {}).get("said")) is not None:
+        if state.global_step > 0 and (said := kept.get("attributes", {}).get("said")) is not None:
             self.findings = [Finding(**finding) for finding in said["findings"]]
             self._open = dict(said["open"])
 

@@ -37,9 +37,9 @@ class KDTrainer(Trainer):
     b give the gradient of one of k·b. KD weight and temperature follow global_step / max_steps.
 
     Logged besides the Trainer's: kd (without τ²), ce, ce_projected, agreement, both entropies, kd_weight,
-    temperature, lr_<part>, tokens_per_second, tokens_seen (targets; padding not counted). Evaluated: loss under the
-    weights now in force, ce, perplexity, kd, and against the teacher's own head, where its vocabulary is the
-    student's, kl_teacher_student and kl_teacher_projected. What does not exist under a recipe is absent.
+    temperature, lr_<part>, tokens_per_second, tokens_seen (targets; padding not counted), skipped_steps.
+    Evaluated: loss under the weights now in force, ce, perplexity, kd, and against the teacher's own head, where its
+    vocabulary is the student's, kl_teacher_student and kl_teacher_projected. What a recipe does not have is absent.
 
     Args:
         model: the student, wrapped here under `args.resolved()`, or a `DistillationModel`.

@@ -82,8 +82,6 @@ def test_two_processes_are_one_with_the_whole_batch(tmp_path, monkeypatch):
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoint-1"]
     saved = {path.name for path in (tmp_path / "run" / "checkpoint-1").iterdir()}
     assert saved >= {"model.safetensors", "rng_state_0.pth", "rng_state_1.pth", "trainer_state.json"}
-
-
     # a loss that is not finite on the second process alone: both leave the step out
     told = [json.loads((tmp_path / f"skipped-{rank}.json").read_text()) for rank in (0, 1)]
     assert [each["changed"] for each in told] == [[1, 3], [1, 3]]
