@@ -117,6 +117,8 @@ def _trained_to_the_end(trainer: KDTrainer, checkpoint: Path) -> bool:
     best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
     load_models(Path(best or checkpoint), trainer.model)
     trainer.state = state
+    if trainer.health is not None:
+        trainer.health.restore(state)
     return True
 
 

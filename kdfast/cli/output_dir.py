@@ -25,8 +25,11 @@ STATE = "trainer_state.json"
 MODEL_FILES = ("config.json", "model.safetensors")
 
 # settings that may change between an interruption and the resume without making it another run
-FREE = {"overwrite_output_dir", "resume_from_checkpoint", "disable_tqdm", "report_to", "run_name"}
-FREE_PREFIXES = ("logging_", "save_", "log_", "dataloader_", "push_to_hub", "hub_")
+FREE = {
+    "overwrite_output_dir", "resume_from_checkpoint", "disable_tqdm", "report_to", "run_name", "non_finite",
+    "max_skipped_steps",
+}  # fmt: skip
+FREE_PREFIXES = ("health", "logging_", "save_", "log_", "dataloader_", "push_to_hub", "hub_")
 
 
 def is_finished(output_dir: Path) -> bool:

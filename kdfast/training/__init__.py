@@ -8,6 +8,7 @@ recipes.py  named choices        config.py   KDConfig            loading.py     
 heads.py    backbone and head    labels.py   the shift           model.py       the loss, under one forward
 fidelity.py KL to the teacher    meter.py    means for logs      guard.py       stop at NaN
 checkpoint.py  what is saved     trainer.py  KDTrainer           data.py        text to blocks
+signs.py    what a log tells     health.py   says it, once
 """
 
 try:
@@ -18,14 +19,19 @@ except ImportError as error:
 
 from kdfast.training.config import KDConfig
 from kdfast.training.guard import NonFiniteLossError
+from kdfast.training.health import Finding, HealthCallback
 from kdfast.training.loading import load_student, load_teacher
 from kdfast.training.model import DistillationModel
 from kdfast.training.recipes import RECIPES, Recipe
+from kdfast.training.signs import HealthThresholds
 from kdfast.training.trainer import KDTrainer
 
 __all__ = [
     "RECIPES",
     "DistillationModel",
+    "Finding",
+    "HealthCallback",
+    "HealthThresholds",
     "KDConfig",
     "KDTrainer",
     "NonFiniteLossError",

@@ -5,6 +5,7 @@ A distillation field left at None comes from the recipe; `resolved()` gives what
 
 # ruff: noqa: RUF009  (_from_recipe is a field(), not a default that is shared)
 
+import json
 import logging
 import math
 from dataclasses import dataclass, field, fields, replace
@@ -25,6 +26,7 @@ from kdfast.training.recipes import (
     StudentStart,
     get_recipe,
 )
+from kdfast.training.signs import HealthThresholds
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +95,18 @@ class KDConfig(TrainingArguments):
         default=None, metadata={"help": "Ids from here on are padding rows of the embedding; None = there are none."}
     )
 
+    non_finite: str = field(
+        default="stop",
+        metadata={"help": "A loss or gradient that is not finite: stop the run, or skip the step (a synchronisation)."},
+    )
+    max_skipped_steps: int = field(
+        default=10, metadata={"help": "With non_finite=skip: so many steps in a row stop the run nevertheless."}
+    )
+    health: bool = field(default=True, metadata={"help": "Watch the log and say in words what goes wrong."})
+    health_thresholds: dict | str | None = field(
+        default=None, metadata={"help": "Thresholds of that in place of the defaults, as JSON: see HealthThresholds."}
+    )
+
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN and inf losses in the log."})
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Search for parameters without a gradient under DDP."}
@@ -128,7 +142,7 @@ class KDConfig(TrainingArguments):
             self._check_number(name, "a number ≥ 0", lambda x: x >= 0)
         self._check_number("temperature", "a number > 0", lambda x: x > 0)
         self._check_number("kd_ramp", "a fraction of the run in [0, 1]", lambda x: 0 <= x <= 1)
-        for name in ("scratch_bytes", "valid_vocab", "compressed_rank", "calibration_tokens"):
+        for name in ("scratch_bytes", "valid_vocab", "compressed_rank", "calibration_tokens", "max_skipped_steps"):
             self._check_number(name, "an int > 0", lambda x: x > 0 and x == int(x))
         self._check_number("projector_resolve_steps", "an int ≥ 0", lambda x: x >= 0 and x == int(x))
         if self.temperature_steps is not None:
@@ -149,16 +163,28 @@ class KDConfig(TrainingArguments):
             "anchor_head": get_args(AnchorHead),
             "kd_gate": get_args(Gate),
             "engine": engines.NAMES,
+            "non_finite": ("stop", "skip"),
         }
         for name, allowed in choices.items():
             value = getattr(self, name)
             if value is not None and value not in allowed:
                 raise ValueError(f"{name}={value!r}; expected one of {', '.join(allowed)}")
+        self._check_health_thresholds()
         if self.label_smoothing_factor != 0:
             raise ValueError(
                 f"label_smoothing_factor={self.label_smoothing_factor}; it would need the logits, which are never "
                 "made. Leave it at 0"
             )
+
+    def _check_health_thresholds(self) -> None:
+        given = self.health_thresholds
+        try:
+            self.health_thresholds = json.loads(given) if isinstance(given, str) else given
+            if not isinstance(self.health_thresholds, dict | None):
+                raise ValueError("expected a mapping of thresholds to numbers")
+            HealthThresholds.of(self.health_thresholds)
+        except ValueError as error:
+            raise ValueError(f"health_thresholds={given!r}: {error}") from error
 
     def _check_number(self, name: str, expected: str, holds: Any) -> None:
         value = getattr(self, name)

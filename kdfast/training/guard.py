@@ -1,18 +1,23 @@
-"""A loss or gradient that is not finite stops the run, and nothing that came of it is saved.
+"""A loss or gradient that is not finite stops the run, or its step is left out; nothing that came of it is saved.
 
 On the CPU every step is checked before the optimizer acts. On an accelerator that would cost a synchronisation a
-step: the first bad step is recorded on the device, and read whenever something is logged or saved.
+step: the first bad step is recorded on the device, and read whenever something is logged or saved. To leave a step
+out it has to be known in time: that costs the synchronisation, and a pass over the gradients to name the first bad.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 FIELDS = ("step", "loss", "ce", "kd", "kd_weight", "temperature", "gradient norm")
+ADVICE = (
+    "Lower learning_rate or projector_lr, ramp the KD weight (kd_ramp), start from projector_init='normal', or train "
+    "in a wider dtype."
+)
 
 
 class NonFiniteLossError(RuntimeError):
@@ -33,11 +38,27 @@ class NonFiniteGuard:
     Args:
         device: where the losses are.
         last_checkpoint: gives the path of the last checkpoint saved, or None; asked only for the message.
+        most_skips: None = the first bad step stops the run. Otherwise the caller asks `skip` at the end of every
+            step, and so many bad ones in a row stop it.
+        report: called with the step and a sentence before the run is stopped.
     """
 
-    def __init__(self, device: torch.device, last_checkpoint: Callable[[], str | None]) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        last_checkpoint: Callable[[], str | None],
+        *,
+        most_skips: int | None = None,
+        report: Callable[[int, str], None] | None = None,
+    ) -> None:
         self._last_checkpoint = last_checkpoint
-        self._every_step = device.type == "cpu"
+        self._report = report
+        self._most_skips = most_skips
+        self.skips = most_skips is not None
+        self._in_a_row = 0
+        self._since_read = [0, 0]  # steps left out, steps
+        self._gradients: tuple[Sequence[str], Sequence[Tensor]] = ((), ())
+        self._every_step = device.type == "cpu" and not self.skips
         self._current = torch.zeros(len(FIELDS), device=device)
         self._first_bad = torch.zeros_like(self._current)  # step 0: none so far
 
@@ -53,21 +74,54 @@ class NonFiniteGuard:
         self._current[-1] = norm.detach()
         self._record(norm)
 
+    def watch_gradients(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """Before clipping, which by a norm of NaN makes every gradient NaN: remembers each one's norm."""
+        named = [(name, p.grad) for name, p in parameters if p.grad is not None]
+        norms = torch._foreach_norm([grad for _, grad in named]) if named else []
+        self._gradients = [name for name, _ in named], norms
+
+    def skip(self, step: int, reduce: Callable[[Tensor], Tensor]) -> str | None:
+        """At the end of step `step`: what is wrong with it, and it has to be left out; or None. Synchronises.
+
+        `reduce` sums over the processes: what is bad on one is left out on all.
+        """
+        anywhere = reduce((self._first_bad[0] != 0).float()).item()
+        self._since_read[1] += 1
+        if not anywhere:
+            self._in_a_row = 0
+            return None
+        self._since_read[0] += 1
+        self._in_a_row += 1
+        what = self._describe()[1] if self._first_bad[0] != 0 else "the loss of another process is not finite"
+        self._first_bad = torch.zeros_like(self._first_bad)
+        assert self._most_skips is not None
+        if self._in_a_row >= self._most_skips:
+            self._stop(step, f"{what}; it is step {self._in_a_row} in a row that had to be left out", ADVICE)
+        return what
+
+    def read_skips(self) -> tuple[int, int]:
+        """(steps left out, all steps) since this was asked last."""
+        skipped, steps = self._since_read
+        self._since_read = [0, 0]
+        return skipped, steps
+
     def check(self) -> None:
         """Raise NonFiniteLossError if a step so far was bad. Synchronises."""
+        step, what = self._describe()
+        if step:
+            self._stop(step, what, ADVICE)
+
+    def _describe(self) -> tuple[int, str]:
+        """The first bad step, 0 if there is none, and what is wrong with it."""
         bad = dict(zip(FIELDS, self._first_bad.tolist(), strict=True))
-        step = round(bad.pop("step"))
-        if step == 0:
-            return
-        norm = bad.pop("gradient norm")
-        what = f"gradient norm is {norm}" if math.isfinite(bad["loss"]) else f"loss is {bad['loss']}"
+        step, norm = round(bad.pop("step")), bad.pop("gradient norm")
+        what = f"loss is {bad['loss']}"
+        if math.isfinite(bad["loss"]):
+            names = (name for name, value in zip(*self._gradients, strict=True) if not torch.isfinite(value).all())
+            first = next(names, None)
+            what = f"gradient norm is {norm}" + (f", first that of {first}" if first else "")
         values = ", ".join(f"{name} {value:.6g}" for name, value in bad.items())
-        self._stop(
-            step,
-            f"the {what} ({values})",
-            "Lower learning_rate or projector_lr, ramp the KD weight (kd_ramp), start from projector_init='normal', "
-            "or train in a wider dtype.",
-        )
+        return step, f"the {what} ({values})"
 
     def check_weights(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Before every save: raise as `check` does, or if a parameter is not finite."""
@@ -86,6 +140,8 @@ class NonFiniteGuard:
             self.check()
 
     def _stop(self, step: int, what: str, advice: str) -> None:
+        if self._report is not None:
+            self._report(step, f"{what}; the run was stopped")
         checkpoint = self._last_checkpoint()
         kept = f"The last good checkpoint is {checkpoint}." if checkpoint else "No checkpoint had been saved yet."
         message = f"step {step}: {what}. The run was stopped, and nothing of it was saved. {kept} {advice}"

@@ -76,6 +76,14 @@ class TrainingMeter:
         self._since = now
         return means
 
+    def mark(self) -> tuple[Tensor, Tensor]:
+        """What has been added so far, for `rewind`."""
+        return self._means._sums.clone(), self._tokens.clone()
+
+    def rewind(self, mark: tuple[Tensor, Tensor]) -> None:
+        """Forget what was added since `mark`: a step that is left out counts for nothing."""
+        self._means._sums, self._tokens = mark
+
     def count_tokens(self, reduce: Reduce) -> int:
         """Tokens since the last count."""
         tokens = round(reduce(self._tokens).item())

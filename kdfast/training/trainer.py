@@ -24,6 +24,7 @@ from kdfast.schedules import Schedule
 from kdfast.training import checkpoint
 from kdfast.training.config import KDConfig
 from kdfast.training.guard import NonFiniteGuard
+from kdfast.training.health import HealthCallback
 from kdfast.training.labels import IGNORE_INDEX, shift_labels
 from kdfast.training.memory import memory_bytes
 from kdfast.training.meter import EvaluationMeter, TrainingMeter
@@ -39,8 +40,8 @@ class KDTrainer(Trainer):
     b give the gradient of one of k·b. KD weight and temperature follow global_step / max_steps.
 
     Logged besides the Trainer's: kd (without τ²), ce, ce_projected, agreement, both entropies, kd_weight, temperature,
-    lr_<part>, tokens_per_second, tokens_seen (targets; padding not counted), memory_bytes (this process; the
-    allocator's peak so far on a GPU). Evaluated: loss under the weights now in force, ce, perplexity, kd, and against
+    lr_<part>, tokens_per_second, tokens_seen (targets; padding not counted), skipped_steps, memory_bytes (this process;
+    the allocator's peak so far on a GPU). Evaluated: loss under the weights now in force, ce, perplexity, kd, and against
     the teacher's own head, where its vocabulary is the student's, kl_teacher_student and kl_teacher_projected. What
     does not exist under a recipe is absent.
 
@@ -104,6 +105,8 @@ class KDTrainer(Trainer):
             )
         self.kd_weight_schedule = kd_weight_schedule or model.recipe.kd_weight_schedule()
         self.temperature_schedule = temperature_schedule or model.recipe.temperature_schedule()
+        if args.health and not any(isinstance(callback, HealthCallback) for callback in callbacks or ()):
+            callbacks = [*(callbacks or ()), HealthCallback(args.health_thresholds)]  # type: ignore[arg-type]  # parsed by now
         use_cache = getattr(model.config, "use_cache", None)
         super().__init__(
             model=model,
@@ -123,8 +126,14 @@ class KDTrainer(Trainer):
 
     def _start_run(self) -> None:
         self._meter = TrainingMeter(self.args.device)
-        self._guard = NonFiniteGuard(self.args.device, lambda: _last_checkpoint(self.args.output_dir))
         self._solved_at = -1  # the step before which the projector was solved again
+        self._guard = NonFiniteGuard(
+            self.args.device,
+            lambda: _last_checkpoint(self.args.output_dir),
+            most_skips=self.args.max_skipped_steps if self.args.non_finite == "skip" else None,
+            report=lambda step, what: self._report_non_finite(step, what, aloud=False),  # the error says it
+        )
+        self._before_step: tuple[Any, Any] | None = None  # logged loss and meter, for a step that is left out
         self._weights: dict[str, float] = {}  # kd_weight and temperature of the last batch
         self._learning_rates: dict[str, float] = {}  # of the last step, by part
 
@@ -203,6 +212,8 @@ class KDTrainer(Trainer):
     ) -> Any:
         """The loss of one micro-batch, divided by the targets of the whole step."""
         self._meter.start()
+        if self._guard.skips and self._before_step is None:
+            self._before_step = (self._tr_loss.clone(), self._meter.mark())
         self._weights = self._weights_in_force()
         self._solve_projector_again()
         output = model(**inputs, **self._on_device(self._weights), num_items_in_batch=num_items_in_batch)
@@ -228,10 +239,51 @@ class KDTrainer(Trainer):
         return super()._get_num_items_in_batch(counted, device)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        if grad_norm is None:
+            self._watch_gradients(model)
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if isinstance(norm, Tensor) and getattr(self.accelerator, "scaler", None) is None:  # a scaler skips inf steps
+        if isinstance(norm, Tensor) and not self._scaled:
             self._guard.watch_gradient(norm)
+        if self._guard.skips:
+            bad = self._guard.skip(self.state.global_step + 1, self._reduce)
+            if bad is not None:
+                self._leave_out(model, bad)
+                norm = None  # not logged
+            self._before_step = None
         return norm
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        self._watch_gradients(model)
+        return super()._clip_grad_norm(model)
+
+    def _watch_gradients(self, model: nn.Module) -> None:
+        if self._guard.skips and not self._scaled:
+            self._guard.watch_gradients(model.named_parameters())
+
+    def _leave_out(self, model: nn.Module, what: str) -> None:
+        """An optimizer does nothing without gradients; and nothing of the step is in the log."""
+        if not self._scaled:
+            model.zero_grad(set_to_none=True)
+        assert self._before_step is not None
+        loss, meter = self._before_step
+        self._tr_loss.copy_(loss)
+        self._meter.rewind(meter)
+        self._report_non_finite(self.state.global_step + 1, f"{what}; the step was left out", aloud=True)
+
+    @property
+    def _scaled(self) -> bool:
+        """A gradient scaler leaves steps out by itself, and lowers its scale for that: inf is nothing bad there."""
+        return getattr(self.accelerator, "scaler", None) is not None
+
+    @property
+    def health(self) -> HealthCallback | None:
+        """The callback whose `findings` say what went wrong; None under `health=False`."""
+        callbacks = self.callback_handler.callbacks
+        return next((callback for callback in callbacks if isinstance(callback, HealthCallback)), None)
+
+    def _report_non_finite(self, step: int, what: str, *, aloud: bool) -> None:
+        if self.health is not None:
+            self.health.report_non_finite(step, what, aloud=aloud and self.is_world_process_zero())
 
     def _get_learning_rate(self) -> float:
         # asked once per step, between the optimizer's step and the scheduler's
@@ -261,6 +313,12 @@ class KDTrainer(Trainer):
             logs["tokens_seen"] = self.state.num_input_tokens_seen
             if (memory := memory_bytes(self.args.device)) is not None:
                 logs["memory_bytes"] = memory
+            if self._guard.skips:
+                skipped, steps = self._guard.read_skips()
+                logs["skipped_steps"] = skipped
+                logs["loss"] *= steps / max(steps - skipped, 1)  # Trainer's is the mean over all steps
+                if skipped == steps:
+                    del logs["loss"]
         super().log(logs, start_time)
 
     def _count_tokens(self) -> None:

@@ -57,6 +57,13 @@ def test_a_run_writes_summary_report_student_and_projector(place, kdfast):
     assert steps(place) == [3, 4]  # logging_steps, and the last one
 
 
+def test_the_summary_says_what_was_wrong(place, kdfast):
+    assert kdfast("distill", "config.yaml", "--health_thresholds", '{"perplexity": 2}')[0] == 0
+    (finding,) = (finding for finding in summary(place)["health"] if finding["kind"] == "perplexity")
+    assert finding["step"] in (3, 4)
+    assert "above 2" in finding["message"]
+
+
 def test_recipes_without_a_teacher_or_a_projector_have_nulls(place, kdfast):
     assert kdfast("distill", "config.yaml", "--recipe", "true_head", "--output_dir", "own")[0] == 0
     assert summary(place, "own")["kl_teacher_projected"] is None

@@ -82,10 +82,53 @@ def test_two_processes_are_one_with_the_whole_batch(tmp_path, monkeypatch):
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoint-1"]
     saved = {path.name for path in (tmp_path / "run" / "checkpoint-1").iterdir()}
     assert saved >= {"model.safetensors", "rng_state_0.pth", "rng_state_1.pth", "trainer_state.json"}
+    # a loss that is not finite on the second process alone: both leave the step out
+    told = [json.loads((tmp_path / f"skipped-{rank}.json").read_text()) for rank in (0, 1)]
+    assert [each["changed"] for each in told] == [[1, 3], [1, 3]]
+    assert told[0]["weights"] == told[1]["weights"]
+    assert told[0]["skipped"] == [0, 1, 0]
+    assert ["another process" in each["finding"] for each in told] == [True, False]
+
+
+def skip(folder):
+    """Three steps; in the second, one process has an infinite loss, whose gradient is finite."""
+    from conftest import tiny
+    from transformers import TrainerCallback
+
+    from kdfast.training import KDConfig
+
+    args = KDConfig(
+        output_dir=folder, use_cpu=True, disable_tqdm=True, max_steps=3, logging_steps=1, non_finite="skip",
+        per_device_train_batch_size=1, save_strategy="no", recipe="run5", ddp_backend="gloo",
+    )  # fmt: skip
+    trainer = KDTrainer(tiny("gpt2"), args, teacher=tiny(width=24, seed=1), train_dataset=make_rows(6))
+    weights = []
+
+    def one_is_infinite(module, inputs, output):
+        bad = args.process_index == 1 and trainer.state.global_step == 1
+        return output._replace(loss=output.loss + torch.inf) if bad else output
+
+    class Keep(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            weights.append([p.detach().double().sum().item() for p in trainer.model.parameters()])
+
+        on_train_end = on_step_begin
+
+    trainer.model.register_forward_hook(one_is_infinite)
+    trainer.add_callback(Keep())
+    trainer.train()
+    (finding,) = [finding for finding in trainer.health.findings if finding.kind == "non_finite"]
+    return {
+        "changed": [step for step in (1, 2, 3) if weights[step] != weights[step - 1]],
+        "weights": weights,
+        "skipped": [line["skipped_steps"] for line in trainer.state.log_history if "skipped_steps" in line],
+        "finding": finding.message,
+    }
 
 
 def child(folder):
     trainer, logs, gradient = run(str(folder / "run"), batch_size=2)
+    (folder / f"skipped-{trainer.args.process_index}.json").write_text(json.dumps(skip(str(folder / "skip"))))
     if trainer.is_world_process_zero():
         (folder / "logs.json").write_text(json.dumps(logs))
         torch.save(gradient, folder / "gradient.pt")

@@ -80,8 +80,8 @@ def test_nothing_bad_is_saved(tiny, rows, config, tmp_path):
 class DeferredGuard(NonFiniteGuard):
     """As on a GPU, where only `check` reads."""
 
-    def __init__(self, *args):
-        super().__init__(*args)
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
         self._every_step = False
 
 
