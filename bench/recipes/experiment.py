@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import re
 import sys
+import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
@@ -27,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # the modules beside t
 import setting
 from contenders import FRESH, PRETRAINED, TUNED_AS, Keys
 
-RATES = {False: (4e-3, 2e-3, 8e-3), True: (1e-3, 5e-4, 2e-3)}  # by pretrained; the likeliest first
+RATES = {False: (2e-3, 1e-3, 4e-3), True: (1e-3, 5e-4, 2e-3)}  # by pretrained; the likeliest first
 
 
 class Plan(NamedTuple):
@@ -135,7 +136,19 @@ def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+    _die_with_the_parent()
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (the runs' own lines; the parent prints one each)
+
+
+def _die_with_the_parent() -> None:
+    """A worker whose parent was killed would go on writing into folders that the next call uses."""
+
+    def watch(parent: int) -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, args=(os.getppid(),), daemon=True).start()
 
 
 def _arguments() -> argparse.Namespace:

@@ -1,7 +1,8 @@
 """What a checkpoint holds of the models, and how a folder appears only when it is complete.
 
     config.json, model.safetensors, …   the student, as `save_pretrained` writes it: plain `from_pretrained` reads it
-    logit_projector.safetensors         the projector, where there is one
+    logit_projector.safetensors         the projector, where there is one (with a probe's head)
+    hidden_loss.safetensors             the maps of the hidden-state loss, where there is one
 
 Written to a hidden folder first and moved: whoever looks for checkpoints never sees half of one. Weights are
 safetensors throughout, so reading runs no code.
@@ -22,12 +23,12 @@ from transformers.utils import logging as transformers_logging
 
 from kdfast.training.model import DistillationModel
 
-PROJECTOR_FILE = "logit_projector.safetensors"
+PARTS = ("logit_projector", "hidden_loss")  # of the model, beside the student; each has a file of its own
 INCOMPLETE = ".incomplete"
 
 
 def save_models(folder: Path, model: DistillationModel, state: dict[str, Tensor] | None = None) -> None:
-    """Student and projector into `folder`. `state` replaces `model.state_dict()` (gathered from shards)."""
+    """The student and the other trained parts into `folder`. `state` replaces `model.state_dict()` (gathered from shards)."""
 
     def part(prefix: str) -> dict[str, Tensor] | None:
         if state is None:
@@ -36,9 +37,10 @@ def save_models(folder: Path, model: DistillationModel, state: dict[str, Tensor]
 
     with _without_bars():
         model.student.save_pretrained(folder, state_dict=part("student."))
-    if model.logit_projector is not None:
-        tensors = part("logit_projector.") or model.logit_projector.state_dict()
-        save_file({name: t.contiguous() for name, t in tensors.items()}, folder / PROJECTOR_FILE, {"format": "pt"})
+    for name in PARTS:
+        if (module := getattr(model, name)) is not None:
+            tensors = part(f"{name}.") or module.state_dict()
+            save_file({key: t.contiguous() for key, t in tensors.items()}, _file(folder, name), {"format": "pt"})
 
 
 def load_models(folder: Path, model: DistillationModel) -> None:
@@ -51,11 +53,16 @@ def load_models(folder: Path, model: DistillationModel) -> None:
     if report["missing_keys"]:
         raise ValueError(f"{str(folder)!r} lacks weights of the student: {', '.join(sorted(report['missing_keys']))}")
     model.student.load_state_dict(loaded.state_dict())
-    if model.logit_projector is not None:
-        path = folder / PROJECTOR_FILE
-        if not path.is_file():
-            raise ValueError(f"{str(folder)!r} has no {PROJECTOR_FILE}; it was saved by a recipe without a projector")
-        model.logit_projector.load_state_dict(load_file(path))
+    for name in PARTS:
+        if (module := getattr(model, name)) is not None:
+            path = _file(folder, name)
+            if not path.is_file():
+                raise ValueError(f"{str(folder)!r} has no {path.name}; it was saved by a recipe without one")
+            module.load_state_dict(load_file(path))
+
+
+def _file(folder: Path, part: str) -> Path:
+    return folder / f"{part}.safetensors"
 
 
 def staging(final: Path) -> Path:

@@ -42,8 +42,8 @@ class KDTrainer(Trainer):
     Logged besides the Trainer's: kd (without τ²), ce, ce_projected, agreement, both entropies, kd_weight, temperature,
     lr_<part>, tokens_per_second, tokens_seen (targets; padding not counted), skipped_steps, memory_bytes (this process;
     the allocator's peak so far on a GPU). Evaluated: loss under the weights now in force, ce, perplexity, kd, and
-    against the teacher's own head, where its vocabulary is the student's, kl_teacher_student, kl_teacher_projected. What
-    does not exist under a recipe is absent.
+    against the teacher's own head, where its vocabulary is the student's, kl_teacher_student, kl_teacher_projected.
+    What does not exist under a recipe is absent.
 
     Args:
         model: the student, wrapped here under `args.resolved()`, or a `DistillationModel`.

@@ -8,7 +8,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerC
 from transformers.trainer_utils import get_last_checkpoint
 
 from kdfast.training import DistillationModel, KDTrainer
-from kdfast.training.checkpoint import PROJECTOR_FILE, discard_incomplete, load_models, publish, save_models, staging
+from kdfast.training.checkpoint import discard_incomplete, load_models, publish, save_models, staging
+from kdfast.training.recipes import Recipe
+
+PROJECTOR_FILE = "logit_projector.safetensors"
 
 
 def make(tiny, config, data, recipe="run5", family="gpt2", **given):
@@ -183,6 +186,45 @@ def test_models_round_trip_and_say_what_is_missing(tiny, tmp_path):
         load_models(tmp_path, other)
     with pytest.raises(ValueError, match=r"not a checkpoint: it has no config\.json"):
         load_models(tmp_path / "nowhere", other)
+
+
+def test_a_probe_and_the_maps_of_the_hidden_loss_round_trip(tiny, tmp_path):
+    def make(seed):
+        torch.manual_seed(seed)
+        recipe = Recipe("test", teacher="probe", anchor_weight=1.0, hidden_weight=1.0)
+        return DistillationModel(tiny("qwen2", seed=seed), tiny(width=24, seed=1), recipe=recipe)
+
+    model, other = make(2), make(3)
+    save_models(tmp_path, model)
+    load_models(tmp_path, other)
+    names = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert names == {"student", "logit_projector", "hidden_loss"}
+    for (name, p), q in zip(other.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(p, q), name
+    (tmp_path / "hidden_loss.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"has no hidden_loss\.safetensors"):
+        load_models(tmp_path, other)
+
+
+@pytest.mark.parametrize("recipe", ["compressed_head", "probe"])
+def test_solved_recipes_resume_where_they_stopped(tiny, rows, config, tmp_path, recipe):
+    """The start is solved again, the weights are the checkpoint's, and the fixed teacher is the same as before."""
+
+    def make(steps, folder):
+        given = {"student_init": "svd"} if recipe == "compressed_head" else {"projector_init": "calibrated"}
+        args = config(
+            recipe=recipe, max_steps=steps, save_strategy="steps", save_steps=2, output_dir=str(tmp_path / folder),
+            lr_scheduler_type="constant", **given,
+        )  # fmt: skip
+        return KDTrainer(tiny("gpt2"), args, teacher=tiny(width=24, seed=1), train_dataset=rows(8))
+
+    whole = make(4, "whole")
+    whole.train()
+    make(2, "parts").train()
+    resumed = make(4, "parts")
+    resumed.train(resume_from_checkpoint=True)
+    for (name, p), q in zip(resumed.model.named_parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_a_checkpoint_without_all_weights_is_refused(tiny, tmp_path):
