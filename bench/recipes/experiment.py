@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # the modules beside t
 import setting
 from contenders import FRESH, PRETRAINED, TUNED_AS, Keys
 
-RATES = {False: (2e-3, 1e-3, 4e-3), True: (1e-3, 5e-4, 2e-3)}  # by pretrained; the likeliest first
+RATES = {False: (1e-3, 5e-4, 2e-3), True: (5e-4, 1e-3, 2.5e-4)}  # by pretrained; the likeliest first
 
 
 class Plan(NamedTuple):
@@ -52,9 +52,13 @@ class Plan(NamedTuple):
         for job in self.tuning:
             if read(job.path(root)) is None:
                 return job
-        best = min(self.tuning, key=lambda job: read(job.path(root)) or float("inf"))
-        jobs = (Job(self.case, self.name, self.contenders[self.name], best.rate, seed) for seed in range(seeds))
+        rate, keys = self.rate(root), self.contenders[self.name]
+        jobs = (Job(self.case, self.name, keys, rate, seed) for seed in range(seeds))
         return next((job for job in jobs if read(job.path(root)) is None), None)
+
+    def rate(self, root: Path) -> float:
+        """The best learning rate of those tried."""
+        return min(self.tuning, key=lambda job: read(job.path(root)) or float("inf")).rate
 
 
 class Job(NamedTuple):
@@ -65,8 +69,7 @@ class Job(NamedTuple):
     seed: int
 
     def path(self, root: Path) -> Path:
-        slug = re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
-        return root / self.case.name / f"{slug}--lr{self.rate:g}--seed{self.seed}"
+        return root / self.case.name / f"{slug(self.name)}--lr{self.rate:g}--seed{self.seed}"
 
 
 def main() -> None:
@@ -106,6 +109,10 @@ def _next(plans: list[Plan], root: Path, seeds: int, running: list[Job]) -> Job 
         if job is not None and job not in running and not any(other in running for other in plan.tuning):
             return job
     return None
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def read(path: Path) -> float | None:

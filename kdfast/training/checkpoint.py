@@ -28,7 +28,7 @@ INCOMPLETE = ".incomplete"
 
 
 def save_models(folder: Path, model: DistillationModel, state: dict[str, Tensor] | None = None) -> None:
-    """The student and the other trained parts into `folder`. `state` replaces `model.state_dict()` (gathered from shards)."""
+    """Student and other trained parts into `folder`. `state` replaces `model.state_dict()` (gathered from shards)."""
 
     def part(prefix: str) -> dict[str, Tensor] | None:
         if state is None:

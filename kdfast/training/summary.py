@@ -46,6 +46,7 @@ def summarise(trainer: KDTrainer, evaluation: dict[str, float], peak: PeakMemory
         "student_parameters": parameters(model.student),
         "teacher_parameters": None if model.teacher is None else parameters(model.teacher),
         "seed": trainer.args.seed,
+        "starts": [start._asdict() for start in trainer.starts],
         "health": [dataclasses.asdict(finding) for finding in trainer.health.findings] if trainer.health else [],
         "settings": dataclasses.asdict(model.recipe),
         "versions": versions(),
