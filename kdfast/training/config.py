@@ -17,6 +17,8 @@ from transformers import TrainingArguments
 from kdfast import engines
 from kdfast.divergences import get_divergence
 from kdfast.training.recipes import (
+    AUTO,
+    RECIPES,
     UNUSED,
     AnchorHead,
     AnchorTargets,
@@ -48,7 +50,9 @@ class KDConfig(TrainingArguments):
     Raises ValueError naming the field, what came and what was expected.
     """
 
-    recipe: str = field(default="run5", metadata={"help": "lm_only, run4, run5 or true_head."})
+    recipe: str = field(
+        default=AUTO, metadata={"help": f"{', '.join(RECIPES)}; auto takes the best measured one for the models given."}
+    )
     temperature: float | None = _from_recipe("τ > 0 of the KD term.")
     temperature_steps: list[float] | None = _from_recipe(
         "In place of temperature: one value after the other in equal parts of the run, such as 3 2 1.5."
@@ -119,21 +123,29 @@ class KDConfig(TrainingArguments):
             self.greater_is_better = False
         super().__post_init__()
 
-    def resolved(self) -> Recipe:
-        """The recipe with every explicit value in it. Values it has no use for are left out, with a log line."""
-        recipe = get_recipe(self.recipe)
+    def resolved(self, recipe: str | None = None) -> Recipe:
+        """The recipe with every explicit value in it. Values it has no use for are left out, with a log line.
+
+        Under "auto" the recipe depends on the models: give the name that `choose_recipe` found.
+        """
+        if recipe is None and self.recipe == AUTO:
+            raise ValueError("recipe='auto' depends on the models; give resolved() a name, as choose_recipe finds it")
+        return self._with_explicit_values(get_recipe(recipe or self.recipe))
+
+    def _with_explicit_values(self, recipe: Recipe) -> Recipe:
         given = {f.name: getattr(self, f.name) for f in fields(Recipe) if hasattr(self, f.name)}
         given = {name: value for name, value in given.items() if value is not None}
         unused = [name for name in given if name in UNUSED[recipe.teacher]]
         if unused:
-            logger.warning("recipe=%r has no use for %s: left out", self.recipe, ", ".join(unused))
+            logger.warning("recipe=%r has no use for %s: left out", recipe.name, ", ".join(unused))
         used = {name: value for name, value in given.items() if name not in unused}
         if "temperature_steps" in used:
             used["temperature_steps"] = tuple(used["temperature_steps"])
         return replace(recipe, **used)
 
     def _check(self) -> None:
-        get_recipe(self.recipe)
+        if self.recipe != AUTO:
+            get_recipe(self.recipe)
         at_least_zero = (
             "kd_weight", "kd_ramp_start", "ce_weight", "anchor_weight", "projector_lr",
             "projector_lr_multiplier", "router_lr_multiplier", "hidden_weight",

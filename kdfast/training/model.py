@@ -17,12 +17,13 @@ from kdfast.compress import CompressedHead
 from kdfast.interface import KDMetrics, fused_kd_loss
 from kdfast.projector import LogitProjector, ProjectorInit
 from kdfast.sources import Head
+from kdfast.training.case import choose_recipe
 from kdfast.training.fidelity import Fidelity, fidelity
 from kdfast.training.heads import backbone, check_model, head, head_shape
 from kdfast.training.hidden_loss import HiddenStateLoss
 from kdfast.training.labels import shift_labels
-from kdfast.training.recipes import Recipe, get_recipe
-from kdfast.training.starts import Start, solve_starts
+from kdfast.training.recipes import AUTO, Recipe, get_recipe
+from kdfast.training.starts import Start, solve_starts, wants_solving
 from kdfast.training.teachers import Probe, kd_terms
 from kdfast.validation import same_vocabulary
 
@@ -43,7 +44,8 @@ class DistillationModel(nn.Module):
         student: a causal `PreTrainedModel`.
         teacher: another one that takes the same token ids; None for the recipe "lm_only", which uses a teacher for
             evaluation only.
-        recipe: a name, or a `Recipe` such as `KDConfig(…).resolved()`.
+        recipe: a name, or a `Recipe` such as `KDConfig(…).resolved()`; "auto" is what `choose_recipe` finds for these
+            models. One with solved starts wants `solve` called before the first step, as KDTrainer does.
         engine, scratch_bytes, valid_vocab: as in `fused_kd_loss`.
         check_heads: compare both heads with their models once, on four tokens.
 
@@ -60,13 +62,15 @@ class DistillationModel(nn.Module):
         student: PreTrainedModel,
         teacher: PreTrainedModel | None = None,
         *,
-        recipe: str | Recipe = "run5",
+        recipe: str | Recipe = AUTO,
         engine: str = "auto",
         scratch_bytes: int | None = None,
         valid_vocab: int | None = None,
         check_heads: bool = True,
     ) -> None:
         super().__init__()
+        if recipe == AUTO:
+            recipe = choose_recipe(student, teacher, valid_vocab).recipe
         self.recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
         self.loss_options: dict[str, Any] = {
             "engine": engine,
@@ -84,6 +88,7 @@ class DistillationModel(nn.Module):
         self.logit_projector = _make_projector(student, teacher, self.recipe)
         self.hidden_loss = _make_hidden_loss(student, teacher, self.recipe)
         self.compressed_head: CompressedHead | None = None  # made by solve()
+        self.solved = not wants_solving(self)
         self.vocab_weights: Tensor | None = None  # (V,) float64, for solving the projector again; made by solve()
         self.register_state_dict_post_hook(_drop_teacher)
         self.register_load_state_dict_post_hook(_forgive_teacher)
@@ -118,6 +123,11 @@ class DistillationModel(nn.Module):
             raise ValueError(
                 "labels is None; expected (B, T) ids, as in input_ids and not shifted, with -100 where nothing is to "
                 "be learned"
+            )
+        if not self.solved:
+            raise RuntimeError(
+                f"recipe {self.recipe.name!r} starts from solved values: call model.solve(batches) with some batches "
+                "of training text first, as KDTrainer does"
             )
         targets = shift_labels(labels, attention_mask)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False, **backbone_inputs}
@@ -174,7 +184,9 @@ class DistillationModel(nn.Module):
         Returns:
             What was solved and how near it came to the true teacher; empty where the recipe wants nothing solved.
         """
-        return solve_starts(self, batches, tokens)
+        starts = solve_starts(self, batches, tokens)
+        self.solved = True
+        return starts
 
     # What transformers.Trainer asks its model for; all of it is the student's.
 

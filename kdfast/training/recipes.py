@@ -104,9 +104,12 @@ RECIPES: dict[str, Recipe] = {
         ),
         Recipe("true_head", teacher="own_head"),
         Recipe("compressed_head", teacher="compressed_head"),
+        Recipe("svd", teacher="compressed_head", student_init="svd"),
         Recipe("probe", teacher="probe", anchor_weight=1.0, projector_lr_multiplier=1.0),
     )
 }
+
+AUTO = "auto"  # in a recipe's place: choose_recipe finds one for the models at hand
 
 # What a recipe of that kind has no use for: given explicitly, it is left out, and the log says so.
 _PROJECTOR = (
@@ -126,5 +129,5 @@ UNUSED: dict[str, tuple[str, ...]] = {
 def get_recipe(name: str) -> Recipe:
     """The recipe of that name. Raises ValueError with the names there are."""
     if name not in RECIPES:
-        raise ValueError(f"recipe={name!r} is unknown; expected one of {', '.join(RECIPES)}")
+        raise ValueError(f"recipe={name!r} is unknown; expected one of {', '.join(RECIPES)}, or {AUTO}")
     return RECIPES[name]

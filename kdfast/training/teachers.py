@@ -54,11 +54,7 @@ def kd_terms(
     if recipe.teacher == "own_head":
         return Terms(teacher, options, None, None)
     if recipe.teacher == "compressed_head":
-        if model.compressed_head is None:
-            raise RuntimeError(
-                f"recipe {recipe.name!r} needs the teacher's head compressed first: call model.solve(batches), as "
-                "KDTrainer does"
-            )
+        assert model.compressed_head is not None  # forward asked for solve()
         stand_in = model.compressed_head(teacher.hidden)
         return Terms(stand_in, options, stand_in, None)
 

@@ -22,6 +22,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput, get_last_che
 from kdfast.param_groups import distillation_param_groups
 from kdfast.schedules import Schedule
 from kdfast.training import checkpoint
+from kdfast.training.case import Choice, choose_recipe
 from kdfast.training.config import KDConfig
 from kdfast.training.guard import NonFiniteGuard
 from kdfast.training.health import HealthCallback
@@ -29,6 +30,7 @@ from kdfast.training.labels import IGNORE_INDEX, shift_labels
 from kdfast.training.memory import memory_bytes
 from kdfast.training.meter import EvaluationMeter, TrainingMeter
 from kdfast.training.model import DistillationModel
+from kdfast.training.recipes import AUTO
 from kdfast.training.starts import Start, solve_projector_again
 
 
@@ -86,12 +88,17 @@ class KDTrainer(Trainer):
                 f"{args.n_gpu} GPUs are visible to one process, which would be nn.DataParallel; not supported. Start "
                 "with torchrun or accelerate launch, or show one GPU: CUDA_VISIBLE_DEVICES=0"
             )
+        choice: Choice | None = None
         if not isinstance(model, DistillationModel):
+            recipe = args.recipe
+            if recipe == AUTO:
+                choice = choose_recipe(model, teacher, args.valid_vocab)
+                recipe = choice.recipe
             set_seed(args.seed)  # the projector's start
             model = DistillationModel(
                 model,
                 teacher,
-                recipe=args.resolved(),
+                recipe=args.resolved(recipe),
                 engine=args.engine,
                 scratch_bytes=args.scratch_bytes,
                 valid_vocab=args.valid_vocab,
@@ -120,6 +127,8 @@ class KDTrainer(Trainer):
         )
         if use_cache is not None:  # Trainer turns it off in the config that gets saved; the forward here does without
             model.config.use_cache = use_cache
+        if choice is not None:
+            self.tell(f"recipe {choice.recipe}: {choice.why}")
         self._solved = False
         self.starts: list[Start] = []  # what was solved before the first step
         self._start_run()

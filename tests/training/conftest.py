@@ -91,6 +91,7 @@ def config(tmp_path):
     def make(**given):
         defaults = {
             "output_dir": str(tmp_path / "run"),
+            "recipe": "run5",
             "use_cpu": True,
             "disable_tqdm": True,
             "per_device_train_batch_size": 2,

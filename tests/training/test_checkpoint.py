@@ -173,9 +173,9 @@ def test_save_model_into_a_folder_with_checkpoints(tiny, rows, config):
 
 
 def test_models_round_trip_and_say_what_is_missing(tiny, tmp_path):
-    model = DistillationModel(tiny("qwen2"), tiny(width=24, seed=1))
+    model = DistillationModel(tiny("qwen2"), tiny(width=24, seed=1), recipe="run5")
     save_models(tmp_path, model)
-    other = DistillationModel(tiny("qwen2", seed=7), tiny(width=24, seed=1))
+    other = DistillationModel(tiny("qwen2", seed=7), tiny(width=24, seed=1), recipe="run5")
     load_models(tmp_path, other)
     for (name, p), q in zip(other.named_parameters(), model.parameters(), strict=True):
         assert torch.equal(p, q), name

@@ -20,8 +20,16 @@ def test_recipes_say_what_they_are():
     assert {recipe.ce_weight for recipe in RECIPES.values()} == {1.0}
 
 
-def test_the_default_is_run5_unchanged(config):
-    assert config().resolved() == RECIPES["run5"]
+def test_a_recipe_by_name_is_that_recipe(config):
+    assert config(recipe="run5").resolved() == RECIPES["run5"]
+
+
+def test_auto_needs_the_models(tmp_path):
+    args = KDConfig(output_dir=str(tmp_path))
+    assert args.recipe == "auto"
+    with pytest.raises(ValueError, match="depends on the models"):
+        args.resolved()
+    assert args.resolved("true_head") == RECIPES["true_head"]
 
 
 def test_explicit_values_win_and_zero_is_a_value(config):

@@ -1,0 +1,50 @@
+"""Which recipe for which case: what `recipe="auto"` means.
+
+The choice rests on the experiment of `bench/recipes/`, whose figures are in docs/recipes.md.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+
+from kdfast.training.heads import head_shape
+from kdfast.validation import same_vocabulary
+
+
+class Choice(NamedTuple):
+    recipe: str
+    why: str
+
+
+def choose_recipe(student: PreTrainedModel, teacher: PreTrainedModel | None, valid_vocab: int | None = None) -> Choice:
+    """The best measured recipe for these two models, and the reason in words."""
+    if teacher is None:
+        return Choice("lm_only", "there is no teacher")
+    ours, theirs = head_shape(student)[0], head_shape(teacher)[0]
+    if not same_vocabulary(ours, theirs, valid_vocab):
+        return Choice(
+            "probe",
+            f"the teacher's head has {theirs} tokens and the student's {ours}, so a head of the teacher's own is "
+            "trained on the labels",
+        )
+    if is_fresh(student):
+        return Choice(
+            "svd",
+            "the student is fresh and has the teacher's vocabulary, so its embedding is solved from the teacher's head",
+        )
+    return Choice("true_head", "the student is pretrained and has the teacher's vocabulary")
+
+
+@torch.no_grad()
+def is_fresh(student: PreTrainedModel) -> bool:
+    """Whether the student's embedding is as it was drawn: rows of independent normal numbers of one size.
+
+    Row norms of such an embedding of width H vary by 1/√(2H); training moves rows by how often their tokens occur.
+    """
+    weight = student.get_output_embeddings().weight
+    norms = weight.float().norm(dim=1)
+    norms = norms[norms > 0]  # a padding token's row is drawn as zeros
+    return len(norms) > 1 and (norms.std() / norms.mean()).item() < 1.5 * (2 * weight.shape[1]) ** -0.5
