@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdfast._version import __version__
+from kdfast.compress import CompressedHead, HeadFidelity, compress_head
 from kdfast.divergences import (
     JSD,
     Divergence,
@@ -47,10 +48,12 @@ _TRAINING = ("DistillationModel", "KDConfig", "KDTrainer")
 
 __all__ = [
     "JSD",
+    "CompressedHead",
     "Divergence",
     "ForwardKL",
     "FusedKDLoss",
     "Head",
+    "HeadFidelity",
     "KDMetrics",
     "LogitProjector",
     "Logits",
@@ -62,6 +65,7 @@ __all__ = [
     "SymmetricKL",
     "TotalVariation",
     "__version__",
+    "compress_head",
     "distillation_param_groups",
     "fused_kd_loss",
 ]

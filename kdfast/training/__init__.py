@@ -1,14 +1,15 @@
 """Distillation runs on transformers and accelerate: `KDTrainer`, `KDConfig`, and what they are made of.
 
     student, teacher = load_student("gpt2"), load_teacher("gpt2-medium")
-    args = KDConfig(output_dir="out", recipe="run5", max_steps=1000)
+    args = KDConfig(output_dir="out", max_steps=1000)
     KDTrainer(student, args, teacher=teacher, train_dataset=blocks).train()
 
 recipes.py  named choices        config.py   KDConfig            loading.py     students and teachers
 heads.py    backbone and head    labels.py   the shift           model.py       the loss, under one forward
 fidelity.py KL to the teacher    meter.py    means for logs      guard.py       stop at NaN
 checkpoint.py  what is saved     trainer.py  KDTrainer           data.py        text to blocks
-signs.py    what a log tells     health.py   says it, once
+signs.py    what a log tells     health.py   says it, once       case.py        recipe="auto"
+starts.py   solved starts        teachers.py what KD learns from, and the anchors
 """
 
 try:
@@ -17,6 +18,7 @@ try:
 except ImportError as error:
     raise ImportError(f"kdfast.training needs {error.name}: pip install 'kdfast[train]'") from error
 
+from kdfast.training.case import choose_recipe
 from kdfast.training.config import KDConfig
 from kdfast.training.guard import NonFiniteLossError
 from kdfast.training.health import Finding, HealthCallback
@@ -36,6 +38,7 @@ __all__ = [
     "KDTrainer",
     "NonFiniteLossError",
     "Recipe",
+    "choose_recipe",
     "load_student",
     "load_teacher",
 ]
