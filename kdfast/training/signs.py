@@ -128,7 +128,9 @@ class Signs:
 
     def _initial_loss(self, line: dict[str, float]) -> str | None:
         limit = max(self._limits.initial_loss, 1.05 * self._guessing)
-        without_anchor = line.get("ce", math.inf) + line.get("kd_weight", 0.0) * _nats(line)
+        without_anchor = line.get("ce", math.inf)
+        if "ce_projected" in line:  # a teacher that does not move is far away at first, and that is no fault
+            without_anchor += line.get("kd_weight", 0.0) * _nats(line)
         if (loss := min(line["loss"], without_anchor)) <= limit:
             return None
         return (

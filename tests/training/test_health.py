@@ -122,7 +122,8 @@ def test_noise_of_small_batches_is_no_oscillation():
         (9.9, {}, 1, []),
         (12.4, {}, 262_144, []),  # that of guessing, in a vocabulary of that size
         (13.9, {"ce": 6.9, "kd": 0.0, "kd_weight": 0.1, "temperature": 2.0}, 1, []),  # as much again is the anchor's
-        (30.0, {"ce": 6.9, "kd": 9.0, "kd_weight": 0.7, "temperature": 2.0}, 1, ["initial_loss"]),
+        (30.0, {"ce": 6.9, "ce_projected": 9.0, "kd": 9.0, "kd_weight": 0.7, "temperature": 2.0}, 1, ["initial_loss"]),
+        (11.2, {"ce": 8.2, "kd": 1.07, "kd_weight": 0.7, "temperature": 2.0}, 1, []),  # the teacher's own head
     ],
 )
 def test_the_initial_loss(start, more, vocabulary, expected):
