@@ -45,6 +45,8 @@ TUNED_AS = {
     "anchor labels, gate right": "run4",
     "anchor teacher's argmax": "run4",
     "probe, gate right": "probe",
+    "probe 5×": "probe",
+    "probe 5×, KD 2": "probe",
     "lstsq, KD gradient": "run4",
     "lstsq, not trained": "run4",
     "lstsq, re-solved": "run4",
@@ -78,6 +80,8 @@ FRESH: dict[str, Keys] = {
     "svd, anchor true teacher, gate agrees": {**ANCHORED, **SVD, "anchor_targets": "teacher", "kd_gate": "agrees"},
     "probe": PROBE,
     "probe, gate right": {**PROBE, "kd_gate": "right"},
+    "probe 5×": {**PROBE, "projector_lr_multiplier": 5.0},
+    "probe 5×, KD 2": {**PROBE, "projector_lr_multiplier": 5.0, "kd_weight": 2.0},
     "anchor labels": ANCHORED,
     "anchor labels, W attached": {**ANCHORED, "anchor_head": "attached"},
     "anchor labels, gate right": {**ANCHORED, "kd_gate": "right"},
@@ -105,4 +109,5 @@ PRETRAINED: dict[str, Keys] = {
     "calibrated, anchor labels, gate right": {**ANCHORED, **CALIBRATED, "kd_gate": "right"},
     "probe": {**PROBE, **CALIBRATED},
     "probe, gate right": {**PROBE, **CALIBRATED, "kd_gate": "right"},
+    "probe 5×": {**PROBE, **CALIBRATED, "projector_lr_multiplier": 5.0},
 }  # fmt: skip
