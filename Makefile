@@ -15,7 +15,7 @@ READY_BENCH := $(VENV)/.ready-bench
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long aot lint types check bench peers clean
+.PHONY: help demo test test-long aot lint types check bench recipes peers clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -44,6 +44,10 @@ check: lint types test  ## lint, types and tests
 # a benchmark's table is its output (-s), and the peers' warnings are theirs
 bench: $(READY_BENCH)  ## throughput and memory against the peers
 	$(BIN)/python -m pytest bench -s -W default $(ARGS)
+
+recipes: $(READY)  ## the experiment that decides the default recipe: hours on two cores; goes on where it stopped
+	$(BIN)/python bench/recipes/experiment.py $(ARGS)
+	$(BIN)/python bench/recipes/results.py
 
 # torchtune is a file to look at here: what it imports as a package is of other versions than ours
 peers: $(READY_BENCH)  ## our losses against TRL's, Liger's, torchtune's and fla's
