@@ -27,7 +27,7 @@ from kdfast.cli.distill import run_distillation
 from kdfast.training.report import Run, text_table, write_report
 from kdfast.training.summary import write_summary
 
-RECIPES = ("lm_only", "run4", "run5", "true_head")
+RECIPES = ("lm_only", "run4", "run5", "true_head", "svd")  # the last is what auto takes here
 
 
 @dataclass(frozen=True)
