@@ -41,13 +41,15 @@ def test_rates_are_tried_at_one_seed_and_the_best_is_kept(bench, tmp_path):
     experiment, _ = bench
     import setting
 
-    first, second, third = experiment.RATES[False]
-    made = run_all(experiment.Plan(setting.CASES["fresh-192"], "run4"), tmp_path, lambda job: 1 + abs(job.rate - second))
-    tuning = [("fresh-192", "run4", rate, 0) for rate in (first, second, third)]
-    assert made == [*tuning, ("fresh-192", "run4", second, 1), ("fresh-192", "run4", second, 2)]
+    lowest = min(experiment.RATES[False])
+    wanted = lowest / 2  # outside of what is tried at first
+    plan = experiment.Plan(setting.CASES["fresh-192"], "run4")
+    made = run_all(plan, tmp_path, lambda job: 1 + abs(job.rate - wanted))
+    tuning = [("fresh-192", "run4", rate, 0) for rate in (*experiment.RATES[False], wanted, wanted / 2)]
+    assert made == [*tuning, ("fresh-192", "run4", wanted, 1), ("fresh-192", "run4", wanted, 2)]
     # a variant takes that rate and all seeds; the narrower student too, without trying again
     made = run_all(experiment.Plan(setting.CASES["fresh-128"], "run5"), tmp_path, lambda job: 1.0)
-    assert made == [("fresh-128", "run5", second, seed) for seed in range(3)]
+    assert made == [("fresh-128", "run5", wanted, seed) for seed in range(3)]
 
 
 def test_a_run_that_stopped_at_a_nan_is_the_worst(bench, tmp_path):
@@ -55,13 +57,13 @@ def test_a_run_that_stopped_at_a_nan_is_the_worst(bench, tmp_path):
     import setting
 
     plan = experiment.Plan(setting.CASES["fresh-192"], "run4")
-    for job, ce in zip(plan.tuning, (None, 6.0, 5.0), strict=True):
-        if ce is None:
+    for job in plan.tuning(tmp_path):
+        if job.rate == max(experiment.RATES[False]):
             job.path(tmp_path).mkdir(parents=True)
             (job.path(tmp_path) / "failed").write_text("loss is nan")
         else:
-            finish(job, tmp_path, ce)
-    assert plan.rate(tmp_path) == plan.tuning[2].rate
+            finish(job, tmp_path, 5.0 if job.rate == sorted(experiment.RATES[False])[1] else 6.0)
+    assert plan.rate(tmp_path) == sorted(experiment.RATES[False])[1]
     assert plan.next(tmp_path, 3).seed == 1
 
 
@@ -99,13 +101,13 @@ def test_the_table(bench, tmp_path):
 
     case = setting.CASES["fresh-192"]
     better = {"lm_only": 6.0, "true_head": 5.0, "run4": 5.99}
+    rate = sorted(experiment.RATES[False])[1]
     for name, ce in better.items():
-        run_all(experiment.Plan(case, name), tmp_path, lambda job, ce=ce: ce + 0.1 * job.seed + job.rate)
+        run_all(experiment.Plan(case, name), tmp_path, lambda job, ce=ce: ce + 0.1 * job.seed + (job.rate != rate))
     rows = results.collect(tmp_path)
     lines = results._table(rows).splitlines()[2:]
-    rate = min(experiment.RATES[False])
     assert [line.split(" | ")[0].strip("| ") for line in lines] == ["true_head", "run4", "lm_only"]
-    assert lines[0].startswith(f"| true_head | {rate:g} | 3 | {5.1 + rate:.3f} ± 0.100 | -1.000 | ✓ |")
+    assert lines[0].startswith(f"| true_head | {rate:g} | 3 | {5.1:.3f} ± 0.100 | -1.000 | ✓ |")
     assert "✓" not in lines[1], "0.01 is within the seeds' spread"
     assert sum(row["counts"] for row in rows) == 9
     assert len(rows) == 15

@@ -4,8 +4,9 @@
                                        [--workers 2] [--minutes 60] [--quick]
 
 Every run is one of `kdfast distill`, in a process of one thread. A recipe's learning rate is chosen from RATES at
-seed 0 on the wider student, by final cross entropy, and kept for the narrower one; then come the other seeds. Variants
-take the rate of their relative, as `contenders.TUNED_AS` says.
+seed 0 on the wider student, by final cross entropy, further ones tried while the best is the last on either side; it is
+kept for the narrower student. Then come the other seeds. Variants take the rate of their relative, as
+`contenders.TUNED_AS` says.
 A finished run is read, never made again: the same command goes on where it stopped. `results.py` makes the table.
 """
 
@@ -29,6 +30,7 @@ import setting
 from contenders import FRESH, PRETRAINED, TUNED_AS, Keys
 
 RATES = {False: (1e-3, 5e-4, 2e-3), True: (5e-4, 1e-3, 2.5e-4)}  # by pretrained; the likeliest first
+MOST_RATES = 5
 
 
 class Plan(NamedTuple):
@@ -41,15 +43,22 @@ class Plan(NamedTuple):
     def contenders(self) -> dict[str, Keys]:
         return PRETRAINED if self.case.pretrained else FRESH
 
-    @property
-    def tuning(self) -> list[Job]:
+    def tuning(self, root: Path) -> list[Job]:
+        """Runs that choose the learning rate: of RATES, and beyond as long as the best is the lowest or the highest."""
         relative = TUNED_AS.get(self.name, self.name)
         wider = setting.Case(setting.WIDTHS[0], self.case.pretrained)
-        return [Job(wider, relative, self.contenders[relative], rate, 0) for rate in RATES[self.case.pretrained]]
+        jobs = [Job(wider, relative, self.contenders[relative], rate, 0) for rate in RATES[self.case.pretrained]]
+        while None not in (found := [read(job.path(root)) for job in jobs]) and len(jobs) < MOST_RATES:
+            rates = [job.rate for job in jobs]
+            best = rates[found.index(min(found))]
+            if min(rates) < best < max(rates):
+                break
+            jobs.append(jobs[0]._replace(rate=best / 2 if best == min(rates) else best * 2))
+        return jobs
 
     def next(self, root: Path, seeds: int) -> Job | None:
         """The next run that is still to be made; which it is depends on what came out of those before."""
-        for job in self.tuning:
+        for job in self.tuning(root):
             if read(job.path(root)) is None:
                 return job
         rate, keys = self.rate(root), self.contenders[self.name]
@@ -58,7 +67,7 @@ class Plan(NamedTuple):
 
     def rate(self, root: Path) -> float:
         """The best learning rate of those tried."""
-        return min(self.tuning, key=lambda job: read(job.path(root)) or float("inf")).rate
+        return min(self.tuning(root), key=lambda job: read(job.path(root)) or float("inf")).rate
 
 
 class Job(NamedTuple):
@@ -106,7 +115,7 @@ def _next(plans: list[Plan], root: Path, seeds: int, running: list[Job]) -> Job 
     """The first run that does not wait for one in progress."""
     for plan in plans:
         job = plan.next(root, seeds)
-        if job is not None and job not in running and not any(other in running for other in plan.tuning):
+        if job is not None and job not in running and not any(other in running for other in plan.tuning(root)):
             return job
     return None
 
