@@ -90,6 +90,7 @@ def test_every_contender_is_a_run_that_kdfast_distill_accepts(bench, tmp_path):
     for pretrained, group in ((False, contenders.FRESH), (True, contenders.PRETRAINED)):
         for name, keys in group.items():
             settings = setting.student(tmp_path, setting.Case(192, pretrained), 1e-3, 0)
+            keys = {key: 192 if value == contenders.WIDTH else value for key, value in keys.items()}
             arguments = parse_mapping(name, {**settings, **keys, "output_dir": str(tmp_path)})
             assert arguments.training.resolved().name in RECIPES
             assert contenders.TUNED_AS.get(name, name) in group

@@ -10,6 +10,8 @@ from typing import Any
 
 Keys = dict[str, Any]
 
+WIDTH = "width"  # a value: the student's width
+
 RUN4: Keys = {"recipe": "run4"}
 # the projector learns from its anchor alone, at five times the student's rate, and the KD gradient leaves it alone
 ANCHORED: Keys = {
@@ -19,10 +21,13 @@ ANCHORED: Keys = {
     "teacher_grad": "none",
     "anchor_weight": 1.0,
 }
+# the teacher's head at the student's width, KD weight as everywhere
+COMPRESSED: Keys = {"recipe": "compressed_head", "compressed_rank": WIDTH, "kd_weight": 0.7}
 SVD: Keys = {"student_init": "svd", "projector_init": "svd"}
 PROBE: Keys = {"recipe": "probe"}
 CALIBRATED: Keys = {"projector_init": "calibrated"}
 LSTSQ: Keys = {"projector_init": "lstsq"}
+RAMP: Keys = {"kd_ramp": 0.5, "kd_ramp_start": 0.0}
 
 # variant → the contender whose learning rate it takes; who is not here is tuned itself
 TUNED_AS = {
@@ -34,6 +39,10 @@ TUNED_AS = {
     "compressed head": "true_head",
     "svd, true head": "svd, compressed head",
     "svd, compressed head, KD 2": "svd, compressed head",
+    "svd, compressed head, KD 4": "svd, compressed head",
+    "svd, head at KL 0.01, KD 2": "svd, compressed head",
+    "head at KL 0.01, KD 2": "true_head",
+    "true head, KD 4": "true_head",
     "svd, projector, KD gradient": "svd, compressed head",
     "svd, projector not trained": "svd, compressed head",
     "svd, projector, re-solved": "svd, compressed head",
@@ -46,6 +55,9 @@ TUNED_AS = {
     "anchor teacher's argmax": "run4",
     "probe, gate right": "probe",
     "probe 5×": "probe",
+    "probe, ramp": "probe",
+    "probe, ramp, hidden states 4": "probe",
+    "hidden states 4": "hidden states",
     "probe 5×, KD 2": "probe",
     "lstsq, KD gradient": "run4",
     "lstsq, not trained": "run4",
@@ -68,8 +80,10 @@ FRESH: dict[str, Keys] = {
     **BASELINES,
     "svd, LM only": {"recipe": "lm_only", "student_init": "svd"},
     "svd, true head": {"recipe": "true_head", "student_init": "svd"},
-    "svd, compressed head": {"recipe": "compressed_head", "student_init": "svd"},
-    "svd, compressed head, KD 2": {"recipe": "compressed_head", "student_init": "svd", "kd_weight": 2.0},
+    "svd, compressed head": {**COMPRESSED, "student_init": "svd"},
+    "svd, compressed head, KD 2": {**COMPRESSED, "student_init": "svd", "kd_weight": 2.0},
+    "svd, compressed head, KD 4": {**COMPRESSED, "student_init": "svd", "kd_weight": 4.0},
+    "svd, head at KL 0.01, KD 2": {"recipe": "svd"},
     "svd, projector, KD gradient": {**RUN4, **SVD},
     "svd, projector not trained": {**RUN4, **SVD, "teacher_grad": "none", "projector_lr": 0.0},
     "svd, projector, re-solved": {**RUN4, **SVD, "teacher_grad": "none", "projector_resolve_steps": 16},
@@ -82,12 +96,18 @@ FRESH: dict[str, Keys] = {
     "probe, gate right": {**PROBE, "kd_gate": "right"},
     "probe 5×": {**PROBE, "projector_lr_multiplier": 5.0},
     "probe 5×, KD 2": {**PROBE, "projector_lr_multiplier": 5.0, "kd_weight": 2.0},
+    "probe, ramp": {**PROBE, **RAMP},
+    "probe, ramp, hidden states 4": {**PROBE, **RAMP, "hidden_weight": 4.0},
+    "hidden states": {"recipe": "lm_only", "hidden_weight": 1.0},
+    "hidden states 4": {"recipe": "lm_only", "hidden_weight": 4.0},
     "anchor labels": ANCHORED,
     "anchor labels, W attached": {**ANCHORED, "anchor_head": "attached"},
     "anchor labels, gate right": {**ANCHORED, "kd_gate": "right"},
     "anchor teacher's argmax": {**ANCHORED, "anchor_targets": "teacher_argmax"},
-    "compressed head": {"recipe": "compressed_head"},
+    "compressed head": COMPRESSED,
     "true head, KD 2": {"recipe": "true_head", "kd_weight": 2.0},
+    "true head, KD 4": {"recipe": "true_head", "kd_weight": 4.0},
+    "head at KL 0.01, KD 2": {"recipe": "compressed_head"},
     "run4 + normal start": {**RUN4, "projector_init": "normal"},
     "run4 + ramp": {**RUN4, "kd_ramp": 0.2},
     "run4 + projector 5×": {**RUN4, "projector_lr_multiplier": 5.0},
@@ -95,8 +115,10 @@ FRESH: dict[str, Keys] = {
 
 PRETRAINED: dict[str, Keys] = {
     **BASELINES,
-    "compressed head": {"recipe": "compressed_head"},
+    "compressed head": COMPRESSED,
     "true head, KD 2": {"recipe": "true_head", "kd_weight": 2.0},
+    "true head, KD 4": {"recipe": "true_head", "kd_weight": 4.0},
+    "head at KL 0.01, KD 2": {"recipe": "compressed_head"},
     "lstsq, KD gradient": {**RUN4, **LSTSQ},
     "lstsq, not trained": {**RUN4, **LSTSQ, "teacher_grad": "none", "projector_lr": 0.0},
     "lstsq, re-solved": {**RUN4, **LSTSQ, "teacher_grad": "none", "projector_resolve_steps": 16},
@@ -110,4 +132,8 @@ PRETRAINED: dict[str, Keys] = {
     "probe": {**PROBE, **CALIBRATED},
     "probe, gate right": {**PROBE, **CALIBRATED, "kd_gate": "right"},
     "probe 5×": {**PROBE, **CALIBRATED, "projector_lr_multiplier": 5.0},
+    "probe, ramp": {**PROBE, **CALIBRATED, **RAMP},
+    "probe, ramp, hidden states 4": {**PROBE, **CALIBRATED, **RAMP, "hidden_weight": 4.0},
+    "hidden states": {"recipe": "lm_only", "hidden_weight": 1.0},
+    "hidden states 4": {"recipe": "lm_only", "hidden_weight": 4.0},
 }  # fmt: skip

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # the modules beside this one
 
 import setting
-from contenders import FRESH, PRETRAINED, TUNED_AS, Keys
+from contenders import FRESH, PRETRAINED, TUNED_AS, WIDTH, Keys
 
 RATES = {False: (1e-3, 5e-4, 2e-3), True: (5e-4, 1e-3, 2.5e-4)}  # by pretrained; the likeliest first
 MOST_RATES = 5
@@ -136,7 +136,8 @@ def _train(root: Path, prepared: Path, job: Job, steps: int | None) -> float:
     from kdfast.cli.errors import RunFailed
 
     path = job.path(root)
-    keys: dict[str, Any] = {**setting.student(prepared, job.case, job.rate, job.seed, steps), **job.keys}
+    chosen = {key: job.case.width if value == WIDTH else value for key, value in job.keys.items()}
+    keys: dict[str, Any] = {**setting.student(prepared, job.case, job.rate, job.seed, steps), **chosen}
     try:
         run = setting.run(path, keys)
     except RunFailed as error:

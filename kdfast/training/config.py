@@ -69,6 +69,7 @@ class KDConfig(TrainingArguments):
         "A fresh student's embedding: own (as the model draws it) or svd (solved from the teacher's head)."
     )
     compressed_rank: int | None = _from_recipe("Rank of a compressed teacher's head.")
+    compressed_kl: float | None = _from_recipe("Instead: the smallest rank whose KL to the whole head is at most this.")
     anchor_weight: float | None = _from_recipe("Multiplies the projected teacher's own cross entropy.")
     anchor_targets: str | None = _from_recipe(
         "What the projected teacher is anchored to: labels, teacher_argmax, teacher (the true teacher's distribution)."
@@ -152,7 +153,8 @@ class KDConfig(TrainingArguments):
         )  # fmt: skip
         for name in at_least_zero:
             self._check_number(name, "a number ≥ 0", lambda x: x >= 0)
-        self._check_number("temperature", "a number > 0", lambda x: x > 0)
+        for name in ("temperature", "compressed_kl"):
+            self._check_number(name, "a number > 0", lambda x: x > 0)
         self._check_number("kd_ramp", "a fraction of the run in [0, 1]", lambda x: 0 <= x <= 1)
         for name in ("scratch_bytes", "valid_vocab", "compressed_rank", "calibration_tokens", "max_skipped_steps"):
             self._check_number(name, "an int > 0", lambda x: x > 0 and x == int(x))

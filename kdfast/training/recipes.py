@@ -50,7 +50,8 @@ class Recipe:
     kd_gate: Gate = "none"  # KD only where the projected teacher's most likely id is the label, or the true teacher's
     ce_weight: float = 1.0
     student_init: StudentStart = "own"  # "svd": a fresh student's embedding is solved from the teacher's head
-    compressed_rank: int | None = None  # None = the student's width
+    compressed_rank: int | None = None  # None = as compressed_kl says, or the student's width
+    compressed_kl: float | None = None  # the smallest rank whose measured KL to the whole head is at most this, nats
     anchor_weight: float = 0.0
     anchor_targets: AnchorTargets = "labels"
     anchor_head: AnchorHead = "detached"  # whether the anchor's gradient reaches the student's head too
@@ -103,9 +104,9 @@ RECIPES: dict[str, Recipe] = {
             router_lr_multiplier=2.0,
         ),
         Recipe("true_head", teacher="own_head"),
-        Recipe("compressed_head", teacher="compressed_head"),
-        Recipe("svd", teacher="compressed_head", student_init="svd"),
-        Recipe("probe", teacher="probe", anchor_weight=1.0, projector_lr_multiplier=1.0),
+        Recipe("compressed_head", teacher="compressed_head", compressed_kl=0.01, kd_weight=2.0),
+        Recipe("svd", teacher="compressed_head", compressed_kl=0.01, kd_weight=2.0, student_init="svd"),
+        Recipe("probe", teacher="probe", anchor_weight=1.0),
     )
 }
 
@@ -116,13 +117,14 @@ _PROJECTOR = (
     "projector_init", "projector_resolve_steps", "projector_lr", "projector_lr_multiplier",
     "anchor_weight", "anchor_targets", "anchor_head", "teacher_grad", "kd_gate",
 )  # fmt: skip
+_COMPRESSED = ("compressed_rank", "compressed_kl")
 _KD = ("kd_weight", "kd_ramp", "kd_ramp_start", "temperature", "temperature_steps", "divergence")
 UNUSED: dict[str, tuple[str, ...]] = {
-    "none": (*_KD, *_PROJECTOR, "compressed_rank"),
-    "own_head": (*_PROJECTOR, "compressed_rank"),
+    "none": (*_KD, *_PROJECTOR, *_COMPRESSED),
+    "own_head": (*_PROJECTOR, *_COMPRESSED),
     "compressed_head": _PROJECTOR,
-    "projected": ("compressed_rank",),
-    "probe": ("compressed_rank", "anchor_head", "teacher_grad", "projector_resolve_steps"),
+    "projected": _COMPRESSED,
+    "probe": (*_COMPRESSED, "anchor_head", "teacher_grad", "projector_resolve_steps"),
 }
 
 

@@ -111,8 +111,11 @@ def solve_starts(model: DistillationModel, batches: Iterable[dict[str, Any]], to
         model.vocab_weights = mean_probabilities(replace(teacher, hidden=sample), valid)
     if recipe.teacher == "compressed_head":
         everything = head(model.teacher, text.teacher)
-        rank = recipe.compressed_rank or student.weight.shape[1]
-        compressed = compress_head(everything, rank, valid_vocab=valid, engine=model.loss_options["engine"])
+        rank, max_kl = recipe.compressed_rank, recipe.compressed_kl
+        if rank is not None or max_kl is None:
+            rank, max_kl = rank or student.weight.shape[1], None
+        engine = model.loss_options["engine"]
+        compressed = compress_head(everything, rank, max_kl=max_kl, valid_vocab=valid, engine=engine)
         model.compressed_head = compressed
         # every process made the same: DDP need not send them
         names = [f"compressed_head.{name}" for name, _ in compressed.named_buffers()]
