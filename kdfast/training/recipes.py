@@ -7,6 +7,12 @@ run4             projected teacher, nn.Linear's start, constant KD weight, one l
 run5             projected teacher with the three fixes for a run that diverges: a small normal start, a KD weight that
                  ramps from 0.1 over the first fifth of the run, and a learning rate of 5× for the projector
 true_head        the teacher's own head instead of a projector, for teachers that share the student's vocabulary
+compressed_head  that head as two thin factors, fixed, of the rank that a KL of 0.01 to it asks for; KD weight 2
+svd              likewise, for a fresh student, whose embedding is solved from that head
+probe            a projector with a head of its own, trained on the labels alone; the KD weight ramps from 0 over the
+                 first half, in which the probe learns what the teacher knows
+
+docs/recipes.md has what each of them came to.
 
 A projector trained by the KD loss alone learns to imitate the student, because that is the easiest way to a low KL.
 What tells is the projected teacher's fidelity, `eval_kl_teacher_projected`, not the KL the loss sees.
@@ -106,7 +112,7 @@ RECIPES: dict[str, Recipe] = {
         Recipe("true_head", teacher="own_head"),
         Recipe("compressed_head", teacher="compressed_head", compressed_kl=0.01, kd_weight=2.0),
         Recipe("svd", teacher="compressed_head", compressed_kl=0.01, kd_weight=2.0, student_init="svd"),
-        Recipe("probe", teacher="probe", anchor_weight=1.0),
+        Recipe("probe", teacher="probe", anchor_weight=1.0, kd_ramp=0.5, kd_ramp_start=0.0),
     )
 }
 
