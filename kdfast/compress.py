@@ -24,6 +24,10 @@ HELD_OUT = 8  # every eighth hidden state measures, the others make the factors
 STEP = 16  # ranks that a search looks at are multiples of it: what matrix units multiply at full speed
 
 
+class FidelityNotReached(ValueError):
+    """No rank comes as near to the whole head as was asked for."""
+
+
 class HeadFidelity(NamedTuple):
     """How well a head at `rank` stands for the whole one, on hidden states held out; means over them, at τ = 1."""
 
@@ -90,8 +94,9 @@ def compress_head(
         engine: of the measuring, as in `fused_kd_loss`.
 
     Raises:
-        ValueError: both or neither of rank and max_kl, a rank below 1, too few rows, or `max_kl` that not even the
-            full rank reaches in the head's dtype; the message has the KL it does reach.
+        ValueError: both or neither of rank and max_kl, a rank below 1, or too few rows.
+        FidelityNotReached, a ValueError: not even the full rank reaches `max_kl` in the head's dtype; the message has
+            the KL it does reach.
     """
     if (rank is None) == (max_kl is None):
         raise ValueError(f"rank={rank} and max_kl={max_kl}; expected exactly one of the two")
@@ -117,7 +122,7 @@ def compress_head(
         assert max_kl is not None
         found = at(full)
         if not tried[full].kl <= max_kl:
-            raise ValueError(
+            raise FidelityNotReached(
                 f"max_kl={max_kl}; at its full rank {full} the head in {teacher.weight.dtype} still has a KL of "
                 f"{tried[full].kl:.3g}. Ask for more, or give the head in a wider dtype"
             )

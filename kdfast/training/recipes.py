@@ -9,6 +9,7 @@ run5             projected teacher with the three fixes for a run that diverges:
 true_head        the teacher's own head instead of a projector, for teachers that share the student's vocabulary
 compressed_head  that head as two thin factors, fixed, of the rank that a KL of 0.01 to it asks for; KD weight 2
 svd              likewise, for a fresh student, whose embedding is solved from that head
+resolved         the best that goes through a projector: svd's start, the projector solved again every 16 steps
 probe            a projector with a head of its own, trained on the labels alone; the KD weight ramps from 0 over the
                  first half, in which the probe learns what the teacher knows
 
@@ -112,6 +113,14 @@ RECIPES: dict[str, Recipe] = {
         Recipe("true_head", teacher="own_head"),
         Recipe("compressed_head", teacher="compressed_head", compressed_kl=0.01, kd_weight=2.0),
         Recipe("svd", teacher="compressed_head", compressed_kl=0.01, kd_weight=2.0, student_init="svd"),
+        Recipe(
+            "resolved",
+            teacher="projected",
+            student_init="svd",
+            projector_init="svd",
+            projector_resolve_steps=16,
+            teacher_grad="none",
+        ),
         Recipe("probe", teacher="probe", anchor_weight=1.0, kd_ramp=0.5, kd_ramp_start=0.0),
     )
 }

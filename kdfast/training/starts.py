@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdfast.compress import HELD_OUT, compress_head
+from kdfast.compress import HELD_OUT, FidelityNotReached, compress_head
 from kdfast.interface import fused_kd_loss
 from kdfast.logit_chunks import mean_probabilities
 from kdfast.projector import LogitProjector
@@ -115,7 +115,11 @@ def solve_starts(model: DistillationModel, batches: Iterable[dict[str, Any]], to
         if rank is not None or max_kl is None:
             rank, max_kl = rank or student.weight.shape[1], None
         engine = model.loss_options["engine"]
-        compressed = compress_head(everything, rank, max_kl=max_kl, valid_vocab=valid, engine=engine)
+        try:
+            compressed = compress_head(everything, rank, max_kl=max_kl, valid_vocab=valid, engine=engine)
+        except FidelityNotReached as error:
+            starts.append(Start(f"the teacher's head stays whole ({error})", 0.0, 1.0, len(held_out.teacher)))
+            return starts
         model.compressed_head = compressed
         # every process made the same: DDP need not send them
         names = [f"compressed_head.{name}" for name, _ in compressed.named_buffers()]

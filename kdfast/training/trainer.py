@@ -110,6 +110,11 @@ class KDTrainer(Trainer):
                 "the student carries a PEFT adapter; checkpoints here hold whole models. Merge the adapter first, or "
                 "use DistillationModel in a loop of your own"
             )
+        if model.recipe.projector_resolve_steps > 0 and args.fsdp:
+            raise ValueError(
+                f"projector_resolve_steps={model.recipe.projector_resolve_steps} under FSDP, where no process has the "
+                "student's whole head to solve with. Use recipe='svd' or 'compressed_head', or DDP"
+            )
         self.kd_weight_schedule = kd_weight_schedule or model.recipe.kd_weight_schedule()
         self.temperature_schedule = temperature_schedule or model.recipe.temperature_schedule()
         if args.health and not any(isinstance(callback, HealthCallback) for callback in callbacks or ()):

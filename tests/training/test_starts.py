@@ -90,6 +90,21 @@ def test_a_projector_solved_again_follows_a_moved_embedding(tiny):
     assert measured(model, ids()) < 0.9 * off
 
 
+def test_where_no_rank_is_near_enough_the_head_stays_whole(tiny):
+    model = make(tiny, teacher="compressed_head", compressed_kl=1e-30)
+    (start,) = model.solve([ids()])
+    assert "stays whole (max_kl=1e-30; at its full rank 24" in start.what
+    whole = make(tiny, teacher="own_head")
+    assert torch.equal(model(**ids()).loss, whole(**ids()).loss)
+
+
+def test_a_fidelity_decides_the_rank(tiny):
+    model = make(tiny, width=48, teacher="compressed_head", compressed_kl=0.5)
+    (start,) = model.solve([ids()])
+    assert model.compressed_head.rank == 16
+    assert start.kl == model.compressed_head.fidelity.kl <= 0.5
+
+
 def test_nothing_wanted_nothing_read(tiny):
     def never():
         raise AssertionError("a batch was read")
@@ -114,7 +129,7 @@ def test_trainer_solves_once_before_the_first_step_and_says_so(tiny, rows, confi
     trainer.train()
     assert trainer.evaluate()["eval_kl_teacher_projected"] == pytest.approx(fidelity)
     out = capsys.readouterr().out
-    assert out.count("student_init='svd': KL(true‖start)") == out.count("teacher's head at rank 16: KL") == 1
+    assert out.count("student_init='svd': KL(true‖start)") == out.count("teacher's head at rank 24: KL") == 1
     # the order of the data and the random state of training are as without solving
     again = run(seed=1)
     again.train()
