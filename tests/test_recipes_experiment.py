@@ -108,7 +108,7 @@ def test_the_table(bench, tmp_path):
     rows = results.collect(tmp_path)
     lines = results._table(rows).splitlines()[2:]
     assert [line.split(" | ")[0].strip("| ") for line in lines] == ["true_head", "run4", "lm_only"]
-    assert lines[0].startswith(f"| true_head | {rate:g} | 3 | {5.1:.3f} ± 0.100 | -1.000 | ✓ |")
-    assert "✓" not in lines[1], "0.01 is within the seeds' spread"
+    assert lines[0].startswith(f"| true_head | {rate:g} | 3 | {5.1:.3f} ± 0.100 | -1.000 ± 0.000 | ✓✓ |")
+    assert "-0.010 ± 0.000 | ✓ |" in lines[1], "the same with every seed, but within the seeds' spread"
     assert sum(row["counts"] for row in rows) == 9
     assert len(rows) == 15

@@ -4,7 +4,8 @@
 
 recipes.json   every finished run: case, recipe, learning rate, seed, tuning or not, and its final figures
 recipes.md     a table a case, recipes by their mean cross entropy: mean over seeds, ± half the range, and the
-               difference to "lm_only" of the same seeds; ✓ where the worst seed is better than the best of lm_only
+               difference to "lm_only" of the same seeds; ✓ where every one is better, by more than the differences
+               vary; ✓✓ where besides the worst seed is better than the best of lm_only
 recipes.png    those differences, one dot a seed
 """
 
@@ -117,8 +118,11 @@ def _table(rows: list[Row]) -> str:
             continue
         spread = (max(ces) - min(ces)) / 2
         gains = differences(seeds, baseline)
-        gain = f"{statistics.fmean(gains):+.3f}" if gains and name != BASELINE else ""
-        better = "✓" if max(ces) < best_of_baseline and name != BASELINE else ""
+        gain = better = ""
+        if gains and name != BASELINE:
+            gain = f"{statistics.fmean(gains):+.3f} ± {(max(gains) - min(gains)) / 2:.3f}"
+            if len(gains) > 2 and max(gains) < 0 and -statistics.fmean(gains) > max(gains) - min(gains):
+                better = "✓✓" if max(ces) < best_of_baseline else "✓"
         cells = [_cell(_mean(seeds, key)) for key in ("kl_teacher_student", "kl_teacher_projected", "kd")]
         said = ", ".join(sorted({kind for row in seeds.values() for kind in row["health"]}))
         rate = next(iter(seeds.values()))["rate"]
