@@ -24,7 +24,7 @@ ANCHORED: Keys = {
 # the teacher's head at the student's width, KD weight as everywhere
 COMPRESSED: Keys = {"recipe": "compressed_head", "compressed_rank": WIDTH, "kd_weight": 0.7}
 SVD: Keys = {"student_init": "svd", "projector_init": "svd"}
-PROBE: Keys = {"recipe": "probe", "kd_ramp": 0.0}
+PROBE: Keys = {"recipe": "probe"}
 CALIBRATED: Keys = {"projector_init": "calibrated"}
 LSTSQ: Keys = {"projector_init": "lstsq"}
 RAMP: Keys = {"kd_ramp": 0.5, "kd_ramp_start": 0.0}

@@ -10,8 +10,7 @@ true_head        the teacher's own head instead of a projector, for teachers tha
 compressed_head  that head as two thin factors, fixed, of the rank that a KL of 0.01 to it asks for; KD weight 2
 svd              likewise, for a fresh student, whose embedding is solved from that head
 resolved         the best that goes through a projector: svd's start, the projector solved again every 16 steps
-probe            a projector with a head of its own, trained on the labels alone; the KD weight ramps from 0 over the
-                 first half, in which the probe learns what the teacher knows
+probe            a projector with a head of its own, trained on the labels alone
 
 docs/recipes.md has what each of them came to.
 
@@ -121,7 +120,7 @@ RECIPES: dict[str, Recipe] = {
             projector_resolve_steps=16,
             teacher_grad="none",
         ),
-        Recipe("probe", teacher="probe", anchor_weight=1.0, kd_ramp=0.5, kd_ramp_start=0.0),
+        Recipe("probe", teacher="probe", anchor_weight=1.0),
     )
 }
 
