@@ -25,10 +25,11 @@ def choose_recipe(student: PreTrainedModel, teacher: PreTrainedModel | None, val
         return Choice("lm_only", "there is no teacher")
     ours, theirs = head_shape(student)[0], head_shape(teacher)[0]
     if not same_vocabulary(ours, theirs, valid_vocab):
-        sizes = f"the teacher's head has {theirs} tokens and the student's {ours}"
-        if is_fresh(student):
-            return Choice("probe", f"{sizes}; the student is fresh, and learns from a probe trained on the labels")
-        return Choice("lm_only", f"{sizes}, and for a pretrained student nothing measured without that head was better")
+        return Choice(
+            "lm_only",
+            f"the teacher's head has {theirs} tokens and the student's {ours}, and without that head nothing measured "
+            "was reliably better than no teacher; recipe='probe' is there to try",
+        )
     if is_fresh(student):
         return Choice("svd", "the student is fresh and has the teacher's vocabulary: its embedding is solved from it")
     return Choice("compressed_head", "the student is pretrained and has the teacher's vocabulary")
