@@ -130,4 +130,4 @@ EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
 def test_examples_are_valid(example):
-    assert parse(str(example), ["--bf16", "false"]).training.recipe in ("run5", "true_head")
+    assert parse(str(example), ["--bf16", "false"]).training.recipe == "auto"
