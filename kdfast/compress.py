@@ -10,6 +10,7 @@ not trained: unlike a projector through the student's moving embedding, this tea
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -106,8 +107,8 @@ def compress_head(
     if len(hidden) < HELD_OUT:
         raise ValueError(f"teacher.hidden has {len(hidden)} rows; expected at least {HELD_OUT}, better 4·Ht")
     held_out = torch.arange(len(hidden), device=hidden.device) % HELD_OUT == 0
-    whole = _over(hidden[held_out], teacher)
-    factors = Factors(_over(hidden[~held_out], teacher), vocab_weights=vocab_weights, valid_vocab=valid_vocab)
+    whole = replace(teacher, hidden=hidden[held_out])
+    factors = Factors(replace(teacher, hidden=hidden[~held_out]), vocab_weights=vocab_weights, valid_vocab=valid_vocab)
     tried: dict[int, HeadFidelity] = {}
 
     def at(rank: int) -> CompressedHead:
@@ -145,7 +146,3 @@ def _measure(compressed: CompressedHead, whole: Head, valid_vocab: int | None, e
     assert isinstance(result, tuple)
     loss, metrics = result
     return HeadFidelity(compressed.rank, loss.item(), metrics.agreement.item())
-
-
-def _over(hidden: Tensor, head: Head) -> Head:
-    return Head(hidden, head.weight, head.bias, logit_scale=head.logit_scale, softcap=head.softcap)

@@ -20,6 +20,7 @@ constants are seen, so nothing is centred.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -211,9 +212,7 @@ def _vocab_weights(head: Head, given: Tensor | None, valid_vocab: int | None) ->
         sample = hidden[:: max(1, len(hidden) // FREQUENCY_ROWS)][:FREQUENCY_ROWS]
         if not len(sample):
             raise ValueError("teacher.hidden has no rows; expected hidden states of some text, or give vocab_weights")
-        given = mean_probabilities(
-            Head(sample, head.weight, head.bias, logit_scale=head.logit_scale, softcap=head.softcap), valid_vocab
-        )
+        given = mean_probabilities(replace(head, hidden=sample), valid_vocab)
     weights = given.to(head.weight.device, torch.float64).clone()
     if weights.shape != (vocab,) or not (weights >= 0).all() or not 0 < weights.sum() < torch.inf:
         raise ValueError(f"vocab_weights is {tuple(given.shape)}; expected ({vocab},) finite numbers ≥ 0, not all 0")

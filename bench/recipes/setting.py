@@ -12,12 +12,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from kdfast.cli import output_dir as folder
-from kdfast.cli.arguments import parse
 from kdfast.cli.corpus import library_text, once, train_tokenizer, write_files
-from kdfast.cli.distill import run_distillation
+from kdfast.cli.demo import run_settings, small_gpt2
 from kdfast.cli.runs import read_run
 from kdfast.training.report import Run
 
@@ -79,16 +76,7 @@ def settings(
     root: Path, layers: int, width: int, *, steps: int, batch: int, learning_rate: float, seed: int
 ) -> dict[str, Any]:
     return {
-        "student_config": {
-            "model_type": "gpt2",
-            "n_layer": layers,
-            "n_embd": width,
-            "n_head": width // 64,
-            "n_positions": CONTEXT,
-            "resid_pdrop": 0.0,
-            "embd_pdrop": 0.0,
-            "attn_pdrop": 0.0,
-        },
+        "student_config": small_gpt2(layers, width, CONTEXT),
         "tokenizer_name": str(root / "tokenizer"),
         "train_file": str(root / "train"),
         "eval_file": str(root / "eval"),
@@ -114,6 +102,4 @@ def run(path: Path, keys: dict[str, Any]) -> Run:
     if folder.is_finished(path):
         return read_run(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    config = path.with_name(f"{path.name}.yaml")
-    config.write_text(yaml.safe_dump({**keys, "output_dir": str(path)}, sort_keys=False))
-    return run_distillation(parse(str(config), []), path.name)
+    return run_settings(path.name, path.parent, keys)

@@ -87,14 +87,14 @@ def demo(*, quick: bool, output_dir: str, cache_dir: str | None, seed: int) -> i
         f"Teacher: {sizes.teacher_layers} layers of width {sizes.teacher_width}, {sizes.teacher_steps} steps of "
         f"{tokens} tokens. Kept in {cache}."
     )
-    teacher = _run("teacher", cache, _teacher_settings(cache, sizes, seed))
+    teacher = run_settings("teacher", cache, _teacher_settings(cache, sizes, seed))
 
     output = _unfinished(Path(output_dir), key)
     print(
         f"Students: {sizes.student_layers} layers of width {sizes.student_width}, {sizes.student_steps} steps of "
         f"{tokens} tokens each, learning rate {sizes.learning_rate}, seed {seed}. Results go to {output}."
     )
-    students = [_run(recipe, output, _student_settings(cache, sizes, seed, recipe)) for recipe in RECIPES]
+    students = [run_settings(recipe, output, _student_settings(cache, sizes, seed, recipe)) for recipe in RECIPES]
 
     note = (
         f"Python library text, a vocabulary of {sizes.vocabulary}; every student had {sizes.student_steps} steps of "
@@ -130,25 +130,30 @@ def _unfinished(wanted: Path, key: str) -> Path:
     raise AssertionError("unreachable")
 
 
-def _run(name: str, parent: Path, settings: dict[str, Any]) -> Run:
-    """What `kdfast distill parent/name.yaml` does."""
+def run_settings(name: str, parent: Path, settings: dict[str, Any]) -> Run:
+    """Writes parent/name.yaml and does what `kdfast distill` does with it, into parent/name."""
     config = parent / f"{name}.yaml"
     config.write_text(yaml.safe_dump({**settings, "output_dir": str(parent / name)}, sort_keys=False))
     return run_distillation(parse(str(config), []), name)
 
 
+def small_gpt2(layers: int, width: int, context: int) -> dict[str, Any]:
+    """A student_config; without dropout, which only costs in so short a run."""
+    return {
+        "model_type": "gpt2",
+        "n_layer": layers,
+        "n_embd": width,
+        "n_head": max(1, width // 64),
+        "n_positions": context,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+    }
+
+
 def _settings(cache: Path, sizes: Sizes, seed: int, layers: int, width: int, steps: int) -> dict[str, Any]:
     return {
-        "student_config": {
-            "model_type": "gpt2",
-            "n_layer": layers,
-            "n_embd": width,
-            "n_head": max(1, width // 64),
-            "n_positions": sizes.context,
-            "resid_pdrop": 0.0,
-            "embd_pdrop": 0.0,
-            "attn_pdrop": 0.0,
-        },
+        "student_config": small_gpt2(layers, width, sizes.context),
         "tokenizer_name": str(cache / "tokenizer"),
         "train_file": str(cache / "train"),
         "eval_file": str(cache / "eval"),
