@@ -48,7 +48,7 @@ class KDTrainer(Trainer):
     What does not exist under a recipe is absent.
 
     Args:
-        model: the student, wrapped here under `args.resolved()`, or a `DistillationModel`.
+        model: the student, wrapped here under the recipe of `args`, or a `DistillationModel`.
         args: a `KDConfig`.
         teacher: for a student that is not wrapped yet; None under "lm_only", which otherwise uses it for evaluation.
         train_dataset, eval_dataset, processing_class, data_collator, callbacks, optimizers: as in Trainer. Its
