@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from kdfast.plan import ours, peers
+from kdfast.plan.resident import beyond_allocations
 from kdfast.plan.shape import Shape
 
 
@@ -46,10 +47,16 @@ def peak_bytes(method: str, shape: Shape) -> int | None:
     """Highest live bytes of one forward and backward, above its inputs and the gradients that stay.
 
     Gradients start as None; forward KL (or the cross entropy alone); on a GPU the caching allocator's count, on a CPU
-    PyTorch's own allocations. None: the method is not for this teacher, dtype or device. ValueError: unknown method.
+    the resident set. None: the method is not for this teacher, dtype or device. Raises ValueError: unknown method.
     """
+    live = live_bytes(method, shape)
+    return None if live is None else live + beyond_allocations(method, shape)
+
+
+def live_bytes(method: str, shape: Shape) -> int | None:
+    """As `peak_bytes`, of PyTorch's own allocations alone."""
     phases = _method(method).phases(shape)
-    return None if phases is None else max(0, *phases.values()) - min(shape.gradients, max(phases.values()))
+    return None if phases is None else max(0, max(phases.values()) - shape.gradients)
 
 
 def total_bytes(method: str, shape: Shape) -> int | None:
@@ -58,12 +65,16 @@ def total_bytes(method: str, shape: Shape) -> int | None:
     return None if peak is None else shape.inputs + shape.gradients + peak
 
 
-def largest_tokens(method: str, shape: Shape, available_bytes: int) -> int:
-    """The most tokens for which inputs, gradients and peak fit; 0 where not one does, or the method is not for this."""
+def largest_tokens(method: str, shape: Shape, available_bytes: int, *, bytes_per_token: int = 0) -> int:
+    """The most tokens for which inputs, gradients and peak fit; 0 where not one does, or the method is not for this.
+
+    bytes_per_token: of what else grows with the tokens, such as activations kept for backward. Memory does not quite
+    grow with every token (chunks are of equal size): the answer is where a bisection ends.
+    """
 
     def fits(tokens: int) -> bool:
         total = total_bytes(method, replace(shape, tokens=tokens))
-        return total is not None and total <= available_bytes
+        return total is not None and total + tokens * bytes_per_token <= available_bytes
 
     if not fits(1):
         return 0
