@@ -1,7 +1,7 @@
-"""`kdfast distill | report | demo | doctor`.
+"""`kdfast distill | report | demo | doctor | plan`.
 
 Exit codes: 0 done, 1 the run failed (a loss that is not finite), 2 the request cannot be run, 130 interrupted.
-Subcommands are imported when called: `kdfast doctor` works where the training part is not installed.
+Subcommands are imported when called: `kdfast doctor` and `kdfast plan` work where the training part is not installed.
 """
 
 from __future__ import annotations
@@ -50,7 +50,12 @@ def main(argv: list[str] | None = None) -> int:
     of_doctor.add_argument("--vocab", type=int, default=50257, help="V (default: %(default)s)")
     of_doctor.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="the head's (default: %(default)s)")
     of_doctor.add_argument("--scratch-bytes", type=int, help="as in fused_kd_loss (default: the engine's)")
+    of_plan = commands.add_parser("plan", help="memory, largest N and predicted time of a loss, for every method")
     argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["plan"]:
+        from kdfast.cli import plan
+
+        plan.add_arguments(of_plan, DTYPES)
     # distill's keys are declared by dataclasses that need transformers: it parses what follows itself
     args = parser.parse_args(argv[:1] if argv[:1] == ["distill"] else argv)
 
@@ -59,6 +64,8 @@ def main(argv: list[str] | None = None) -> int:
             from kdfast.cli.doctor import doctor
 
             return doctor(args.tokens, args.vocab, args.dtype, args.scratch_bytes)
+        if args.command == "plan":
+            return plan.plan(args)
         if missing := [name for name in TRAINING_PART if importlib.util.find_spec(name) is None]:
             raise UserError(f"{args.command} needs {', '.join(missing)}: pip install 'kdfast[train]'")
         if args.command == "distill":

@@ -68,19 +68,18 @@ def total_bytes(method: str, shape: Shape) -> int | None:
 def largest_tokens(method: str, shape: Shape, available_bytes: int, *, bytes_per_token: int = 0) -> int:
     """The most tokens for which inputs, gradients and peak fit; 0 where not one does, or the method is not for this.
 
-    bytes_per_token: of what else grows with the tokens, such as activations kept for backward. Memory does not quite
-    grow with every token (chunks are of equal size): the answer is where a bisection ends.
+    bytes_per_token: of what else grows with the tokens, such as activations kept for backward. Memory does not grow
+    with every token (chunks are of equal size; a tiled engine's slab is the wider, the fewer tokens there are): the
+    answer is the largest power of two that fits, and what a bisection finds above it.
     """
 
     def fits(tokens: int) -> bool:
         total = total_bytes(method, replace(shape, tokens=tokens))
         return total is not None and total + tokens * bytes_per_token <= available_bytes
 
-    if not fits(1):
-        return 0
-    few, many = 1, 2
-    while fits(many):
-        few, many = many, 2 * many
+    most = available_bytes // (shape.student_width * shape.dtype.itemsize)  # whose hidden states alone fit
+    few = next((1 << power for power in range(max(0, most).bit_length(), -1, -1) if fits(1 << power)), 0)
+    many = 2 * few
     while many - few > 1:
         middle = (few + many) // 2
         few, many = (middle, many) if fits(middle) else (few, middle)

@@ -1,7 +1,7 @@
 """Live bytes of eager PyTorch and of our engines, phase by phase, above the inputs; gradients that stay included.
 
-Each function returns {phase: bytes}; the highest phase counts. In comments: m tokens of a chunk, w bytes of fp32 (fp64),
-s bytes of the inputs' dtype, L = N·V·s, W = V·Hs·s, A = N·Hs·s. The projected hidden states are one more A.
+Each function returns {phase: bytes}; the highest phase counts. In comments: m tokens of a chunk, w bytes of fp32
+(fp64), s bytes of the inputs' dtype, L = N·V·s, W = V·Hs·s, A = N·Hs·s. The projected hidden states are one more A.
 """
 
 from __future__ import annotations

@@ -38,7 +38,9 @@ class Shape:
         if self.teacher not in ("projected", "head", "none"):
             raise ValueError(f"Shape: teacher={self.teacher!r}; expected 'projected', 'head' or 'none'")
         if self.scratch_bytes < 0:
-            raise ValueError(f"Shape: scratch_bytes={self.scratch_bytes}; expected bytes, or 0 for the engine's default")
+            raise ValueError(
+                f"Shape: scratch_bytes={self.scratch_bytes}; expected bytes, or 0 for the engine's default"
+            )
 
     @property
     def narrow(self) -> bool:

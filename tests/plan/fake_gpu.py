@@ -1,7 +1,7 @@
 """Highest live bytes of a run on a GPU that is not there.
 
-Meta tensors have shapes and dtypes and no memory; everything that is not a CPU takes a GPU's way through our code. Every
-storage is counted from the operator that makes it until it dies. Kernels of Triton are not launched; what their
+Meta tensors have shapes and dtypes and no memory; everything that is not a CPU takes a GPU's way through our code.
+Every storage is counted from the operator that makes it until it dies. Kernels of Triton are not launched; what their
 launchers allocate is. The vendor's products, which meta tensors do not have in the forms a GPU has (16-bit operands,
 fp32 result), are replaced by what they allocate: `PRODUCTS`.
 
@@ -105,7 +105,9 @@ def highest_live_bytes(inputs, run, replaced=()):
         change += [(operators, "fused_kd", _Unrolled.apply), (operators, "finish_gradient", _finish_gradient)]
         change += [(validation, "unavailable", lambda engine, device: None)]
         change += [(module, "architecture", lambda device: "sm_90") for module in (configurations, arguments)]
-        change += [(tiled_statistics, "splits_of", lambda blocks, tiles, device: configurations._splits(blocks, tiles, 132))]
+        change += [
+            (tiled_statistics, "splits_of", lambda blocks, tiles, device: configurations._splits(blocks, tiles, 132))
+        ]
         change += [(module, name, None) for module, name in KERNELS]
         for module, name, stand_in in [*change, *replaced]:
             stack.enter_context(mock.patch.object(module, name, stand_in or _NotLaunched()))

@@ -75,7 +75,9 @@ def liger_triton_jsd(x):
 
 def fla(x):
     """It has no temperature."""
-    pytest.importorskip("fla.modules.fused_kl_div", exc_type=ImportError).FusedKLDivLoss()(x.hs, x.ht, x.W, x.Wt).backward()
+    pytest.importorskip("fla.modules.fused_kl_div", exc_type=ImportError).FusedKLDivLoss()(
+        x.hs, x.ht, x.W, x.Wt
+    ).backward()
 
 
 def torchtune(x):
@@ -122,7 +124,12 @@ def on_a_gpu(method):
         module = pytest.importorskip("trl.kernels.chunked_divergence", exc_type=ImportError)
         kernels = [(module, f"_{name}_kernel", None) for name in ("stats", "backward")]
         nothing = [(module, name, lambda *arguments: None) for name in ("_project", "_addmm_fp32")]
-        return [*kernels, *nothing, (module, "_use_triton", lambda device: True), (module, "_compute_dtype", lambda x: x.dtype)]
+        return [
+            *kernels,
+            *nothing,
+            (module, "_use_triton", lambda device: True),
+            (module, "_compute_dtype", lambda x: x.dtype),
+        ]
     if method == "liger_triton_jsd":
         module = pytest.importorskip("liger_kernel.ops.fused_linear_jsd", exc_type=ImportError)
         inner = pytest.importorskip("liger_kernel.ops.backends._triton.jsd", exc_type=ImportError)

@@ -1,0 +1,91 @@
+"""`kdfast plan`: its tables, its advice, and what it says where it cannot."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig
+
+WIDTHS = ["--student-width", "768", "--teacher-width", "1024", "--vocab", "50257"]
+
+
+def test_widths_alone(kdfast):
+    code, out, _ = kdfast("plan", *WIDTHS, "--gpu", "H200", "--memory", "24GiB")
+    assert code == 0
+    for text in ("N=8192 V=50257 Hs=768 Ht=1024, projected", "triton_tiled", "6u(Hs)", "of 24.00 GiB", " ms",
+                 "auto takes triton_chunked: 8 chunks", "KDFAST_SCRATCH_BYTES=", "measured on a GPU yet"):  # fmt: skip
+        assert text in out
+    assert "TRL" not in out
+    assert "TRL" in kdfast("plan", *WIDTHS, "--kind", "head")[1]
+    assert "CCE" in kdfast("plan", "--student-width", "768", "--vocab", "50257")[1]
+
+
+def test_for_machines(kdfast):
+    code, out, _ = kdfast("plan", *WIDTHS, "--gpu", "h100", "--json", "--memory", "1GB", "--tokens", "4096")
+    found = json.loads(out)
+    assert code == 0
+    assert found["memory_bytes"] == 10**9
+    assert not found["measured"]
+    rows = {row["method"]: row for row in found["methods"]}
+    assert rows["eager"]["largest_tokens"] < 4096 < rows["triton_chunked"]["largest_tokens"]
+    assert rows["eager_compiled"]["estimate"]
+    assert found["auto"] == found["portion"]["engine"] == "triton_chunked"
+
+
+def test_what_does_not_fit(kdfast):
+    out = kdfast("plan", *WIDTHS, "--memory", "700MiB")[1]
+    assert "It does not fit. KDFAST_SCRATCH_BYTES=" in out
+    assert "does not fit in the 0.0 MiB" in kdfast("plan", *WIDTHS, "--memory", "8GiB", "--resident", "8GiB")[1]
+
+
+def test_models_by_folder(kdfast, tmp_path):
+    sizes = {"n_layer": 2, "n_head": 2, "n_positions": 64, "vocab_size": 257}
+    for name, width in (("student", 16), ("teacher", 32)):
+        AutoConfig.for_model("gpt2", n_embd=width, **sizes).save_pretrained(tmp_path / name)
+    models = ["--student", str(tmp_path / "student"), "--teacher", str(tmp_path / "teacher")]
+    code, out, _ = kdfast("plan", *models, "--sequence-length", "32", "--memory", "1GiB", "--tokens", "64")
+    assert code == 0
+    for text in ("V=257 Hs=16 Ht=32", "optimizer state", "teacher's parameters", "student's activations"):
+        assert text in out
+
+
+def test_a_cpu(kdfast):
+    out = kdfast("plan", *WIDTHS, "--device", "cpu", "--dtype", "float32", "--tokens", "1024")[1]
+    assert "auto takes torch: 4 chunks" in out
+    assert "triton" not in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--student-width", "768"], "--vocab None"),
+        (["--student", "gpt2", "--vocab", "50257"], "one or the other"),
+        ([*WIDTHS, "--teacher", "gpt2"], "--teacher-width"),
+        ([*WIDTHS, "--tokens", "0"], "tokens=0"),
+        ([*WIDTHS, "--gpu", "V100"], "A100-80GB"),
+        ([*WIDTHS, "--gpu", "H200", "--device", "cpu"], "--gpu"),
+        ([*WIDTHS, "--memory", "lots"], "such as 24GiB"),
+        ([*WIDTHS, "--optimizer-bytes", "-1"], "--optimizer-bytes -1"),
+        (["--student", "nobody/has-this"], "--student-width"),
+    ],
+)
+def test_what_it_cannot_plan(kdfast, arguments, message):
+    code, _, err = kdfast("plan", *arguments)
+    assert code == 2
+    assert message in err
+
+
+def test_it_works_without_the_training_part():
+    code = (
+        "import sys\n"
+        "for name in ('transformers', 'datasets', 'accelerate', 'tokenizers', 'yaml'): sys.modules[name] = None\n"
+        "from kdfast.cli.main import main\n"
+        f"assert main(['plan', *{WIDTHS}]) == 0\n"
+        "sys.exit(main(['plan', '--student', 'gpt2']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "pip install 'kdfast[train]'" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,167 @@
+"""Every formula against the bytes that its method allocates: all on a CPU, the results of operators on a GPU."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fake_gpu import highest_live_bytes as highest_on_a_gpu
+from live_bytes import highest_live_bytes
+from methods import RUN, case, on_a_gpu
+
+from kdfast.engines import triton_tiled
+from kdfast.plan import METHODS, Shape, largest_tokens, ours, peak_bytes, total_bytes
+from kdfast.plan.memory import live_bytes
+
+CPU = ["eager", "reference", "torch", "trl", "liger_chunked", "torchtune", "linear_cross_entropy"]
+GPU = ["eager", "reference", "torch", "triton_chunked", "triton_tiled", "trl", "liger_triton_jsd", "fla"]
+TEACHERS = ["projected", "head", "none"]
+DTYPES = [torch.float32, torch.bfloat16]
+# rows of a bf16 product are copied by oneDNN, which takes that memory from PyTorch: no formula has it
+ONEDNN = 256 << 10
+
+CPU_SIZES = [
+    (600, 5000, 48, 80),  # several chunks, logits above all; wider on the teacher's side
+    (24, 5000, 200, 120),  # dW above all; wider on the student's
+    (2500, 700, 64, 96),  # two chunks of Liger's, hidden states that show
+]
+GPU_SIZES = [
+    (2048, 50257, 768, 1024),  # one and two chunks; V that is padded; two tiles of TRL's
+    (8192, 50257, 768, 1024),  # TRL's tokens are cut too
+    (96, 30000, 512, 256),  # dW above all; one tile
+    (4096, 128256, 2048, 4096),
+    (20000, 32000, 4096, 2048),  # hidden states above all
+]
+
+
+def shapes(device, sizes, dtypes=DTYPES):
+    return [Shape(*size, dtype, device, teacher) for size in sizes for dtype in dtypes for teacher in TEACHERS]
+
+
+def gradients(inputs):
+    return sum(leaf.grad.nbytes for leaf in inputs.leaves)
+
+
+@pytest.mark.filterwarnings("ignore")  # the peers' own
+@pytest.mark.parametrize("method", CPU)
+def test_on_a_cpu(method):
+    seen = 0
+    for shape in shapes("cpu", CPU_SIZES):
+        shape = replace(shape, scratch_bytes=1 << 20) if method == "torch" else shape
+        predicted = live_bytes(method, shape)
+        if predicted is None:
+            continue
+        RUN[method](case(replace(shape, tokens=16, vocab=64)))  # whatever is allocated once
+        inputs = case(shape)
+        peak = highest_live_bytes(lambda run=RUN[method], inputs=inputs: run(inputs)) - gradients(inputs)
+        assert predicted == pytest.approx(peak, rel=0.02, abs=ONEDNN * (shape.dtype == torch.bfloat16)), shape
+        seen += 1
+    assert seen
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", GPU)
+def test_on_a_gpu(method):
+    seen = 0
+    for shape in shapes("cuda", GPU_SIZES):
+        predicted = live_bytes(method, shape)
+        if predicted is None:
+            continue
+        inputs = case(SimpleNamespace(**{**vars(shape), "device": "meta"}))
+        peak = highest_on_a_gpu(inputs, RUN[method], on_a_gpu(method)) - gradients(inputs)
+        assert predicted == pytest.approx(peak, rel=0.03), shape
+        seen += 1
+    assert seen
+
+
+@pytest.mark.parametrize("engine", ["triton_chunked", "triton_tiled"])
+@pytest.mark.parametrize("scratch", [32 << 20, 300 << 20, 4 << 30])
+def test_scratch_on_a_gpu(engine, scratch):
+    for teacher in TEACHERS:
+        shape = Shape(4096, 50257, 768, 1024, torch.bfloat16, "cuda", teacher, scratch)
+        inputs = case(SimpleNamespace(**{**vars(shape), "device": "meta"}))
+        peak = highest_on_a_gpu(inputs, RUN[engine]) - gradients(inputs)
+        assert live_bytes(engine, shape) == pytest.approx(peak, rel=0.05), teacher
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["eager", "torch", "trl", "liger_chunked"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_resident_set(method, dtype):
+    """In a fresh process of one thread; tensors of 32 MiB and more, which glibc gives back."""
+    measure = pytest.importorskip("measure")
+    script = (
+        "import gc, sys; sys.path[:0] = ['tests/plan', 'bench']; import torch, methods, measure; "
+        "from dataclasses import replace; from kdfast.plan import Shape, peak_bytes; "
+        f"x = Shape(768, 50257, 512, 640, torch.{dtype}, 'cpu', 'head'); run = methods.RUN['{method}']; "
+        "torch.set_num_threads(1); run(methods.case(replace(x, tokens=8, vocab=64, student_width=16))); "
+        "inputs = methods.case(x); gc.collect(); peak = measure.peak_above_inputs(lambda: run(inputs)); "
+        f"print(peak - sum(leaf.grad.nbytes for leaf in inputs.leaves), peak_bytes('{method}', x))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(measure.ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    done = subprocess.run(command, env=environment, cwd=measure.ROOT, capture_output=True, text=True, check=True)
+    seen, predicted = map(int, done.stdout.split()[-2:])
+    assert predicted == pytest.approx(seen, rel=0.1)
+
+
+def test_who_can_do_what():
+    def able(**changes):
+        return {name for name in METHODS if peak_bytes(name, replace(Shape(64, 1000, 32, 48), **changes)) is not None}
+
+    ours_on_a_gpu = {"eager", "eager_compiled", "reference", "torch", "triton_chunked", "triton_tiled"}
+    assert able() == ours_on_a_gpu
+    peers = {"trl", "liger_chunked", "liger_triton_jsd", "torchtune", "fla"}
+    assert able(teacher="head") == ours_on_a_gpu | peers
+    assert able(teacher="none") == ours_on_a_gpu | {"linear_cross_entropy", "cce"}
+    assert "cce" not in able(teacher="none", dtype=torch.float32)
+    assert not able(teacher="head", device="cpu") & {"triton_chunked", "triton_tiled", "liger_triton_jsd", "fla"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_largest_number_of_tokens(method):
+    memory = 2 << 30
+    for shape in shapes("cuda", [(64, 50257, 768, 1024)], [torch.bfloat16]):
+        most = largest_tokens(method, shape, memory)
+        if peak_bytes(method, shape) is None:
+            assert most == 0
+            continue
+        assert total_bytes(method, replace(shape, tokens=most)) <= memory
+        assert total_bytes(method, replace(shape, tokens=most + 1)) > memory
+        assert largest_tokens(method, shape, shape.weight) == 0
+        assert largest_tokens(method, shape, memory, bytes_per_token=1 << 20) < most
+
+
+def test_more_tokens_may_take_less():
+    """The tiled engine at few tokens: one slab of the whole vocabulary, and dW of it in fp32 before it is rounded."""
+    shape = Shape(8192, 128256, 4096, 4096)
+    assert total_bytes("triton_tiled", replace(shape, tokens=200)) > total_bytes("triton_tiled", shape)
+    assert largest_tokens("triton_tiled", shape, 4 << 30) > 8192
+
+
+def test_constants_are_the_engines():
+    assert ours.TILED_SCRATCH == triton_tiled.SCRATCH
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": 0}, "tokens=0"),
+        ({"teacher_width": 0}, "teacher_width=0"),
+        ({"dtype": torch.int8}, "dtype=torch.int8"),
+        ({"device": "mps"}, "device='mps'"),
+        ({"teacher": "own"}, "teacher='own'"),
+        ({"scratch_bytes": -1}, "scratch_bytes=-1"),
+    ],
+)
+def test_a_wrong_shape_names_the_field(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(Shape(64, 1000, 32, 48), **change)
+
+
+def test_an_unknown_method_lists_them():
+    with pytest.raises(ValueError, match="triton_tiled"):
+        peak_bytes("magic", Shape(64, 1000, 32, 48))
