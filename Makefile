@@ -41,17 +41,16 @@ types: $(READY)
 
 check: lint types test  ## lint, types and tests
 
-# a benchmark's table is its output (-s), and the peers' warnings are theirs
-bench: $(READY_BENCH)  ## throughput and memory against the peers
+# some benchmarks print their tables (-s), and the peers' warnings are theirs
+bench: $(READY_BENCH)  ## throughput and memory against the peers, an hour on two cores; then tables and a picture
 	$(BIN)/python -m pytest bench -s -W default $(ARGS)
+	$(BIN)/python bench/report.py
 
 recipes: $(READY)  ## the experiment that decides the default recipe: hours on two cores; goes on where it stopped
 	$(BIN)/python bench/recipes/experiment.py $(ARGS)
 	$(BIN)/python bench/recipes/results.py
 
-# torchtune is a file to look at here: what it imports as a package is of other versions than ours
 peers: $(READY_BENCH)  ## our losses against TRL's, Liger's, torchtune's and fla's
-	$(PIP_INSTALL) --no-deps torchtune
 	$(BIN)/python -m pytest tests/test_peers.py $(ARGS)
 
 clean:  ## remove .venv, build products and caches, not the results of runs
@@ -65,6 +64,8 @@ $(READY): setup.py constraints.txt
 	$(PIP_INSTALL) -e '.[train,dev]'
 	@touch $@
 
+# torchtune is a file to look at here: what it imports as a package is of other versions than ours
 $(READY_BENCH): $(READY)
 	$(PIP_INSTALL) -e '.[train,dev,bench]'
+	$(PIP_INSTALL) --no-deps torchtune
 	@touch $@

@@ -23,7 +23,7 @@ TRAIN = [
     "matplotlib",
     "tqdm",
 ]
-BENCH = ["pytest", "pytest-benchmark", "trl", "liger-kernel", "fla-core"]
+BENCH = ["pytest", "pytest-benchmark", "trl", "liger-kernel", "fla-core", "cut-cross-entropy"]
 # `kernels` is Hugging Face's: one test shows that ours and theirs live side by side
 TESTS = ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis"]
 DEV = [*TESTS, "ruff", "mypy", "types-PyYAML", "kernels", "setuptools>=77"]

@@ -1,0 +1,70 @@
+"""The picture: time and memory of a step against N and V, gradients' error against the KL."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from kdfast.training.curves import COLOURS, STYLES
+
+NAMES = {  # a contender has one colour and one marker in every panel
+    "floor B (our products)": "black",
+    "kdfast torch": COLOURS[0],
+    "kdfast triton_chunked": COLOURS[0],
+    "kdfast triton_tiled": COLOURS[5],
+    "eager": COLOURS[1],
+    "eager, torch.compile": COLOURS[4],
+    "TRL ChunkedDivergence": COLOURS[2],
+    "Liger chunked JSD (beta=0)": COLOURS[3],
+    "Liger Triton JSD (beta=0)": COLOURS[3],
+    "torchtune chunked KL": COLOURS[7],
+    "fla fused KL": COLOURS[6],
+}
+
+
+def draw(sweeps: dict[str, list[dict[str, Any]]], closeness: dict[str, dict[str, Any]], file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 8), layout="constrained")
+    panels = figure.subplots(2, 3)
+    for row, (axis, key) in enumerate((("N", "tokens"), ("V", "vocab"))):
+        entries = sorted(sweeps[axis], key=lambda entry: entry[key])
+        step = {n: [(e[key], statistics.median(r["step"])) for e, r in of(entries, n, "step")] for n in NAMES}
+        peak = {n: [(e[key], r["peak_bytes"] / 2**20) for e, r in of(entries, n, "peak_bytes")] for n in NAMES}
+        fixed = {k: v for k, v in (entries[0] if entries else {}).items() if k in ("tokens", "vocab") and k != key}
+        said = ", ".join(f"{'NV'[k == 'vocab']}={v}" for k, v in fixed.items())
+        lines(panels[row][0], step, f"{axis} ({said})", "seconds, forward and backward")
+        lines(panels[row][1], peak, f"{axis} ({said})", "MiB above inputs and gradients")
+    for row, dtype in enumerate(("fp32", "bf16")):
+        entry = closeness.get(dtype, {"kl": [], "rows": {}})
+        points = {}
+        for name in NAMES:
+            found = entry["rows"].get(name, {})
+            errors = {leaf: errors for leaf, errors in found.items() if leaf not in ("value", "missing")}
+            points[name] = list(zip(entry["kl"], map(max, zip(*errors.values(), strict=True)), strict=False))
+        lines(panels[row][2], points, "KL(teacher ‖ student)", f"worst gradient's relative error, {dtype}")
+        panels[row][2].invert_xaxis()
+    handles = {line.get_label(): line for panel in figure.axes for line in panel.get_lines()}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False)
+    temporary = file.with_suffix(".tmp.png")
+    figure.savefig(temporary, dpi=110)
+    temporary.replace(file)
+
+
+def of(entries: list[dict[str, Any]], name: str, key: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    return [(entry, row) for entry in entries if key in (row := entry["rows"].get(name, {}))]
+
+
+def lines(panel: Any, points: dict[str, list[tuple[float, float]]], across: str, up: str) -> None:
+    for i, (name, found) in enumerate(points.items()):
+        if found:
+            dashes, marker = STYLES[i % len(STYLES)]
+            style = {"linestyle": (0, dashes)} if dashes else {}
+            bold = {"linewidth": 2.5, "zorder": 3} if name.startswith("kdfast") else {"linewidth": 1.3}
+            panel.plot(*zip(*found, strict=True), color=NAMES[name], marker=marker, ms=4, label=name, **style, **bold)
+    panel.set(xscale="log", yscale="log", xlabel=across, ylabel=up)
+    panel.grid(alpha=0.25)
