@@ -296,7 +296,7 @@ class Bench:
 
 
 def models(setting: Setting) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """Student and teacher, with weights from N(0, 0.02²), biases 0, and embeddings that give logits a deviation of 2."""
+    """Student and teacher: weights from N(0, 0.02²), biases 0, embeddings that give logits a deviation of 2."""
     dtypes = {"float32": ("float32", "float32"), "bfloat16": ("bfloat16",) * 2, "autocast": ("float32", "bfloat16")}
     made = []
     for config, dtype in zip(PAIRS[setting.pair], dtypes[setting.dtype], strict=True):
