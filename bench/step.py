@@ -33,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from kdfast.training.heads import backbone
@@ -83,6 +84,7 @@ class Setting:
     dtype: str = "float32"
     optimizer: str = "adamw"  # or "sgd", without momentum
     device: str = "cpu"
+    checkpointing: bool = False  # of the student's activations
 
 
 class Batch(NamedTuple):
@@ -205,6 +207,8 @@ class Bench:
     def __init__(self, setting: Setting, names: list[str] | None = None) -> None:
         self.setting = setting
         self.student, self.teacher = models(setting)
+        if setting.checkpointing:
+            self.student.activation_checkpointing_enable()
         self.losses: dict[str, Loss] = {}
         self.missing: dict[str, str] = {}
         parameters = list(self.student.parameters())
@@ -300,21 +304,13 @@ def models(setting: Setting) -> tuple[PreTrainedModel, PreTrainedModel]:
     dtypes = {"float32": ("float32", "float32"), "bfloat16": ("bfloat16",) * 2, "autocast": ("float32", "bfloat16")}
     made = []
     for config, dtype in zip(PAIRS[setting.pair], dtypes[setting.dtype], strict=True):
-        with _no_init():
+        with no_init_weights():  # to draw them takes a minute for 1.5B, in each of some 30 processes
             model = load_student(student_config=config, dtype=dtype)
         model.tie_weights()
         _fill(model)
         made.append(model.to(setting.device))
     student, teacher = made
     return student.train(), teacher.requires_grad_(False).eval()
-
-
-def _no_init() -> Any:
-    """transformers' own drawing takes a minute for 1.5B weights, in each of some 30 processes."""
-    try:
-        return importlib.import_module("transformers.initialization").no_init_weights()
-    except ImportError:  # transformers 4
-        return nullcontext()
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ with what they are on a CPU / on a GPU:
     KDFAST_BENCH_OPTIMIZER  adamw for gpt2 and sgd for qwen2.5, whose state would not fit / adamw
     KDFAST_BENCH_BUDGET     GiB above models, gradients and optimizer state that the largest batch may take: 1.5 for
                             gpt2, nothing looked for for qwen2.5, which takes too long / until the GPU is out of memory
+    KDFAST_BENCH_CHECKPOINTING=1  the student's activations are made again in the backward: the logits are what is left
     KDFAST_BENCH_QUICK=1    a tiny pair, memory in this process: seconds, and no results kept
 
 With gpt2 on two quiet cores it takes some nine minutes, qwen2.5 another three. A step's operations are, per token and
@@ -55,6 +56,10 @@ class Plan:
     budget: int | None  # bytes; None: the GPU's memory
     fresh_process: bool = True
 
+    @property
+    def key(self) -> str:
+        return self.setting.pair + ", checkpointed" * self.setting.checkpointing
+
 
 def plan_for(pair: str) -> Plan:
     def option(name: str, default: str) -> str:
@@ -79,6 +84,7 @@ def plan_for(pair: str) -> Plan:
             option("DTYPE", dtype),
             option("OPTIMIZER", optimizer),
             "cuda" if CUDA else "cpu",
+            option("CHECKPOINTING", "0") not in ("", "0"),
         ),
         tuple(int(size) for size in option("BATCHES", batches).split(",")),
         int(option("ROUNDS", "3")),
@@ -90,9 +96,11 @@ def plan_for(pair: str) -> Plan:
 @pytest.mark.parametrize("pair", ["tiny"] if QUICK else os.environ.get("KDFAST_BENCH_PAIRS", "gpt2,qwen2.5").split(","))
 def test_step(pair, tmp_path):
     path = measure.ROOT / "bench/results" / f"step-{'cuda' if CUDA else 'cpu'}.json"
-    result = measured(plan_for(pair), tmp_path / "step.json" if QUICK else path)
-    print("\n" + "\n".join(lines({**result, "pairs": {pair: result["pairs"][pair]}})))
-    rows = {row["contender"]: row for row in result["pairs"][pair]["rows"]}
+    plan = plan_for(pair)
+    result = measured(plan, tmp_path / "step.json" if QUICK else path)
+    result["pairs"] = {plan.key: result["pairs"][plan.key]}
+    print("\n" + "\n".join(lines(result)))
+    rows = {row["contender"]: row for row in result["pairs"][plan.key]["rows"]}
     if not QUICK:
         mine, eager = (
             rows[name]["batches"][max(rows[name]["batches"], key=int)] for name in (CONTENDERS[0].name, EAGER)
@@ -108,8 +116,8 @@ def measured(plan: Plan, path: Path) -> dict[str, Any]:
     rows = [{"contender": c.name, "missing": bench.missing.get(c.name), "batches": {}} for c in CONTENDERS]
     able = [row for row in rows if not row["missing"]]
     result["machine"] = measure.machine()
-    result["pairs"][setting.pair] = {
-        "title": TITLES[setting.pair],
+    result["pairs"][plan.key] = {
+        "title": TITLES[setting.pair] + ", activation checkpointing" * setting.checkpointing,
         "setting": asdict(setting),
         "student_parameters": sum(p.numel() for p in bench.student.parameters()),
         "teacher_parameters": sum(p.numel() for p in bench.teacher.parameters()),

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,10 @@ def test_contenders_compute_the_same_loss(without_trl):
     check_agreement(step.Bench(SETTING), {"kdfast, teacher's own head", step.EAGER})
 
 
+def test_contenders_compute_the_same_loss_with_checkpointing(without_trl):
+    check_agreement(step.Bench(replace(SETTING, checkpointing=True)), {"kdfast, teacher's own head", step.EAGER})
+
+
 def test_trl_computes_the_same_loss():
     trl = {"eager, TRL's generalized_jsd_loss", "chunked, TRL's KL + torch's cross entropy"}
     made = step.Bench(SETTING, [*trl, step.EAGER])
@@ -70,13 +75,7 @@ def test_results_are_complete_and_missing_contenders_listed(without_trl, fixed_p
     result = json.loads(path.read_text())
     pair = result["pairs"]["tiny"]
     assert result["machine"]["torch"]
-    assert pair["setting"] == {
-        "pair": "tiny",
-        "sequence": 16,
-        "dtype": "float32",
-        "optimizer": "adamw",
-        "device": "cpu",
-    }
+    assert step.Setting(**pair["setting"]) == SETTING
     assert [row["contender"] for row in pair["rows"]] == [contender.name for contender in step.CONTENDERS]
     for row in pair["rows"]:
         if "TRL" in row["contender"]:
