@@ -145,7 +145,8 @@ def eager_torch(student: PreTrainedModel, teacher: PreTrainedModel) -> tuple[Los
 def chunked(student: PreTrainedModel, teacher: PreTrainedModel) -> tuple[Loss, list[nn.Parameter]]:
     """The least memory to be had without kdfast: TRL's kernel for the KL, PyTorch's for the cross entropy."""
     kernel = importlib.import_module("trl.kernels.chunked_divergence").ChunkedDivergenceFunction
-    options = torch.nn.LinearCrossEntropyOptions()
+    # "auto" takes a few rows at a time: on a CPU 10 times as long as these many (V=50257, 128 tokens: 4.6 s and 0.55)
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=1024 if torch.cuda.is_available() else 256)
 
     def loss(batch: Batch) -> Tensor:
         targets = shift_labels(batch.labels).flatten()
