@@ -15,7 +15,7 @@ with what they are on a CPU / on a GPU:
     KDFAST_BENCH_CHECKPOINTING=1  the student's activations are made again in the backward: the logits are what is left
     KDFAST_BENCH_QUICK=1    a tiny pair, memory in this process: seconds, and no results kept
 
-With gpt2 on two quiet cores it should take some nine minutes, qwen2.5 another three. A step's operations are, per token and
+On two quiet cores gpt2 should take some nine minutes, qwen2.5 another three. A step's operations are, per token and
 without attention, 6·(student's parameters) + 2·(teacher's), tied embeddings counted once. A projected teacher makes
 that 3u(Hs) − u(Ht) more, u(H) = 2·V·H: its logits and their gradients go through the student's head.
 """
