@@ -47,13 +47,15 @@ def _pair(pair: dict[str, Any]) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in pair["rows"]:
-        if row["missing"]:
-            out.append(f"| {row['contender']} | | {row['missing']} | | | | | | |")
+        if not row["batches"]:
+            out.append(f"| {row['contender']} | | {row['missing'] or 'not measured yet'} | | | | | | |")
         for size, at in row["batches"].items():
             out.append(f"| {row['contender']} | {size} | {_timing(at)} | {_memory(at)} |")
     out += ["", *_agreement(pair), *_largest(pair)]
+    if not any(row["batches"] for row in pair["rows"]):
+        return out
     losses = [f"- {line}" for line in losing(pair)]
-    return [*out, "", "Where kdfast loses:", "", *(losses or ["- nowhere in this table"])]
+    return [*out, "", "Where kdfast loses:", "", *(losses or ["- nowhere in what was measured"])]
 
 
 def _timing(at: dict[str, Any]) -> str:

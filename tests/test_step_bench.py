@@ -97,6 +97,13 @@ def test_results_are_complete_and_missing_contenders_listed(without_trl, fixed_p
         assert f"| {contender.name} |" in text
     assert "not installed" in text
     assert "901 MiB | 1051 MiB, does not fit" in text
+    assert "Where kdfast loses" in text
+    for row in pair["rows"]:  # as after an interruption
+        row["batches"] = {}
+        row.pop("largest", None)
+    text = "\n".join(step_results.lines(result))
+    assert text.count("not measured yet") == 3
+    assert "loses" not in text
 
 
 def test_other_pairs_in_the_file_are_kept(without_trl, fixed_peaks, tmp_path):
