@@ -333,7 +333,7 @@ def peak_of_step(setting: Setting, name: str, size: int) -> dict[str, Any]:
     """Bytes by which one step of `size` sequences rises above models, gradients and optimizer state.
 
     A CPU's is the peak of the resident set, a GPU's the allocator's; both less the gradients' bytes, which the step
-    allocates. "memory_run_seconds" is that one step's, pages' first touch included. Where it does not fit: "out_of_memory".
+    allocates. "memory_run_seconds" is that one's, pages' first touch included. Where it does not fit: "out_of_memory".
     """
     bench = Bench(setting, [name])
     bench.step(name, bench.batch(1, min(16, setting.sequence)))  # libraries loaded, optimizer state allocated
