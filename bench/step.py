@@ -333,7 +333,7 @@ def peak_of_step(setting: Setting, name: str, size: int) -> dict[str, Any]:
     """Bytes by which one step of `size` sequences rises above models, gradients and optimizer state.
 
     A CPU's is the peak of the resident set, a GPU's the allocator's; both less the gradients' bytes, which the step
-    allocates. "seconds" is that one step's, pages' first touch included. Where it does not fit: "out_of_memory".
+    allocates. "memory_run_seconds" is that one's, pages' first touch included. Where it does not fit: "out_of_memory".
     """
     bench = Bench(setting, [name])
     bench.step(name, bench.batch(1, min(16, setting.sequence)))  # libraries loaded, optimizer state allocated
@@ -357,7 +357,7 @@ def peak_of_step(setting: Setting, name: str, size: int) -> dict[str, Any]:
             ctypes.CDLL(None).malloc_trim(0)  # what was freed is not to hide what is allocated
         peak = measure.peak_above_inputs(lambda: bench.step(name, batch))
     seconds = time.perf_counter() - start
-    return {"peak_bytes": peak - gradients, "gradient_bytes": gradients, "seconds": seconds, "room": room}
+    return {"peak_bytes": peak - gradients, "gradient_bytes": gradients, "memory_run_seconds": seconds, "room": room}
 
 
 def peak_in_fresh_process(setting: Setting, name: str, size: int, most_seconds: float = 240.0) -> dict[str, Any]:
