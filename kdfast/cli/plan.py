@@ -32,6 +32,7 @@ class Resident:
 
     parts: list[tuple[str, int]]
     bytes_per_token: int
+    note: str = ""
 
     @property
     def total(self) -> int:
@@ -117,7 +118,7 @@ def _problem(args: argparse.Namespace) -> tuple[Shape, Resident]:
     """From models' names, or from widths."""
     widths = [args.student_width, args.teacher_width, args.vocab]
     parts = [("given with --resident", parse_size("--resident", args.resident))]
-    per_token = 0
+    per_token, note = 0, ""
     if args.student is None:
         if args.student_width is None or args.vocab is None:
             raise UserError(
@@ -144,6 +145,10 @@ def _problem(args: argparse.Namespace) -> tuple[Shape, Resident]:
             if args.kind == "head" and not teacher.head_tied:  # an input of the loss, counted there
                 size -= teacher.width * teacher.vocab
             parts.append(("teacher's parameters, 16 bits", 2 * size))
+            if teacher.vocab != student.vocab:
+                note = (
+                    f"the teacher's vocabulary is {teacher.vocab}: planned for the student's, as vocab='truncate' does"
+                )
         per_token = student.activation_bytes
     try:
         shape = Shape(
@@ -158,7 +163,7 @@ def _problem(args: argparse.Namespace) -> tuple[Shape, Resident]:
         )
     except ValueError as error:
         raise UserError(f"plan: {error}") from error
-    return shape, Resident([part for part in parts if part[1]], per_token)
+    return shape, Resident([part for part in parts if part[1]], per_token, note)
 
 
 def _models(args: argparse.Namespace) -> tuple[Any, Any]:
@@ -202,6 +207,8 @@ def _print(found: dict[str, Any], rows: list[dict[str, Any]], gpu: Gpu | None, r
                "none": "no teacher"}[x["teacher"]]  # fmt: skip
     print(f"N={x['tokens']} V={x['vocab']} Hs={x['student_width']} {teacher}, {x['dtype']} on {x['device']}")
     print(f"inputs {_size(found['inputs_bytes'])}, gradients {_size(found['gradients_bytes'])}")
+    if resident.note:
+        print(resident.note)
     for what, size in resident.parts:
         print(f"{what}: {_size(size)}")
     if resident.bytes_per_token:

@@ -34,7 +34,11 @@ METHODS: dict[str, Method] = {
     "trl": Method("TRL ChunkedDivergence", peers.trl, TRACKED),
     "liger_chunked": Method("Liger chunked JSD", peers.liger_chunked, f"{TRACKED}; not compiled"),
     "liger_triton_jsd": Method("Liger Triton JSD", peers.liger_triton_jsd, TRACKED),
-    "torchtune": Method("torchtune chunked KL", peers.torchtune, TRACKED),
+    "torchtune": Method(
+        "torchtune chunked KL",
+        peers.torchtune,
+        f"{TRACKED}; a CPU's resident set was up to 2.5 times this (docs/planning.md)",
+    ),
     "fla": Method("fla fused_kl_div", peers.fla, TRACKED),
     "linear_cross_entropy": Method(
         "torch linear_cross_entropy", peers.linear_cross_entropy, "held against it on a CPU; a GPU's derived from 2.13"
