@@ -1,20 +1,11 @@
-"""The results of bench/test_step.py: written whole or not at all, and rendered as Markdown."""
+"""The results of bench/test_step.py as Markdown."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 MIB, GIB = 2**20, 2**30
-
-
-def write(path: Path, result: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    temporary.replace(path)
 
 
 def lines(result: dict[str, Any]) -> list[str]:

@@ -34,11 +34,10 @@ from typing import Any
 
 import measure
 import pytest
+import records
 import torch
 from step import CONTENDERS, EAGER, PAIRS, TITLES, Bench, Setting, peak_in_fresh_process, peak_of_step
-from step_results import GIB, lines, write
-
-__all__ = ["lines"]
+from step_results import GIB, lines
 
 CUDA = torch.cuda.is_available()
 QUICK = os.environ.get("KDFAST_BENCH_QUICK", "0") not in ("", "0")
@@ -95,9 +94,8 @@ def plan_for(pair: str) -> Plan:
 
 @pytest.mark.parametrize("pair", ["tiny"] if QUICK else os.environ.get("KDFAST_BENCH_PAIRS", "gpt2,qwen2.5").split(","))
 def test_step(pair, tmp_path):
-    path = measure.ROOT / "bench/results" / f"step-{'cuda' if CUDA else 'cpu'}.json"
     plan = plan_for(pair)
-    result = measured(plan, tmp_path / "step.json" if QUICK else path)
+    result = measured(plan, tmp_path / "step.json" if QUICK else records.path("step"))
     result["pairs"] = {plan.key: result["pairs"][plan.key]}
     print("\n" + "\n".join(lines(result)))
     rows = {row["contender"]: row for row in result["pairs"][plan.key]["rows"]}
@@ -128,7 +126,9 @@ def measured(plan: Plan, path: Path) -> dict[str, Any]:
         "fresh_process": plan.fresh_process,
         "rows": rows,
     }
-    save = partial(write, path, result)
+
+    def save() -> None:
+        records.write(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
     agree(bench, able, plan.batches[0])
     save()

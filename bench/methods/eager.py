@@ -12,8 +12,10 @@ from .ours import CHUNKED
 
 
 def _kl(hs: Tensor, W: Tensor, ht: Tensor, Wt: Tensor | None, P: Tensor | None) -> Tensor:
+    z_s = F.linear(hs, W)
     z_t = F.linear(ht, Wt) if Wt is not None else F.linear(F.linear(ht, P), W)
-    log_q, log_p = ((z.float() / TEMPERATURE).log_softmax(-1) for z in (F.linear(hs, W), z_t))
+    log_q = (z_s.float() / TEMPERATURE).log_softmax(-1)
+    log_p = (z_t.float() / TEMPERATURE).log_softmax(-1)
     return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
 
