@@ -5,7 +5,6 @@ a C++ kernel makes for itself among them. (A TorchDispatchMode would see results
 a custom operator.) Buffers of the matrix library are not PyTorch's: only the resident set shows those.
 """
 
-import gc
 from itertools import accumulate
 
 from torch.profiler import ProfilerActivity, profile
@@ -13,7 +12,6 @@ from torch.profiler import ProfilerActivity, profile
 
 def highest_live_bytes(run):
     """Above what is live now."""
-    gc.collect()  # what dies meanwhile must not be of an earlier run
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         run()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
