@@ -21,10 +21,12 @@ def beyond_allocations(method: str, x: Shape) -> int:
     if x.device != "cpu":
         return 0
     extra = PRODUCT_BUFFERS * torch.get_num_threads()
-    if method == "torch" and x.narrow:  # blocks that were widened or rounded for a product, and stay in the heap
+    if method == "torch" and x.narrow:
+        # blocks that are widened or rounded for a product, one at a time: the largest of them stays in the heap. Where
+        # something small has come to lie between them more stays, and that changes from run to run (docs/planning.md)
         widths = [x.student_width] + [x.teacher_width] * (x.teacher == "head")
         blocks = [min(x.vocab, gemm.VOCAB_BLOCK) * width * x.wide for width in widths]
         if x.dtype == torch.bfloat16:
             blocks.append((2 if x.teacher == "projected" else 1) * chunk_of(x, "torch") * x.vocab * 2)
-        extra += sum(block for block in blocks if block < HEAP)
+        extra += max((block for block in blocks if block < HEAP), default=0)
     return extra
