@@ -75,6 +75,8 @@ def peak_above_inputs(run: Callable[[], object]) -> int:
 def in_fresh_process(module: str, *arguments: str) -> str:
     """What `python -m module arguments…` prints last."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "bench")])}
+    # glibc keeps freed blocks of up to 32 MiB, more or fewer from run to run: here they go back to the system at once
+    environment["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", module, *arguments],
         env=environment,

@@ -20,7 +20,8 @@ def _kl(hs: Tensor, W: Tensor, ht: Tensor, Wt: Tensor | None, P: Tensor | None) 
 
 
 def _cross_entropy(hs: Tensor, W: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(F.linear(hs, W).float(), labels)
+    z = F.linear(hs, W)
+    return F.cross_entropy(z.float(), labels)
 
 
 def _arguments(inputs: Inputs) -> tuple:
