@@ -10,7 +10,6 @@ A row is {"missing": why} or
     of_floor_a, _b   median of floor / method, round by round, of a step; of_floor_b_forward
     tokens_per_second, flops        of a step; operations the problem takes, not those the method makes
     peak_bytes       of a step, above inputs and gradients
-    predicted_bytes, predicted_seconds      what kdfast.plan says; seconds for known GPUs only
 """
 
 from __future__ import annotations
@@ -27,8 +26,6 @@ from memory import peak_bytes
 from methods import METHODS, Method, Run
 from truth import Truth, errors, truth
 from workloads import DEVICE, Inputs, Workload
-
-from kdfast import plan
 
 Row = dict[str, Any]
 # relative error of a gradient that counts as right. In bf16 the products' own rounding is 0.2–0.4%, and a projected
@@ -69,7 +66,6 @@ def compare(workload: Workload, rounds: int) -> dict[str, Row]:
         if "forward" in row and not method.is_floor:
             with suppress(torch.OutOfMemoryError):
                 row["peak_bytes"] = peak(method, workload, None if DEVICE == "cpu" else inputs)
-            row |= predictions(method, workload)
     return rows
 
 
@@ -112,13 +108,4 @@ def peak(method: Method, workload: Workload, inputs: Inputs | None) -> int:
         return int(measure.in_fresh_process("memory", str(workload), method.name))
     found = peak_bytes(method, inputs)
     inputs.clear()
-    return found
-
-
-def predictions(method: Method, workload: Workload) -> Row:
-    if method.plan is None:
-        return {}
-    found: Row = {"predicted_bytes": plan.peak_bytes(method.plan, workload.shape())}
-    if DEVICE == "cuda" and (gpu := measure.known_gpu()):
-        found["predicted_seconds"] = plan.predicted_seconds(method.plan, workload.shape(), gpu)
     return found

@@ -112,7 +112,7 @@ def time_kernels(workload: Workload, rounds: int) -> dict[str, Row]:
         rows[label] = {"reads": reads, "bytes": moved, "operations": operations}
     for run in runs.values():
         run(), run()
-    gpu = measure.known_gpu()
+    gpu = measure.known_gpu(str(measure.machine()["device"]))
     for row, seconds in zip(rows.values(), measure.alternate([*runs.values()], rounds), strict=True):
         median = statistics.median(seconds)
         row |= {"seconds": seconds, "flops": row["operations"] / median, "bytes_per_second": row["bytes"] / median}

@@ -89,9 +89,8 @@ def in_fresh_process(module: str, *arguments: str) -> str:
     return done.stdout.strip().splitlines()[-1]
 
 
-def known_gpu() -> plan.Gpu | None:
-    """The one at hand, where `kdfast plan` knows it."""
-    name = torch.cuda.get_device_name() if CUDA else ""
+def known_gpu(name: str) -> plan.Gpu | None:
+    """What `kdfast plan` knows of the device PyTorch calls `name`."""
     return next((gpu for gpu in plan.GPUS.values() if gpu.name.partition("-")[0] in name.split()), None)
 
 

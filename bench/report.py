@@ -16,11 +16,17 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import measure
 import records
 import step_results
+import torch
+from methods import BY_NAME
 from workloads import DEVICE
 
+from kdfast import plan
+
 Row = dict[str, Any]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NEAR = 1e-3  # KL
 RIGHT = {"fp32": 1e-3, "bf16": 1e-2, "fp16": 1e-2}
 AIMS = {"fp32": 0.85, "bf16": 0.70}
@@ -31,7 +37,7 @@ TEACHERS = {
 }
 COLUMNS = (
     "contender", "operations", "forward", "step", "spread", "floor A / step", "floor B / step", "tokens/s", "GFLOP/s",
-    "memory", "planned", "gradient error", f"at KL {NEAR:g}",
+    "memory", "planned", "time planned", "gradient error", f"at KL {NEAR:g}",
 )  # fmt: skip
 
 
@@ -98,6 +104,7 @@ def table(entry: Row, near: dict[tuple[str, str, str], float]) -> list[str]:
         if "missing" in row:
             absent.append(f"{name} ({row['missing']})")
             continue
+        bytes_planned, time_planned = planned(entry, name)
         step, bold = statistics.median(row["step"]), "**" * bool(row["ours"])
         close = near.get((entry["teacher"], entry["dtype"], name))
         wrong = close is not None and close > RIGHT[entry["dtype"]]
@@ -113,12 +120,26 @@ def table(entry: Row, near: dict[tuple[str, str, str], float]) -> list[str]:
             f"{row['tokens_per_second']:.0f}",
             f"{row['flops'] / 1e9:.0f}",
             mebibytes(row.get("peak_bytes")),
-            mebibytes(row.get("predicted_bytes")),
+            mebibytes(bytes_planned),
+            "" if time_planned is None else seconds(time_planned),
             "" if error is None else f"{error:.0e}",
             "" if close is None else f"{close:.0e}{' ✗' * wrong}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, "", f"Not run: {'; '.join(absent)}."] if absent else lines
+
+
+def planned(entry: Row, name: str) -> tuple[int | None, float | None]:
+    """What `kdfast plan` says of it: bytes above inputs and gradients, seconds on a known GPU."""
+    method = BY_NAME[name]
+    if method.plan is None:
+        return None, None
+    sizes = (entry["tokens"], entry["vocab"], entry["student_width"], entry["teacher_width"])
+    gpu = measure.known_gpu(entry["machine"]["device"])
+    device = "cuda" if gpu else "cpu"
+    shape = plan.Shape(*sizes, dtype=DTYPES[entry["dtype"]], device=device, teacher=entry["teacher"])
+    time = plan.predicted_seconds(method.plan, shape, gpu) if gpu else None
+    return plan.peak_bytes(method.plan, shape), time
 
 
 def seconds(value: float) -> str:
@@ -181,9 +202,10 @@ def planner(loss: dict[str, Row]) -> list[str]:
     ratios: dict[str, list[tuple[float, str]]] = {}
     for entry in loss.values():
         for name, row in entry["rows"].items():
-            if row.get("peak_bytes") and row.get("predicted_bytes"):
+            predicted = planned(entry, name)[0] if row.get("peak_bytes") else None
+            if predicted is not None:
                 where = f"{entry['workload']}, {entry['teacher']}, {entry['dtype']}"
-                ratios.setdefault(name, []).append((row["predicted_bytes"] / row["peak_bytes"], where))
+                ratios.setdefault(name, []).append((predicted / row["peak_bytes"], where))
     lines = [
         "## The planner beside the measurements",
         "",

@@ -20,6 +20,7 @@ from methods.method import Method
 from workloads import TEMPERATURE, WORKLOADS, Inputs, Workload
 
 TEACHERS = ["projected", "head", "none"]
+TRL = "TRL ChunkedDivergence"
 FLOORS = ["floor A (whole products)", "floor B (our products)"]
 
 
@@ -155,7 +156,7 @@ def made_up(**times):
         rows[name] |= {"whole_logits": name == "eager", "forward": [seconds / 3] * 2, "step": [seconds, seconds]}
         if name not in FLOORS:
             rows[name] |= {"errors": {"value": 0.0, "hidden": 1e-6, "weight": 2e-6}, "right": True}
-            rows[name] |= {"peak_bytes": 100 << 20, "predicted_bytes": 120 << 20}
+            rows[name] |= {"peak_bytes": 100 << 20}
     for row in rows.values():
         row |= figures(workload, row, rows)
     rows["fla fused KL"] = {"missing": "needs a GPU"}
@@ -164,18 +165,20 @@ def made_up(**times):
 
 
 def test_the_report_names_who_is_faster_and_who_did_not_run():
-    entry = made_up(floor_a=0.8, floor_b=1.0, ours=2.0, eager=1.6, TRL=1.0)
-    near = {("head", "fp32", "TRL"): 0.05, ("head", "fp32", "kdfast torch"): 1e-5}
+    entry = made_up(floor_a=0.8, floor_b=1.0, ours=2.0, eager=1.6, **{TRL: 1.0})
+    near = {("head", "fp32", TRL): 0.05, ("head", "fp32", "kdfast torch"): 1e-5}
     (line,) = [line for line in report.verdicts({"x": entry}, near) if "kdfast torch" in line]
-    assert "TRL (2.00×, gradients 5% off at KL 0.001)" in line
+    assert f"{TRL} (2.00×, gradients 5% off at KL 0.001)" in line
     assert "eager (1.25×)" in line
     assert "50% (below the aim)" in line
     table = "\n".join(report.table(entry, near))
     assert "Not run: fla fused KL (needs a GPU)." in table
     assert "5e-02 ✗" in table
     assert "eagerᴺ" in table
-    assert "| 1.20 (original, head, fp32) |" in "\n".join(report.planner({"x": entry}))
-    assert "| 0 of 1 |" in "\n".join(report.planner({"x": entry}))
+    predicted, seconds = report.planned(entry, "kdfast torch")
+    assert seconds is None, "known GPUs only"
+    line = f"| 0 of 1 | {predicted / (100 << 20):.2f} (original, head, fp32) |"
+    assert line in "\n".join(report.planner({"x": entry}))
 
 
 def test_the_picture_is_drawn_of_what_there_is(tmp_path):

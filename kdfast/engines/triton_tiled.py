@@ -9,9 +9,9 @@
 8u against the chunked engine's 6u. With per-row losses the forward stops after the statistics and keeps ten numbers a
 row, with which the backward starts at the slabs: 8u again, where the chunked engine takes 8u too.
 
-Memory beyond inputs and gradients: a slab of gradients within `scratch_bytes`, dX in fp32, and dW once more (bf16: in
-bf16; else in fp32); for a sparse teacher's bucket a bit an entry of the vocabulary, N·V/8 bytes. Two runs give the same
-bits.
+Memory beyond inputs and gradients: a slab of gradients and its dW within `scratch_bytes`, dX in fp32, and dW once more
+(bf16: in bf16; else in fp32); for a sparse teacher's bucket a bit an entry of the vocabulary, N·V/8 bytes. Two runs
+give the same bits.
 """
 
 from __future__ import annotations
@@ -89,7 +89,9 @@ def _gradients(
     sides = want.student + teacher
     dtype = gemm.gradient_dtype(x.weight.dtype, x.weight.device)
     tile = row_of(x.weight.device, x.weight.element_size(), N).gradients.block_v
-    width = _slab_width(x, (sides + want.anchor_apart) * dtype.itemsize, tile)
+    # what a vocabulary entry takes: its gradients, and its row of dW in fp32 before that is rounded
+    per_entry = N * (sides + want.anchor_apart) * dtype.itemsize + x.need_weight * x.hidden.shape[1] * x.dtype.itemsize
+    width = _slab_width(x, per_entry, tile)
     planes = torch.empty(sides + want.anchor_apart, N, width, device=x.hidden.device, dtype=dtype)
     inputs = _inputs(x, mix) if x.need_weight else None
     to_weight = slice(0, 2 * N if want.teacher_to_weight else N)
@@ -145,10 +147,10 @@ def _inputs(x: Problem, mix: Tensor | None) -> Tensor:
     return torch.cat([mixed.to(student.dtype), teacher])
 
 
-def _slab_width(x: Problem, bytes_per_logit: int, tile: int) -> int:
+def _slab_width(x: Problem, bytes_per_entry: int, tile: int) -> int:
     """Entries of the vocabulary at a time: whole tiles, in slabs of about equal width."""
     tiles = -(-x.valid_vocab // tile)
-    budget = scratch_budget(x.scratch_bytes, SCRATCH) // (x.hidden.shape[0] * bytes_per_logit * tile)
+    budget = scratch_budget(x.scratch_bytes, SCRATCH) // (bytes_per_entry * tile)
     slabs = -(-tiles // max(1, budget))
     return -(-tiles // slabs) * tile
 

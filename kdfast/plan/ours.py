@@ -24,27 +24,32 @@ ROW_WORK = {True: 6, False: 2}  # planes that plain torch's row work holds: p, q
 
 
 def eager(x: Shape) -> Phases:
+    """Logits widened to fp32, in a function whose names for them are gone before the backward."""
     L, W, A = x.logits, x.weight, x.hidden
+    F = x.tokens * x.vocab * x.wide  # log-softmax and what follows
     if x.teacher == "none":
-        # logits, log_softmax, its gradient, the logits' gradient; then logits and their gradient beside dW and dX
-        return {"logits": 4 * L, "products": 2 * L + W + A}
+        # log_softmax, its gradient, the logits' gradient
+        return {"logits": 3 * F, "products": L + W + A}
+    # logits and log_softmax of two sides; p, log p − log q and their product
+    forward = 2 * L + 5 * F
     if x.teacher == "head":
-        # logits, log_softmax of two sides; p, log p − log q and their product. Four are the caller's names to the end
-        return {"logits": 7 * L, "products": 5 * L + W + A}
+        return {"logits": forward, "products": L + W + A}
     return {
-        "logits": 8 * L + A,  # as above, and one gradient more; the projected hidden states
-        "products": 5 * L + 2 * W + 2 * A + x.projector,  # dW by the teacher's logits, dW by the student's
-        "sum": 4 * L + 3 * W + A + x.projector,  # autograd adds them up out of place
+        "logits": forward + A,  # the projected hidden states
+        "products": L + 2 * F + 2 * A + W,  # dW by the teacher's logits, while the student's wait
+        "student": L + 2 * W + 2 * A + x.projector,  # dW by the student's
+        "sum": 3 * W + 2 * A + x.projector,  # autograd adds them up out of place
     }
 
 
 def eager_compiled(x: Shape) -> Phases:
     L, W, A = x.logits, x.weight, x.hidden
-    # what the compiler must keep: logits of each side; its one backward kernel writes their gradients beside them
+    # what the compiler must keep: logits of each side. Its one backward kernel overwrites the student's with their
+    # gradient; not those of a projected teacher's two sides
     if x.teacher == "none":
-        return {"logits": 2 * L, "products": L + W + A}
+        return {"logits": L, "products": L + W + A}
     if x.teacher == "head":
-        return {"logits": 3 * L, "products": L + W + A}
+        return {"logits": 2 * L, "products": L + W + A}
     return {"logits": 4 * L + A, "products": L + 2 * W + 2 * A, "sum": 3 * W + 2 * A + x.projector}
 
 
@@ -156,6 +161,7 @@ def triton_tiled(x: Shape) -> Phases | None:
 def slab_width(x: Shape) -> int:
     """Entries of the vocabulary the tiled engine takes at a time."""
     tiles = ceil(x.vocab / TILE)
-    bytes_per_tile = x.tokens * (2 if x.teacher == "projected" else 1) * x.dtype.itemsize * TILE
+    gradients = x.tokens * (2 if x.teacher == "projected" else 1) * x.dtype.itemsize
+    bytes_per_tile = (gradients + x.student_width * x.wide) * TILE  # and its part of dW, before that is rounded
     slabs = ceil(tiles / max(1, scratch_budget(x.scratch_bytes, TILED_SCRATCH) // bytes_per_tile))
     return ceil(tiles / slabs) * TILE

@@ -65,10 +65,11 @@ def torchtune(x: Shape) -> Phases | None:
     chunk = ceil(x.tokens / TORCHTUNE_CHUNKS)
     L, entries = x.logits, x.tokens * x.vocab
     return {
-        # both logits whole; fp32 probabilities of one, log-probabilities of the other, a mask; two products of a chunk
-        "logits": 2 * L + entries * (2 * 4 + 1) + 2 * chunk * x.vocab * 4,
-        # the gradients of all chunks' logits are there first; the first two chunks' dW, and their sum
-        "products": 2 * L + L * (TORCHTUNE_CHUNKS - 2) // TORCHTUNE_CHUNKS + 3 * x.weight + x.hidden,
+        # both logits whole; fp32 probabilities of one, log-probabilities of the other, a mask; two products of a chunk;
+        # hidden states divided by τ, of which it knows nothing
+        "logits": 2 * L + entries * (2 * 4 + 1) + 2 * chunk * x.vocab * 4 + x.hidden,
+        # the gradients of all chunks' logits are there first; the first two chunks' dX and dW, and the sum of these
+        "products": L * (TORCHTUNE_CHUNKS - 2) // TORCHTUNE_CHUNKS + 3 * x.weight + x.hidden + x.hidden // 4,
     }
 
 
@@ -90,7 +91,8 @@ def fla(x: Shape) -> Phases | None:
     chunk = _power_of_two(ceil(x.tokens / min(FLA_CHUNKS, ceil(x.vocab / x.student_width))))
     chunk = min(chunk, x.tokens)
     L = chunk * x.vocab * s
-    accumulated = x.hidden + x.vocab * x.student_width * 4  # dW in fp32
+    divided = x.hidden + x.tokens * x.teacher_width * s  # by τ, of which it knows nothing
+    accumulated = divided + x.hidden + x.vocab * x.student_width * 4  # dW in fp32
     kept = (s != 4) * chunk * x.student_width * 4  # hidden states of a chunk, widened
     several = chunk < x.tokens
     return {

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parent))  # methods, live_bytes, fake_gpu
+sys.path.append(str(Path(__file__).parent))  # planned, live_bytes, fake_gpu
 
 
 @pytest.fixture(autouse=True)
