@@ -24,7 +24,7 @@ METHODS: dict[str, Method] = {
     "eager_compiled": Method(
         "eager, torch.compile",
         ours.eager_compiled,
-        "an estimate: logits and their gradients in the inputs' dtype, everything between fused away",
+        "an estimate, fitted to a CPU's resident set: logits and their gradients, everything between fused away",
         estimate=True,
     ),
     "reference": Method("kdfast reference", ours.reference, TRACKED),
