@@ -19,7 +19,7 @@ UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1
 NOTES = """\
 Predictions; no method has been measured on a GPU yet. Peak: the highest live bytes of one forward and backward above
 inputs and gradients, a formula for each method, {held}.
-* an estimate, held against nothing. total: with inputs and gradients. largest N: where the total, and what else is
+* an estimate, see docs/planning.md. total: with inputs and gradients. largest N: where the total, and what else is
 resident, fits. u(H) = 2·N·V·H operations. {time}
 Not counted: cuBLAS workspace, fragmentation, NCCL buffers, the CUDA context. More: docs/planning.md"""
 TIME = """Time: operations at {products:.0f} TFLOP/s, and the row work's
