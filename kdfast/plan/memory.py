@@ -54,7 +54,7 @@ def peak_bytes(method: str, shape: Shape) -> int | None:
     the resident set. None: the method is not for this teacher, dtype or device. Raises ValueError: unknown method.
     """
     live = live_bytes(method, shape)
-    return None if live is None else live + beyond_allocations(shape)
+    return None if live is None else live + beyond_allocations(method, shape)
 
 
 def live_bytes(method: str, shape: Shape) -> int | None:

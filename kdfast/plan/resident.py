@@ -9,11 +9,17 @@ from __future__ import annotations
 
 import torch
 
+from kdfast.plan.peers import TRL_TOKENS, TRL_VOCAB
 from kdfast.plan.shape import Shape
 
 PRODUCT_BUFFERS = 6 << 20  # bytes a thread: operands of a product as MKL packs them
 
 
-def beyond_allocations(x: Shape) -> int:
+def beyond_allocations(method: str, x: Shape) -> int:
     """Bytes; 0 on a GPU."""
-    return PRODUCT_BUFFERS * torch.get_num_threads() if x.device == "cpu" else 0
+    if x.device != "cpu":
+        return 0
+    untouched = 0
+    if method == "trl":  # two tiles of full width, of which a small vocabulary never touches the rest
+        untouched = 2 * min(x.tokens, TRL_TOKENS) * max(0, TRL_VOCAB - x.vocab) * 4
+    return PRODUCT_BUFFERS * torch.get_num_threads() - untouched
