@@ -42,7 +42,7 @@ types: $(READY)
 check: lint types test  ## lint, types and tests
 
 # some benchmarks print their tables (-s), and the peers' warnings are theirs
-bench: $(READY_BENCH)  ## throughput and memory against the peers, an hour on two cores; then tables and a picture
+bench: $(READY_BENCH)  ## throughput and memory against the peers, over an hour on two cores; then tables and a picture
 	$(BIN)/python -m pytest bench -s -W default $(ARGS)
 	$(BIN)/python bench/report.py
 

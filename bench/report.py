@@ -49,9 +49,9 @@ def main() -> None:
     loss, accuracy = (records.read(name, args.device, args.out) for name in ("loss", "accuracy"))
     near = near_convergence(accuracy)
     lines = ["# Measured: the loss by every contender", "", *introduction(loss), ""]
-    lines += [*verdicts(loss, near), "", *planner(loss), ""]
+    lines += [*verdicts(loss, near), "", *planner(loss, args.device), ""]
     for entry in sorted(loss.values(), key=lambda entry: is_sweep(entry)):
-        lines += [*table(entry, near), ""]
+        lines += [*table(entry, near, args.device), ""]
     lines += [*accuracy_table(accuracy), ""]
     if (step := records.path("step", args.device, args.out)).exists():
         lines += ["## A whole training step", "", *step_results.lines(json.loads(step.read_text()))]
@@ -96,7 +96,7 @@ def ranked(entry: Row) -> list[tuple[str, Row]]:
     return sorted(rows, key=key)
 
 
-def table(entry: Row, near: dict[tuple[str, str, str], float]) -> list[str]:
+def table(entry: Row, near: dict[tuple[str, str, str], float], device: str = DEVICE) -> list[str]:
     lines = [f"## {entry['workload']}, {entry['dtype']}: {TEACHERS[entry['teacher']]}", "", sizes(entry), ""]
     lines += [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     absent = []
@@ -104,7 +104,7 @@ def table(entry: Row, near: dict[tuple[str, str, str], float]) -> list[str]:
         if "missing" in row:
             absent.append(f"{name} ({row['missing']})")
             continue
-        bytes_planned, time_planned = planned(entry, name)
+        bytes_planned, time_planned = planned(entry, name, device)
         step, bold = statistics.median(row["step"]), "**" * bool(row["ours"])
         close = near.get((entry["teacher"], entry["dtype"], name))
         wrong = close is not None and close > RIGHT[entry["dtype"]]
@@ -129,14 +129,13 @@ def table(entry: Row, near: dict[tuple[str, str, str], float]) -> list[str]:
     return [*lines, "", f"Not run: {'; '.join(absent)}."] if absent else lines
 
 
-def planned(entry: Row, name: str) -> tuple[int | None, float | None]:
+def planned(entry: Row, name: str, device: str = DEVICE) -> tuple[int | None, float | None]:
     """What `kdfast plan` says of it: bytes above inputs and gradients, seconds on a known GPU."""
     method = BY_NAME[name]
     if method.plan is None:
         return None, None
     sizes = (entry["tokens"], entry["vocab"], entry["student_width"], entry["teacher_width"])
     gpu = measure.known_gpu(entry["machine"]["device"])
-    device = "cuda" if gpu else "cpu"
     shape = plan.Shape(*sizes, dtype=DTYPES[entry["dtype"]], device=device, teacher=entry["teacher"])
     time = plan.predicted_seconds(method.plan, shape, gpu) if gpu else None
     return plan.peak_bytes(method.plan, shape), time
@@ -197,12 +196,12 @@ def verdicts(loss: dict[str, Row], near: dict[tuple[str, str, str], float]) -> l
     return lines
 
 
-def planner(loss: dict[str, Row]) -> list[str]:
+def planner(loss: dict[str, Row], device: str = DEVICE) -> list[str]:
     """The planner's peaks beside those measured: median and worst ratio of each method."""
     ratios: dict[str, list[tuple[float, str]]] = {}
     for entry in loss.values():
         for name, row in entry["rows"].items():
-            predicted = planned(entry, name)[0] if row.get("peak_bytes") else None
+            predicted = planned(entry, name, device)[0] if row.get("peak_bytes") else None
             if predicted is not None:
                 where = f"{entry['workload']}, {entry['teacher']}, {entry['dtype']}"
                 ratios.setdefault(name, []).append((predicted / row["peak_bytes"], where))

@@ -13,7 +13,6 @@ itself. A projected teacher (run5) is another loss: timed, not compared.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import importlib
 import json
@@ -23,7 +22,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 from unittest import mock
@@ -341,21 +340,14 @@ def peak_of_step(setting: Setting, name: str, size: int) -> dict[str, Any]:
     gc.collect()
     gradients = sum(p.numel() * p.element_size() for p in bench.parameters if p.requires_grad)
     start = time.perf_counter()
+    room = None
     if setting.device == "cuda":
         torch.cuda.empty_cache()
         room = torch.cuda.mem_get_info()[0] - gradients
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        try:
-            bench.step(name, batch)
-        except torch.OutOfMemoryError:
-            return {"out_of_memory": True, "room": room}
-        peak = torch.cuda.max_memory_allocated() - before
-    else:
-        room = None
-        with suppress(AttributeError, OSError):
-            ctypes.CDLL(None).malloc_trim(0)  # what was freed is not to hide what is allocated
+    try:
         peak = measure.peak_above_inputs(lambda: bench.step(name, batch))
+    except torch.OutOfMemoryError:
+        return {"out_of_memory": True, "room": room}
     seconds = time.perf_counter() - start
     return {"peak_bytes": peak - gradients, "gradient_bytes": gradients, "memory_run_seconds": seconds, "room": room}
 

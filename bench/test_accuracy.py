@@ -10,8 +10,9 @@ from __future__ import annotations
 import pytest
 import records
 import torch
-from methods import METHODS
-from truth import errors, truth
+from compare import check
+from methods import BY_NAME, METHODS
+from truth import truth
 from workloads import DEVICE, QUICK, Inputs, Workload
 
 KL = (1e-1, 1e-3) if QUICK else (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
@@ -40,19 +41,13 @@ def test_accuracy(teacher: str, dtype: torch.dtype) -> None:
         inputs, found = at(workload, kl)
         reached.append(found)
         exact = truth(inputs)
-        for method in METHODS:
-            if method.is_floor:
+        for name, row in rows.items():
+            found = check(BY_NAME[name], inputs, exact)
+            if "missing" in found:
+                rows[name] = {"missing": found["missing"]}
                 continue
-            if missing := method.missing(teacher, DEVICE):
-                rows[method.name] = {"missing": missing}
-                continue
-            try:
-                loss = method.runs(inputs)[1]()
-            except Exception as problem:
-                rows[method.name] = {"missing": f"{type(problem).__name__}: {str(problem).strip()[:200]}"}
-                continue
-            for key, error in errors(inputs, loss, exact, cross_entropy=method.cross_entropy).items():
-                rows[method.name].setdefault(key, []).append(error)
+            for key, error in found["errors"].items():
+                row.setdefault(key, []).append(error)
     entry = {"teacher": teacher, "dtype": workload.precision, "sizes": workload.sizes, "kl": reached, "rows": rows}
     records.add("accuracy", str(workload), entry)
     ours = rows["kdfast triton_chunked" if DEVICE == "cuda" else "kdfast torch"]

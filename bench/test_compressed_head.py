@@ -16,6 +16,7 @@ import statistics
 import time
 
 import measure
+import records
 import torch
 
 from kdfast import Head, fused_kd_loss
@@ -85,10 +86,5 @@ def _report(rows, solving):
             f"| {name} | {row['seconds']:.2f} | {row['of_whole']:.0%} | {row['of_gemms']:.0%} "
             f"| {row['head_bytes'] / 2**20:.0f} MiB |"
         )
-    folder = measure.ROOT / "bench/results"
-    folder.mkdir(exist_ok=True)
-    path = folder / f"compressed-head-{'cuda' if torch.cuda.is_available() else 'cpu'}.json"
     result = {"machine": machine, "tokens": TOKENS, "solving_seconds": solving, "rows": rows}
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    temporary.replace(path)
+    records.write(records.path("compressed-head"), json.dumps(result, indent=1, ensure_ascii=False) + "\n")

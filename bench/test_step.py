@@ -35,12 +35,10 @@ from typing import Any
 import measure
 import pytest
 import records
-import torch
 from step import CONTENDERS, EAGER, PAIRS, TITLES, Bench, Setting, peak_in_fresh_process, peak_of_step
 from step_results import GIB, lines
+from workloads import CUDA, DEVICE, QUICK
 
-CUDA = torch.cuda.is_available()
-QUICK = os.environ.get("KDFAST_BENCH_QUICK", "0") not in ("", "0")
 ATTEMPTS = 6  # at a largest batch, beyond the batches of the table
 # loss, gradient of the embedding: fp32, and where products or weights are bf16
 TOLERANCE = {"float32": (1e-4, 1e-3), "bfloat16": (1e-2, 5e-2), "autocast": (1e-2, 5e-2)}
@@ -65,7 +63,7 @@ def plan_for(pair: str) -> Plan:
         return os.environ.get(f"KDFAST_BENCH_{name}", default)
 
     if pair == "tiny":
-        setting = Setting(pair, 32, device="cuda" if CUDA else "cpu")
+        setting = Setting(pair, 32, device=DEVICE)
         return Plan(setting, (1, 2), 1, search=True, budget=16 << 20, fresh_process=False)
     large = pair != "gpt2"
     sequence, dtype, optimizer, batches, budget = (
@@ -82,7 +80,7 @@ def plan_for(pair: str) -> Plan:
             int(option("SEQUENCE", sequence)),
             option("DTYPE", dtype),
             option("OPTIMIZER", optimizer),
-            "cuda" if CUDA else "cpu",
+            DEVICE,
             option("CHECKPOINTING", "0") not in ("", "0"),
         ),
         tuple(int(size) for size in option("BATCHES", batches).split(",")),

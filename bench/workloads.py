@@ -12,13 +12,13 @@ import os
 from dataclasses import dataclass, replace
 
 import torch
+from measure import CUDA
 from torch import Tensor
 
 from kdfast.plan import Shape
 
-CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-QUICK = bool(os.environ.get("KDFAST_BENCH_QUICK"))
+QUICK = os.environ.get("KDFAST_BENCH_QUICK", "0") not in ("", "0")
 TEMPERATURE = 2.0
 
 

@@ -47,6 +47,7 @@ def mixes(x: Problem) -> bool:
 
 CPU_SCRATCH = 128 << 20  # 316 tokens at V=50257: past that the products gain nothing
 DEVICE_SCRATCH = 512 << 20
+SLAB_SCRATCH = 128 << 20  # with dX and dW 4% of what eager takes at V=50257, Hs=768
 DEVICE_TOKENS = 1024  # fewer rows than this starve a GPU's matrix units
 ALIGNMENT = 128  # elements a row of scratch is padded to, so that products see an aligned leading dimension
 
@@ -90,6 +91,14 @@ def chunk_tokens(tokens: int, per_token: int, device: torch.device, scratch_byte
     default = CPU_SCRATCH if device.type == "cpu" else max(DEVICE_SCRATCH, DEVICE_TOKENS * per_token)
     most = min(max(1, scratch_budget(scratch_bytes, default) // per_token), max(1, tokens))
     return -(-tokens // -(-tokens // most)) if tokens else 1
+
+
+def slab_width(vocab: int, bytes_per_entry: int, tile: int, scratch_bytes: int = 0) -> int:
+    """Entries of the vocabulary `triton_tiled` takes at a time: whole tiles, in slabs of about equal width.
+    bytes_per_entry: of all tokens' gradients of one logit, and of its row of dW."""
+    tiles = -(-vocab // tile)
+    slabs = -(-tiles // max(1, scratch_budget(scratch_bytes, SLAB_SCRATCH) // (bytes_per_entry * tile)))
+    return -(-tiles // slabs) * tile
 
 
 FLOAT16_HEADROOM = 1024.0

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from kdfast import gemm
 from kdfast.engines import triton_sparse
-from kdfast.engines.planning import active_rows, gradient_scale, mixes, scratch_budget, total, wanted
+from kdfast.engines.planning import active_rows, gradient_scale, mixes, slab_width, total, wanted
 from kdfast.engines.triton_arguments import heads_of, term_of
 from kdfast.kernels import support
 from kdfast.kernels.arguments import Heads, Term
@@ -33,8 +33,6 @@ from kdfast.kernels.statistics import ROWS
 from kdfast.kernels.tiled_gradients import slab_gradients
 from kdfast.kernels.tiled_statistics import statistics
 from kdfast.problem import Problem, Result
-
-SCRATCH = 128 << 20  # with dX and dW 4% of what eager takes at V=50257, Hs=768
 
 
 def run(x: Problem, rows: Tensor | None = None) -> Result:
@@ -91,7 +89,7 @@ def _gradients(
     tile = row_of(x.weight.device, x.weight.element_size(), N).gradients.block_v
     # what a vocabulary entry takes: its gradients, and its row of dW in fp32 before that is rounded
     per_entry = N * (sides + want.anchor_apart) * dtype.itemsize + x.need_weight * x.hidden.shape[1] * x.dtype.itemsize
-    width = _slab_width(x, per_entry, tile)
+    width = slab_width(x.valid_vocab, per_entry, tile, x.scratch_bytes)
     planes = torch.empty(sides + want.anchor_apart, N, width, device=x.hidden.device, dtype=dtype)
     inputs = _inputs(x, mix) if x.need_weight else None
     to_weight = slice(0, 2 * N if want.teacher_to_weight else N)
@@ -145,14 +143,6 @@ def _inputs(x: Problem, mix: Tensor | None) -> Tensor:
         return torch.cat([student, teacher])
     mixed = torch.addcmul(student.to(x.dtype), teacher.to(x.dtype), mix[:, None], value=-1)
     return torch.cat([mixed.to(student.dtype), teacher])
-
-
-def _slab_width(x: Problem, bytes_per_entry: int, tile: int) -> int:
-    """Entries of the vocabulary at a time: whole tiles, in slabs of about equal width."""
-    tiles = -(-x.valid_vocab // tile)
-    budget = scratch_budget(x.scratch_bytes, SCRATCH) // (bytes_per_entry * tile)
-    slabs = -(-tiles // max(1, budget))
-    return -(-tiles // slabs) * tile
 
 
 def _count(x: Problem, passes: int = 1, part: slice | None = None) -> None:

@@ -8,9 +8,9 @@ from math import ceil
 import torch
 
 from kdfast.engines.choice import MIN_TOKENS
-from kdfast.engines.planning import bytes_per_token
+from kdfast.engines.planning import SLAB_SCRATCH, bytes_per_token
 from kdfast.plan.memory import total_bytes
-from kdfast.plan.ours import TILED_SCRATCH, chunk_of, slab_width
+from kdfast.plan.ours import chunk_of, slab_width
 from kdfast.plan.shape import Shape
 
 
@@ -54,7 +54,7 @@ def fitting_portion(shape: Shape, available_bytes: int) -> Portion | None:
             tokens = max(MIN_TOKENS, tokens // 2)
             candidates.append(portion(replace(shape, scratch_bytes=tokens * _per_token(shape))))
     if shape.device == "cuda" and shape.dtype != torch.float64:
-        scratch = min(TILED_SCRATCH, least_scratch(shape) - 1)
+        scratch = min(SLAB_SCRATCH, least_scratch(shape) - 1)
         candidates += [portion(replace(shape, scratch_bytes=scratch >> power)) for power in range(6)]
     else:
         scratch = _per_token(shape) * chunk_of(shape, "torch")

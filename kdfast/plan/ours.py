@@ -6,18 +6,16 @@ Each function returns {phase: bytes}; the highest phase counts. In comments: m t
 
 from __future__ import annotations
 
-from math import ceil
-
 import torch
 
 from kdfast import gemm
+from kdfast.engines import planning
 from kdfast.engines.chunked import CPU_BLOCK
-from kdfast.engines.planning import bytes_per_token, chunk_tokens, row_stride, scratch_budget
+from kdfast.engines.planning import bytes_per_token, chunk_tokens, row_stride
 from kdfast.plan.shape import Shape
 
 Phases = dict[str, int]
 
-TILED_SCRATCH = 128 << 20  # kdfast.engines.triton_tiled.SCRATCH, which only imports where Triton is
 TILE = 128  # entries a slab's width is rounded up to, at the most (kdfast.kernels.configurations)
 ROW = 60  # bytes a token: coefficients, statistics, masks, labels
 ROW_WORK = {True: 6, False: 2}  # planes that plain torch's row work holds: p, q, g, f, ∂f/∂p, ∂f/∂q; or log q, q
@@ -160,8 +158,5 @@ def triton_tiled(x: Shape) -> Phases | None:
 
 def slab_width(x: Shape) -> int:
     """Entries of the vocabulary the tiled engine takes at a time."""
-    tiles = ceil(x.vocab / TILE)
     gradients = x.tokens * (2 if x.teacher == "projected" else 1) * x.dtype.itemsize
-    bytes_per_tile = (gradients + x.student_width * x.wide) * TILE  # and its part of dW, before that is rounded
-    slabs = ceil(tiles / max(1, scratch_budget(x.scratch_bytes, TILED_SCRATCH) // bytes_per_tile))
-    return ceil(tiles / slabs) * TILE
+    return planning.slab_width(x.vocab, gradients + x.student_width * x.wide, TILE, x.scratch_bytes)

@@ -12,7 +12,7 @@ from fake_gpu import highest_live_bytes as highest_on_a_gpu
 from live_bytes import highest_live_bytes
 from planned import case, gradients, on_a_gpu, run
 
-from kdfast.engines import triton_tiled
+from kdfast.engines import planning, triton_tiled
 from kdfast.plan import METHODS, Shape, largest_tokens, ours, peak_bytes, resident, total_bytes
 from kdfast.plan.memory import live_bytes
 
@@ -151,8 +151,9 @@ def test_few_tokens_take_no_more_than_many():
     assert total_bytes("triton_tiled", replace(shape, tokens=200)) < total_bytes("triton_tiled", shape)
 
 
-def test_constants_are_the_engines():
-    assert ours.TILED_SCRATCH == triton_tiled.SCRATCH
+def test_the_slab_is_the_engines():
+    assert triton_tiled.slab_width is planning.slab_width
+    assert ours.planning is planning
 
 
 @pytest.mark.parametrize(
