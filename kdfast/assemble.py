@@ -16,6 +16,7 @@ from kdfast.options import Options, is_asked
 from kdfast.problem import ANCHOR, KD, Problem
 from kdfast.row_weights import RowWeights, row_weights, scalar
 from kdfast.sources import Head, Logits, Projected, SparseLogits, Teacher
+from kdfast.vocabulary import Vocabulary
 
 
 class Assembled(NamedTuple):
@@ -24,19 +25,21 @@ class Assembled(NamedTuple):
     anchor: Problem | None  # where the anchor is a distribution: its KL to the projected teacher, the student there
 
 
-def assemble(student: Head, teacher: Teacher | None, labels: Tensor | None, options: Options) -> Assembled:
+def assemble(
+    student: Head, teacher: Teacher | None, labels: Tensor | None, options: Options, vocabulary: Vocabulary
+) -> Assembled:
     """Checked arguments → what an engine solves."""
     student = _autocast(student)
     hidden = _flat(student.hidden)
-    device, N, vocab = hidden.device, hidden.shape[0], student.weight.shape[0]
-    valid_vocab = vocab if options.valid_vocab is None else options.valid_vocab
+    device, N = hidden.device, hidden.shape[0]
+    valid_vocab = vocabulary.size if options.valid_vocab is None else options.valid_vocab
 
     engine = resolve(
         options.engine,
         device,
         student.weight.dtype,
         tokens=N,
-        vocab=valid_vocab,
+        vocab=min(valid_vocab, vocabulary.largest),
         teacher=isinstance(teacher, Head | Projected),
         scratch_bytes=options.scratch_bytes or 0,
     )
@@ -53,7 +56,7 @@ def assemble(student: Head, teacher: Teacher | None, labels: Tensor | None, opti
     double = any(t is not None and t.dtype == torch.float64 for t in (hidden, *others))
     dtype = torch.float64 if double else torch.float32
     temperature = scalar(options.temperature, device, dtype)
-    sides = _sides(teacher, student, projected, valid_vocab, temperature, dtype)
+    sides = _sides(teacher, student, projected, valid_vocab, temperature, dtype, vocabulary, vocabulary.teacher)
     rows = row_weights(
         labels,
         options,
@@ -62,8 +65,8 @@ def assemble(student: Head, teacher: Teacher | None, labels: Tensor | None, opti
         sides["temperature"],
         has_kd=teacher is not None,
         has_anchor=isinstance(teacher, Projected),
-        bad_kd=_out_of_vocabulary(teacher, vocab, options),
-        bad_anchor=_out_of_vocabulary(options.anchor_targets, vocab, options),
+        bad_kd=_out_of_vocabulary(teacher, vocabulary.size, options),
+        bad_anchor=_out_of_vocabulary(options.anchor_targets, vocabulary.size, options),
         dtype=dtype,
         device=device,
     )
@@ -72,6 +75,7 @@ def assemble(student: Head, teacher: Teacher | None, labels: Tensor | None, opti
     anchor_term = projected is not None and rows.has_anchor and is_asked(options.anchor_weight)
     soft_anchor = not isinstance(options.anchor_targets, Tensor | None)
     grad = torch.is_grad_enabled()
+    whole = ce_term or options.return_metrics  # past the shared ids there is the cross entropy alone
     problem = Problem(
         hidden=hidden,
         weight=student.weight,
@@ -86,8 +90,11 @@ def assemble(student: Head, teacher: Teacher | None, labels: Tensor | None, opti
         divergence_name=options.divergence.name,
         divergence_parameters=options.divergence.parameters,
         teacher_grad=options.teacher_grad,
-        # past the shared ids there is the cross entropy alone
-        valid_vocab=valid_vocab if ce_term or options.return_metrics else sides["kd_vocab"],
+        valid_vocab=vocabulary.within(valid_vocab) if whole else sides["kd_vocab"],
+        vocab_size=valid_vocab if whole else sides["kd_size"],
+        vocab_start=vocabulary.start,
+        largest=vocabulary.largest,
+        group=vocabulary.group,
         ce_term=ce_term,
         anchor_term=anchor_term and not soft_anchor,
         want_metrics=options.return_metrics,
@@ -101,7 +108,8 @@ def assemble(student: Head, teacher: Teacher | None, labels: Tensor | None, opti
     )
     if not soft_anchor or projected is None or not (anchor_term or options.return_metrics):
         return Assembled(problem, rows.weights, None)
-    return Assembled(problem, rows.weights, _soft_anchor(problem, options, rows, anchor_term, student))
+    anchor = _soft_anchor(problem, options, rows, anchor_term, student, valid_vocab, vocabulary)
+    return Assembled(problem, rows.weights, anchor)
 
 
 def _sides(
@@ -111,8 +119,12 @@ def _sides(
     valid_vocab: int,
     temperature: Tensor,
     dtype: torch.dtype,
+    vocabulary: Vocabulary,
+    own: int | None,
 ) -> dict[str, Any]:
-    """The fields of Problem that say what the student is compared with, and at which temperature."""
+    """The fields of Problem that say what the student is compared with, and at which temperature. own: size of the
+    teacher's vocabulary where only a slice of that is here."""
+    here = vocabulary.within(valid_vocab)
     side: dict[str, Any] = dict.fromkeys(
         ("teacher_hidden", "teacher_weight", "teacher_bias", "teacher_logits", "teacher_rows", "teacher_indices")
     )
@@ -122,7 +134,8 @@ def _sides(
         "teacher_softcap": _float(student.softcap),
         "teacher_log_probs": None,
         "teacher_tail": "renormalize",
-        "kd_vocab": valid_vocab,
+        "kd_vocab": here,
+        "kd_size": valid_vocab,
         "temperature": temperature,
     }
     if isinstance(teacher, Head):
@@ -132,14 +145,16 @@ def _sides(
             "teacher_bias": teacher.bias,
             "teacher_logit_scale": float(teacher.logit_scale),
             "teacher_softcap": _float(teacher.softcap),
-            "kd_vocab": min(valid_vocab, teacher.weight.shape[0]),
+            "kd_vocab": min(here, teacher.weight.shape[0]),
+            "kd_size": min(valid_vocab, own or teacher.weight.shape[0]),
         }
     elif isinstance(teacher, Logits):
         rows = teacher.logits.shape[:-1].numel()
         side |= {
             "teacher_logits": teacher.logits,
             "teacher_rows": torch.arange(rows, device=teacher.logits.device),
-            "kd_vocab": min(valid_vocab, teacher.logits.shape[-1]),
+            "kd_vocab": min(here, teacher.logits.shape[-1]),
+            "kd_size": min(valid_vocab, own or teacher.logits.shape[-1]),
         }
     elif isinstance(teacher, SparseLogits):
         indices, log_probs = sparse.prepare(_flat(teacher.indices), _flat(teacher.log_probs), valid_vocab, dtype)
@@ -150,17 +165,17 @@ def _sides(
 
 
 def _soft_anchor(
-    problem: Problem, options: Options, rows: RowWeights, anchor_term: bool, student: Head
-) -> Problem:
+    problem: Problem, options: Options, rows: RowWeights, anchor_term: bool, student: Head, valid_vocab: int,
+    vocabulary: Vocabulary,
+) -> Problem:  # fmt: skip
     """H(targets, projected) = KL(targets ‖ projected) + H(targets): a distillation of the projected teacher alone."""
     targets = options.anchor_targets
     assert isinstance(targets, Head | Logits | SparseLogits)
     assert problem.teacher_hidden is not None
     if isinstance(targets, Head):
         targets = _autocast(targets)
-    sides = _sides(
-        targets, student, None, problem.valid_vocab, torch.ones_like(problem.temperature), problem.dtype
-    )
+    one = torch.ones_like(problem.temperature)
+    sides = _sides(targets, student, None, valid_vocab, one, problem.dtype, vocabulary, vocabulary.anchor)
     coefficients = torch.zeros_like(rows.coefficients)
     coefficients[KD] = rows.coefficients[ANCHOR]
     return replace(
@@ -176,6 +191,7 @@ def _soft_anchor(
         divergence_name="forward_kl",
         divergence_parameters=[],
         valid_vocab=sides["kd_vocab"],
+        vocab_size=sides["kd_size"],
         ce_term=False,
         anchor_term=False,
         want_metrics=not isinstance(targets, SparseLogits),  # the targets' entropy

@@ -16,7 +16,8 @@ from kdfast.divergences import Divergence, get_divergence
 from kdfast.options import Options
 from kdfast.problem import AGREEMENT, ANCHOR, CE, KD, STUDENT_ENTROPY, TEACHER_ENTROPY, Problem
 from kdfast.sources import Head, Logits, SparseLogits, Teacher
-from kdfast.validation import check
+from kdfast.validation import check, check_kinds
+from kdfast.vocabulary import localise
 
 
 class KDMetrics(NamedTuple):
@@ -92,7 +93,18 @@ def fused_kd_loss(
         vocab: teacher's and student's vocabulary differ in size: "error", or "truncate": both sides of the KD term end
             at the shared first ids, CE keeps the student's whole vocabulary, and a sparse teacher's other ids are
             dropped. (With `valid_vocab` within both there is no difference: only their padding differs.)
-        process_group, vocab_start: vocabulary-parallel heads are not in this version.
+        process_group, vocab_start: vocabulary-parallel. `weight` (and bias) are this process's contiguous slice of the
+            head, of any size, starting at id `vocab_start`; or DTensors sharded on dim 0 of the 1-D DeviceMesh (or its
+            group) that is passed. Every process of the group calls with the same rows and options and gets the same
+            loss and metrics, the gradient of its slice, and complete gradients of hidden states and projector: they
+            are not to be summed over the group again. A `Projected` teacher shares the slices, a `Head` brings its
+            own, cut at the same ids, `Logits` their slice or all; ids (labels, sparse entries) are those of the
+            whole vocabulary. A DTensor without process_group, such as an FSDP-sharded head, is an error.
+            Collectives: of k chunks of tokens k gathers of 60 bytes a token and process (in fp32; 76 to 100 with the
+            Triton engines; and 4·K of a sparse teacher), 2k for a divergence that is no forward or reverse KL, and k
+            sums, each row of dX (and of the teacher's) once; they overlap with the other chunks' products.
+            "triton_tiled": 1 (or 2) gathers and 1 sum, and 1 more for a sparse teacher, not overlapped. On a CPU one
+            more that compares the calls; on a GPU once for each set of slices. docs/distributed.md, docs/scaling.md.
         engine: "auto", "reference" (eager, whole logits), "torch" (chunks of tokens, any device), "triton_chunked" (a
             GPU; fewest operations) or "triton_tiled" (a GPU; least memory). An explicit choice never falls back.
         scratch_bytes: memory for one chunk's logits and their gradients, or one slab's gradients; None =
@@ -107,7 +119,6 @@ def fused_kd_loss(
     Raises:
         ValueError, TypeError: an argument is wrong; the message names it. Values of tensors (label range, negative
             or NaN weights) are checked on the CPU; on a GPU a bad row becomes NaN, and KDFAST_CHECK=1 raises.
-        NotImplementedError: part of the interface that this version does not compute.
         RuntimeError: second derivatives on a fused engine (use engine="reference").
 
     torch.compile: one graph, whatever values the tensors have, 0-d ones among the options too. A number that changes
@@ -140,8 +151,10 @@ def fused_kd_loss(
         scratch_bytes=scratch_bytes,
         return_metrics=return_metrics,
     )
-    check(student, teacher, labels, options)
-    assembled = assemble(student, teacher, labels, options)
+    check_kinds(student, teacher)
+    student, teacher, options, vocabulary = localise(student, teacher, labels, options)
+    check(student, teacher, labels, options, vocabulary)
+    assembled = assemble(student, teacher, labels, options, vocabulary)
     loss, stats = engines.run(assembled.problem)
     if assembled.anchor is not None:
         anchor_loss, anchor = _soft_anchor(assembled.anchor)

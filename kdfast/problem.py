@@ -5,7 +5,8 @@ an engine knows only
 
     loss = Σₙ  c_kdₙ·divergenceₙ + c_ceₙ·CEₙ + c_anchorₙ·anchorₙ            (a term counts nothing where c = 0)
 
-Letters: `N` tokens, `V` vocabulary, `Hs`/`Ht` student and teacher width.
+Letters: `N` tokens, `V` vocabulary (where it is sliced, the entries here), `Hs`/`Ht` student and teacher width. Ids of
+labels, targets and sparse entries are those of the whole vocabulary.
 """
 
 from __future__ import annotations
@@ -51,6 +52,11 @@ class Problem:
     teacher_grad: str  # "full" | "projector" | "none"
     valid_vocab: int  # ids from here on are padding rows of the student's embedding
     kd_vocab: int  # both sides of the KD term end here: less than valid_vocab where the teacher's vocabulary is smaller
+    vocab_size: int  # valid_vocab of all processes together
+    kd_size: int  # kd_vocab of all processes together
+    vocab_start: int  # id of the first entry here
+    largest: int  # most entries any process has
+    group: str  # of processes that have a slice of the vocabulary each, all taking the same rows; "" = it is whole
     ce_term: bool  # the cross entropy is part of the loss
     anchor_term: bool  # the anchor is part of the loss
     want_metrics: bool  # every statistic there is, in the loss or not
@@ -78,6 +84,18 @@ class Problem:
     def projected(self) -> bool:
         """The teacher goes through the student's head."""
         return self.teacher_hidden is not None and self.teacher_weight is None
+
+    @property
+    def truncated(self) -> bool:
+        """Some process has entries past the KD term's."""
+        return self.kd_size < self.vocab_size
+
+    def local(self, ids: Tensor | None) -> Tensor | None:
+        """Ids → entries here; −1 for those of other processes."""
+        if ids is None or not self.group:
+            return ids
+        here = (ids >= self.vocab_start) & (ids < self.vocab_start + self.valid_vocab)
+        return torch.where(here, ids - self.vocab_start, -1)
 
     @property
     def use_ce(self) -> bool:

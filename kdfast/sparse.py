@@ -80,7 +80,7 @@ def missing(x: Problem, log_probs: Tensor, indices: Tensor) -> Tensor:
     within = counted(indices) & (log_probs > -inf)
     mass = torch.where(within, log_probs, -inf).double().exp().sum(dim=-1)
     rest = (1 - mass).clamp_min(0).log().to(log_probs.dtype)
-    return rest.masked_fill(within.sum(dim=-1) == x.kd_vocab, -inf)
+    return rest.masked_fill(within.sum(dim=-1) == x.kd_size, -inf)
 
 
 def entropy(x: Problem) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from numbers import Integral, Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,23 +19,21 @@ from kdfast.engines.choice import unavailable
 from kdfast.options import Options, is_asked
 from kdfast.sources import Head, Logits, Projected, SparseLogits, Teacher
 
+if TYPE_CHECKING:
+    from kdfast.vocabulary import Vocabulary
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MOST_ENTRIES = 1024  # of a sparse teacher a token: a kernel's program holds a token's entries in registers
 LARGEST_LOG_PROB = 0.01  # a probability of one, rounded
 
 
-def check(student: Head, teacher: Teacher | None, labels: Tensor | None, options: Options) -> None:
-    """Raise ValueError, TypeError or NotImplementedError for the first thing that is wrong."""
-    if not isinstance(student, Head):
-        raise TypeError(f"student is {_kind(student)}; expected kdfast.Head(hidden, weight, bias)")
-    if teacher is not None and not isinstance(teacher, Projected | Head | Logits | SparseLogits):
-        raise TypeError(
-            f"teacher is {_kind(teacher)}; expected kdfast.Projected, Head, Logits, SparseLogits or None"
-        )
+def check(
+    student: Head, teacher: Teacher | None, labels: Tensor | None, options: Options, vocabulary: Vocabulary
+) -> None:
+    """Raise ValueError or TypeError for the first thing that is wrong."""
     _check_names(options)
-    _check_to_come(options)
-    _check_head("student", student)
-    _check_valid_vocab(student, options)
+    _check_head("student", student, empty=vocabulary.group != "")
+    _check_valid_vocab(vocabulary, options)
     obstacle = unavailable(options.engine, student.hidden.device)
     if obstacle is not None:
         raise ValueError(f"engine={options.engine!r} {obstacle}")
@@ -43,13 +41,13 @@ def check(student: Head, teacher: Teacher | None, labels: Tensor | None, options
     if isinstance(teacher, Projected):
         _check_projected(teacher, student)
     else:
-        _check_distribution("teacher", teacher, student, options)
+        _check_distribution("teacher", teacher, student, options, vocabulary)
     _check_divergence(teacher, options)
-    _check_targets("labels", labels, student, options)
+    _check_targets("labels", labels, student, options, vocabulary)
     if isinstance(options.anchor_targets, Head | Logits | SparseLogits):
-        _check_distribution("anchor_targets", options.anchor_targets, student, options)
+        _check_distribution("anchor_targets", options.anchor_targets, student, options, vocabulary)
     else:
-        _check_targets("anchor_targets", options.anchor_targets, student, options)
+        _check_targets("anchor_targets", options.anchor_targets, student, options, vocabulary)
     _check_token_weights("token_weights", options.token_weights, leading, device)
     _check_token_weights("kd_token_weights", options.kd_token_weights, leading, device)
     _check_number("temperature", options.temperature, positive=True)
@@ -58,6 +56,13 @@ def check(student: Head, teacher: Teacher | None, labels: Tensor | None, options
     if options.num_items_in_batch is not None:
         _check_number("num_items_in_batch", options.num_items_in_batch)
     _check_terms(teacher, labels, options)
+
+
+def check_kinds(student: Any, teacher: Any) -> None:
+    if not isinstance(student, Head):
+        raise TypeError(f"student is {kind(student)}; expected kdfast.Head(hidden, weight, bias)")
+    if teacher is not None and not isinstance(teacher, Projected | Head | Logits | SparseLogits):
+        raise TypeError(f"teacher is {kind(teacher)}; expected kdfast.Projected, Head, Logits, SparseLogits or None")
 
 
 def same_vocabulary(one: int, other: int, valid: int | None) -> bool:
@@ -77,30 +82,23 @@ def _check_names(options: Options) -> None:
         if value not in allowed:
             raise ValueError(f"{name}={value!r} is unknown; expected one of {', '.join(map(repr, allowed))}")
     if not isinstance(options.ignore_index, Integral) or isinstance(options.ignore_index, bool):
-        raise TypeError(f"ignore_index is {_kind(options.ignore_index)}; expected an int, such as -100")
+        raise TypeError(f"ignore_index is {kind(options.ignore_index)}; expected an int, such as -100")
     scratch = options.scratch_bytes
     if scratch is not None and (not isinstance(scratch, Integral) or isinstance(scratch, bool) or scratch <= 0):
         raise ValueError(f"scratch_bytes={scratch!r}; expected a positive int (bytes for one chunk's logits) or None")
 
 
-def _check_to_come(options: Options) -> None:
-    if options.process_group is not None or options.vocab_start is not None:
-        raise NotImplementedError(
-            "a vocabulary-parallel head (process_group, vocab_start) is part of the interface but not in this version; "
-            "heads are whole on one process"
-        )
-
-
-def _check_head(name: str, head: Head) -> None:
+def _check_head(name: str, head: Head, *, empty: bool) -> None:
+    """empty: it may have no rows, as a slice of a vocabulary."""
     _check_float_tensor(f"{name}: Head.hidden", head.hidden)
     _check_float_tensor(f"{name}: Head.weight", head.weight)
-    _check_layout(f"{name}: Head", head.hidden, head.weight, head.bias, "weight", "bias", "(V, H)", "V")
+    _check_layout(f"{name}: Head", head.hidden, head.weight, head.bias, "weight", "bias", "(V, H)", "V", empty)
     for field, value in (("logit_scale", head.logit_scale), ("softcap", head.softcap)):
         if field == "softcap" and value is None:
             continue
         if not isinstance(value, Real) or isinstance(value, bool):
             raise TypeError(
-                f"{name}: Head.{field} is {_kind(value)}; expected a number. A trained scale belongs on the hidden "
+                f"{name}: Head.{field} is {kind(value)}; expected a number. A trained scale belongs on the hidden "
                 "states: multiply them by it"
             )
         if not _is_finite(value) or (field == "softcap" and value <= 0):
@@ -139,28 +137,30 @@ def _check_projected(teacher: Projected, student: Head) -> None:
 
 
 def _check_distribution(
-    name: str, source: Head | Logits | SparseLogits | None, student: Head, options: Options
+    name: str, source: Head | Logits | SparseLogits | None, student: Head, options: Options, vocabulary: Vocabulary
 ) -> None:
     """A teacher, or an anchor, that has a distribution of its own."""
+    sliced = vocabulary.group != ""
+    size = vocabulary.teacher if name == "teacher" else vocabulary.anchor
     if isinstance(source, Head):
-        _check_head(name, source)
+        _check_head(name, source, empty=sliced)
         _check_same_rows(f"{name}: Head.hidden", source.hidden, student.hidden)
-        _check_vocabularies(f"{name}: Head.weight", source.weight.shape[0], student, options)
+        _check_vocabularies(f"{name}: Head.weight", size or source.weight.shape[0], vocabulary, options)
         for field, tensor in (("hidden", source.hidden), ("weight", source.weight), ("bias", source.bias)):
             _refuse_grad(f"{name}: Head.{field}", tensor, "the teacher gets no gradient")
     elif isinstance(source, Logits):
         _check_float_tensor(f"{name}: Logits.logits", source.logits)
-        if source.logits.dim() == 0 or source.logits.shape[-1] == 0:
+        if source.logits.dim() == 0 or (source.logits.shape[-1] == 0 and not sliced):
             raise ValueError(f"{name}: Logits.logits has shape {tuple(source.logits.shape)}; expected (*, V)")
         _check_same_rows(f"{name}: Logits.logits", source.logits, student.hidden)
-        _check_vocabularies(f"{name}: Logits.logits", source.logits.shape[-1], student, options)
+        _check_vocabularies(f"{name}: Logits.logits", size or source.logits.shape[-1], vocabulary, options)
         _refuse_grad(f"{name}: Logits.logits", source.logits, "the teacher gets no gradient")
     elif isinstance(source, SparseLogits):
-        _check_sparse(name, source, student, options)
+        _check_sparse(name, source, student, options, vocabulary)
 
 
-def _check_vocabularies(name: str, vocab: int, student: Head, options: Options) -> None:
-    own = student.weight.shape[0]
+def _check_vocabularies(name: str, vocab: int, vocabulary: Vocabulary, options: Options) -> None:
+    own = vocabulary.size
     if options.vocab == "truncate" or same_vocabulary(vocab, own, options.valid_vocab):
         return
     raise ValueError(
@@ -170,12 +170,12 @@ def _check_vocabularies(name: str, vocab: int, student: Head, options: Options) 
     )
 
 
-def _check_sparse(name: str, source: SparseLogits, student: Head, options: Options) -> None:
+def _check_sparse(name: str, source: SparseLogits, student: Head, options: Options, vocabulary: Vocabulary) -> None:
     indices, log_probs, tail = source.indices, source.log_probs, source.tail
     if tail not in ("renormalize", "bucket", "none"):
         raise ValueError(f"{name}: SparseLogits.tail={tail!r} is unknown; expected 'renormalize', 'bucket' or 'none'")
     if not isinstance(indices, Tensor):
-        raise TypeError(f"{name}: SparseLogits.indices is {_kind(indices)}; expected an integer tensor (*, K)")
+        raise TypeError(f"{name}: SparseLogits.indices is {kind(indices)}; expected an integer tensor (*, K)")
     if indices.dtype.is_floating_point or indices.dtype.is_complex or indices.dtype == torch.bool:
         raise TypeError(
             f"{name}: SparseLogits.indices has dtype {indices.dtype}; expected integer token ids. Convert with .long()"
@@ -192,15 +192,15 @@ def _check_sparse(name: str, source: SparseLogits, student: Head, options: Optio
     if name == "teacher" and tail == "none":
         tau = options.temperature
         if isinstance(tau, Tensor):
-            tau = tau.item() if _can_read(tau) and tau.dim() == 0 else 1.0
+            tau = tau.item() if can_read(tau) and tau.dim() == 0 else 1.0
         if isinstance(tau, Real) and tau != 1:
             raise ValueError(
                 f"temperature={tau} with teacher: SparseLogits.tail='none'; weights taken as given say nothing about "
                 "another temperature. Pass temperature=1.0, or tail='renormalize' or 'bucket'"
             )
-    if not (_can_read(indices) and _can_read(log_probs)):
+    if not (can_read(indices) and can_read(log_probs)):
         return
-    V = student.weight.shape[0]
+    V = vocabulary.size
     strange = ((indices < 0) | (indices >= V)) & (log_probs > -math.inf)
     if options.vocab != "truncate" and bool(strange.any()):
         raise ValueError(
@@ -228,10 +228,11 @@ def _check_divergence(teacher: Teacher | None, options: Options) -> None:
 
 
 def _check_layout(
-    name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, w: str, b: str, shape: str, rows: str
-) -> None:
+    name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, w: str, b: str, shape: str, rows: str,
+    empty: bool = False,
+) -> None:  # fmt: skip
     """hidden (*, H) · weight (V, H)ᵀ + bias (V,): ranks, widths, devices and dtypes."""
-    if weight.dim() != 2 or weight.shape[0] == 0:
+    if weight.dim() != 2 or (weight.shape[0] == 0 and not empty):
         raise ValueError(f"{name}.{w} has shape {tuple(weight.shape)}; expected {shape}")
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1] or hidden.shape[-1] == 0:
         transposed = " Transpose the weight?" if hidden.dim() and hidden.shape[-1] == weight.shape[0] else ""
@@ -270,29 +271,29 @@ def _check_same_rows(name: str, hidden: Tensor, student_hidden: Tensor) -> None:
         )
 
 
-def _check_valid_vocab(student: Head, options: Options) -> None:
-    valid, V = options.valid_vocab, student.weight.shape[0]
+def _check_valid_vocab(vocabulary: Vocabulary, options: Options) -> None:
+    valid, V = options.valid_vocab, vocabulary.size
     if valid is None:
         return
     if not isinstance(valid, Integral) or isinstance(valid, bool):
-        raise TypeError(f"valid_vocab is {_kind(valid)}; expected an int or None")
+        raise TypeError(f"valid_vocab is {kind(valid)}; expected an int or None")
     if not 0 < valid <= V:
         raise ValueError(f"valid_vocab={valid}; expected 1 to the head's {V} rows")
 
 
-def _check_targets(name: str, targets: Tensor | None, student: Head, options: Options) -> None:
+def _check_targets(name: str, targets: Tensor | None, student: Head, options: Options, vocabulary: Vocabulary) -> None:
     if targets is None:
         return
     if not isinstance(targets, Tensor):
         or_what = "None" if name == "labels" else "None, Head, Logits or SparseLogits"
-        raise TypeError(f"{name} is {_kind(targets)}; expected an integer tensor, {or_what}")
+        raise TypeError(f"{name} is {kind(targets)}; expected an integer tensor, {or_what}")
     if targets.dtype.is_floating_point or targets.dtype.is_complex or targets.dtype == torch.bool:
         raise TypeError(f"{name} has dtype {targets.dtype}; expected integer token ids. Convert with .long()")
     leading, device = student.hidden.shape[:-1], student.hidden.device
     _check_shape_and_device(name, targets, leading, device)
-    if not _can_read(targets):
+    if not can_read(targets):
         return
-    valid = student.weight.shape[0] if options.valid_vocab is None else options.valid_vocab
+    valid = vocabulary.size if options.valid_vocab is None else options.valid_vocab
     bad = ((targets < 0) | (targets >= valid)) & (targets != options.ignore_index)
     if bool(bad.any()):
         raise ValueError(
@@ -305,12 +306,12 @@ def _check_token_weights(name: str, weights: Tensor | None, leading: torch.Size,
     if weights is None:
         return
     if not isinstance(weights, Tensor):
-        raise TypeError(f"{name} is {_kind(weights)}; expected a tensor with one weight per token, or None")
+        raise TypeError(f"{name} is {kind(weights)}; expected a tensor with one weight per token, or None")
     if weights.dtype.is_complex:
         raise TypeError(f"{name} has dtype {weights.dtype}; expected real weights")
     _check_shape_and_device(name, weights, leading, device)
     _refuse_grad(name, weights, "weights get no gradient")
-    if _can_read(weights) and not bool(((weights >= 0) & (weights < math.inf)).all()):
+    if can_read(weights) and not bool(((weights >= 0) & (weights < math.inf)).all()):
         raise ValueError(f"{name} contains a negative, infinite or NaN weight; expected finite weights ≥ 0")
 
 
@@ -321,11 +322,11 @@ def _check_number(name: str, value: Any, *, positive: bool = False) -> None:
         if value.dim() != 0 or value.dtype.is_complex:
             raise ValueError(f"{name} is a tensor of shape {tuple(value.shape)}; expected {expected} or a 0-d tensor")
         _refuse_grad(name, value, f"{name} gets no gradient")
-        if not _can_read(value):
+        if not can_read(value):
             return
         value = value.item()
     elif not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"{name} is {_kind(value)}; expected {expected} or a 0-d tensor")
+        raise TypeError(f"{name} is {kind(value)}; expected {expected} or a 0-d tensor")
     if not _is_finite(value) or value < 0 or (positive and value == 0):
         raise ValueError(f"{name}={value}; expected {expected}")
 
@@ -339,7 +340,7 @@ def _check_terms(teacher: Teacher | None, labels: Tensor | None, options: Option
     if is_asked(options.anchor_weight):
         if not isinstance(teacher, Projected):
             raise ValueError(
-                f"anchor_weight={options.anchor_weight} with teacher={_kind(teacher)}; the anchor is the cross entropy "
+                f"anchor_weight={options.anchor_weight} with teacher={kind(teacher)}; the anchor is the cross entropy "
                 "of a Projected teacher. Pass one, or anchor_weight=0"
             )
         if labels is None and options.anchor_targets is None:
@@ -348,12 +349,12 @@ def _check_terms(teacher: Teacher | None, labels: Tensor | None, options: Option
 
 def _check_float_tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is {_kind(value)}; expected a tensor")
+        raise TypeError(f"{name} is {kind(value)}; expected a tensor")
     if type(value).__name__ == "DTensor":
         raise TypeError(
             f"{name} is a DTensor; expected a plain tensor. An FSDP-sharded head must be unsharded first "
             "(call the loss inside the module's forward, or use .full_tensor()); a vocabulary-parallel head needs "
-            "process_group="
+            "process_group=, the mesh it is sharded on"
         )
     if value.dtype not in DTYPES:
         raise TypeError(f"{name} has dtype {value.dtype}; expected float32, bfloat16, float16 or float64")
@@ -373,7 +374,7 @@ def _refuse_grad(name: str, tensor: Tensor | None, why: str) -> None:
         raise ValueError(f"{name} requires grad, but {why}; pass it detached (.detach())")
 
 
-def _can_read(tensor: Tensor) -> bool:
+def can_read(tensor: Tensor) -> bool:
     """Whether looking at values is free, or was asked for."""
     if torch.compiler.is_compiling() or type(tensor).__name__ == "FakeTensor":  # which has no values
         return False
@@ -385,5 +386,5 @@ def _is_finite(value: Any) -> bool:
     return -math.inf < value < math.inf
 
 
-def _kind(value: object) -> str:
+def kind(value: object) -> str:
     return "None" if value is None else type(value).__name__

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ class Heads:
     vocab: int  # entries of the vocabulary that count
     kd_vocab: int  # of both sides of the KD term; the rest is the cross entropy's alone
     tf32: bool  # fp32 products may round their operands to TF32
+    truncated: bool = False  # there is a rest; where the vocabulary lies in slices, in some slice
 
     @property
     def own(self) -> bool:
@@ -41,9 +42,8 @@ class Heads:
         """There are two sides of logits."""
         return self.teacher_hidden is not None or self.teacher_logits is not None
 
-    @property
-    def truncated(self) -> bool:
-        return self.kd_vocab < self.vocab
+    def student_alone(self) -> Heads:
+        return replace(self, teacher_hidden=None, teacher_weight=None, teacher_bias=None, teacher_logits=None)
 
     def given(self) -> tuple[Tensor | None, Tensor | None, int]:
         """Kernel arguments: logits, where their rows lie, and the stride of their entries."""

@@ -28,7 +28,10 @@ from kdfast.kernels.configurations import RowConfig, row_of
 from kdfast.kernels.gradients import gradients, load_coefficients, store_gradient
 from kdfast.kernels.search import choose
 from kdfast.kernels.statistics import (
+    PAIR,
     ROWS,
+    SIDE,
+    TERMS,
     empty_pair,
     empty_side,
     finish,
@@ -76,11 +79,12 @@ def _teacher_logits(
 def _target(side, z_ptr, bias_ptr, inside_r, targets, scale, softcap, SOFTCAP: tl.constexpr):
     """The side's state with its target's logit; z_ptr [R, 1], targets [R]."""
     one = targets[:, None]
-    z = tl.load(z_ptr + one, mask=inside_r[:, None], other=0)
+    here = inside_r[:, None] & (one >= 0)  # a target may be in another process's slice of the vocabulary
+    z = tl.load(z_ptr + one, mask=here, other=0)
     if bias_ptr is not None:
-        z += tl.load(bias_ptr + one, mask=inside_r[:, None], other=0).to(z.dtype)
+        z += tl.load(bias_ptr + one, mask=here, other=0).to(z.dtype)
     z, _ = transform(z, scale, softcap, SOFTCAP)
-    return (side[0], side[1], side[2], side[3], side[4], tl.sum(z, axis=1))
+    return (side[0], side[1], side[2], side[3], side[4], tl.sum(tl.where(here, z, 0), axis=1))
 
 
 @triton.jit(do_not_specialize=["stride_c", "stride_stats", "start", "m"])
@@ -98,18 +102,21 @@ def row_kernel(
     grad_a_ptr, stride_a,  # (m, V) or None: the anchor's part, where it is kept apart
     mix_ptr,  # (m,) or None
     rows_ptr,  # (9, m) or None: the rows' constants, between the phases
+    states_ptr,  # (19, m), (25, m) where truncated, or (10, m), or None: what the phases "fold" and "terms" leave
     start, m, V, kd_V, width,  # width: elements of a row that may be read and written, ≥ V
     scale_s: "fp64", softcap_s: "fp64", scale_t: "fp64", softcap_t: "fp64", parameter: "fp64",
-    PHASE: tl.constexpr,  # "": all in one launch; "statistics", which fills rows_ptr; "gradients", which reads it
+    PHASE: tl.constexpr,
     SOFTCAP_S: tl.constexpr, SOFTCAP_T: tl.constexpr, TRUNCATED: tl.constexpr,
     DIVERGENCE: tl.constexpr, BASE: tl.constexpr, CENTRED_P: tl.constexpr, CENTRED_Q: tl.constexpr,
     CE: tl.constexpr, CE_GRADIENT: tl.constexpr, ANCHOR: tl.constexpr, ANCHOR_GRADIENT: tl.constexpr,
-    TEACHER_GRADIENT: tl.constexpr, METRICS: tl.constexpr, IN_PLACE: tl.constexpr,
+    TEACHER_GRADIENT: tl.constexpr, METRICS: tl.constexpr, MIX: tl.constexpr, IN_PLACE: tl.constexpr,
     R: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """PHASE: "" is all in one launch. "statistics" fills rows_ptr and "gradients" reads it, and mix_ptr. Where others
+    have a say between them, "fold" leaves the states of `kdfast.kernels.statistics` in place of statistics, and "terms"
+    those of the second pass, reading rows_ptr."""
     TEACHER: tl.constexpr = (z_t_ptr is not None) or (given_ptr is not None)
     SPARSE: tl.constexpr = DIVERGENCE == "sparse"
-    MIX: tl.constexpr = mix_ptr is not None
     dtype: tl.constexpr = z_s_ptr.dtype.element_ty
     r = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     n = start.to(tl.int64) + r
@@ -138,11 +145,14 @@ def row_kernel(
                 tl.store(grad_t_ptr + row_g + v, nothing, mask=mask)
             if grad_a_ptr is not None:
                 tl.store(grad_a_ptr + row_a + v, nothing, mask=mask)
-        if MIX:
+        if mix_ptr is not None:
             tl.store(mix_ptr + r, tl.zeros([R], tl.float32), mask=inside_r)
         if PHASE == "statistics":
             for i in tl.static_range(ROWS):
                 tl.store(rows_ptr + i * m + r, tl.zeros([R], tl.float32), mask=inside_r)
+        if states_ptr is not None:
+            for i in tl.static_range(TERMS if PHASE == "terms" else 2 * SIDE + PAIR + (SIDE if TRUNCATED else 0)):
+                tl.store(states_ptr + i * m + r, tl.zeros([R], tl.float32), mask=inside_r)
         return
 
     zero = tl.zeros([R], dtype)
@@ -158,7 +168,7 @@ def row_kernel(
     ce = zero
 
     # statistics
-    if PHASE == "gradients":
+    if PHASE == "gradients" or PHASE == "terms":
         rows = load_rows(rows_ptr + r, m, inside_r)
         products = (zero, zero)
     else:
@@ -181,35 +191,49 @@ def row_kernel(
                     student, teacher, pair, z_s, z_t, v, labels, targets, inv_tau, TEACHER, BASE, MIX, CE, ANCHOR,
                     METRICS, False,
                 )  # fmt: skip
-        value, rows, products = finish(student, teacher, pair, BASE, MIX, TEACHER or bits_ptr is not None)
-        if TRUNCATED:
+        if PHASE == "fold":
+            beyond = empty_side(zero)
+        else:
+            value, rows, products = finish(student, teacher, pair, BASE, MIX, TEACHER or bits_ptr is not None)
             beyond = student
+        if TRUNCATED:
             for block in range(kd_V // BLOCK * BLOCK, V, BLOCK):
                 v = block + lanes
                 z_s, _ = _logits(z_s_ptr, bias_s_ptr, r_mask, v, width, V, scale_s, softcap_s, SOFTCAP_S)
                 z_s = tl.where(v >= kd_V, z_s, -float("inf"))
                 beyond, _, _, _, _ = fold_side(beyond, z_s, v, labels, inv_tau, True, METRICS, False)
-            student, rows = whole_vocabulary(student, beyond, rows)
+            if PHASE != "fold":
+                student, rows = whole_vocabulary(student, beyond, rows)
         if CE:
             student = _target(student, z_s_ptr, bias_s_ptr, inside_r, labels, scale_s, softcap_s, SOFTCAP_S)
         if ANCHOR:
             teacher = _target(teacher, z_t_ptr, bias_t_ptr, inside_r, targets, scale_t, softcap_t, SOFTCAP_T)
+        if PHASE == "fold":
+            store_rows(states_ptr + r, m, student, inside_r)
+            store_rows(states_ptr + SIDE * m + r, m, teacher, inside_r)
+            store_rows(states_ptr + 2 * SIDE * m + r, m, pair, inside_r)
+            if TRUNCATED:
+                store_rows(states_ptr + (2 * SIDE + PAIR) * m + r, m, beyond, inside_r)
 
-        # divergence
-        if TEACHER and BASE == "":
-            sums = (zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)
-            for block in range(0, kd_V, BLOCK):
-                v = block + lanes
-                z_s, _ = _logits(z_s_ptr, bias_s_ptr, r_mask, v, width, kd_V, scale_s, softcap_s, SOFTCAP_S)
-                z_t, _ = _teacher_logits(
-                    z_t_ptr, bias_t_ptr, given_ptr, r_mask, v, width, kd_V, scale_t, softcap_t, dtype, STRIDE,
-                    SOFTCAP_T,
-                )  # fmt: skip
-                sums = fold_terms(
-                    sums, z_s, z_t, rows, inv_tau, parameter, DIVERGENCE, CENTRED_P, CENTRED_Q, MIX
-                )
+    # divergence
+    if PHASE != "gradients" and PHASE != "fold" and TEACHER and BASE == "":
+        sums = (zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)
+        for block in range(0, kd_V, BLOCK):
+            v = block + lanes
+            z_s, _ = _logits(z_s_ptr, bias_s_ptr, r_mask, v, width, kd_V, scale_s, softcap_s, SOFTCAP_S)
+            z_t, _ = _teacher_logits(
+                z_t_ptr, bias_t_ptr, given_ptr, r_mask, v, width, kd_V, scale_t, softcap_t, dtype, STRIDE,
+                SOFTCAP_T,
+            )  # fmt: skip
+            sums = fold_terms(
+                sums, z_s, z_t, rows, inv_tau, parameter, DIVERGENCE, CENTRED_P, CENTRED_Q, MIX
+            )
+        if PHASE == "terms":
+            store_rows(states_ptr + r, m, sums, inside_r)
+        else:
             value, rows, products = finish_terms(sums, rows)
 
+    if PHASE == "" or PHASE == "statistics":
         counts = inside_r & active  # an inactive row's statistics stay 0
         if TEACHER:
             tl.store(stats_ptr + n, value, mask=counts)
@@ -220,9 +244,11 @@ def row_kernel(
             store_rows(rows_ptr + r, m, rows, inside_r)
 
     # gradients
-    if PHASE != "statistics" and (grad_s_ptr is not None or grad_t_ptr is not None):
+    if (PHASE == "" or PHASE == "gradients") and (grad_s_ptr is not None or grad_t_ptr is not None):
         mix = zero
-        if MIX:
+        if MIX and PHASE == "gradients":
+            mix = tl.load(mix_ptr + r, mask=inside_r, other=0)
+        elif MIX:
             mix = mix_of(products, ce if CE_GRADIENT else zero, coefficients, inv_tau)
             mix = tl.where(active, mix, 0)
             tl.store(mix_ptr + r, mix, mask=inside_r)
@@ -266,8 +292,10 @@ def solve_rows(
     grad_t: Tensor | None = None,  # (m, V): KD part, and the anchor's unless grad_a is given
     grad_a: Tensor | None = None,  # (m, V)
     mix: Tensor | None = None,  # (m,); given = grad_t is made orthogonal to grad_s
-    phase: str = "",  # or "statistics" and "gradients" apart
-    rows: Tensor | None = None,  # (9, m): the rows' constants, which the one leaves and the other reads
+    phase: str = "",  # of `row_kernel`
+    rows: Tensor | None = None,  # (≥ 9, m): the rows' constants, which "statistics" leaves and others read
+    states: Tensor | None = None,  # (19, m), (25, m) where the vocabulary is truncated, or (10, m): "fold"'s, "terms"'
+    mixes: bool = False,  # what `mix` needs is to be known later
     config: RowConfig | None = None,
 ) -> None:
     """One launch."""
@@ -293,13 +321,13 @@ def solve_rows(
         stats, stats.stride(0),
         grad_s, grad_t, 0 if gradient is None else gradient.stride(0),
         grad_a, 0 if grad_a is None else grad_a.stride(0),
-        mix, rows,
+        mix, rows, states,
         start, m, V, heads.kd_vocab, width, *heads.scalars(), term.parameter,
         PHASE=phase,
         SOFTCAP_S=heads.softcap is not None, SOFTCAP_T=heads.teacher_softcap is not None, TRUNCATED=heads.truncated,
         **term.divergence_flags(),
         CE=term.labels is not None, CE_GRADIENT=term.ce_gradient, ANCHOR=term.targets is not None,
         ANCHOR_GRADIENT=term.anchor_gradient, TEACHER_GRADIENT=term.teacher_gradient, METRICS=term.metrics,
-        IN_PLACE=in_place,
+        MIX=mixes or mix is not None, IN_PLACE=in_place,
         R=config.rows, BLOCK=config.block, num_warps=config.warps,
     )  # fmt: skip

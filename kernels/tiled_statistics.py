@@ -12,6 +12,7 @@ Operations: 2u(Hs) for a projected teacher, u(Hs) + u(Ht) for one with its own h
 (2·BLOCK_N + BLOCK_V)·H operands, from L2 mostly; written: 19 numbers a row and split.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -31,7 +32,6 @@ from kdfast.kernels.statistics import (
     empty_side,
     finish,
     finish_terms,
-    fold,
     fold_sparse,
     fold_terms,
     load_rows,
@@ -41,6 +41,9 @@ from kdfast.kernels.statistics import (
     store_rows,
     store_statistics,
     whole_vocabulary,
+)
+from kdfast.kernels.statistics import (
+    fold as fold_tile,
 )
 from kdfast.kernels.tiles import given_logits, logits, parts, tile
 
@@ -116,7 +119,7 @@ def statistics_kernel(
             elif SECOND:
                 sums = fold_terms(sums, z_s, z_t, rows, inv_tau, parameter, DIVERGENCE, CENTRED_P, CENTRED_Q, MIX)
             else:
-                student, teacher, pair = fold(
+                student, teacher, pair = fold_tile(
                     student, teacher, pair, z_s, z_t, v[None, :], labels, targets, inv_tau,
                     TEACHER, BASE, MIX, labels_ptr is not None, targets_ptr is not None, METRICS, True,
                 )  # fmt: skip
@@ -171,9 +174,9 @@ def _add_pairs(a, b):
 
 @triton.jit
 def _merge_sides(a, b, inv_tau):
-    """(state, moves and their exponentials of a and of b). Ids in b are larger: a keeps its argmax in a tie."""
+    """(state, moves and their exponentials of a and of b); in a tie the smaller id is the argmax."""
     m = tl.maximum(a[0], b[0])
-    best = tl.where(b[0] > a[0], b[4], a[4])
+    best = tl.where(b[0] > a[0], b[4], tl.where(a[0] > b[0], a[4], tl.minimum(a[4], b[4])))
     a, move_a, r_a = rescale_side(a, m, inv_tau, True)
     b, move_b, r_b = rescale_side(b, m, inv_tau, True)
     return _add_sides(a, b, best), move_a, r_a, move_b, r_b
@@ -268,41 +271,56 @@ def statistics(
     heads: Heads, term: Term, *, stats: Tensor, rows: Tensor, mix: bool, config: TileConfig | None = None
 ) -> None:
     """Fill stats (6, N) where computed and rows (10, N): the constants of each row, then `mix`."""
-    N = heads.hidden.shape[0]
-    if N == 0:
+    if heads.hidden.shape[0] == 0:
         return
     if config is None:
-        kernel = "full" if heads.intricate or term.intricate else "lean"
-        if heads.teacher_logits is not None or term.bits is not None:
-            kernel = "given"
         out = {"stats": stats, "rows": rows, "mix": mix}
-        config = choose(
-            kernel, heads.weight, N, lambda c: statistics(heads, term, **out, config=c), widths=heads.widths()
-        )
-    flags = {"METRICS": term.metrics, "MIX": mix}
-    shared = _fold(heads, term, rows, config, flags, 0, heads.kd_vocab)
-    beyond = None
-    if heads.truncated:
-        alone = replace(heads, teacher_hidden=None, teacher_weight=None, teacher_bias=None, teacher_logits=None)
-        beyond = _fold(
-            alone, replace(term, divergence="sparse", targets=None), rows, config, flags, heads.kd_vocab, heads.vocab
-        )
-    _combine(heads, term, stats, rows, flags, shared, beyond)
+        config = config_of(heads, term, lambda c: statistics(heads, term, **out, config=c))
+    shared, beyond = fold(heads, term, mix=mix, config=config)
+    combine(term, shared, beyond, stats=stats, rows=rows, mix=mix, teacher=heads.teacher)
     if heads.teacher and term.entry.base == "":
-        flags["SECOND"] = True
-        _combine(heads, term, stats, rows, flags, _fold(heads, term, rows, config, flags, 0, heads.kd_vocab), None)
+        sums = fold(heads, term, mix=mix, config=config, rows=rows)[0]
+        combine(term, sums, None, stats=stats, rows=rows, mix=mix, teacher=True, second=True)
+
+
+def config_of(heads: Heads, term: Term, launch: Callable[[TileConfig], Any]) -> TileConfig:
+    kernel = "full" if heads.intricate or term.intricate else "lean"
+    if heads.teacher_logits is not None or term.bits is not None:
+        kernel = "given"
+    return choose(kernel, heads.weight, heads.hidden.shape[0], launch, widths=heads.widths())
+
+
+def fold(
+    heads: Heads,
+    term: Term,
+    *,
+    mix: bool,
+    config: TileConfig,
+    rows: Tensor | None = None,  # (10, N): given = this is the second pass
+    entries: int | None = None,  # of the vocabulary, for which the number of splits is chosen; None = what there are
+) -> tuple[Tensor, Tensor | None]:
+    """(splits, state, N) partial states of the shared vocabulary, in the second pass its terms; and of the student's
+    side of what lies beyond, None where nothing does."""
+    flags = {"METRICS": term.metrics, "MIX": mix, "SECOND": rows is not None}
+    shared = _fold(heads, term, rows, config, flags, 0, heads.kd_vocab, entries)
+    if not heads.truncated or rows is not None:
+        return shared, None
+    student = replace(term, divergence="sparse", targets=None, bits=None)
+    return shared, _fold(heads.student_alone(), student, None, config, flags, heads.kd_vocab, heads.vocab, entries)
 
 
 def _fold(
-    heads: Heads, term: Term, rows: Tensor, config: TileConfig, flags: dict[str, Any], begin: int, end: int
-) -> Tensor:
-    """(splits, state, N): partial states of the entries from `begin` to `end`."""
-    N, second = heads.hidden.shape[0], flags.setdefault("SECOND", False)
+    heads: Heads, term: Term, rows: Tensor | None, config: TileConfig, flags: dict[str, Any], begin: int, end: int,
+    entries: int | None,
+) -> Tensor:  # fmt: skip
+    """Partial states of the entries from `begin` to `end`."""
+    N, second = heads.hidden.shape[0], rows is not None
     row_blocks, tiles = triton.cdiv(N, config.block_n), triton.cdiv(end - begin, config.block_v)
-    splits = splits_of(row_blocks, tiles, heads.hidden.device)
+    splits = splits_of(row_blocks, triton.cdiv(entries or end - begin, config.block_v), heads.hidden.device)
     per_split = triton.cdiv(tiles, splits)
-    splits = triton.cdiv(tiles, per_split)
-    partial = rows.new_empty(splits, TERMS.value if second else 2 * SIDE.value + PAIR.value, N)
+    if entries is None:
+        splits = triton.cdiv(tiles, per_split)
+    partial = term.coefficients.new_empty(splits, TERMS.value if second else 2 * SIDE.value + PAIR.value, N)
     statistics_kernel[(row_blocks, splits)](
         *heads.pointers(), *heads.given(), *term.excluded(),
         None if second else term.labels, None if second else term.targets,
@@ -314,14 +332,23 @@ def _fold(
     return partial
 
 
-def _combine(
-    heads: Heads, term: Term, stats: Tensor, rows: Tensor, flags: dict[str, Any], partial: Tensor, beyond: Tensor | None
+def combine(
+    term: Term,
+    parts: Tensor,  # (splits, state, N), from `fold`
+    beyond: Tensor | None,  # (splits, state, N)
+    *,
+    stats: Tensor,  # (6, N)
+    rows: Tensor,  # (10, N)
+    mix: bool,
+    teacher: bool,  # there are two sides of logits
+    second: bool = False,
 ) -> None:
-    N = heads.hidden.shape[0]
+    """Merge partial states in order, of this process's splits or of all processes'; fill stats and rows."""
+    N = rows.shape[1]
     combine_kernel[(triton.cdiv(N, COMBINE_BLOCK),)](
-        partial, beyond, term.active, term.coefficients, term.coefficients.stride(0), term.temperature,
-        stats, stats.stride(0), rows, N, partial.shape[0], 0 if beyond is None else beyond.shape[0],
-        TEACHER=heads.teacher or term.bits is not None, SPARSE=term.sparse, BASE=term.entry.base,
-        CE=term.labels is not None, CE_GRADIENT=term.ce_gradient, ANCHOR=term.targets is not None, **flags,
-        BLOCK=COMBINE_BLOCK, num_warps=4,
+        parts, beyond, term.active, term.coefficients, term.coefficients.stride(0), term.temperature,
+        stats, stats.stride(0), rows, N, parts.shape[0], 0 if beyond is None else beyond.shape[0],
+        TEACHER=teacher or term.bits is not None, SPARSE=term.sparse, BASE=term.entry.base,
+        CE=term.labels is not None, CE_GRADIENT=term.ce_gradient, ANCHOR=term.targets is not None,
+        METRICS=term.metrics, MIX=mix, SECOND=second, BLOCK=COMBINE_BLOCK, num_warps=4,
     )  # fmt: skip

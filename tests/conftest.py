@@ -5,21 +5,9 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic mode asks for it on a GPU
 
+import interpreter  # noqa: F401  # before any kernel
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # the Triton engines on CPU tensors; read when a kernel is first imported
-    from triton.runtime.interpreter import InterpretedFunction
-
-    def call_device_function(self, *args, **kwargs):
-        """As the interpreter does, but for our own functions without patching triton.language once more, which the
-        launch has done already: half of its time."""
-        if self.fn.__module__.startswith("kdfast."):
-            return self.rewrite()(*args, **kwargs)
-        return original(self, *args, **kwargs)
-
-    original, InterpretedFunction.__call__ = InterpretedFunction.__call__, call_device_function
 
 
 @pytest.fixture(autouse=True)

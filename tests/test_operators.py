@@ -23,6 +23,7 @@ from kdfast.assemble import assemble
 from kdfast.divergences import get_divergence
 from kdfast.options import Options
 from kdfast.problem import Problem
+from kdfast.vocabulary import localise
 
 FUSED = ENGINES[1:]
 SMALL = {"n": 3, "v": 9, "hs": 4, "ht": 5}
@@ -39,7 +40,8 @@ def arguments(*sources, **options):
     parameters = inspect.signature(fused_kd_loss).parameters
     given = {name: parameters[name].default for name in Options.names()} | options
     given["divergence"] = get_divergence(given["divergence"])
-    assembled = assemble(*sources, Options(**given))
+    local = localise(*sources, Options(**given))
+    assembled = assemble(local.student, local.teacher, sources[2], local.options, local.vocabulary)
     return [getattr(assembled.anchor or assembled.problem, field.name) for field in fields(Problem)]
 
 

@@ -50,14 +50,16 @@ def run(problem, engine, **how):
     return SimpleNamespace(loss=loss.detach(), metrics=metrics, gradients=gradients(), solved=solved, errors=errors)
 
 
-def agree(problem, engine):
-    """|ours − expected| ≤ tolerance + |theirs − expected|, of the loss, each metric and each gradient, by its norm.
+def agree(problem, engine, ours=None, single=2e-6):
+    """ours: an answer as `run` gives; None = `engine`'s. single: the tolerance of float32.
+
+    |ours − expected| ≤ tolerance + |theirs − expected|, of the loss, each metric and each gradient, by its norm.
 
     In float64 expected is the reference's, or, where that is ours, the oracle's; there is no theirs. Else expected is
     the truth, of the same numbers in float64, and theirs the reference's in their own dtype, or, where that is ours,
     the oracle's, which is eager's: no worse than that.
 
-    Tolerances are relative. In float64 1e-8; else 2e-6, thirty-two roundings of float32, of whose sums that is the
+    Tolerances are relative. In float64 1e-8; else `single`, 2e-6 being thirty-two roundings, of whose sums that is the
     length, or two roundings of 16 bits where the result is of those. A gradient's are of the absolute values it is the
     sum of, and some roundings of the probabilities that those are differences of. Divergences are sums of such, too, so
     that a loss below a tenth is no measure of its own rounding, τ² times that with the factor τ².
@@ -67,7 +69,7 @@ def agree(problem, engine):
     """
     exact = problem.dtype == F64
     truth = run(problem, "oracle", dtype=F64)
-    ours = run(problem, engine)
+    ours = ours or run(problem, engine)
     reference = run(problem, "oracle" if engine == "reference" else "reference", dtype=F64 if exact else None)
     expected, theirs = (reference, None) if exact else (truth, reference)
 
@@ -94,8 +96,8 @@ def agree(problem, engine):
     assert ours.loss.dtype == problem.loss_dtype
 
     narrow = {dtype: 2 * ROUNDING[dtype] for dtype in (F16, BF16)}
-    of_losses = 1e-8 if exact else narrow.get(problem.narrow, 2e-6)
-    of_gradients = 1e-8 if exact else max(narrow.get(dtype, 2e-6) for dtype in problem.dtypes)
+    of_losses = 1e-8 if exact else narrow.get(problem.narrow, single)
+    of_gradients = 1e-8 if exact else max(narrow.get(dtype, single) for dtype in problem.dtypes)
     squared = problem.options["temperature"] ** 2 if problem.options["temperature_squared"] else 1.0
     least = max(1.0, problem.options["kd_weight"] * squared) * (1e-12 if exact else 0.1 * of_losses)
     check("loss", lambda answer: answer.loss[finite], of_losses * float(expected.loss[finite].norm()) + least)

@@ -141,11 +141,6 @@ def test_wrong_argument(name):
         call(**arguments)
 
 
-def test_what_is_still_to_come_says_so():
-    with pytest.raises(NotImplementedError, match=r"vocabulary-parallel .* not in this version"):
-        call(vocab_start=0)
-
-
 def test_nothing_to_compute():
     with pytest.raises(ValueError, match="nothing to compute"):
         fused_kd_loss(student(CASE), None)

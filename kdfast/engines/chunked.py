@@ -11,7 +11,8 @@ For each chunk of m tokens, with student and projected rows stacked (they share 
 
 A product nobody wants the result of is not made: 6u with `teacher_grad="full"`, 5u for "projector", 4u for
 "none"; a teacher with its own head costs 3u(Hs) + u(Ht); without gradients the logits alone. The anchor's gradient
-must not reach W, so with "full" it waits in a plane of its own until dW has been taken.
+must not reach W, so with "full" it waits in a plane of its own until dW has been taken. Where each process has a slice
+of the vocabulary, `sliced.py` takes the same steps in another order, with collectives between.
 
 Memory beyond inputs and gradients: one chunk of logits, (V·4 bytes)·2 per token in fp32 and as many gradients in a
 16-bit dtype, within `scratch_bytes`. Rows are padded to 128 elements where a GPU reads them, so that its products see
@@ -21,12 +22,15 @@ an aligned leading dimension whatever V is.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kdfast import gemm
+from kdfast.engines import sliced
 from kdfast.engines.planning import (
     Wanted,
     active_rows,
@@ -42,8 +46,8 @@ from kdfast.engines.planning import (
 from kdfast.engines.row_work import Buffers
 from kdfast.problem import Problem, Result
 
+SLICED_WORK = {"torch": "kdfast.engines.torch_slices", "triton_chunked": "kdfast.engines.triton_slices"}
 ROW_WORK = {"torch": "kdfast.engines.torch_rows", "triton_chunked": "kdfast.engines.triton_rows"}
-CPU_BLOCK = 1 << 17  # logits a CPU works on at a time (512 KB in fp32), so that the row work stays in cache
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,8 @@ class Plan:
     mix: bool  # teacher rows are made orthogonal to student rows before they are rounded
     gradient_dtype: torch.dtype
     tokens: int  # per chunk
+    buffers: int  # chunks whose logits are there at a time
     stride: int  # elements from one row of scratch to the next
-    block: int  # rows per call of the row work
 
 
 def run(x: Problem, rows: Tensor | None = None) -> Result:
@@ -69,108 +73,151 @@ def run(x: Problem, rows: Tensor | None = None) -> Result:
 
 
 def _run(x: Problem) -> Result:
-    N, H = x.hidden.shape
-    V, device = x.valid_vocab, x.hidden.device
-    plan = _plan(x)
-    scale = gradient_scale(x)
-    weight = x.weight[:V]
-    stats = torch.zeros((6, N), device=device, dtype=x.dtype)
-    work = importlib.import_module(ROW_WORK[x.engine]).Work(x, scale=scale, wanted=plan.wanted, stats=stats)
-    d_hidden = _zeros(x.need_hidden, (N, H), x)
-    d_weight = _zeros(x.need_weight, tuple(x.weight.shape), x)
-    d_bias = _zeros(x.need_bias, (x.weight.shape[0],), x)
-    d_teacher = _zeros(x.need_teacher_hidden, (N, H), x)
-    teacher_input = x.need_teacher_hidden and (plan.wanted.teacher or plan.wanted.anchor)
-
-    pairs = 2 if x.teacher_hidden is not None else 1
-
-    def scratch(rows: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(rows, plan.stride, device=device, dtype=dtype)[:, :V]
-
-    planes = scratch(pairs * plan.tokens, x.dtype)
-    narrow = plan.gradient_dtype != x.dtype and any(plan.wanted)
-    gradients = scratch(pairs * plan.tokens, plan.gradient_dtype) if narrow else planes
-    anchor_plane = scratch(plan.tokens, plan.gradient_dtype) if plan.wanted.anchor_apart else None
-    mix = planes.new_empty(plan.tokens) if plan.mix else None
-
-    for start in range(0, N, plan.tokens):
-        rows = slice(start, min(start + plan.tokens, N))
-        m = rows.stop - start
-        inputs, z_s, z_t = _logits(x, rows, weight, planes)
-        g = gradients[: pairs * m]
-        g_s, g_t = g[:m], g[m:] if pairs == 2 else None
-        for b in range(0, m, plan.block):
-            part = slice(b, min(b + plan.block, m))
-            work(
-                slice(start + part.start, start + part.stop),
-                z_s[part],
-                None if z_t is None else z_t[part],
-                Buffers(
-                    g_s[part] if plan.wanted.student else None,
-                    g_t[part] if g_t is not None and (plan.wanted.teacher or plan.wanted.anchor) else None,
-                    None if anchor_plane is None else anchor_plane[part],
-                    None if mix is None else mix[part],
-                    d_bias[:V] if x.need_bias else None,
-                ),
-            )
-
-        if x.need_weight:
-            if mix is not None:
-                inputs[:m] = torch.addcmul(inputs[:m].to(x.dtype), inputs[m:].to(x.dtype), mix[:m, None], value=-1)
-            to_weight = slice(0, 2 * m if plan.wanted.teacher_to_weight else m)
-            gemm.weight_gradient(g[to_weight], inputs[to_weight], d_weight[:V])
-        if anchor_plane is not None and g_t is not None:
-            g_t += anchor_plane[:m]
-        to_input = slice(0 if x.need_hidden else m, 2 * m if teacher_input else m)
-        if to_input.start < to_input.stop:
-            d_inputs = gemm.input_gradient(g[to_input], weight, x.dtype)
-            if x.need_hidden:
-                d_hidden[rows] = d_inputs[:m]
-            if teacher_input:
-                d_teacher[rows] = d_inputs[-m:]
-                if mix is not None:
-                    d_teacher[rows] -= mix[:m, None] * d_inputs[:m]
-
-    return Result(total(x, stats), stats, d_hidden, d_weight, d_bias, d_teacher, scale, stats.new_empty(0))
-
-
-def _logits(x: Problem, rows: slice, weight: Tensor, planes: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(inputs (m or 2m, H), z_s (m, V), z_t (m, V) or None) of one chunk: raw products, without bias."""
-    dropped = on_cpu(x.hidden.device, x.engine)
-    m = rows.stop - rows.start
-
-    def taken(hidden: Tensor) -> Tensor:
-        return hidden[rows] if dropped else active_rows(hidden[rows], x.active[rows])
-
-    student = taken(x.hidden)
-    if x.teacher_hidden is None:
-        inputs, teacher = student, None
+    loop = Loop(x)
+    if x.group:
+        sliced.run(loop)
     else:
-        teacher = taken(x.teacher_hidden)
-        inputs = torch.cat([student, teacher]) if x.projected else student
-    z = planes[: inputs.shape[0]]
-    gemm.logits(inputs, weight, z)
-    if x.projected:
-        return inputs, z[:m], z[m:]
-    if teacher is None:
-        return inputs, z, None
-    assert x.teacher_weight is not None
-    z_t = planes[m : 2 * m, : x.kd_vocab]
-    gemm.logits(teacher, x.teacher_weight[: x.kd_vocab], z_t)
-    return inputs, z, z_t
+        for rows in loop.chunks():
+            chunk = loop.logits(rows)
+            loop.work(rows, chunk.z_s, chunk.z_t, loop.buffers(chunk))
+            loop.weight_gradient(chunk)
+            loop.store(rows, loop.input_gradients(chunk))
+    return loop.result()
+
+
+class Chunk(NamedTuple):
+    rows: slice
+    inputs: Tensor  # (m or 2m, H): what the logits, and dW, are products of
+    z_s: Tensor  # (m, V): raw products, without bias
+    z_t: Tensor | None  # (m, V)
+    gradients: Tensor  # (m or 2m, V): where those of the logits go
+
+    @property
+    def tokens(self) -> int:
+        return self.rows.stop - self.rows.start
+
+
+class Loop:
+    """The chunks' buffers and products. Who drives it decides when each step is taken."""
+
+    def __init__(self, x: Problem) -> None:
+        N, H = x.hidden.shape
+        self.x, self.plan, self.scale = x, _plan(x), gradient_scale(x)
+        self.weight = x.weight[: x.valid_vocab]
+        self.stats = torch.zeros((6, N), device=x.hidden.device, dtype=x.dtype)
+        module = importlib.import_module((SLICED_WORK if x.group else ROW_WORK)[x.engine])
+        self.work = module.Work(x, scale=self.scale, wanted=self.plan.wanted, stats=self.stats)
+        self.d_hidden = _zeros(x.need_hidden, (N, H), x)
+        self.d_weight = _zeros(x.need_weight, tuple(x.weight.shape), x)
+        self.d_bias = _zeros(x.need_bias, (x.weight.shape[0],), x)
+        self.d_teacher = _zeros(x.need_teacher_hidden, (N, H), x)
+        self.teacher_input = x.need_teacher_hidden and (self.plan.wanted.teacher or self.plan.wanted.anchor)
+
+        plan = self.plan
+        self.pairs = 2 if x.teacher_hidden is not None else 1
+        self.planes = [self._scratch(self.pairs * plan.tokens, x.dtype) for _ in range(plan.buffers)]
+        narrow = plan.gradient_dtype != x.dtype and any(plan.wanted)
+        self.narrow = self._scratch(self.pairs * plan.tokens, plan.gradient_dtype) if narrow else None
+        self.anchor_plane = self._scratch(plan.tokens, plan.gradient_dtype) if plan.wanted.anchor_apart else None
+        self.mix = self.stats.new_empty(plan.tokens) if plan.mix else None
+
+    def _scratch(self, rows: int, dtype: torch.dtype) -> Tensor:
+        out = torch.empty(rows, self.plan.stride, device=self.x.hidden.device, dtype=dtype)
+        return out[:, : self.x.valid_vocab]
+
+    def chunks(self) -> Iterator[slice]:
+        N = self.x.hidden.shape[0]
+        for start in range(0, N, self.plan.tokens):
+            yield slice(start, min(start + self.plan.tokens, N))
+
+    def logits(self, rows: slice, buffer: int = 0) -> Chunk:
+        x, planes = self.x, self.planes[buffer]
+        m = rows.stop - rows.start
+        dropped = on_cpu(x.hidden.device, x.engine)
+
+        def taken(hidden: Tensor) -> Tensor:
+            return hidden[rows] if dropped else active_rows(hidden[rows], x.active[rows])
+
+        gradients = (planes if self.narrow is None else self.narrow)[: self.pairs * m]
+        student = taken(x.hidden)
+        if x.teacher_hidden is None:
+            inputs, teacher = student, None
+        else:
+            teacher = taken(x.teacher_hidden)
+            inputs = torch.cat([student, teacher]) if x.projected else student
+        z = planes[: inputs.shape[0]]
+        gemm.logits(inputs, self.weight, z)
+        if x.projected:
+            return Chunk(rows, inputs, z[:m], z[m:], gradients)
+        if teacher is None:
+            return Chunk(rows, inputs, z, None, gradients)
+        assert x.teacher_weight is not None
+        z_t = planes[m : 2 * m, : x.kd_vocab]
+        gemm.logits(teacher, x.teacher_weight[: x.kd_vocab], z_t)
+        return Chunk(rows, inputs, z, z_t, gradients)
+
+    def buffers(self, chunk: Chunk) -> Buffers:
+        m, want = chunk.tokens, self.plan.wanted
+        g_s, g_t = chunk.gradients[:m], chunk.gradients[m:] if self.pairs == 2 else None
+        return Buffers(
+            g_s if want.student else None,
+            g_t if want.teacher or want.anchor else None,
+            None if self.anchor_plane is None else self.anchor_plane[:m],
+            None if self.mix is None else self.mix[:m],
+            self.d_bias[: self.x.valid_vocab] if self.x.need_bias else None,
+        )
+
+    def weight_gradient(self, chunk: Chunk) -> None:
+        """Also adds the anchor's gradient to the teacher's, now that it can no longer reach W."""
+        x, m, g, inputs = self.x, chunk.tokens, chunk.gradients, chunk.inputs
+        if x.need_weight:
+            if self.mix is not None:
+                mixed = torch.addcmul(inputs[:m].to(x.dtype), inputs[m:].to(x.dtype), self.mix[:m, None], value=-1)
+                inputs[:m] = mixed
+            to_weight = slice(0, 2 * m if self.plan.wanted.teacher_to_weight else m)
+            gemm.weight_gradient(g[to_weight], inputs[to_weight], self.d_weight[: x.valid_vocab])
+        if self.anchor_plane is not None and self.pairs == 2:
+            g[m:] += self.anchor_plane[:m]
+
+    def input_gradients(self, chunk: Chunk) -> Tensor | None:
+        """(m or 2m, H): of the student's and of the teacher's rows, what is wanted of them; None = nothing is."""
+        x, m = self.x, chunk.tokens
+        to_input = slice(0 if x.need_hidden else m, 2 * m if self.teacher_input else m)
+        if to_input.start >= to_input.stop:
+            return None
+        d_inputs = gemm.input_gradient(chunk.gradients[to_input], self.weight, x.dtype)
+        if self.teacher_input and self.mix is not None:
+            d_inputs[m:] -= self.mix[:m, None] * d_inputs[:m]
+        return d_inputs
+
+    def store(self, rows: slice, d_inputs: Tensor | None) -> None:
+        if d_inputs is None:
+            return
+        m = rows.stop - rows.start
+        if self.x.need_hidden:
+            self.d_hidden[rows] = d_inputs[:m]
+        if self.teacher_input:
+            self.d_teacher[rows] = d_inputs[-m:]
+
+    def result(self) -> Result:
+        x, stats = self.x, self.stats
+        gradients = (self.d_hidden, self.d_weight, self.d_bias, self.d_teacher)
+        return Result(total(x, stats), stats, *gradients, self.scale, stats.new_empty(0))
 
 
 def _plan(x: Problem) -> Plan:
     device, N, V = x.hidden.device, x.hidden.shape[0], x.valid_vocab
     want = wanted(x)
+    most = x.largest if x.group else V  # chunks are the same on all processes
     per_token = bytes_per_token(
         device,
         x.weight.dtype,
-        V,
+        most,
         sides=2 if x.teacher_hidden is not None else 1,
         gradients=any(want),
         anchor_apart=want.anchor_apart,
         engine=x.engine,
+        buffers=2 if x.group else 1,
     )
     tokens = chunk_tokens(N, per_token, device, x.scratch_bytes)
     return Plan(
@@ -178,8 +225,8 @@ def _plan(x: Problem) -> Plan:
         mix=mixes(x),
         gradient_dtype=gemm.gradient_dtype(x.weight.dtype, device),
         tokens=tokens,
+        buffers=2 if x.group and tokens < N else 1,
         stride=row_stride(V, device, x.engine),
-        block=max(1, CPU_BLOCK // V) if on_cpu(device, x.engine) else tokens,
     )
 
 

@@ -73,12 +73,13 @@ def bytes_per_token(
     gradients: bool = True,
     anchor_apart: bool = False,
     engine: str = "auto",
+    buffers: int = 1,
 ) -> int:
     """Scratch one token takes in a chunk: fp32 (fp64) logits of 1 or 2 sides, and gradients of them where those have
-    another dtype. dtype: the head's."""
+    another dtype. dtype: the head's; buffers: chunks whose logits are there at a time."""
     logits = torch.float64 if dtype == torch.float64 else torch.float32
     narrow = gemm.gradient_dtype(dtype, device)
-    size = sides * logits.itemsize
+    size = buffers * sides * logits.itemsize
     if gradients and narrow != logits:
         size += sides * narrow.itemsize
     if anchor_apart:

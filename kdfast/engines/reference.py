@@ -10,7 +10,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-from kdfast import autocast, sparse
+from kdfast import autocast, collectives, sparse
 from kdfast.engines.given import given_rows
 from kdfast.problem import AGREEMENT, ANCHOR, CE, KD, STUDENT_ENTROPY, TEACHER_ENTROPY, Problem
 
@@ -31,7 +31,7 @@ def _run(x: Problem) -> tuple[Tensor, Tensor]:
         assert x.labels is not None
         rows[CE] = _cross_entropy(z_s, x.labels)
 
-    shared = _counted(x, z_s[:, : x.kd_vocab])
+    shared = _counted(x, z_s[:, : x.kd_size])
     if x.sparse:
         rows[KD] = _sparse(x, shared)
         if x.want_metrics:
@@ -66,10 +66,11 @@ def _counted(x: Problem, z: Tensor) -> Tensor:
 
 
 def _teacher_logits(x: Problem, hidden: Tensor | None) -> Tensor:
-    """(N, kd_vocab)."""
+    """(N, kd_size)."""
     if x.teacher_logits is not None:
         off = ~x.active[:, None]
-        return given_rows(x, slice(None)).to(x.dtype).masked_fill(off, 0)
+        given = given_rows(x, slice(None)).to(x.dtype)
+        return collectives.whole(given, x.group, x.vocab_start).masked_fill(off, 0)
     assert hidden is not None
     if x.teacher_weight is not None:
         head = (x.teacher_weight, x.teacher_bias, x.teacher_logit_scale, x.teacher_softcap)
@@ -113,12 +114,14 @@ def _sparse(x: Problem, z: Tensor) -> Tensor:
 def _logits(
     x: Problem, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, vocab: int
 ) -> Tensor:
-    """softcap·tanh(scale·(h Wᵀ + b)/softcap) over the first `vocab` entries, (N, vocab)."""
+    """softcap·tanh(scale·(h Wᵀ + b)/softcap) over the first `vocab` entries; (N, those of all processes)."""
+    hidden = collectives.spread(hidden, x.group)
     z = hidden.to(x.dtype) @ weight[:vocab].to(x.dtype).T
     if bias is not None:
         z = z + bias[:vocab].to(x.dtype)
     z = z * scale
-    return z if softcap is None else softcap * torch.tanh(z / softcap)
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    return collectives.whole(z, x.group, x.vocab_start)
 
 
 def _cross_entropy(z: Tensor, targets: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """What the chunk loop asks of the row work, and what it gets: the same for every engine that works in chunks.
 
     work = RowWork(x, scale=, wanted=, stats=)      once
-    work(rows, z_s, z_t, out)                       for some rows at a time
+    work(rows, z_s, z_t, out)                       for each chunk
 
 takes logits of the rows `rows` (a slice of x's tokens), raw products h·Wᵀ of shape (r, V), and fills
 `stats[:, rows]` and the buffers in `out`.
@@ -25,6 +25,11 @@ class Buffers(NamedTuple):
     anchor: Tensor | None  # a plane of its own for the anchor's part; None = it is added to the teacher's
     mix: Tensor | None  # (r,): `teacher` holds grad_t + mix·grad_s, orthogonal to grad_s; None = grad_t as it is
     bias: Tensor | None  # (V,) sum over rows of all that reaches the bias, accumulated here
+
+    def part(self, rows: slice) -> Buffers:
+        """Of some of the rows."""
+        parts = [None if each is None else each[rows] for each in self[:4]]
+        return Buffers(parts[0], parts[1], parts[2], parts[3], self.bias)
 
 
 class RowWork(Protocol):

@@ -1,14 +1,15 @@
 """The row work of the `torch` engine: logits of a few rows → losses, statistics, gradients, in plain torch.
 
-z_s, z_t (r, V) are the raw products h·Wᵀ; they are overwritten. A gradient is written towards those products
+z_s, z_t (m, V) are the raw products h·Wᵀ; they are overwritten. A gradient is written towards those products
 (temperature, softcap and logit_scale included), divided by the problem's scale, in the dtype of its buffer; the
 buffers may be the logits' own memory, since nothing is read after the first write.
 
-On a CPU r is kept so small that the dozen temporaries stay in the cache: there the passes cost little.
+On a CPU so few rows are taken at a time that the dozen temporaries stay in the cache: there the passes cost little.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import inf
 
 import torch
@@ -17,9 +18,11 @@ from torch import Tensor
 from kdfast import sparse
 from kdfast.divergences import log_ratio, weighted
 from kdfast.engines.given import given_rows
-from kdfast.engines.planning import Wanted
+from kdfast.engines.planning import Wanted, on_cpu
 from kdfast.engines.row_work import Buffers
 from kdfast.problem import AGREEMENT, ANCHOR, CE, KD, STUDENT_ENTROPY, TEACHER_ENTROPY, Problem
+
+CPU_BLOCK = 1 << 17  # logits a CPU works on at a time (512 KB in fp32), so that the row work stays in cache
 
 
 class Work:
@@ -29,7 +32,18 @@ class Work:
         self.x, self.scale, self.wanted, self.stats = x, scale, wanted, stats
 
     def __call__(self, rows: slice, z_s: Tensor, z_t: Tensor | None, out: Buffers) -> None:
-        _solve(self.x, rows, z_s, z_t, self.scale, self.wanted, self.stats, out)
+        for part, within in blocks(self.x, rows):
+            teacher = None if z_t is None else z_t[within]
+            _solve(self.x, part, z_s[within], teacher, self.scale, self.wanted, self.stats, out.part(within))
+
+
+def blocks(x: Problem, rows: slice) -> Iterator[tuple[slice, slice]]:
+    """Some of a chunk's rows at a time: of x, and counted from the chunk's first."""
+    m = rows.stop - rows.start
+    size = max(1, CPU_BLOCK // max(1, x.valid_vocab)) if on_cpu(x.hidden.device, x.engine) else m
+    for first in range(0, m, max(1, size)):
+        last = min(first + size, m)
+        yield slice(rows.start + first, rows.start + last), slice(first, last)
 
 
 def _solve(
@@ -72,6 +86,19 @@ def _solve(
         _record(stats, rows, TEACHER_ENTROPY, entropy)
         _record(stats, rows, ANCHOR, value)
 
+    write(x, wanted, out, (grad_s, grad_t, grad_a), slope_s, slope_t)
+
+
+def write(
+    x: Problem,
+    wanted: Wanted,
+    out: Buffers,
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
+    slope_s: Tensor | None,
+    slope_t: Tensor | None,
+) -> None:
+    """Gradients towards some rows' logits, of student, teacher and anchor (r, ≤ V), into their buffers; overwritten."""
+    grad_s, grad_t, grad_a = gradients
     for grad, slope, logit_scale in (
         (grad_s, slope_s, x.logit_scale),
         (grad_t, slope_t, x.teacher_logit_scale),
@@ -93,9 +120,7 @@ def _solve(
             _fill(buffer, grad)
 
 
-def add_bias_and_transform(
-    z: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None
-) -> Tensor | None:
+def add_bias_and_transform(z: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None) -> Tensor | None:
     """z → softcap·tanh(logit_scale·(z + bias)/softcap), in place; returns d/dz ÷ logit_scale, or None for 1.
 
     bias: of z's shape, or of z's columns and more."""
@@ -111,6 +136,11 @@ def add_bias_and_transform(
     return slope
 
 
+def slope_of(z: Tensor, softcap: float | None) -> Tensor | None:
+    """The same of logits that have been transformed."""
+    return None if softcap is None else 1 - (z / softcap).square_()
+
+
 def _divergence(
     x: Problem, z_s: Tensor, z_t: Tensor, coefficient: Tensor, wanted: Wanted
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -124,14 +154,12 @@ def _divergence(
     terms = divergence.terms(p, q, g)
     value = terms.f.sum(dim=-1).masked_fill_(unknown, float("nan"))
     factor = coefficient / x.temperature
-    grad_s = _times(_centre(terms.a_q, q, divergence.centred_q), factor) if wanted.student else None
-    grad_t = _times(_centre(terms.a_p, p, divergence.centred_p), factor) if wanted.teacher else None
+    grad_s = times(centre(terms.a_q, q, divergence.centred_q), factor) if wanted.student else None
+    grad_t = times(centre(terms.a_p, p, divergence.centred_p), factor) if wanted.teacher else None
     return value, grad_s, grad_t
 
 
-def _sparse(
-    x: Problem, rows: slice, z: Tensor, coefficient: Tensor, gradient: bool
-) -> tuple[Tensor, Tensor | None]:
+def _sparse(x: Problem, rows: slice, z: Tensor, coefficient: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
     """(divergence (r,), coefficient·∂/∂z) of a teacher given by K entries."""
     assert x.teacher_indices is not None
     index = x.teacher_indices[rows]
@@ -154,10 +182,10 @@ def _sparse(
         softmax.div_(total[:, None])
     else:
         softmax = torch.exp(scaled.sub_(rest[:, None]), out=softmax)
-    return found.value, _times(softmax, found.outside[:, None]).scatter_(1, index, found.inside)
+    return found.value, times(softmax, found.outside[:, None]).scatter_(1, index, found.inside)
 
 
-def _times(grad: Tensor, factor: Tensor) -> Tensor:
+def times(grad: Tensor, factor: Tensor) -> Tensor:
     """grad·factor, in place, with 0·∞ = 0: an infinite divergence does not reach rows that it does not count for."""
     zero = factor == 0
     grad.mul_(factor)
@@ -166,9 +194,11 @@ def _times(grad: Tensor, factor: Tensor) -> Tensor:
     return grad.masked_fill_(zero, 0.0)
 
 
-def _centre(a: Tensor, softmax: Tensor, centred: bool) -> Tensor:
-    """a − softmax·Σa, in place."""
-    return a if centred else a.addcmul_(softmax, a.sum(dim=-1, keepdim=True), value=-1)
+def centre(a: Tensor, softmax: Tensor, centred: bool, total: Tensor | None = None) -> Tensor:
+    """a − softmax·Σa, in place. total (r,): Σa, where a is a slice of the vocabulary."""
+    if centred:
+        return a
+    return a.addcmul_(softmax, a.sum(dim=-1, keepdim=True) if total is None else total[:, None], value=-1)
 
 
 def _at_temperature_one(

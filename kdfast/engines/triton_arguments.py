@@ -30,6 +30,7 @@ def heads_of(x: Problem) -> Heads:
         vocab=x.valid_vocab,
         kd_vocab=x.kd_vocab,
         tf32=gemm.tf32(x.hidden.device),
+        truncated=x.truncated,
     )
 
 
@@ -42,8 +43,8 @@ def term_of(x: Problem, scale: Tensor) -> Term:
         coefficients=x.coefficients,
         scale=scale,
         active=x.active,
-        labels=x.labels if x.use_ce else None,
-        targets=x.anchor_targets if x.use_anchor else None,
+        labels=x.local(x.labels) if x.use_ce else None,
+        targets=x.local(x.anchor_targets) if x.use_anchor else None,
         ce_gradient=want.student and x.ce_term,
         teacher_gradient=want.teacher,
         anchor_gradient=want.anchor,

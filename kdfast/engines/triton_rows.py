@@ -31,18 +31,12 @@ class Work:
         else:
             grads = {"grad_s": out.student, "grad_t": out.teacher, "grad_a": out.anchor, "mix": out.mix}
             solve_rows(self.heads, self.term, z_s, z_t, **self._chunk(rows, z_s), **grads)
-        if out.bias is None:
-            return
-        if out.student is not None:
-            weights = None if out.mix is None else 1 - out.mix
-            add_column_sums(out.student, weights, out.bias)
-        if self.wanted.teacher_to_weight and out.teacher is not None:
-            add_column_sums(out.teacher, None, out.bias)
+        bias_gradients(out, self.wanted)
 
     def _sparse(self, rows: slice, z: Tensor, grad: Tensor | None) -> None:
         x = self.x
         assert x.teacher_indices is not None
-        at = triton_sparse.entries(x, rows, z.gather(1, x.teacher_indices[rows]))
+        at = triton_sparse.entries(x, rows, z.gather(1, triton_sparse.addresses(x, rows)))
         constants = z.new_empty(ROWS.value, z.shape[0])
         phase = {"z_s": z, "z_t": None, **self._chunk(rows, z)}
         term = replace(self.term, bits=triton_sparse.bits(x, rows))
@@ -59,3 +53,13 @@ class Work:
     def _chunk(self, rows: slice, z: Tensor) -> dict[str, Any]:
         # the chunk loop's scratch: whole padded rows
         return {"width": z.stride(0), "start": rows.start, "stats": self.stats}
+
+
+def bias_gradients(out: Buffers, wanted: Wanted) -> None:
+    if out.bias is None:
+        return
+    if out.student is not None:
+        weights = None if out.mix is None else 1 - out.mix
+        add_column_sums(out.student, weights, out.bias)
+    if wanted.teacher_to_weight and out.teacher is not None:
+        add_column_sums(out.teacher, None, out.bias)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kdfast import sparse
-from kdfast.engines.torch_rows import add_bias_and_transform
+from kdfast.engines.torch_rows import add_bias_and_transform, slope_of
 from kdfast.kernels import support
 from kdfast.problem import AGREEMENT, CE, KD, Problem
 
@@ -25,12 +25,32 @@ class Entries(NamedTuple):
     slope: Tensor | None  # (r, K): of the softcap; None = 1
 
 
+def addresses(x: Problem, rows: slice) -> Tensor:
+    """(r, K): the entries in the slice of the vocabulary that is here; 0 for the others."""
+    local = x.local(x.teacher_indices)
+    assert local is not None
+    return local[rows].clamp_min(0) if x.group else local[rows]
+
+
 def entries(x: Problem, rows: slice, products: Tensor) -> Entries:
     """products (r, K): h·Wᵀ at the entries; overwritten."""
     assert x.teacher_indices is not None
-    indices = x.teacher_indices[rows]
-    bias = None if x.bias is None else x.bias[indices]
-    return Entries(indices, products, add_bias_and_transform(products, bias, x.logit_scale, x.softcap))
+    bias = None if x.bias is None or not x.valid_vocab else x.bias[addresses(x, rows)]
+    slope = add_bias_and_transform(products, bias, x.logit_scale, x.softcap)
+    return Entries(x.teacher_indices[rows], products, slope)
+
+
+def own(x: Problem, rows: slice, z: Tensor) -> Tensor:
+    """z (r, K) at the entries that are here, 0 at the others."""
+    local = x.local(x.teacher_indices)
+    assert local is not None
+    return torch.where(local[rows] >= 0, z, 0)
+
+
+def entries_of(x: Problem, rows: slice, z: Tensor) -> Entries:
+    """Of the student's logits there, (r, K)."""
+    assert x.teacher_indices is not None
+    return Entries(x.teacher_indices[rows], z, slope_of(z, x.softcap))
 
 
 def bits(x: Problem, rows: slice) -> Tensor | None:
@@ -38,7 +58,12 @@ def bits(x: Problem, rows: slice) -> Tensor | None:
     excluded = sparse.excluded(x)
     if excluded is None or x.teacher_indices is None:
         return None
-    return support.bits(x.teacher_indices[rows], excluded[rows], x.kd_vocab)
+    here = excluded[rows]
+    if x.group:
+        local = x.local(x.teacher_indices)
+        assert local is not None
+        here = here & (local[rows] >= 0)
+    return support.bits(addresses(x, rows), here, x.kd_vocab)
 
 
 def solve(x: Problem, rows: slice, at: Entries, constants: Tensor, scale: Tensor) -> sparse.Support:

@@ -12,6 +12,9 @@ row, with which the backward starts at the slabs: 8u again, where the chunked en
 Memory beyond inputs and gradients: a slab of gradients and its dW within `scratch_bytes`, dX in fp32, and dW once more
 (bf16: in bf16; else in fp32); for a sparse teacher's bucket a bit an entry of the vocabulary, N·V/8 bytes. Two runs
 give the same bits.
+
+Where each process has a slice of the vocabulary, the partial states of all are gathered once, twice where a divergence
+takes the statistics twice; a sparse teacher's entries are summed once, and dX, whole, once.
 """
 
 from __future__ import annotations
@@ -21,17 +24,18 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kdfast import gemm
+from kdfast import collectives, gemm
 from kdfast.engines import triton_sparse
 from kdfast.engines.planning import active_rows, gradient_scale, mixes, slab_width, total, wanted
 from kdfast.engines.triton_arguments import heads_of, term_of
+from kdfast.engines.triton_slices import number_from
 from kdfast.kernels import support
 from kdfast.kernels.arguments import Heads, Term
 from kdfast.kernels.column_sums import add_column_sums
 from kdfast.kernels.configurations import row_of
 from kdfast.kernels.statistics import ROWS
 from kdfast.kernels.tiled_gradients import slab_gradients
-from kdfast.kernels.tiled_statistics import statistics
+from kdfast.kernels.tiled_statistics import combine, config_of, fold, statistics
 from kdfast.problem import Problem, Result
 
 
@@ -46,7 +50,10 @@ def run(x: Problem, rows: Tensor | None = None) -> Result:
         rows = stats.new_empty(ROWS.value + 1, N)
         _count(x, passes=2 if heads.teacher and term.entry.base == "" else 1)
         bits = triton_sparse.bits(x, slice(None)) if x.sparse else None
-        statistics(heads, replace(term, bits=bits), stats=stats, rows=rows, mix=mixes(x))
+        if x.group:
+            _statistics_of_all(x, heads, replace(term, bits=bits), stats, rows)
+        else:
+            statistics(heads, replace(term, bits=bits), stats=stats, rows=rows, mix=mixes(x))
     kept = rows if x.row_constants else stats.new_empty(0)
     values: Tensor | None = None
     if x.sparse:
@@ -62,13 +69,39 @@ def run(x: Problem, rows: Tensor | None = None) -> Result:
     return Result(total(x, stats), stats, d_hidden, d_weight, d_bias, d_teacher, scale, kept)
 
 
+def _statistics_of_all(x: Problem, heads: Heads, term: Term, stats: Tensor, rows: Tensor) -> None:
+    """`statistics` where each process has a slice of the vocabulary: their partial states are gathered, and merged by
+    all alike. One gather, two where a second pass is needed."""
+    N, mix = x.hidden.shape[0], mixes(x)
+    second = heads.teacher and term.entry.base == ""
+    if N == 0:
+        return
+    config = config_of(heads, term, lambda c: fold(heads, term, mix=mix, config=c))
+    parts, beyond = fold(heads, term, mix=mix, config=config, entries=x.largest)
+    number_from(x, parts)
+    splits = parts.shape[0]
+    both = collectives.gather(parts if beyond is None else torch.cat([parts, beyond]), x.group).wait()
+    parts = both[:, :splits].flatten(0, 1)
+    beyond = None if beyond is None else both[:, splits:].flatten(0, 1)
+    out = {"stats": stats, "rows": rows, "mix": mix, "teacher": heads.teacher}
+    combine(term, parts, beyond, **out)
+    if second:
+        sums, _ = fold(heads, term, mix=mix, config=config, rows=rows, entries=x.largest)
+        combine(term, collectives.gather(sums, x.group).wait().flatten(0, 1), None, **out, second=True)
+
+
 def _sparse(x: Problem, rows: Tensor, scale: Tensor, stats: Tensor | None) -> tuple[Tensor, Tensor]:
     """What the gradients of a sparse teacher need: the rows' constants, and the gradients at its entries (N, K). stats:
     given where the statistics have just been taken, to be completed."""
     assert x.teacher_indices is not None
     every = slice(None)
-    products = x.coefficients.new_empty(x.teacher_indices.shape)
-    at = triton_sparse.entries(x, every, support.support_logits(x.hidden, x.weight, x.teacher_indices, products))
+    products = x.coefficients.new_zeros(x.teacher_indices.shape)
+    if x.valid_vocab:
+        support.support_logits(x.hidden, x.weight, triton_sparse.addresses(x, every), products)
+    at = triton_sparse.entries(x, every, products)
+    if x.group:
+        z = triton_sparse.own(x, every, at.z)
+        at = triton_sparse.entries_of(x, every, collectives.add_up(z, x.group).wait())
     found = triton_sparse.solve(x, every, at, rows, scale)
     if stats is not None:
         triton_sparse.record(x, every, found, stats)
@@ -83,13 +116,15 @@ def _gradients(
     """entries (N, K): gradients at a sparse teacher's entries."""
     (N, _), V = x.hidden.shape, x.valid_vocab
     want, mix = wanted(x), rows[-1] if mixes(x) else None
+    if x.kd_vocab == 0:  # the teacher's vocabulary has ended before this slice
+        heads = heads.student_alone()
     teacher = want.teacher or want.anchor
     sides = want.student + teacher
     dtype = gemm.gradient_dtype(x.weight.dtype, x.weight.device)
     tile = row_of(x.weight.device, x.weight.element_size(), N).gradients.block_v
     # what a vocabulary entry takes: its gradients, and its row of dW in fp32 before that is rounded
     per_entry = N * (sides + want.anchor_apart) * dtype.itemsize + x.need_weight * x.hidden.shape[1] * x.dtype.itemsize
-    width = slab_width(x.valid_vocab, per_entry, tile, x.scratch_bytes)
+    width = slab_width(max(1, V), per_entry, tile, x.scratch_bytes)
     planes = torch.empty(sides + want.anchor_apart, N, width, device=x.hidden.device, dtype=dtype)
     inputs = _inputs(x, mix) if x.need_weight else None
     to_weight = slice(0, 2 * N if want.teacher_to_weight else N)
@@ -112,7 +147,7 @@ def _gradients(
             mix=mix is not None,
         )
         if entries is not None and x.teacher_indices is not None:
-            support.write(slab[0], x.teacher_indices, entries, first)
+            support.write(slab[0], x.teacher_indices, entries, x.vocab_start + first)
         g = planes[:sides].flatten(0, 1)[:, : ids.stop - first]
         if inputs is not None:
             gemm.whole_weight_gradient(g[to_weight], inputs[to_weight], d_weight[ids])
@@ -125,12 +160,14 @@ def _gradients(
         if d_inputs.numel():
             gemm.add_input_gradient(g[to_input], x.weight[ids], d_inputs)
 
+    if teacher_input and mix is not None and x.need_hidden:
+        d_inputs[-N:].addcmul_(mix[:, None], d_inputs[:N], value=-1)
+    if x.group and d_inputs.numel():
+        collectives.add_up(d_inputs, x.group).wait()
     if x.need_hidden:
         d_hidden.copy_(d_inputs[:N])
     if teacher_input:
         d_teacher.copy_(d_inputs[-N:])
-        if mix is not None and x.need_hidden:
-            d_teacher.addcmul_(mix[:, None], d_inputs[:N], value=-1)
 
 
 def _inputs(x: Problem, mix: Tensor | None) -> Tensor:

@@ -10,8 +10,8 @@ import torch
 
 from kdfast import gemm
 from kdfast.engines import planning
-from kdfast.engines.chunked import CPU_BLOCK
 from kdfast.engines.planning import bytes_per_token, chunk_tokens, row_stride
+from kdfast.engines.torch_rows import CPU_BLOCK
 from kdfast.plan.shape import Shape
 
 Phases = dict[str, int]
@@ -112,7 +112,6 @@ def _chunked(x: Shape, engine: str) -> Phases:
     if gradient != w:
         planes += sides * m * row_stride(V, device, engine) * gradient
     stacked = pairs * m * Hs  # numbers in [h_s; h_p] of a chunk
-    earlier = 2 if m < x.tokens else 1  # the last chunk's dX is there until this one's is
     blocks = 0
     if engine == "torch":
         rows = min(m, max(1, CPU_BLOCK // V)) if cpu else m
@@ -124,9 +123,9 @@ def _chunked(x: Shape, engine: str) -> Phases:
     rounded = pairs * m * V * 2 if cpu and x.dtype == torch.bfloat16 else 0  # G in bf16, for dX
     taken = 0 if cpu and not projected else stacked * s  # a CPU reads one side's rows where they are
     phases = {
-        "rows": always + planes + blocks + taken + (earlier - 1) * stacked * w,
+        "rows": always + planes + blocks + taken,
         "widened": always + planes + taken + widened,
-        "input gradient": always + planes + taken + earlier * stacked * w + rounded,
+        "input gradient": always + planes + taken + stacked * w + rounded,
     }
     if not (cpu and s == w):  # saved gradients become the leaves': on a CPU in full precision they are
         done = pairs * x.hidden + x.weight

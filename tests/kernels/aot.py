@@ -110,6 +110,7 @@ def heads_of(
     return Heads(
         meta(N, Hs, dtype=dtype), meta(V, Hs, dtype=dtype), extra, 1.0, softcap,
         teacher_hidden, teacher_weight, extra, 1.0, softcap, given, offsets, V, kd_V, tf32,
+        kd_V < V,
     )  # fmt: skip
 
 
@@ -146,11 +147,27 @@ def row_cases(arch: str, V: int) -> Iterator[Case]:
     few = "16–48 bytes: ptxas keeps to 128 registers, for two programs a multiprocessor"
     few = few if arch in ("sm_100", "sm_120") else None
     yield Case("row_kernel", "skew_kl, given logits, truncated", launch, allow_stack=few)
+    yield from sliced_cases(arch, solve, full, z_s, z_t, everything)
     rows, bucket = meta(9, CHUNK), meta(TOKENS, -(-V // 32), dtype=torch.int32)
     sparse = partial(solve, full(teacher=False), term_of(TOKENS, "sparse", labels=True, heavy=False, bits=bucket))
     for phase, grad in (("statistics", None), ("gradients", grad_s)):
         launch = partial(sparse, z_s, None, grad_s=grad, phase=phase, rows=rows)
         yield Case("row_kernel", f"sparse, {phase}", launch)
+
+
+def sliced_cases(
+    arch: str, solve: Callable[..., Any], full: Callable[..., Heads], z_s: torch.Tensor, z_t: torch.Tensor,
+    everything: dict[str, Any],
+) -> Iterator[Case]:  # fmt: skip
+    """The row kernel's phases where each process has a slice of the vocabulary."""
+    rows, states, nothing = meta(10, CHUNK), meta(25, CHUNK), {"grad_s": None, "mixes": True}
+    for divergence in ("forward_kl", "jsd"):
+        run = partial(solve, full(), term_of(TOKENS, divergence, labels=True, heavy=True), z_s, z_t, rows=rows)
+        yield Case("row_kernel", f"{divergence}, fold", partial(run, phase="fold", states=states, **nothing))
+        yield Case("row_kernel", f"{divergence}, gradients", partial(run, phase="gradients", **everything))
+    few = "8 bytes: ptxas keeps to 128 registers, for two programs a multiprocessor" if arch == "sm_90" else None
+    terms = partial(run, phase="terms", states=states, **nothing)
+    yield Case("row_kernel", "jsd, terms", terms, allow_stack=few)
 
 
 def support_cases(V: int) -> Iterator[Case]:
