@@ -8,6 +8,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic mod
 import pytest
 import torch
 
+pytest.register_assert_rewrite("definition")
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # the Triton engines on CPU tensors; read when a kernel is first imported
     from triton.runtime.interpreter import InterpretedFunction
