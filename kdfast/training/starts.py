@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdfast.compress import HELD_OUT, FidelityNotReached, compress_head
-from kdfast.interface import fused_kd_loss
+from kdfast.compress import HELD_OUT, FidelityNotReached, compress_head, held_out_rows, kl_and_agreement
 from kdfast.logit_chunks import mean_probabilities
 from kdfast.projector import LogitProjector
 from kdfast.solve import FREQUENCY_ROWS, Projection, solve_calibrated, solve_lstsq, solve_svd
@@ -51,7 +50,7 @@ class _Text(NamedTuple):
 
     def split(self) -> tuple[_Text, _Text]:
         """(to solve with, held out)."""
-        held_out = torch.arange(len(self.teacher), device=self.teacher.device) % HELD_OUT == 0
+        held_out = held_out_rows(self.teacher)
         return _Text(self.student[~held_out], self.teacher[~held_out]), _Text(
             self.student[held_out], self.teacher[held_out]
         )
@@ -195,6 +194,4 @@ def _measure(what: str, stand_in: Head, true: Head, options: dict[str, Any]) -> 
     tokens = len(true.hidden)
     if not same_vocabulary(stand_in.weight.shape[0], true.weight.shape[0], options["valid_vocab"]):
         return Start(what, None, None, tokens)
-    result = fused_kd_loss(stand_in, true, temperature=1.0, return_metrics=True, **options)
-    assert isinstance(result, tuple)
-    return Start(what, result[0].item(), result[1].agreement.item(), tokens)
+    return Start(what, *kl_and_agreement(stand_in, true, **options), tokens)
