@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -14,9 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdfast.compress import HELD_OUT, FidelityNotReached, compress_head, held_out_rows, kl_and_agreement
-from kdfast.logit_chunks import mean_probabilities
 from kdfast.projector import LogitProjector
-from kdfast.solve import FREQUENCY_ROWS, Projection, solve_calibrated, solve_lstsq, solve_svd
+from kdfast.solve import Projection, solve_calibrated, solve_lstsq, solve_svd, vocab_frequencies
 from kdfast.training.heads import backbone, head
 from kdfast.training.labels import IGNORE_INDEX, shift_labels
 from kdfast.training.teachers import Probe
@@ -61,6 +61,11 @@ class _Calibration:
         self.true = head(model.teacher, text.teacher[held_out])
         self.whole = head(model.teacher, text.teacher)  # both parts
 
+    @cached_property
+    def vocab_weights(self) -> Tensor:
+        """(V,) float64, for whatever is solved of the teacher's head."""
+        return vocab_frequencies(self.teacher, self.valid_vocab)
+
     def measure(self, what: str, projected: Tensor) -> Start:
         """`projected`: the held-out hidden states, of the student's width, for the student's head as it is now."""
         stand_in = replace(self.student, hidden=projected.to(self.student.weight.dtype))
@@ -91,8 +96,7 @@ def solve_starts(model: DistillationModel, batches: Iterable[dict[str, Any]], to
     if model.logit_projector is not None:
         starts += _start_projector(x, model.logit_projector, projection)
     if x.recipe.projector_resolve_steps > 0:
-        sample = x.teacher.hidden[:FREQUENCY_ROWS]
-        model.vocab_weights = mean_probabilities(replace(x.teacher, hidden=sample), x.valid_vocab)
+        model.vocab_weights = x.vocab_weights
     if x.recipe.teacher == "compressed_head":
         starts.append(_start_compressed_head(x))
     return starts
@@ -115,7 +119,12 @@ def _start_student(x: _Calibration) -> tuple[Projection, Start]:
     rows = x.student.weight[: x.valid_vocab]
     std = rows.double().square().mean().sqrt().item()
     embedding, projection = solve_svd(
-        x.teacher, rows.shape[1], std=std, logit_scale=x.student.logit_scale, valid_vocab=x.valid_vocab
+        x.teacher,
+        rows.shape[1],
+        std=std,
+        logit_scale=x.student.logit_scale,
+        vocab_weights=x.vocab_weights,
+        valid_vocab=x.valid_vocab,
     )
     _set_embedding(x.model, embedding[: len(rows)])
     hidden = x.true.hidden.to(projection.weight.dtype)
@@ -130,7 +139,7 @@ def _start_projector(x: _Calibration, projector: LogitProjector, solved: Project
     if init == "calibrated":
         solved = solve_calibrated(x.student.hidden, x.teacher.hidden)
     elif init == "lstsq":
-        solved = solve_lstsq(x.student, x.teacher, valid_vocab=x.valid_vocab)
+        solved = solve_lstsq(x.student, x.teacher, vocab_weights=x.vocab_weights, valid_vocab=x.valid_vocab)
     elif init != "svd":
         solved = None
     if solved is None:
@@ -145,9 +154,15 @@ def _start_compressed_head(x: _Calibration) -> Start:
     rank, max_kl, tokens = x.recipe.compressed_rank, x.recipe.compressed_kl, len(x.true.hidden)
     if rank is not None or max_kl is None:
         rank, max_kl = rank or x.student.weight.shape[1], None
-    engine = x.model.loss_options["engine"]
     try:
-        compressed = compress_head(x.whole, rank, max_kl=max_kl, valid_vocab=x.valid_vocab, engine=engine)
+        compressed = compress_head(
+            x.whole,
+            rank,
+            max_kl=max_kl,
+            vocab_weights=x.vocab_weights,
+            valid_vocab=x.valid_vocab,
+            engine=x.model.loss_options["engine"],
+        )
     except FidelityNotReached as error:
         return Start(f"the teacher's head stays whole ({error})", 0.0, 1.0, tokens)
     x.model.compressed_head = compressed
