@@ -51,7 +51,7 @@ recipes: $(READY)  ## the experiment that decides the default recipe: hours on t
 	$(BIN)/python bench/recipes/results.py
 
 peers: $(READY_BENCH)  ## our losses against TRL's, Liger's, torchtune's and fla's
-	$(BIN)/python -m pytest tests/test_peers.py $(ARGS)
+	$(BIN)/python -m pytest tests/peers $(ARGS)
 
 clean:  ## remove .venv, build products and caches, not the results of runs
 	rm -rf $(VENV) build/lib build/bdist.* dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks

@@ -38,6 +38,7 @@ if "--quick" in sys.argv:  # read by workloads
     os.environ["KDFAST_BENCH_QUICK"] = "1"
 
 import measure
+import records
 from methods.ours import loss
 from workloads import CUDA, PAIRS, WORKLOADS, Inputs, Workload
 
@@ -63,10 +64,7 @@ class Results(dict[str, Row]):
 
     def add(self, name: str, row: Row) -> None:
         self[name] = row
-        (temporary := self.path.with_suffix(".tmp")).write_text(
-            json.dumps({"machine": self.machine, "rows": self}, indent=1) + "\n"
-        )
-        temporary.replace(self.path)
+        records.write(self.path, json.dumps({"machine": self.machine, "rows": self}, indent=1) + "\n")
 
     def command(self, *command: str) -> Row:
         """A command's status (124: it took too long) and the end of what it printed."""

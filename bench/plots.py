@@ -6,6 +6,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from truth import worst_gradients
+
 from kdfast.training.curves import COLOURS, STYLES
 
 NAMES = {  # a contender has one colour and one marker in every panel
@@ -43,9 +45,8 @@ def draw(sweeps: dict[str, list[dict[str, Any]]], closeness: dict[str, dict[str,
         entry = closeness.get(dtype, {"kl": [], "rows": {}})
         points = {}
         for name in NAMES:
-            found = entry["rows"].get(name, {})
-            errors = {leaf: errors for leaf, errors in found.items() if leaf not in ("value", "missing")}
-            points[name] = list(zip(entry["kl"], map(max, zip(*errors.values(), strict=True)), strict=False))
+            worst = worst_gradients(entry["rows"].get(name, {}))
+            points[name] = list(zip(entry["kl"], worst, strict=False))
         lines(panels[row][2], points, "KL(teacher ‖ student)", f"worst gradient's relative error, {dtype}")
         panels[row][2].invert_xaxis()
     handles = {line.get_label(): line for panel in figure.axes for line in panel.get_lines()}

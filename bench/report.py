@@ -21,6 +21,7 @@ import records
 import step_results
 import torch
 from methods import BY_NAME
+from truth import worst_gradients
 from workloads import DEVICE
 
 from kdfast import plan
@@ -156,8 +157,7 @@ def near_convergence(accuracy: dict[str, Row]) -> dict[tuple[str, str, str], flo
         at = min(range(len(entry["kl"])), key=lambda i: abs(entry["kl"][i] - NEAR))
         for name, row in entry["rows"].items():
             if "missing" not in row:
-                worst = max(errors[at] for leaf, errors in row.items() if leaf != "value")
-                found[entry["teacher"], entry["dtype"], name] = worst
+                found[entry["teacher"], entry["dtype"], name] = worst_gradients(row)[at]
     return found
 
 
@@ -229,8 +229,7 @@ def accuracy_table(accuracy: dict[str, Row]) -> list[str]:
         lines += [f"| KL | {' | '.join(kl)} |", "|---" * (1 + len(kl)) + "|"]
         for name, row in entry["rows"].items():
             if "missing" not in row:
-                worst = [max(at) for at in zip(*(v for k, v in row.items() if k != "value"), strict=True)]
-                lines.append(f"| {name} | " + " | ".join(f"{error:.1e}" for error in worst) + " |")
+                lines.append(f"| {name} | " + " | ".join(f"{error:.1e}" for error in worst_gradients(row)) + " |")
         absent = [f"{name} ({row['missing']})" for name, row in entry["rows"].items() if "missing" in row]
         lines += ["", f"Not run: {'; '.join(absent)}.", ""] if absent else [""]
     return lines[:-1]

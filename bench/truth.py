@@ -77,3 +77,9 @@ def errors(inputs: Inputs, loss: Tensor, exact: Truth, *, cross_entropy: bool = 
         else:
             found[name] = float((leaf.grad[: len(expected)].double() - expected).norm() / expected.norm())
     return found
+
+
+def worst_gradients(row: dict[str, list[float]]) -> list[float]:
+    """Of errors step by step, by leaf as above: the worst gradient's at each; none of a row without errors."""
+    gradients = [errors for leaf, errors in row.items() if leaf not in ("value", "missing")]
+    return [max(step) for step in zip(*gradients, strict=True)]

@@ -42,6 +42,7 @@ def assemble(
         vocab=min(valid_vocab, vocabulary.largest),
         teacher=isinstance(teacher, Head | Projected),
         scratch_bytes=options.scratch_bytes or 0,
+        buffers=2 if vocabulary.group else 1,
     )
     projected: Tensor | None = None
     if isinstance(teacher, Projected):

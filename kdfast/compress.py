@@ -11,7 +11,7 @@ not trained: unlike a projector through the student's moving embedding, this tea
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -106,14 +106,15 @@ def compress_head(
     hidden = teacher.hidden.reshape(-1, teacher.hidden.shape[-1])
     if len(hidden) < HELD_OUT:
         raise ValueError(f"teacher.hidden has {len(hidden)} rows; expected at least {HELD_OUT}, better 4·Ht")
-    held_out = torch.arange(len(hidden), device=hidden.device) % HELD_OUT == 0
+    held_out = held_out_rows(hidden)
     whole = replace(teacher, hidden=hidden[held_out])
     factors = Factors(replace(teacher, hidden=hidden[~held_out]), vocab_weights=vocab_weights, valid_vocab=valid_vocab)
     tried: dict[int, HeadFidelity] = {}
 
     def at(rank: int) -> CompressedHead:
         compressed = CompressedHead(factors.cut(rank), teacher)
-        compressed.fidelity = tried[rank] = _measure(compressed, whole, valid_vocab, engine)
+        measured = kl_and_agreement(compressed(whole.hidden), whole, valid_vocab=valid_vocab, engine=engine)
+        compressed.fidelity = tried[rank] = HeadFidelity(compressed.rank, *measured)
         return compressed
 
     full = len(factors.singular_values)
@@ -139,10 +140,14 @@ def compress_head(
     return found
 
 
-def _measure(compressed: CompressedHead, whole: Head, valid_vocab: int | None, engine: str) -> HeadFidelity:
-    result = fused_kd_loss(
-        compressed(whole.hidden), whole, temperature=1.0, valid_vocab=valid_vocab, engine=engine, return_metrics=True
-    )
+def held_out_rows(hidden: Tensor) -> Tensor:
+    """(n,) bool of hidden states (n, H): those that measure."""
+    return torch.arange(len(hidden), device=hidden.device) % HELD_OUT == 0
+
+
+def kl_and_agreement(stand_in: Head, whole: Head, **options: Any) -> tuple[float, float]:
+    """KL(whole ‖ stand-in) in nats, and the fraction with the same most likely id: means over the rows, at τ = 1.
+    options: engine, scratch_bytes, valid_vocab."""
+    result = fused_kd_loss(stand_in, whole, temperature=1.0, return_metrics=True, **options)
     assert isinstance(result, tuple)
-    loss, metrics = result
-    return HeadFidelity(compressed.rank, loss.item(), metrics.agreement.item())
+    return result[0].item(), result[1].agreement.item()

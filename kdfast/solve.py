@@ -52,7 +52,7 @@ class Factors:
 
     Args:
         teacher: its head over hidden states (*, Ht) of some text; a few times Ht rows are enough.
-        vocab_weights: (V,) ≥ 0, what an error at each id costs; None = the mean probabilities over those rows.
+        vocab_weights: (V,) ≥ 0, what an error at each id costs; None = `vocab_frequencies` of the teacher.
         valid_vocab: ids from here on are padding rows: weight 0.
 
     Attributes: `singular_values` (Ht,), descending; Ht + 1 where the head has a bias.
@@ -205,14 +205,20 @@ def _second_moment(head: Head) -> Tensor:
     return moment / len(hidden)
 
 
+def vocab_frequencies(head: Head, valid_vocab: int | None = None) -> Tensor:
+    """(V,) float64: the mean probabilities over FREQUENCY_ROWS of its hidden states, evenly taken. A pass over all
+    logits of those: whoever solves several starts for one teacher gives them as `vocab_weights`."""
+    hidden = head.hidden.reshape(-1, head.hidden.shape[-1])
+    sample = hidden[:: max(1, len(hidden) // FREQUENCY_ROWS)][:FREQUENCY_ROWS]
+    if not len(sample):
+        raise ValueError("teacher.hidden has no rows; expected hidden states of some text, or give vocab_weights")
+    return mean_probabilities(replace(head, hidden=sample), valid_vocab)
+
+
 def _vocab_weights(head: Head, given: Tensor | None, valid_vocab: int | None) -> Tensor:
     vocab = head.weight.shape[0]
     if given is None:
-        hidden = head.hidden.reshape(-1, head.hidden.shape[-1])
-        sample = hidden[:: max(1, len(hidden) // FREQUENCY_ROWS)][:FREQUENCY_ROWS]
-        if not len(sample):
-            raise ValueError("teacher.hidden has no rows; expected hidden states of some text, or give vocab_weights")
-        given = mean_probabilities(replace(head, hidden=sample), valid_vocab)
+        given = vocab_frequencies(head, valid_vocab)
     weights = given.to(head.weight.device, torch.float64).clone()
     if weights.shape != (vocab,) or not (weights >= 0).all() or not 0 < weights.sum() < torch.inf:
         raise ValueError(f"vocab_weights is {tuple(given.shape)}; expected ({vocab},) finite numbers ≥ 0, not all 0")

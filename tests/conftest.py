@@ -9,6 +9,7 @@ import interpreter  # noqa: F401  # before any kernel
 import pytest
 import torch
 
+pytest.register_assert_rewrite("definition")
 
 @pytest.fixture(autouse=True)
 def _seeded_and_poisoned():

@@ -8,6 +8,8 @@
     truncated                      a head of fewer ids
 """
 
+import math
+
 import torch
 from cases import LEAVES, student, teacher
 
@@ -33,6 +35,31 @@ def own_logits(case):
 def sparse(case, tail):
     log_probs, indices = own_logits(case).log_softmax(-1).topk(K, dim=-1)
     return SparseLogits(indices, log_probs, tail=tail)
+
+
+def entries(case, *, kind="top", k=7, seed=1):
+    """(indices, log_probs) of the teacher's own head: its largest, random ones, or everything."""
+    generator = torch.Generator().manual_seed(seed)
+    log_p = own_logits(case).log_softmax(-1)
+    n, vocab = log_p.shape
+    if kind == "top":
+        log_probs, indices = log_p.topk(k, dim=-1)
+        return indices, log_probs
+    if kind == "whole":
+        indices = torch.stack([torch.randperm(vocab, generator=generator) for _ in range(n)])
+        return indices, log_p.gather(1, indices)
+    if kind == "sampled":  # ids drawn with replacement, each of weight 1/k
+        indices = torch.multinomial(log_p.exp(), k, replacement=True, generator=generator)
+        return indices, torch.full(indices.shape, -math.log(k), dtype=torch.float64)
+    # ids that come twice, entries of no mass, some of them of no valid id, and one row with a single entry
+    indices = torch.randint(0, vocab, (n, k), generator=generator)
+    log_probs = log_p.gather(1, indices) - 0.1
+    indices[:, 3], log_probs[:, 3] = indices[:, 0], log_probs[:, 0] - 1
+    indices[:, 4], log_probs[:, 4] = indices[:, 0], log_probs[:, 0] - 2
+    indices[1::3, 5], log_probs[1::3, 5] = -1, -torch.inf
+    indices[2::3, 5], log_probs[2::3, 5] = indices[2::3, 1], -torch.inf
+    log_probs[4, 1:] = -torch.inf
+    return indices, log_probs
 
 
 def sources(case, kind, given=None):

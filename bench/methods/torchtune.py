@@ -1,7 +1,6 @@
 """torchtune's chunked forward KL, on logits in eight chunks: −Σ p·log q, the same gradient towards the student.
 
 It has no temperature, so hidden states are divided by τ.
-The class comes from its own file, which needs torch alone: the package wants torchao and six more to be imported.
 """
 
 from __future__ import annotations
@@ -21,7 +20,9 @@ CHUNKS = 8
 
 
 @cache
-def _module() -> Any:
+def kd_losses() -> Any:
+    """torchtune/modules/loss/kd_losses.py by itself, which needs torch alone; the package would want torchao, of a
+    version without torch 2.13's in it, and six more to be imported."""
     package = importlib.util.find_spec("torchtune")
     assert package is not None
     assert package.submodule_search_locations
@@ -37,7 +38,7 @@ def _module() -> Any:
 def chunked_kl(inputs: Inputs) -> Tensor:
     student = [F.linear(rows, inputs.W)[None] for rows in (inputs.hs / TEMPERATURE).chunk(CHUNKS)]
     teacher = [F.linear(rows, inputs.Wt)[None] for rows in (inputs.ht / TEMPERATURE).chunk(CHUNKS)]
-    return _module().ForwardKLWithChunkedOutputLoss(len(student))(student, teacher, inputs.labels[None])
+    return kd_losses().ForwardKLWithChunkedOutputLoss(len(student))(student, teacher, inputs.labels[None])
 
 
 METHODS = [

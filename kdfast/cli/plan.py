@@ -13,7 +13,7 @@ import torch
 
 from kdfast.cli.errors import UserError
 from kdfast.plan import METHODS, Gpu, Shape, get_gpu, largest_tokens, operations, peak_bytes, predicted_seconds
-from kdfast.plan.advice import Portion, auto_engine, fitting_portion, larger_portions, least_scratch, portion
+from kdfast.plan.advice import Portion, fitting_portion, larger_portions, least_scratch, portion
 
 UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40, "mb": 10**6, "gb": 10**9}
 NOTES = """\
@@ -78,6 +78,7 @@ def plan(args: argparse.Namespace) -> int:
     available = None if memory is None else memory - resident.total
     rows = [_row(name, shape, gpu, available, resident.bytes_per_token) for name in METHODS]
     rows = [row for row in rows if row["peak_bytes"] is not None]
+    own = portion(shape)
     found: dict[str, Any] = {
         "shape": {**vars(shape), "dtype": args.dtype},
         "inputs_bytes": shape.inputs,
@@ -87,8 +88,8 @@ def plan(args: argparse.Namespace) -> int:
         "resident": dict(resident.parts),
         "resident_bytes_per_token": resident.bytes_per_token,
         "methods": rows,
-        "auto": auto_engine(shape),
-        "portion": vars(portion(shape)),
+        "auto": own.engine,
+        "portion": vars(own),
         "measured": False,
     }
     advice, details = _advice(shape, None if available is None else available - shape.tokens * resident.bytes_per_token)

@@ -2,10 +2,11 @@
 
 `auto`, in this order:
 
-    not a GPU, or a GPU Triton is not installed for or has no block sizes for      torch
+    not a GPU                                                                      torch
     float64                                                                        torch
     the scratch budget holds fewer than MIN_TOKENS tokens of logits                triton_tiled
     else                                                                           triton_chunked
+    where that cannot run: Triton not installed, no block sizes for the GPU        torch
 
 The chunked engine does 6u operations where the tiled one does 8u, so it is preferred wherever its matrix products get
 enough rows; by default the budget is made large enough (1024 tokens). This order is derived from operation counts
@@ -58,30 +59,36 @@ def unavailable(engine: str, device: torch.device) -> str | None:
 unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def choose(
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    tokens: int,
-    vocab: int,
-    teacher: bool = True,
-    scratch_bytes: int = 0,
-) -> Choice:
-    """What `engine="auto"` runs: `tokens` rows over `vocab` entries, the head's dtype, with a teacher or none."""
-    per_token = bytes_per_token(device, dtype, vocab, sides=1 + teacher)
-    chunk = chunk_tokens(tokens, per_token, device, scratch_bytes)
+def choose(device: torch.device, dtype: torch.dtype, **sizes: Any) -> Choice:
+    """What `engine="auto"` runs here: what is preferred, or torch where that cannot run. Sizes as for `preferred`."""
+    choice = preferred(device, dtype, **sizes)
+    problem = unavailable(choice.engine, device)
+    if problem is None:
+        return choice
+    return Choice("torch", _chunk(device, dtype, **sizes), f"{choice.engine} {problem}")
+
+
+def preferred(device: torch.device, dtype: torch.dtype, *, tokens: int, **sizes: Any) -> Choice:
+    """What `engine="auto"` runs where every engine can, whether there is such a device here or not: `tokens` rows over
+    `vocab` entries, the head's dtype, with a `teacher` or none, in `scratch_bytes`, of `buffers` chunks at a time."""
+    chunk = _chunk(device, dtype, tokens=tokens, **sizes)
     if device.type != "cuda":
         return Choice("torch", chunk, f"Triton needs a GPU; this is {device.type}")
     if dtype == torch.float64:
         return Choice("torch", chunk, "float64")
-    problem = unavailable("triton_chunked", device)
-    if problem is not None:
-        return Choice("torch", chunk, f"triton_chunked {problem}")
     if chunk < min(MIN_TOKENS, tokens):
         return Choice("triton_tiled", None, f"the scratch budget holds the logits of {chunk} tokens only")
     return Choice("triton_chunked", chunk, "6u operations against the tiled engine's 8u")
 
 
+def _chunk(
+    device: torch.device, dtype: torch.dtype, *, tokens: int, vocab: int, teacher: bool = True, scratch_bytes: int = 0,
+    buffers: int = 1,
+) -> int:  # fmt: skip
+    per_token = bytes_per_token(device, dtype, vocab, sides=1 + teacher, buffers=buffers)
+    return chunk_tokens(tokens, per_token, device, scratch_bytes)
+
+
 def resolve(engine: str, device: torch.device, dtype: torch.dtype, **sizes: Any) -> str:
-    """The engine that `engine` stands for; sizes as for `choose`. An explicit choice is never replaced."""
+    """The engine that `engine` stands for; sizes as for `preferred`. An explicit choice is never replaced."""
     return choose(device, dtype, **sizes).engine if engine == "auto" else engine

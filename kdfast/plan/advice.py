@@ -7,7 +7,7 @@ from math import ceil
 
 import torch
 
-from kdfast.engines.choice import MIN_TOKENS
+from kdfast.engines.choice import MIN_TOKENS, preferred
 from kdfast.engines.planning import SLAB_SCRATCH, bytes_per_token
 from kdfast.plan.memory import total_bytes
 from kdfast.plan.ours import chunk_of, slab_width
@@ -24,23 +24,17 @@ class Portion:
     total_bytes: int  # with inputs and gradients
 
 
-def auto_engine(shape: Shape) -> str:
-    """As `kdfast.engines.choice.choose`, for a GPU that Triton has block sizes for whether there is one here or not."""
-    if shape.device == "cpu" or shape.dtype == torch.float64:
-        return "torch"
-    return "triton_chunked" if chunk_of(shape, "auto") >= min(MIN_TOKENS, shape.tokens) else "triton_tiled"
-
-
 def portion(shape: Shape) -> Portion:
-    """Of the engine that `auto` takes with the shape's scratch."""
-    engine = auto_engine(shape)
-    if engine == "triton_tiled":
+    """Of the engine that `auto` takes with the shape's scratch, on a GPU that Triton has block sizes for."""
+    sizes = {"tokens": shape.tokens, "vocab": shape.vocab, "teacher": shape.teacher != "none"}
+    choice = preferred(torch.device(shape.device), shape.dtype, **sizes, scratch_bytes=shape.scratch_bytes)
+    if choice.tokens is None:
         passes = ceil(shape.vocab / slab_width(shape))
     else:
-        passes = ceil(shape.tokens / chunk_of(shape, engine))
-    total = total_bytes(engine, shape)
+        passes = ceil(shape.tokens / choice.tokens)
+    total = total_bytes(choice.engine, shape)
     assert total is not None
-    return Portion(engine, shape.scratch_bytes, passes, total)
+    return Portion(choice.engine, shape.scratch_bytes, passes, total)
 
 
 def fitting_portion(shape: Shape, available_bytes: int) -> Portion | None:

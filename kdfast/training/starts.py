@@ -7,17 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from kdfast.compress import HELD_OUT, FidelityNotReached, compress_head
-from kdfast.interface import fused_kd_loss
-from kdfast.logit_chunks import mean_probabilities
+from kdfast.compress import HELD_OUT, FidelityNotReached, compress_head, held_out_rows, kl_and_agreement
 from kdfast.projector import LogitProjector
-from kdfast.solve import FREQUENCY_ROWS, Projection, solve_calibrated, solve_lstsq, solve_svd
-from kdfast.sources import Head
+from kdfast.solve import Projection, solve_calibrated, solve_lstsq, solve_svd, vocab_frequencies
 from kdfast.training.heads import backbone, head
 from kdfast.training.labels import IGNORE_INDEX, shift_labels
 from kdfast.training.teachers import Probe
@@ -49,12 +48,31 @@ class _Text(NamedTuple):
     student: Tensor
     teacher: Tensor
 
-    def split(self) -> tuple[_Text, _Text]:
-        """(to solve with, held out)."""
-        held_out = torch.arange(len(self.teacher), device=self.teacher.device) % HELD_OUT == 0
-        return _Text(self.student[~held_out], self.teacher[~held_out]), _Text(
-            self.student[held_out], self.teacher[held_out]
-        )
+
+class _Calibration:
+    """The text's hidden states under the heads: a part to solve with, and one held out to measure on."""
+
+    def __init__(self, model: DistillationModel, text: _Text) -> None:
+        assert model.teacher is not None
+        held_out = held_out_rows(text.teacher)
+        self.model, self.recipe, self.valid_vocab = model, model.recipe, model.valid_vocab
+        self.student = head(model.student, text.student[~held_out])  # its weight is the parameter itself
+        self.teacher = head(model.teacher, text.teacher[~held_out])
+        self.true = head(model.teacher, text.teacher[held_out])
+        self.whole = head(model.teacher, text.teacher)  # both parts
+
+    @cached_property
+    def vocab_weights(self) -> Tensor:
+        """(V,) float64, for whatever is solved of the teacher's head."""
+        return vocab_frequencies(self.teacher, self.valid_vocab)
+
+    def measure(self, what: str, projected: Tensor) -> Start:
+        """`projected`: the held-out hidden states, of the student's width, for the student's head as it is now."""
+        stand_in = replace(self.student, hidden=projected.to(self.student.weight.dtype))
+        tokens = len(projected)
+        if not same_vocabulary(stand_in.weight.shape[0], self.true.weight.shape[0], self.valid_vocab):
+            return Start(what, None, None, tokens)
+        return Start(what, *kl_and_agreement(stand_in, self.true, **self.model.loss_options), tokens)
 
 
 def wants_solving(model: DistillationModel) -> bool:
@@ -69,64 +87,18 @@ def solve_starts(model: DistillationModel, batches: Iterable[dict[str, Any]], to
     if not wants_solving(model):
         return []
     assert model.teacher is not None
-    recipe, valid = model.recipe, model.valid_vocab
     text = _read(model, batches, tokens or TOKENS_PER_WIDTH * model.teacher.get_output_embeddings().weight.shape[1])
-    to_solve, held_out = text.split()
-    teacher, true = head(model.teacher, to_solve.teacher), head(model.teacher, held_out.teacher)
-    student = head(model.student, to_solve.student)
-    starts: list[Start] = []
-
-    def report(what: str, stand_in: Head) -> None:
-        starts.append(_measure(what, stand_in, true, model.loss_options))
-
+    x, starts = _Calibration(model, text), []
     projection: Projection | None = None
-    if recipe.student_init == "svd":
-        rows = student.weight[:valid]
-        std = rows.double().square().mean().sqrt().item()
-        scale = student.logit_scale
-        embedding, projection = solve_svd(teacher, rows.shape[1], std=std, logit_scale=scale, valid_vocab=valid)
-        _set_embedding(model, embedding[: len(rows)])
-        report(
-            "student_init='svd'",
-            replace(student, hidden=_apply(projection, held_out.teacher).to(student.weight.dtype)),
-        )
-    projector = model.logit_projector
-    if projector is None:
-        pass
-    elif recipe.projector_init == "calibrated":
-        projection = solve_calibrated(to_solve.student, to_solve.teacher)
-    elif recipe.projector_init == "lstsq":
-        projection = solve_lstsq(student, teacher, valid_vocab=valid)
-    elif recipe.projector_init != "svd":
-        projection = None  # as it was drawn
-    if projector is not None:
-        if isinstance(projector, Probe):
-            projector.head.copy_(student.weight)
-        if projection is not None:
-            _set_projector(projector, projection)
-            hidden = projector(held_out.teacher.to(projector.weight.dtype)).to(student.weight.dtype)
-            report(f"projector_init={recipe.projector_init!r}", replace(student, hidden=hidden))
-    if recipe.projector_resolve_steps > 0:
-        sample = to_solve.teacher[:FREQUENCY_ROWS]
-        model.vocab_weights = mean_probabilities(replace(teacher, hidden=sample), valid)
-    if recipe.teacher == "compressed_head":
-        everything = head(model.teacher, text.teacher)
-        rank, max_kl = recipe.compressed_rank, recipe.compressed_kl
-        if rank is not None or max_kl is None:
-            rank, max_kl = rank or student.weight.shape[1], None
-        engine = model.loss_options["engine"]
-        try:
-            compressed = compress_head(everything, rank, max_kl=max_kl, valid_vocab=valid, engine=engine)
-        except FidelityNotReached as error:
-            starts.append(Start(f"the teacher's head stays whole ({error})", 0.0, 1.0, len(held_out.teacher)))
-            return starts
-        model.compressed_head = compressed
-        # every process made the same: DDP need not send them
-        names = [f"compressed_head.{name}" for name, _ in compressed.named_buffers()]
-        model._ddp_params_and_buffers_to_ignore = names  # type: ignore[assignment]
-        assert compressed.fidelity is not None
-        rank, kl, agreement = compressed.fidelity
-        starts.append(Start(f"teacher's head at rank {rank}", kl, agreement, len(held_out.teacher)))
+    if x.recipe.student_init == "svd":
+        projection, start = _start_student(x)
+        starts.append(start)
+    if model.logit_projector is not None:
+        starts += _start_projector(x, model.logit_projector, projection)
+    if x.recipe.projector_resolve_steps > 0:
+        model.vocab_weights = x.vocab_weights
+    if x.recipe.teacher == "compressed_head":
+        starts.append(_start_compressed_head(x))
     return starts
 
 
@@ -140,6 +112,66 @@ def solve_projector_again(model: DistillationModel) -> None:
     student, teacher = head(model.student, nothing), head(model.teacher, nothing)
     weights, valid = model.vocab_weights, model.valid_vocab
     _set_projector(model.logit_projector, solve_lstsq(student, teacher, vocab_weights=weights, valid_vocab=valid))
+
+
+def _start_student(x: _Calibration) -> tuple[Projection, Start]:
+    """The student's embedding; and the projector that goes with it, for whoever wants one."""
+    rows = x.student.weight[: x.valid_vocab]
+    std = rows.double().square().mean().sqrt().item()
+    embedding, projection = solve_svd(
+        x.teacher,
+        rows.shape[1],
+        std=std,
+        logit_scale=x.student.logit_scale,
+        vocab_weights=x.vocab_weights,
+        valid_vocab=x.valid_vocab,
+    )
+    _set_embedding(x.model, embedding[: len(rows)])
+    hidden = x.true.hidden.to(projection.weight.dtype)
+    return projection, x.measure("student_init='svd'", F.linear(hidden, projection.weight, projection.bias))
+
+
+def _start_projector(x: _Calibration, projector: LogitProjector, solved: Projection | None) -> list[Start]:
+    """`solved`: with the student's embedding. No start where the projector stays as it was drawn."""
+    init = x.recipe.projector_init
+    if isinstance(projector, Probe):
+        projector.head.copy_(x.student.weight)
+    if init == "calibrated":
+        solved = solve_calibrated(x.student.hidden, x.teacher.hidden)
+    elif init == "lstsq":
+        solved = solve_lstsq(x.student, x.teacher, vocab_weights=x.vocab_weights, valid_vocab=x.valid_vocab)
+    elif init != "svd":
+        solved = None
+    if solved is None:
+        return []
+    _set_projector(projector, solved)
+    return [x.measure(f"projector_init={init!r}", projector(x.true.hidden.to(projector.weight.dtype)))]
+
+
+def _start_compressed_head(x: _Calibration) -> Start:
+    """At the rank or the fidelity asked for, or the student's width where neither is; the whole head where no rank is
+    near enough."""
+    rank, max_kl, tokens = x.recipe.compressed_rank, x.recipe.compressed_kl, len(x.true.hidden)
+    if rank is not None or max_kl is None:
+        rank, max_kl = rank or x.student.weight.shape[1], None
+    try:
+        compressed = compress_head(
+            x.whole,
+            rank,
+            max_kl=max_kl,
+            vocab_weights=x.vocab_weights,
+            valid_vocab=x.valid_vocab,
+            engine=x.model.loss_options["engine"],
+        )
+    except FidelityNotReached as error:
+        return Start(f"the teacher's head stays whole ({error})", 0.0, 1.0, tokens)
+    x.model.compressed_head = compressed
+    # every process made the same: DDP need not send them
+    names = [f"compressed_head.{name}" for name, _ in compressed.named_buffers()]
+    x.model._ddp_params_and_buffers_to_ignore = names  # type: ignore[assignment]
+    assert compressed.fidelity is not None
+    rank, kl, agreement = compressed.fidelity
+    return Start(f"teacher's head at rank {rank}", kl, agreement, tokens)
 
 
 def _read(model: DistillationModel, batches: Iterable[dict[str, Any]], tokens: int) -> _Text:
@@ -185,16 +217,3 @@ def _set_projector(projector: LogitProjector, projection: Projection) -> None:
     projector.weight.copy_(projection.weight)
     if projector.bias is not None:
         projector.bias.zero_() if projection.bias is None else projector.bias.copy_(projection.bias)
-
-
-def _apply(projection: Projection, hidden: Tensor) -> Tensor:
-    return torch.nn.functional.linear(hidden.to(projection.weight.dtype), projection.weight, projection.bias)
-
-
-def _measure(what: str, stand_in: Head, true: Head, options: dict[str, Any]) -> Start:
-    tokens = len(true.hidden)
-    if not same_vocabulary(stand_in.weight.shape[0], true.weight.shape[0], options["valid_vocab"]):
-        return Start(what, None, None, tokens)
-    result = fused_kd_loss(stand_in, true, temperature=1.0, return_metrics=True, **options)
-    assert isinstance(result, tuple)
-    return Start(what, result[0].item(), result[1].agreement.item(), tokens)

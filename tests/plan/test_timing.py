@@ -4,16 +4,14 @@ import importlib.util
 import subprocess
 import sys
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
 from planned import case, run
 
 from kdfast import gemm
-from kdfast.engines import choice
 from kdfast.plan import GPUS, METHODS, Shape, get_gpu, operations, peak_bytes, predicted_seconds
-from kdfast.plan.advice import auto_engine, fitting_portion, larger_portions, portion
+from kdfast.plan.advice import fitting_portion, larger_portions, portion
 
 PROJECTED = Shape(8192, 50257, 768, 1024)
 
@@ -62,20 +60,6 @@ def test_no_time_for_a_cpu_and_an_unknown_gpu():
     assert predicted_seconds("torch", Shape(64, 1000, 32, 48, device="cpu"), "H200") is None
     with pytest.raises(ValueError, match="A100-80GB"):
         predicted_seconds("torch", PROJECTED, "V100")
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("scratch", [0, 1 << 20, 100 << 20, 8 << 30])
-@pytest.mark.parametrize("teacher", ["projected", "none"])
-def test_auto_is_what_the_library_picks(dtype, scratch, teacher):
-    for tokens in (8, 300, 8192):
-        shape = Shape(tokens, 50257, 768, 1024, dtype, "cuda", teacher, scratch)
-        sizes = {"tokens": tokens, "vocab": 50257, "teacher": teacher != "none", "scratch_bytes": scratch}
-        with mock.patch.object(choice, "unavailable", return_value=None):
-            picked = choice.choose(torch.device("cuda"), dtype, **sizes)
-        assert auto_engine(shape) == picked.engine
-        if picked.tokens is not None:
-            assert portion(shape).passes == -(-tokens // picked.tokens)
 
 
 def test_scratch_that_fits():

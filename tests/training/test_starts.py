@@ -1,11 +1,13 @@
 """Solved starts inside a DistillationModel and a KDTrainer."""
 
 import itertools
+from unittest import mock
 
 import pytest
 import torch
 
 from kdfast import fused_kd_loss
+from kdfast.logit_chunks import mean_probabilities
 from kdfast.training import DistillationModel, KDTrainer
 from kdfast.training.heads import backbone, head
 from kdfast.training.recipes import Recipe
@@ -88,6 +90,31 @@ def test_a_projector_solved_again_follows_a_moved_embedding(tiny):
     off = measured(model, ids())
     solve_projector_again(model)
     assert measured(model, ids()) < 0.9 * off
+
+
+def test_a_projector_solved_again_at_once_is_what_it_was(tiny, monkeypatch):
+    """The vocabulary's weights come from one sample of the text, not a second one."""
+    monkeypatch.setattr("kdfast.solve.FREQUENCY_ROWS", 50)
+    model = make(tiny, teacher="projected", projector_init="lstsq", projector_resolve_steps=3, teacher_grad="none")
+    model.solve([ids()])
+    before = model.logit_projector.weight.clone()
+    solve_projector_again(model)
+    assert torch.equal(model.logit_projector.weight, before)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"teacher": "projected", "projector_init": "lstsq", "projector_resolve_steps": 3, "teacher_grad": "none"},
+        {"teacher": "compressed_head"},
+    ],
+    ids=lambda recipe: recipe["teacher"],
+)
+def test_the_vocabularys_weights_are_computed_once(tiny, recipe):
+    model = make(tiny, student_init="svd", **recipe)
+    with mock.patch("kdfast.solve.mean_probabilities", wraps=mean_probabilities) as computed:
+        model.solve([ids()])
+    assert computed.call_count == 1
 
 
 def test_where_no_rank_is_near_enough_the_head_stays_whole(tiny):
