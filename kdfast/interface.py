@@ -97,9 +97,9 @@ def fused_kd_loss(
             head, of any size, starting at id `vocab_start`; or DTensors sharded on dim 0 of the 1-D DeviceMesh (or its
             group) that is passed. Every process of the group calls with the same rows and options and gets the same
             loss and metrics, the gradient of its slice, and complete gradients of hidden states and projector: they
-            are not to be summed over the group again. A `Projected` teacher shares the slices, a `Head` brings its
-            own, cut at the same ids, `Logits` their slice or all; ids (labels, sparse entries) are those of the
-            whole vocabulary. A DTensor without process_group, such as an FSDP-sharded head, is an error.
+            are not to be summed over the group again. A `Projected` teacher shares the slices; a `Head` or `Logits`
+            are cut at the same ids, or whole on every process; ids (labels, sparse entries) are those of the whole
+            vocabulary. A DTensor without process_group, such as an FSDP-sharded head, is an error.
             Collectives: of k chunks of tokens k gathers of 60 bytes a token and process (in fp32; 76 to 100 with the
             Triton engines; and 4·K of a sparse teacher), 2k for a divergence that is no forward or reverse KL, and k
             sums, each row of dX (and of the teacher's) once; they overlap with the other chunks' products.

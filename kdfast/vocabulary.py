@@ -34,6 +34,7 @@ class Vocabulary(NamedTuple):
     group: str = ""  # of processes; "" = the vocabulary is whole
     teacher: int | None = None  # size of the teacher's own vocabulary
     anchor: int | None = None  # and of the anchor's
+    whole: tuple[bool, bool] = (False, False)  # the teacher's, and the anchor's, are whole on every process
 
     def within(self, ids: int) -> int:
         """How many of the first `ids` ids are here."""
@@ -86,12 +87,14 @@ def localise(student: Head, teacher: Teacher | None, labels: Any, options: Optio
         raise ValueError(f"vocab_start={start!r}; expected an int ≥ 0, the id of the slice's first row")
     student = _local_head("student", student, group, mesh)
     rows = student.weight.shape[0] if _is_matrix(student.weight) else 0
-    teacher, of_teacher = _local_source("teacher", teacher, start, rows, group, mesh)
-    anchor, of_anchor = _local_source("anchor_targets", options.anchor_targets, start, rows, group, mesh)
+    teacher, of_teacher = _local_source("teacher", teacher, start, group, mesh)
+    anchor, of_anchor = _local_source("anchor_targets", options.anchor_targets, start, group, mesh)
     options = replace(options, anchor_targets=anchor)
     slices = (start, rows, of_teacher, of_anchor)
     vocabulary = _compare(group, slices, student, teacher, labels, options)
-    return Localised(student, teacher, options, vocabulary)
+    teacher = _cut(teacher, start) if vocabulary.whole[0] else teacher
+    anchor = _cut(anchor, start) if vocabulary.whole[1] else anchor
+    return Localised(student, teacher, replace(options, anchor_targets=anchor), vocabulary)
 
 
 def _is_dtensor(value: Any) -> bool:
@@ -114,11 +117,8 @@ def _local_head(name: str, head: Head, group: Any, mesh: DeviceMesh | None) -> H
 NO_ENTRIES = -1  # of the vocabulary, in a source without logits or a head of its own
 
 
-def _local_source(
-    name: str, source: Any, start: int, rows: int, group: Any, mesh: DeviceMesh | None
-) -> tuple[Any, int]:
-    """A teacher's, or an anchor's, own slice of the vocabulary, and its entries; logits may be whole, and are told by
-    NO_ENTRIES − their size."""
+def _local_source(name: str, source: Any, start: int, group: Any, mesh: DeviceMesh | None) -> tuple[Any, int]:
+    """A teacher, or an anchor, with what it has here of a vocabulary of its own, and how many entries that is."""
     if isinstance(source, Projected):
         tensors = {field.name: getattr(source, field.name) for field in fields(source)}
         tensors = {key: _replicated(f"{name}: Projected.{key}", t, group, mesh) for key, t in tensors.items()}
@@ -135,10 +135,14 @@ def _local_source(
         _same_boundaries(f"{name}: Logits.logits", logits, last, start, group, mesh)
         source = Logits(_sharded(f"{name}: Logits.logits", logits, last, group, mesh))
         return source, source.logits.shape[-1]
-    size = logits.shape[-1]
-    if size > rows and size >= start + rows:
-        return Logits(logits[..., start:]), NO_ENTRIES - size
-    return source, size
+    return source, logits.shape[-1]
+
+
+def _cut(source: Any, start: int) -> Any:
+    """What is whole on every process, from this slice's first id on."""
+    if isinstance(source, Logits):
+        return Logits(source.logits[..., start:])
+    return replace(source, weight=source.weight[start:], bias=None if source.bias is None else source.bias[start:])
 
 
 def _same_boundaries(name: str, tensor: Any, dim: int, start: int, group: Any, mesh: DeviceMesh | None) -> None:
@@ -243,38 +247,44 @@ def _vocabulary(group: Any, slices: tuple[int, ...], tables: list[list[float]]) 
         end += count
     if end == 0:
         raise ValueError("student: Head.weight has no rows on any process of process_group")
+    teacher, whole_teacher = _size_of("teacher", tables, 2, end)
+    anchor, whole_anchor = _size_of("anchor_targets", tables, 3, end)
     return Vocabulary(
         size=end,
         start=start,
         rows=rows,
         largest=max(count for _, count, _ in heads),
         group=group.group_name,
-        teacher=_size_of("teacher", tables, 2),
-        anchor=_size_of("anchor_targets", tables, 3),
+        teacher=teacher,
+        anchor=anchor,
+        whole=(whole_teacher, whole_anchor),
     )
 
 
-def _size_of(name: str, tables: list[list[float]], column: int) -> int | None:
-    """Of a source's vocabulary: cut where the student's is, perhaps shorter at its end, or longer than the last
-    slice."""
+def _size_of(name: str, tables: list[list[float]], column: int, size: int) -> tuple[int | None, bool]:
+    """Of a source's vocabulary, next to the student's `size`, and whether it is whole on every process: else it is cut
+    where the student's is, perhaps shorter at its end, or longer than the last slice."""
     found = [int(table[column]) for table in tables]
-    if any(entries < NO_ENTRIES for entries in found):
-        return max(NO_ENTRIES - entries for entries in found)
     if NO_ENTRIES in found:
-        return None
+        return None, False
+    alike = len(set(found)) == 1
+    if alike and found[0] >= size:
+        return found[0], True
     numbered = enumerate(zip(tables, found, strict=True))
     slices = sorted((int(table[0]), int(table[1]), entries, rank) for rank, (table, entries) in numbered)
     slices = [each for each in slices if each[1] or each[2]]
     shorter = [i for i, (_, rows, entries, _) in enumerate(slices) if entries < rows]
     after_its_end = slices[shorter[0] + 1 :] if shorter else []
     if any(entries > rows for _, rows, entries, _ in slices[:-1]) or any(entries for _, _, entries, _ in after_its_end):
+        if alike:
+            return found[0], True
         listed = ", ".join(f"rank {rank} {entries} of {rows}" for _, rows, entries, rank in slices)
         raise ValueError(
             f"{name}: its slices have other ids than the student's (entries of its, of the student's: {listed}); "
             "expected as many on both sides (fewer only where its vocabulary ends, more only on the last). Cut its "
             "head or its logits where the student's head is cut"
         )
-    return max((start + entries for start, _, entries, _ in slices if entries), default=0)
+    return max((start + entries for start, _, entries, _ in slices if entries), default=0), False
 
 
 def _signature(student: Head, teacher: Any, labels: Any, options: Options) -> list[float]:

@@ -70,7 +70,7 @@ class Work:
         self._combine(rows, parts, beyond, constants)
         if not x.sparse:
             return constants
-        at = triton_sparse.entries_of(x, rows, states[:, STATE:].sum(dim=0).t())
+        at = triton_sparse.entries_of(x, rows, states[:, STATE:].sum(dim=0).t().contiguous())
         found = triton_sparse.solve(x, rows, at, constants.rows, self.scale)
         triton_sparse.record(x, rows, found, self.stats)
         inside = triton_sparse.inside(x, rows, at, found, constants.rows, self.scale, self.dtype)
