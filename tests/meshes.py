@@ -2,6 +2,7 @@
 
 from functools import cache
 
+import communication
 import processes
 import pytest
 import torch
@@ -195,6 +196,10 @@ def collectives_of(engine, n, scratch, **options):
         )  # fmt: skip
         loss.backward()
     return events, [tuple(call) for call in calls]
+
+
+def communicated(x):
+    return communication.counted(x, processes.rank(), processes.group())
 
 
 def compiled(engine):

@@ -5,11 +5,13 @@ teacher and engine against the rules of `test_random_options.agree`, in float64 
 process does not have: DTensors, meshes, collectives, and processes that do not fit together.
 """
 
+import communication
 import meshes
 import pytest
 import sliced
 import torch
 from cases import gradients, make, student, teacher
+from communication import Step
 from processes import Processes
 from test_random_options import agree, drawn
 
@@ -192,3 +194,13 @@ def products_under_way(events, kind):
             until = events.index(("wait", event[1]), i)
             found.append(any(each[0].startswith("product") for each in events[i:until]))
     return found
+
+
+def test_bytes_are_those_that_the_documents_count_with(pool):
+    """Counted on processes, next to the formula and to gathering the logits, which the reference does."""
+    for x in (Step(40, 300, 16, 2), Step(40, 301, 16, 4)):
+        formula = communication.predicted(x)
+        for found in pool.run(x.ranks, meshes.communicated, x):
+            assert found["ours"]["bytes"] == pytest.approx(formula["ours"], rel=1e-9)
+            padded = formula["gathered logits"] * -(-x.vocab // x.ranks) * x.ranks / x.vocab  # slices of one size
+            assert formula["gathered logits"] <= found["gathered logits"]["bytes"] <= padded
