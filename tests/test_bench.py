@@ -10,6 +10,7 @@ import measure
 import pytest
 import records
 import report
+import scaling
 import torch
 import torch.nn.functional as F
 import truth
@@ -189,3 +190,9 @@ def test_the_picture_is_drawn_of_what_there_is(tmp_path):
     }
     report.picture(sweep, {}, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_the_tables_of_docs_scaling():
+    page = (measure.ROOT / "docs" / "scaling.md").read_text()
+    for table in (scaling.groups(), scaling.limits(), scaling.clusters()):
+        assert "\n".join(table) in page
