@@ -2,8 +2,8 @@
 
     python bench/scaling.py
 
-Bytes are those of `communication.predicted`, which counting on processes confirms. Seconds are operations and bytes over
-what an H200 and its links give: products at the 790 TFLOP/s seen, links at 80% of the data sheets', one way, a GPU.
+Bytes are those of `communication.predicted`, which counting on processes confirms. Seconds are operations and bytes
+over what an H200 and its links give: products at the 790 TFLOP/s seen, links at 80% of their data sheets, one way.
 """
 
 from __future__ import annotations

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from kdfast import engines, sparse
 from kdfast.assemble import assemble
 from kdfast.divergences import Divergence, get_divergence
+from kdfast.localise import localise
 from kdfast.options import Options
 from kdfast.problem import AGREEMENT, ANCHOR, CE, KD, STUDENT_ENTROPY, TEACHER_ENTROPY, Problem
 from kdfast.sources import Head, Logits, SparseLogits, Teacher
 from kdfast.validation import check, check_kinds
-from kdfast.vocabulary import localise
 
 
 class KDMetrics(NamedTuple):

@@ -21,9 +21,9 @@ from triton.runtime.interpreter import InterpretedFunction
 from kdfast import fused_kd_loss, operators
 from kdfast.assemble import assemble
 from kdfast.divergences import get_divergence
+from kdfast.localise import localise
 from kdfast.options import Options
 from kdfast.problem import Problem
-from kdfast.vocabulary import localise
 
 FUSED = ENGINES[1:]
 SMALL = {"n": 3, "v": 9, "hs": 4, "ht": 5}

@@ -163,7 +163,7 @@ def test_grad_is_no_error_without_grad_mode():
 @pytest.mark.parametrize("engine", ["reference", "torch"])
 def test_unchecked_values_become_nan_without_touching_bad_addresses(engine, monkeypatch):
     """What a GPU or a compiled graph does, where looking would cost a synchronisation."""
-    monkeypatch.setattr(validation, "_can_read", lambda tensor: False)
+    monkeypatch.setattr(validation, "can_read", lambda tensor: False)
     labels = CASE.labels.clone()
     labels[3], labels[4] = V + 1_000_000_000, -7
     loss = call(labels=labels, ce_weight=1.0, reduction="none", engine=engine)
@@ -182,7 +182,7 @@ def test_unchecked_values_become_nan_without_touching_bad_addresses(engine, monk
 
 def test_values_are_read_on_a_device_only_where_asked_for(monkeypatch):
     on_device = SimpleNamespace(device=torch.device("cuda"))
-    assert validation._can_read(torch.ones(1))
-    assert not validation._can_read(on_device)
+    assert validation.can_read(torch.ones(1))
+    assert not validation.can_read(on_device)
     monkeypatch.setenv("KDFAST_CHECK", "1")
-    assert validation._can_read(on_device)
+    assert validation.can_read(on_device)
