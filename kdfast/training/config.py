@@ -100,6 +100,10 @@ class KDConfig(TrainingArguments):
         default=None, metadata={"help": "Ids from here on are padding rows of the embedding; None = there are none."}
     )
 
+    shard_teacher: bool = field(
+        default=False,
+        metadata={"help": "Under FSDP: shard the teacher as the student is, in place of a whole copy a process."},
+    )
     non_finite: str = field(
         default="stop",
         metadata={"help": "A loss or gradient that is not finite: stop the run, or skip the step (a synchronisation)."},
