@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from conftest import tiny  # this folder's
 
+from kdfast.training import model as model_file
+
 RANK, PROCESSES = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -137,6 +139,8 @@ def run(scenario, folder, processes=PROCESSES):
 
     trainer.compute_loss, trainer._clip_grad_norm = note_loss, note_gradients
     evaluated = trainer.evaluate()  # before the training, after which accelerate alone would leave out DDP
+    sharded = all(hasattr(p, "full_tensor") for p in trainer.model.parameters() if p.requires_grad)
+    assert sharded is (scenario.how == "fsdp" and processes > 1)
     trainer.train()
     weights = weights_of(trainer)
     losses = trainer.accelerator.reduce(losses, reduction="sum")
@@ -222,12 +226,31 @@ def skip(scenario, folder):
 
 
 def bf16(scenario, folder):
-    """Losses and token counts of two steps in mixed precision, and the dtypes of what is trained."""
+    """Two steps in mixed precision, and what was in which dtype."""
     trainer = make_trainer(scenario, folder, bf16=True)
+    dtypes, rounded = {}, []
+    loss_function, compute_loss, clip = model_file.fused_kd_loss, trainer.compute_loss, trainer._clip_grad_norm
+
+    def note_inputs(*args, kd_weight, **kwargs):
+        dtypes["kd_weight"] = kd_weight.dtype
+        return loss_function(*args, kd_weight=kd_weight, **kwargs)
+
+    def note_outputs(model, inputs, return_outputs=False, **kwargs):
+        loss, output = compute_loss(model, inputs, return_outputs=True, **kwargs)
+        dtypes.update({"loss": output.loss.dtype, "tokens": output.metrics.tokens.dtype, "ce": output.metrics.ce.dtype})
+        return loss
+
+    def note_gradients(model):
+        gradients = [whole(p.grad) for p in trainer.model.parameters() if p.grad is not None]
+        rounded.append(all(torch.equal(g, g.bfloat16().float()) for g in gradients))
+        return clip(model)
+
+    model_file.fused_kd_loss, trainer.compute_loss, trainer._clip_grad_norm = note_inputs, note_outputs, note_gradients
     trainer.train()
+    model_file.fused_kd_loss = loss_function
     lines = [line for line in trainer.state.log_history if "loss" in line]
-    dtypes = {str(p.dtype) for p in trainer.model.parameters() if p.requires_grad}
-    return {"steps": lines, "dtypes": dtypes, "seen": trainer.state.num_input_tokens_seen}
+    dtypes |= {name: p.dtype for name, p in trainer.model.named_parameters() if p.requires_grad}
+    return {"steps": lines, "dtypes": dtypes, "rounded": any(rounded)}
 
 
 def main(folder):
