@@ -26,6 +26,13 @@ def test_what_is_not_supported_is_refused(changes, message):
         sharding.check_plugin(plugin(**changes))
 
 
+@pytest.mark.parametrize(("given", "sharded"), [("true", True), (True, True), ("false", False), (None, False)])
+def test_fsdp_is_true_or_false_in_text_too(config, given, sharded):
+    args = config(fsdp=given)
+    assert bool(args.fsdp) is sharded
+    assert (args.fsdp_plugin_args is not None) is sharded
+
+
 def test_a_sharded_teacher_needs_shards(tiny, config):
     with pytest.raises(ValueError, match="shard_teacher=True without FSDP"):
         KDTrainer(tiny(), config(shard_teacher=True), teacher=tiny(width=24))
