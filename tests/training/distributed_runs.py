@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from conftest import tiny  # this folder's
 
+from kdfast.training import NonFiniteLossError
 from kdfast.training import model as model_file
 
 RANK, PROCESSES = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -217,7 +218,17 @@ def skip(scenario, folder):
     trainer.add_callback(Keep())
     trainer.train()
     (finding,) = [finding for finding in trainer.health.findings if finding.kind == "non_finite"]
+    not_saved = None
+    if scenario.how == "fsdp":
+        shard = next(trainer.model.parameters()).to_local()
+        if RANK == 1:
+            shard.data[-1] = torch.nan
+        try:
+            trainer.save_model()
+        except NonFiniteLossError as error:
+            not_saved = str(error)
     return {
+        "not_saved": not_saved,
         "changed": [step for step in (1, 2, 3) if weights[step] != weights[step - 1]],
         "weights": weights,
         "skipped": [line["skipped_steps"] for line in trainer.state.log_history if "skipped_steps" in line],
