@@ -143,6 +143,8 @@ def run(scenario, folder, processes=PROCESSES):
     sharded = all(hasattr(p, "full_tensor") for p in trainer.model.parameters() if p.requires_grad)
     assert sharded is (scenario.how == "fsdp" and processes > 1)
     trainer.train()
+    twice = "_checkpoint_wrapped_module._checkpoint_wrapped_module"
+    assert not any(twice in name for name, _ in trainer.model.named_modules())  # by the evaluation and by the training
     weights = weights_of(trainer)
     losses = trainer.accelerator.reduce(losses, reduction="sum")
     steps = [line for line in trainer.state.log_history if "loss" in line]
