@@ -23,10 +23,9 @@ help:  ## this list
 demo: $(READY)  ## a real distillation on this machine: text, tokenizer, teacher, five students, one table
 	$(BIN)/kdfast demo $(ARGS)
 
-# Triton's interpreter is one thread of Python: two workers of one thread each use two cores. Tests that share a launch
-# of several processes are a group, which one worker runs
+# Triton's interpreter is one thread of Python: two workers of one thread each use two cores
 test: $(READY)  ## the tests, without those marked long
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
 test-long: $(READY)  ## the tests that take minutes
 	$(BIN)/python -m pytest -m long $(ARGS)

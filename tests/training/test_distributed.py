@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
@@ -21,13 +22,12 @@ from distributed_runs import SCENARIOS, Scenario  # noqa: E402
 
 sys.path.remove(str(HERE))
 
-pytestmark = pytest.mark.xdist_group("distributed")  # one worker, so that every launch is made once
 CASES = [(n, scenario) for n in (2, 4) for scenario in SCENARIOS[n]]
 NOT_COMPARED = ("runtime", "per_second", "memory", "time")
 
 
 def launch(processes, folder):
-    """What each process found, by rank."""
+    """distributed_runs.py in so many processes; what it wrote to its standard error."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     path = os.pathsep.join([str(HERE), str(HERE.parent.parent)])
     done = subprocess.run(
@@ -35,35 +35,41 @@ def launch(processes, folder):
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
-    files = [folder / f"results-{rank}.pt" for rank in range(processes)]
-    # not the exit code: after the work, gloo's own teardown aborts now and then ("terminate called …")
-    assert all(file.exists() for file in files), done.stderr[-5000:]
-    return [torch.load(file, weights_only=False) for file in files]
+    return done.stderr
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("distributed")
+    """One for all workers of pytest-xdist, so that each launch is made once."""
+    own = tmp_path_factory.getbasetemp()
+    shared = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "distributed"
+    shared.mkdir(exist_ok=True)
+    return shared
 
 
 @pytest.fixture(scope="module")
 def several(folder):
-    """several(2): the results of both processes; launched at the first call."""
+    """several(2): what each of two processes found, by rank; launched at the first call."""
     results = {}
 
     def get(processes):
         if processes not in results:
-            results[processes] = None
-            (folder / str(processes)).mkdir()
-            results[processes] = launch(processes, folder / str(processes))
-        assert results[processes] is not None, "the launch failed; the first test that wanted it says why"
+            runs, told = folder / str(processes), folder / f"{processes}.txt"
+            with FileLock(folder / f"{processes}.lock"):
+                if not told.exists():
+                    runs.mkdir()
+                    told.write_text(launch(processes, runs))
+            files = [runs / f"results-{rank}.pt" for rank in range(processes)]
+            # not the exit code: after the work, gloo's own teardown aborts now and then ("terminate called …")
+            assert all(file.exists() for file in files), told.read_text()[-5000:]
+            results[processes] = [torch.load(file, weights_only=False) for file in files]
         return results[processes]
 
     return get
 
 
 @pytest.fixture(scope="module")
-def alone(folder):
+def alone(tmp_path_factory):
     """What one process makes of a scenario."""
     results = {}
 
@@ -71,7 +77,7 @@ def alone(folder):
         dtype = dtype or scenario.dtype
         scenario = dataclasses.replace(scenario, how="ddp", shard_teacher=False, dtype=dtype)
         if scenario not in results:
-            results[scenario] = distributed_runs.run(scenario, folder / f"alone-{scenario.name}", processes=1)
+            results[scenario] = distributed_runs.run(scenario, tmp_path_factory.mktemp("alone"), processes=1)
         return results[scenario]
 
     return get
