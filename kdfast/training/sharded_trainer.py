@@ -76,15 +76,12 @@ class ShardedTrainer(Trainer):
         with sharding.root_owns_the_heads(self.model):
             self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         self.model_wrapped = self.model
-        self.accelerator.state.fsdp_plugin.activation_checkpointing = False  # train would wrap the layers again
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         if not self.is_fsdp_enabled:
             return super()._prepare_for_training(*args, **kwargs)
         with sharding.root_owns_the_heads(self.model):
-            prepared = super()._prepare_for_training(*args, **kwargs)
-        self.accelerator.state.fsdp_plugin.activation_checkpointing = False  # nor a second train
-        return prepared
+            return super()._prepare_for_training(*args, **kwargs)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
