@@ -21,6 +21,13 @@ from kdfast.training import sharding
 from kdfast.training.config import KDConfig
 from kdfast.training.model import DistillationModel
 
+# the optimizer's state in a checkpoint, by who wrote it
+WRITERS = {
+    "optimizer.pt": "one process or DDP",
+    "optimizer.bin": "FSDP2 with FULL_STATE_DICT",
+    "optimizer_0": "FSDP2 with SHARDED_STATE_DICT",
+}
+
 
 class ShardedTrainer(Trainer):
     """
@@ -108,3 +115,21 @@ class ShardedTrainer(Trainer):
         if self.args.should_save:
             assert self.lr_scheduler is not None
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self._check_optimizer_state(Path(checkpoint))
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _check_optimizer_state(self, checkpoint: Path) -> None:
+        expected = "optimizer.pt"
+        if self.is_fsdp_enabled:
+            whole = "FULL_STATE_DICT" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+            expected = "optimizer.bin" if whole else "optimizer_0"
+        found = [name for name in WRITERS if (checkpoint / name).exists()]
+        if found and expected not in found:
+            raise ValueError(
+                f"resume_from_checkpoint={str(checkpoint)!r}: its optimizer's state, {found[0]}, was written by "
+                f"{WRITERS[found[0]]}, and this launch is {WRITERS[expected]}. Launch it the same way, or start a new "
+                "run from its student (model_name_or_path)"
+            )

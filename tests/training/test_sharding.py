@@ -4,8 +4,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from kdfast.training import DistillationModel, KDTrainer, sharding
+
+
+@pytest.fixture(autouse=True)
+def _accelerate_forgets():
+    """What these tests write into accelerate's state is every later trainer's too."""
+    yield
+    AcceleratorState._reset_state()
 
 
 def plugin(**changes):
@@ -90,3 +98,21 @@ def test_a_replicated_teacher_is_out_of_the_module_tree_and_a_sharded_one_in_it(
         assert not model.teacher.training
         ids = torch.arange(6)[None]
         assert model(ids, labels=ids).loss.isfinite()
+
+
+@pytest.mark.parametrize(
+    ("launched", "written", "message"),
+    [
+        (None, "optimizer.bin", "written by FSDP2 with FULL_STATE_DICT, and this launch is one process or DDP"),
+        ("FULL_STATE_DICT", "optimizer.pt", "written by one process or DDP, and this launch is FSDP2 with FULL"),
+        ("SHARDED_STATE_DICT", "optimizer.bin", "FULL_STATE_DICT, and this launch is FSDP2 with SHARDED_STATE_DICT"),
+    ],
+)
+def test_an_optimizer_state_of_another_launch_is_refused(tiny, config, tmp_path, launched, written, message):
+    trainer = KDTrainer(tiny(), config(), teacher=tiny(width=24))
+    trainer.is_fsdp_enabled = launched is not None
+    trainer.accelerator.state.fsdp_plugin = SimpleNamespace(state_dict_type=launched)
+    trainer._check_optimizer_state(tmp_path)  # none was saved: save_only_model
+    (tmp_path / written).touch()
+    with pytest.raises(ValueError, match=message):
+        trainer._check_optimizer_state(tmp_path)
