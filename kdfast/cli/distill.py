@@ -48,6 +48,9 @@ def distill(argv: list[str]) -> int:
     arguments = parse(argv[0], argv[1:])
     run = run_distillation(arguments)
     _say(arguments.training, text_table([run]))
+    if torch.distributed.is_initialized():  # all leave together: one that is still talked to would take the others down
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
     return 0
 
 
@@ -124,6 +127,8 @@ def _trained_to_the_end(trainer: KDTrainer, checkpoint: Path) -> bool:
 
 def _trainer(arguments: Arguments, name: str) -> KDTrainer:
     models, training = arguments.model, arguments.training
+    if training.process_index > 0:
+        transformers.utils.logging.disable_progress_bar()  # of loading: one is enough
     training.dataloader_pin_memory &= torch.accelerator.is_available()  # without one, a warning is all it brings
     tokenizer = _tokenizer(models)
     with training.main_process_first(desc="tokenising"):

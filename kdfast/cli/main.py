@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import sys
 
 from kdfast._version import __version__
@@ -80,7 +81,8 @@ def main(argv: list[str] | None = None) -> int:
 
         return demo(quick=args.quick, output_dir=args.output_dir, cache_dir=args.cache_dir, seed=args.seed)
     except (UserError, RunFailed) as error:
-        print(f"kdfast: {error}", file=sys.stderr)
+        process = os.environ.get("RANK", "0")  # of a launch of several
+        print(f"kdfast: {error}" if process == "0" else f"kdfast (process {process}): {error}", file=sys.stderr)
         return 1 if isinstance(error, RunFailed) else 2
     except KeyboardInterrupt:
         print("kdfast: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)

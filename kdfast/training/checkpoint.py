@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from kdfast.training.model import DistillationModel
+from kdfast.training.sharding import load_full_state
 
 PARTS = ("logit_projector", "hidden_loss")  # of the model, beside the student; each has a file of its own
 INCOMPLETE = ".incomplete"
@@ -52,13 +53,13 @@ def load_models(folder: Path, model: DistillationModel) -> None:
         loaded, report = read(folder, local_files_only=True, use_safetensors=True, output_loading_info=True)
     if report["missing_keys"]:
         raise ValueError(f"{str(folder)!r} lacks weights of the student: {', '.join(sorted(report['missing_keys']))}")
-    model.student.load_state_dict(loaded.state_dict())
+    load_full_state(model.student, loaded.state_dict())
     for name in PARTS:
         if (module := getattr(model, name)) is not None:
             path = _file(folder, name)
             if not path.is_file():
                 raise ValueError(f"{str(folder)!r} has no {path.name}; it was saved by a recipe without one")
-            module.load_state_dict(load_file(path))
+            load_full_state(module, load_file(path))
 
 
 def _file(folder: Path, part: str) -> Path:

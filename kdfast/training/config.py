@@ -100,6 +100,10 @@ class KDConfig(TrainingArguments):
         default=None, metadata={"help": "Ids from here on are padding rows of the embedding; None = there are none."}
     )
 
+    shard_teacher: bool = field(
+        default=False,
+        metadata={"help": "Under FSDP: shard the teacher as the student is, in place of a whole copy a process."},
+    )
     non_finite: str = field(
         default="stop",
         metadata={"help": "A loss or gradient that is not finite: stop the run, or skip the step (a synchronisation)."},
@@ -122,6 +126,8 @@ class KDConfig(TrainingArguments):
         best = (self.metric_for_best_model or "").removeprefix("eval_")
         if self.greater_is_better is None and best in LESS_IS_BETTER:
             self.greater_is_better = False
+        if str(self.fsdp).lower() in ("true", "false"):  # as text, TrainingArguments takes it for an option of old
+            self.fsdp = str(self.fsdp).lower() == "true" or None  # type: ignore[assignment]
         super().__post_init__()
 
     def resolved(self, recipe: str | None = None) -> Recipe:

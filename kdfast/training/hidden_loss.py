@@ -28,7 +28,6 @@ class HiddenStateLoss(nn.Module):
     def __init__(self, student_layers: int, teacher_layers: int, student_width: int, teacher_width: int) -> None:
         super().__init__()
         self.pairs = [(i, round(i * teacher_layers / student_layers)) for i in range(1, student_layers + 1)]
-        self.width = teacher_width
         self.maps = nn.ModuleList(nn.Linear(student_width, teacher_width) for _ in self.pairs)
 
     def forward(
@@ -44,8 +43,12 @@ class HiddenStateLoss(nn.Module):
         counted = targets != IGNORE_INDEX
         total = torch.zeros((), device=targets.device)
         for (i, j), linear in zip(self.pairs, self.maps, strict=True):
-            ours = F.layer_norm(linear(student[i]).float(), (self.width,))
-            theirs = F.layer_norm(teacher[j].detach().float(), (self.width,))
+            ours, theirs = _standardised(linear(student[i])), _standardised(teacher[j].detach())
             total = total + ((ours - theirs).square().mean(-1) / 2 * counted).sum()
         divisor = counted.sum().clamp_min(1) if items is None else items
         return total / (divisor * len(self.pairs))
+
+
+def _standardised(x: Tensor) -> Tensor:
+    """In fp32, or float64 as it came."""
+    return F.layer_norm(x.to(torch.promote_types(x.dtype, torch.float32)), x.shape[-1:])

@@ -21,7 +21,7 @@ from kdfast.training.case import choose_recipe
 from kdfast.training.fidelity import Fidelity, fidelity
 from kdfast.training.heads import backbone, check_model, head, head_shape
 from kdfast.training.hidden_loss import HiddenStateLoss
-from kdfast.training.labels import shift_labels
+from kdfast.training.labels import IGNORE_INDEX, shift_labels
 from kdfast.training.recipes import AUTO, Recipe, get_recipe
 from kdfast.training.starts import Start, solve_starts, wants_solving
 from kdfast.training.teachers import Probe, kd_terms
@@ -157,7 +157,10 @@ class DistillationModel(nn.Module):
         )
         if kd.anchor_loss is not None:
             loss = loss + self.recipe.anchor_weight * kd.anchor_loss
-            metrics = metrics._replace(anchor=kd.anchor_loss.detach().float())
+            anchor = kd.anchor_loss.detach().float()
+            if num_items_in_batch is not None:  # the metric is the mean over this batch
+                anchor = anchor * num_items_in_batch / (targets != IGNORE_INDEX).sum()
+            metrics = metrics._replace(anchor=anchor)
         if self.recipe.anchor_targets != "labels":  # the metric is the cross entropy on the labels
             metrics = metrics._replace(anchor=torch.full_like(metrics.anchor, float("nan")))
         if self.hidden_loss is not None:
@@ -197,6 +200,12 @@ class DistillationModel(nn.Module):
     @property
     def generation_config(self) -> Any:
         return self.student.generation_config
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """Classes of the layers that FSDP shards and recomputes one by one."""
+        named = {name for part in self.children() for name in getattr(part, "_no_split_modules", None) or ()}
+        return sorted(named & {type(module).__name__ for module in self.modules()})
 
     def get_input_embeddings(self) -> nn.Module:
         return self.student.get_input_embeddings()

@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
+from transformers import PreTrainedModel, TrainerCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, get_last_checkpoint, rotate_checkpoints
 
 from kdfast.param_groups import distillation_param_groups
 from kdfast.schedules import Schedule
-from kdfast.training import checkpoint
+from kdfast.training import checkpoint, replicas, sharding
 from kdfast.training.case import Choice, choose_recipe
 from kdfast.training.config import KDConfig
 from kdfast.training.guard import NonFiniteGuard
@@ -31,10 +31,11 @@ from kdfast.training.memory import memory_bytes
 from kdfast.training.meter import EvaluationMeter, TrainingMeter
 from kdfast.training.model import DistillationModel
 from kdfast.training.recipes import AUTO
-from kdfast.training.starts import Start, solve_projector_again
+from kdfast.training.sharded_trainer import ShardedTrainer
+from kdfast.training.starts import Start, solve_projector_again, wants_solving
 
 
-class KDTrainer(Trainer):
+class KDTrainer(ShardedTrainer):
     """Trains the student (and the projector) of a `DistillationModel`.
 
     Batches need input_ids and labels (*not* shifted, −100 ignored); attention_mask and position_ids are used if they
@@ -56,8 +57,8 @@ class KDTrainer(Trainer):
         kd_weight_schedule, temperature_schedule: callables of progress in [0, 1] in place of the recipe's.
 
     Raises:
-        TypeError, ValueError: args is no KDConfig, several GPUs without a launcher, or what `DistillationModel`
-            raises.
+        TypeError, ValueError: args is no KDConfig, several GPUs without a launcher, a launch that `ShardedTrainer`
+            refuses, or what `DistillationModel` raises.
         NonFiniteLossError: from `train` and `save_model`; the last good checkpoint is kept and named.
     """
 
@@ -109,11 +110,6 @@ class KDTrainer(Trainer):
             raise ValueError(
                 "the student carries a PEFT adapter; checkpoints here hold whole models. Merge the adapter first, or "
                 "use DistillationModel in a loop of your own"
-            )
-        if model.recipe.projector_resolve_steps > 0 and args.fsdp:
-            raise ValueError(
-                f"projector_resolve_steps={model.recipe.projector_resolve_steps} under FSDP, where no process has the "
-                "student's whole head to solve with. Use recipe='svd' or 'compressed_head', or DDP"
             )
         self.kd_weight_schedule = kd_weight_schedule or model.recipe.kd_weight_schedule()
         self.temperature_schedule = temperature_schedule or model.recipe.temperature_schedule()
@@ -179,7 +175,11 @@ class KDTrainer(Trainer):
             return
         self._solved = True
         model: DistillationModel = self.accelerator.unwrap_model(self.model)
+        if self.is_fsdp_enabled and wants_solving(model):
+            model.to(self.args.device)  # whole, until it is sharded
         self.starts = model.solve(self._calibration_batches(), self.args.calibration_tokens)
+        if self.accelerator.num_processes > 1:
+            self.starts = replicas.share_starts(model, self.starts, self.args.device)
         for start in self.starts:
             self.tell(str(start))
 
@@ -235,13 +235,18 @@ class KDTrainer(Trainer):
         self._guard.watch_loss(self.state.global_step + 1, loss, metrics.ce, metrics.kd, **self._weights)
         self._meter.add(metrics)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # DDP averages what has to be summed
+            # DDP and FSDP average gradients over the processes; divided by the targets of all, they have to be summed
+            loss = loss * self.accelerator.num_processes
         return (loss, output) if return_outputs else loss
 
     def _solve_projector_again(self) -> None:
         step, every = self.state.global_step, self._recipe.projector_resolve_steps
         if every > 0 and step % every == 0 and step != self._solved_at:
-            solve_projector_again(self.accelerator.unwrap_model(self.model))
+            model: DistillationModel = self.accelerator.unwrap_model(self.model)
+            solve_projector_again(model)
+            if self.accelerator.num_processes > 1:
+                assert model.logit_projector is not None
+                replicas.share(model.logit_projector.parameters(), self.args.device)
             self._solved_at = step
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
@@ -271,7 +276,7 @@ class KDTrainer(Trainer):
         return super()._clip_grad_norm(model)
 
     def _watch_gradients(self, model: nn.Module) -> None:
-        if self._guard.skips and not self._scaled:
+        if self._guard.skips and not self._scaled and not self.is_fsdp_enabled:  # whose gradients are in pieces
             self._guard.watch_gradients(model.named_parameters())
 
     def _leave_out(self, model: nn.Module, what: str) -> None:
@@ -469,9 +474,6 @@ class KDTrainer(Trainer):
         self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
         if not Path(resume_from_checkpoint).is_dir():
             raise ValueError(
                 f"resume_from_checkpoint={resume_from_checkpoint!r}: no such folder; expected a checkpoint-N"
@@ -479,15 +481,13 @@ class KDTrainer(Trainer):
         checkpoint.load_models(Path(resume_from_checkpoint), self.model)
 
     def _load_best_model(self) -> None:
-        if self.is_fsdp_enabled:
-            super()._load_best_model()
-            return
         best = self.state.best_model_checkpoint
         assert best is not None
         checkpoint.load_models(Path(best), self.accelerator.unwrap_model(self.model))
 
     def _trained(self) -> Iterable[tuple[str, Tensor]]:
-        return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+        trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+        return sharding.finite_everywhere(trained, self.accelerator) if self.is_fsdp_enabled else trained
 
     @property
     def _recipe(self) -> Any:

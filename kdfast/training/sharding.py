@@ -1,0 +1,154 @@
+"""FSDP2 through accelerate: what it has to be told of a `DistillationModel`, and shards on their way to and from disk.
+
+The loss is computed in the root's forward from the heads' weights, and no head's own forward ever runs. So the root
+has to own the heads, a tied embedding with them, the projector and the maps of the hidden-state loss: FSDP gathers
+them before that forward and keeps them until the root's backward is over. The layers, and an input embedding of its
+own, are sharded one by one.
+
+The teacher is frozen: every process keeps it whole, outside the module tree that FSDP walks, or (`shard_teacher`) it
+is sharded as the student is.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from kdfast.training.model import DistillationModel
+
+COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def turn_on_for_cpus(accelerator: Accelerator, plugin_args: dict[str, Any] | None) -> None:
+    """accelerate has FSDP on accelerators only and would quietly run DDP on CPUs, where a launch is tried out."""
+    asked = plugin_args is not None or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if asked and accelerator.distributed_type == DistributedType.MULTI_CPU:
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(**plugin_args or {})
+        accelerator.state.distributed_type = DistributedType.FSDP
+
+
+def check_plugin(plugin: FullyShardedDataParallelPlugin) -> None:
+    """Raises ValueError for what would train wrongly or is not tested here."""
+    if plugin.fsdp_version != 2:
+        raise ValueError(
+            f"fsdp_version={plugin.fsdp_version}; expected 2: version 1 is deprecated and not tested here. Set "
+            "fsdp_version: 2 in accelerate's configuration, as examples/accelerate/fsdp2.yaml does, or "
+            "fsdp_config={'version': 2}"
+        )
+    if plugin.cpu_offload is True or isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        raise ValueError(
+            "fsdp_offload_params=true is not supported: the optimizer would run on the CPU. Set it to false; "
+            "shard_teacher=True and fsdp_activation_checkpointing: true save memory"
+        )
+    if plugin.cpu_ram_efficient_loading:
+        raise ValueError(
+            "fsdp_cpu_ram_efficient_loading=true is not supported: only one process would have the teacher. Set it to "
+            "false"
+        )
+
+
+def set_mixed_precision(accelerator: Accelerator) -> None:
+    """Gathered and computed in 16 bits, reduced in fp32, and the loss and its metrics stay as they are.
+
+    accelerate's own policy would round gradients before they are summed over the processes, the schedules' weights on
+    the way in, and loss and token counts on the way out.
+    """
+    dtype = COMPUTE_DTYPES.get(str(accelerator.mixed_precision))
+    accelerator.state.fsdp_plugin.mixed_precision_policy = (
+        None if dtype is None else MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    )
+
+
+def place_teacher(model: DistillationModel, accelerator: Accelerator, shard: bool) -> None:
+    """Before anything is solved or sharded."""
+    teacher = model.teacher
+    if teacher is None:
+        return
+    if not shard:
+        model._modules.pop("teacher", None)
+        object.__setattr__(model, "teacher", teacher.to(accelerator.device))
+    elif (dtype := COMPUTE_DTYPES.get(str(accelerator.mixed_precision))) is not None:
+        teacher.to(dtype)  # what FSDP would gather it in
+
+
+@contextmanager
+def root_owns_the_heads(model: DistillationModel) -> Iterator[None]:
+    """While accelerate shards: an embedding that is the head too must not become a group of its own."""
+    dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
+    if len(dtypes) > 1:
+        raise ValueError(
+            f"the trained weights are {' and '.join(sorted(map(str, dtypes)))}; FSDP wants one dtype. Load the student "
+            "in fp32 (dtype='float32') and set bf16=True, which computes in bf16"
+        )
+    student = model.student
+    tied = student.get_input_embeddings().weight is student.get_output_embeddings().weight
+    if tied and not isinstance(model, FSDPModule):
+        model.get_input_embeddings = lambda: None  # type: ignore[assignment, method-assign, return-value]
+    try:
+        yield
+    finally:
+        model.__dict__.pop("get_input_embeddings", None)
+
+
+def full_state(model: nn.Module) -> dict[str, Tensor]:
+    """What `state_dict` would hold of an unsharded model, on the CPU of the first process; empty on the others.
+
+    Called by all; whole tensors exist one at a time on a device. Tied weights stay one tensor.
+    """
+    first = torch.distributed.get_rank() == 0
+    gathered: dict[int, Tensor] = {}
+    state: dict[str, Tensor] = {}
+    for name, value in _sharded_state(model).items():
+        if id(value) not in gathered:
+            whole = value.detach()
+            whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
+            gathered[id(value)] = whole.cpu() if first else whole.new_empty(0)
+        if first:
+            state[name] = gathered[id(value)]
+    return state
+
+
+@torch.no_grad()
+def load_full_state(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """`module.load_state_dict(state)`, whether the module is sharded or not; `state` is whole in every process."""
+    targets = _sharded_state(module)
+    if not any(isinstance(target, DTensor) for target in targets.values()):
+        module.load_state_dict(state)
+        return
+    if differing := sorted(targets.keys() ^ state.keys()):
+        raise RuntimeError(f"{type(module).__name__}: missing or unexpected in the state: {', '.join(differing)}")
+    for name, target in targets.items():
+        value = state[name].to(target.device, target.dtype)
+        if isinstance(target, DTensor):
+            value = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
+        target.copy_(value)
+
+
+def reshard(model: nn.Module) -> None:
+    """Without a backward pass after it, a forward leaves the root's weights gathered."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _sharded_state(module: nn.Module) -> dict[str, Tensor]:
+    """The tensors themselves, so that tied ones are the same object."""
+    reshard(module)
+    return module.state_dict(keep_vars=True)
+
+
+def finite_everywhere(named: Iterable[tuple[str, Tensor]], accelerator: Accelerator) -> list[tuple[str, Tensor]]:
+    """For every parameter a 0-d tensor: 1, or NaN where a shard of it, on whatever process, is not finite."""
+    names, shards = zip(*((name, p.to_local() if isinstance(p, DTensor) else p) for name, p in named), strict=True)
+    bad = torch.stack([(~torch.isfinite(shard.detach())).any() for shard in shards]).float()
+    marks = torch.where(accelerator.reduce(bad, reduction="sum") > 0, torch.nan, 1.0)
+    return list(zip(names, marks.unbind(), strict=True))

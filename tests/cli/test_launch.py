@@ -1,0 +1,59 @@
+"""`kdfast distill` as several processes, by torchrun and by accelerate launch: what one process does, said once."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from transformers import AutoModelForCausalLM
+
+ROOT = Path(__file__).parents[2]
+RECIPES = ROOT / "examples" / "accelerate"
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node=2"],
+    "accelerate": ["accelerate.commands.launch", f"--config_file={RECIPES / 'fsdp2.yaml'}", "--main_process_port=0"],
+}
+SETTINGS = ["--save_steps", "4", "--eval_fraction", "0.05"]
+
+
+def launch(launcher, *arguments):
+    """(exit code, stdout, stderr) of `kdfast distill`, in two processes."""
+    command = [sys.executable, "-m", *LAUNCHERS[launcher], "-m", "kdfast", "distill", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_write_what_one_writes(place, kdfast, launcher):
+    config = yaml.safe_load((place / "config.yaml").read_text())
+    config["student_config"] |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # each process draws its own
+    (place / "config.yaml").write_text(yaml.safe_dump(config))
+    assert kdfast("distill", "config.yaml", *SETTINGS, "--output_dir", "one")[0] == 0
+    code, out, err = launch(launcher, "config.yaml", *SETTINGS, "--per_device_train_batch_size", "1")
+    assert code == 0, err[-3000:]
+    alone, found = (json.loads((place / name / "summary.json").read_text()) for name in ("one", "out"))
+    for key in ("eval_ce", "kl_teacher_student", "kl_teacher_projected", "tokens", "steps"):
+        assert found[key] == pytest.approx(alone[key], rel=1e-4), key
+    assert {path.name for path in (place / "out").iterdir()} == {path.name for path in (place / "one").iterdir()}
+    assert AutoModelForCausalLM.from_pretrained(place / "out").config.n_embd == 16
+    for line in ("out: recipe run5", "'train_runtime'", "are in out", "student CE  perplexity"):
+        assert out.count(line) == 1, line
+
+
+def test_the_recipes_are_configurations_accelerate_takes():
+    for name, kind in (("ddp", "MULTI_GPU"), ("fsdp2", "FSDP")):
+        config = load_config_from_file(str(RECIPES / f"{name}.yaml"))
+        assert config.distributed_type == kind
+        assert config.num_processes == 2
+
+
+def test_another_process_says_who_it_is(kdfast, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    code, _, err = kdfast("distill", "no.yaml")
+    assert code == 2
+    assert err.startswith("kdfast (process 1): ")

@@ -1,0 +1,118 @@
+"""What is refused before anything is sharded, and what accelerate is told. Sharded runs: test_distributed.py."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from kdfast.training import DistillationModel, KDTrainer, sharding
+
+
+@pytest.fixture(autouse=True)
+def _accelerate_forgets():
+    """What these tests write into accelerate's state is every later trainer's too."""
+    yield
+    AcceleratorState._reset_state()
+
+
+def plugin(**changes):
+    return SimpleNamespace(**{"fsdp_version": 2, "cpu_offload": None, "cpu_ram_efficient_loading": False, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fsdp_version": 1}, "fsdp_version=1; expected 2"),
+        ({"cpu_offload": torch.distributed.fsdp.CPUOffloadPolicy()}, "fsdp_offload_params=true is not supported"),
+        ({"cpu_ram_efficient_loading": True}, "fsdp_cpu_ram_efficient_loading=true is not supported"),
+    ],
+)
+def test_what_is_not_supported_is_refused(changes, message):
+    sharding.check_plugin(plugin())
+    with pytest.raises(ValueError, match=message):
+        sharding.check_plugin(plugin(**changes))
+
+
+@pytest.mark.parametrize(("given", "sharded"), [("true", True), (True, True), ("false", False), (None, False)])
+def test_fsdp_is_true_or_false_in_text_too(config, given, sharded):
+    args = config(fsdp=given)
+    assert bool(args.fsdp) is sharded
+    assert (args.fsdp_plugin_args is not None) is sharded
+
+
+def test_a_sharded_teacher_needs_shards(tiny, config):
+    with pytest.raises(ValueError, match="shard_teacher=True without FSDP"):
+        KDTrainer(tiny(), config(shard_teacher=True), teacher=tiny(width=24))
+
+
+@pytest.mark.parametrize(
+    ("launched", "message"),
+    [
+        ({"is_deepspeed_enabled": True}, "DeepSpeed is not supported; use FSDP2"),
+        ({"is_fsdp_enabled": True}, "projector_resolve_steps=2 under FSDP"),
+    ],
+)
+def test_a_launch_that_does_not_fit_is_refused(tiny, config, launched, message):
+    trainer = KDTrainer(tiny(), config(recipe="resolved", projector_resolve_steps=2), teacher=tiny(width=24))
+    trainer.accelerator.state.fsdp_plugin = plugin()
+    vars(trainer).update(launched)
+    with pytest.raises(ValueError, match=message):
+        trainer._check_distribution()
+
+
+def test_other_parallelism_is_refused(tiny, config):
+    trainer = KDTrainer(tiny(), config(), teacher=tiny(width=24))
+    trainer.accelerator.state.parallelism_config = SimpleNamespace(non_data_parallel_size=2)
+    with pytest.raises(ValueError, match="tensor, context and sequence parallelism are not supported"):
+        trainer._check_distribution()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_only_an_embedding_that_is_not_the_head_may_be_a_group_of_its_own(tiny, family):
+    model = DistillationModel(tiny(family), tiny(width=24), recipe="run5")
+    embedding = model.student.get_input_embeddings()
+    with sharding.root_owns_the_heads(model):
+        assert model.get_input_embeddings() is (None if family == "gpt2" else embedding)
+    assert model.get_input_embeddings() is embedding
+
+
+def test_trained_weights_of_two_dtypes_are_refused(tiny):
+    model = DistillationModel(tiny().bfloat16(), tiny(width=24), recipe="run5")
+    with (
+        pytest.raises(ValueError, match=r"torch.bfloat16 and torch.float32; FSDP wants one dtype. Load the student"),
+        sharding.root_owns_the_heads(model),
+    ):
+        pass
+
+
+def test_a_replicated_teacher_is_out_of_the_module_tree_and_a_sharded_one_in_it(tiny):
+    accelerator = SimpleNamespace(device=torch.device("cpu"), mixed_precision="bf16")
+    for shard, layers in ((False, ["LlamaDecoderLayer"]), (True, ["GPT2Block", "LlamaDecoderLayer"])):
+        model = DistillationModel(tiny("llama"), tiny("gpt2", width=24), recipe="true_head")
+        sharding.place_teacher(model, accelerator, shard)
+        assert model._no_split_modules == layers
+        assert any(name.startswith("teacher.") for name, _ in model.named_parameters()) is shard
+        assert model.teacher.dtype == (torch.bfloat16 if shard else torch.float32)
+        model.train()
+        assert not model.teacher.training
+        ids = torch.arange(6)[None]
+        assert model(ids, labels=ids).loss.isfinite()
+
+
+@pytest.mark.parametrize(
+    ("launched", "written", "message"),
+    [
+        (None, "optimizer.bin", "written by FSDP2 with FULL_STATE_DICT, and this launch is one process or DDP"),
+        ("FULL_STATE_DICT", "optimizer.pt", "written by one process or DDP, and this launch is FSDP2 with FULL"),
+        ("SHARDED_STATE_DICT", "optimizer.bin", "FULL_STATE_DICT, and this launch is FSDP2 with SHARDED_STATE_DICT"),
+    ],
+)
+def test_an_optimizer_state_of_another_launch_is_refused(tiny, config, tmp_path, launched, written, message):
+    trainer = KDTrainer(tiny(), config(), teacher=tiny(width=24))
+    trainer.is_fsdp_enabled = launched is not None
+    trainer.accelerator.state.fsdp_plugin = SimpleNamespace(state_dict_type=launched)
+    trainer._check_optimizer_state(tmp_path)  # none was saved: save_only_model
+    (tmp_path / written).touch()
+    with pytest.raises(ValueError, match=message):
+        trainer._check_optimizer_state(tmp_path)
