@@ -2,26 +2,30 @@
 
 Loop, data, optimizer, resume, progress bars and trackers are the Trainer's. Added here: schedules and the divisor of
 the loss, learning rates by part, logs of the distillation, evaluation without logits, checkpoints that hold the
-student alone and appear only when complete, and a stop at the first loss that is not finite.
+student alone and appear only when complete, a stop at the first loss that is not finite, and one that can be gone on
+from when the run is killed, a process dies or the disk is full.
 """
 
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput, get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, get_last_checkpoint
 
 from kdfast.param_groups import distillation_param_groups
 from kdfast.schedules import Schedule
-from kdfast.training import checkpoint
+from kdfast.training import checkpoint, faults, manifest, resume
 from kdfast.training.case import Choice, choose_recipe
 from kdfast.training.config import KDConfig
 from kdfast.training.guard import NonFiniteGuard
@@ -32,6 +36,9 @@ from kdfast.training.meter import EvaluationMeter, TrainingMeter
 from kdfast.training.model import DistillationModel
 from kdfast.training.recipes import AUTO
 from kdfast.training.starts import Start, solve_projector_again
+from kdfast.training.termination import Termination
+
+logger = logging.getLogger(__name__)
 
 
 class KDTrainer(Trainer):
@@ -59,6 +66,8 @@ class KDTrainer(Trainer):
         TypeError, ValueError: args is no KDConfig, several GPUs without a launcher, or what `DistillationModel`
             raises.
         NonFiniteLossError: from `train` and `save_model`; the last good checkpoint is kept and named.
+        TerminatedError, LostProcessError, CheckpointWriteError, DamagedCheckpointError: likewise, see
+            `kdfast.training.faults`.
     """
 
     model: DistillationModel
@@ -134,12 +143,14 @@ class KDTrainer(Trainer):
             model.config.use_cache = use_cache
         if choice is not None:
             self.tell(f"recipe {choice.recipe}: {choice.why}")
+        self._found: str | None = None  # the checkpoint that was last found to be complete
         self._solved = False
         self.starts: list[Start] = []  # what was solved before the first step
         self._start_run()
 
     def _start_run(self) -> None:
         self._meter = TrainingMeter(self.args.device)
+        self._termination = Termination(self.args.device)
         self._solved_at = -1  # the step before which the projector was solved again
         self._guard = NonFiniteGuard(
             self.args.device,
@@ -159,19 +170,62 @@ class KDTrainer(Trainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        """As in Trainer. Raises NonFiniteLossError."""
+        """As in Trainer, from a checkpoint that is complete; True takes the newest. What it raises: see the class."""
         self._start_run()
-        if self.args.should_save:
-            checkpoint.discard_incomplete(Path(str(self.args.output_dir)))
+        found = self.find_checkpoint(resume_from_checkpoint) if resume_from_checkpoint else None
+        if resume_from_checkpoint and found is None:
+            raise ValueError(f"resume_from_checkpoint=True: no checkpoint-N in {str(self.args.output_dir)!r}")
+        self._found = None
+        self._recover()
         self._solve_starts()
         if self.model_wrapped is self.model and self.accelerator.num_processes > 1 and not self.is_fsdp_enabled:
             # accelerate took an evaluation before the run for the model's preparation, and would leave out DDP
             self.model._is_accelerate_prepared = False  # type: ignore[assignment]
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        with self._naming_lost_processes(), self._termination:
+            return super().train(found, trial, ignore_keys_for_eval)
+
+    def find_checkpoint(self, given: str | bool) -> str | None:
+        """The checkpoint to go on from, complete and the same in all processes, or None: `kdfast.training.resume`."""
+        if given == self._found:
+            return self._found
+        self._recover()
+        with self._naming_lost_processes():
+            self._found = resume.choose(
+                given,
+                Path(str(self.args.output_dir)),
+                reads=self.args.local_process_index == 0,
+                renames=self.args.should_save,
+                gather=lambda value: gather_object([value]),
+                warn=logger.warning if self.is_world_process_zero() else lambda text: None,
+            )
+        return self._found
+
+    def _recover(self) -> None:
+        if self.args.should_save:
+            checkpoint.recover(Path(str(self.args.output_dir)))
+
+    def _naming_lost_processes(self) -> Any:
+        return faults.naming_lost_processes(
+            lambda: self.state.global_step, lambda: _last_checkpoint(self.args.output_dir)
+        )
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        # asked after every step and every epoch
+        if stopping := self._termination.is_due():
+            self.control.should_save, self.control.should_evaluate = True, False  # there is little time left
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if stopping:
+            saved = _last_checkpoint(self.args.output_dir)
+            raise faults.TerminatedError(
+                f"step {self.state.global_step}: SIGTERM was received and {saved} was saved. The run was stopped. "
+                f"{faults.GO_ON}",
+                saved,
+            )
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         self._solve_starts()
-        return super().evaluate(*args, **kwargs)
+        with self._naming_lost_processes():
+            return super().evaluate(*args, **kwargs)
 
     def _solve_starts(self) -> None:
         """Once, and the same in every process; a resumed run's weights are loaded over what is solved here."""
@@ -402,12 +456,11 @@ class KDTrainer(Trainer):
         self._guard.check_weights(self._trained())
         final = Path(output_dir or str(self.args.output_dir))
         staged = final / checkpoint.INCOMPLETE if final.is_dir() else checkpoint.staging(final)
-        if self.args.should_save:
-            checkpoint.discard(staged)
-        super().save_model(str(staged), _internal_call=True)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            checkpoint.publish(staged, final, replace=False)
+        with self._naming_lost_processes(), self._staging(staged, final):
+            super().save_model(str(staged), _internal_call=True)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                checkpoint.publish(staged, final, replace=False)
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -430,31 +483,44 @@ class KDTrainer(Trainer):
             run = Path(self._get_output_dir(trial))
             final = run / f"checkpoint-{self.state.global_step}"
             staged = checkpoint.staging(final)
-            if self.args.should_save:
-                checkpoint.discard(staged)
-                staged.mkdir(parents=True)
-            self.accelerator.wait_for_everyone()
+            with self._staging(staged, final):
+                if self.args.should_save:
+                    staged.mkdir(parents=True)
+                self.accelerator.wait_for_everyone()
 
-            self.save_model(str(staged), _internal_call=True)
-            if not self.args.save_only_model:
-                self._save_optimizer_and_scheduler(str(staged))
-                self._save_scaler(str(staged))
-                self._save_rng_state(str(staged))
-            best = run / f"checkpoint-{self.state.best_global_step}"
-            if self.state.best_global_step and (best == final or best.is_dir()):
-                self.state.best_model_checkpoint = str(best)
-            if self.args.should_save:
-                self._save_state(staged)
+                self.save_model(str(staged), _internal_call=True)
+                if not self.args.save_only_model:
+                    self._save_optimizer_and_scheduler(str(staged))
+                    self._save_scaler(str(staged))
+                    self._save_rng_state(str(staged))
+                best = run / f"checkpoint-{self.state.best_global_step}"
+                if self.state.best_global_step and (best == final or best.is_dir()):
+                    self.state.best_model_checkpoint = str(best)
+                if self.args.should_save:
+                    self._save_state(staged)
 
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                checkpoint.publish(staged, final, replace=True)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    manifest.write(staged)
+                    checkpoint.publish(staged, final, replace=True)
             if self.args.push_to_hub:
                 self._push_from_checkpoint(str(final))
             if self.args.should_save:
-                best_checkpoint = self.state.best_model_checkpoint
-                rotate_checkpoints(str(run), self.args.save_total_limit, best_checkpoint, use_mtime=True)
+                checkpoint.rotate(run, self.args.save_total_limit, self.state.best_model_checkpoint)
             self.accelerator.wait_for_everyone()
+
+    @contextmanager
+    def _staging(self, staged: Path, final: Path) -> Iterator[None]:
+        """No part of an earlier attempt before, nor of this one after a failure, which is named."""
+        try:
+            with faults.naming_failed_writes(final, lambda: _last_checkpoint(self.args.output_dir)):
+                if self.args.should_save:
+                    checkpoint.discard(staged)
+                yield
+        except faults.CheckpointWriteError:
+            if self.args.should_save:
+                checkpoint.discard(staged)
+            raise
 
     def _save_state(self, folder: Path) -> None:
         kept: dict[str, Any] = self.state.stateful_callbacks  # type: ignore[assignment]
@@ -472,10 +538,6 @@ class KDTrainer(Trainer):
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        if not Path(resume_from_checkpoint).is_dir():
-            raise ValueError(
-                f"resume_from_checkpoint={resume_from_checkpoint!r}: no such folder; expected a checkpoint-N"
-            )
         checkpoint.load_models(Path(resume_from_checkpoint), self.model)
 
     def _load_best_model(self) -> None:
@@ -484,7 +546,7 @@ class KDTrainer(Trainer):
             return
         best = self.state.best_model_checkpoint
         assert best is not None
-        checkpoint.load_models(Path(best), self.accelerator.unwrap_model(self.model))
+        checkpoint.load_models(Path(self.find_checkpoint(best) or best), self.accelerator.unwrap_model(self.model))
 
     def _trained(self) -> Iterable[tuple[str, Tensor]]:
         return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
