@@ -5,6 +5,7 @@ All have `checkpoint`, the newest one that is complete, or None.
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+
+logger = logging.getLogger(__name__)
 
 GO_ON = "The same command, or resume_from_checkpoint=True, goes on from it."
 # what gloo, NCCL and the store say of a peer that is gone; torch has a class of its own only for some of them
@@ -58,12 +61,13 @@ def naming_lost_processes(step: Callable[[], int], last_checkpoint: Callable[[],
         if isinstance(error, RunStoppedError) or not _is_lost_peer(error):
             raise
         checkpoint = last_checkpoint()
-        raise LostProcessError(
+        message = (
             f"after step {step()}: another process of this run has died or does not answer ({_first_line(error)}). Its "
-            "own output, the launcher's or the kernel's log (out of memory?) says why; this process stops too. "
-            f"{kept(checkpoint)} Start all processes again",
-            checkpoint,
-        ) from error
+            "own output, the launcher's or the kernel's log (out of memory?) says why. This process stops too; start "
+            f"all of them again. {kept(checkpoint)}"
+        )
+        logger.error(message)  # at once: a launcher that sees the other one dead may end this process any moment
+        raise LostProcessError(message, checkpoint) from error
 
 
 def _is_lost_peer(error: RuntimeError) -> bool:
@@ -94,4 +98,5 @@ def _free_space(folder: Path) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line.partition(" This is typically caused")[0].rstrip(".")  # gloo's advice

@@ -181,7 +181,7 @@ class KDTrainer(Trainer):
         if self.model_wrapped is self.model and self.accelerator.num_processes > 1 and not self.is_fsdp_enabled:
             # accelerate took an evaluation before the run for the model's preparation, and would leave out DDP
             self.model._is_accelerate_prepared = False  # type: ignore[assignment]
-        with self._naming_lost_processes(), self._termination:
+        with self._termination, self._naming_lost_processes():
             return super().train(found, trial, ignore_keys_for_eval)
 
     def find_checkpoint(self, given: str | bool) -> str | None:
