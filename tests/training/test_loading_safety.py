@@ -12,6 +12,7 @@ import shutil
 import fault_runs
 import pytest
 import torch
+import torch.distributed.checkpoint
 import transformers
 
 from kdfast.cli.arguments import parse
@@ -70,6 +71,22 @@ def test_a_pickle_in_a_checkpoint_is_named_and_not_run(folder, ran, name, how):
         assert f"{name} would run posix.mkdir when read" in str(caught.value)
         assert "weights_only" not in str(caught.value), "torch's advice is to turn the protection off"
     assert not ran.exists()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_metadata_of_a_sharded_optimizer(tmp_path, ran):
+    """torch itself reads it with pickle.load."""
+    state = {"exp_avg": torch.ones(2, 3, dtype=torch.bfloat16), "step": torch.tensor(3.0), "lr": 1e-3, "betas": [0.9]}
+    torch.distributed.checkpoint.save(state, checkpoint_id=tmp_path / "optimizer_0", no_dist=True)
+    assert pickles.find_refused(tmp_path) is None
+    through_a_known_module = b"\x80\x04\x8c\x25torch.distributed.checkpoint.metadata\x8c\x08os.mkdir\x93."
+    for content, name in ((through_a_known_module, "os.mkdir"), (pickle.dumps(Payload(ran)), "posix.mkdir")):
+        (tmp_path / "optimizer_0/.metadata").write_bytes(content)
+        assert f"{name} when read; expected tensors" in pickles.find_refused(tmp_path)
+        assert not ran.exists()
+    with pytest.raises(AttributeError):
+        torch.distributed.checkpoint.FileSystemReader(tmp_path / "optimizer_0").read_metadata()
+    assert ran.exists()
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
