@@ -13,6 +13,7 @@ import socket
 import sys
 import time
 import traceback
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -63,10 +64,12 @@ def _child(folder, rank, environment, action, arguments, settings):
     os._exit(code)  # gloo's own teardown aborts now and then
 
 
-def make(folder, **given):
+def make(folder, timeout=None, **given):
     """A trainer of the same tiny models and data every time; dropout on, so that random states count."""
     from training.conftest import tiny
 
+    if timeout is not None:  # with use_cpu, TrainingArguments forgets its ddp_timeout
+        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=timeout))
     defaults = {
         "output_dir": str(folder / "run"), "recipe": "run5", "use_cpu": True, "disable_tqdm": True, "max_steps": 6,
         "per_device_train_batch_size": 2, "learning_rate": 1e-3, "logging_steps": 1, "save_strategy": "steps",

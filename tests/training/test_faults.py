@@ -196,6 +196,21 @@ def test_a_process_that_dies_stops_the_other(tmp_path, unbroken):
     assert same_end(tmp_path, unbroken(2))
 
 
+def hang_at_3(trainer):
+    if trainer.state.global_step == 3 and trainer.args.process_index == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def test_a_process_that_hangs_is_given_up(tmp_path):
+    waiting, hanging = start(tmp_path, fault_runs.train, False, hang_at_3, ranks=2, timeout=2)
+    codes = join([waiting], 30)
+    hanging.kill()
+    hanging.join()
+    assert codes == [STOPPED], output(tmp_path)
+    assert "LostProcessError: after step 3: another process of this run has died or does not answer" in output(tmp_path)
+    assert "Timed out waiting 2000ms" in output(tmp_path)
+
+
 def test_under_torchrun_too(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     begin = time.monotonic()
@@ -251,6 +266,20 @@ def _mount(run, trainer):
     for name, value in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")):
         Path("/proc/self", name).write_text(value)
     return libc.mount(b"none", bytes(run), b"tmpfs", 0, f"size={int(size * 1.5) + 40_000}".encode()) == 0
+
+
+def first_is_full_at_4(trainer):
+    if trainer.state.global_step == 3 and trainer.args.process_index == 0:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+
+
+def test_a_disk_that_is_full_for_one_process_stops_all(tmp_path):
+    codes = join(start(tmp_path, fault_runs.train, False, first_is_full_at_4, ranks=2))
+    assert codes == [STOPPED, STOPPED], output(tmp_path, 1)
+    assert "CheckpointWriteError: " in output(tmp_path, 0)
+    assert "LostProcessError: after step 4" in output(tmp_path, 1)
+    assert visible(tmp_path) == ["checkpoint-2"]
 
 
 @pytest.mark.parametrize("how", ["disk", "quota"])
