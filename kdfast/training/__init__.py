@@ -12,6 +12,7 @@ signs.py    what a log tells     health.py   says it, once       case.py        
 starts.py   solved starts        teachers.py what KD learns from, and the anchors
 faults.py   what stops a run     resume.py   the checkpoint to go on from     termination.py  SIGTERM
 manifest.py checksums            pickles.py  no code is loaded                files.py        durable writes
+resumable_trainer.py  goes on after all that
 """
 
 try:

@@ -2,30 +2,26 @@
 
 Loop, data, optimizer, resume, progress bars and trackers are the Trainer's. Added here: schedules and the divisor of
 the loss, learning rates by part, logs of the distillation, evaluation without logits, checkpoints that hold the
-student alone and appear only when complete, a stop at the first loss that is not finite, and one that can be gone on
-from when the run is killed, a process dies or the disk is full.
+student alone and appear only when complete, and a stop at the first loss that is not finite.
 """
 
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
+from transformers import PreTrainedModel, TrainerCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from kdfast.param_groups import distillation_param_groups
 from kdfast.schedules import Schedule
-from kdfast.training import checkpoint, faults, manifest, resume
+from kdfast.training import checkpoint, manifest
 from kdfast.training.case import Choice, choose_recipe
 from kdfast.training.config import KDConfig
 from kdfast.training.guard import NonFiniteGuard
@@ -35,13 +31,11 @@ from kdfast.training.memory import memory_bytes
 from kdfast.training.meter import EvaluationMeter, TrainingMeter
 from kdfast.training.model import DistillationModel
 from kdfast.training.recipes import AUTO
+from kdfast.training.resumable_trainer import ResumableTrainer
 from kdfast.training.starts import Start, solve_projector_again
-from kdfast.training.termination import Termination
-
-logger = logging.getLogger(__name__)
 
 
-class KDTrainer(Trainer):
+class KDTrainer(ResumableTrainer):
     """Trains the student (and the projector) of a `DistillationModel`.
 
     Batches need input_ids and labels (*not* shifted, −100 ignored); attention_mask and position_ids are used if they
@@ -66,8 +60,7 @@ class KDTrainer(Trainer):
         TypeError, ValueError: args is no KDConfig, several GPUs without a launcher, or what `DistillationModel`
             raises.
         NonFiniteLossError: from `train` and `save_model`; the last good checkpoint is kept and named.
-        TerminatedError, LostProcessError, CheckpointWriteError, DamagedCheckpointError: likewise, see
-            `kdfast.training.faults`.
+        TerminatedError, LostProcessError, CheckpointWriteError, DamagedCheckpointError: see `ResumableTrainer`.
     """
 
     model: DistillationModel
@@ -143,18 +136,16 @@ class KDTrainer(Trainer):
             model.config.use_cache = use_cache
         if choice is not None:
             self.tell(f"recipe {choice.recipe}: {choice.why}")
-        self._found: str | None = None  # the checkpoint that was last found to be complete
         self._solved = False
         self.starts: list[Start] = []  # what was solved before the first step
         self._start_run()
 
     def _start_run(self) -> None:
         self._meter = TrainingMeter(self.args.device)
-        self._termination = Termination(self.args.device)
         self._solved_at = -1  # the step before which the projector was solved again
         self._guard = NonFiniteGuard(
             self.args.device,
-            lambda: _last_checkpoint(self.args.output_dir),
+            self._last_checkpoint,
             most_skips=self.args.max_skipped_steps if self.args.non_finite == "skip" else None,
             report=lambda step, what: self._report_non_finite(step, what, aloud=False),  # the error says it
         )
@@ -172,60 +163,16 @@ class KDTrainer(Trainer):
     ) -> TrainOutput:
         """As in Trainer, from a checkpoint that is complete; True takes the newest. What it raises: see the class."""
         self._start_run()
-        found = self.find_checkpoint(resume_from_checkpoint) if resume_from_checkpoint else None
-        if resume_from_checkpoint and found is None:
-            raise ValueError(f"resume_from_checkpoint=True: no checkpoint-N in {str(self.args.output_dir)!r}")
-        self._found = None
-        self._recover()
+        resume_from_checkpoint = self._checkpoint_to_load(resume_from_checkpoint)  # before what takes long
         self._solve_starts()
         if self.model_wrapped is self.model and self.accelerator.num_processes > 1 and not self.is_fsdp_enabled:
             # accelerate took an evaluation before the run for the model's preparation, and would leave out DDP
             self.model._is_accelerate_prepared = False  # type: ignore[assignment]
-        with self._termination, self._naming_lost_processes():
-            return super().train(found, trial, ignore_keys_for_eval)
-
-    def find_checkpoint(self, given: str | bool) -> str | None:
-        """The checkpoint to go on from, complete and the same in all processes, or None: `kdfast.training.resume`."""
-        if given == self._found:
-            return self._found
-        self._recover()
-        with self._naming_lost_processes():
-            self._found = resume.choose(
-                given,
-                Path(str(self.args.output_dir)),
-                reads=self.args.local_process_index == 0,
-                renames=self.args.should_save,
-                gather=lambda value: gather_object([value]),
-                warn=logger.warning if self.is_world_process_zero() else lambda text: None,
-            )
-        return self._found
-
-    def _recover(self) -> None:
-        if self.args.should_save:
-            checkpoint.recover(Path(str(self.args.output_dir)))
-
-    def _naming_lost_processes(self) -> Any:
-        return faults.naming_lost_processes(
-            lambda: self.state.global_step, lambda: _last_checkpoint(self.args.output_dir)
-        )
-
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        # asked after every step and every epoch
-        if stopping := self._termination.is_due():
-            self.control.should_save, self.control.should_evaluate = True, False  # there is little time left
-        super()._maybe_log_save_evaluate(*args, **kwargs)
-        if stopping:
-            saved = _last_checkpoint(self.args.output_dir)
-            raise faults.TerminatedError(
-                f"step {self.state.global_step}: SIGTERM was received and {saved} was saved. The run was stopped. "
-                f"{faults.GO_ON}",
-                saved,
-            )
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         self._solve_starts()
-        with self._naming_lost_processes():
-            return super().evaluate(*args, **kwargs)
+        return super().evaluate(*args, **kwargs)
 
     def _solve_starts(self) -> None:
         """Once, and the same in every process; a resumed run's weights are loaded over what is solved here."""
@@ -509,19 +456,6 @@ class KDTrainer(Trainer):
                 checkpoint.rotate(run, self.args.save_total_limit, self.state.best_model_checkpoint)
             self.accelerator.wait_for_everyone()
 
-    @contextmanager
-    def _staging(self, staged: Path, final: Path) -> Iterator[None]:
-        """No part of an earlier attempt before, nor of this one after a failure, which is named."""
-        try:
-            with faults.naming_failed_writes(final, lambda: _last_checkpoint(self.args.output_dir)):
-                if self.args.should_save:
-                    checkpoint.discard(staged)
-                yield
-        except faults.CheckpointWriteError:
-            if self.args.should_save:
-                checkpoint.discard(staged)
-            raise
-
     def _save_state(self, folder: Path) -> None:
         kept: dict[str, Any] = self.state.stateful_callbacks  # type: ignore[assignment]
         for callback in (*self.callback_handler.callbacks, self.control):
@@ -554,7 +488,3 @@ class KDTrainer(Trainer):
     @property
     def _recipe(self) -> Any:
         return self.accelerator.unwrap_model(self.model).recipe
-
-
-def _last_checkpoint(run: str | None) -> str | None:
-    return get_last_checkpoint(run) if run is not None and Path(run).is_dir() else None
