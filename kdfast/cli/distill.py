@@ -22,15 +22,15 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from kdfast.cli import output_dir as folder
 from kdfast.cli.arguments import Arguments, DataArguments, ModelArguments, format_help, parse
-from kdfast.cli.errors import RunFailed, UserError
+from kdfast.cli.errors import RunFailed, RunTerminated, UserError
 from kdfast.cli.runs import read_run
 from kdfast.training import KDConfig, KDTrainer, NonFiniteLossError, load_student, load_teacher
 from kdfast.training.checkpoint import load_models
 from kdfast.training.data import DataError, hold_out, load_blocks, read_dataset, read_files
+from kdfast.training.faults import RunStoppedError, TerminatedError
 from kdfast.training.memory import PeakMemory
 from kdfast.training.progress import show_progress
 from kdfast.training.report import Run, text_table, write_report
@@ -57,7 +57,8 @@ def distill(argv: list[str]) -> int:
 def run_distillation(arguments: Arguments, name: str | None = None) -> Run:
     """One run, from its arguments to its files; or what an earlier call with the same arguments came to.
 
-    Raises UserError where the arguments cannot be run, RunFailed where a loss or gradient is not finite.
+    Raises UserError where the arguments cannot be run, RunFailed where a loss is not finite or something outside the
+    run stops it, RunTerminated after SIGTERM.
     """
     training = arguments.training
     assert training.output_dir is not None  # parse saw to it
@@ -72,9 +73,11 @@ def run_distillation(arguments: Arguments, name: str | None = None) -> Run:
 
     try:
         trainer = _trainer(arguments, name)
+        checkpoint = trainer.find_checkpoint(training.resume_from_checkpoint or True)
     except ValueError as error:  # DataError, and what the models and the trainer say of arguments that do not fit
         raise UserError(str(error)) from error
-    checkpoint = training.resume_from_checkpoint or get_last_checkpoint(output_dir)
+    except RunStoppedError as error:
+        raise RunFailed(str(error)) from error
     if checkpoint:
         _say(training, f"{name}: going on from {checkpoint}")
     transformers.utils.logging.disable_progress_bar()  # of saving, which would break into training's
@@ -87,15 +90,19 @@ def run_distillation(arguments: Arguments, name: str | None = None) -> Run:
             trainer.train(resume_from_checkpoint=checkpoint)
         evaluation = _evaluation_of_now(trainer) or trainer.evaluate()
         trainer.save_model()
-    except NonFiniteLossError as error:
+        trainer.save_state()
+        summary = summarise(trainer, evaluation, peak)
+        run = Run(name, trainer.state.log_history, summary)
+        if training.process_index == 0:
+            write_report(output_dir / folder.REPORT, f"{name}: recipe {summary['recipe']}", [run])
+            write_summary(output_dir / folder.SUMMARY, summary)  # last: it says that the run is finished
+    except TerminatedError as error:
+        raise RunTerminated(str(error)) from error
+    except (NonFiniteLossError, RunStoppedError) as error:
         raise RunFailed(str(error)) from error
-    trainer.save_state()
-    summary = summarise(trainer, evaluation, peak)
-    run = Run(name, trainer.state.log_history, summary)
-    if training.process_index == 0:
-        write_report(output_dir / folder.REPORT, f"{name}: recipe {summary['recipe']}", [run])
-        write_summary(output_dir / folder.SUMMARY, summary)  # last: it says that the run is finished
-        _say(training, f"{name}: model, summary.json and report.html are in {output_dir}")
+    except OSError as error:  # a report or summary on a full disk
+        raise RunFailed(f"{error}. The same command goes on from the last checkpoint") from error
+    _say(training, f"{name}: model, summary.json and report.html are in {output_dir}")
     return run
 
 
@@ -118,7 +125,7 @@ def _trained_to_the_end(trainer: KDTrainer, checkpoint: Path) -> bool:
     if state.global_step < state.max_steps:
         return False
     best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
-    load_models(Path(best or checkpoint), trainer.model)
+    load_models(Path((trainer.find_checkpoint(best) if best else None) or checkpoint), trainer.model)
     trainer.state = state
     if trainer.health is not None:
         trainer.health.restore(state)
@@ -166,7 +173,7 @@ def _tokenizer(models: ModelArguments) -> PreTrainedTokenizerBase:
     for key in ("tokenizer_name", "model_name_or_path", "teacher_model_name_or_path"):
         if (name := getattr(models, key)) is not None:
             try:
-                return AutoTokenizer.from_pretrained(name)
+                return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
             except (OSError, ValueError) as error:
                 reason = str(error).strip().splitlines()[0]
                 raise ValueError(f"{key}: no tokenizer could be loaded from {name!r}: {reason}") from error

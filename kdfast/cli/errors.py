@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class RunFailed(Exception):
     """A run that began well and cannot go on. Exit code 1."""
+
+
+class RunTerminated(Exception):
+    """A run that saved a checkpoint on SIGTERM and stopped. Exit code 143, as of a process that SIGTERM ended."""

@@ -1,6 +1,7 @@
 """`kdfast distill | report | demo | doctor | plan`.
 
-Exit codes: 0 done, 1 the run failed (a loss that is not finite), 2 the request cannot be run, 130 interrupted.
+Exit codes: 0 done, 1 the run failed (a loss that is not finite, a full disk, a process that died), 2 the request cannot
+be run, 130 interrupted, 143 terminated after a checkpoint was saved.
 Subcommands are imported when called: `kdfast doctor` and `kdfast plan` work where the training part is not installed.
 """
 
@@ -9,10 +10,11 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import signal
 import sys
 
 from kdfast._version import __version__
-from kdfast.cli.errors import RunFailed, UserError
+from kdfast.cli.errors import RunFailed, RunTerminated, UserError
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 TRAINING_PART = ("transformers", "datasets", "accelerate", "tokenizers", "yaml", "matplotlib", "tqdm")
@@ -84,6 +86,9 @@ def main(argv: list[str] | None = None) -> int:
         process = os.environ.get("RANK", "0")  # of a launch of several
         print(f"kdfast: {error}" if process == "0" else f"kdfast (process {process}): {error}", file=sys.stderr)
         return 1 if isinstance(error, RunFailed) else 2
+    except RunTerminated as error:
+        print(f"kdfast: {error}", file=sys.stderr)
+        return 128 + signal.SIGTERM
     except KeyboardInterrupt:
         print("kdfast: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130

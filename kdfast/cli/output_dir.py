@@ -23,6 +23,7 @@ SUMMARY = "summary.json"
 REPORT = "report.html"
 STATE = "trainer_state.json"
 MODEL_FILES = ("config.json", "model.safetensors")
+CHECKPOINTS = ("checkpoint-*", "damaged-checkpoint-*", ".*.incomplete")
 
 # settings that may change between an interruption and the resume without making it another run
 FREE = {
@@ -75,7 +76,7 @@ def _has_results(output_dir: Path) -> bool:
 def _remove_run(output_dir: Path) -> None:
     """Results and checkpoints of a run, and no other file."""
     (output_dir / SUMMARY).unlink(missing_ok=True)  # first: what is half removed is not finished
-    for path in [*output_dir.glob("checkpoint-*"), *output_dir.glob(".*.incomplete")]:
+    for path in [path for pattern in CHECKPOINTS for path in output_dir.glob(pattern)]:
         shutil.rmtree(path)
     weights = [*output_dir.glob("*.safetensors"), *output_dir.glob("*.safetensors.index.json")]  # a projector's too
     for path in [*weights, *(output_dir / name for name in (REPORT, STATE, *MODEL_FILES))]:

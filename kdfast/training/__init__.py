@@ -10,6 +10,9 @@ fidelity.py KL to the teacher    meter.py    means for logs      guard.py       
 checkpoint.py  what is saved     trainer.py  KDTrainer           data.py        text to blocks
 signs.py    what a log tells     health.py   says it, once       case.py        recipe="auto"
 starts.py   solved starts        teachers.py what KD learns from, and the anchors
+faults.py   what stops a run     resume.py   the checkpoint to go on from     termination.py  SIGTERM
+manifest.py checksums            pickles.py  no code is loaded                files.py        durable writes
+resumable_trainer.py  goes on after all that
 """
 
 try:
@@ -20,6 +23,7 @@ except ImportError as error:
 
 from kdfast.training.case import choose_recipe
 from kdfast.training.config import KDConfig
+from kdfast.training.faults import CheckpointWriteError, DamagedCheckpointError, LostProcessError, TerminatedError
 from kdfast.training.guard import NonFiniteLossError
 from kdfast.training.health import Finding, HealthCallback
 from kdfast.training.loading import load_student, load_teacher
@@ -30,14 +34,18 @@ from kdfast.training.trainer import KDTrainer
 
 __all__ = [
     "RECIPES",
+    "CheckpointWriteError",
+    "DamagedCheckpointError",
     "DistillationModel",
     "Finding",
     "HealthCallback",
     "HealthThresholds",
     "KDConfig",
     "KDTrainer",
+    "LostProcessError",
     "NonFiniteLossError",
     "Recipe",
+    "TerminatedError",
     "choose_recipe",
     "load_student",
     "load_teacher",

@@ -4,8 +4,8 @@
     logit_projector.safetensors         the projector, where there is one (with a probe's head)
     hidden_loss.safetensors             the maps of the hidden-state loss, where there is one
 
-Written to a hidden folder first and moved: whoever looks for checkpoints never sees half of one. Weights are
-safetensors throughout, so reading runs no code.
+Written to a hidden folder first, flushed to the disk and renamed: whoever looks for checkpoints never sees half of one,
+nor of one that is being deleted. Weights are safetensors throughout, so reading runs no code.
 """
 
 from __future__ import annotations
@@ -19,13 +19,16 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import logging as transformers_logging
 
+from kdfast.training.files import flush, flush_all
 from kdfast.training.model import DistillationModel
 from kdfast.training.sharding import load_full_state
 
 PARTS = ("logit_projector", "hidden_loss")  # of the model, beside the student; each has a file of its own
 INCOMPLETE = ".incomplete"
+REPLACED = f".old{INCOMPLETE}"
 
 
 def save_models(folder: Path, model: DistillationModel, state: dict[str, Tensor] | None = None) -> None:
@@ -68,26 +71,46 @@ def _file(folder: Path, part: str) -> Path:
 
 def staging(final: Path) -> Path:
     """Where `final` is written until it is complete: beside it, under a name no one takes for a checkpoint."""
-    return final.with_name(f".{final.name}{INCOMPLETE}")
+    return _hidden(final, INCOMPLETE)
 
 
 def publish(staged: Path, final: Path, *, replace: bool) -> None:
-    """Move a complete folder to its name.
+    """Move a complete folder to its name, durably.
 
     A `final` that exists is replaced whole, or (`replace=False`) receives the files one by one, weights last.
     """
+    flush_all(staged)
     if not final.exists():
         staged.rename(final)
     elif replace:
-        old = final.with_name(f".{final.name}.old{INCOMPLETE}")
+        old = _hidden(final, REPLACED)
         discard(old)
         final.rename(old)
         staged.rename(final)
+        flush(final.parent)
         discard(old)
     else:
         for path in sorted(staged.iterdir(), key=lambda path: path.suffix == ".safetensors"):
             os.replace(path, final / path.name)
         staged.rmdir()
+        flush(final)
+    flush(final.parent)
+
+
+def rotate(run: Path, limit: int | None, best: str | None) -> None:
+    """Delete the oldest checkpoints beyond `limit`, but not the newest nor the best.
+
+    As transformers' rotate_checkpoints, which deletes file by file under the checkpoint's name.
+    """
+    if not limit or limit < 0:
+        return
+    visible = [Path(path) for path in sort_checkpoints(str(run), use_mtime=True)]
+    spare = [path for path in visible[:-1] if best is None or path != Path(best)]
+    for path in spare[: max(len(visible) - limit, 0)]:
+        hidden = _hidden(path, f".deleted{INCOMPLETE}")
+        discard(hidden)
+        path.rename(hidden)
+        discard(hidden)
 
 
 def discard(folder: Path) -> None:
@@ -95,10 +118,18 @@ def discard(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def discard_incomplete(run: Path) -> None:
-    """Remove what an interrupted run left half written in its output folder."""
+def recover(run: Path) -> None:
+    """Clear up after an interrupted run: what was being replaced gets its name back, what is half written goes."""
+    for old in run.glob(f".checkpoint-*{REPLACED}"):
+        final = run / old.name.removeprefix(".").removesuffix(REPLACED)
+        if not final.exists():
+            old.rename(final)
     for folder in run.glob(f".checkpoint-*{INCOMPLETE}"):
         shutil.rmtree(folder)
+
+
+def _hidden(final: Path, suffix: str) -> Path:
+    return final.with_name(f".{final.name}{suffix}")
 
 
 @contextmanager

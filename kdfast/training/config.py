@@ -190,6 +190,11 @@ class KDConfig(TrainingArguments):
             if value is not None and value not in allowed:
                 raise ValueError(f"{name}={value!r}; expected one of {', '.join(allowed)}")
         self._check_health_thresholds()
+        if self.enable_jit_checkpoint:
+            raise ValueError(
+                "enable_jit_checkpoint=True; KDTrainer saves a checkpoint on SIGTERM by itself, at the same step in "
+                "all processes. Leave it out"
+            )
         if self.label_smoothing_factor != 0:
             raise ValueError(
                 f"label_smoothing_factor={self.label_smoothing_factor}; it would need the logits, which are never "

@@ -1,17 +1,21 @@
 """Students and teachers from disk, from the hub, or fresh from a configuration.
 
-Code that a model repository brings along is never run (`trust_remote_code` stays off), and HF_HUB_OFFLINE is
-respected. Every failure is one ValueError that names the argument.
+Code that a model repository brings along is never run (`trust_remote_code` stays off), nor what a pickled weight file
+would call (`weights_only`), and HF_HUB_OFFLINE is respected. Every failure is one ValueError that names the argument.
 """
 
 from __future__ import annotations
 
 import difflib
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from kdfast.training.pickles import explain
 
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 OUTSIDE_TO_DICT = ("rope_theta", "rope_scaling", "attn_implementation")  # settings that to_dict() does not list
@@ -68,8 +72,17 @@ def _from_pretrained(argument: str, name: str | Path, dtype: torch.dtype | str) 
         raise ValueError(f"{argument}={str(name)!r}: there is no such folder; expected one that save_pretrained wrote")
     try:
         return AutoModelForCausalLM.from_pretrained(
-            path if local else str(name), dtype=dtype, trust_remote_code=False, local_files_only=local
+            path if local else str(name),
+            dtype=dtype,
+            trust_remote_code=False,
+            weights_only=True,
+            local_files_only=local,
         )
+    except (SafetensorError, UnpicklingError) as error:
+        raise ValueError(
+            f"{argument}={str(name)!r}: its weights file {explain(error)}. Expected a whole model.safetensors, or a "
+            "pytorch_model.bin of tensors alone; download or copy it again"
+        ) from error
     except (OSError, ValueError) as error:
         where = "in that folder" if local else "as a folder, nor on the hub or in its cache"
         raise ValueError(

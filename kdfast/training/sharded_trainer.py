@@ -1,4 +1,4 @@
-"""`ShardedTrainer`: transformers.Trainer with FSDP2 as a `DistillationModel` needs it; without FSDP just the Trainer.
+"""`ShardedTrainer`: a trainer with FSDP2 as a `DistillationModel` needs it; without FSDP nothing is added.
 
 Checkpoints hold the whole student in the usual format, and the optimizer's state as accelerate writes it: one file
 (FULL_STATE_DICT) or one a process (SHARDED_STATE_DICT).
@@ -13,13 +13,13 @@ import torch
 from accelerate.utils import save_fsdp_optimizer
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from kdfast.training import sharding
 from kdfast.training.config import KDConfig
 from kdfast.training.model import DistillationModel
+from kdfast.training.resumable_trainer import ResumableTrainer
 
 # the optimizer's state in a checkpoint, by who wrote it
 WRITERS = {
@@ -29,7 +29,7 @@ WRITERS = {
 }
 
 
-class ShardedTrainer(Trainer):
+class ShardedTrainer(ResumableTrainer):
     """
     Raises:
         ValueError: a way of distributing that is not supported, or that the recipe cannot be trained under.

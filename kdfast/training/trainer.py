@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput, get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from kdfast.param_groups import distillation_param_groups
 from kdfast.schedules import Schedule
-from kdfast.training import checkpoint, replicas, sharding
+from kdfast.training import checkpoint, manifest, replicas, sharding
 from kdfast.training.case import Choice, choose_recipe
 from kdfast.training.config import KDConfig
 from kdfast.training.guard import NonFiniteGuard
@@ -60,6 +60,7 @@ class KDTrainer(ShardedTrainer):
         TypeError, ValueError: args is no KDConfig, several GPUs without a launcher, a launch that `ShardedTrainer`
             refuses, or what `DistillationModel` raises.
         NonFiniteLossError: from `train` and `save_model`; the last good checkpoint is kept and named.
+        TerminatedError, LostProcessError, CheckpointWriteError, DamagedCheckpointError: see `ResumableTrainer`.
     """
 
     model: DistillationModel
@@ -139,7 +140,7 @@ class KDTrainer(ShardedTrainer):
         self._solved_at = -1  # the step before which the projector was solved again
         self._guard = NonFiniteGuard(
             self.args.device,
-            lambda: _last_checkpoint(self.args.output_dir),
+            self._last_checkpoint,
             most_skips=self.args.max_skipped_steps if self.args.non_finite == "skip" else None,
             report=lambda step, what: self._report_non_finite(step, what, aloud=False),  # the error says it
         )
@@ -155,10 +156,9 @@ class KDTrainer(ShardedTrainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        """As in Trainer. Raises NonFiniteLossError."""
+        """As in Trainer, from a checkpoint that is complete; True takes the newest. What it raises: see the class."""
         self._start_run()
-        if self.args.should_save:
-            checkpoint.discard_incomplete(Path(str(self.args.output_dir)))
+        resume_from_checkpoint = self._checkpoint_to_load(resume_from_checkpoint)  # before what takes long
         self._solve_starts()
         if self.model_wrapped is self.model and self.accelerator.num_processes > 1 and not self.is_fsdp_enabled:
             # accelerate took an evaluation before the run for the model's preparation, and would leave out DDP
@@ -407,12 +407,11 @@ class KDTrainer(ShardedTrainer):
         self._guard.check_weights(self._trained())
         final = Path(output_dir or str(self.args.output_dir))
         staged = final / checkpoint.INCOMPLETE if final.is_dir() else checkpoint.staging(final)
-        if self.args.should_save:
-            checkpoint.discard(staged)
-        super().save_model(str(staged), _internal_call=True)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            checkpoint.publish(staged, final, replace=False)
+        with self._naming_lost_processes(), self._staging(staged, final):
+            super().save_model(str(staged), _internal_call=True)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                checkpoint.publish(staged, final, replace=False)
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -435,30 +434,30 @@ class KDTrainer(ShardedTrainer):
             run = Path(self._get_output_dir(trial))
             final = run / f"checkpoint-{self.state.global_step}"
             staged = checkpoint.staging(final)
-            if self.args.should_save:
-                checkpoint.discard(staged)
-                staged.mkdir(parents=True)
-            self.accelerator.wait_for_everyone()
+            with self._staging(staged, final):
+                if self.args.should_save:
+                    staged.mkdir(parents=True)
+                self.accelerator.wait_for_everyone()
 
-            self.save_model(str(staged), _internal_call=True)
-            if not self.args.save_only_model:
-                self._save_optimizer_and_scheduler(str(staged))
-                self._save_scaler(str(staged))
-                self._save_rng_state(str(staged))
-            best = run / f"checkpoint-{self.state.best_global_step}"
-            if self.state.best_global_step and (best == final or best.is_dir()):
-                self.state.best_model_checkpoint = str(best)
-            if self.args.should_save:
-                self._save_state(staged)
+                self.save_model(str(staged), _internal_call=True)
+                if not self.args.save_only_model:
+                    self._save_optimizer_and_scheduler(str(staged))
+                    self._save_scaler(str(staged))
+                    self._save_rng_state(str(staged))
+                best = run / f"checkpoint-{self.state.best_global_step}"
+                if self.state.best_global_step and (best == final or best.is_dir()):
+                    self.state.best_model_checkpoint = str(best)
+                if self.args.should_save:
+                    self._save_state(staged)
 
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                checkpoint.publish(staged, final, replace=True)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    manifest.write(staged)
+                    checkpoint.publish(staged, final, replace=True)
             if self.args.push_to_hub:
                 self._push_from_checkpoint(str(final))
             if self.args.should_save:
-                best_checkpoint = self.state.best_model_checkpoint
-                rotate_checkpoints(str(run), self.args.save_total_limit, best_checkpoint, use_mtime=True)
+                checkpoint.rotate(run, self.args.save_total_limit, self.state.best_model_checkpoint)
             self.accelerator.wait_for_everyone()
 
     def _save_state(self, folder: Path) -> None:
@@ -474,16 +473,12 @@ class KDTrainer(ShardedTrainer):
         self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not Path(resume_from_checkpoint).is_dir():
-            raise ValueError(
-                f"resume_from_checkpoint={resume_from_checkpoint!r}: no such folder; expected a checkpoint-N"
-            )
         checkpoint.load_models(Path(resume_from_checkpoint), self.model)
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
         assert best is not None
-        checkpoint.load_models(Path(best), self.accelerator.unwrap_model(self.model))
+        checkpoint.load_models(Path(self.find_checkpoint(best) or best), self.accelerator.unwrap_model(self.model))
 
     def _trained(self) -> Iterable[tuple[str, Tensor]]:
         trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
@@ -492,7 +487,3 @@ class KDTrainer(ShardedTrainer):
     @property
     def _recipe(self) -> Any:
         return self.accelerator.unwrap_model(self.model).recipe
-
-
-def _last_checkpoint(run: str | None) -> str | None:
-    return get_last_checkpoint(run) if run is not None and Path(run).is_dir() else None

@@ -1,11 +1,15 @@
 """`kdfast distill`, whole runs of four steps: what is written, going on, leaving alone, and refusing."""
 
+import errno
 import json
 import math
+import os
 import shutil
+import signal
 
 import pytest
 import yaml
+from fault_runs import damage
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdfast.cli import distill
@@ -182,6 +186,62 @@ def test_an_interruption_is_exit_code_130(place, kdfast, monkeypatch):
     code, _, err = kdfast("distill", "config.yaml")
     assert code == 130
     assert "the same command goes on" in err
+
+
+def test_sigterm_saves_and_is_exit_code_143(place, kdfast, monkeypatch):
+    loss = distill.KDTrainer.compute_loss
+
+    def terminate(self, *args, **kwargs):
+        if self.state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss(self, *args, **kwargs)
+
+    monkeypatch.setattr(distill.KDTrainer, "compute_loss", terminate)
+    code, _, err = kdfast("distill", "config.yaml")
+    assert code == 143
+    assert "kdfast: step 3: SIGTERM was received and out/checkpoint-3 was saved" in err
+    assert not (place / "out/summary.json").exists()
+    monkeypatch.undo()
+    monkeypatch.chdir(place)
+    code, out, _ = kdfast("distill", "config.yaml")
+    assert code == 0
+    assert "going on from out/checkpoint-3" in out
+    assert steps(place) == [3, 4]
+
+
+def test_damaged_checkpoints(place, kdfast, caplog):
+    kdfast("distill", "config.yaml")
+    whole = results(place)
+    for name in ("summary.json", "report.html", "model.safetensors", "trainer_state.json"):
+        (place / "out" / name).unlink()
+    damage(place / "out/checkpoint-4/optimizer.pt")
+    code, _, err = kdfast("distill", "config.yaml", "--resume_from_checkpoint", "out/checkpoint-4")
+    assert code == 1
+    assert "kdfast: resume_from_checkpoint='out/checkpoint-4' cannot be gone on from: optimizer.pt" in err
+    assert kdfast("distill", "config.yaml", "--resume_from_checkpoint", "gone")[0] == 2
+
+    assert kdfast("distill", "config.yaml")[0] == 0
+    assert "out/checkpoint-4 is passed over: optimizer.pt" in caplog.text
+    assert results(place)["model.safetensors"] == whole["model.safetensors"]
+    assert (place / "out/damaged-checkpoint-4").is_dir()
+
+    assert kdfast("distill", "config.yaml", "--overwrite_output_dir", "true", "--max_steps", "2")[0] == 0
+    assert sorted(path.name for path in (place / "out").glob("*checkpoint*")) == ["checkpoint-2"]
+    damage(place / "out/checkpoint-2/optimizer.pt")
+    (place / "out/summary.json").unlink()
+    code, _, err = kdfast("distill", "config.yaml", "--max_steps", "2")
+    assert code == 1
+    assert "no checkpoint in 'out' can be gone on from" in err
+
+
+def test_a_full_disk_is_exit_code_1(place, kdfast, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out/summary.json")
+
+    monkeypatch.setattr(distill, "write_summary", full)
+    code, _, err = kdfast("distill", "config.yaml")
+    assert code == 1
+    assert "kdfast: [Errno 28] No space left on device: 'out/summary.json'. The same command goes on" in err
 
 
 def test_help_and_no_config(kdfast):

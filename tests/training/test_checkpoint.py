@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerC
 from transformers.trainer_utils import get_last_checkpoint
 
 from kdfast.training import DistillationModel, KDTrainer
-from kdfast.training.checkpoint import discard_incomplete, load_models, publish, save_models, staging
+from kdfast.training.checkpoint import load_models, publish, recover, save_models, staging
 from kdfast.training.recipes import Recipe
 
 PROJECTOR_FILE = "logit_projector.safetensors"
@@ -259,5 +259,5 @@ def test_publish_replaces_whole_or_file_by_file(tmp_path):
     assert {path.name: path.read_text() for path in final.iterdir()} == {"b": "4", "c": "3"}
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
     staging(final).mkdir()
-    discard_incomplete(tmp_path)
+    recover(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]

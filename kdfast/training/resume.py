@@ -1,0 +1,101 @@
+"""Which checkpoint a run goes on from: the one that was named, or the newest complete one.
+
+Before anything is loaded every file is compared with SHA256SUMS, and pickles are seen to hold data alone. A checkpoint
+that was named and is damaged stops the run. `resume_from_checkpoint=True` asks for the newest that is usable: a damaged
+one is passed over with a warning, and renamed to damaged-checkpoint-N, so that nobody takes it for one again and
+nothing of it is lost. All processes come to the same answer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from kdfast.training import manifest, pickles
+from kdfast.training.faults import DamagedCheckpointError
+from kdfast.training.files import flush
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Those visible in a run's folder, newest first, complete or not."""
+    found = [(int(m[1]), path) for path in run.glob("checkpoint-*") if (m := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found, reverse=True) if path.is_dir()]
+
+
+def last_complete(run: Path, besides: Path | None = None) -> str | None:
+    """The newest one that can be gone on from; reads it whole."""
+    return next((str(path) for path in checkpoints(run) if path != besides and find_problem(path) is None), None)
+
+
+def find_problem(folder: Path) -> str | None:
+    """Why a checkpoint cannot be used, or None."""
+    return manifest.find_damage(folder) or pickles.find_refused(folder)
+
+
+def choose(
+    given: str | bool,
+    run: Path,
+    *,
+    reads: bool,
+    renames: bool,
+    gather: Callable[[Any], Sequence[Any]],
+    warn: Callable[[str], None],
+) -> str | None:
+    """The checkpoint to go on from, the same in all processes; None where True finds none at all.
+
+    Args:
+        given: a path, or True for the newest complete one in `run`.
+        reads, renames: whether this process reads the files, and renames damaged ones.
+        gather: every process's value, the first process's first.
+        warn: called with what is passed over.
+
+    Raises:
+        ValueError: there is no such folder.
+        DamagedCheckpointError: the one that was named is damaged, or all there are.
+    """
+
+    def problem(folder: Path) -> str | None:
+        return next((found for found in gather(find_problem(folder) if reads else None) if found), None)
+
+    if not isinstance(given, bool):
+        return _named(Path(given), problem, gather)
+    damaged: list[tuple[Path, str]] = []
+    for name in gather([path.name for path in checkpoints(run)])[0]:
+        folder = run / name
+        if (found := problem(folder)) is None:
+            for other, why in damaged:
+                aside = _free_name(other)
+                warn(f"{other} is passed over: {why}. The run goes on from {folder}; it is kept as {aside.name}")
+                if renames:
+                    other.rename(aside)
+                    flush(run)
+            return str(folder)
+        damaged.append((folder, found))
+    if damaged:
+        all_of_them = "; ".join(f"{folder.name}: {why}" for folder, why in damaged)
+        raise DamagedCheckpointError(
+            f"no checkpoint in {str(run)!r} can be gone on from ({all_of_them}). Restore one from a copy, or start "
+            "anew in another output_dir"
+        )
+    return None
+
+
+def _named(folder: Path, problem: Callable[[Path], str | None], gather: Callable[[Any], Sequence[Any]]) -> str:
+    if not all(gather(folder.is_dir())):
+        raise ValueError(f"resume_from_checkpoint={str(folder)!r}: no such folder; expected a checkpoint-N")
+    if (found := problem(folder)) is None:
+        return str(folder)
+    other = last_complete(folder.parent, besides=folder)
+    advice = f"The newest complete one is {other}: resume from that, or from True" if other else "No other is complete"
+    raise DamagedCheckpointError(
+        f"resume_from_checkpoint={str(folder)!r} cannot be gone on from: {found}. {advice}", other
+    )
+
+
+def _free_name(folder: Path) -> Path:
+    names = [folder.with_name(f"damaged-{folder.name}{suffix}") for suffix in ("", *(f".{i}" for i in range(1, 1000)))]
+    return next(path for path in names if not path.exists())

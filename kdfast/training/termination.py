@@ -1,0 +1,71 @@
+"""SIGTERM, the usual notice before a machine is taken away: the step is finished, a checkpoint saved, the run stopped.
+
+transformers has this too (`enable_jit_checkpoint`), for one process: it waits three seconds, then saves in the middle
+of a step under the checkpoint's final name, and every process at a step of its own. Here the processes agree. The
+signal may reach only some of them, and not within the same step, so after every step a flag is summed over all of
+them, and read after the next step: the processes wait for a result that is one step old, and a GPU's queue never runs
+dry for it. One process needs no agreement, and stops at once.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+
+import torch
+from torch import Tensor
+
+
+class Termination:
+    """A context in which SIGTERM asks for a stop; `is_due` after every step says when.
+
+    Only where SIGTERM has its default effect: a handler of the user's own stays in place. After the context a signal
+    that came too late to be acted upon has its default effect.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._asked = self._stopping = self._installed = False
+        self._pending: tuple[Tensor, torch.Event | None] | None = None
+
+    def __enter__(self) -> Termination:
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if in_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, self._ask)
+            self._installed = True
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._installed:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            self._installed = False
+            if self._asked and exception[0] is None:
+                signal.raise_signal(signal.SIGTERM)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+
+    def is_due(self) -> bool:
+        """Whether to stop now: the same in all processes, which must all ask after every step."""
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if not distributed or torch.distributed.get_world_size() == 1:
+            return self._asked
+        before, self._pending = self._pending, self._sum()
+        if before is None:
+            return False
+        asked, copied = before
+        if copied is not None:
+            copied.synchronize()
+        return asked.item() > 0
+
+    def _sum(self) -> tuple[Tensor, torch.Event | None]:
+        """How many processes are asked to stop, on its way to the host."""
+        flag = torch.full((), float(self._asked), device=self._device)
+        torch.distributed.all_reduce(flag)
+        if self._device.type == "cpu":
+            return flag, None
+        on_host = flag.to("cpu", non_blocking=True)
+        event = torch.Event(self._device)
+        event.record()
+        return on_host, event

@@ -1,0 +1,296 @@
+"""Runs that are killed, terminated, robbed of a process or of disk space, for real: how they stop, and that they go on
+to the losses and weights of an unbroken run, bit for bit."""
+
+import ctypes
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import fault_runs
+import pytest
+from fault_runs import join, output, same_end, start
+
+from kdfast.training import checkpoint, manifest
+from kdfast.training.faults import CheckpointWriteError
+from kdfast.training.resume import checkpoints, find_problem
+from kdfast.training.termination import Termination
+
+STOPPED = 3  # exit code of a run that said why it stopped
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """Folders of an unbroken run, by the number of its processes."""
+    made = {}
+
+    def run(ranks):
+        if ranks not in made:
+            made[ranks] = tmp_path_factory.mktemp("unbroken")
+            processes = start(made[ranks], fault_runs.train, ranks=ranks)
+            assert join(processes) == [0] * ranks, output(made[ranks])
+        return made[ranks]
+
+    return run
+
+
+def go_on(folder, ranks=1, **settings):
+    """Start again and go on to the end; the checkpoint it went on from."""
+    assert join(start(folder, fault_runs.train, True, ranks=ranks, **settings)) == [0] * ranks, output(folder)
+    return output(folder).rpartition("FROM ")[2].splitlines()[0]
+
+
+def visible(folder):
+    return sorted(path.name for path in (folder / "run").iterdir() if not path.name.startswith("."))
+
+
+def all_complete(folder):
+    found = checkpoints(folder / "run")
+    assert [problem for path in found if (problem := find_problem(path))] == []
+    return len(found)
+
+
+# SIGTERM
+
+
+@pytest.mark.parametrize("ranks", [1, 2])  # of two processes the second alone gets the signal
+def test_sigterm_saves_a_checkpoint_and_stops(tmp_path, unbroken, ranks):
+    codes = join(start(tmp_path, fault_runs.train, False, fault_runs.terminate_at_3, ranks=ranks))
+    assert codes == [STOPPED] * ranks, output(tmp_path)
+    step = {1: 4, 2: 5}[ranks]  # two processes: one step to agree
+    saved = tmp_path / "run" / f"checkpoint-{step}"
+    for rank in range(ranks):
+        assert f"TerminatedError: step {step}: SIGTERM was received and {saved} was saved" in output(tmp_path, rank)
+    assert all_complete(tmp_path) == {1: 2, 2: 3}[ranks]
+    assert go_on(tmp_path, ranks) == str(saved)
+    assert same_end(tmp_path, unbroken(ranks))
+
+
+def test_a_handler_of_the_users_own_stays():
+    def own(*_):
+        raise AssertionError
+
+    before = signal.signal(signal.SIGTERM, own)
+    try:
+        with Termination(fault_runs.torch.device("cpu")):
+            assert signal.getsignal(signal.SIGTERM) is own
+        assert signal.getsignal(signal.SIGTERM) is own
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def terminate_too_late(trainer):
+    with Termination(trainer.args.device):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+        print("still here", flush=True)
+
+
+def test_a_signal_after_the_last_step_is_not_swallowed(tmp_path):
+    assert join(start(tmp_path, terminate_too_late)) == [-signal.SIGTERM]
+    assert output(tmp_path).endswith("still here\n")
+
+
+def test_the_jit_checkpoints_of_transformers_are_refused(config):
+    with pytest.raises(ValueError, match="enable_jit_checkpoint=True; KDTrainer saves a checkpoint on SIGTERM"):
+        config(enable_jit_checkpoint=True)
+
+
+# kill -9
+
+
+def kill_in(trainer, where):
+    """SIGKILL while checkpoint-4 is written, half of one file being there, or replaced, or while one is deleted."""
+
+    def die(*_, **__):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def in_step_4(function):
+        return lambda *args, **kwargs: die() if trainer.state.global_step == 4 else function(*args, **kwargs)
+
+    def half(state, path):
+        Path(path).write_bytes(b"half" * 99)
+        die()
+
+    def delete_half(folder, *_):
+        next(Path(folder).iterdir()).unlink()
+        die()
+
+    if where == "optimizer.pt":
+        save = trainer._save_optimizer_and_scheduler
+        trainer._save_optimizer_and_scheduler = lambda folder: (
+            half(None, f"{folder}/optimizer.pt") if trainer.state.global_step == 4 else save(folder)
+        )
+    elif where == "before its name":
+        checkpoint.flush_all = in_step_4(checkpoint.flush_all)
+    elif where == "between two names":
+        rename = Path.rename
+        Path.rename = lambda self, to: die() if to.name == "checkpoint-2" and to != self else rename(self, to)
+    else:
+        shutil.rmtree = delete_half
+    fault_runs.train(trainer)
+
+
+@pytest.mark.parametrize(
+    ("where", "left", "goes_on_from"),
+    [
+        ("optimizer.pt", ["checkpoint-2"], "checkpoint-2"),
+        ("before its name", ["checkpoint-2"], "checkpoint-2"),
+        ("deleting", ["checkpoint-4"], "checkpoint-4"),  # save_total_limit=1: checkpoint-2 goes
+    ],
+)
+def test_kill_9_leaves_complete_checkpoints_alone_in_sight(tmp_path, unbroken, where, left, goes_on_from):
+    settings = {"save_total_limit": 1} if where == "deleting" else {}
+    assert join(start(tmp_path, kill_in, where, **settings)) == [-signal.SIGKILL], output(tmp_path)
+    assert visible(tmp_path) == left
+    assert len(list((tmp_path / "run").iterdir())) == 2, "something half written or half deleted is there, hidden"
+    assert all_complete(tmp_path) == 1
+    assert Path(go_on(tmp_path, **settings)).name == goes_on_from
+    assert same_end(tmp_path, unbroken(1))
+    assert [path.name for path in (tmp_path / "run").iterdir() if path.name.startswith(".")] == []
+
+
+def test_kill_9_between_the_two_renames_of_a_replacement_loses_nothing(tmp_path, unbroken):
+    shutil.copytree(unbroken(1) / "run/checkpoint-2", tmp_path / "run/checkpoint-2")
+    assert join(start(tmp_path, kill_in, "between two names")) == [-signal.SIGKILL]
+    assert visible(tmp_path) == []
+    assert Path(go_on(tmp_path)).name == "checkpoint-2"
+    assert same_end(tmp_path, unbroken(1))
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """A killed process loses nothing that is written; a power cut loses what is not flushed."""
+    staged, final = checkpoint.staging(tmp_path / "checkpoint-2"), tmp_path / "checkpoint-2"
+    (staged / "shards").mkdir(parents=True)
+    names = ["model.safetensors", "optimizer.pt", "shards/0.distcp"]
+    for name in names:
+        (staged / name).write_text(name)
+    done = []
+    fsync, rename = os.fsync, Path.rename
+    monkeypatch.setattr(os, "fsync", lambda fd: (done.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
+    monkeypatch.setattr(Path, "rename", lambda self, to: (done.append("rename"), rename(self, to)))
+    manifest.write(staged)
+    checkpoint.publish(staged, final, replace=True)
+    before, after = done[: done.index("rename")], done[done.index("rename") + 1 :]
+    flushed = {str(staged / name) for name in (*names, manifest.NAME, "shards", ".")} - {str(staged / ".")}
+    assert {*flushed, str(staged)} <= set(before)
+    assert after == [str(tmp_path)]
+
+
+# A process that dies
+
+
+def test_a_process_that_dies_stops_the_other(tmp_path, unbroken):
+    begin = time.monotonic()
+    codes = join(start(tmp_path, fault_runs.train, False, fault_runs.die_at_3, ranks=2))
+    assert codes == [STOPPED, -signal.SIGKILL], output(tmp_path)
+    assert time.monotonic() - begin < 30
+    said = output(tmp_path)
+    assert "LostProcessError: after step 3: another process of this run has died or does not answer" in said
+    assert f"The last complete checkpoint is {tmp_path}/run/checkpoint-2" in said
+    assert Path(go_on(tmp_path, ranks=2)).name == "checkpoint-2"
+    assert same_end(tmp_path, unbroken(2))
+
+
+def hang_at_3(trainer):
+    if trainer.state.global_step == 3 and trainer.args.process_index == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def test_a_process_that_hangs_is_given_up(tmp_path):
+    waiting, hanging = start(tmp_path, fault_runs.train, False, hang_at_3, ranks=2, timeout=2)
+    codes = join([waiting], 30)
+    hanging.kill()
+    hanging.join()
+    assert codes == [STOPPED], output(tmp_path)
+    assert "LostProcessError: after step 3: another process of this run has died or does not answer" in output(tmp_path)
+    assert "Timed out waiting 2000ms" in output(tmp_path)
+
+
+def test_under_torchrun_too(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    begin = time.monotonic()
+    done = subprocess.run(
+        [*command, fault_runs.__file__, str(tmp_path)], env={**os.environ, **fault_runs.ENVIRONMENT},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode not in (0, None)
+    assert time.monotonic() - begin < 60
+    assert "after step 3: another process of this run has died" in done.stderr, done.stderr[-3000:]
+    assert visible(tmp_path) == ["checkpoint-2"]
+
+
+# A full disk
+
+
+def fill_the_disk(trainer, how):
+    """Room for one checkpoint and a half; then more, and on to the end.
+
+    "disk": a file system of its own, in a namespace of this process, which needs no privileges where the kernel allows
+    namespaces to everyone. "quota": a limit on the size of a file, which a system's quota looks like.
+    """
+    run = Path(trainer.args.output_dir)
+    if how == "disk" and not _mount(run, trainer):
+        print("no namespaces")
+        os._exit(77)
+    if how == "quota":
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        save = trainer._save_checkpoint
+
+        def limited(*args):
+            if trainer.state.global_step == 4:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+            save(*args)
+
+        trainer._save_checkpoint = limited
+    with pytest.raises(CheckpointWriteError) as caught:
+        trainer.train()
+    print(caught.value, flush=True)
+    assert caught.value.checkpoint == str(run / "checkpoint-2")
+    assert [path.name for path in run.iterdir()] == ["checkpoint-2"], "no part of the other, which takes room"
+    if how == "disk":
+        assert ctypes.CDLL(None).mount(b"none", bytes(run), None, 32, b"size=50m") == 0  # MS_REMOUNT
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    fault_runs.train(fault_runs.make(run.parent), resume=True)
+
+
+def _mount(run, trainer):
+    size = sum(path.stat().st_size for path in (run.parent / "sized/checkpoint-2").iterdir())
+    user, group, libc = os.getuid(), os.getgid(), ctypes.CDLL(None)
+    if libc.unshare(0x00020000 | 0x10000000) != 0:  # CLONE_NEWNS | CLONE_NEWUSER
+        return False
+    for name, value in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")):
+        Path("/proc/self", name).write_text(value)
+    return libc.mount(b"none", bytes(run), b"tmpfs", 0, f"size={int(size * 1.5) + 40_000}".encode()) == 0
+
+
+def first_is_full_at_4(trainer):
+    if trainer.state.global_step == 3 and trainer.args.process_index == 0:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+
+
+def test_a_disk_that_is_full_for_one_process_stops_all(tmp_path):
+    codes = join(start(tmp_path, fault_runs.train, False, first_is_full_at_4, ranks=2))
+    assert codes == [STOPPED, STOPPED], output(tmp_path, 1)
+    assert "CheckpointWriteError: " in output(tmp_path, 0)
+    assert "LostProcessError: after step 4" in output(tmp_path, 1)
+    assert visible(tmp_path) == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize("how", ["disk", "quota"])
+def test_a_full_disk(tmp_path, unbroken, how):
+    shutil.copytree(unbroken(1) / "run", tmp_path / "sized")
+    codes = join(start(tmp_path, fill_the_disk, how))
+    if codes == [77]:
+        pytest.skip("this system gives no user namespaces")
+    said = output(tmp_path)
+    assert codes == [0], said
+    assert f"'{tmp_path}/run/checkpoint-4' could not be written: " in said
+    assert "MB are free there; make room" in said
+    assert f"The last complete checkpoint is {tmp_path}/run/checkpoint-2" in said
+    assert same_end(tmp_path, unbroken(1))
