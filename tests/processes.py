@@ -4,6 +4,7 @@ Started once for a file of tests, by spawning; each is a rank. `function` is a m
 are pickled. What one raises is raised in the test; one that does not answer in time is an error, not a hang.
 """
 
+import faulthandler
 import importlib
 import multiprocessing
 import tempfile
@@ -42,12 +43,12 @@ class Processes:
             ready = wait([pipe for pipe in pipes if pipe not in answers], seconds)
             if not ready:
                 break
-            answers |= {pipe: pipe.recv() for pipe in ready}
+            answers |= {pipe: _received(pipe) for pipe in ready}
             if any(wrong for wrong, _ in answers.values()):
                 seconds = 5  # the others may wait for it
         told = [answers.get(pipe, ("no answer", None)) for pipe in pipes]
         wrong = [f"rank {rank}: {what}" for rank, (what, _) in enumerate(told) if what is not None]
-        if len(answers) < size:
+        if len(answers) < size or any("has died" in what for what in wrong):
             self.close()
             self._start()
         if wrong:
@@ -59,6 +60,13 @@ class Processes:
             rank.kill()
             rank.join()
         self._folder.cleanup()
+
+
+def _received(pipe):
+    try:
+        return pipe.recv()
+    except EOFError:
+        return "has died", None
 
 
 _groups = {}
@@ -75,6 +83,7 @@ def rank():
 
 
 def _serve(number, most, store, pipe):
+    faulthandler.enable()
     import interpreter  # noqa: F401
     import torch
     import torch.distributed as dist

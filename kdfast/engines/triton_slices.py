@@ -98,8 +98,11 @@ class Work:
         bias_gradients(out, self.wanted)
 
     def _launch(self, tokens: slice, z_s: Tensor, z_t: Tensor | None, term: Term, **how: Any) -> None:
+        heads = self.heads
+        if not self.x.kd_vocab:  # the teacher's vocabulary has ended before this slice; an empty tensor has no address
+            heads, z_t = heads.student_alone(), None
         chunk = {"width": z_s.stride(0), "start": tokens.start, "stats": self.stats}
-        solve_rows(self.heads, term, z_s, z_t, **chunk, **{"grad_s": None, **how})
+        solve_rows(heads, term, z_s, z_t, **chunk, **{"grad_s": None, **how})
 
     def _combine(
         self, rows: slice, parts: Tensor, beyond: Tensor | None, constants: Constants, second: bool = False

@@ -116,7 +116,7 @@ def _gradients(
     """entries (N, K): gradients at a sparse teacher's entries."""
     (N, _), V = x.hidden.shape, x.valid_vocab
     want, mix = wanted(x), rows[-1] if mixes(x) else None
-    if x.kd_vocab == 0:  # the teacher's vocabulary has ended before this slice
+    if not x.kd_vocab:  # the teacher's vocabulary has ended before this slice
         heads = heads.student_alone()
     teacher = want.teacher or want.anchor
     sides = want.student + teacher
