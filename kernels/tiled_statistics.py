@@ -345,6 +345,8 @@ def combine(
 ) -> None:
     """Merge partial states in order, of this process's splits or of all processes'; fill stats and rows."""
     N = rows.shape[1]
+    assert parts.is_contiguous()
+    assert beyond is None or beyond.is_contiguous()
     combine_kernel[(triton.cdiv(N, COMBINE_BLOCK),)](
         parts, beyond, term.active, term.coefficients, term.coefficients.stride(0), term.temperature,
         stats, stats.stride(0), rows, N, parts.shape[0], 0 if beyond is None else beyond.shape[0],

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import copy, gradients, make
+from teachers import sources
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -27,6 +28,23 @@ def outcome(function, *args, **kwargs):
         return function(*args, **kwargs)
     except (ValueError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
+
+
+def of_kind(kind, engine, edges, **options):
+    """(loss, metrics, gradients) of a kind of tests/teachers.py, with the slice edges[rank] … edges[rank + 1]."""
+    case, rank = make(), processes.rank()
+    start, stop = edges[rank], edges[rank + 1]
+    case.W, case.b = (t.detach()[start:stop].requires_grad_() for t in (case.W, case.b))
+    source, own = sources(case, kind)
+    if isinstance(source, Head):
+        source = Head(source.hidden, source.weight[start:stop], source.bias[start:stop])
+    options = {"ce_weight": 0.5, "return_metrics": True} | own | options
+    loss, metrics = fused_kd_loss(
+        Head(case.hs, case.W, case.b), source, case.labels, engine=engine, process_group=processes.group(),
+        vocab_start=start, **options,
+    )  # fmt: skip
+    loss.backward()
+    return loss.detach(), metrics, gradients(case)
 
 
 def sharded(seed, engine, **options):

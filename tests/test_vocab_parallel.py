@@ -13,6 +13,7 @@ import torch
 from cases import gradients, make, student, teacher
 from communication import Step
 from processes import Processes
+from teachers import ENGINES, KINDS, loss_of
 from test_random_options import agree, drawn
 
 from kdfast import fused_kd_loss
@@ -51,7 +52,26 @@ def test_random_problems_long(pool, engine, ranks):
     one()
 
 
-@pytest.mark.parametrize("engine", ["reference", "torch", "triton_chunked", "triton_tiled"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_teacher(pool, engine, kind):
+    """A slice of one block and a bit, one that the truncated teacher's vocabulary ends in, and one past its end."""
+    options = {"divergence": "skew_kl", "reduction": "sum"}
+    case = make()
+    expected, metrics = loss_of(fused_kd_loss, case, kind, engine="reference", return_metrics=True, **options)
+    expected.backward()
+    parts = pool.run(3, meshes.of_kind, kind, engine, [0, 70, 97, 101], **options)
+    for loss, found, _ in parts:
+        torch.testing.assert_close(loss, expected.detach(), rtol=1e-10, atol=0)
+        torch.testing.assert_close(tuple(found), tuple(metrics), rtol=1e-6, atol=1e-7, equal_nan=True)
+    for name, gradient in gradients(case).items():
+        found = [part[name] for _, _, part in parts]
+        found = [torch.cat(found)] if name in ("W", "b") else found
+        for each in found:
+            torch.testing.assert_close(each, gradient, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_dtensors(pool, engine):
     """W, b sharded by torch on the mesh that is passed; replicated hidden states get a replicated gradient."""
     options = {"ce_weight": 0.5, "divergence": "jsd"}

@@ -81,8 +81,8 @@ def _statistics_of_all(x: Problem, heads: Heads, term: Term, stats: Tensor, rows
     number_from(x, parts)
     splits = parts.shape[0]
     both = collectives.gather(parts if beyond is None else torch.cat([parts, beyond]), x.group).wait()
-    parts = both[:, :splits].flatten(0, 1)
-    beyond = None if beyond is None else both[:, splits:].flatten(0, 1)
+    parts = both[:, :splits].flatten(0, 1).contiguous()
+    beyond = None if beyond is None else both[:, splits:].flatten(0, 1).contiguous()
     out = {"stats": stats, "rows": rows, "mix": mix, "teacher": heads.teacher}
     combine(term, parts, beyond, **out)
     if second:
