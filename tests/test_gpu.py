@@ -254,11 +254,38 @@ def check_backwards(device, dtype, sizes, engine, kind):
         assert torch.equal(x.detach(), value)
 
 
+def check_slice(device, dtype, sizes, engine, kind):
+    """Vocabulary-parallel in a group of one process: the phases between the collectives, which are as on more. On a GPU
+    nothing waits for the host, once the slices are known."""
+    _, run = every(device, dtype, sizes, engine, kind)
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=0, world_size=1)
+    try:
+        sliced = partial(run, process_group=torch.distributed.group.WORLD, vocab_start=0)
+        others = [] if kind in ("renormalize", "weights") else [{"divergence": "symmetric_kl"}]
+        for options in ({}, {"reduction": "none"}, *others):
+            assert_close(sliced(**options), run(**options))
+            if device == "cuda":
+                torch.cuda.set_sync_debug_mode("error")
+                try:
+                    sliced(**options)
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what follows does it on a GPU")
 @pytest.mark.parametrize("kind", teachers.KINDS)
 def test_the_checks_themselves(kind):
-    for check in (check_replay, check_backwards):
+    for check in (check_replay, check_backwards, check_slice):
         check("cpu", FP32, (7, 70, 16, 20), "torch", kind)
+
+
+@gpu
+@pytest.mark.parametrize(("engine", "kind"), EVERY[len(teachers.KINDS) :])
+def test_slice_of_the_vocabulary(engine, kind):
+    check_slice("cuda", BF16, SIZE, engine, kind)
 
 
 @gpu
