@@ -147,7 +147,7 @@ def _sides(
             "teacher_logit_scale": float(teacher.logit_scale),
             "teacher_softcap": _float(teacher.softcap),
             "kd_vocab": min(here, teacher.weight.shape[0]),
-            "kd_size": min(valid_vocab, own or teacher.weight.shape[0]),
+            "kd_size": min(valid_vocab, teacher.weight.shape[0] if own is None else own),
         }
     elif isinstance(teacher, Logits):
         rows = teacher.logits.shape[:-1].numel()
@@ -155,7 +155,7 @@ def _sides(
             "teacher_logits": teacher.logits,
             "teacher_rows": torch.arange(rows, device=teacher.logits.device),
             "kd_vocab": min(here, teacher.logits.shape[-1]),
-            "kd_size": min(valid_vocab, own or teacher.logits.shape[-1]),
+            "kd_size": min(valid_vocab, teacher.logits.shape[-1] if own is None else own),
         }
     elif isinstance(teacher, SparseLogits):
         indices, log_probs = sparse.prepare(_flat(teacher.indices), _flat(teacher.log_probs), valid_vocab, dtype)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kdfast import engines, sparse
+from kdfast.agreement import together
 from kdfast.assemble import assemble
 from kdfast.divergences import Divergence, get_divergence
 from kdfast.localise import localise
@@ -152,8 +153,9 @@ def fused_kd_loss(
         return_metrics=return_metrics,
     )
     check_kinds(student, teacher)
-    student, teacher, options, vocabulary = localise(student, teacher, labels, options)
-    check(student, teacher, labels, options, vocabulary)
+    student, teacher, labels, options, vocabulary = localise(student, teacher, labels, options)
+    with together(vocabulary, student.hidden):
+        check(student, teacher, labels, options, vocabulary)
     assembled = assemble(student, teacher, labels, options, vocabulary)
     loss, stats = engines.run(assembled.problem)
     if assembled.anchor is not None:

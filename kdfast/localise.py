@@ -14,67 +14,86 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from kdfast.agreement import NO_ENTRIES, compare
+from kdfast.agreement import NO_ENTRIES, Slice, compare
 from kdfast.options import Options
-from kdfast.sources import Head, Logits, Projected, Teacher
-from kdfast.validation import kind
+from kdfast.sources import Head, Logits, Projected, SparseLogits, Teacher
+from kdfast.validation import check_head, kind
 from kdfast.vocabulary import Vocabulary
 
 
 class Localised(NamedTuple):
     student: Head
     teacher: Teacher | None
+    labels: Tensor | None
     options: Options
     vocabulary: Vocabulary
 
 
 def localise(student: Head, teacher: Teacher | None, labels: Any, options: Options) -> Localised:
     """Raises ValueError, TypeError for a group, a slice or processes that do not fit."""
-    group, mesh = options.process_group, None
-    if group is None:
+    if options.process_group is None:
         if options.vocab_start is not None:
             raise ValueError(
                 f"vocab_start={options.vocab_start!r} without process_group; pass the group whose processes have the "
                 "other slices of the head, or leave vocab_start out"
             )
         rows = student.weight.shape[0] if _is_matrix(student.weight) else 0
-        return Localised(student, teacher, options, Vocabulary(rows, rows=rows, largest=rows))
-    if isinstance(group, DeviceMesh):
-        mesh = group
-        if mesh.ndim != 1:
-            raise ValueError(
-                f"process_group is a DeviceMesh of {mesh.ndim} dimensions {mesh.mesh_dim_names}; expected the one the "
-                "vocabulary is sharded on: mesh['vocab']"
-            )
-        group = mesh.get_group()
-    elif not isinstance(group, torch.distributed.ProcessGroup):
-        raise TypeError(f"process_group is {kind(group)}; expected a torch.distributed.ProcessGroup or a DeviceMesh")
+        return Localised(student, teacher, labels, options, Vocabulary(rows, rows=rows, largest=rows))
+    group, mesh = _group(options.process_group)
+    mine, refused = Slice(), None
+    try:
+        student, teacher, labels, options, mine = _local(student, teacher, labels, options, group, mesh)
+    except (TypeError, ValueError) as error:
+        refused = error
+    vocabulary = compare(group, mine, student, teacher, labels, options, refused)
+    if vocabulary.whole[0]:
+        teacher = _cut(teacher, mine.start)
+    if vocabulary.whole[1]:
+        options = replace(options, anchor_targets=_cut(options.anchor_targets, mine.start))
+    return Localised(student, teacher, labels, options, vocabulary)
 
-    start = options.vocab_start
-    if _is_dtensor(student.weight):
-        first = _offset("student: Head.weight", student.weight, 0, group, mesh)
-        if start is not None and start != first:
+
+def _group(given: Any) -> tuple[Any, DeviceMesh | None]:
+    """(the group, its mesh where that was given)."""
+    if isinstance(given, DeviceMesh):
+        if given.ndim != 1:
             raise ValueError(
-                f"vocab_start={start} with student: Head.weight a DTensor whose slice starts at {first}; leave it out"
+                f"process_group is a DeviceMesh of {given.ndim} dimensions {given.mesh_dim_names}; expected the one "
+                "the vocabulary is sharded on: mesh['vocab']"
             )
-        start = first
-    if start is None:
+        return given.get_group(), given
+    if not isinstance(given, torch.distributed.ProcessGroup):
+        why = "this process is not in it" if given == torch.distributed.GroupMember.NON_GROUP_MEMBER else kind(given)
+        raise TypeError(f"process_group is {why}; expected a torch.distributed.ProcessGroup or a DeviceMesh")
+    return given, None
+
+
+def _local(
+    student: Head, teacher: Any, labels: Any, options: Options, group: Any, mesh: DeviceMesh | None
+) -> tuple[Head, Any, Any, Options, Slice]:
+    claimed = options.vocab_start
+    if claimed is not None and (not isinstance(claimed, Integral) or isinstance(claimed, bool) or claimed < 0):
+        raise ValueError(f"vocab_start={claimed!r}; expected an int ≥ 0, the id of the slice's first row")
+    if _is_dtensor(student.weight):
+        start = _offset("student: Head.weight", student.weight, 0, group, mesh)
+        claimed = start if claimed is None else claimed
+    elif claimed is None:
         raise ValueError(
             "vocab_start is None with a plain student: Head.weight; expected the id of the slice's first row, or a "
             "DTensor weight sharded on dim 0 of the mesh passed as process_group"
         )
-    if not isinstance(start, Integral) or isinstance(start, bool) or start < 0:
-        raise ValueError(f"vocab_start={start!r}; expected an int ≥ 0, the id of the slice's first row")
+    else:
+        start = int(claimed)
     student = _local_head("student", student, group, mesh)
-    rows = student.weight.shape[0] if _is_matrix(student.weight) else 0
-    teacher, of_teacher = _local_source("teacher", teacher, start, group, mesh)
-    anchor, of_anchor = _local_source("anchor_targets", options.anchor_targets, start, group, mesh)
-    options = replace(options, anchor_targets=anchor)
-    slices = (int(start), rows, of_teacher, of_anchor)
-    vocabulary = compare(group, slices, student, teacher, labels, options)
-    teacher = _cut(teacher, start) if vocabulary.whole[0] else teacher
-    anchor = _cut(anchor, start) if vocabulary.whole[1] else anchor
-    return Localised(student, teacher, replace(options, anchor_targets=anchor), vocabulary)
+    check_head("student", student, empty=True)
+    teacher, *of_teacher = _local_source("teacher", teacher, start, group, mesh)
+    anchor, *of_anchor = _local_source("anchor_targets", options.anchor_targets, start, group, mesh)
+    labels = _replicated("labels", labels, group, mesh)
+    weights = ("token_weights", "kd_token_weights")
+    plain = {name: _replicated(name, getattr(options, name), group, mesh) for name in weights}
+    options = replace(options, anchor_targets=anchor, **plain)
+    mine = Slice(start, student.weight.shape[0], int(claimed), *of_teacher, *of_anchor)
+    return student, teacher, labels, options, mine
 
 
 def _is_dtensor(value: Any) -> bool:
@@ -94,25 +113,29 @@ def _local_head(name: str, head: Head, group: Any, mesh: DeviceMesh | None) -> H
     )
 
 
-def _local_source(name: str, source: Any, start: int, group: Any, mesh: DeviceMesh | None) -> tuple[Any, int]:
-    """A teacher, or an anchor, with what it has here of a vocabulary of its own, and how many entries that is."""
-    if isinstance(source, Projected):
+def _local_source(name: str, source: Any, start: int, group: Any, mesh: DeviceMesh | None) -> tuple[Any, int, int]:
+    """A teacher, or an anchor, with what it has here of a vocabulary of its own: from which id on, how many entries."""
+    if isinstance(source, Projected | SparseLogits):
         tensors = {field.name: getattr(source, field.name) for field in fields(source)}
-        tensors = {key: _replicated(f"{name}: Projected.{key}", t, group, mesh) for key, t in tensors.items()}
-        return Projected(**tensors), NO_ENTRIES
+        tensors = {key: _replicated(f"{name}: {kind(source)}.{key}", t, group, mesh) for key, t in tensors.items()}
+        return type(source)(**tensors), start, NO_ENTRIES
     if isinstance(source, Head):
-        if _is_dtensor(source.weight):
-            _same_boundaries(f"{name}: Head.weight", source.weight, 0, start, group, mesh)
+        first = _first("Head.weight", name, source.weight, 0, start, group, mesh)
         source = _local_head(name, source, group, mesh)
-        return source, source.weight.shape[0] if _is_matrix(source.weight) else NO_ENTRIES
-    if not isinstance(source, Logits) or not isinstance(source.logits, Tensor) or source.logits.dim() == 0:
-        return source, NO_ENTRIES
-    logits, last = source.logits, source.logits.dim() - 1
-    if _is_dtensor(logits):
-        _same_boundaries(f"{name}: Logits.logits", logits, last, start, group, mesh)
-        source = Logits(_sharded(f"{name}: Logits.logits", logits, last, group, mesh))
-        return source, source.logits.shape[-1]
-    return source, logits.shape[-1]
+        return source, first, source.weight.shape[0] if _is_matrix(source.weight) else NO_ENTRIES
+    if isinstance(source, Logits) and isinstance(source.logits, Tensor) and source.logits.dim():
+        last = source.logits.dim() - 1
+        first = _first("Logits.logits", name, source.logits, last, start, group, mesh)
+        source = Logits(_sharded(f"{name}: Logits.logits", source.logits, last, group, mesh))
+        return source, first, source.logits.shape[-1]
+    return _replicated(name, source, group, mesh), start, NO_ENTRIES
+
+
+def _first(field: str, name: str, tensor: Any, dim: int, start: int, group: Any, mesh: DeviceMesh | None) -> int:
+    """The id a source starts with: the slice's, but for a DTensor that is cut elsewhere."""
+    if not _is_dtensor(tensor) or tensor.placements[0].is_replicate():
+        return start
+    return _offset(f"{name}: {field}", tensor, dim, group, mesh)
 
 
 def _cut(source: Any, start: int) -> Any:
@@ -120,15 +143,6 @@ def _cut(source: Any, start: int) -> Any:
     if isinstance(source, Logits):
         return Logits(source.logits[..., start:])
     return replace(source, weight=source.weight[start:], bias=None if source.bias is None else source.bias[start:])
-
-
-def _same_boundaries(name: str, tensor: Any, dim: int, start: int, group: Any, mesh: DeviceMesh | None) -> None:
-    first = _offset(name, tensor, dim, group, mesh)
-    if first != start and tensor.to_local().shape[dim]:
-        raise ValueError(
-            f"{name} is a DTensor whose slice starts at id {first}, and the student's starts at {start}; both sides of "
-            "a slice must hold the same ids. Pass plain slices cut where the student's are"
-        )
 
 
 def _offset(name: str, tensor: Any, dim: int, group: Any, mesh: DeviceMesh | None) -> int:
@@ -160,6 +174,8 @@ def _check_mesh(name: str, tensor: Any, group: Any, mesh: DeviceMesh | None) -> 
 def _sharded(name: str, tensor: Any, dim: int, group: Any, mesh: DeviceMesh | None) -> Any:
     if not _is_dtensor(tensor):
         return tensor
+    if tensor.placements[0].is_replicate() and not name.startswith("student"):
+        return _replicated(name, tensor, group, mesh)
     _offset(name, tensor, dim, group, mesh)
     return tensor.to_local()
 

@@ -32,7 +32,7 @@ def check(
 ) -> None:
     """Raise ValueError or TypeError for the first thing that is wrong."""
     _check_names(options)
-    _check_head("student", student, empty=vocabulary.group != "")
+    check_head("student", student, empty=vocabulary.group != "")
     _check_valid_vocab(vocabulary, options)
     obstacle = unavailable(options.engine, student.hidden.device)
     if obstacle is not None:
@@ -88,7 +88,7 @@ def _check_names(options: Options) -> None:
         raise ValueError(f"scratch_bytes={scratch!r}; expected a positive int (bytes for one chunk's logits) or None")
 
 
-def _check_head(name: str, head: Head, *, empty: bool) -> None:
+def check_head(name: str, head: Head, *, empty: bool) -> None:
     """empty: it may have no rows, as a slice of a vocabulary."""
     _check_float_tensor(f"{name}: Head.hidden", head.hidden)
     _check_float_tensor(f"{name}: Head.weight", head.weight)
@@ -143,9 +143,10 @@ def _check_distribution(
     sliced = vocabulary.group != ""
     size = vocabulary.teacher if name == "teacher" else vocabulary.anchor
     if isinstance(source, Head):
-        _check_head(name, source, empty=sliced)
+        check_head(name, source, empty=sliced)
         _check_same_rows(f"{name}: Head.hidden", source.hidden, student.hidden)
-        _check_vocabularies(f"{name}: Head.weight", size or source.weight.shape[0], vocabulary, options)
+        vocab = source.weight.shape[0] if size is None else size
+        _check_vocabularies(f"{name}: Head.weight", vocab, vocabulary, options)
         for field, tensor in (("hidden", source.hidden), ("weight", source.weight), ("bias", source.bias)):
             _refuse_grad(f"{name}: Head.{field}", tensor, "the teacher gets no gradient")
     elif isinstance(source, Logits):
@@ -153,7 +154,8 @@ def _check_distribution(
         if source.logits.dim() == 0 or (source.logits.shape[-1] == 0 and not sliced):
             raise ValueError(f"{name}: Logits.logits has shape {tuple(source.logits.shape)}; expected (*, V)")
         _check_same_rows(f"{name}: Logits.logits", source.logits, student.hidden)
-        _check_vocabularies(f"{name}: Logits.logits", size or source.logits.shape[-1], vocabulary, options)
+        vocab = source.logits.shape[-1] if size is None else size
+        _check_vocabularies(f"{name}: Logits.logits", vocab, vocabulary, options)
         _refuse_grad(f"{name}: Logits.logits", source.logits, "the teacher gets no gradient")
     elif isinstance(source, SparseLogits):
         _check_sparse(name, source, student, options, vocabulary)
@@ -161,6 +163,8 @@ def _check_distribution(
 
 def _check_vocabularies(name: str, vocab: int, vocabulary: Vocabulary, options: Options) -> None:
     own = vocabulary.size
+    if vocab == 0:
+        raise ValueError(f"{name} has no entries on any process of process_group; expected (*, V)")
     if options.vocab == "truncate" or same_vocabulary(vocab, own, options.valid_vocab):
         return
     raise ValueError(

@@ -191,6 +191,7 @@ def combine_kernel(
     temperature_ptr,  # ()
     stats_ptr, stride_stats,  # (6, N)
     rows_ptr,  # (10, N): the rows' constants and mix
+    merged_ptr,  # (state, N) or None; given = the merged state goes there, and no further
     N, splits, splits_beyond,
     TEACHER: tl.constexpr, SPARSE: tl.constexpr, BASE: tl.constexpr,
     CE: tl.constexpr, CE_GRADIENT: tl.constexpr, ANCHOR: tl.constexpr,
@@ -216,6 +217,9 @@ def combine_kernel(
                 sums[0] + a[0], sums[1] + a[1], sums[2] + a[2], sums[3] + a[3], sums[4] + a[4], sums[5] + a[5],
                 sums[6] + a[6], sums[7] + b[4], sums[8] + b[5], sums[9] + b[6],
             )  # fmt: skip
+        if merged_ptr is not None:
+            store_rows(merged_ptr + n, N, sums, inside)
+            return
         value, rows, products = finish_terms(sums, load_rows(rows_ptr + n, N, inside))
         if CE_GRADIENT:
             ce = tl.load(stats_ptr + stride_stats + n, mask=inside, other=0)
@@ -239,6 +243,11 @@ def combine_kernel(
                     a = rescale_pair(pair, S_s, move_s, move_t, r_s, r_t, "s" if MIX else "")
                     b = rescale_pair(other, S_so, move_so, move_to, r_so, r_to, "s" if MIX else "")
                     pair = _add_pairs(a, b)
+        if merged_ptr is not None:
+            store_rows(merged_ptr + n, N, student, inside)
+            store_rows(merged_ptr + SIDE * stride + n, N, teacher, inside)
+            store_rows(merged_ptr + 2 * SIDE * stride + n, N, pair, inside)
+            return
         value, rows, products = finish(student, teacher, pair, BASE, MIX, TEACHER)
         if beyond_ptr is not None:
             beyond = student
@@ -297,29 +306,26 @@ def fold(
     mix: bool,
     config: TileConfig,
     rows: Tensor | None = None,  # (10, N): given = this is the second pass
-    entries: int | None = None,  # of the vocabulary, for which the number of splits is chosen; None = what there are
 ) -> tuple[Tensor, Tensor | None]:
     """(splits, state, N) partial states of the shared vocabulary, in the second pass its terms; and of the student's
     side of what lies beyond, None where nothing does."""
     flags = {"METRICS": term.metrics, "MIX": mix, "SECOND": rows is not None}
-    shared = _fold(heads, term, rows, config, flags, 0, heads.kd_vocab, entries)
+    shared = _fold(heads, term, rows, config, flags, 0, heads.kd_vocab)
     if not heads.truncated or rows is not None:
         return shared, None
     student = replace(term, divergence="sparse", targets=None, bits=None)
-    return shared, _fold(heads.student_alone(), student, None, config, flags, heads.kd_vocab, heads.vocab, entries)
+    return shared, _fold(heads.student_alone(), student, None, config, flags, heads.kd_vocab, heads.vocab)
 
 
 def _fold(
-    heads: Heads, term: Term, rows: Tensor | None, config: TileConfig, flags: dict[str, Any], begin: int, end: int,
-    entries: int | None,
-) -> Tensor:  # fmt: skip
+    heads: Heads, term: Term, rows: Tensor | None, config: TileConfig, flags: dict[str, Any], begin: int, end: int
+) -> Tensor:
     """Partial states of the entries from `begin` to `end`."""
     N, second = heads.hidden.shape[0], rows is not None
-    row_blocks, tiles = triton.cdiv(N, config.block_n), triton.cdiv(end - begin, config.block_v)
-    splits = splits_of(row_blocks, triton.cdiv(entries or end - begin, config.block_v), heads.hidden.device)
+    row_blocks, tiles = triton.cdiv(N, config.block_n), max(1, triton.cdiv(end - begin, config.block_v))
+    splits = splits_of(row_blocks, tiles, heads.hidden.device)
     per_split = triton.cdiv(tiles, splits)
-    if entries is None:
-        splits = triton.cdiv(tiles, per_split)
+    splits = triton.cdiv(tiles, per_split)
     partial = term.coefficients.new_empty(splits, TERMS.value if second else 2 * SIDE.value + PAIR.value, N)
     statistics_kernel[(row_blocks, splits)](
         *heads.pointers(), *heads.given(), *term.excluded(),
@@ -342,6 +348,7 @@ def combine(
     mix: bool,
     teacher: bool,  # there are two sides of logits
     second: bool = False,
+    merged: Tensor | None = None,  # (state, N); given = the merged state goes there, and no further
 ) -> None:
     """Merge partial states in order, of this process's splits or of all processes'; fill stats and rows."""
     N = rows.shape[1]
@@ -349,7 +356,7 @@ def combine(
     assert beyond is None or beyond.is_contiguous()
     combine_kernel[(triton.cdiv(N, COMBINE_BLOCK),)](
         parts, beyond, term.active, term.coefficients, term.coefficients.stride(0), term.temperature,
-        stats, stats.stride(0), rows, N, parts.shape[0], 0 if beyond is None else beyond.shape[0],
+        stats, stats.stride(0), rows, merged, N, parts.shape[0], 0 if beyond is None else beyond.shape[0],
         TEACHER=teacher or term.bits is not None, SPARSE=term.sparse, BASE=term.entry.base,
         CE=term.labels is not None, CE_GRADIENT=term.ce_gradient, ANCHOR=term.targets is not None,
         METRICS=term.metrics, MIX=mix, SECOND=second, BLOCK=COMBINE_BLOCK, num_warps=4,

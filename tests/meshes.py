@@ -155,6 +155,10 @@ def wrong(what):
         more["temperature"] = 2.0 + rank
     elif what == "label":
         labels = labels.masked_fill(labels == labels[1], 101)
+    elif what == "other weights":
+        more["token_weights"] = torch.arange(23) != 3 + rank
+    elif what == "one refuses":
+        more["token_weights"] = torch.ones(23, requires_grad=rank == 1)
     elif what == "no start":
         more["vocab_start"] = None
     elif what == "no group":
@@ -165,18 +169,23 @@ def wrong(what):
         more["vocab_start"] = -1
     elif what == "valid_vocab":
         more["valid_vocab"] = 102
-    W = W.detach()[start : start + rows].requires_grad_()
+    W = W.detach()[start : start + rows].requires_grad_(what != "kind of call" or rank == 0)
+    b = case.b.detach()[: rows + rank] if what == "bias of one" else None
+    ht = case.ht + rank if what == "other teacher" else case.ht
     if what == "mesh of two":
         more |= {"process_group": mesh(2, 2, names=("data", "vocab")), "vocab_start": None}
-    elif what in ("data mesh", "no mesh", "both starts", "placement"):
+    elif what in ("data mesh", "no mesh", "both starts", "placement", "teacher dtensor"):
         both = mesh(2, 2, names=("data", "vocab"))
         W = distribute_tensor(case.W.detach(), both["data"], [Shard(1 if what == "placement" else 0)])
         over = {"data mesh": both["vocab"], "no mesh": None}.get(what, both["data"])
-        more = {"process_group": over, "vocab_start": 3 if what == "both starts" else None}
-    teacher = Head(case.ht, case.Wt[start : start + rows - (what == "teacher")], None)
+        more = {"process_group": over, "vocab_start": 0 if what == "both starts" else None}
+    teacher = Head(ht, case.Wt[start : start + rows - (what == "teacher")], None)
     if what == "teacher vocabulary":
-        teacher = Head(case.ht, case.Wt[start : 90 if rank else 51], None)
-    result = outcome(fused_kd_loss, Head(hs, W), teacher, labels, engine="torch", ce_weight=0.5, **more)
+        teacher = Head(ht, case.Wt[start : 90 if rank else 51], None)
+    if what == "teacher dtensor":
+        teacher = Head(ht, distribute_tensor(case.Wt.detach()[:90], both["data"], [Shard(0)]))
+        more["vocab"] = "truncate"
+    result = outcome(fused_kd_loss, Head(hs, W, b), teacher, labels, engine="torch", ce_weight=0.5, **more)
     dist.barrier(group)
     return result if isinstance(result, str) else float(result)
 

@@ -41,7 +41,7 @@ def arguments(*sources, **options):
     given = {name: parameters[name].default for name in Options.names()} | options
     given["divergence"] = get_divergence(given["divergence"])
     local = localise(*sources, Options(**given))
-    assembled = assemble(local.student, local.teacher, sources[2], local.options, local.vocabulary)
+    assembled = assemble(local.student, local.teacher, local.labels, local.options, local.vocabulary)
     return [getattr(assembled.anchor or assembled.problem, field.name) for field in fields(Problem)]
 
 

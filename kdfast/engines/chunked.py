@@ -146,14 +146,16 @@ class Loop:
             teacher = taken(x.teacher_hidden)
             inputs = torch.cat([student, teacher]) if x.projected else student
         z = planes[: inputs.shape[0]]
-        gemm.logits(inputs, self.weight, z)
+        if x.valid_vocab:
+            gemm.logits(inputs, self.weight, z)
         if x.projected:
             return Chunk(rows, inputs, z[:m], z[m:], gradients)
         if teacher is None:
             return Chunk(rows, inputs, z, None, gradients)
         assert x.teacher_weight is not None
         z_t = planes[m : 2 * m, : x.kd_vocab]
-        gemm.logits(teacher, x.teacher_weight[: x.kd_vocab], z_t)
+        if x.kd_vocab:
+            gemm.logits(teacher, x.teacher_weight[: x.kd_vocab], z_t)
         return Chunk(rows, inputs, z, z_t, gradients)
 
     def buffers(self, chunk: Chunk) -> Buffers:
@@ -175,7 +177,8 @@ class Loop:
                 mixed = torch.addcmul(inputs[:m].to(x.dtype), inputs[m:].to(x.dtype), self.mix[:m, None], value=-1)
                 inputs[:m] = mixed
             to_weight = slice(0, 2 * m if self.plan.wanted.teacher_to_weight else m)
-            gemm.weight_gradient(g[to_weight], inputs[to_weight], self.d_weight[: x.valid_vocab])
+            if x.valid_vocab:
+                gemm.weight_gradient(g[to_weight], inputs[to_weight], self.d_weight[: x.valid_vocab])
         if self.anchor_plane is not None and self.pairs == 2:
             g[m:] += self.anchor_plane[:m]
 
@@ -185,6 +188,8 @@ class Loop:
         to_input = slice(0 if x.need_hidden else m, 2 * m if self.teacher_input else m)
         if to_input.start >= to_input.stop:
             return None
+        if not x.valid_vocab:  # a slice of the vocabulary may be empty
+            return self.stats.new_zeros(to_input.stop - to_input.start, x.hidden.shape[1])
         d_inputs = gemm.input_gradient(chunk.gradients[to_input], self.weight, x.dtype)
         if self.teacher_input and self.mix is not None:
             d_inputs[m:] -= self.mix[:m, None] * d_inputs[:m]

@@ -28,12 +28,12 @@ from kdfast import collectives, gemm
 from kdfast.engines import triton_sparse
 from kdfast.engines.planning import active_rows, gradient_scale, mixes, slab_width, total, wanted
 from kdfast.engines.triton_arguments import heads_of, term_of
-from kdfast.engines.triton_slices import number_from
+from kdfast.engines.triton_slices import STATE, number_from
 from kdfast.kernels import support
 from kdfast.kernels.arguments import Heads, Term
 from kdfast.kernels.column_sums import add_column_sums
 from kdfast.kernels.configurations import row_of
-from kdfast.kernels.statistics import ROWS
+from kdfast.kernels.statistics import ROWS, TERMS
 from kdfast.kernels.tiled_gradients import slab_gradients
 from kdfast.kernels.tiled_statistics import combine, config_of, fold, statistics
 from kdfast.problem import Problem, Result
@@ -77,17 +77,25 @@ def _statistics_of_all(x: Problem, heads: Heads, term: Term, stats: Tensor, rows
     if N == 0:
         return
     config = config_of(heads, term, lambda c: fold(heads, term, mix=mix, config=c))
-    parts, beyond = fold(heads, term, mix=mix, config=config, entries=x.largest)
-    number_from(x, parts)
-    splits = parts.shape[0]
-    both = collectives.gather(parts if beyond is None else torch.cat([parts, beyond]), x.group).wait()
-    parts = both[:, :splits].flatten(0, 1).contiguous()
-    beyond = None if beyond is None else both[:, splits:].flatten(0, 1).contiguous()
-    out = {"stats": stats, "rows": rows, "mix": mix, "teacher": heads.teacher}
-    combine(term, parts, beyond, **out)
+    out = {"stats": stats, "rows": rows, "mix": mix}
+
+    def merged(parts: Tensor, term: Term, teacher: bool, second: bool = False) -> Tensor:
+        """(state, N) of this process's splits, of which others may have fewer or more."""
+        state = stats.new_empty(TERMS.value if second else STATE, N)
+        combine(term, parts, None, **out, teacher=teacher, second=second, merged=state)
+        return state
+
+    parts, beyond = fold(heads, term, mix=mix, config=config)
+    states = [merged(parts, term, heads.teacher)]
+    number_from(x, states[0])
+    if beyond is not None:
+        states.append(merged(beyond, replace(term, bits=None), teacher=False))
+    both = collectives.gather(torch.stack(states), x.group).wait()
+    beyond = None if beyond is None else both[:, 1].contiguous()
+    combine(term, both[:, 0].contiguous(), beyond, **out, teacher=heads.teacher)
     if second:
-        sums, _ = fold(heads, term, mix=mix, config=config, rows=rows, entries=x.largest)
-        combine(term, collectives.gather(sums, x.group).wait().flatten(0, 1), None, **out, second=True)
+        sums = merged(fold(heads, term, mix=mix, config=config, rows=rows)[0], term, True, second=True)
+        combine(term, collectives.gather(sums, x.group).wait(), None, **out, teacher=True, second=True)
 
 
 def _sparse(x: Problem, rows: Tensor, scale: Tensor, stats: Tensor | None) -> tuple[Tensor, Tensor]:
