@@ -249,6 +249,28 @@ def compiled(engine):
     return losses
 
 
+def as_on_a_gpu(engine, divergence):
+    """Gradients of hidden states on both sides and of W near convergence, from 16-bit gradients of logits, sliced; and
+    in one process from fp32 ones, cut to the slice."""
+    rank, group = processes.rank(), processes.group()
+    cut = slice(0, 120) if rank == 0 else slice(120, 300)
+
+    def solve(cut, **how):
+        case = make(torch.float16, n=24, v=300, hs=32)
+        noise = torch.randn(case.hs.shape, generator=torch.Generator().manual_seed(1))
+        near = (case.hs.detach() * (1 + 0.02 * noise)).half().requires_grad_()
+        W = case.W.detach()[cut].requires_grad_()
+        loss = fused_kd_loss(Head(case.hs, W), Projected(near), scratch_bytes=30000, divergence=divergence, **how)
+        loss.backward(torch.tensor(2.0**14))  # as a loss scaler: float16 holds no small gradients
+        return case.hs.grad, near.grad, W.grad
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gemm, "gradient_dtype", lambda dtype, device: dtype)
+        found = solve(cut, engine=engine, process_group=group, vocab_start=cut.start)
+    hs, near, W = solve(slice(None), engine="torch")
+    return found, (hs, near, W[cut])
+
+
 def twice(reduction):
     """Gradients of W and of the hidden states after one backward, and after a second."""
     case, rank, group = make(), processes.rank(), processes.group()

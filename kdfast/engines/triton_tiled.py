@@ -13,8 +13,8 @@ Memory beyond inputs and gradients: a slab of gradients and its dW within `scrat
 (bf16: in bf16; else in fp32); for a sparse teacher's bucket a bit an entry of the vocabulary, N·V/8 bytes. Two runs
 give the same bits.
 
-Where each process has a slice of the vocabulary, the partial states of all are gathered once, twice where a divergence
-takes the statistics twice; a sparse teacher's entries are summed once, and dX, whole, once.
+Where each process has a slice of the vocabulary, their states are gathered once, twice where a divergence takes the
+statistics twice; a sparse teacher's entries are summed once, and dX, whole, once.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ from kdfast.kernels.configurations import TABLE
 from kdfast.kernels.projection import project
 from kdfast.kernels.rows import solve_rows
 from kdfast.kernels.tiled_gradients import slab_gradients
-from kdfast.kernels.tiled_statistics import statistics
+from kdfast.kernels.tiled_statistics import combine, statistics
 
 # target, multiprocessors, KiB of shared memory a block may have, tensor-core instruction in the PTX or GCN assembly
 CHIPS = {
@@ -241,6 +241,10 @@ def tile_cases(
         of_statistics, of_gradients = launches(divergence, heavy, flags == "CE", Ht)
         yield Case("statistics_kernel", name, of_statistics, tensor_core)
         yield Case("combine_kernel", name, of_statistics)
+        if flags == "everything" and Ht == even:  # of one process's splits, where the vocabulary lies in slices
+            term = term_of(N, divergence, labels=True, heavy=True)
+            merge = partial(combine, term, meta(4, 19, N), None, stats=stats, rows=rows, mix=True, teacher=True)
+            yield Case("combine_kernel", f"merged, {name}", partial(merge, merged=meta(19, N)))
         if (divergence, flags) in (("forward_kl", "nothing else"), ("jsd", "everything")):
             yield Case("gradients_kernel", name, of_gradients, tensor_core)
     for Ht in (even, odd):
