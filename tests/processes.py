@@ -1,7 +1,8 @@
 """A few processes that talk through gloo and do what a test tells them: `Processes().run(2, function, …)`.
 
-Started once for a file of tests, by spawning; each is a rank. `function` is a module's own, its arguments and results
-are pickled. What one raises is raised in the test; one that does not answer in time is an error, not a hang.
+Started once for a file of tests, from a server that has imported what they need; each is a rank. `function` is a
+module's own, its arguments and results are pickled. What one raises is raised in the test; one that does not answer in
+time is an error, not a hang.
 """
 
 import faulthandler
@@ -22,7 +23,8 @@ class Processes:
         self._start()
 
     def _start(self):
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["interpreter", "kdfast.kernels.rows", "meshes", "sliced"])  # once for all
         self._folder = tempfile.TemporaryDirectory()
         pairs = [context.Pipe() for _ in range(self.most)]
         self._pipes = [ours for ours, _ in pairs]
