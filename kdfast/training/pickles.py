@@ -21,6 +21,8 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from transformers.trainer_pt_utils import safe_globals  # NumPy's random state, which Trainer allows too
 
+from kdfast.training.faults import first_line
+
 SUFFIXES = (".pt", ".pth", ".bin")
 METADATA = ".metadata"  # of torch.distributed.checkpoint, which without it takes a process's own, __0.metadata
 _METADATA_CLASSES = {
@@ -40,6 +42,8 @@ _GLOBAL = re.compile(r"GLOBAL\s+([\w.]+)")
 def find_refused(folder: Path) -> str | None:
     """The first pickle below `folder` that is not plain data, and what is wrong with it; or None."""
     for path in sorted(folder.rglob("*")):
+        if path.is_symlink() and path.is_dir():
+            return f"{path.name} is a link to another folder, where nothing is looked at"
         reads = _read_sharded if path.name.endswith(METADATA) else _read if path.suffix in SUFFIXES else None
         if reads is not None and (reason := _refuse(path, reads)):
             return f"{path.name} {reason}"
@@ -89,4 +93,4 @@ def explain(error: Exception) -> str:
         return f"would run {named[1]} when read; expected tensors, numbers and containers alone"
     if isinstance(error, pickle.UnpicklingError):
         return "holds more than tensors, numbers and containers, and is not read"
-    return f"cannot be read: {str(error).strip().splitlines()[0].rstrip('.')}"
+    return f"cannot be read: {first_line(error)}"

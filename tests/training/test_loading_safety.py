@@ -134,6 +134,14 @@ def test_an_item_of_a_sharded_optimizer(sharded, ran, metadata):
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_nor_behind_a_link_to_another_folder(sharded):
+    (sharded.parent / "checkpoint-2").mkdir()
+    (sharded.parent / "checkpoint-2/optimizer_0").symlink_to(sharded)
+    found = pickles.find_refused(sharded.parent / "checkpoint-2")
+    assert found == "optimizer_0 is a link to another folder, where nothing is looked at"
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_sharded_optimizer_stays_in_its_folder(sharded):
     (file,) = sharded.glob("*.distcp")
     file.rename(sharded.parent / "elsewhere")
