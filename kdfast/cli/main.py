@@ -87,7 +87,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"kdfast: {error}" if process == "0" else f"kdfast (process {process}): {error}", file=sys.stderr)
         return 1 if isinstance(error, RunFailed) else 2
     except RunTerminated as error:
-        print(f"kdfast: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # all processes stop at the same step
+            print(f"kdfast: {error}", file=sys.stderr)
         return 128 + signal.SIGTERM
     except KeyboardInterrupt:
         print("kdfast: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)

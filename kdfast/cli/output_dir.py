@@ -23,7 +23,7 @@ SUMMARY = "summary.json"
 REPORT = "report.html"
 STATE = "trainer_state.json"
 MODEL_FILES = ("config.json", "model.safetensors")
-CHECKPOINTS = ("checkpoint-*", "damaged-checkpoint-*", ".*.incomplete")
+CHECKPOINTS = ("checkpoint-*", "damaged-checkpoint-*", ".*.incomplete", ".incomplete")
 
 # settings that may change between an interruption and the resume without making it another run
 FREE = {

@@ -107,15 +107,31 @@ def rotate(run: Path, limit: int | None, best: str | None) -> None:
     visible = [Path(path) for path in sort_checkpoints(str(run), use_mtime=True)]
     spare = [path for path in visible[:-1] if best is None or path != Path(best)]
     for path in spare[: max(len(visible) - limit, 0)]:
-        hidden = _hidden(path, f".deleted{INCOMPLETE}")
-        discard(hidden)
-        path.rename(hidden)
-        discard(hidden)
+        delete(path)
+
+
+def delete(final: Path) -> None:
+    """Out of sight first."""
+    hidden = _hidden(final, f".deleted{INCOMPLETE}")
+    discard(hidden)
+    final.rename(hidden)
+    discard(hidden)
 
 
 def discard(folder: Path) -> None:
     if folder.exists():
         shutil.rmtree(folder)
+
+
+def discard_after_failure(staged: Path, *, saves: bool) -> None:
+    """What is half written, as far as it can be removed while other processes may still write.
+
+    `saves`: whether this process writes the student. The others remove only what it has left, or what one of them made
+    anew after it had gone.
+    """
+    if saves or not (staged / "config.json").exists():
+        for _ in range(3):  # a file that appears meanwhile stops the removal
+            shutil.rmtree(staged, ignore_errors=True)
 
 
 def recover(run: Path) -> None:
@@ -124,8 +140,8 @@ def recover(run: Path) -> None:
         final = run / old.name.removeprefix(".").removesuffix(REPLACED)
         if not final.exists():
             old.rename(final)
-    for folder in run.glob(f".checkpoint-*{INCOMPLETE}"):
-        shutil.rmtree(folder)
+    for folder in (*run.glob(f".checkpoint-*{INCOMPLETE}"), run / INCOMPLETE):  # the last: of the final model
+        discard(folder)
 
 
 def _hidden(final: Path, suffix: str) -> Path:

@@ -14,12 +14,20 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from torch.distributed import DistNetworkError, DistStoreError
+from torch.distributed.checkpoint.api import CheckpointException
+from transformers.trainer_utils import get_last_checkpoint
 
 logger = logging.getLogger(__name__)
 
-GO_ON = "The same command, or resume_from_checkpoint=True, goes on from it."
-# what gloo, NCCL and the store say of a peer that is gone; torch has a class of its own only for some of them
-_LOST_PEER = re.compile(r"gloo|NCCL|connection (was )?(closed|reset|refused)|broken pipe|timed out waiting", re.I)
+# what gloo and NCCL say of a peer that is gone, and of nothing else; torch has classes of its own only for sockets and
+# the store
+_LOST_PEER = re.compile(
+    r"connection (was )?(closed|reset|refused|aborted)|broken pipe|closed connection|pair closure"
+    r"|timed out (waiting \d+ms|connecting)|(socket|connect|wait|collective operation) timeout"
+    r"|remote (process|peer|error)|ncclRemoteError|NCCL communicator was aborted",
+    re.I,
+)
 _FAILED_WRITE = re.compile(r"inline_container|PytorchStreamWriter|file write failed")  # torch.save gives no reason
 
 
@@ -49,7 +57,20 @@ class DamagedCheckpointError(RunStoppedError):
 
 def kept(checkpoint: str | None) -> str:
     """How a message ends."""
-    return f"The last complete checkpoint is {checkpoint}. {GO_ON}" if checkpoint else "No checkpoint was saved yet."
+    if checkpoint is None:
+        return "No checkpoint was saved yet."
+    return f"The last complete checkpoint is {checkpoint}. {go_on(checkpoint)}"
+
+
+def go_on(checkpoint: str) -> str:
+    """What to do. Where a run went on from an earlier checkpoint there are later ones, of before."""
+    newest = get_last_checkpoint(Path(checkpoint).parent)
+    if newest is None or Path(newest) == Path(checkpoint):
+        return "The same command, or resume_from_checkpoint=True, goes on from it."
+    return (
+        f"resume_from_checkpoint={checkpoint!r} goes on from it; True and the same command would take "
+        f"{Path(newest).name}, which is of an earlier run"
+    )
 
 
 @contextmanager
@@ -62,7 +83,7 @@ def naming_lost_processes(step: Callable[[], int], last_checkpoint: Callable[[],
             raise
         checkpoint = last_checkpoint()
         message = (
-            f"after step {step()}: another process of this run has died or does not answer ({_first_line(error)}). Its "
+            f"after step {step()}: another process of this run has died or does not answer ({first_line(error)}). Its "
             "own output, the launcher's or the kernel's log (out of memory?) says why. This process stops too; start "
             f"all of them again. {kept(checkpoint)}"
         )
@@ -73,7 +94,7 @@ def naming_lost_processes(step: Callable[[], int], last_checkpoint: Callable[[],
 def _is_lost_peer(error: RuntimeError) -> bool:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
-    return isinstance(error, torch.distributed.DistError) or bool(_LOST_PEER.search(str(error)))
+    return isinstance(error, (DistNetworkError, DistStoreError)) or bool(_LOST_PEER.search(str(error)))
 
 
 @contextmanager
@@ -81,15 +102,24 @@ def naming_failed_writes(folder: Path, last_checkpoint: Callable[[], str | None]
     """A failure to write `folder` is a CheckpointWriteError."""
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not _FAILED_WRITE.search(str(error)):
+    except (OSError, SafetensorError, RuntimeError, CheckpointException) as error:
+        if (why := _failed_write(error)) is None:
             raise
         checkpoint = last_checkpoint()
         raise CheckpointWriteError(
-            f"{str(folder)!r} could not be written: {_first_line(error)}. {_free_space(folder)} free there; make room, "
-            f"or check quota and permissions. Nothing of it was kept. {kept(checkpoint)}",
+            f"{str(folder)!r} could not be written: {why}. {_free_space(folder)} free there; make room, or check quota "
+            f"and permissions. What is half written is removed, at the latest by the next start. {kept(checkpoint)}",
             checkpoint,
         ) from error
+
+
+def _failed_write(error: BaseException) -> str | None:
+    if isinstance(error, CheckpointException):  # of shards, which all processes raise; it has the errors of each
+        causes = ((rank, _failed_write(cause)) for rank, (cause, _) in sorted(error.failures.items()))
+        return next((f"process {rank}: {why}" for rank, why in causes if why), None)
+    if isinstance(error, OSError | SafetensorError) or _FAILED_WRITE.search(str(error)):
+        return first_line(error)
+    return None
 
 
 def _free_space(folder: Path) -> str:
@@ -97,6 +127,7 @@ def _free_space(folder: Path) -> str:
     return f"{shutil.disk_usage(existing).free / 1e6:,.1f} MB are"
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
+    """Without a full stop at its end."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return line.partition(" This is typically caused")[0].rstrip(".")  # gloo's advice

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from kdfast.training.faults import first_line
 from kdfast.training.pickles import explain
 
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -86,7 +87,7 @@ def _from_pretrained(argument: str, name: str | Path, dtype: torch.dtype | str) 
     except (OSError, ValueError) as error:
         where = "in that folder" if local else "as a folder, nor on the hub or in its cache"
         raise ValueError(
-            f"{argument}={str(name)!r} could not be loaded {where}: {_first_line(error)} Expected a causal language "
+            f"{argument}={str(name)!r} could not be loaded {where}: {first_line(error)}. Expected a causal language "
             "model as save_pretrained writes it"
         ) from error
 
@@ -105,7 +106,7 @@ def _config(source: str | Path | dict[str, Any], tokenizer: PreTrainedTokenizerB
         try:
             config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
         except (OSError, ValueError) as error:
-            raise ValueError(f"student_config={str(source)!r} could not be read: {_first_line(error)}") from error
+            raise ValueError(f"student_config={str(source)!r} could not be read: {first_line(error)}.") from error
     if tokenizer is not None:
         derived = {"vocab_size": len(tokenizer), **{name: getattr(tokenizer, name) for name in SPECIAL_IDS}}
         for name, value in derived.items():
@@ -133,7 +134,7 @@ def _config_from_dict(settings: dict[str, Any]) -> PreTrainedConfig:
     try:
         return AutoConfig.for_model(model_type, **settings)
     except Exception as error:  # transformers' own checks of types and values, in several classes
-        raise ValueError(f"student_config of model_type {model_type!r}: {_first_line(error)}") from error
+        raise ValueError(f"student_config of model_type {model_type!r}: {first_line(error)}.") from error
 
 
 def _check_tokenizer(argument: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -153,7 +154,3 @@ def _torch_dtype(dtype: torch.dtype | str) -> torch.dtype:
     if not isinstance(found, torch.dtype):
         raise ValueError(f"dtype={dtype!r}; expected a torch dtype such as 'float32' or 'bfloat16'")
     return found
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".") + "."

@@ -14,7 +14,7 @@ from typing import Any
 
 from accelerate.utils import gather_object
 from transformers import Trainer
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import TrainOutput
 
 from kdfast.training import checkpoint, faults, resume
 from kdfast.training.termination import Termination
@@ -25,7 +25,8 @@ logger = logging.getLogger(__name__)
 class ResumableTrainer(Trainer):
     """Raises TerminatedError, LostProcessError, CheckpointWriteError and DamagedCheckpointError."""
 
-    _found: str | None = None  # the checkpoint that was last found to be complete
+    _found: str | None = None  # a checkpoint that was found to be complete, until a run is started
+    _newest: str | None = None  # what the run saved last, or went on from
 
     def train(
         self,
@@ -35,11 +36,14 @@ class ResumableTrainer(Trainer):
     ) -> TrainOutput:
         """As in Trainer, from a checkpoint that is complete; True takes the newest."""
         found = self._checkpoint_to_load(resume_from_checkpoint)
-        self._found = None
+        self._newest = found
         self._recover()
         self._termination = Termination(self.args.device)
-        with self._termination, self._naming_lost_processes():
-            return super().train(found, trial, ignore_keys_for_eval)
+        try:
+            with self._termination, self._naming_lost_processes():
+                return super().train(found, trial, ignore_keys_for_eval)
+        finally:
+            self._found = None  # whatever was read for this run
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with self._naming_lost_processes():
@@ -50,8 +54,6 @@ class ResumableTrainer(Trainer):
 
         Raises ValueError where there is no such folder, and DamagedCheckpointError: see `kdfast.training.resume`.
         """
-        if given == self._found:
-            return self._found
         self._recover()
         with self._naming_lost_processes():
             self._found = resume.choose(
@@ -65,7 +67,8 @@ class ResumableTrainer(Trainer):
         return self._found
 
     def _checkpoint_to_load(self, given: str | bool | None) -> str | None:
-        found = self.find_checkpoint(given) if given else None
+        known = given is not None and given == self._found  # read just now, by find_checkpoint
+        found = self._found if known else self.find_checkpoint(given) if given else None
         if given and found is None:
             raise ValueError(f"resume_from_checkpoint=True: no checkpoint-N in {str(self.args.output_dir)!r}")
         return found
@@ -80,10 +83,10 @@ class ResumableTrainer(Trainer):
             self.control.should_save, self.control.should_evaluate = True, False  # there is little time left
         super()._maybe_log_save_evaluate(*args, **kwargs)
         if stopping:
-            saved = self._last_checkpoint()
+            step = self.state.global_step
+            saved = str(Path(str(self.args.output_dir)) / f"checkpoint-{step}")
             raise faults.TerminatedError(
-                f"step {self.state.global_step}: SIGTERM was received and {saved} was saved. The run was stopped. "
-                f"{faults.GO_ON}",
+                f"step {step}: SIGTERM was received and {saved} was saved. The run was stopped. {faults.go_on(saved)}",
                 saved,
             )
 
@@ -95,14 +98,33 @@ class ResumableTrainer(Trainer):
                 if self.args.should_save:
                     checkpoint.discard(staged)
                 yield
-        except faults.CheckpointWriteError:
-            if self.args.should_save:
-                checkpoint.discard(staged)
+            if resume.step_of(final) >= 0:
+                self._newest = str(final)
+        except BaseException:
+            checkpoint.discard_after_failure(staged, saves=self.args.should_save)
             raise
+
+    def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> TrainOutput:
+        """With save_total_limit=1 Trainer keeps the best alone, and deletes the rest file by file under their names."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            output = super()._finalize_training(trial, *args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
+        best = self.state.best_model_checkpoint
+        if limit == 1 and best is not None and Path(best).is_dir():
+            self._newest = best
+            spare = [path for path in resume.checkpoints(Path(self._get_output_dir(trial))) if not path.samefile(best)]
+            for path in spare if self.args.should_save else ():
+                checkpoint.delete(path)
+        return output
 
     def _naming_lost_processes(self) -> AbstractContextManager[None]:
         return faults.naming_lost_processes(lambda: self.state.global_step, self._last_checkpoint)
 
     def _last_checkpoint(self) -> str | None:
-        run = self.args.output_dir
-        return get_last_checkpoint(run) if run is not None and Path(run).is_dir() else None
+        """The newest of this run; of the folder before there is one. Later ones of another run may lie there."""
+        own = self._newest or self._found
+        if own is not None or self.state.global_step:
+            return own
+        return next((str(folder) for folder in resume.checkpoints(Path(str(self.args.output_dir)))), None)

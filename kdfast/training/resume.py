@@ -22,8 +22,14 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 def checkpoints(run: Path) -> list[Path]:
     """Those visible in a run's folder, newest first, complete or not."""
-    found = [(int(m[1]), path) for path in run.glob("checkpoint-*") if (m := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found, reverse=True) if path.is_dir()]
+    found = [path for path in run.glob("checkpoint-*") if step_of(path) >= 0 and path.is_dir()]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(folder: Path) -> int:
+    """N of checkpoint-N; −1 of any other name."""
+    match = _NAME.fullmatch(folder.name)
+    return int(match[1]) if match else -1
 
 
 def last_complete(run: Path, besides: Path | None = None) -> str | None:

@@ -150,5 +150,6 @@ def finite_everywhere(named: Iterable[tuple[str, Tensor]], accelerator: Accelera
     """For every parameter a 0-d tensor: 1, or NaN where a shard of it, on whatever process, is not finite."""
     names, shards = zip(*((name, p.to_local() if isinstance(p, DTensor) else p) for name, p in named), strict=True)
     bad = torch.stack([(~torch.isfinite(shard.detach())).any() for shard in shards]).float()
+    bad = bad.to(accelerator.device)  # NCCL takes nothing on a CPU, where a model is before it is sharded
     marks = torch.where(accelerator.reduce(bad, reduction="sum") > 0, torch.nan, 1.0)
     return list(zip(names, marks.unbind(), strict=True))

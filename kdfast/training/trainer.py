@@ -177,9 +177,10 @@ class KDTrainer(ShardedTrainer):
         model: DistillationModel = self.accelerator.unwrap_model(self.model)
         if self.is_fsdp_enabled and wants_solving(model):
             model.to(self.args.device)  # whole, until it is sharded
-        self.starts = model.solve(self._calibration_batches(), self.args.calibration_tokens)
-        if self.accelerator.num_processes > 1:
-            self.starts = replicas.share_starts(model, self.starts, self.args.device)
+        with self._naming_lost_processes():
+            self.starts = model.solve(self._calibration_batches(), self.args.calibration_tokens)
+            if self.accelerator.num_processes > 1:
+                self.starts = replicas.share_starts(model, self.starts, self.args.device)
         for start in self.starts:
             self.tell(str(start))
 

@@ -11,6 +11,8 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from transformers import AutoModelForCausalLM
 
+from kdfast.cli.errors import RunTerminated
+
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "examples" / "accelerate"
 LAUNCHERS = {
@@ -50,6 +52,17 @@ def test_the_recipes_are_configurations_accelerate_takes():
         config = load_config_from_file(str(RECIPES / f"{name}.yaml"))
         assert config.distributed_type == kind
         assert config.num_processes == 2
+
+
+@pytest.mark.parametrize(("rank", "said"), [("0", "kdfast: saved, stopped\n"), ("1", "")])
+def test_a_stop_that_all_processes_make_is_said_once(kdfast, monkeypatch, rank, said):
+    def stop(_):
+        raise RunTerminated("saved, stopped")
+
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr("kdfast.cli.distill.distill", stop)
+    code, _, err = kdfast("distill", "config.yaml")
+    assert (code, err) == (143, said)
 
 
 def test_another_process_says_who_it_is(kdfast, monkeypatch):

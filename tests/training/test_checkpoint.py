@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,18 @@ def test_rotation_keeps_the_newest_and_the_best(tiny, rows, config):
         state = json.loads((run / name / "trainer_state.json").read_text())
         assert state["best_model_checkpoint"] == str(run / "checkpoint-2"), name
     assert trainer.evaluate()["eval_ce"] == pytest.approx(evaluated[2], rel=1e-5), "the best model was loaded"
+
+
+def test_the_newest_goes_out_of_sight_before_it_is_deleted_for_the_best(tiny, rows, config, monkeypatch):
+    given = {"save_total_limit": 1, "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    given |= {"metric_for_best_model": "eval_ce", "greater_is_better": True}  # so that the first one is the best
+    trainer = make(tiny, config, rows(3), learning_rate=1e-2, **given)
+    deleted, rmtree = [], shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **more: (deleted.append(Path(path).name), rmtree(path, **more)))
+    trainer.train()
+    assert [path.name for path in Path(trainer.args.output_dir).iterdir()] == ["checkpoint-2"]
+    assert deleted == [".checkpoint-4.deleted.incomplete", ".checkpoint-6.deleted.incomplete"]
+    assert trainer.args.save_total_limit == 1
 
 
 class Killed(BaseException):
@@ -259,5 +272,6 @@ def test_publish_replaces_whole_or_file_by_file(tmp_path):
     assert {path.name: path.read_text() for path in final.iterdir()} == {"b": "4", "c": "3"}
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
     staging(final).mkdir()
+    (tmp_path / ".incomplete").mkdir()  # of a final model
     recover(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import fault_runs
 import pytest
+import torch
 from fault_runs import join, output, same_end, start
 
-from kdfast.training import checkpoint, manifest
+from kdfast.training import checkpoint, faults, manifest
 from kdfast.training.faults import CheckpointWriteError
 from kdfast.training.resume import checkpoints, find_problem
 from kdfast.training.termination import Termination
@@ -44,8 +45,12 @@ def go_on(folder, ranks=1, **settings):
     return output(folder).rpartition("FROM ")[2].splitlines()[0]
 
 
+def names(folder):
+    return sorted(path.name for path in (folder / "run").iterdir())
+
+
 def visible(folder):
-    return sorted(path.name for path in (folder / "run").iterdir() if not path.name.startswith("."))
+    return [name for name in names(folder) if not name.startswith(".")]
 
 
 def all_complete(folder):
@@ -70,13 +75,36 @@ def test_sigterm_saves_a_checkpoint_and_stops(tmp_path, unbroken, ranks):
     assert same_end(tmp_path, unbroken(ranks))
 
 
+def train_from_2(trainer, stopped_by):
+    named = str(Path(trainer.args.output_dir) / "checkpoint-2")
+    find, trainer.find_checkpoint = trainer.find_checkpoint, lambda given: find(named)
+    how = {"SIGTERM": fault_runs.terminate_at_3, "full disk": lambda trainer: full_at_4(trainer, 0)}
+    fault_runs.train(trainer, True, how[stopped_by])
+
+
+@pytest.mark.parametrize(
+    ("stopped_by", "said", "named"),
+    [
+        ("SIGTERM", "SIGTERM was received and {run}/checkpoint-4 was saved", "checkpoint-4"),
+        ("full disk", "The last complete checkpoint is {run}/checkpoint-2", "checkpoint-2"),
+    ],
+)
+def test_the_checkpoint_of_this_run_is_named_where_later_ones_are(tmp_path, unbroken, stopped_by, said, named):
+    run = tmp_path / "run"
+    shutil.copytree(unbroken(1) / "run", run)
+    assert join(start(tmp_path, train_from_2, stopped_by)) == [STOPPED], output(tmp_path)
+    assert said.format(run=run) in output(tmp_path)
+    advice = "goes on from it; True and the same command would take checkpoint-6"
+    assert f"resume_from_checkpoint='{run / named}' {advice}" in output(tmp_path)
+
+
 def test_a_handler_of_the_users_own_stays():
     def own(*_):
         raise AssertionError
 
     before = signal.signal(signal.SIGTERM, own)
     try:
-        with Termination(fault_runs.torch.device("cpu")):
+        with Termination(torch.device("cpu")):
             assert signal.getsignal(signal.SIGTERM) is own
         assert signal.getsignal(signal.SIGTERM) is own
     finally:
@@ -196,6 +224,47 @@ def test_a_process_that_dies_stops_the_other(tmp_path, unbroken):
     assert same_end(tmp_path, unbroken(2))
 
 
+def die_while_solving(trainer):
+    def die(*_):
+        if trainer.args.process_index == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return []
+
+    trainer.model.solve = die
+    trainer.train()
+
+
+def test_a_process_that_dies_before_the_first_step(tmp_path):
+    codes = join(start(tmp_path, die_while_solving, ranks=2))
+    assert codes == [STOPPED, -signal.SIGKILL], output(tmp_path)
+    assert "LostProcessError: after step 0: another process of this run has died" in output(tmp_path)
+    assert "No checkpoint was saved yet" in output(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "lost"),
+    [
+        ("[../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:12097", True),
+        ("[../gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:4242: Connection reset by peer", True),
+        ("[../gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 2000ms for recv operation to complete", True),
+        ("[../gloo/transport/tcp/unbound_buffer.cc:134] Application timeout caused pair closure", True),
+        ("NCCL error: remote process exited or there was a network error, NCCL version 2.27.5", True),
+        ("[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=9, OpType=ALLREDUCE)", True),
+        ("NCCL communicator was aborted on rank 0.", True),
+        ("ProcessGroupNCCL is only supported with GPUs, no GPUs found!", False),
+        ("No backend type associated with device type cpu; NCCL takes CUDA tensors", False),
+        ("gloo: invalid tensor type (expects dense tensors)", False),
+        ("DataLoader timed out after 5 seconds", False),
+        ("CUDA out of memory. Tried to allocate 2.00 GiB", False),
+    ],
+)
+def test_which_errors_are_of_a_lost_process(text, lost, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    with pytest.raises(RuntimeError) as caught, faults.naming_lost_processes(lambda: 3, lambda: None):
+        raise RuntimeError(text)
+    assert isinstance(caught.value, faults.LostProcessError) is lost
+
+
 def hang_at_3(trainer):
     if trainer.state.global_step == 3 and trainer.args.process_index == 1:
         os.kill(os.getpid(), signal.SIGSTOP)
@@ -268,18 +337,67 @@ def _mount(run, trainer):
     return libc.mount(b"none", bytes(run), b"tmpfs", 0, f"size={int(size * 1.5) + 40_000}".encode()) == 0
 
 
-def first_is_full_at_4(trainer):
-    if trainer.state.global_step == 3 and trainer.args.process_index == 0:
+def full_at_4(trainer, rank, room=20_000):
+    if trainer.state.global_step == 3 and trainer.args.process_index == rank:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
 
 
-def test_a_disk_that_is_full_for_one_process_stops_all(tmp_path):
-    codes = join(start(tmp_path, fault_runs.train, False, first_is_full_at_4, ranks=2))
+def train_with_no_room(trainer, rank, room):
+    fault_runs.train(trainer, before_step=lambda trainer: full_at_4(trainer, rank, room))
+
+
+@pytest.mark.parametrize(("rank", "room"), [(0, 20_000), (1, 1000)])  # the second's random states are 15 KB
+def test_a_disk_that_is_full_for_one_process_stops_all(tmp_path, rank, room):
+    codes = join(start(tmp_path, train_with_no_room, rank, room, ranks=2))
     assert codes == [STOPPED, STOPPED], output(tmp_path, 1)
-    assert "CheckpointWriteError: " in output(tmp_path, 0)
-    assert "LostProcessError: after step 4" in output(tmp_path, 1)
-    assert visible(tmp_path) == ["checkpoint-2"]
+    assert "CheckpointWriteError: " in output(tmp_path, rank)
+    assert "LostProcessError: after step 4" in output(tmp_path, 1 - rank)
+    assert names(tmp_path) == ["checkpoint-2"]
+
+
+def train_slowly_with_no_room(trainer):
+    """The first process fails, and has cleared up before the second begins to write its random states."""
+    save = trainer._save_rng_state
+
+    def late(folder):
+        if trainer.args.process_index == 1 and trainer.state.global_step == 4:
+            time.sleep(1)
+        save(folder)
+
+    trainer._save_rng_state = late
+    train_with_no_room(trainer, 0, 20_000)
+
+
+def test_what_another_process_makes_anew_after_a_failure_goes_too(tmp_path):
+    assert join(start(tmp_path, train_slowly_with_no_room, ranks=2)) == [STOPPED, STOPPED], output(tmp_path, 1)
+    assert names(tmp_path) == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_shard_that_cannot_be_written(tmp_path, rank):
+    sharded = {"fsdp": True, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}, "save_steps": 4}
+    action = train_with_no_room if rank else train_but_no_shard
+    codes = join(start(tmp_path, action, rank, 3000, ranks=2, **sharded))
+    assert codes == [STOPPED, STOPPED], output(tmp_path, 1)
+    for each in (0, 1):
+        said = output(tmp_path, each)
+        assert f"'{tmp_path}/run/checkpoint-4' could not be written: process {rank}: [Errno" in said
+        assert "make room" in said
+    assert names(tmp_path) == []
+
+
+def train_but_no_shard(trainer, rank, room):
+    save = trainer._save_optimizer_and_scheduler
+
+    def limited(folder):
+        trainer.state.global_step -= 1
+        full_at_4(trainer, rank, room)
+        trainer.state.global_step += 1
+        save(folder)
+
+    trainer._save_optimizer_and_scheduler = limited
+    fault_runs.train(trainer)
 
 
 @pytest.mark.parametrize("how", ["disk", "quota"])

@@ -4,6 +4,8 @@ Every payload creates a folder when it is called; the first test shows that it w
 """
 
 import contextlib
+import dataclasses
+import io
 import json
 import os
 import pickle
@@ -87,6 +89,65 @@ def test_metadata_of_a_sharded_optimizer(tmp_path, ran):
     with pytest.raises(AttributeError):
         torch.distributed.checkpoint.FileSystemReader(tmp_path / "optimizer_0").read_metadata()
     assert ran.exists()
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    """A sharded optimizer's folder, with items that are no tensors."""
+    state = {"exp_avg": torch.ones(2, 3), "lr": 1e-3, "betas": [0.9]}
+    torch.distributed.checkpoint.save(state, checkpoint_id=tmp_path / "optimizer_0", no_dist=True)
+    assert pickles.find_refused(tmp_path) is None
+    return tmp_path / "optimizer_0"
+
+
+def load_sharded(folder):
+    """As torch does by default, and accelerate for a run."""
+    state = {"exp_avg": torch.zeros(2, 3), "lr": 0.0, "betas": [0.0]}
+    torch.distributed.checkpoint.load(state, checkpoint_id=folder, no_dist=True)
+    return state
+
+
+def point_at(folder, item, metadata=".metadata", **place):
+    found = torch.distributed.checkpoint.FileSystemReader(folder).read_metadata()
+    key = next(key for key in found.storage_data if key.fqn == item)
+    found.storage_data[key] = dataclasses.replace(found.storage_data[key], **place)
+    (folder / ".metadata").unlink()
+    (folder / metadata).write_bytes(pickle.dumps(found))
+
+
+@pytest.mark.parametrize("metadata", [".metadata", "__0.metadata"])  # the second where there is no first
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_an_item_of_a_sharded_optimizer(sharded, ran, metadata):
+    (file,) = sharded.glob("*.distcp")
+    payload = io.BytesIO()
+    torch.save(Payload(ran), payload)
+    start = file.stat().st_size
+    file.write_bytes(file.read_bytes() + payload.getvalue())
+    assert pickles.find_refused(sharded) is None, "nothing points at it"
+    point_at(sharded, "lr", metadata, offset=start, length=len(payload.getvalue()))
+    assert pickles.find_refused(sharded.parent) == (
+        f"{metadata} would run posix.mkdir when read; expected tensors, numbers and containers alone"
+    )
+    assert not ran.exists()
+    load_sharded(sharded)
+    assert ran.exists()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_nor_behind_a_link_to_another_folder(sharded):
+    (sharded.parent / "checkpoint-2").mkdir()
+    (sharded.parent / "checkpoint-2/optimizer_0").symlink_to(sharded)
+    found = pickles.find_refused(sharded.parent / "checkpoint-2")
+    assert found == "optimizer_0 is a link to another folder, where nothing is looked at"
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_sharded_optimizer_stays_in_its_folder(sharded):
+    (file,) = sharded.glob("*.distcp")
+    file.rename(sharded.parent / "elsewhere")
+    for item in ("lr", "exp_avg"):
+        point_at(sharded, item, relative_path="../elsewhere")
+        assert "'../elsewhere', expected a plain part of a file beside it" in pickles.find_refused(sharded)
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])

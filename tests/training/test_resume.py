@@ -132,6 +132,15 @@ def test_a_damaged_best_model_is_not_loaded(folder):
         trainer._load_best_model()
 
 
+def test_what_was_found_complete_once_is_read_again(folder):
+    trainer = fault_runs.make(folder)
+    best = trainer.state.best_model_checkpoint = trainer.find_checkpoint(str(folder / "run/checkpoint-4"))
+    trainer._load_best_model()
+    damage(Path(best) / "model.safetensors")
+    with pytest.raises(DamagedCheckpointError, match=r"model\.safetensors"):
+        trainer._load_best_model()
+
+
 def resume_from(trainer, step):
     trainer.train(resume_from_checkpoint=str(Path(trainer.args.output_dir) / f"checkpoint-{step}"))
 

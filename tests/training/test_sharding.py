@@ -68,6 +68,17 @@ def test_other_parallelism_is_refused(tiny, config):
         trainer._check_distribution()
 
 
+def test_what_is_summed_is_on_the_accelerator():
+    """NCCL takes nothing else, and before it is sharded a model may be on the CPU."""
+    summed = []
+    accelerator = SimpleNamespace(
+        device=torch.device("meta"), reduce=lambda tensor, reduction: (summed.append(tensor.device.type), tensor)[1]
+    )
+    marks = sharding.finite_everywhere([("a", torch.ones(2)), ("b", torch.ones(3))], accelerator)
+    assert [name for name, _ in marks] == ["a", "b"]
+    assert summed == ["meta"]
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_only_an_embedding_that_is_not_the_head_may_be_a_group_of_its_own(tiny, family):
     model = DistillationModel(tiny(family), tiny(width=24), recipe="run5")
