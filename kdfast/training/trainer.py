@@ -404,14 +404,15 @@ class KDTrainer(ShardedTrainer):
         if _internal_call:  # into a folder that is itself still to be published
             super().save_model(output_dir, _internal_call=True)
             return
-        self._guard.check_weights(self._trained())
-        final = Path(output_dir or str(self.args.output_dir))
-        staged = final / checkpoint.INCOMPLETE if final.is_dir() else checkpoint.staging(final)
-        with self._naming_lost_processes(), self._staging(staged, final):
-            super().save_model(str(staged), _internal_call=True)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                checkpoint.publish(staged, final, replace=False)
+        with self._naming_lost_processes():
+            self._guard.check_weights(self._trained())
+            final = Path(output_dir or str(self.args.output_dir))
+            staged = final / checkpoint.INCOMPLETE if final.is_dir() else checkpoint.staging(final)
+            with self._staging(staged, final):
+                super().save_model(str(staged), _internal_call=True)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    checkpoint.publish(staged, final, replace=False)
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
