@@ -18,7 +18,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
-    TrainerState,
     default_data_collator,
     set_seed,
 )
@@ -28,7 +27,6 @@ from kdfast.cli.arguments import Arguments, DataArguments, ModelArguments, forma
 from kdfast.cli.errors import RunFailed, RunTerminated, UserError
 from kdfast.cli.runs import read_run
 from kdfast.training import KDConfig, KDTrainer, NonFiniteLossError, load_student, load_teacher
-from kdfast.training.checkpoint import load_models
 from kdfast.training.data import DataError, hold_out, load_blocks, read_dataset, read_files
 from kdfast.training.faults import RunStoppedError, TerminatedError
 from kdfast.training.memory import PeakMemory
@@ -86,7 +84,7 @@ def run_distillation(arguments: Arguments, name: str | None = None) -> Run:
 
     peak = PeakMemory(training.device)
     try:
-        if not (checkpoint and _trained_to_the_end(trainer, Path(checkpoint))):
+        if not (checkpoint and trainer.load_finished(checkpoint)):
             trainer.train(resume_from_checkpoint=checkpoint)
         evaluation = _evaluation_of_now(trainer) or trainer.evaluate()
         trainer.save_model()
@@ -117,19 +115,6 @@ def _evaluation_of_now(trainer: KDTrainer) -> dict[str, float] | None:
         return None
     log, step = trainer.state.log_history, trainer.state.global_step
     return next((entry for entry in reversed(log) if "eval_ce" in entry and entry["step"] == step), None)
-
-
-def _trained_to_the_end(trainer: KDTrainer, checkpoint: Path) -> bool:
-    """Loads a checkpoint of the last step, from which Trainer would take one step more."""
-    state = TrainerState.load_from_json(str(checkpoint / folder.STATE))
-    if state.global_step < state.max_steps:
-        return False
-    best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
-    load_models(Path((trainer.find_checkpoint(best) if best else None) or checkpoint), trainer.model)
-    trainer.state = state
-    if trainer.health is not None:
-        trainer.health.restore(state)
-    return True
 
 
 def _trainer(arguments: Arguments, name: str) -> KDTrainer:

@@ -111,15 +111,17 @@ def test_the_same_command_leaves_a_finished_run_alone(place, kdfast):
     assert not (place / "out/logit_projector.safetensors").exists()  # the earlier run's
 
 
-@pytest.mark.parametrize("checkpoint", [2, 4])  # between two steps, and after the last one but before the evaluation
-def test_an_interrupted_run_ends_as_an_unbroken_one(place, kdfast, checkpoint):
-    kdfast("distill", "config.yaml")
+# between two steps, and after the last one but before the evaluation; svd solves its start anew, which trained weights
+# have to be loaded over
+@pytest.mark.parametrize(("recipe", "checkpoint"), [("run5", 2), ("run5", 4), ("svd", 4)])
+def test_an_interrupted_run_ends_as_an_unbroken_one(place, kdfast, recipe, checkpoint):
+    kdfast("distill", "config.yaml", "--recipe", recipe)
     whole = results(place)
     for name in ("summary.json", "report.html", "model.safetensors", "config.json", "trainer_state.json"):
         (place / "out" / name).unlink()
     if checkpoint == 2:
         shutil.rmtree(place / "out/checkpoint-4")
-    code, out, _ = kdfast("distill", "config.yaml")
+    code, out, _ = kdfast("distill", "config.yaml", "--recipe", recipe)
     assert code == 0
     assert f"going on from out/checkpoint-{checkpoint}" in out
     assert results(place)["model.safetensors"] == whole["model.safetensors"]
@@ -232,6 +234,36 @@ def test_damaged_checkpoints(place, kdfast, caplog):
     code, _, err = kdfast("distill", "config.yaml", "--max_steps", "2")
     assert code == 1
     assert "no checkpoint in 'out' can be gone on from" in err
+
+
+def test_a_finished_run_without_its_best_model(place, kdfast):
+    """It says which one is meant, and can be completed with the last step's or with the best one put back."""
+    best = ["--eval_strategy", "steps", "--eval_steps", "2", "--load_best_model_at_end", "true"]
+    best += ["--metric_for_best_model", "ce", "--greater_is_better", "true"]  # so that the first is it
+    assert kdfast("distill", "config.yaml", *best)[0] == 0
+    whole = results(place)
+    assert json.loads((place / "out/trainer_state.json").read_text())["best_global_step"] == 2, "it learns"
+    weights = place / "out/checkpoint-2/model.safetensors"
+    (place / "out/summary.json").unlink()
+    damage(weights)
+    code, _, err = kdfast("distill", "config.yaml", *best)
+    assert code == 1
+    assert "kdfast: the best model, out/checkpoint-2, cannot be loaded: model.safetensors" in err
+    assert "Restore it from a copy, or keep the last step's model: load_best_model_at_end=false" in err
+    assert "resume" not in err.splitlines()[-1]
+
+    damage(weights)  # the same bit: as it was
+    assert kdfast("distill", "config.yaml", *best)[0] == 0
+    assert results(place)["model.safetensors"] == whole["model.safetensors"]
+
+    (place / "out/summary.json").unlink()
+    shutil.rmtree(weights.parent)
+    code, _, err = kdfast("distill", "config.yaml", *best)
+    assert code == 1
+    assert "kdfast: the best model, out/checkpoint-2, cannot be loaded: there is no such folder" in err
+    assert kdfast("distill", "config.yaml", *best, "--load_best_model_at_end", "false")[0] == 0
+    last = (place / "out/checkpoint-4/model.safetensors").read_bytes()
+    assert results(place)["model.safetensors"] == last != whole["model.safetensors"]
 
 
 def test_a_full_disk_is_exit_code_1(place, kdfast, monkeypatch):
