@@ -72,6 +72,9 @@ def run_distillation(arguments: Arguments, name: str | None = None) -> Run:
     try:
         trainer = _trainer(arguments, name)
         checkpoint = trainer.find_checkpoint(training.resume_from_checkpoint or True)
+        trained = checkpoint is not None and trainer.load_finished(checkpoint)
+        if checkpoint and not trained:
+            trainer.check_resumable(checkpoint)
     except ValueError as error:  # DataError, and what the models and the trainer say of arguments that do not fit
         raise UserError(str(error)) from error
     except RunStoppedError as error:
@@ -84,7 +87,7 @@ def run_distillation(arguments: Arguments, name: str | None = None) -> Run:
 
     peak = PeakMemory(training.device)
     try:
-        if not (checkpoint and trainer.load_finished(checkpoint)):
+        if not trained:
             trainer.train(resume_from_checkpoint=checkpoint)
         evaluation = _evaluation_of_now(trainer) or trainer.evaluate()
         trainer.save_model()

@@ -81,9 +81,10 @@ class ResumableTrainer(Trainer):
         super()._maybe_log_save_evaluate(*args, **kwargs)
         if stopping:
             saved = self._last_checkpoint()
+            advice = "It cannot be gone on from: save_only_model" if self.args.save_only_model else faults.GO_ON
             raise faults.TerminatedError(
                 f"step {self.state.global_step}: SIGTERM was received and {saved} was saved. The run was stopped. "
-                f"{faults.GO_ON}",
+                f"{advice}",
                 saved,
             )
 

@@ -67,6 +67,7 @@ class ShardedTrainer(ResumableTrainer):
                 )
             return
         sharding.check_plugin(self.accelerator.state.fsdp_plugin)
+        sharding.check_dtypes(self.model)
         if (steps := self.model.recipe.projector_resolve_steps) > 0:
             raise ValueError(
                 f"projector_resolve_steps={steps} under FSDP, where no process has the student's whole head to solve "
@@ -116,18 +117,20 @@ class ShardedTrainer(ResumableTrainer):
             assert self.lr_scheduler is not None
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            self._check_optimizer_state(Path(checkpoint))
-        super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _check_optimizer_state(self, checkpoint: Path) -> None:
-        expected = "optimizer.pt"
+    def check_resumable(self, folder: str | Path) -> None:
+        """Raises ValueError where a checkpoint has no state of the optimizer that this launch could go on with."""
+        checkpoint, expected = Path(folder), "optimizer.pt"
         if self.is_fsdp_enabled:
             whole = "FULL_STATE_DICT" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
             expected = "optimizer.bin" if whole else "optimizer_0"
         found = [name for name in WRITERS if (checkpoint / name).exists()]
-        if found and expected not in found:
+        if not found:
+            raise ValueError(
+                f"resume_from_checkpoint={str(checkpoint)!r}: it was saved with save_only_model=True, without "
+                "optimizer and schedule, and cannot be gone on from. Start a new run from its student "
+                "(model_name_or_path) in another output_dir"
+            )
+        if expected not in found:
             raise ValueError(
                 f"resume_from_checkpoint={str(checkpoint)!r}: its optimizer's state, {found[0]}, was written by "
                 f"{WRITERS[found[0]]}, and this launch is {WRITERS[expected]}. Launch it the same way, or start a new "

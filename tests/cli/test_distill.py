@@ -8,6 +8,7 @@ import shutil
 import signal
 
 import pytest
+import torch
 import yaml
 from fault_runs import damage
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -264,6 +265,26 @@ def test_a_finished_run_without_its_best_model(place, kdfast):
     assert kdfast("distill", "config.yaml", *best, "--load_best_model_at_end", "false")[0] == 0
     last = (place / "out/checkpoint-4/model.safetensors").read_bytes()
     assert results(place)["model.safetensors"] == last != whole["model.safetensors"]
+
+
+def test_a_run_without_optimizer_states_is_not_gone_on_with(place, kdfast):
+    given = ["--save_only_model", "true"]
+    assert kdfast("distill", "config.yaml", *given)[0] == 0
+    whole = results(place)
+    (place / "out/summary.json").unlink()
+    assert kdfast("distill", "config.yaml", *given)[0] == 0  # nothing is left to train
+    assert results(place)["model.safetensors"] == whole["model.safetensors"]
+
+    (place / "out/summary.json").unlink()
+    shutil.rmtree(place / "out/checkpoint-4")
+    code, _, err = kdfast("distill", "config.yaml", *given)
+    assert code == 2
+    assert "kdfast: resume_from_checkpoint='out/checkpoint-2': it was saved with save_only_model=True" in err
+    assert not (place / "out/summary.json").exists()
+    torch.save({}, place / "out/checkpoint-2/optimizer.bin")
+    code, _, err = kdfast("distill", "config.yaml", *given)
+    assert code == 2
+    assert "out/checkpoint-2': its optimizer's state, optimizer.bin, was written by FSDP2" in err
 
 
 def test_a_full_disk_is_exit_code_1(place, kdfast, monkeypatch):

@@ -13,7 +13,7 @@ from fault_runs import damage, join, output, start
 from safetensors.torch import load_file
 
 from kdfast.training import manifest
-from kdfast.training.faults import DamagedCheckpointError
+from kdfast.training.faults import DamagedCheckpointError, TerminatedError
 from kdfast.training.resume import find_problem
 
 
@@ -168,3 +168,14 @@ def test_a_bad_checkpoint_stops_all_processes(folder):
         assert "DamagedCheckpointError" in output(folder, rank)
         assert "config.json" in output(folder, rank)
         assert f"The newest complete one is {folder}/run/checkpoint-6" in output(folder, rank)
+
+
+def test_sigterm_promises_nothing_without_an_optimizers_state(tmp_path):
+    """Nor is a run gone on with that would start its optimizer and its schedule anew."""
+    with pytest.raises(TerminatedError, match=r"checkpoint-4 was saved.*cannot be gone on from: save_only_") as told:
+        fault_runs.train(fault_runs.make(tmp_path, save_only_model=True), before_step=fault_runs.terminate_at_3)
+    assert "The same command" not in str(told.value)
+    trainer = fault_runs.make(tmp_path)
+    with pytest.raises(ValueError, match=r"checkpoint-4': it was saved with save_only_model=True.*Start a new run"):
+        trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 0
