@@ -135,6 +135,21 @@ def test_a_run_that_failed_before_its_first_step_may_change_its_settings(place, 
     assert kdfast("distill", "config.yaml")[0] == 0
 
 
+def test_going_on_or_not_may_be_asked_for(place, kdfast):
+    assert kdfast("distill", "config.yaml", "--resume_from_checkpoint", "false", "--max_steps", "2")[0] == 0
+    (place / "out/summary.json").unlink()
+    code, _, err = kdfast("distill", "config.yaml", "--resume_from_checkpoint", "false", "--max_steps", "2")
+    assert code == 2
+    assert "resume_from_checkpoint: false, and 'out' holds checkpoints" in err
+    assert kdfast("distill", "config.yaml", "--resume_from_checkpoint", "true", "--max_steps", "2")[0] == 0
+
+
+def test_an_output_dir_that_cannot_be_made_is_named(place, kdfast):
+    code, _, err = kdfast("distill", "config.yaml", "--output_dir", "text.txt/out")
+    assert code == 2
+    assert "kdfast: output_dir: [Errno 20] Not a directory" in err
+
+
 def test_a_folder_that_holds_something_else_is_left_alone(place, kdfast, teacher):
     before = (teacher / "model.safetensors").read_bytes()
     code, _, err = kdfast("distill", "config.yaml", "--output_dir", "teacher", "--overwrite_output_dir", "true")
