@@ -82,8 +82,8 @@ def run_distillation(arguments: Arguments, name: str | None = None) -> Run:
         trainer = _trainer(arguments, name)
         checkpoint = trainer.find_checkpoint(training.resume_from_checkpoint or True)
         trained = checkpoint is not None and trainer.load_finished(checkpoint)
-        if checkpoint and not trained:
-            trainer.check_resumable(checkpoint)
+        if not trained:
+            trainer.check_start(checkpoint)
     except ValueError as error:  # DataError, and what the models and the trainer say of arguments that do not fit
         raise UserError(str(error)) from error
     except RunStoppedError as error:

@@ -67,7 +67,6 @@ class ShardedTrainer(ResumableTrainer):
                 )
             return
         sharding.check_plugin(self.accelerator.state.fsdp_plugin)
-        sharding.check_dtypes(self.model)
         if (steps := self.model.recipe.projector_resolve_steps) > 0:
             raise ValueError(
                 f"projector_resolve_steps={steps} under FSDP, where no process has the student's whole head to solve "
@@ -117,9 +116,15 @@ class ShardedTrainer(ResumableTrainer):
             assert self.lr_scheduler is not None
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
-    def check_resumable(self, folder: str | Path) -> None:
-        """Raises ValueError where a checkpoint has no state of the optimizer that this launch could go on with."""
-        checkpoint, expected = Path(folder), "optimizer.pt"
+    def check_start(self, checkpoint: str | Path | None) -> None:
+        """Raises ValueError where training cannot start, or go on from a checkpoint, before anything takes long."""
+        if self.is_fsdp_enabled:
+            sharding.check_dtypes(self.model)
+        if checkpoint is not None:
+            self._check_optimizer_state(Path(checkpoint))
+
+    def _check_optimizer_state(self, checkpoint: Path) -> None:
+        expected = "optimizer.pt"
         if self.is_fsdp_enabled:
             whole = "FULL_STATE_DICT" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
             expected = "optimizer.bin" if whole else "optimizer_0"

@@ -161,8 +161,7 @@ class KDTrainer(ShardedTrainer):
         """As in Trainer, from a checkpoint that is complete; True takes the newest. What it raises: see the class."""
         self._start_run()
         resume_from_checkpoint = self._checkpoint_to_load(resume_from_checkpoint)  # before what takes long
-        if resume_from_checkpoint is not None:
-            self.check_resumable(resume_from_checkpoint)
+        self.check_start(resume_from_checkpoint)
         self._solve_starts()
         if self.model_wrapped is self.model and self.accelerator.num_processes > 1 and not self.is_fsdp_enabled:
             # accelerate took an evaluation before the run for the model's preparation, and would leave out DDP
