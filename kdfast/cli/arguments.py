@@ -102,6 +102,8 @@ def parse_mapping(source: str, content: Mapping[str, Any], overrides: Sequence[s
     namespace = vars(parser.parse_args([*from_mapping, *overrides]))
     given = {key: value for key, value in namespace.items() if value != parser.get_default(key)}
     _check(source, namespace)
+    resume = namespace["resume_from_checkpoint"]  # a path to transformers, which true and false are not
+    namespace["resume_from_checkpoint"] = {"true": True, "false": False}.get(str(resume).lower(), resume)
     try:
         model, data, run, training = (cls(**{key: namespace[key] for key in _names(cls)}) for cls in ARGUMENT_CLASSES)
     except (ValueError, ImportError) as error:  # what KDConfig and TrainingArguments make of the values

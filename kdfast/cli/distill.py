@@ -8,27 +8,28 @@ interrupted run stopped, and leaves a finished one alone.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from accelerate.utils import broadcast_object_list
 from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
-    TrainerState,
     default_data_collator,
     set_seed,
 )
+from transformers.trainer_utils import get_last_checkpoint
 
 from kdfast.cli import output_dir as folder
 from kdfast.cli.arguments import Arguments, DataArguments, ModelArguments, format_help, parse
 from kdfast.cli.errors import RunFailed, RunTerminated, UserError
 from kdfast.cli.runs import read_run
 from kdfast.training import KDConfig, KDTrainer, NonFiniteLossError, load_student, load_teacher
-from kdfast.training.checkpoint import load_models
 from kdfast.training.data import DataError, hold_out, load_blocks, read_dataset, read_files
 from kdfast.training.faults import RunStoppedError, TerminatedError
 from kdfast.training.memory import PeakMemory
@@ -64,16 +65,25 @@ def run_distillation(arguments: Arguments, name: str | None = None) -> Run:
     assert training.output_dir is not None  # parse saw to it
     output_dir = Path(training.output_dir)
     name = name or output_dir.name
-    with training.main_process_first(desc="looking into output_dir"):
-        if training.process_index == 0:
-            folder.claim(output_dir, arguments.given, arguments.run.overwrite_output_dir)
+    try:
+        _by_first(training, lambda: folder.claim(output_dir, arguments.given, arguments.run.overwrite_output_dir))
+    except OSError as error:
+        raise UserError(f"output_dir: {error}") from error
     if folder.is_finished(output_dir):
         _say(training, f"{name}: finished already, in {output_dir}; --overwrite_output_dir true would train it again")
         return read_run(output_dir, name)
+    if training.resume_from_checkpoint is False and get_last_checkpoint(output_dir) is not None:
+        raise UserError(
+            f"resume_from_checkpoint: false, and {str(output_dir)!r} holds checkpoints, which this command would go on "
+            "from. Throw them away with --overwrite_output_dir true, or name another output_dir"
+        )
 
     try:
         trainer = _trainer(arguments, name)
         checkpoint = trainer.find_checkpoint(training.resume_from_checkpoint or True)
+        trained = checkpoint is not None and trainer.load_finished(checkpoint)
+        if not trained:
+            trainer.check_start(checkpoint)
     except ValueError as error:  # DataError, and what the models and the trainer say of arguments that do not fit
         raise UserError(str(error)) from error
     except RunStoppedError as error:
@@ -86,16 +96,19 @@ def run_distillation(arguments: Arguments, name: str | None = None) -> Run:
 
     peak = PeakMemory(training.device)
     try:
-        if not (checkpoint and _trained_to_the_end(trainer, Path(checkpoint))):
+        if not trained:
             trainer.train(resume_from_checkpoint=checkpoint)
         evaluation = _evaluation_of_now(trainer) or trainer.evaluate()
         trainer.save_model()
-        trainer.save_state()
         summary = summarise(trainer, evaluation, peak)
         run = Run(name, trainer.state.log_history, summary)
-        if training.process_index == 0:
+
+        def write() -> None:
+            trainer.save_state()
             write_report(output_dir / folder.REPORT, f"{name}: recipe {summary['recipe']}", [run])
             write_summary(output_dir / folder.SUMMARY, summary)  # last: it says that the run is finished
+
+        _by_first(training, write)
     except TerminatedError as error:
         raise RunTerminated(str(error)) from error
     except (NonFiniteLossError, RunStoppedError) as error:
@@ -104,6 +117,22 @@ def run_distillation(arguments: Arguments, name: str | None = None) -> Run:
         raise RunFailed(f"{error}. The same command goes on from the last checkpoint") from error
     _say(training, f"{name}: model, summary.json and report.html are in {output_dir}")
     return run
+
+
+def _by_first(training: KDConfig, act: Callable[[], None]) -> None:
+    """The first process acts, and what it raises all raise: none is left waiting for the others."""
+    failed: list[UserError | OSError | None] = [None]
+    if training.process_index == 0:
+        try:
+            act()
+        except (UserError, OSError) as error:
+            failed = [error]
+    if training.world_size > 1:
+        broadcast_object_list(failed)
+    if failed[0] is not None:
+        if training.world_size > 1:
+            torch.distributed.barrier()  # whoever leaves before all have heard of it takes the others down
+        raise failed[0]
 
 
 def _say(training: KDConfig, text: str) -> None:
@@ -117,19 +146,6 @@ def _evaluation_of_now(trainer: KDTrainer) -> dict[str, float] | None:
         return None
     log, step = trainer.state.log_history, trainer.state.global_step
     return next((entry for entry in reversed(log) if "eval_ce" in entry and entry["step"] == step), None)
-
-
-def _trained_to_the_end(trainer: KDTrainer, checkpoint: Path) -> bool:
-    """Loads a checkpoint of the last step, from which Trainer would take one step more."""
-    state = TrainerState.load_from_json(str(checkpoint / folder.STATE))
-    if state.global_step < state.max_steps:
-        return False
-    best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
-    load_models(Path((trainer.find_checkpoint(best) if best else None) or checkpoint), trainer.model)
-    trainer.state = state
-    if trainer.health is not None:
-        trainer.health.restore(state)
-    return True
 
 
 def _trainer(arguments: Arguments, name: str) -> KDTrainer:

@@ -28,7 +28,7 @@ CHECKPOINTS = ("checkpoint-*", "damaged-checkpoint-*", ".*.incomplete", ".incomp
 # settings that may change between an interruption and the resume without making it another run
 FREE = {
     "overwrite_output_dir", "resume_from_checkpoint", "disable_tqdm", "report_to", "run_name", "non_finite",
-    "max_skipped_steps",
+    "max_skipped_steps", "load_best_model_at_end",
 }  # fmt: skip
 FREE_PREFIXES = ("health", "logging_", "save_", "log_", "dataloader_", "push_to_hub", "hub_")
 

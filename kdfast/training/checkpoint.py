@@ -56,6 +56,7 @@ def load_models(folder: Path, model: DistillationModel) -> None:
         loaded, report = read(folder, local_files_only=True, use_safetensors=True, output_loading_info=True)
     if report["missing_keys"]:
         raise ValueError(f"{str(folder)!r} lacks weights of the student: {', '.join(sorted(report['missing_keys']))}")
+    model.loaded = True
     load_full_state(model.student, loaded.state_dict())
     for name in PARTS:
         if (module := getattr(model, name)) is not None:

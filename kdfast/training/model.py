@@ -89,6 +89,7 @@ class DistillationModel(nn.Module):
         self.hidden_loss = _make_hidden_loss(student, teacher, self.recipe)
         self.compressed_head: CompressedHead | None = None  # made by solve()
         self.solved = not wants_solving(self)
+        self.loaded = False  # with trained weights, which solving leaves as they are
         self.vocab_weights: Tensor | None = None  # (V,) float64, for solving the projector again; made by solve()
         self.register_state_dict_post_hook(_drop_teacher)
         self.register_load_state_dict_post_hook(_forgive_teacher)
@@ -179,6 +180,8 @@ class DistillationModel(nn.Module):
 
     def solve(self, batches: Iterable[dict[str, Any]], tokens: int | None = None) -> list[Start]:
         """The starts that the recipe wants solved, from some batches of training text; to be called once, before.
+
+        Weights that were loaded from a checkpoint stay as they are.
 
         Args:
             batches: keyword arguments of `forward`, on this model's device. Processes must be given the same.

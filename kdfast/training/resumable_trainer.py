@@ -85,8 +85,9 @@ class ResumableTrainer(Trainer):
         if stopping:
             step = self.state.global_step
             saved = str(Path(str(self.args.output_dir)) / f"checkpoint-{step}")
+            advice = "It cannot be gone on from: save_only_model" if self.args.save_only_model else faults.go_on(saved)
             raise faults.TerminatedError(
-                f"step {step}: SIGTERM was received and {saved} was saved. The run was stopped. {faults.go_on(saved)}",
+                f"step {step}: SIGTERM was received and {saved} was saved. The run was stopped. {advice}",
                 saved,
             )
 

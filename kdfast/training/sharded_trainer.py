@@ -116,10 +116,12 @@ class ShardedTrainer(ResumableTrainer):
             assert self.lr_scheduler is not None
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+    def check_start(self, checkpoint: str | Path | None) -> None:
+        """Raises ValueError where training cannot start, or go on from a checkpoint, before anything takes long."""
+        if self.is_fsdp_enabled:
+            sharding.check_dtypes(self.model)
         if checkpoint is not None:
             self._check_optimizer_state(Path(checkpoint))
-        super()._load_optimizer_and_scheduler(checkpoint)
 
     def _check_optimizer_state(self, checkpoint: Path) -> None:
         expected = "optimizer.pt"
@@ -127,7 +129,13 @@ class ShardedTrainer(ResumableTrainer):
             whole = "FULL_STATE_DICT" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
             expected = "optimizer.bin" if whole else "optimizer_0"
         found = [name for name in WRITERS if (checkpoint / name).exists()]
-        if found and expected not in found:
+        if not found:
+            raise ValueError(
+                f"resume_from_checkpoint={str(checkpoint)!r}: it was saved with save_only_model=True, without "
+                "optimizer and schedule, and cannot be gone on from. Start a new run from its student "
+                "(model_name_or_path) in another output_dir"
+            )
+        if expected not in found:
             raise ValueError(
                 f"resume_from_checkpoint={str(checkpoint)!r}: its optimizer's state, {found[0]}, was written by "
                 f"{WRITERS[found[0]]}, and this launch is {WRITERS[expected]}. Launch it the same way, or start a new "

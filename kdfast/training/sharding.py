@@ -80,15 +80,20 @@ def place_teacher(model: DistillationModel, accelerator: Accelerator, shard: boo
         teacher.to(dtype)  # what FSDP would gather it in
 
 
-@contextmanager
-def root_owns_the_heads(model: DistillationModel) -> Iterator[None]:
-    """While accelerate shards: an embedding that is the head too must not become a group of its own."""
+def check_dtypes(model: DistillationModel) -> None:
+    """Raises ValueError where trained weights have more than one dtype."""
     dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
     if len(dtypes) > 1:
         raise ValueError(
             f"the trained weights are {' and '.join(sorted(map(str, dtypes)))}; FSDP wants one dtype. Load the student "
             "in fp32 (dtype='float32') and set bf16=True, which computes in bf16"
         )
+
+
+@contextmanager
+def root_owns_the_heads(model: DistillationModel) -> Iterator[None]:
+    """While accelerate shards: an embedding that is the head too must not become a group of its own."""
+    check_dtypes(model)
     student = model.student
     tied = student.get_input_embeddings().weight is student.get_output_embeddings().weight
     if tied and not isinstance(model, FSDPModule):

@@ -90,10 +90,10 @@ def solve_starts(model: DistillationModel, batches: Iterable[dict[str, Any]], to
     text = _read(model, batches, tokens or TOKENS_PER_WIDTH * model.teacher.get_output_embeddings().weight.shape[1])
     x, starts = _Calibration(model, text), []
     projection: Projection | None = None
-    if x.recipe.student_init == "svd":
+    if x.recipe.student_init == "svd" and not model.loaded:
         projection, start = _start_student(x)
         starts.append(start)
-    if model.logit_projector is not None:
+    if model.logit_projector is not None and not model.loaded:
         starts += _start_projector(x, model.logit_projector, projection)
     if x.recipe.projector_resolve_steps > 0:
         model.vocab_weights = x.vocab_weights

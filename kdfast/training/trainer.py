@@ -13,17 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerCallback, set_seed
+from transformers import PreTrainedModel, TrainerCallback, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from kdfast.param_groups import distillation_param_groups
 from kdfast.schedules import Schedule
-from kdfast.training import checkpoint, manifest, replicas, sharding
+from kdfast.training import checkpoint, manifest, replicas, resume, sharding
 from kdfast.training.case import Choice, choose_recipe
 from kdfast.training.config import KDConfig
+from kdfast.training.faults import DamagedCheckpointError
 from kdfast.training.guard import NonFiniteGuard
 from kdfast.training.health import HealthCallback
 from kdfast.training.labels import IGNORE_INDEX, shift_labels
@@ -159,11 +161,31 @@ class KDTrainer(ShardedTrainer):
         """As in Trainer, from a checkpoint that is complete; True takes the newest. What it raises: see the class."""
         self._start_run()
         resume_from_checkpoint = self._checkpoint_to_load(resume_from_checkpoint)  # before what takes long
+        self.check_start(resume_from_checkpoint)
         self._solve_starts()
         if self.model_wrapped is self.model and self.accelerator.num_processes > 1 and not self.is_fsdp_enabled:
             # accelerate took an evaluation before the run for the model's preparation, and would leave out DDP
             self.model._is_accelerate_prepared = False  # type: ignore[assignment]
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def load_finished(self, folder: str | Path) -> bool:
+        """The model and state of a run whose last step `folder`, a checkpoint, was saved after: the best model under
+        `load_best_model_at_end`. False, and nothing loaded, where there are steps left: that is `train`'s.
+
+        `train` itself would take one step more.
+        """
+        state = TrainerState.load_from_json(str(Path(folder) / TRAINER_STATE_NAME))
+        if state.global_step < state.max_steps:
+            return False
+        self._solve_starts()  # first: the trained weights are loaded over it
+        self.state = state
+        if self.health is not None:
+            self.health.restore(state)
+        if self.args.load_best_model_at_end and self._best_checkpoint() is not None:
+            self._load_best_model()
+        else:
+            self._load_from_checkpoint(str(folder))
+        return True
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         self._solve_starts()
@@ -405,14 +427,15 @@ class KDTrainer(ShardedTrainer):
         if _internal_call:  # into a folder that is itself still to be published
             super().save_model(output_dir, _internal_call=True)
             return
-        self._guard.check_weights(self._trained())
-        final = Path(output_dir or str(self.args.output_dir))
-        staged = final / checkpoint.INCOMPLETE if final.is_dir() else checkpoint.staging(final)
-        with self._naming_lost_processes(), self._staging(staged, final):
-            super().save_model(str(staged), _internal_call=True)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                checkpoint.publish(staged, final, replace=False)
+        with self._naming_lost_processes():
+            self._guard.check_weights(self._trained())
+            final = Path(output_dir or str(self.args.output_dir))
+            staged = final / checkpoint.INCOMPLETE if final.is_dir() else checkpoint.staging(final)
+            with self._staging(staged, final):
+                super().save_model(str(staged), _internal_call=True)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    checkpoint.publish(staged, final, replace=False)
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -476,10 +499,32 @@ class KDTrainer(ShardedTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         checkpoint.load_models(Path(resume_from_checkpoint), self.model)
 
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
+        resumed = super()._init_training_state(*args, **kwargs)
+        if (best := self._best_checkpoint()) is not None and best.is_dir():  # Trainer forgets one that was moved
+            self.state.best_model_checkpoint = str(best)
+        return resumed
+
     def _load_best_model(self) -> None:
-        best = self.state.best_model_checkpoint
+        best = self._best_checkpoint()
         assert best is not None
-        checkpoint.load_models(Path(self.find_checkpoint(best) or best), self.accelerator.unwrap_model(self.model))
+        with self._naming_lost_processes():
+            found = resume.find_problem(best) if self.args.local_process_index == 0 else None
+            found = next((problem for problem in gather_object([found]) if problem), None)
+        if found:
+            raise DamagedCheckpointError(
+                f"the best model, {best}, cannot be loaded: {found if best.is_dir() else 'there is no such folder'}. "
+                "Restore it from a copy, or keep the last step's model: load_best_model_at_end=false",
+                self._last_checkpoint(),
+            )
+        checkpoint.load_models(best, self.accelerator.unwrap_model(self.model))
+
+    def _best_checkpoint(self) -> Path | None:
+        """As it was recorded, or by its step, where the run's folder was moved."""
+        recorded, step = self.state.best_model_checkpoint, self.state.best_global_step
+        if step and (recorded is None or not Path(recorded).is_dir()):
+            return Path(str(self.args.output_dir)) / f"checkpoint-{step}"
+        return Path(recorded) if recorded is not None else None
 
     def _trained(self) -> Iterable[tuple[str, Tensor]]:
         trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)

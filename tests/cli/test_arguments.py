@@ -117,6 +117,17 @@ def test_what_is_missing_or_contradicts_itself_is_said(change, expected):
         parse_mapping("here", {**LEAST, **change})
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [("true", True), (True, True), ("False", False), (None, None), ("out/checkpoint-4", "out/checkpoint-4")],
+)
+def test_resuming_is_true_false_or_a_path(config, given, expected):
+    assert parse_mapping("here", {**LEAST, "resume_from_checkpoint": given}).training.resume_from_checkpoint == expected
+    if isinstance(given, str):
+        override = ["--resume_from_checkpoint", given]
+        assert parse(config(yaml.safe_dump(LEAST)), override).training.resume_from_checkpoint == expected
+
+
 def test_help_lists_our_keys_and_not_the_trainers():
     text = format_help()
     for key in ("--teacher_model_name_or_path", "--train_file", "--projector_lr", "--recipe", "--output_dir"):

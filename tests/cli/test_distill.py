@@ -8,6 +8,7 @@ import shutil
 import signal
 
 import pytest
+import torch
 import yaml
 from fault_runs import damage
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -111,15 +112,17 @@ def test_the_same_command_leaves_a_finished_run_alone(place, kdfast):
     assert not (place / "out/logit_projector.safetensors").exists()  # the earlier run's
 
 
-@pytest.mark.parametrize("checkpoint", [2, 4])  # between two steps, and after the last one but before the evaluation
-def test_an_interrupted_run_ends_as_an_unbroken_one(place, kdfast, checkpoint):
-    kdfast("distill", "config.yaml")
+# between two steps, and after the last one but before the evaluation; svd solves its start anew, which trained weights
+# have to be loaded over
+@pytest.mark.parametrize(("recipe", "checkpoint"), [("run5", 2), ("run5", 4), ("svd", 4)])
+def test_an_interrupted_run_ends_as_an_unbroken_one(place, kdfast, recipe, checkpoint):
+    kdfast("distill", "config.yaml", "--recipe", recipe)
     whole = results(place)
     for name in ("summary.json", "report.html", "model.safetensors", "config.json", "trainer_state.json"):
         (place / "out" / name).unlink()
     if checkpoint == 2:
         shutil.rmtree(place / "out/checkpoint-4")
-    code, out, _ = kdfast("distill", "config.yaml")
+    code, out, _ = kdfast("distill", "config.yaml", "--recipe", recipe)
     assert code == 0
     assert f"going on from out/checkpoint-{checkpoint}" in out
     assert results(place)["model.safetensors"] == whole["model.safetensors"]
@@ -130,6 +133,21 @@ def test_an_interrupted_run_ends_as_an_unbroken_one(place, kdfast, checkpoint):
 def test_a_run_that_failed_before_its_first_step_may_change_its_settings(place, kdfast):
     assert kdfast("distill", "config.yaml", "--train_file", "gone.txt")[0] == 2
     assert kdfast("distill", "config.yaml")[0] == 0
+
+
+def test_going_on_or_not_may_be_asked_for(place, kdfast):
+    assert kdfast("distill", "config.yaml", "--resume_from_checkpoint", "false", "--max_steps", "2")[0] == 0
+    (place / "out/summary.json").unlink()
+    code, _, err = kdfast("distill", "config.yaml", "--resume_from_checkpoint", "false", "--max_steps", "2")
+    assert code == 2
+    assert "resume_from_checkpoint: false, and 'out' holds checkpoints" in err
+    assert kdfast("distill", "config.yaml", "--resume_from_checkpoint", "true", "--max_steps", "2")[0] == 0
+
+
+def test_an_output_dir_that_cannot_be_made_is_named(place, kdfast):
+    code, _, err = kdfast("distill", "config.yaml", "--output_dir", "text.txt/out")
+    assert code == 2
+    assert "kdfast: output_dir: [Errno 20] Not a directory" in err
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(place, kdfast, teacher):
@@ -232,6 +250,56 @@ def test_damaged_checkpoints(place, kdfast, caplog):
     code, _, err = kdfast("distill", "config.yaml", "--max_steps", "2")
     assert code == 1
     assert "no checkpoint in 'out' can be gone on from" in err
+
+
+def test_a_finished_run_without_its_best_model(place, kdfast):
+    """It says which one is meant, and can be completed with the last step's or with the best one put back."""
+    best = ["--eval_strategy", "steps", "--eval_steps", "2", "--load_best_model_at_end", "true"]
+    best += ["--metric_for_best_model", "ce", "--greater_is_better", "true"]  # so that the first is it
+    assert kdfast("distill", "config.yaml", *best)[0] == 0
+    whole = results(place)
+    assert json.loads((place / "out/trainer_state.json").read_text())["best_global_step"] == 2, "it learns"
+    weights = place / "out/checkpoint-2/model.safetensors"
+    (place / "out/summary.json").unlink()
+    damage(weights)
+    code, _, err = kdfast("distill", "config.yaml", *best)
+    assert code == 1
+    assert "kdfast: the best model, out/checkpoint-2, cannot be loaded: model.safetensors" in err
+    assert "Restore it from a copy, or keep the last step's model: load_best_model_at_end=false" in err
+    assert "resume" not in err.splitlines()[-1]
+
+    damage(weights)  # the same bit: as it was
+    assert kdfast("distill", "config.yaml", *best)[0] == 0
+    assert results(place)["model.safetensors"] == whole["model.safetensors"]
+
+    (place / "out/summary.json").unlink()
+    shutil.rmtree(weights.parent)
+    code, _, err = kdfast("distill", "config.yaml", *best)
+    assert code == 1
+    assert "kdfast: the best model, out/checkpoint-2, cannot be loaded: there is no such folder" in err
+    assert kdfast("distill", "config.yaml", *best, "--load_best_model_at_end", "false")[0] == 0
+    last = (place / "out/checkpoint-4/model.safetensors").read_bytes()
+    assert results(place)["model.safetensors"] == last != whole["model.safetensors"]
+
+
+def test_a_run_without_optimizer_states_is_not_gone_on_with(place, kdfast):
+    given = ["--save_only_model", "true"]
+    assert kdfast("distill", "config.yaml", *given)[0] == 0
+    whole = results(place)
+    (place / "out/summary.json").unlink()
+    assert kdfast("distill", "config.yaml", *given)[0] == 0  # nothing is left to train
+    assert results(place)["model.safetensors"] == whole["model.safetensors"]
+
+    (place / "out/summary.json").unlink()
+    shutil.rmtree(place / "out/checkpoint-4")
+    code, _, err = kdfast("distill", "config.yaml", *given)
+    assert code == 2
+    assert "kdfast: resume_from_checkpoint='out/checkpoint-2': it was saved with save_only_model=True" in err
+    assert not (place / "out/summary.json").exists()
+    torch.save({}, place / "out/checkpoint-2/optimizer.bin")
+    code, _, err = kdfast("distill", "config.yaml", *given)
+    assert code == 2
+    assert "out/checkpoint-2': its optimizer's state, optimizer.bin, was written by FSDP2" in err
 
 
 def test_a_full_disk_is_exit_code_1(place, kdfast, monkeypatch):

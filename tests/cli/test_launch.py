@@ -47,6 +47,18 @@ def test_two_processes_write_what_one_writes(place, kdfast, launcher):
         assert out.count(line) == 1, line
 
 
+def test_what_the_first_process_finds_wrong_all_say(place):
+    """None is left to wait for it, and to fail with an error of the communication."""
+    code, _, err = launch("torchrun", "config.yaml", "--output_dir", "teacher")
+    assert code == 1  # torchrun's
+    assert "kdfast: output_dir: 'teacher' holds config.json of something else" in err
+    for line in err.splitlines():
+        if line.startswith("kdfast (process 1): "):  # unless torchrun ended it first
+            assert "output_dir: 'teacher' holds config.json of something else" in line
+    assert "gloo" not in err
+    assert "Connection" not in err
+
+
 def test_the_recipes_are_configurations_accelerate_takes():
     for name, kind in (("ddp", "MULTI_GPU"), ("fsdp2", "FSDP")):
         config = load_config_from_file(str(RECIPES / f"{name}.yaml"))

@@ -280,6 +280,19 @@ def test_a_process_that_hangs_is_given_up(tmp_path):
     assert "Timed out waiting 2000ms" in output(tmp_path)
 
 
+def test_a_process_that_is_lost_before_the_model_is_saved(tmp_path, monkeypatch):
+    """Under FSDP the look at the weights is a communication too."""
+    trainer = fault_runs.make(tmp_path)
+
+    def lose(named):
+        raise RuntimeError("[gloo] Connection closed by peer")
+
+    monkeypatch.setattr(faults, "_is_lost_peer", lambda error: True)  # as in a run of several
+    monkeypatch.setattr(trainer._guard, "check_weights", lose)
+    with pytest.raises(faults.LostProcessError, match="another process of this run has died"):
+        trainer.save_model()
+
+
 def test_under_torchrun_too(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     begin = time.monotonic()

@@ -1,5 +1,6 @@
 """Checkpoints that were damaged after they were written: found, named, and passed over or refused."""
 
+import json
 import logging
 import shutil
 import subprocess
@@ -7,10 +8,12 @@ from pathlib import Path
 
 import fault_runs
 import pytest
+import torch
 from fault_runs import damage, join, output, start
+from safetensors.torch import load_file
 
 from kdfast.training import manifest
-from kdfast.training.faults import DamagedCheckpointError
+from kdfast.training.faults import DamagedCheckpointError, TerminatedError
 from kdfast.training.resume import find_problem
 
 
@@ -128,8 +131,29 @@ def test_a_damaged_best_model_is_not_loaded(folder):
     trainer = fault_runs.make(folder)
     trainer.state.best_model_checkpoint = str(folder / "run/checkpoint-4")
     damage(folder / "run/checkpoint-4/model.safetensors")
-    with pytest.raises(DamagedCheckpointError, match=r"model\.safetensors"):
+    expected = r"the best model, .*run/checkpoint-4, cannot be loaded: model\.safetensors.*load_best_model_at_end=false"
+    with pytest.raises(DamagedCheckpointError, match=expected) as caught:
         trainer._load_best_model()
+    assert "resume" not in str(caught.value)
+
+
+def test_the_best_model_of_a_run_that_was_moved_is_found(folder):
+    trainer = fault_runs.make(folder)
+    trainer.state.best_model_checkpoint, trainer.state.best_global_step = "gone/checkpoint-4", 4
+    trainer._load_best_model()
+    expected = load_file(folder / "run/checkpoint-4/model.safetensors")
+    weights = trainer.model.student.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in expected.items())
+
+
+def test_a_resumed_run_that_was_moved_knows_its_best_model(folder):
+    state = folder / "run/checkpoint-4/trainer_state.json"
+    content = json.loads(state.read_text()) | {"best_model_checkpoint": "gone/checkpoint-2", "best_global_step": 2}
+    state.write_text(json.dumps(content))
+    manifest.write(state.parent)
+    trainer = fault_runs.make(folder, save_strategy="no", max_steps=5)
+    trainer.train(resume_from_checkpoint=str(state.parent))
+    assert trainer.state.best_model_checkpoint == str(folder / "run/checkpoint-2")
 
 
 def test_what_was_found_complete_once_is_read_again(folder):
@@ -153,3 +177,14 @@ def test_a_bad_checkpoint_stops_all_processes(folder):
         assert "DamagedCheckpointError" in output(folder, rank)
         assert "config.json" in output(folder, rank)
         assert f"The newest complete one is {folder}/run/checkpoint-6" in output(folder, rank)
+
+
+def test_sigterm_promises_nothing_without_an_optimizers_state(tmp_path):
+    """Nor is a run gone on with that would start its optimizer and its schedule anew."""
+    with pytest.raises(TerminatedError, match=r"checkpoint-4 was saved.*cannot be gone on from: save_only_") as told:
+        fault_runs.train(fault_runs.make(tmp_path, save_only_model=True), before_step=fault_runs.terminate_at_3)
+    assert "The same command" not in str(told.value)
+    trainer = fault_runs.make(tmp_path)
+    with pytest.raises(ValueError, match=r"checkpoint-4': it was saved with save_only_model=True.*Start a new run"):
+        trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 0

@@ -79,6 +79,14 @@ def test_what_is_summed_is_on_the_accelerator():
     assert summed == ["meta"]
 
 
+def test_weights_of_two_dtypes_are_refused_before_anything_takes_long(tiny, config):
+    trainer = KDTrainer(tiny().bfloat16(), config(), teacher=tiny(width=24))
+    trainer.accelerator.state.fsdp_plugin, trainer.is_fsdp_enabled = plugin(), True
+    with pytest.raises(ValueError, match="FSDP wants one dtype"):
+        trainer.train()
+    assert trainer.optimizer is None
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_only_an_embedding_that_is_not_the_head_may_be_a_group_of_its_own(tiny, family):
     model = DistillationModel(tiny(family), tiny(width=24), recipe="run5")
@@ -123,7 +131,8 @@ def test_an_optimizer_state_of_another_launch_is_refused(tiny, config, tmp_path,
     trainer = KDTrainer(tiny(), config(), teacher=tiny(width=24))
     trainer.is_fsdp_enabled = launched is not None
     trainer.accelerator.state.fsdp_plugin = SimpleNamespace(state_dict_type=launched)
-    trainer._check_optimizer_state(tmp_path)  # none was saved: save_only_model
+    with pytest.raises(ValueError, match=r"saved with save_only_model=True.*Start a new run from its student"):
+        trainer.check_start(tmp_path)
     (tmp_path / written).touch()
     with pytest.raises(ValueError, match=message):
-        trainer._check_optimizer_state(tmp_path)
+        trainer.check_start(tmp_path)

@@ -9,6 +9,7 @@ import torch
 from kdfast import fused_kd_loss
 from kdfast.logit_chunks import mean_probabilities
 from kdfast.training import DistillationModel, KDTrainer
+from kdfast.training.checkpoint import load_models
 from kdfast.training.heads import backbone, head
 from kdfast.training.recipes import Recipe
 from kdfast.training.starts import solve_projector_again
@@ -173,3 +174,30 @@ def test_trainer_solves_the_projector_again(tiny, rows, config):
     trainer.train()
     changed = [not torch.equal(a, b) for a, b in itertools.pairwise(solved)]
     assert changed == [False, True, False, True]
+
+
+def test_weights_that_were_loaded_are_not_solved_over(tiny, rows, config, tmp_path):
+    def make():
+        return KDTrainer(
+            tiny("gpt2"), config(recipe="svd", save_strategy="steps", save_steps=4, calibration_tokens=300),
+            teacher=tiny("gpt2", width=24, seed=1), train_dataset=rows(40), eval_dataset=rows(4, seed=6),
+        )  # fmt: skip
+
+    trained = make()
+    trained.train()
+    expected = trained.evaluate()["eval_ce"]
+    loaded, finished = make(), make()
+    load_models(tmp_path / "run/checkpoint-4", loaded.model)
+    assert finished.load_finished(tmp_path / "run/checkpoint-4")
+    for trainer in (loaded, finished):
+        assert trainer.evaluate()["eval_ce"] == pytest.approx(expected, rel=1e-6)
+        weights = trainer.model.student.state_dict()
+        assert all(torch.equal(weights[name], value) for name, value in trained.model.student.state_dict().items())
+    assert finished.state.global_step == 4
+    assert not make().load_finished(_with_steps_left(tmp_path / "run/checkpoint-4"))
+
+
+def _with_steps_left(checkpoint):
+    path = checkpoint / "trainer_state.json"
+    path.write_text(path.read_text().replace('"max_steps": 4', '"max_steps": 5'))
+    return checkpoint
