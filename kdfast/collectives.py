@@ -11,13 +11,14 @@ one model, computed by every process alike, whose vocabulary lies in slices.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from kdfast.recording import Recorder
 
 
 class Call(NamedTuple):
@@ -34,18 +35,8 @@ class Call(NamedTuple):
         return others * self.size if self.kind == "gather" else 2 * others / self.ranks * self.size
 
 
-_recording: list[Call] | None = None
-
-
-@contextmanager
-def record() -> Iterator[list[Call]]:
-    """Collect the calls made inside: `with record() as calls: …`. For tests and benchmarks; not thread-safe."""
-    global _recording
-    before, _recording = _recording, []
-    try:
-        yield _recording
-    finally:
-        _recording = before
+_calls: Recorder[Call] = Recorder()
+record = _calls.record
 
 
 class Pending(NamedTuple):
@@ -163,5 +154,4 @@ def named(name: str) -> Any:
 
 
 def _count(kind: str, x: Tensor, ranks: int) -> None:
-    if _recording is not None:
-        _recording.append(Call(kind, x.numel() * x.element_size(), ranks))
+    _calls.note(Call(kind, x.numel() * x.element_size(), ranks))

@@ -63,9 +63,9 @@ class ForwardKL(Divergence):
         return _kl(log_p, log_q)
 
     def terms(self, p: Tensor, q: Tensor, g: Tensor) -> Terms:
-        difference = _difference(p, q, g)
+        d = difference(p, q, g)
         a_p = weighted(p, g)
-        return Terms(a_p + difference, a_p, difference)
+        return Terms(a_p + d, a_p, d)
 
 
 @dataclass(frozen=True)
@@ -95,10 +95,10 @@ class SymmetricKL(Divergence):
         return (_kl(log_p, log_q) + _kl(log_q, log_p)) / 2
 
     def terms(self, p: Tensor, q: Tensor, g: Tensor) -> Terms:
-        difference = _difference(p, q, g)
-        a_p = weighted(p, g).sub_(difference).mul_(0.5)
-        a_q = weighted(q, g).sub_(difference).mul_(-0.5)
-        return Terms(weighted(difference, g).mul_(-0.5), a_p, a_q)  # f = a_p + a_q, without its cancellation
+        d = difference(p, q, g)
+        a_p = weighted(p, g).sub_(d).mul_(0.5)
+        a_q = weighted(q, g).sub_(d).mul_(-0.5)
+        return Terms(weighted(d, g).mul_(-0.5), a_p, a_q)  # f = a_p + a_q, without its cancellation
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ class TotalVariation(Divergence):
 
     def terms(self, p: Tensor, q: Tensor, g: Tensor) -> Terms:
         half = g.sign().mul_(0.5)
-        return Terms(_difference(p, q, g).abs_().mul_(0.5), p * half, q * half.neg_())
+        return Terms(difference(p, q, g).abs_().mul_(0.5), p * half, q * half.neg_())
 
 
 _AVAILABLE: dict[str, type[Divergence]] = {
@@ -232,7 +232,7 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return p * (log_p.masked_fill(empty, 0.0) - log_q.masked_fill(empty, 0.0))
 
 
-def _difference(p: Tensor, q: Tensor, g: Tensor) -> Tensor:
+def difference(p: Tensor, q: Tensor, g: Tensor) -> Tensor:
     """q − p to full relative precision: ±max(p, q)·expm1(−|g|), which never overflows."""
     return torch.expm1(-g.abs()).mul_(torch.maximum(p, q)).copysign_(-g)
 

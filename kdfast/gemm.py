@@ -14,11 +14,12 @@ widened throughout.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from kdfast.recording import Recorder
 
 VOCAB_BLOCK = 8192  # rows of W widened, or of dW added up, at a time: 8192·H·4 bytes of temporary
 
@@ -36,18 +37,8 @@ class Call(NamedTuple):
         return 2 * self.rows * self.vocab * self.width
 
 
-_recording: list[Call] | None = None
-
-
-@contextmanager
-def record() -> Iterator[list[Call]]:
-    """Collect the calls made inside: `with record() as calls: …`. For tests and benchmarks; not thread-safe."""
-    global _recording
-    before, _recording = _recording, []
-    try:
-        yield _recording
-    finally:
-        _recording = before
+_calls: Recorder[Call] = Recorder()
+record = _calls.record
 
 
 def tf32(device: torch.device) -> bool:
@@ -146,5 +137,4 @@ def _blocks(vocab: int) -> Iterator[slice]:
 
 def count(kind: str, rows: int, vocab: int, width: int) -> None:
     """Note a product; a kernel that multiplies calls this itself."""
-    if _recording is not None:
-        _recording.append(Call(kind, rows, vocab, width))
+    _calls.note(Call(kind, rows, vocab, width))

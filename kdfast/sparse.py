@@ -13,6 +13,7 @@ student's logits as it does for a cross entropy, and all that knows of the teach
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
 from math import inf
 from typing import NamedTuple
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from kdfast.divergences import Divergence, log_ratio
-from kdfast.problem import Problem
+from kdfast.problem import KD, Problem
 
 
 class Support(NamedTuple):
@@ -132,6 +133,14 @@ def solve(x: Problem, rows: slice, z: Tensor, norm: Tensor, rest: Tensor | None,
     factor = coefficient / x.temperature
     inside = factor[:, None] * (a_q - q * total[:, None])
     return _masked(Support(value, inside, factor * (nothing - total)), coefficient)
+
+
+def between_passes(x: Problem, rows: slice, z: Tensor, constants: Iterable[Tensor], scale: Tensor) -> Support:
+    """`solve` over `scale`, where maxima and log-sum-exps are at hand: m_s, log_s of the student and m_t, log_t of the
+    bucket, (r,) each, of (z − m)/τ'. z (r, K): the student's logits at the support."""
+    m_s, log_s, m_t, log_t = constants
+    rest = (m_t - m_s) / temperature(x) + log_t if x.teacher_tail == "bucket" else None
+    return solve(x, rows, z - m_s[:, None], log_s, rest, x.coefficients[KD, rows] / scale)
 
 
 def _bucket(

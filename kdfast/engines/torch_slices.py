@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from kdfast import sparse
-from kdfast.divergences import ForwardKL, ReverseKL, log_ratio, weighted
+from kdfast.divergences import ForwardKL, ReverseKL, difference, log_ratio, weighted
 from kdfast.engines.given import given_rows
 from kdfast.engines.planning import Wanted
 from kdfast.engines.row_work import Buffers
@@ -77,6 +77,7 @@ class Work:
         self.teacher = x.has_teacher and not x.sparse
         self.kl = isinstance(x.divergence, ForwardKL | ReverseKL)
         self.second_pass = self.teacher and not self.kl
+        self.labels, self.anchor_targets = x.local(x.labels), x.local(x.anchor_targets)
 
     # first pass
 
@@ -104,7 +105,7 @@ class Work:
             S_1, E_1 = self._at_one(z_s, m_1)
             found = found._replace(m_1=m_1, S_1=S_1, E_1=E_1)
         if x.use_ce:
-            found = found._replace(target_s=self._target(z_s, x.labels, rows))
+            found = found._replace(target_s=self._target(z_s, self.labels, rows))
         entries = z_s.new_empty(0, z_s.shape[0])
         if x.sparse:
             entries, bucket = self._entries(rows, shared)
@@ -119,7 +120,7 @@ class Work:
                 S_t1, E_t1 = self._at_one(z_t, m_t)
                 found = found._replace(S_t1=S_t1, E_t1=E_t1)
             if x.use_anchor:
-                found = found._replace(target_t=self._target(z_t, x.anchor_targets, rows))
+                found = found._replace(target_t=self._target(z_t, self.anchor_targets, rows))
             if self.kl:
                 b, o = ((x_t, e_t), (x_s, e_s)) if isinstance(x.divergence, ForwardKL) else ((x_s, e_s), (x_t, e_t))
                 u = log_ratio(b[0], o[0])
@@ -217,13 +218,13 @@ class Work:
             if wanted.teacher:
                 grad_t = times(centre(a_p, p, divergence.centred_p, constants.A_p[within]), factor)
         if wanted.student and x.ce_term:
-            whole = self._cross_entropy(z_s, constants.m_1[within], constants.log_1[within], x.labels, rows, ce)
+            whole = self._cross_entropy(z_s, constants.m_1[within], constants.log_1[within], self.labels, rows, ce)
             if grad_s is not None:
                 whole[:, : grad_s.shape[1]] += grad_s
             grad_s = whole
         if z_t is not None and wanted.anchor:
             grad_a = self._cross_entropy(
-                z_t, constants.m_t[within], constants.log_t1[within], x.anchor_targets, rows, anchor
+                z_t, constants.m_t[within], constants.log_t1[within], self.anchor_targets, rows, anchor
             )
         write(x, wanted, out, (grad_s, grad_t, grad_a), slope_s, slope_t)
 
@@ -241,11 +242,10 @@ class Work:
     def _cross_entropy(
         self, z: Tensor, m: Tensor, log: Tensor, targets: Tensor | None, rows: slice, coefficient: Tensor
     ) -> Tensor:
-        """coefficient·(softmax − onehot)."""
+        """coefficient·(softmax − onehot). targets (N,): local."""
         grad = (z - m[:, None]).sub_(log[:, None]).exp_().mul_(coefficient)
-        local = self.x.local(targets)
-        assert local is not None
-        index, here = local[rows, None].clamp_min(0), local[rows, None] >= 0
+        assert targets is not None
+        index, here = targets[rows, None].clamp_min(0), targets[rows, None] >= 0
         if grad.shape[1]:
             grad.scatter_add_(1, index, torch.where(here, -coefficient, 0.0))
         return grad
@@ -270,18 +270,14 @@ class Work:
 
     def _here(self, rows: slice) -> tuple[Tensor, Tensor]:
         """(r, K): the entries' addresses in the slice, some valid one where they are elsewhere; which are not."""
-        local = self.x.local(self.x.teacher_indices)
+        assert self.x.teacher_indices is not None
+        local = self.x.local(self.x.teacher_indices[rows])
         assert local is not None
-        here = (local[rows] >= 0) & (local[rows] < self.x.kd_vocab)
-        return torch.where(here, local[rows], 0), here
+        here = (local >= 0) & (local < self.x.kd_vocab)
+        return torch.where(here, local, 0), here
 
     def _solve_sparse(self, rows: slice, constants: Constants, entries: Tensor) -> Constants:
-        x = self.x
-        rest = None
-        if x.teacher_tail == "bucket":
-            rest = (constants.m_t - constants.m_s) / self.tau + constants.log_t
-        z = entries.t() - constants.m_s[:, None]
-        found = sparse.solve(x, rows, z, constants.log_s, rest, x.coefficients[KD, rows] / self.scale)
+        found = sparse.between_passes(self.x, rows, entries.t(), constants[:4], self.scale)
         self.stats[KD, rows] = found.value
         return constants._replace(inside=found.inside.t(), outside=found.outside)
 
@@ -306,10 +302,9 @@ class Work:
         return e.sum(dim=-1), weighted(e, y).sum(dim=-1) if self.x.want_metrics else torch.zeros_like(m)
 
     def _target(self, z: Tensor, targets: Tensor | None, rows: slice) -> Tensor:
-        """(r,): the targets' logits, 0 where they are elsewhere."""
-        local = self.x.local(targets)
-        assert local is not None
-        index = local[rows, None]
+        """(r,): the targets' logits, 0 where they are elsewhere. targets (N,): local."""
+        assert targets is not None
+        index = targets[rows, None]
         if not z.shape[1]:
             return z.new_zeros(z.shape[0])
         return torch.where(index >= 0, z.gather(1, index.clamp_min(0)), 0).squeeze(1)
@@ -330,11 +325,6 @@ def scatter_here(z: Tensor, index: Tensor, here: Tensor, values: Tensor) -> Tens
     position = torch.arange(K, device=z.device).clamp(first, last.clamp_min(first))
     index, values = index.gather(1, position), values.gather(1, position)
     return z.scatter_(1, index, torch.where(last >= first, values, z.gather(1, index)))
-
-
-def difference(e_b: Tensor, e_o: Tensor, u: Tensor) -> Tensor:
-    """e_o − e_b to full relative precision, of e_b/e_o = exp(u)."""
-    return torch.expm1(-u.abs()).mul_(torch.maximum(e_b, e_o)).copysign_(-u)
 
 
 def _maximum(z: Tensor) -> Tensor:

@@ -27,9 +27,15 @@ class Entries(NamedTuple):
 
 def addresses(x: Problem, rows: slice) -> Tensor:
     """(r, K): the entries in the slice of the vocabulary that is here; 0 for the others."""
-    local = x.local(x.teacher_indices)
+    return _local(x, rows).clamp_min(0) if x.group else _local(x, rows)
+
+
+def _local(x: Problem, rows: slice) -> Tensor:
+    """(r, K): the entries in the slice; −1 for the others."""
+    assert x.teacher_indices is not None
+    local = x.local(x.teacher_indices[rows])
     assert local is not None
-    return local[rows].clamp_min(0) if x.group else local[rows]
+    return local
 
 
 def entries(x: Problem, rows: slice, products: Tensor) -> Entries:
@@ -42,9 +48,7 @@ def entries(x: Problem, rows: slice, products: Tensor) -> Entries:
 
 def own(x: Problem, rows: slice, z: Tensor) -> Tensor:
     """z (r, K) at the entries that are here, 0 at the others."""
-    local = x.local(x.teacher_indices)
-    assert local is not None
-    return torch.where(local[rows] >= 0, z, 0)
+    return torch.where(_local(x, rows) >= 0, z, 0)
 
 
 def entries_of(x: Problem, rows: slice, z: Tensor) -> Entries:
@@ -60,17 +64,13 @@ def bits(x: Problem, rows: slice) -> Tensor | None:
         return None
     here = excluded[rows]
     if x.group:
-        local = x.local(x.teacher_indices)
-        assert local is not None
-        here = here & (local[rows] >= 0)
+        here = here & (_local(x, rows) >= 0)
     return support.bits(addresses(x, rows), here, x.kd_vocab)
 
 
 def solve(x: Problem, rows: slice, at: Entries, constants: Tensor, scale: Tensor) -> sparse.Support:
     """Divergence and gradients over `scale`."""
-    m_s, log_s, m_t, log_t = constants[:4]
-    rest = None if x.teacher_tail != "bucket" else (m_t - m_s) / sparse.temperature(x) + log_t
-    return sparse.solve(x, rows, at.z - m_s[:, None], log_s, rest, x.coefficients[KD, rows] / scale)
+    return sparse.between_passes(x, rows, at.z, constants[:4], scale)
 
 
 def record(x: Problem, rows: slice, found: sparse.Support, stats: Tensor) -> None:
