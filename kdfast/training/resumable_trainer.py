@@ -14,6 +14,8 @@ from typing import Any
 
 from accelerate.utils import gather_object
 from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput
 
 from kdfast.training import checkpoint, faults, resume
@@ -59,9 +61,9 @@ class ResumableTrainer(Trainer):
             self._found = resume.choose(
                 given,
                 Path(str(self.args.output_dir)),
-                reads=self.args.local_process_index == 0,
+                reads=self._reads,
                 renames=self.args.should_save,
-                gather=lambda value: gather_object([value]),
+                gather=_gather,
                 warn=logger.warning if self.is_world_process_zero() else lambda text: None,
             )
         return self._found
@@ -120,6 +122,49 @@ class ResumableTrainer(Trainer):
                 checkpoint.delete(path)
         return output
 
+    def _save_state(self, folder: Path) -> None:
+        kept: dict[str, Any] = self.state.stateful_callbacks  # type: ignore[assignment]
+        for callback in (*self.callback_handler.callbacks, self.control):
+            if not isinstance(callback, ExportableState):
+                continue
+            name = type(callback).__name__
+            if isinstance(kept.get(name), list):
+                kept[name].append(callback.state())
+            else:
+                kept[name] = callback.state()
+        self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
+        resumed = super()._init_training_state(*args, **kwargs)
+        if (best := self._best_checkpoint()) is not None and best.is_dir():  # Trainer forgets one that was moved
+            self.state.best_model_checkpoint = str(best)
+        return resumed
+
+    def _load_best_model(self) -> None:
+        best = self._best_checkpoint()
+        assert best is not None
+        with self._naming_lost_processes():
+            found = resume.common_problem(best, self._reads, _gather)
+        if found:
+            raise faults.DamagedCheckpointError(
+                f"the best model, {best}, cannot be loaded: {found if best.is_dir() else 'there is no such folder'}. "
+                "Restore it from a copy, or keep the last step's model: load_best_model_at_end=false",
+                self._last_checkpoint(),
+            )
+        checkpoint.load_models(best, self.accelerator.unwrap_model(self.model))
+
+    def _best_checkpoint(self) -> Path | None:
+        """As it was recorded, or by its step, where the run's folder was moved."""
+        recorded, step = self.state.best_model_checkpoint, self.state.best_global_step
+        if step and (recorded is None or not Path(recorded).is_dir()):
+            return Path(str(self.args.output_dir)) / f"checkpoint-{step}"
+        return Path(recorded) if recorded is not None else None
+
+    @property
+    def _reads(self) -> bool:
+        """One process of a node looks at checkpoints."""
+        return self.args.local_process_index == 0
+
     def _naming_lost_processes(self) -> AbstractContextManager[None]:
         return faults.naming_lost_processes(lambda: self.state.global_step, self._last_checkpoint)
 
@@ -129,3 +174,7 @@ class ResumableTrainer(Trainer):
         if own is not None or self.state.global_step:
             return own
         return next((str(folder) for folder in resume.checkpoints(Path(str(self.args.output_dir)))), None)
+
+
+def _gather(value: Any) -> list[Any]:
+    return gather_object([value])

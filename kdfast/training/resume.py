@@ -42,6 +42,11 @@ def find_problem(folder: Path) -> str | None:
     return manifest.find_damage(folder) or pickles.find_refused(folder)
 
 
+def common_problem(folder: Path, reads: bool, gather: Callable[[Any], Sequence[Any]]) -> str | None:
+    """`find_problem` of the processes that read, told to all."""
+    return next((found for found in gather(find_problem(folder) if reads else None) if found), None)
+
+
 def choose(
     given: str | bool,
     run: Path,
@@ -65,7 +70,7 @@ def choose(
     """
 
     def problem(folder: Path) -> str | None:
-        return next((found for found in gather(find_problem(folder) if reads else None) if found), None)
+        return common_problem(folder, reads, gather)
 
     if not isinstance(given, bool):
         return _named(Path(given), problem, gather)

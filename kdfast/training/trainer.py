@@ -13,19 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from kdfast.param_groups import distillation_param_groups
 from kdfast.schedules import Schedule
-from kdfast.training import checkpoint, manifest, replicas, resume, sharding
+from kdfast.training import checkpoint, manifest, replicas, sharding
 from kdfast.training.case import Choice, choose_recipe
 from kdfast.training.config import KDConfig
-from kdfast.training.faults import DamagedCheckpointError
 from kdfast.training.guard import NonFiniteGuard
 from kdfast.training.health import HealthCallback
 from kdfast.training.labels import IGNORE_INDEX, shift_labels
@@ -484,47 +481,8 @@ class KDTrainer(ShardedTrainer):
                 checkpoint.rotate(run, self.args.save_total_limit, self.state.best_model_checkpoint)
             self.accelerator.wait_for_everyone()
 
-    def _save_state(self, folder: Path) -> None:
-        kept: dict[str, Any] = self.state.stateful_callbacks  # type: ignore[assignment]
-        for callback in (*self.callback_handler.callbacks, self.control):
-            if not isinstance(callback, ExportableState):
-                continue
-            name = type(callback).__name__
-            if isinstance(kept.get(name), list):
-                kept[name].append(callback.state())
-            else:
-                kept[name] = callback.state()
-        self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         checkpoint.load_models(Path(resume_from_checkpoint), self.model)
-
-    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
-        resumed = super()._init_training_state(*args, **kwargs)
-        if (best := self._best_checkpoint()) is not None and best.is_dir():  # Trainer forgets one that was moved
-            self.state.best_model_checkpoint = str(best)
-        return resumed
-
-    def _load_best_model(self) -> None:
-        best = self._best_checkpoint()
-        assert best is not None
-        with self._naming_lost_processes():
-            found = resume.find_problem(best) if self.args.local_process_index == 0 else None
-            found = next((problem for problem in gather_object([found]) if problem), None)
-        if found:
-            raise DamagedCheckpointError(
-                f"the best model, {best}, cannot be loaded: {found if best.is_dir() else 'there is no such folder'}. "
-                "Restore it from a copy, or keep the last step's model: load_best_model_at_end=false",
-                self._last_checkpoint(),
-            )
-        checkpoint.load_models(best, self.accelerator.unwrap_model(self.model))
-
-    def _best_checkpoint(self) -> Path | None:
-        """As it was recorded, or by its step, where the run's folder was moved."""
-        recorded, step = self.state.best_model_checkpoint, self.state.best_global_step
-        if step and (recorded is None or not Path(recorded).is_dir()):
-            return Path(str(self.args.output_dir)) / f"checkpoint-{step}"
-        return Path(recorded) if recorded is not None else None
 
     def _trained(self) -> Iterable[tuple[str, Tensor]]:
         trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
