@@ -12,10 +12,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 READY_BENCH := $(VENV)/.ready-bench
+READY_DIST := $(VENV)/.ready-dist
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long aot lint types check bench recipes peers clean
+.PHONY: help demo test test-long aot lint types check bench recipes peers dist package clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -53,6 +54,14 @@ recipes: $(READY)  ## the experiment that decides the default recipe: hours on t
 peers: $(READY_BENCH)  ## our losses against TRL's, Liger's, torchtune's and fla's
 	$(BIN)/python -m pytest tests/peers $(ARGS)
 
+# the wheel is made from the source distribution, so neither old build products nor an old list of files gets into it
+dist: $(READY_DIST)  ## wheel and source distribution, into dist/
+	rm -rf dist kdfast.egg-info
+	$(BIN)/python -m build
+
+package: dist  ## what is in them, and the wheel installed and used as users do, with and without triton: minutes
+	$(BIN)/python tests/package/install.py
+
 clean:  ## remove .venv, build products and caches, not the results of runs
 	rm -rf $(VENV) build/lib build/bdist.* dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -68,4 +77,8 @@ $(READY): setup.py constraints.txt
 $(READY_BENCH): $(READY)
 	$(PIP_INSTALL) -e '.[train,dev,bench]'
 	$(PIP_INSTALL) --no-deps torchtune
+	@touch $@
+
+$(READY_DIST): $(READY)
+	$(PIP_INSTALL) build twine
 	@touch $@

@@ -21,6 +21,7 @@ TRAIN = [
     "tokenizers",
     "pyyaml",
     "matplotlib",
+    "psutil",
     "tqdm",
 ]
 BENCH = ["pytest", "pytest-benchmark", "trl", "liger-kernel", "fla-core", "cut-cross-entropy"]
@@ -40,13 +41,19 @@ setup(
     python_requires=">=3.10",
     packages=["kdfast", "kdfast.engines", "kdfast.training", "kdfast.cli", "kdfast.plan", "kdfast.kernels"],
     package_dir={"kdfast.kernels": "kernels"},
-    package_data={"kdfast.kernels": ["README.md"]},
+    package_data={"kdfast": ["py.typed"], "kdfast.kernels": ["README.md"]},
+    zip_safe=False,
     # PyTorch's CUDA build brings the Triton that belongs to it; its CPU build none, and the tests run the kernels there
     install_requires=["torch>=2.8", "numpy", "triton>=3.4; platform_system == 'Linux'"],
     extras_require={"train": TRAIN, "bench": BENCH, "dev": DEV},
     entry_points={"console_scripts": ["kdfast=kdfast.cli.main:main"]},
     classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
     ],
 )

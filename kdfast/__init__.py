@@ -77,3 +77,7 @@ def __getattr__(name: str) -> Any:
     from kdfast import training
 
     return getattr(training, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_TRAINING})

@@ -5,7 +5,7 @@ Flow: arguments → `validation.check` → `assemble` (one Problem) → an engin
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,13 @@ from kdfast.agreement import together
 from kdfast.assemble import assemble
 from kdfast.divergences import Divergence, get_divergence
 from kdfast.localise import localise
-from kdfast.options import Options
+from kdfast.options import LossKeywords, Options
 from kdfast.problem import AGREEMENT, ANCHOR, CE, KD, STUDENT_ENTROPY, TEACHER_ENTROPY, Problem
 from kdfast.sources import Head, Logits, SparseLogits, Teacher
 from kdfast.validation import check, check_kinds
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # in typing since Python 3.11
 
 
 class KDMetrics(NamedTuple):
@@ -34,6 +37,24 @@ class KDMetrics(NamedTuple):
     tokens: Tensor  # rows that count (weight not zero)
 
 
+@overload
+def fused_kd_loss(
+    student: Head,
+    teacher: Teacher | None,
+    labels: Tensor | None = None,
+    *,
+    return_metrics: Literal[False] = False,
+    **keywords: Unpack[LossKeywords],
+) -> Tensor: ...
+@overload
+def fused_kd_loss(
+    student: Head,
+    teacher: Teacher | None,
+    labels: Tensor | None = None,
+    *,
+    return_metrics: Literal[True],
+    **keywords: Unpack[LossKeywords],
+) -> tuple[Tensor, KDMetrics]: ...
 def fused_kd_loss(
     student: Head,
     teacher: Teacher | None,

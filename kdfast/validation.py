@@ -34,7 +34,8 @@ def check(
     _check_names(options)
     check_head("student", student, empty=vocabulary.group != "")
     _check_valid_vocab(vocabulary, options)
-    obstacle = unavailable(options.engine, student.hidden.device)
+    hidden = (source.hidden.dtype for source in (student, teacher) if isinstance(source, Head | Projected))
+    obstacle = unavailable(options.engine, student.hidden.device, *hidden)
     if obstacle is not None:
         raise ValueError(f"engine={options.engine!r} {obstacle}")
     leading, device = student.hidden.shape[:-1], student.hidden.device

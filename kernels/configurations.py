@@ -200,6 +200,7 @@ TABLE: dict[tuple[str, int, str], Row] = {
     ("gfx942", 4, "few"): AMD_FP32,
 }
 ARCHITECTURES = tuple(dict.fromkeys(architecture for architecture, _, _ in TABLE))
+MULTIPLIES_FLOAT64 = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5)  # tl.dot; torch 2.8 has Triton 3.4
 
 
 def interpreting() -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import io
 import os
 import signal
 import sys
@@ -17,7 +18,7 @@ from kdfast._version import __version__
 from kdfast.cli.errors import RunFailed, RunTerminated, UserError
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
-TRAINING_PART = ("transformers", "datasets", "accelerate", "tokenizers", "yaml", "matplotlib", "tqdm")
+TRAINING_PART = ("transformers", "datasets", "accelerate", "tokenizers", "yaml", "matplotlib", "psutil", "tqdm")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     of_doctor.add_argument("--scratch-bytes", type=int, help="as in fused_kd_loss (default: the engine's)")
     of_plan = commands.add_parser("plan", help="memory, largest N and predicted time of a loss, for every method")
     argv = sys.argv[1:] if argv is None else argv
+    _print_what_can_be_printed()
     if argv[:1] == ["plan"]:
         from kdfast.cli import plan
 
@@ -93,3 +95,10 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("kdfast: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
+
+
+def _print_what_can_be_printed() -> None:
+    """τ and → as question marks where the terminal, or the file that output goes to, has no such letters (Windows)."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower().replace("-", "") != "utf8":
+            stream.reconfigure(errors="replace")

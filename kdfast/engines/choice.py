@@ -31,14 +31,16 @@ class Choice(NamedTuple):
     why: str
 
 
-def unavailable(engine: str, device: torch.device) -> str | None:
-    """Why `engine` cannot run on `device`, and what to do; None where it can."""
+def unavailable(engine: str, device: torch.device, *dtypes: torch.dtype) -> str | None:
+    """Why `engine` cannot run on `device` with operands of `dtypes`, and what to do; None where it can."""
     if not engine.startswith("triton"):
         return None
     if find_spec("triton") is None:
         return "needs the package triton, which is not installed; install it (Linux), or use engine='torch'"
     from kdfast.kernels import configurations
 
+    if engine == "triton_tiled" and torch.float64 in dtypes and not configurations.MULTIPLIES_FLOAT64:
+        return "multiplies float64 with Triton 3.5 or newer, and this is older; use engine='triton_chunked' or 'torch'"
     if device.type == "cpu" and not configurations.interpreting():
         return (
             "needs a GPU and the tensors are on cpu; use engine='torch' (or, to test the kernels, set "

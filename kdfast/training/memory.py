@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import resource
 import sys
 from pathlib import Path
 
+import psutil
 import torch
 
 
-def memory_bytes(device: torch.device) -> int | None:
-    """The allocator's peak so far on a GPU, what the whole process holds now elsewhere; None where nothing tells.
+def memory_bytes(device: torch.device) -> int:
+    """The allocator's peak so far on a GPU, what the whole process holds now elsewhere.
 
     Reads counters of the host: nothing waits for the device.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
-        resident = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:  # not Linux
-        return None
-    return resident * os.sysconf("SC_PAGE_SIZE")
+    return psutil.Process().memory_info().rss
 
 
 class PeakMemory:
@@ -48,5 +43,13 @@ class PeakMemory:
             for line in Path("/proc/self/status").read_text().splitlines():
                 if line.startswith("VmHWM:"):
                     return int(line.split()[1]) * 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+        return _peak_since_start()
+
+
+def _peak_since_start() -> int:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return psutil.Process().memory_info().peak_wset
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

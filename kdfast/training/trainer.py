@@ -350,8 +350,7 @@ class KDTrainer(ShardedTrainer):
                 logs |= self._weights
             self._count_tokens()
             logs["tokens_seen"] = self.state.num_input_tokens_seen
-            if (memory := memory_bytes(self.args.device)) is not None:
-                logs["memory_bytes"] = memory
+            logs["memory_bytes"] = memory_bytes(self.args.device)
             if self._guard.skips:
                 skipped, steps = self._guard.read_skips()
                 logs["skipped_steps"] = skipped

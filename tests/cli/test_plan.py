@@ -1,5 +1,6 @@
 """`kdfast plan`: its tables, its advice, and what it says where it cannot."""
 
+import io
 import json
 import subprocess
 import sys
@@ -7,6 +8,8 @@ from pathlib import Path
 
 import pytest
 from transformers import AutoConfig
+
+from kdfast.cli.main import main
 
 WIDTHS = ["--student-width", "768", "--teacher-width", "1024", "--vocab", "50257"]
 
@@ -89,3 +92,13 @@ def test_it_works_without_the_training_part():
     assert done.returncode == 2, done.stderr
     assert "pip install 'kdfast[train]'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_letters_that_a_terminal_does_not_have(monkeypatch):
+    """A Windows console, or a file that output goes to there."""
+    for stream in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, stream, io.TextIOWrapper(io.BytesIO(), encoding="cp1252"))
+    assert main(["plan", "--student", "λ"]) == 2  # stderr has the name
+    print("4 × 4, τ → 1")
+    sys.stdout.flush()
+    assert sys.stdout.buffer.getvalue().decode("cp1252").splitlines()[-1] == "4 × 4, ? ? 1"

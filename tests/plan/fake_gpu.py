@@ -103,7 +103,7 @@ def highest_live_bytes(inputs, run, replaced=()):
     with ExitStack() as stack:
         change = [(gemm, name, function) for name, function in PRODUCTS.items()]
         change += [(operators, "fused_kd", _Unrolled.apply), (operators, "finish_gradient", _finish_gradient)]
-        change += [(validation, "unavailable", lambda engine, device: None)]
+        change += [(validation, "unavailable", lambda engine, device, *dtypes: None)]
         change += [(module, "architecture", lambda device: "sm_90") for module in (configurations, arguments)]
         change += [
             (tiled_statistics, "splits_of", lambda blocks, tiles, device: configurations._splits(blocks, tiles, 132))
