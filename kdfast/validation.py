@@ -202,7 +202,7 @@ def _check_sparse(name: str, source: SparseLogits, student: Head, options: Optio
         if isinstance(tau, Real) and tau != 1:
             raise ValueError(
                 f"temperature={tau} with teacher: SparseLogits.tail='none'; weights taken as given say nothing about "
-                "another temperature. Pass temperature=1.0, or tempered=True for weights that are those at this one, or "
+                "another temperature. Pass temperature=1.0, or tempered=True for weights that are of this one, or "
                 "tail='renormalize' or 'bucket'"
             )
     if not (can_read(indices) and can_read(log_probs)):

@@ -368,7 +368,8 @@ def problems(draw):
     # 16-bit projected hidden states leave logits off by 0.01 where weights are 0.5; ten times that, over a small τ,
     # exponents are off by more than one, and there is nothing left to compare
     rough = projected and bool({dtype, projector_dtype} & {F16, BF16})
-    taus = [1.0] if tail == "none" and not (entries and entries.tempered) else TEMPERATURES if rough else TEMPERATURES + LOW_TEMPERATURES
+    at_one = entries is not None and tail == "none" and not entries.tempered
+    taus = [1.0] if at_one else TEMPERATURES if rough else TEMPERATURES + LOW_TEMPERATURES
     reduction = one_of("reduction", "mean", "sum", "none")
     leading = one_of("leading", *LEADING, *LEADING, (0,), (2, 0))
     few = math.prod(leading) <= 4  # the interpreter takes long over many chunks

@@ -64,7 +64,7 @@ def test_sparse_entries_that_are_everything_or_drawn(kind, tail):
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
 @pytest.mark.parametrize("tail", ["renormalize", "bucket", "none"])
 def test_entries_at_the_temperature_of_the_loss(tail, divergence):
-    """log_softmax(z/τ) of some ids: a bucket has the mass of the others at τ, a whole vocabulary is the dense teacher."""
+    """log_softmax(z/τ) of some ids: a bucket has the others' mass at τ, a whole vocabulary is the dense teacher."""
     case, tau = make(), 2.5
     z_t = oracle.logits(case.ht, case.Wt, case.bt)
     for k in (5, z_t.shape[-1]):
