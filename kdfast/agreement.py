@@ -243,7 +243,7 @@ def _checksum(*values: Any) -> float:
         if isinstance(value, Tensor):
             data = value.detach().cpu().double().numpy().tobytes()
         else:
-            data = b"" if isinstance(value, Head | SparseLogits) or hasattr(value, "logits") else repr(value).encode()
+            data = b"" if isinstance(value, (Head, SparseLogits)) or hasattr(value, "logits") else repr(value).encode()
         total = zlib.crc32(data, total)
     return float(total)
 

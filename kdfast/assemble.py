@@ -40,7 +40,7 @@ def assemble(
         student.weight.dtype,
         tokens=N,
         vocab=min(valid_vocab, vocabulary.largest),
-        teacher=isinstance(teacher, Head | Projected),
+        teacher=isinstance(teacher, (Head, Projected)),
         scratch_bytes=options.scratch_bytes or 0,
         buffers=2 if vocabulary.group else 1,
     )
@@ -74,7 +74,7 @@ def assemble(
 
     ce_term = rows.labels is not None and is_asked(options.ce_weight)
     anchor_term = projected is not None and rows.has_anchor and is_asked(options.anchor_weight)
-    soft_anchor = not isinstance(options.anchor_targets, Tensor | None)
+    soft_anchor = options.anchor_targets is not None and not isinstance(options.anchor_targets, Tensor)
     grad = torch.is_grad_enabled()
     whole = ce_term or options.return_metrics  # past the shared ids there is the cross entropy alone
     problem = Problem(
@@ -173,7 +173,7 @@ def _soft_anchor(
 ) -> Problem:  # fmt: skip
     """H(targets, projected) = KL(targets ‖ projected) + H(targets): a distillation of the projected teacher alone."""
     targets = options.anchor_targets
-    assert isinstance(targets, Head | Logits | SparseLogits)
+    assert isinstance(targets, (Head, Logits, SparseLogits))
     assert problem.teacher_hidden is not None
     if isinstance(targets, Head):
         targets = _autocast(targets)

@@ -210,7 +210,7 @@ def get_divergence(divergence: str | Divergence, parameters: Sequence[float] = (
         )
     if isinstance(divergence, JSD) and divergence.beta in (0.0, 1.0):
         return ForwardKL() if divergence.beta == 0.0 else ReverseKL()
-    if isinstance(divergence, SkewKL | SkewReverseKL) and divergence.alpha == 0.0:
+    if isinstance(divergence, (SkewKL, SkewReverseKL)) and divergence.alpha == 0.0:
         return ForwardKL() if isinstance(divergence, SkewKL) else ReverseKL()
     return divergence
 

@@ -115,7 +115,7 @@ def _local_head(name: str, head: Head, group: Any, mesh: DeviceMesh | None) -> H
 
 def _local_source(name: str, source: Any, start: int, group: Any, mesh: DeviceMesh | None) -> tuple[Any, int, int]:
     """A teacher, or an anchor, with what it has here of a vocabulary of its own: from which id on, how many entries."""
-    if isinstance(source, Projected | SparseLogits):
+    if isinstance(source, (Projected, SparseLogits)):
         tensors = {field.name: getattr(source, field.name) for field in fields(source)}
         tensors = {key: _replicated(f"{name}: {kind(source)}.{key}", t, group, mesh) for key, t in tensors.items()}
         return type(source)(**tensors), start, NO_ENTRIES

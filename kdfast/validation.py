@@ -34,7 +34,7 @@ def check(
     _check_names(options)
     check_head("student", student, empty=vocabulary.group != "")
     _check_valid_vocab(vocabulary, options)
-    hidden = (source.hidden.dtype for source in (student, teacher) if isinstance(source, Head | Projected))
+    hidden = (source.hidden.dtype for source in (student, teacher) if isinstance(source, (Head, Projected)))
     obstacle = unavailable(options.engine, student.hidden.device, *hidden)
     if obstacle is not None:
         raise ValueError(f"engine={options.engine!r} {obstacle}")
@@ -45,7 +45,7 @@ def check(
         _check_distribution("teacher", teacher, student, options, vocabulary)
     _check_divergence(teacher, options)
     _check_targets("labels", labels, student, options, vocabulary)
-    if isinstance(options.anchor_targets, Head | Logits | SparseLogits):
+    if isinstance(options.anchor_targets, (Head, Logits, SparseLogits)):
         _check_distribution("anchor_targets", options.anchor_targets, student, options, vocabulary)
     else:
         _check_targets("anchor_targets", options.anchor_targets, student, options, vocabulary)
@@ -62,7 +62,7 @@ def check(
 def check_kinds(student: Any, teacher: Any) -> None:
     if not isinstance(student, Head):
         raise TypeError(f"student is {kind(student)}; expected kdfast.Head(hidden, weight, bias)")
-    if teacher is not None and not isinstance(teacher, Projected | Head | Logits | SparseLogits):
+    if teacher is not None and not isinstance(teacher, (Projected, Head, Logits, SparseLogits)):
         raise TypeError(f"teacher is {kind(teacher)}; expected kdfast.Projected, Head, Logits, SparseLogits or None")
 
 

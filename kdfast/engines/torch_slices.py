@@ -75,7 +75,7 @@ class Work:
         self.x, self.scale, self.wanted, self.stats = x, scale, wanted, stats
         self.tau = sparse.temperature(x) if x.sparse else x.temperature
         self.teacher = x.has_teacher and not x.sparse
-        self.kl = isinstance(x.divergence, ForwardKL | ReverseKL)
+        self.kl = isinstance(x.divergence, (ForwardKL, ReverseKL))
         self.second_pass = self.teacher and not self.kl
         self.labels, self.anchor_targets = x.local(x.labels), x.local(x.anchor_targets)
 
