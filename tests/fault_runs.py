@@ -1,67 +1,37 @@
 """Runs in processes of their own, which may be killed: what test_faults.py and the long run start.
 
-A server process has torch and transformers imported and forks each run off, which takes milliseconds. A run writes
-what it says and how it ended into a folder of its own.
+A server process (server.py) forks each run off, which takes milliseconds. A run writes what it says and how it ended
+into a folder of its own.
 """
 
 import json
 import logging
-import multiprocessing
 import os
 import signal
-import socket
 import sys
-import time
-import traceback
 from datetime import timedelta
 from pathlib import Path
 
+import server
 import torch
+from server import join  # noqa: F401  # for those who start runs
 
 from kdfast.training import KDConfig, KDTrainer
 from kdfast.training.faults import RunStoppedError
 
-HERE = Path(__file__).parent
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (HERE, HERE.parent)))}
-
 
 def start(folder, action, *arguments, ranks=1, **settings):
     """`action(trainer, *arguments)` with a trainer of these settings, in `ranks` processes."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    os.environ |= ENVIRONMENT  # the server's, which starts with the first run
-    context.set_forkserver_preload(["fault_runs", "training.conftest"])
-    folder.mkdir(exist_ok=True)
-    processes = []
-    for rank in range(ranks):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-        environment = {key: str(value) for key, value in place.items()} if ranks > 1 else {}
-        process = context.Process(target=_child, args=(folder, rank, environment, action, arguments, settings))
-        process.start()
-        processes.append(process)
-    return processes
+    return server.start(folder, ranks, _run, folder, action, arguments, settings)
 
 
-def _child(folder, rank, environment, action, arguments, settings):
-    os.environ.update(environment)
-    log = os.open(folder / f"output-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    torch.set_num_threads(1)
+def _run(folder, action, arguments, settings):
     logging.basicConfig(format="%(levelname)s %(message)s")
-    code = 1
     try:
         action(make(folder, **settings), *arguments)
-        code = 0
     except RunStoppedError as error:
         print(f"{type(error).__name__}: {error}", flush=True)
-        code = 3
-    except BaseException:
-        traceback.print_exc()
-    sys.stdout.flush()
-    os._exit(code)  # gloo's own teardown aborts now and then
+        return 3
 
 
 def make(folder, timeout=None, **given):
@@ -119,17 +89,6 @@ def same_end(one, other):
     ours, theirs = (torch.load(folder / "final.pt", weights_only=True) for folder in (one, other))
     assert ours.keys() == theirs.keys()
     return losses(one) == losses(other) and all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-def join(processes, seconds=60):
-    """Their exit codes, as soon as all have ended."""
-    end = time.monotonic() + seconds
-    for process in processes:
-        process.join(max(end - time.monotonic(), 0))
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-    return codes
 
 
 def output(folder, rank=0):

@@ -7,12 +7,13 @@ time is an error, not a hang.
 
 import faulthandler
 import importlib
-import multiprocessing
 import tempfile
 import traceback
 import warnings
 from datetime import timedelta
 from multiprocessing.connection import wait
+
+import server
 
 SECONDS = 120  # for an answer
 
@@ -23,8 +24,7 @@ class Processes:
         self._start()
 
     def _start(self):
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["interpreter", "kdfast.kernels.rows", "meshes", "sliced"])  # once for all
+        context = server.context()
         self._folder = tempfile.TemporaryDirectory()
         pairs = [context.Pipe() for _ in range(self.most)]
         self._pipes = [ours for ours, _ in pairs]
@@ -93,6 +93,7 @@ def _serve(number, most, store, pipe):
     global _size
     warnings.simplefilter("error")  # but, as in pyproject.toml, numpy's opinion of what kernels mask out
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter|numpy")
+    warnings.filterwarnings("ignore", "Conversion of an array", DeprecationWarning)  # Triton 3.4's interpreter
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True

@@ -7,27 +7,40 @@ import sys
 from pathlib import Path
 
 import pytest
+import server
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from transformers import AutoModelForCausalLM
 
 from kdfast.cli.errors import RunTerminated
+from kdfast.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "examples" / "accelerate"
-LAUNCHERS = {
-    "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node=2"],
-    "accelerate": ["accelerate.commands.launch", f"--config_file={RECIPES / 'fsdp2.yaml'}", "--main_process_port=0"],
-}
+LAUNCHERS = ("torchrun", "accelerate")
 SETTINGS = ["--save_steps", "4", "--eval_fraction", "0.05"]
 
 
-def launch(launcher, *arguments):
-    """(exit code, stdout, stderr) of `kdfast distill`, in two processes."""
-    command = [sys.executable, "-m", *LAUNCHERS[launcher], "-m", "kdfast", "distill", *arguments]
+def launch_accelerate(*arguments):
+    """(exit code, what was said) of `kdfast distill` in two processes, under FSDP2."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", f"--config_file={RECIPES / 'fsdp2.yaml'}"]
+    command += ["--main_process_port=0", "-m", "kdfast", "distill", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    return done.returncode, done.stdout, done.stderr
+    return done.returncode, done.stdout + done.stderr
+
+
+def launch(place, *arguments):
+    """(exit codes, what each said) of `kdfast distill` in two processes that have of torchrun what it sets; the real
+    one is in tests/training/test_faults.py."""
+    processes = server.start(place / "said", 2, distill, place, arguments)
+    codes = server.join(processes, seconds=300)
+    return codes, [(place / "said" / f"output-{rank}.txt").read_text() for rank in (0, 1)]
+
+
+def distill(place, arguments):
+    os.chdir(place)
+    return main(["distill", *arguments])
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
@@ -36,8 +49,14 @@ def test_two_processes_write_what_one_writes(place, kdfast, launcher):
     config["student_config"] |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # each process draws its own
     (place / "config.yaml").write_text(yaml.safe_dump(config))
     assert kdfast("distill", "config.yaml", *SETTINGS, "--output_dir", "one")[0] == 0
-    code, out, err = launch(launcher, "config.yaml", *SETTINGS, "--per_device_train_batch_size", "1")
-    assert code == 0, err[-3000:]
+    arguments = ("config.yaml", *SETTINGS, "--per_device_train_batch_size", "1")
+    if launcher == "torchrun":
+        codes, said = launch(place, *arguments)
+        assert codes == [0, 0], said
+        out = "".join(said)
+    else:
+        code, out = launch_accelerate(*arguments)
+        assert code == 0, out[-3000:]
     alone, found = (json.loads((place / name / "summary.json").read_text()) for name in ("one", "out"))
     for key in ("eval_ce", "kl_teacher_student", "kl_teacher_projected", "tokens", "steps"):
         assert found[key] == pytest.approx(alone[key], rel=1e-4), key
@@ -49,14 +68,12 @@ def test_two_processes_write_what_one_writes(place, kdfast, launcher):
 
 def test_what_the_first_process_finds_wrong_all_say(place):
     """None is left to wait for it, and to fail with an error of the communication."""
-    code, _, err = launch("torchrun", "config.yaml", "--output_dir", "teacher")
-    assert code == 1  # torchrun's
-    assert "kdfast: output_dir: 'teacher' holds config.json of something else" in err
-    for line in err.splitlines():
-        if line.startswith("kdfast (process 1): "):  # unless torchrun ended it first
-            assert "output_dir: 'teacher' holds config.json of something else" in line
-    assert "gloo" not in err
-    assert "Connection" not in err
+    codes, said = launch(place, "config.yaml", "--output_dir", "teacher")
+    assert codes == [2, 2]
+    for name, told in zip(("kdfast", "kdfast (process 1)"), said, strict=True):
+        assert f"{name}: output_dir: 'teacher' holds config.json of something else" in told
+        assert "gloo" not in told
+        assert "Connection" not in told
 
 
 def test_the_recipes_are_configurations_accelerate_takes():

@@ -65,7 +65,7 @@ def loss():
     for name, function in (("torch", fused), ("auto", fused), ("auto, compiled", compiled)):
         found = value_and_gradients(function, name.split(",")[0])
         for one, other in zip(found, expected, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def triton():

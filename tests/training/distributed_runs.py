@@ -1,6 +1,6 @@
 """Small runs of KDTrainer that one process and several must agree on; run as a script, by every process of a launch.
 
-Importing transformers takes each process seconds, so one launch goes through all runs of its world size.
+One launch goes through all runs of its world size.
 """
 
 import dataclasses

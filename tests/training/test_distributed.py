@@ -5,11 +5,11 @@ One launch of 2 and one of 4 processes (distributed_runs.py) make all results; w
 
 import dataclasses
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import server
 import torch
 from filelock import FileLock
 from safetensors import safe_open
@@ -27,15 +27,9 @@ NOT_COMPARED = ("runtime", "per_second", "memory", "time")
 
 
 def launch(processes, folder):
-    """distributed_runs.py in so many processes; what it wrote to its standard error."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    path = os.pathsep.join([str(HERE), str(HERE.parent.parent)])
-    done = subprocess.run(
-        [*command, str(HERE / "distributed_runs.py"), str(folder)],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    return done.stderr
+    """distributed_runs.py in so many processes; what they said."""
+    server.join(server.start(folder, processes, server.run_file, HERE / "distributed_runs.py", folder), seconds=300)
+    return "\n".join(path.read_text()[-3000:] for path in sorted(folder.glob("output-*.txt")))
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +51,8 @@ def several(folder):
             runs, told = folder / str(processes), folder / f"{processes}.txt"
             with FileLock(folder / f"{processes}.lock"):
                 if not told.exists():
-                    runs.mkdir()
                     told.write_text(launch(processes, runs))
             files = [runs / f"results-{rank}.pt" for rank in range(processes)]
-            # not the exit code: after the work, gloo's own teardown aborts now and then ("terminate called …")
             assert all(file.exists() for file in files), told.read_text()[-5000:]
             results[processes] = [torch.load(file, weights_only=False) for file in files]
         return results[processes]

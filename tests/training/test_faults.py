@@ -13,6 +13,7 @@ from pathlib import Path
 
 import fault_runs
 import pytest
+import server
 import torch
 from fault_runs import join, output, same_end, start
 
@@ -297,7 +298,7 @@ def test_under_torchrun_too(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     begin = time.monotonic()
     done = subprocess.run(
-        [*command, fault_runs.__file__, str(tmp_path)], env={**os.environ, **fault_runs.ENVIRONMENT},
+        [*command, fault_runs.__file__, str(tmp_path)], env={**os.environ, **server.ENVIRONMENT},
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode not in (0, None)
