@@ -12,7 +12,7 @@ signs.py    what a log tells     health.py   says it, once       case.py        
 starts.py   solved starts        teachers.py what KD learns from, and the anchors
 faults.py   what stops a run     resume.py   the checkpoint to go on from     termination.py  SIGTERM
 manifest.py checksums            pickles.py  no code is loaded                files.py        durable writes
-resumable_trainer.py  goes on after all that
+resumable_trainer.py  goes on after all that    small.py  a teacher and text for first tries
 """
 
 try:
@@ -26,10 +26,12 @@ from kdfast.training.config import KDConfig
 from kdfast.training.faults import CheckpointWriteError, DamagedCheckpointError, LostProcessError, TerminatedError
 from kdfast.training.guard import NonFiniteLossError
 from kdfast.training.health import Finding, HealthCallback
+from kdfast.training.labels import shift_labels
 from kdfast.training.loading import load_student, load_teacher
 from kdfast.training.model import DistillationModel
 from kdfast.training.recipes import RECIPES, Recipe
 from kdfast.training.signs import HealthThresholds
+from kdfast.training.small import SmallModels, small_models
 from kdfast.training.trainer import KDTrainer
 
 __all__ = [
@@ -45,8 +47,11 @@ __all__ = [
     "LostProcessError",
     "NonFiniteLossError",
     "Recipe",
+    "SmallModels",
     "TerminatedError",
     "choose_recipe",
     "load_student",
     "load_teacher",
+    "shift_labels",
+    "small_models",
 ]
