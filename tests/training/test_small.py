@@ -12,8 +12,8 @@ from kdfast.training.corpus import END
 from kdfast.training.small import SmallSizes
 
 TINY = SmallSizes(
-    characters=50_000, excerpt=50, vocabulary=300, context=16, batch=8, teacher_layers=1, teacher_width=32, teacher_steps=40,
-    teacher_learning_rate=1e-2, student_layers=1, student_width=16,
+    characters=50_000, excerpt=50, vocabulary=300, context=16, batch=8, teacher_layers=1, teacher_width=32,
+    teacher_steps=40, teacher_learning_rate=1e-2, student_layers=1, student_width=16,
 )  # fmt: skip
 
 
