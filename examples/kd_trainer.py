@@ -30,7 +30,7 @@ def main(argv=None):
     parser.add_argument("--use", nargs=4, metavar=("TEACHER", "STUDENT", "TEXT", "EVAL_TEXT"))
     parser.add_argument("--recipe", default="auto", help="lm_only is what every recipe has to beat")
     parser.add_argument("--max-steps", type=int, default=200)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--output-dir", help="the student and its checkpoints go here (default: none are kept)")
     args = parser.parse_args(argv)
     teacher_name, student_name, text, eval_text = args.use or small_models()

@@ -77,7 +77,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--use", nargs=4, metavar=("TEACHER", "STUDENT", "TEXT", "EVAL_TEXT"))
     parser.add_argument("--max-steps", type=int, default=150)
-    parser.add_argument("--learning-rate", type=float, default=2e-3, help="5e-5 is more like it for a trained student")
+    parser.add_argument("--learning-rate", type=float, default=3e-3, help="5e-5 is more like it for a trained student")
     parser.add_argument("--output-dir", help="checkpoints go here (default: none are kept)")
     args = parser.parse_args(argv)
     teacher_name, student_name, text, eval_text = args.use or small_models()

@@ -1,8 +1,8 @@
 """`small_models`: a teacher worth learning from, a fresh student and text, made on this machine and kept.
 
-For examples, tests and first tries where no hub is at hand. Text is Python's own library, the tokenizer a byte-level BPE
-trained on it, teacher and student are of GPT-2's kind with tied embeddings, and the teacher has learned for a while:
-what a student gains from it can be seen within a minute. Everything lies in folders and files that
+For examples, tests and first tries where no hub is at hand. Text is Python's own library, the tokenizer a byte-level
+BPE trained on it, teacher and student are of GPT-2's kind with tied embeddings, and the teacher has learned for a
+while: what a student gains from it can be seen within a minute. Everything lies in folders and files that
 `AutoModelForCausalLM.from_pretrained`, `AutoTokenizer.from_pretrained` and `open` read.
 """
 
