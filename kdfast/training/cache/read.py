@@ -121,9 +121,11 @@ class TeacherCache:
 
 
 def check_datasets(model: DistillationModel, datasets: Mapping[str, Any]) -> None:
-    """Raise CacheError where `model`'s recipe cannot learn from one of `datasets` (argument → data set)."""
+    """Raise CacheError where `model`'s recipe cannot learn from one of `datasets` (argument → data set, or some)."""
     recipe = model.recipe
     for argument, dataset in datasets.items():
+        if isinstance(dataset, dict):
+            check_datasets(model, {f"{argument}[{name!r}]": one for name, one in dataset.items()})
         if not isinstance(dataset, CachedBlocks) or recipe.teacher != "cached":
             continue
         taus = recipe.temperature_steps or (recipe.temperature,)
