@@ -56,7 +56,7 @@ def main(argv=None):
 
     print(f"\n{'teacher':<12}{'cross entropy':>15}{'KL(teacher || student)':>25}{'KL the loss saw':>18}")
     for kind, (ce, kl, seen) in table.items():
-        print(f"{kind:<12}{ce:>15.3f}{kl:>25.3f}{seen:>18.3f}")
+        print(f"{kind:<12}{ce:>15.3f}{kl:>25.3f}{'-' if kind == 'none' else f'{seen:.3f}':>18}")
 
 
 def train_student(student, teacher, train, kind, compressed, args, batch_size=4):

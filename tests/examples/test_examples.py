@@ -169,6 +169,33 @@ def test_own_head_teacher(example, small, calls, reads, capsys):
     assert len({tuple(row) for row in figures}) == 4  # four teachers, four students
 
 
+def test_offline_teacher(example, small, reads, monkeypatch, capsys):
+    """With every id kept, the loss is the live teacher's."""
+    module = example("offline_teacher")
+    teacher = AutoModelForCausalLM.from_pretrained(small[0]).double()
+    losses = []
+
+    def compared(student, cached, labels, **options):
+        loss, metrics = fused_kd_loss(student, cached, labels, **options)
+        ids = reads[-1].ids
+        assert student.hidden is reads[-1].hidden
+        assert labels[:, :-1].equal(ids[:, 1:])
+        live = Head(teacher.base_model(ids).last_hidden_state.detach(), teacher.lm_head.weight.detach())
+        asked = {name: value for name, value in options.items() if name != "return_metrics"}
+        expected = oracle.solve(_double(student), live, labels, **asked).loss
+        torch.testing.assert_close(loss.detach().double(), expected, rtol=2e-3, atol=0)  # entries are in float16
+        losses.append(loss.item())
+        return loss, metrics
+
+    monkeypatch.setattr(module, "fused_kd_loss", compared)
+    _three_steps(module, small, "--k", "257")
+    assert len(losses) == 3
+    out = capsys.readouterr().out
+    assert "cache: 1,536 tokens" in out  # of three steps' four blocks
+    ((before, _),) = _summaries(out)
+    assert before == pytest.approx(_cross_entropy(small[1], _blocks(small)), abs=1e-3)
+
+
 def test_two_vocabularies(example, small, calls, reads, capsys):
     module = example("two_vocabularies")
     made = calls(module, reads)
