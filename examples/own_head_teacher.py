@@ -11,8 +11,15 @@
 
 It ends with a table: for each teacher the student's cross entropy on held-out text and KL(teacher ‖ student) there,
 both at τ = 1 in nats a token, beside the KL that the loss saw at the last step: small for the projected teacher, and
-no sign of learning. Same first weights, data and order in all four. One seed; docs/recipes.md has the experiment with
-three.
+no sign of learning. With the small models, where the low rank is 48 of 192:
+
+    teacher       cross entropy   KL(teacher || student)   KL the loss saw
+    none                   6.12                     1.45                 -
+    projected              6.30                     1.63             0.006
+    own head               5.81                     1.11             0.293
+    compressed             5.80                     1.11             0.282
+
+Same first weights, data and order in all four. One seed; docs/recipes.md has the experiment with three.
 
 For your own models: the two heads must share a vocabulary; two_vocabularies.py says what if they do not.
 """

@@ -8,7 +8,8 @@ here, in one line, since the loss never does it. Without `--use` a small teacher
 examples.
 
 It ends with one line: the student's cross entropy on held-out text, in nats a token, before and after, and that of
-the same student trained without a teacher (same data, same order, same rate).
+the same student trained without a teacher (same data, same order, same rate): 8.1, 5.5 and 5.9 with the small models,
+whose teacher has 4.8. Other versions of Python have another library, so another text, and other second digits.
 
 For your own models: `head` is where a model with a logit scale or a softcap says so (Gemma-2: `Head(…,
 softcap=model.config.final_logit_softcapping)`, Granite: `logit_scale=1 / config.logits_scaling`). For a batch with

@@ -325,5 +325,12 @@ def test_whole(name, tmp_path_factory):
         assert float(table["own head"][0]) < float(table["none"][0])
         assert float(table["projected"][2]) < 0.5 * float(table["own head"][2])  # small, and no sign of learning
     else:
+        assert _summaries(run.stdout)
         for before, after in _summaries(run.stdout):
             assert after < before - 0.5
+    if name == "plain_loop":
+        without = float(re.search(r"\(([\d.]+) without a teacher", run.stdout).group(1))
+        assert _summaries(run.stdout)[0][1] < without
+    if name == "kd_trainer":
+        kl = re.search(r"KL\(teacher \|\| student\): ([\d.]+) before, ([\d.]+) after", run.stdout)
+        assert float(kl.group(2)) < float(kl.group(1))
