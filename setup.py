@@ -38,7 +38,15 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=["kdfast", "kdfast.engines", "kdfast.training", "kdfast.cli", "kdfast.plan", "kdfast.kernels"],
+    packages=[
+        "kdfast",
+        "kdfast.engines",
+        "kdfast.training",
+        "kdfast.training.cache",
+        "kdfast.cli",
+        "kdfast.plan",
+        "kdfast.kernels",
+    ],
     package_dir={"kdfast.kernels": "kernels"},
     package_data={"kdfast.kernels": ["README.md"]},
     # PyTorch's CUDA build brings the Triton that belongs to it; its CPU build none, and the tests run the kernels there

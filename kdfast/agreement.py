@@ -204,6 +204,7 @@ def _structure(student: Head, teacher: Any, labels: Any, options: Options) -> tu
         str(student.weight.dtype),
         str(autocast.dtype_of(student.hidden.device)),
         getattr(teacher, "tail", None),
+        getattr(teacher, "tempered", None),
         options.divergence.name,
         options.teacher_grad,
         options.reduction,

@@ -135,6 +135,7 @@ def _sides(
         "teacher_softcap": _float(student.softcap),
         "teacher_log_probs": None,
         "teacher_tail": "renormalize",
+        "teacher_tempered": False,
         "kd_vocab": here,
         "kd_size": valid_vocab,
         "temperature": temperature,
@@ -159,8 +160,9 @@ def _sides(
         }
     elif isinstance(teacher, SparseLogits):
         indices, log_probs = sparse.prepare(_flat(teacher.indices), _flat(teacher.log_probs), valid_vocab, dtype)
-        side |= {"teacher_indices": indices, "teacher_log_probs": log_probs, "teacher_tail": teacher.tail}
-        if teacher.tail == "none":  # weights as given mean what they say at τ = 1 only
+        side |= {"teacher_indices": indices, "teacher_log_probs": log_probs}
+        side |= {"teacher_tail": teacher.tail, "teacher_tempered": teacher.tempered}
+        if teacher.tail == "none" and not teacher.tempered:  # weights as given mean what they say at τ = 1 only
             side["temperature"] = torch.where(temperature == 1, temperature, float("nan"))
     return side
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from kdfast import gemm
 from kdfast.sources import Head
 
 CHUNK_BYTES = 128 * 2**20  # of fp32 logits
@@ -18,11 +18,16 @@ CHUNK_BYTES = 128 * 2**20  # of fp32 logits
 
 @torch.no_grad()
 def logit_chunks(head: Head) -> Iterator[Tensor]:
-    """The head's logits (n, V), fp32 (float64 for float64 heads), chunk by chunk over `head.hidden`'s rows."""
+    """The head's logits (n, V), fp32 (float64 for float64 heads), not rounded to 16 bits, chunk by chunk over
+    `head.hidden`'s rows."""
     rows = max(1, CHUNK_BYTES // (4 * head.weight.shape[0]))
+    wide = torch.promote_types(head.weight.dtype, torch.float32)
     for hidden in head.hidden.reshape(-1, head.hidden.shape[-1]).split(rows):
-        product = F.linear(hidden.to(head.weight.dtype), head.weight, head.bias)
-        logits = head.logit_scale * product.to(torch.promote_types(product.dtype, torch.float32))
+        logits = torch.empty(len(hidden), head.weight.shape[0], dtype=wide, device=hidden.device)
+        gemm.logits(hidden.to(head.weight.dtype), head.weight, logits)
+        if head.bias is not None:
+            logits += head.bias
+        logits *= head.logit_scale
         yield logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
 

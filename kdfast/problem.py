@@ -42,6 +42,7 @@ class Problem:
     teacher_indices: Tensor | None  # (N, K) int64 as `kdfast.sparse.prepare` leaves them
     teacher_log_probs: Tensor | None  # (N, K)
     teacher_tail: str  # "renormalize" | "bucket" | "none"; of the sparse teacher
+    teacher_tempered: bool  # teacher_log_probs are at `temperature`, not at 1
     labels: Tensor | None  # (N,) int64, every entry a valid address
     anchor_targets: Tensor | None  # (N,) int64, likewise; None unless the teacher is projected
     temperature: Tensor  # ()

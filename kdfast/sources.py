@@ -66,10 +66,12 @@ class Logits:
 
 @dataclass(frozen=True, eq=False)
 class SparseLogits:
-    """A teacher given as K log-probabilities a token, at τ = 1; the cost grows with K, not with K·V.
+    """A teacher given as K log-probabilities a token; the cost grows with K, not with K·V.
 
     indices    (*, K)  integer ids, in any order, K ≤ 1024. The probabilities of equal ids add up
-    log_probs  (*, K)  any float dtype; −inf: no entry (padding), whatever its id
+    log_probs  (*, K)  any float dtype, at τ = 1; −inf: no entry (padding), whatever its id
+    tempered           log_probs are at the loss's own temperature: log_softmax(z/τ) over all V, some of it. Then
+                       "bucket" is exact at any τ, and "none" allowed
     tail               what is known of the ids that are not given. The student is normalised over all of V:
 
     "renormalize"  nothing: the teacher is its K entries, renormalised at τ. Reverse and symmetric KL are infinite
@@ -85,6 +87,7 @@ class SparseLogits:
     log_probs: Tensor
     _: KW_ONLY
     tail: Literal["renormalize", "bucket", "none"] = "renormalize"
+    tempered: bool = False
 
 
 Teacher = Projected | Head | Logits | SparseLogits

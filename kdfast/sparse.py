@@ -9,6 +9,9 @@ student's logits as it does for a cross entropy, and all that knows of the teach
     tail="none"         p = exp(log_probs), whatever they sum to, at τ = 1
     tail="bucket"       K + 1 categories on both sides at τ = 1, the last one all the missing mass; both are then taken
                         to the power 1/τ and normalised. At any τ it is zero exactly where the two agree at τ = 1.
+
+With `tempered` the log-probabilities are at τ already: those of a support are normalised as they are, and the K + 1
+categories are the masses at τ.
 """
 
 from __future__ import annotations
@@ -66,8 +69,8 @@ def counted(indices: Tensor) -> Tensor:
 
 
 def temperature(x: Problem) -> Tensor:
-    """(): of the student's softmax over the vocabulary. A bucket's masses are those at τ = 1."""
-    return torch.ones_like(x.temperature) if x.teacher_tail == "bucket" else x.temperature
+    """τ' (): of the student's softmax over the vocabulary. A bucket's masses are those at τ = 1, where not tempered."""
+    return torch.ones_like(x.temperature) if x.teacher_tail == "bucket" and not x.teacher_tempered else x.temperature
 
 
 def excluded(x: Problem) -> Tensor | None:
@@ -117,7 +120,7 @@ def solve(x: Problem, rows: slice, z: Tensor, norm: Tensor, rest: Tensor | None,
     divergence, first = x.divergence, counted(indices)
     log_q = z / x.temperature - norm[:, None]
     if x.teacher_tail == "renormalize":
-        log_p = log_p / x.temperature
+        log_p = log_p if x.teacher_tempered else log_p / x.temperature
         log_p = log_p - torch.where(first, log_p, -inf).logsumexp(dim=-1, keepdim=True)
     p, q, g = log_p.exp(), log_q.exp(), log_ratio(log_p, log_q)
     f, _, a_q = divergence.terms(p, q, g)
@@ -148,9 +151,11 @@ def _bucket(
 ) -> Support:
     divergence = x.divergence
     within = counted(indices) & (log_p > -inf)
+    z = z / temperature(x)
+    power = x.temperature / temperature(x)
 
     def categories(entries: Tensor, last: Tensor) -> Tensor:
-        return (torch.cat([entries.masked_fill(~within, -inf), last[:, None]], dim=-1) / x.temperature).log_softmax(-1)
+        return (torch.cat([entries.masked_fill(~within, -inf), last[:, None]], dim=-1) / power).log_softmax(-1)
 
     log_t = categories(log_p, missing(x, log_p, indices))
     log_s = categories(z - norm[:, None], rest - norm)

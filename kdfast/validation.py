@@ -178,6 +178,8 @@ def _check_sparse(name: str, source: SparseLogits, student: Head, options: Optio
     indices, log_probs, tail = source.indices, source.log_probs, source.tail
     if tail not in ("renormalize", "bucket", "none"):
         raise ValueError(f"{name}: SparseLogits.tail={tail!r} is unknown; expected 'renormalize', 'bucket' or 'none'")
+    if not isinstance(source.tempered, bool):
+        raise TypeError(f"{name}: SparseLogits.tempered is {kind(source.tempered)}; expected True or False")
     if not isinstance(indices, Tensor):
         raise TypeError(f"{name}: SparseLogits.indices is {kind(indices)}; expected an integer tensor (*, K)")
     if indices.dtype.is_floating_point or indices.dtype.is_complex or indices.dtype == torch.bool:
@@ -193,14 +195,15 @@ def _check_sparse(name: str, source: SparseLogits, student: Head, options: Optio
     _check_same_rows(f"{name}: SparseLogits.indices", indices, student.hidden)
     _check_same_rows(f"{name}: SparseLogits.log_probs", log_probs, student.hidden)
     _refuse_grad(f"{name}: SparseLogits.log_probs", log_probs, "the teacher gets no gradient")
-    if name == "teacher" and tail == "none":
+    if name == "teacher" and tail == "none" and not source.tempered:
         tau = options.temperature
         if isinstance(tau, Tensor):
             tau = tau.item() if can_read(tau) and tau.dim() == 0 else 1.0
         if isinstance(tau, Real) and tau != 1:
             raise ValueError(
                 f"temperature={tau} with teacher: SparseLogits.tail='none'; weights taken as given say nothing about "
-                "another temperature. Pass temperature=1.0, or tail='renormalize' or 'bucket'"
+                "another temperature. Pass temperature=1.0, or tempered=True for weights that are of this one, or "
+                "tail='renormalize' or 'bucket'"
             )
     if not (can_read(indices) and can_read(log_probs)):
         return

@@ -137,9 +137,11 @@ def masses(ids, log_probs, vocab):
     return mass
 
 
-def sparse_pair(indices, log_probs, tail, z, tau):
+def sparse_pair(indices, log_probs, tail, z, tau, tempered=False):
     """(log_p, log_q), (N, V + 1) each, of a teacher given by entries (N, K) and the student's logits z (N, V), row by
     row. With a bucket, first its ids' categories, then the bucket, then nothing; else the vocabulary, then nothing."""
+    if tempered:
+        z, tau = z / tau, 1.0
     pairs = []
     for ids, given, row in zip(indices.tolist(), log_probs.tolist(), z, strict=True):
         mass = masses(ids, given, len(row))
@@ -244,7 +246,7 @@ def solve(
         """(log_p, log_q, z_t or None) of a given distribution and one of logits z."""
         if isinstance(source, SparseLogits):
             entries = flat(source.indices)[rows], flat(source.log_probs)[rows]
-            return *sparse_pair(*entries, source.tail, z, tau), None
+            return *sparse_pair(*entries, source.tail, z, tau, source.tempered), None
         if isinstance(source, Logits):
             z_t = flat(source.logits)[rows][:, :valid]
         else:

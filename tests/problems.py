@@ -49,6 +49,7 @@ class Given:
     logit_scale: float = 1.0
     softcap: float | None = None
     tail: str = "renormalize"  # of entries
+    tempered: bool = False
     k: int = 1
     entries: str = "drawn"  # ids may come twice; "padded": and some have no mass; "all": every id there is
 
@@ -286,7 +287,10 @@ class _Maker:
         if self.problem.garbage:
             z[~read] = -torch.inf
         return SparseLogits(
-            self.place(name, ids, self.problem.integers), self.place(name, z, what.dtype), tail=what.tail
+            self.place(name, ids, self.problem.integers),
+            self.place(name, z, what.dtype),
+            tail=what.tail,
+            tempered=what.tempered,
         )
 
 
@@ -338,7 +342,8 @@ def problems(draw):
             return Given(**common, near=size == vocab and of("near", False, False, True))
         if kind == "sparse":
             tail, entries = of("tail", "renormalize", "bucket", "none"), of("entries", "drawn", "padded", "all")
-            return Given(**common, tail=tail, entries=entries, k=of("k", 7, 1, 2, 40))
+            tempered = of("tempered", False, True)
+            return Given(**common, tail=tail, tempered=tempered, entries=entries, k=of("k", 7, 1, 2, 40))
         return Given(
             **common,
             width=of("width", *WIDTHS),
@@ -352,7 +357,8 @@ def problems(draw):
     anchor: Any = one_of("anchor", None, "ids", "given") if projected else None
     teacher = a_given("teacher") if teacher == "given" else teacher
     anchor = a_given("anchor") if anchor == "given" else anchor
-    tail = teacher.tail if isinstance(teacher, Given) and teacher.kind == "sparse" else "bucket"
+    entries = teacher if isinstance(teacher, Given) and teacher.kind == "sparse" else None
+    tail = entries.tail if entries else "bucket"
     divergences = [d for d in DIVERGENCES if tail == "bucket" or d not in INFINITE_ON_A_SUPPORT]
     ce_weight = one_of("ce_weight", 0.5, 0.5, 0.0)
     may_lack_labels = teacher is not None and not ce_weight
@@ -362,7 +368,8 @@ def problems(draw):
     # 16-bit projected hidden states leave logits off by 0.01 where weights are 0.5; ten times that, over a small τ,
     # exponents are off by more than one, and there is nothing left to compare
     rough = projected and bool({dtype, projector_dtype} & {F16, BF16})
-    taus = [1.0] if tail == "none" else TEMPERATURES if rough else TEMPERATURES + LOW_TEMPERATURES
+    at_one = entries is not None and tail == "none" and not entries.tempered
+    taus = [1.0] if at_one else TEMPERATURES if rough else TEMPERATURES + LOW_TEMPERATURES
     reduction = one_of("reduction", "mean", "sum", "none")
     leading = one_of("leading", *LEADING, *LEADING, (0,), (2, 0))
     few = math.prod(leading) <= 4  # the interpreter takes long over many chunks

@@ -61,6 +61,33 @@ def test_sparse_entries_that_are_everything_or_drawn(kind, tail):
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+@pytest.mark.parametrize("tail", ["renormalize", "bucket", "none"])
+def test_entries_at_the_temperature_of_the_loss(tail, divergence):
+    """log_softmax(z/τ) of some ids: a bucket has the others' mass at τ, a whole vocabulary is the dense teacher."""
+    case, tau = make(), 2.5
+    z_t = oracle.logits(case.ht, case.Wt, case.bt)
+    for k in (5, z_t.shape[-1]):
+        log_probs, indices = (z_t / tau).log_softmax(-1).topk(k)
+
+        def expected(c, k=k, indices=indices, log_probs=log_probs):
+            log_t, log_s = (z_t / tau).log_softmax(-1), (oracle.logits(c.hs, c.W, c.b) / tau).log_softmax(-1)
+            if k < z_t.shape[-1] and tail == "bucket":
+                rest = log_s.scatter(1, indices, -torch.inf).logsumexp(-1, keepdim=True)
+                log_s = torch.cat([log_s.gather(1, indices), rest], dim=-1)
+                missing = (1 - log_probs.exp().sum(-1, keepdim=True)).log()
+                log_t = torch.cat([log_probs, missing], dim=-1)
+            elif k < z_t.shape[-1]:
+                kept = log_probs.log_softmax(-1) if tail == "renormalize" else log_probs
+                log_t = torch.full_like(log_s, -torch.inf, requires_grad=False).detach().scatter(1, indices, kept)
+            return tau**2 * value(divergence, log_t, log_s).mean()
+
+        check(
+            expected, case, lambda c, e=(indices, log_probs): SparseLogits(*e, tail=tail, tempered=True),
+            divergence=divergence, temperature=tau, labels=False,
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_sparse_metrics_and_per_row_losses(engine):
     case = make()

@@ -124,6 +124,7 @@ WRONG = {
     "sparse range": (ValueError, "SparseLogits.indices contains 101; expected ids from 0 to 100", {"teacher_": sparse(indices=torch.full((N, 2), V))}),
     "sparse negative id": (ValueError, "SparseLogits.indices contains -1", {"teacher_": sparse(indices=torch.full((N, 2), -1))}),
     "sparse nan": (ValueError, "log_probs contains NaN", {"teacher_": sparse(log_probs=torch.full((N, 2), torch.nan))}),
+    "sparse tempered": (TypeError, "SparseLogits.tempered is float; expected True or False", {"teacher_": sparse(tempered=2.0)}),
     "sparse logits": (ValueError, "log_probs contains 3.0, more than all.*log_softmax", {"teacher_": sparse(log_probs=torch.full((N, 2), 3.0), tail="bucket")}),
     "sparse grad": (ValueError, "log_probs requires grad", {"teacher_": sparse(log_probs=torch.zeros(N, 2, requires_grad=True))}),
     "sparse temperature": (ValueError, "temperature=2.0 with teacher: SparseLogits.tail='none'", {"teacher_": sparse(tail="none")}),

@@ -1,4 +1,4 @@
-"""A YAML file and the command line's overrides -> typed arguments.
+"""A YAML file and the command line's overrides -> typed arguments, of `kdfast distill` and `kdfast cache` alike.
 
 The YAML mapping becomes an argument list and the overrides are appended, so both go through one HfArgumentParser:
 a type is checked in one place, the last one given wins, and `learning_rate: 5e-5`, a string to PyYAML, is a number.
@@ -13,13 +13,17 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from kdfast.cli.errors import UserError
 from kdfast.training import KDConfig
+from kdfast.training.recipes import AUTO, CACHED
+
+Command = Literal["distill", "cache"]
+LM_ONLY = "lm_only"
 
 
 def _key(default: Any, help: str) -> Any:
@@ -56,18 +60,36 @@ class DataArguments:
 
 
 @dataclass
+class CacheArguments:
+    _argument_group_name = "teacher cache"
+
+    teacher_cache: str | None = _key(
+        None, "folder that `kdfast cache` writes and `kdfast distill` trains from, in place of a live teacher"
+    )
+    cache_method: str = _key("top_k", "top_k, or sample: ids drawn at random and counted")
+    cache_top_k: int = _key(64, "ids kept of a token, at most 1024")
+    cache_samples: int = _key(64, "ids drawn for a token, at most 1024")
+    cache_dtype: str = _key("float16", "float16 or float32, of log-probabilities")
+    cache_temperatures: list[float] | None = _key(  # noqa: RUF009  (a field)
+        None, "of the runs to come, besides 1; default: this configuration's"
+    )
+    cache_shard_tokens: int = _key(2**20, "about how many tokens go into a shard")
+
+
+@dataclass
 class RunArguments:
     _argument_group_name = "run"
 
     overwrite_output_dir: bool = _key(False, "throw away the run that output_dir holds and start anew")
 
 
-ARGUMENT_CLASSES: tuple[Any, ...] = (ModelArguments, DataArguments, RunArguments, KDConfig)
+ARGUMENT_CLASSES: tuple[Any, ...] = (ModelArguments, DataArguments, CacheArguments, RunArguments, KDConfig)
 
 
 class Arguments(NamedTuple):
     model: ModelArguments
     data: DataArguments
+    cache: CacheArguments
     run: RunArguments
     training: KDConfig
     given: dict[str, Any]  # what differs from the defaults, by key
@@ -76,20 +98,22 @@ class Arguments(NamedTuple):
 class _Parser(HfArgumentParser):
     """Raises what argparse would print with the usage of 150 options, and accepts no abbreviated keys."""
 
-    def __init__(self, source: str) -> None:
-        super().__init__(ARGUMENT_CLASSES, prog="kdfast distill CONFIG.yaml", allow_abbrev=False)
+    def __init__(self, source: str, command: str = "distill") -> None:
+        super().__init__(ARGUMENT_CLASSES, prog=f"kdfast {command} CONFIG.yaml", allow_abbrev=False)
         self.source = source
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.source}: {message.removeprefix('argument ')}")
 
 
-def parse(config: str, overrides: Sequence[str]) -> Arguments:
-    """The arguments of `kdfast distill config overrides...`; UserError names the key and where it stands."""
-    return parse_mapping(config, _read_yaml(config), overrides)
+def parse(config: str, overrides: Sequence[str], command: Command = "distill") -> Arguments:
+    """The arguments of `kdfast COMMAND config overrides...`; UserError names the key and where it stands."""
+    return parse_mapping(config, _read_yaml(config), overrides, command)
 
 
-def parse_mapping(source: str, content: Mapping[str, Any], overrides: Sequence[str] = ()) -> Arguments:
+def parse_mapping(
+    source: str, content: Mapping[str, Any], overrides: Sequence[str] = (), command: Command = "distill"
+) -> Arguments:
     """The same for a mapping that is at hand; `source` is what an error calls it."""
     from_mapping = _as_arguments(source, content)
     for name, arguments in ((source, from_mapping), ("command line", overrides)):
@@ -101,47 +125,79 @@ def parse_mapping(source: str, content: Mapping[str, Any], overrides: Sequence[s
     parser = _Parser(source)
     namespace = vars(parser.parse_args([*from_mapping, *overrides]))
     given = {key: value for key, value in namespace.items() if value != parser.get_default(key)}
-    _check(source, namespace)
+    _check_data(source, namespace)
+    (_check_run if command == "distill" else _check_cache)(source, namespace)
     resume = namespace["resume_from_checkpoint"]  # a path to transformers, which true and false are not
     namespace["resume_from_checkpoint"] = {"true": True, "false": False}.get(str(resume).lower(), resume)
     try:
-        model, data, run, training = (cls(**{key: namespace[key] for key in _names(cls)}) for cls in ARGUMENT_CLASSES)
+        parts = [cls(**{key: namespace[key] for key in _names(cls)}) for cls in ARGUMENT_CLASSES]
     except (ValueError, ImportError) as error:  # what KDConfig and TrainingArguments make of the values
         raise UserError(f"{source}: {error}") from error
-    return Arguments(model, data, run, training, given)
+    model, data, cache, run, training = parts
+    return Arguments(model, data, cache, run, training, given)
 
 
-def _check(source: str, given: Mapping[str, Any]) -> None:
-    """What must be there, and what excludes each other, in words of keys."""
-    for one, other in (("model_name_or_path", "student_config"), ("train_file", "dataset_name")):
-        if (given[one] is None) == (given[other] is None):
-            found = "neither" if given[one] is None else "both"
-            raise UserError(f"{source}: {found} of {one} and {other} given; expected exactly one of the two")
+def _check_run(source: str, given: Mapping[str, Any]) -> None:
+    """What must be there for a run, and what excludes each other, in words of keys."""
+    _one_of(source, given, "model_name_or_path", "student_config")
+    recipe, cached = given["recipe"], bool(given["teacher_cache"])
+    if recipe == CACHED and not cached:
+        raise UserError(f"{source}: recipe {recipe!r} needs teacher_cache, a folder that `kdfast cache` wrote")
+    if cached and recipe not in (AUTO, CACHED, LM_ONLY):
+        raise UserError(
+            f"{source}: recipe {recipe!r} needs a live teacher, and teacher_cache is given; leave out one of them "
+            f"(with a cache: recipe {CACHED}, or {LM_ONLY} to compare)"
+        )
+    if not cached and given["teacher_model_name_or_path"] is None and recipe != LM_ONLY:
+        raise UserError(
+            f"{source}: recipe {recipe!r} needs teacher_model_name_or_path, or teacher_cache; lm_only alone goes "
+            "without"
+        )
+    if not given["output_dir"]:
+        raise UserError(f"{source}: output_dir is missing; name the folder for the results")
+
+
+def _check_cache(source: str, given: Mapping[str, Any]) -> None:
+    """What must be there for `kdfast cache`; what else a run needs may be there."""
+    for key, what in (("teacher_cache", "the folder to write"), ("teacher_model_name_or_path", "a teacher")):
+        if not given[key]:
+            raise UserError(f"{source}: {key} is missing; name {what}")
+
+
+def _one_of(source: str, given: Mapping[str, Any], one: str, other: str) -> None:
+    if (given[one] is None) == (given[other] is None):
+        found = "neither" if given[one] is None else "both"
+        raise UserError(f"{source}: {found} of {one} and {other} given; expected exactly one of the two")
+
+
+def _check_data(source: str, given: Mapping[str, Any]) -> None:
+    _one_of(source, given, "train_file", "dataset_name")
     if given["eval_file"] is not None and given["eval_dataset_split"] is not None:
         raise UserError(f"{source}: both of eval_file and eval_dataset_split given; expected one or neither")
     if given["eval_dataset_split"] is not None and given["dataset_name"] is None:
         raise UserError(f"{source}: eval_dataset_split given without dataset_name; name an eval_file instead")
-    if given["teacher_model_name_or_path"] is None and given["recipe"] != "lm_only":
-        raise UserError(
-            f"{source}: recipe {given['recipe']!r} needs teacher_model_name_or_path; lm_only alone goes without"
-        )
-    if not given["output_dir"]:
-        raise UserError(f"{source}: output_dir is missing; name the folder for the results")
     if given["max_length"] < 2:
         raise UserError(f"{source}: max_length={given['max_length']}; expected at least 2 tokens")
     if not 0 < given["eval_fraction"] < 1:
         raise UserError(f"{source}: eval_fraction={given['eval_fraction']}; expected a number between 0 and 1")
 
 
-def format_help() -> str:
-    """Usage and kdfast's own keys; TrainingArguments' 120 are named, not listed."""
-    parser = _Parser("command line")
-    inherited = {f.name for f in dataclasses.fields(TrainingArguments)} - {"output_dir"}
+def format_help(command: Command) -> str:
+    """Usage and the command's own keys; TrainingArguments' 120 are named, not listed."""
+    parser = _Parser("command line", command)
+    if command == "cache":
+        hidden = {*_names(RunArguments), *_names(KDConfig)}
+        parser.epilog = (
+            "The other keys of kdfast distill are keys too, so that one file serves both. What counts of them here: "
+            "temperature, valid_vocab, seed, bf16, fp16, use_cpu, per_device_eval_batch_size."
+        )
+    else:
+        hidden = {f.name for f in dataclasses.fields(TrainingArguments)} - {"output_dir"}
+        parser.epilog = "Every name of transformers.TrainingArguments is a key too."
     for action in parser._actions:
-        if action.dest in inherited:
+        if action.dest in hidden:
             action.help = argparse.SUPPRESS
     parser.usage = "%(prog)s [--key value ...]"
-    parser.epilog = "Every name of transformers.TrainingArguments is a key too."
     return parser.format_help()
 
 

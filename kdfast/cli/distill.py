@@ -15,25 +15,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from accelerate.utils import broadcast_object_list
-from transformers import (
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-    default_data_collator,
-    set_seed,
-)
+from transformers import PreTrainedTokenizerBase, TrainerCallback, default_data_collator, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from kdfast.cli import output_dir as folder
-from kdfast.cli.arguments import Arguments, DataArguments, ModelArguments, format_help, parse
+from kdfast.cli.arguments import LM_ONLY, Arguments, format_help, parse
 from kdfast.cli.errors import RunFailed, RunTerminated, UserError
+from kdfast.cli.inputs import check_positions, load_splits, load_tokenizer
 from kdfast.cli.runs import read_run
 from kdfast.training import KDConfig, KDTrainer, NonFiniteLossError, load_student, load_teacher
-from kdfast.training.data import DataError, hold_out, load_blocks, read_dataset, read_files
+from kdfast.training.cache.read import TeacherCache
 from kdfast.training.faults import RunStoppedError, TerminatedError
 from kdfast.training.memory import PeakMemory
 from kdfast.training.progress import show_progress
+from kdfast.training.recipes import CACHED
 from kdfast.training.report import Run, text_table, write_report
 from kdfast.training.summary import engine_of, parameters, summarise, write_summary
 
@@ -44,7 +39,7 @@ if TYPE_CHECKING:
 def distill(argv: list[str]) -> int:
     """The command; returns the exit code."""
     if not argv or {"-h", "--help"} & set(argv):
-        print(format_help())
+        print(format_help("distill"))
         return 0 if argv else 2
     arguments = parse(argv[0], argv[1:])
     run = run_distillation(arguments)
@@ -153,9 +148,9 @@ def _trainer(arguments: Arguments, name: str) -> KDTrainer:
     if training.process_index > 0:
         transformers.utils.logging.disable_progress_bar()  # of loading: one is enough
     training.dataloader_pin_memory &= torch.accelerator.is_available()  # without one, a warning is all it brings
-    tokenizer = _tokenizer(models)
+    tokenizer = load_tokenizer(models)
     with training.main_process_first(desc="tokenising"):
-        train, evaluation = _blocks(arguments.data, tokenizer)
+        train, evaluation = load_splits(arguments.data, tokenizer)
     set_seed(training.seed)  # a fresh student's weights
     student = load_student(
         models.model_name_or_path,
@@ -164,11 +159,13 @@ def _trainer(arguments: Arguments, name: str) -> KDTrainer:
         dtype=models.dtype,
     )
     teacher = None
-    if models.teacher_model_name_or_path is not None:
+    if arguments.cache.teacher_cache:
+        train, evaluation = _with_cache(arguments, tokenizer, train, evaluation)
+    elif models.teacher_model_name_or_path is not None:
         teacher = load_teacher(models.teacher_model_name_or_path, tokenizer=tokenizer, dtype=models.teacher_dtype)
     loaded = {"student": student} if teacher is None else {"student": student, "teacher": teacher}
     for which, model in loaded.items():
-        _check_positions(which, model, arguments.data.max_length)
+        check_positions(which, model, arguments.data.max_length)
     sizes = ", ".join(f"{which} {parameters(model) / 1e6:.1f}M parameters" for which, model in loaded.items())
     blocks = f"{len(train)} blocks of {arguments.data.max_length} tokens to train on, {len(evaluation)} to evaluate on"
     engine = engine_of(training, student)
@@ -184,39 +181,31 @@ def _trainer(arguments: Arguments, name: str) -> KDTrainer:
     )
 
 
-def _tokenizer(models: ModelArguments) -> PreTrainedTokenizerBase:
-    """By tokenizer_name, or the student's, or the teacher's: the first that is given."""
-    for key in ("tokenizer_name", "model_name_or_path", "teacher_model_name_or_path"):
-        if (name := getattr(models, key)) is not None:
-            try:
-                return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-            except (OSError, ValueError) as error:
-                reason = str(error).strip().splitlines()[0]
-                raise ValueError(f"{key}: no tokenizer could be loaded from {name!r}: {reason}") from error
-    raise ValueError("tokenizer_name is missing; it is needed where neither student nor teacher brings a tokenizer")
+def _with_cache(
+    arguments: Arguments, tokenizer: PreTrainedTokenizerBase, train: Dataset, evaluation: Dataset
+) -> tuple[Any, Any]:
+    """The blocks with the teacher's entries; those to train on as they are where a run learns from text alone."""
+    training = arguments.training
+    cache = TeacherCache(arguments.cache.teacher_cache or "")
+    cache.check_tokenizer(tokenizer)
+    then, now = cache.description.teacher, arguments.model.teacher_model_name_or_path
+    if now is not None and not _same_model(then, now):
+        raise ValueError(
+            f"teacher_model_name_or_path={now!r}, and {str(cache.folder)!r} is a cache of {then!r}. Name that one, or "
+            "none, or make a cache of this one"
+        )
+    alone = training.recipe == LM_ONLY
+    recipe = training.resolved(CACHED)
+    if alone and recipe.temperature not in cache.temperatures:
+        return train, evaluation
+    wanted = {"temperature": recipe.temperature}
+    evaluation = cache.dataset("eval", evaluation, **wanted)
+    return train if alone else cache.dataset("train", train, **wanted), evaluation
 
 
-def _blocks(data: DataArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Dataset]:
-    def blocks(argument: str, documents: Dataset) -> Dataset:
-        return load_blocks(argument, documents, tokenizer, data.max_length, data.text_column)
-
-    def of_file(key: str, source: str) -> Dataset:
-        return blocks(f"{key} {source!r}", read_files(key, source))
-
-    def of_split(key: str, split: str) -> Dataset:
-        assert data.dataset_name is not None
-        documents = read_dataset(key, data.dataset_name, data.dataset_config_name, split)
-        return blocks(f"dataset_name {data.dataset_name!r}, split {split!r}", documents)
-
-    if data.train_file is not None:
-        train = of_file("train_file", data.train_file)
-    else:
-        train = of_split("dataset_split", data.dataset_split)
-    if data.eval_file is not None:
-        return train, of_file("eval_file", data.eval_file)
-    if data.eval_dataset_split is not None:
-        return train, of_split("eval_dataset_split", data.eval_dataset_split)
-    return hold_out(train, data.eval_fraction)
+def _same_model(one: str, other: str) -> bool:
+    """Two names or folders."""
+    return one == other or (Path(one).exists() and Path(other).exists() and Path(one).samefile(other))
 
 
 def _student_config(given: str | None) -> dict[str, Any] | str | None:
@@ -227,12 +216,6 @@ def _student_config(given: str | None) -> dict[str, Any] | str | None:
         return json.loads(given)
     except json.JSONDecodeError as error:
         raise ValueError(f"student_config: {given!r} is not valid JSON: {error}") from error
-
-
-def _check_positions(which: str, model: PreTrainedModel, max_length: int) -> None:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and max_length > limit:
-        raise DataError(f"max_length={max_length} is more than the {limit} positions the {which} has; lower it")
 
 
 class _LogLastStep(TrainerCallback):

@@ -1,4 +1,4 @@
-"""`kdfast distill | report | demo | doctor | plan`.
+"""`kdfast distill | cache | report | demo | doctor | plan`.
 
 Exit codes: 0 done, 1 the run failed (a loss that is not finite, a full disk, a process that died), 2 the request cannot
 be run, 130 interrupted, 143 terminated after a checkpoint was saved.
@@ -28,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"kdfast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     commands.add_parser("distill", help="distil a teacher into a student, as CONFIG.yaml says")
+    commands.add_parser("cache", help="run a teacher over a text once and keep what a student learns from")
     of_report = commands.add_parser(
         "report", help="curves and a table of several runs side by side, finished or not, in one page"
     )
@@ -59,8 +60,8 @@ def main(argv: list[str] | None = None) -> int:
         from kdfast.cli import plan
 
         plan.add_arguments(of_plan, DTYPES)
-    # distill's keys are declared by dataclasses that need transformers: it parses what follows itself
-    args = parser.parse_args(argv[:1] if argv[:1] == ["distill"] else argv)
+    # these keys are declared by dataclasses that need transformers: what follows is parsed there
+    args = parser.parse_args(argv[:1] if argv[:1] in (["distill"], ["cache"]) else argv)
 
     try:
         if args.command == "doctor":
@@ -75,6 +76,10 @@ def main(argv: list[str] | None = None) -> int:
             from kdfast.cli.distill import distill
 
             return distill(argv[1:])
+        if args.command == "cache":
+            from kdfast.cli.cache import cache
+
+            return cache(argv[1:])
         if args.command == "report":
             from kdfast.cli.report import report
 
@@ -91,5 +96,5 @@ def main(argv: list[str] | None = None) -> int:
             print(f"kdfast: {error}", file=sys.stderr)
         return 128 + signal.SIGTERM
     except KeyboardInterrupt:
-        print("kdfast: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("kdfast: interrupted; the same command goes on from what is complete", file=sys.stderr)
         return 130

@@ -96,17 +96,19 @@ def _sparse(x: Problem, z: Tensor) -> Tensor:
     log_p = nothing.scatter(1, x.teacher_indices, x.teacher_log_probs)
     if x.teacher_tail == "bucket":
         within = log_p > -inf
-        log_q = z.log_softmax(-1)
+        tau = sparse.temperature(x)  # of the masses
+        log_q = (z / tau).log_softmax(-1)
         empty = log_q.masked_fill(within, -inf).isneginf().all(dim=-1, keepdim=True)
         rest = log_q.masked_fill(within & ~empty, -inf).logsumexp(dim=-1, keepdim=True).masked_fill(empty, -inf)
         log_q = torch.cat([log_q.masked_fill(~within, -inf), rest], dim=-1)
         missing = (1 - log_p.double().exp().sum(dim=-1, keepdim=True)).clamp_min(0).log().to(x.dtype)
         missing = missing.masked_fill(within.all(dim=-1, keepdim=True), -inf)
-        log_p = (torch.cat([log_p, missing], dim=-1) / x.temperature).log_softmax(-1)
-        log_q = (log_q / x.temperature).log_softmax(-1)
+        power = x.temperature / tau
+        log_p = (torch.cat([log_p, missing], dim=-1) / power).log_softmax(-1)
+        log_q = (log_q / power).log_softmax(-1)
     else:
         if x.teacher_tail == "renormalize":
-            log_p = (log_p / x.temperature).log_softmax(-1)
+            log_p = (log_p if x.teacher_tempered else log_p / x.temperature).log_softmax(-1)
         log_q = (z / x.temperature).log_softmax(-1)
     return x.divergence.pointwise(log_p, log_q).sum(-1)
 

@@ -173,7 +173,7 @@ def _sparse(x: Problem, rows: slice, z: Tensor, coefficient: Tensor, gradient: b
     excluded = sparse.excluded(x)
     if excluded is not None:
         # an entry without mass keeps its logit: its id is written with what some other entry there would write
-        scaled.scatter_(1, index, torch.where(excluded[rows], -inf, entries))
+        scaled.scatter_(1, index, torch.where(excluded[rows], -inf, entries / sparse.temperature(x)))
         rest = scaled.logsumexp(dim=-1)
     found = sparse.solve(x, rows, entries, total.log(), rest, coefficient)
     if not gradient:

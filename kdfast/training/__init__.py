@@ -12,7 +12,8 @@ signs.py    what a log tells     health.py   says it, once       case.py        
 starts.py   solved starts        teachers.py what KD learns from, and the anchors
 faults.py   what stops a run     resume.py   the checkpoint to go on from     termination.py  SIGTERM
 manifest.py checksums            pickles.py  no code is loaded                files.py        durable writes
-resumable_trainer.py  goes on after all that
+folders.py  complete or not there     resumable_trainer.py  goes on after all that
+cache/      a teacher run once        cached.py   its entries, in a batch
 """
 
 try:
@@ -21,6 +22,8 @@ try:
 except ImportError as error:
     raise ImportError(f"kdfast.training needs {error.name}: pip install 'kdfast[train]'") from error
 
+from kdfast.training.cache import CachedBlocks, CacheError, TeacherCache, cache_teacher
+from kdfast.training.cached import CachedEntries
 from kdfast.training.case import choose_recipe
 from kdfast.training.config import KDConfig
 from kdfast.training.faults import CheckpointWriteError, DamagedCheckpointError, LostProcessError, TerminatedError
@@ -34,6 +37,9 @@ from kdfast.training.trainer import KDTrainer
 
 __all__ = [
     "RECIPES",
+    "CacheError",
+    "CachedBlocks",
+    "CachedEntries",
     "CheckpointWriteError",
     "DamagedCheckpointError",
     "DistillationModel",
@@ -45,7 +51,9 @@ __all__ = [
     "LostProcessError",
     "NonFiniteLossError",
     "Recipe",
+    "TeacherCache",
     "TerminatedError",
+    "cache_teacher",
     "choose_recipe",
     "load_student",
     "load_teacher",

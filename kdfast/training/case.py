@@ -11,12 +11,16 @@ import torch
 from transformers import PreTrainedModel
 
 from kdfast.training.heads import head_shape
+from kdfast.training.recipes import CACHED
 from kdfast.validation import same_vocabulary
 
 
 class Choice(NamedTuple):
     recipe: str
     why: str
+
+
+FROM_CACHE = Choice(CACHED, "the data set brings a teacher's cached entries")
 
 
 def choose_recipe(student: PreTrainedModel, teacher: PreTrainedModel | None, valid_vocab: int | None = None) -> Choice:

@@ -1,16 +1,14 @@
-"""What a checkpoint holds of the models, and how a folder appears only when it is complete.
+"""What a checkpoint holds of the models, and which checkpoints of a run stay.
 
     config.json, model.safetensors, …   the student, as `save_pretrained` writes it: plain `from_pretrained` reads it
     logit_projector.safetensors         the projector, where there is one (with a probe's head)
     hidden_loss.safetensors             the maps of the hidden-state loss, where there is one
 
-Written to a hidden folder first, flushed to the disk and renamed: whoever looks for checkpoints never sees half of one,
-nor of one that is being deleted. Weights are safetensors throughout, so reading runs no code.
+Weights are safetensors throughout, so reading runs no code. How a folder appears only when it is complete: folders.py.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,13 +20,11 @@ from torch import Tensor
 from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import logging as transformers_logging
 
-from kdfast.training.files import flush, flush_all
+from kdfast.training.folders import INCOMPLETE, REPLACED, delete, discard
 from kdfast.training.model import DistillationModel
 from kdfast.training.sharding import load_full_state
 
 PARTS = ("logit_projector", "hidden_loss")  # of the model, beside the student; each has a file of its own
-INCOMPLETE = ".incomplete"
-REPLACED = f".old{INCOMPLETE}"
 
 
 def save_models(folder: Path, model: DistillationModel, state: dict[str, Tensor] | None = None) -> None:
@@ -70,34 +66,6 @@ def _file(folder: Path, part: str) -> Path:
     return folder / f"{part}.safetensors"
 
 
-def staging(final: Path) -> Path:
-    """Where `final` is written until it is complete: beside it, under a name no one takes for a checkpoint."""
-    return _hidden(final, INCOMPLETE)
-
-
-def publish(staged: Path, final: Path, *, replace: bool) -> None:
-    """Move a complete folder to its name, durably.
-
-    A `final` that exists is replaced whole, or (`replace=False`) receives the files one by one, weights last.
-    """
-    flush_all(staged)
-    if not final.exists():
-        staged.rename(final)
-    elif replace:
-        old = _hidden(final, REPLACED)
-        discard(old)
-        final.rename(old)
-        staged.rename(final)
-        flush(final.parent)
-        discard(old)
-    else:
-        for path in sorted(staged.iterdir(), key=lambda path: path.suffix == ".safetensors"):
-            os.replace(path, final / path.name)
-        staged.rmdir()
-        flush(final)
-    flush(final.parent)
-
-
 def rotate(run: Path, limit: int | None, best: str | None) -> None:
     """Delete the oldest checkpoints beyond `limit`, but not the newest nor the best.
 
@@ -109,19 +77,6 @@ def rotate(run: Path, limit: int | None, best: str | None) -> None:
     spare = [path for path in visible[:-1] if best is None or path != Path(best)]
     for path in spare[: max(len(visible) - limit, 0)]:
         delete(path)
-
-
-def delete(final: Path) -> None:
-    """Out of sight first."""
-    hidden = _hidden(final, f".deleted{INCOMPLETE}")
-    discard(hidden)
-    final.rename(hidden)
-    discard(hidden)
-
-
-def discard(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
 
 
 def discard_after_failure(staged: Path, *, saves: bool) -> None:
@@ -143,10 +98,6 @@ def recover(run: Path) -> None:
             old.rename(final)
     for folder in (*run.glob(f".checkpoint-*{INCOMPLETE}"), run / INCOMPLETE):  # the last: of the final model
         discard(folder)
-
-
-def _hidden(final: Path, suffix: str) -> Path:
-    return final.with_name(f".{final.name}{suffix}")
 
 
 @contextmanager

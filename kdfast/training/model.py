@@ -17,6 +17,7 @@ from kdfast.compress import CompressedHead
 from kdfast.interface import KDMetrics, fused_kd_loss
 from kdfast.projector import LogitProjector, ProjectorInit
 from kdfast.sources import Head
+from kdfast.training.cached import CachedEntries
 from kdfast.training.case import choose_recipe
 from kdfast.training.fidelity import Fidelity, fidelity
 from kdfast.training.heads import backbone, check_model, head, head_shape
@@ -42,8 +43,8 @@ class DistillationModel(nn.Module):
 
     Args:
         student: a causal `PreTrainedModel`.
-        teacher: another one that takes the same token ids; None for the recipe "lm_only", which uses a teacher for
-            evaluation only.
+        teacher: another one that takes the same token ids; None for the recipes "lm_only" and "cached", which use a
+            teacher for evaluation only.
         recipe: a name, or a `Recipe` such as `KDConfig(…).resolved()`; "auto" is what `choose_recipe` finds for these
             models. One with solved starts wants `solve` called before the first step, as KDTrainer does.
         engine, scratch_bytes, valid_vocab: as in `fused_kd_loss`.
@@ -100,6 +101,9 @@ class DistillationModel(nn.Module):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         position_ids: Tensor | None = None,
+        teacher_indices: Tensor | None = None,
+        teacher_log_probs: Tensor | None = None,
+        teacher_log_tails: Tensor | None = None,
         *,
         temperature: float | Tensor | None = None,
         kd_weight: float | Tensor | None = None,
@@ -114,6 +118,8 @@ class DistillationModel(nn.Module):
             attention_mask: (B, T), 0 where there is padding.
             labels: (B, T) int64, *not* shifted; −100 counts for nothing.
             position_ids: (B, T), for packed sequences; None = 0 to T − 1.
+            teacher_indices, teacher_log_probs, teacher_log_tails: (B, T, K), (B, T, K) and (B, T, 2), of a teacher
+                cache (`CachedBlocks`), made for this temperature: what the recipe "cached" learns from.
             temperature, kd_weight: number or 0-d tensor; None = the recipe's, without its schedule.
             num_items_in_batch: the divisor of every term: the targets (`shift_labels(…) != -100`) in all
                 micro-batches and processes of this step. None = those of this batch.
@@ -139,17 +145,22 @@ class DistillationModel(nn.Module):
         student_states = backbone(self.student)(**inputs)
         student = head(self.student, student_states.last_hidden_state)
         teacher: Head | None = None
-        if self.teacher is not None and (with_fidelity or self.recipe.teacher != "none" or self.hidden_loss):
+        learns_from_it = self.recipe.teacher not in ("none", "cached") or self.hidden_loss
+        if self.teacher is not None and (with_fidelity or learns_from_it):
             with torch.no_grad():
                 teacher_states = backbone(self.teacher)(**inputs)
                 teacher = head(self.teacher, teacher_states.last_hidden_state)
 
-        kd = kd_terms(self, student, teacher, targets, num_items_in_batch)
+        temperature = self.recipe.temperature if temperature is None else temperature
+        cached: CachedEntries | None = None
+        if teacher_indices is not None and teacher_log_probs is not None:
+            cached = CachedEntries(teacher_indices, teacher_log_probs, teacher_log_tails)
+        kd = kd_terms(self, student, cached.at(temperature) if cached else teacher, targets, num_items_in_batch)
         loss, metrics = fused_kd_loss(
             student,
             kd.teacher,
             targets,
-            temperature=self.recipe.temperature if temperature is None else temperature,
+            temperature=temperature,
             kd_weight=self.recipe.kd_weight if kd_weight is None else kd_weight,
             divergence=self.recipe.divergence,
             ce_weight=self.recipe.ce_weight,
@@ -167,9 +178,10 @@ class DistillationModel(nn.Module):
         if self.hidden_loss is not None:
             states = student_states.hidden_states, teacher_states.hidden_states
             loss = loss + self.recipe.hidden_weight * self.hidden_loss(*states, targets, num_items_in_batch)
-        if teacher is None or not with_fidelity:
+        true = cached.at_one() if teacher is None and cached else teacher
+        if true is None or not with_fidelity:
             return DistillationOutput(loss, metrics, None)
-        return DistillationOutput(loss, metrics, fidelity(student, kd.stand_in, teacher, targets, **self.loss_options))
+        return DistillationOutput(loss, metrics, fidelity(student, kd.stand_in, true, targets, **self.loss_options))
 
     def train(self, mode: bool = True) -> DistillationModel:
         """As nn.Module's, but the teacher stays in eval mode."""
@@ -224,7 +236,7 @@ def _check_pair(
     student: PreTrainedModel, teacher: PreTrainedModel | None, recipe: Recipe, valid_vocab: int | None
 ) -> None:
     if teacher is None:
-        if recipe.teacher != "none":
+        if recipe.teacher not in ("none", "cached") or recipe.needs_true_head or recipe.hidden_weight:
             raise ValueError(f"teacher is None; recipe {recipe.name!r} needs one. Pass it, or use recipe='lm_only'")
         return
     if teacher is student:

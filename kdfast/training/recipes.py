@@ -11,6 +11,7 @@ compressed_head  that head as two thin factors, fixed, of the rank that a KL of 
 svd              likewise, for a fresh student, whose embedding is solved from that head
 resolved         the best that goes through a projector: svd's start, the projector solved again every 16 steps
 probe            a projector with a head of its own, trained on the labels alone
+cached           the teacher's own distribution as `kdfast cache` has kept it: no teacher in memory
 
 docs/recipes.md has what each of them came to.
 
@@ -33,6 +34,7 @@ TeacherKind = Literal[
     "compressed_head",  # the same as two thin factors, fixed
     "projected",  # a projector, then the student's own head
     "probe",  # a projector and a head of its own, trained by the anchor alone
+    "cached",  # entries of its own head's, which come with the batch
 ]
 ProjectorStart = Literal[ProjectorInit, "svd", "lstsq", "calibrated"]
 StudentStart = Literal["own", "svd"]
@@ -96,6 +98,8 @@ class Recipe:
         return Piecewise(self.temperature_steps)
 
 
+CACHED = "cached"  # the one that takes a teacher's entries in place of a teacher
+
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
@@ -121,6 +125,7 @@ RECIPES: dict[str, Recipe] = {
             teacher_grad="none",
         ),
         Recipe("probe", teacher="probe", anchor_weight=1.0),
+        Recipe(CACHED, teacher="cached"),
     )
 }
 
@@ -139,6 +144,7 @@ UNUSED: dict[str, tuple[str, ...]] = {
     "compressed_head": _PROJECTOR,
     "projected": _COMPRESSED,
     "probe": (*_COMPRESSED, "anchor_head", "teacher_grad", "projector_resolve_steps"),
+    "cached": (*_PROJECTOR, *_COMPRESSED, "student_init", "hidden_weight"),
 }
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kdfast.interface import fused_kd_loss
 from kdfast.logit_chunks import most_likely
 from kdfast.projector import LogitProjector
-from kdfast.sources import Head, Projected, Teacher
+from kdfast.sources import Head, Projected, SparseLogits, Teacher
 from kdfast.training.labels import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -43,14 +43,26 @@ class Terms(NamedTuple):
 
 
 def kd_terms(
-    model: DistillationModel, student: Head, teacher: Head | None, targets: Tensor, items: int | Tensor | None
+    model: DistillationModel,
+    student: Head,
+    teacher: Head | SparseLogits | None,
+    targets: Tensor,
+    items: int | Tensor | None,
 ) -> Terms:
-    """Args: `teacher` is its own head over this batch; `targets` (B, T); `items` the divisor of every term, or None."""
+    """Args: `teacher` is its own head over this batch, or entries of a cache; `targets` (B, T); `items` the divisor of
+    every term, or None."""
     recipe = model.recipe
     options = {**model.loss_options, "num_items_in_batch": items}
     if recipe.teacher == "none":
         return Terms(None, options, None, None)
-    assert teacher is not None
+    if recipe.teacher == "cached":
+        if not isinstance(teacher, SparseLogits):
+            raise ValueError(
+                "teacher_indices is None; recipe 'cached' learns from a teacher cache: train on "
+                "TeacherCache(folder).dataset(split, blocks, temperature=…), whose rows have it"
+            )
+        return Terms(teacher, options, None, None)
+    assert isinstance(teacher, Head)
     if recipe.teacher == "own_head":
         return Terms(teacher, options, None, None)
     if recipe.teacher == "compressed_head":

@@ -20,8 +20,9 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from kdfast.param_groups import distillation_param_groups
 from kdfast.schedules import Schedule
-from kdfast.training import checkpoint, manifest, replicas, sharding
-from kdfast.training.case import Choice, choose_recipe
+from kdfast.training import checkpoint, folders, manifest, replicas, sharding
+from kdfast.training.cache.read import CachedBlocks, check_datasets
+from kdfast.training.case import FROM_CACHE, Choice, choose_recipe
 from kdfast.training.config import KDConfig
 from kdfast.training.guard import NonFiniteGuard
 from kdfast.training.health import HealthCallback
@@ -50,9 +51,10 @@ class KDTrainer(ShardedTrainer):
     Args:
         model: the student, wrapped here under the recipe of `args`, or a `DistillationModel`.
         args: a `KDConfig`.
-        teacher: for a student that is not wrapped yet; None under "lm_only", which otherwise uses it for evaluation.
+        teacher: for a student that is not wrapped yet; None under "lm_only" and "cached", which otherwise use it for
+            evaluation.
         train_dataset, eval_dataset, processing_class, data_collator, callbacks, optimizers: as in Trainer. Its
-            default collator neither makes nor pads labels.
+            default collator neither makes nor pads labels. With a `TeacherCache`'s data sets the recipe is "cached".
         kd_weight_schedule, temperature_schedule: callables of progress in [0, 1] in place of the recipe's.
 
     Raises:
@@ -93,7 +95,8 @@ class KDTrainer(ShardedTrainer):
         if not isinstance(model, DistillationModel):
             recipe = args.recipe
             if recipe == AUTO:
-                choice = choose_recipe(model, teacher, args.valid_vocab)
+                cached = teacher is None and isinstance(train_dataset, CachedBlocks)
+                choice = FROM_CACHE if cached else choose_recipe(model, teacher, args.valid_vocab)
                 recipe = choice.recipe
             set_seed(args.seed)  # the projector's start
             model = DistillationModel(
@@ -111,6 +114,7 @@ class KDTrainer(ShardedTrainer):
                 "the student carries a PEFT adapter; checkpoints here hold whole models. Merge the adapter first, or "
                 "use DistillationModel in a loop of your own"
             )
+        check_datasets(model, {"train_dataset": train_dataset, "eval_dataset": eval_dataset})
         self.kd_weight_schedule = kd_weight_schedule or model.recipe.kd_weight_schedule()
         self.temperature_schedule = temperature_schedule or model.recipe.temperature_schedule()
         if args.health and not any(isinstance(callback, HealthCallback) for callback in callbacks or ()):
@@ -427,12 +431,12 @@ class KDTrainer(ShardedTrainer):
         with self._naming_lost_processes():
             self._guard.check_weights(self._trained())
             final = Path(output_dir or str(self.args.output_dir))
-            staged = final / checkpoint.INCOMPLETE if final.is_dir() else checkpoint.staging(final)
+            staged = final / folders.INCOMPLETE if final.is_dir() else folders.staging(final)
             with self._staging(staged, final):
                 super().save_model(str(staged), _internal_call=True)
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
-                    checkpoint.publish(staged, final, replace=False)
+                    folders.publish(staged, final, replace=False)
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -454,7 +458,7 @@ class KDTrainer(ShardedTrainer):
             self.store_flos()
             run = Path(self._get_output_dir(trial))
             final = run / f"checkpoint-{self.state.global_step}"
-            staged = checkpoint.staging(final)
+            staged = folders.staging(final)
             with self._staging(staged, final):
                 if self.args.should_save:
                     staged.mkdir(parents=True)
@@ -474,7 +478,7 @@ class KDTrainer(ShardedTrainer):
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
                     manifest.write(staged)
-                    checkpoint.publish(staged, final, replace=True)
+                    folders.publish(staged, final, replace=True)
             if self.args.push_to_hub:
                 self._push_from_checkpoint(str(final))
             if self.args.should_save:

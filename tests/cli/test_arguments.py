@@ -129,7 +129,7 @@ def test_resuming_is_true_false_or_a_path(config, given, expected):
 
 
 def test_help_lists_our_keys_and_not_the_trainers():
-    text = format_help()
+    text = format_help("distill")
     for key in ("--teacher_model_name_or_path", "--train_file", "--projector_lr", "--recipe", "--output_dir"):
         assert key in text
     assert "--weight_decay" not in text

@@ -1,0 +1,112 @@
+"""`kdfast cache CONFIG.yaml`: the teacher over the training and evaluation text, once, kept in `teacher_cache`.
+
+The configuration may be that of `kdfast distill`, which then trains from the cache and loads no teacher. The same
+command again goes on where an interrupted one stopped, and leaves a complete cache alone.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import transformers
+
+from kdfast.cli.arguments import Arguments, format_help, parse
+from kdfast.cli.errors import RunFailed, UserError
+from kdfast.cli.inputs import check_positions, load_splits, load_tokenizer
+from kdfast.training import KDConfig, load_teacher
+from kdfast.training.cache.read import TeacherCache
+from kdfast.training.cache.write import SUMMARY, CacheSummary, cache_teacher
+from kdfast.training.faults import first_line
+from kdfast.training.recipes import CACHED
+
+
+def cache(argv: list[str]) -> int:
+    """The command; returns the exit code."""
+    if not argv or {"-h", "--help"} & set(argv):
+        print(format_help("cache"))
+        return 0 if argv else 2
+    arguments = parse(argv[0], argv[1:], command="cache")
+    summary = make_cache(arguments)
+    if arguments.training.process_index == 0:
+        print(f"{arguments.cache.teacher_cache}: {summary}", flush=True)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return 0
+
+
+def make_cache(arguments: Arguments) -> CacheSummary:
+    """The cache that the arguments ask for, made, completed or found.
+
+    Raises UserError where they cannot be run, RunFailed where it cannot be written.
+    """
+    asked, training, models = arguments.cache, arguments.training, arguments.model
+    assert asked.teacher_cache is not None  # parse saw to it
+    assert models.teacher_model_name_or_path is not None
+    folder = Path(asked.teacher_cache)
+
+    def tell(text: str) -> None:
+        if training.process_index == 0:
+            print(f"{folder}: {text}", flush=True)
+
+    if training.process_index > 0:
+        transformers.utils.logging.disable_progress_bar()
+    try:
+        tokenizer = load_tokenizer(models)
+        with training.main_process_first(desc="tokenising"):
+            train, evaluation = load_splits(arguments.data, tokenizer)
+        teacher = load_teacher(models.teacher_model_name_or_path, tokenizer=tokenizer, dtype=models.teacher_dtype)
+        check_positions("teacher", teacher, arguments.data.max_length)
+        teacher.to(training.device)  # type: ignore[arg-type]
+        complete = (folder / SUMMARY).is_file()
+        with _autocast(training):
+            summary = cache_teacher(
+                teacher,
+                {"train": train, "eval": evaluation},
+                folder,
+                method=asked.cache_method,  # type: ignore[arg-type]  # checked there
+                k=asked.cache_top_k if asked.cache_method == "top_k" else asked.cache_samples,
+                temperatures=asked.cache_temperatures or _temperatures(training),
+                dtype=asked.cache_dtype,  # type: ignore[arg-type]
+                tokenizer=tokenizer,
+                valid_vocab=training.valid_vocab,
+                seed=training.seed,
+                batch_size=training.per_device_eval_batch_size,
+                shard_tokens=asked.cache_shard_tokens,
+                name=models.teacher_model_name_or_path,
+                process_index=training.process_index,
+                processes=training.world_size,
+                wait_for_all=torch.distributed.barrier if training.world_size > 1 else lambda: None,
+                tell=tell,
+            )
+        if complete:
+            TeacherCache(folder)  # its checksums
+            tell("complete already; remove the folder to make it again")
+    except ValueError as error:
+        raise UserError(_in_keys(str(error), asked.cache_method)) from error
+    except OSError as error:
+        raise RunFailed(
+            f"{folder}: {first_line(error)}. Make room; the same command goes on from the last complete shard"
+        ) from error
+    return summary
+
+
+def _in_keys(message: str, method: str) -> str:
+    """What `cache_teacher` says of its arguments, in this command's names for them."""
+    name, is_argument, rest = message.partition("=")
+    keys = {"k": "cache_top_k" if method == "top_k" else "cache_samples"}
+    keys |= {name: f"cache_{name}" for name in ("method", "dtype", "temperatures")}
+    return f"{keys[name]}={rest}" if is_argument and name in keys else message
+
+
+def _temperatures(training: KDConfig) -> tuple[float, ...]:
+    """Those of the run that the same configuration would be."""
+    recipe = training.resolved(CACHED)
+    return recipe.temperature_steps or (recipe.temperature,)
+
+
+def _autocast(training: KDConfig):
+    """As Trainer has a live teacher run."""
+    dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
+    return nullcontext() if dtype is None else torch.autocast(training.device.type, dtype)

@@ -1,0 +1,56 @@
+"""What `kdfast distill` and `kdfast cache` read alike: the tokenizer, and blocks to train and to evaluate on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from kdfast.cli.arguments import DataArguments, ModelArguments
+from kdfast.training.data import DataError, hold_out, load_blocks, read_dataset, read_files
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def load_tokenizer(models: ModelArguments) -> PreTrainedTokenizerBase:
+    """By tokenizer_name, or the student's, or the teacher's: the first that is given."""
+    for key in ("tokenizer_name", "model_name_or_path", "teacher_model_name_or_path"):
+        if (name := getattr(models, key)) is not None:
+            try:
+                return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            except (OSError, ValueError) as error:
+                reason = str(error).strip().splitlines()[0]
+                raise ValueError(f"{key}: no tokenizer could be loaded from {name!r}: {reason}") from error
+    raise ValueError("tokenizer_name is missing; it is needed where neither student nor teacher brings a tokenizer")
+
+
+def load_splits(data: DataArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Dataset]:
+    """(training, evaluation)."""
+
+    def blocks(argument: str, documents: Dataset) -> Dataset:
+        return load_blocks(argument, documents, tokenizer, data.max_length, data.text_column)
+
+    def of_file(key: str, source: str) -> Dataset:
+        return blocks(f"{key} {source!r}", read_files(key, source))
+
+    def of_split(key: str, split: str) -> Dataset:
+        assert data.dataset_name is not None
+        documents = read_dataset(key, data.dataset_name, data.dataset_config_name, split)
+        return blocks(f"dataset_name {data.dataset_name!r}, split {split!r}", documents)
+
+    if data.train_file is not None:
+        train = of_file("train_file", data.train_file)
+    else:
+        train = of_split("dataset_split", data.dataset_split)
+    if data.eval_file is not None:
+        return train, of_file("eval_file", data.eval_file)
+    if data.eval_dataset_split is not None:
+        return train, of_split("eval_dataset_split", data.eval_dataset_split)
+    return hold_out(train, data.eval_fraction)
+
+
+def check_positions(which: str, model: PreTrainedModel, max_length: int) -> None:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and max_length > limit:
+        raise DataError(f"max_length={max_length} is more than the {limit} positions the {which} has; lower it")

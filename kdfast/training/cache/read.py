@@ -1,0 +1,159 @@
+"""`TeacherCache`: a complete cache, and data sets that add its entries to the rows they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from datasets import Dataset, concatenate_datasets, load_from_disk
+from torch import Tensor
+from torch.utils import data
+from transformers import PreTrainedTokenizerBase
+
+from kdfast.training import manifest
+from kdfast.training.cache import rows
+from kdfast.training.cache.description import CacheError, Description, describe_split, tokenizer_fingerprint
+from kdfast.training.cache.write import SUMMARY, CacheSummary, read_summary, shard_folder, shards
+from kdfast.training.faults import first_line
+from kdfast.training.heads import head_shape
+from kdfast.validation import same_vocabulary
+
+if TYPE_CHECKING:
+    from kdfast.training.model import DistillationModel
+
+
+class TeacherCache:
+    """What `cache_teacher` has written to `folder`.
+
+        cache = TeacherCache("caches/gpt2-medium")
+        train = cache.dataset("train", blocks, temperature=2.0)
+
+    Args:
+        folder: of the cache.
+        verify: compare every file with its checksum (0.64 s of a core per GB).
+
+    Raises CacheError, a ValueError: no cache, not complete, damaged; it names the file and what to do.
+    """
+
+    def __init__(self, folder: str | Path, *, verify: bool = True) -> None:
+        self.folder = Path(folder)
+        self.description = Description.read(self.folder)
+        if not (self.folder / SUMMARY).is_file():
+            raise CacheError(
+                f"{str(self.folder)!r} is not complete: its making was interrupted; `kdfast cache` with the same "
+                "configuration goes on from what there is"
+            )
+        self.summary: CacheSummary = read_summary(self.folder)
+        if verify:
+            for split in self.description.splits:
+                for shard in self._shards(split):
+                    if damage := manifest.find_damage(shard):
+                        raise CacheError(
+                            f"{str(shard)!r} is damaged: {damage}. Remove that folder and {SUMMARY}, and start `kdfast "
+                            "cache` again with the same configuration: it makes the missing shard"
+                        )
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """Those that a KD term may be at."""
+        return (1.0,) * (self.description.method == "top_k") + self.description.temperatures
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raise CacheError where its tokens are not those the cache was made with."""
+        then, now = self.description.tokenizer_sha256, tokenizer_fingerprint(tokenizer)
+        if then not in ("", now):
+            raise CacheError(
+                f"{str(self.folder)!r} was made with the tokenizer {self.description.tokenizer!r}, and "
+                f"{str(tokenizer.name_or_path)!r} has other tokens ({then[:12]}… then, {now[:12]}… now). Use that "
+                "tokenizer, or make the cache again"
+            )
+
+    def check_vocabulary(self, vocab: int, valid_vocab: int | None) -> None:
+        """Raise CacheError where a student of `vocab` ids cannot learn from these entries."""
+        x = self.description
+        if not same_vocabulary(vocab, x.vocab, valid_vocab) or (x.valid_vocab or x.vocab) > (valid_vocab or vocab):
+            raise CacheError(
+                f"{str(self.folder)!r} is of a teacher with {x.vocab} ids (valid_vocab={x.valid_vocab}) and the "
+                f"student has {vocab} (valid_vocab={valid_vocab}); expected the same vocabulary. Where only padding "
+                "rows differ, make the cache and train with valid_vocab, the number of real tokens"
+            )
+
+    def dataset(self, split: str, dataset: Any, *, temperature: float = 2.0) -> CachedBlocks:
+        """The rows of `dataset` with the teacher's entries.
+
+        Args:
+            split: as it was called when the cache was made.
+            dataset: the rows it was made of, in the same order; labels and whatever else they have stay.
+            temperature: of the KD term. One that the cache was made for; 1 too, unless ids were drawn.
+
+        Raises CacheError: no such split, other rows, another temperature; it says then and now.
+        """
+        if split not in self.description.splits:
+            raise CacheError(
+                f"{str(self.folder)!r} has no split {split!r}; expected one of {', '.join(self.description.splits)}"
+            )
+        then, now = self.description.splits[split], describe_split(dataset)
+        if then != now:
+            raise CacheError(
+                f"{str(self.folder)!r}, split {split!r}, is of other data: then {then.sequences} sequences with "
+                f"{then.tokens} tokens (SHA-256 {then.sha256[:12]}…), now {now.sequences} with {now.tokens} "
+                f"({now.sha256[:12]}…). Train on the data, tokenizer and block length the cache was made with, or make "
+                "it again"
+            )
+        if temperature not in self.temperatures:
+            raise CacheError(
+                f"temperature={temperature:g}; {str(self.folder)!r} was made for "
+                f"{', '.join(f'{tau:g}' for tau in self.temperatures)}. Train with one of those, or make another "
+                f"cache, with cache_temperatures: [{temperature:g}]"
+            )
+        here = f"{str(self.folder)!r}, split {split!r},"
+        try:
+            entries = concatenate_datasets([load_from_disk(str(shard)) for shard in self._shards(split)])
+        except Exception as error:  # of datasets and pyarrow: files that are whole, and not theirs
+            raise CacheError(f"{here} cannot be read ({first_line(error)}); make it again") from error
+        if len(entries) != len(dataset):
+            raise CacheError(f"{here} has {len(entries)} rows for {len(dataset)} of the data; make it again")
+        return CachedBlocks(self, dataset, entries, temperature)
+
+    def _shards(self, split: str) -> Sequence[Path]:
+        return [shard_folder(self.folder, split, shard) for shard in range(shards(self.description, split))]
+
+
+def check_datasets(model: DistillationModel, datasets: Mapping[str, Any]) -> None:
+    """Raise CacheError where `model`'s recipe cannot learn from one of `datasets` (argument → data set, or some)."""
+    recipe = model.recipe
+    for argument, dataset in datasets.items():
+        if isinstance(dataset, dict):
+            check_datasets(model, {f"{argument}[{name!r}]": one for name, one in dataset.items()})
+        if not isinstance(dataset, CachedBlocks) or recipe.teacher != "cached":
+            continue
+        taus = recipe.temperature_steps or (recipe.temperature,)
+        if set(taus) != {dataset.temperature}:
+            raise CacheError(
+                f"{argument} has a teacher's entries for temperature={dataset.temperature:g}, and the run is at "
+                f"{', '.join(f'{tau:g}' for tau in taus)}; expected the same, throughout the run"
+            )
+        dataset.cache.check_vocabulary(head_shape(model.student)[0], model.valid_vocab)
+        if dataset.description.method == "sample" and recipe.divergence in ("reverse_kl", "symmetric_kl"):
+            raise CacheError(
+                f"divergence={recipe.divergence!r} and {argument} has ids drawn at random, against which it is "
+                "infinite; expected forward_kl or jsd, or a cache made with cache_method: top_k"
+            )
+
+
+class CachedBlocks(data.Dataset):
+    """Rows of `dataset`, each with teacher_indices, teacher_log_probs and, of top-k entries, teacher_log_tails: what
+    `DistillationModel.forward` takes under the recipe "cached", and `CachedEntries` turns into a `SparseLogits`."""
+
+    def __init__(self, cache: TeacherCache, dataset: Any, entries: Dataset, temperature: float) -> None:
+        self.cache, self.dataset, self.temperature = cache, dataset, temperature
+        self.description = cache.description
+        self.entries = entries.with_format("arrow")
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        entries: dict[str, Tensor] = rows.decode(self.entries[index], self.description, self.temperature)
+        return {**self.dataset[index], **entries}

@@ -1,0 +1,451 @@
+"""Teacher caches: what is kept is the teacher's distribution, what is read is what was kept, and nothing else is taken
+for it."""
+
+import json
+import math
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from byte_tokenizer import make_tokenizer
+from datasets import Dataset, load_from_disk
+from tiny_models import tiny
+from torch.nn.functional import kl_div
+
+from kdfast import Head, fused_kd_loss
+from kdfast.training import DistillationModel, KDConfig, KDTrainer, TeacherCache, cache_teacher
+from kdfast.training.cache import CachedBlocks, CacheError
+from kdfast.training.cache import rows as cache_rows
+from kdfast.training.cache import write as cache_write
+from kdfast.training.cache.description import Description, Split
+from kdfast.training.cache.entries import Drawn, TopK, draw, top_k
+from kdfast.training.cached import CachedEntries
+
+V, T = 67, 12
+
+
+def blocks(n=7, seed=5):
+    ids = torch.randint(3, V, (n, T), generator=torch.Generator().manual_seed(seed)).tolist()
+    return Dataset.from_dict({"input_ids": ids, "labels": ids})
+
+
+def collate(dataset):
+    return {key: torch.stack([torch.as_tensor(row[key]) for row in dataset]) for key in dataset[0]}
+
+
+def make(folder, data=None, *, family="gpt2", teacher=None, shard_tokens=3 * T, **options):
+    """A cache of a tiny teacher over `data`, and its data set."""
+    data = data or blocks()
+    teacher = teacher or tiny(family, V=V, width=32, seed=1)
+    cache_teacher(teacher, {"train": data}, folder, shard_tokens=shard_tokens, **options)
+    tau = options.get("temperatures", (2.0,))[0]
+    return teacher, TeacherCache(folder).dataset("train", data, temperature=tau)
+
+
+def log_softmax(model, batch, tau=1.0):
+    with torch.no_grad():
+        return (model(input_ids=batch["input_ids"]).logits.double() / tau).log_softmax(-1)
+
+
+def losses(model, batch):
+    out = model(**batch, with_fidelity=True)
+    out.loss.backward()
+    gradient = model.student.get_input_embeddings().weight.grad.clone()
+    model.zero_grad()
+    return out.loss.detach(), gradient, out.fidelity.kl_teacher_student
+
+
+class TestEntries:
+    @pytest.mark.parametrize("tau", [0.5, 1.0, 3.0])
+    def test_top_k_and_the_mass_of_the_others(self, tau):
+        head = Head(torch.randn(9, 8), torch.randn(40, 8), torch.randn(40), logit_scale=0.7, softcap=5.0)
+        z = 5.0 * torch.tanh(0.7 * (head.hidden @ head.weight.T + head.bias) / 5.0)
+        found = top_k(head, 6, (tau,))
+        expected, ids = z.log_softmax(-1).topk(6)
+        assert torch.equal(found.indices, ids)
+        torch.testing.assert_close(found.log_probs, expected)
+        for at, which in ((0, 1.0), (1, tau)):
+            p = (z / which).double().softmax(-1)
+            tail = 1 - p.gather(-1, ids).sum(-1)
+            torch.testing.assert_close(found.log_tails[:, at].double().exp(), tail, atol=1e-6, rtol=1e-5)
+
+    def test_padding_rows_of_the_head_have_nothing(self):
+        head = Head(torch.randn(5, 8), torch.randn(40, 8), torch.arange(40.0))
+        found = top_k(head, 30, (2.0,), valid_vocab=30)
+        assert found.indices.max() < 30
+        torch.testing.assert_close(found.log_probs.exp().sum(-1), torch.ones(5))
+        assert found.log_tails.eq(-torch.inf).all()
+        drawn = draw(head, 50, 1.0, torch.Generator().manual_seed(0), valid_vocab=30)
+        assert drawn.indices.max() < 30
+
+    def test_drawn_ids_come_as_often_as_they_are_likely(self):
+        """Counts over n, whose variance is p(1 − p)/n."""
+        n, tau = 60_000, 2.0
+        head = Head(torch.randn(3, 8), torch.randn(11, 8))
+        found = draw(head, n, tau, torch.Generator().manual_seed(1))
+        p = (head.hidden @ head.weight.T / tau).softmax(-1)
+        rows = torch.arange(3).repeat_interleave(found.distinct)
+        seen = torch.zeros(3, 11).index_put((rows, found.indices), found.counts / n)
+        torch.testing.assert_close(seen.sum(-1), torch.ones(3))
+        assert ((seen - p).abs() < 5 * (p * (1 - p) / n).sqrt()).all()
+
+    def test_logits_of_16_bit_heads_are_not_rounded_to_16_bits(self):
+        hidden, weight = torch.randn(4, 64).bfloat16(), torch.randn(30, 64).bfloat16()
+        found = top_k(Head(hidden, weight), 30)
+        exact = (hidden.double() @ weight.double().T).log_softmax(-1).gather(-1, found.indices)
+        assert (found.log_probs - exact).abs().max() < 1e-4  # bf16 logits of 20 would be 0.06 off
+
+
+def describe(**changes):
+    given = {
+        "teacher": "t", "teacher_sha256": "", "teacher_dtype": "float32", "tokenizer": "", "tokenizer_sha256": "",
+        "vocab": V, "valid_vocab": None, "method": "top_k", "k": 4, "temperatures": (2.0,), "dtype": "float16",
+        "seed": 0, "shard_sequences": 1, "splits": {"train": Split(1, 1, "")},
+    }  # fmt: skip
+    return Description(**{**given, **changes})
+
+
+class TestRows:
+    @pytest.mark.parametrize(("vocab", "dtype"), [(2**16, "uint16"), (2**16 + 1, "int32"), (262_144, "int32")])
+    def test_the_last_id_of_a_vocabulary(self, vocab, dtype):
+        last = torch.tensor([[vocab - 1, 0, vocab - 2, 1]])
+        entries = TopK(last, torch.zeros(1, 4), torch.zeros(1, 2))
+        row = cache_rows.encode_top_k(entries, describe(vocab=vocab))
+        assert row["indices"].dtype == dtype
+        back = cache_rows.decode(cache_rows.table([row]), describe(vocab=vocab), 2.0)
+        assert back["teacher_indices"].tolist() == last.tolist()
+
+    @pytest.mark.parametrize("n", [255, 256, 1024])
+    def test_an_id_that_came_every_time(self, n):
+        """Counts up to n, where uint8 ends, and rows with different numbers of ids."""
+        description = describe(method="sample", k=n)
+        entries = Drawn(torch.tensor([5, 1, 2]), torch.tensor([n, n - 1, 1]), torch.tensor([1, 2]))
+        back = cache_rows.decode(cache_rows.table([cache_rows.encode_drawn(entries, description)]), description, 2.0)
+        assert back["teacher_indices"][:, :2].tolist() == [[5, 0], [1, 2]]
+        expected = [[0.0, -math.inf], [math.log((n - 1) / n), -math.log(n)]]
+        torch.testing.assert_close(back["teacher_log_probs"][:, :2], torch.tensor(expected))
+        assert back["teacher_log_probs"].isfinite().sum() == 3
+
+
+class TestLosses:
+    @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("float16", 2e-4)])
+    @pytest.mark.parametrize("tau", [1.0, 2.0])
+    def test_all_of_the_vocabulary_is_the_live_teacher(self, tmp_path, dtype, tolerance, tau):
+        """The loss, its gradient and the KL at τ = 1; at another temperature the first two."""
+        teacher, data = make(tmp_path / "c", k=V, dtype=dtype, temperatures=(tau,))
+        student, batch = tiny("gpt2", V=V), collate(data)
+        tokens = {key: batch[key] for key in ("input_ids", "labels")}
+        live = losses(DistillationModel(student, teacher, recipe="true_head"), {**tokens, "temperature": tau})
+        ours = losses(DistillationModel(student, recipe="cached"), {**batch, "temperature": tau})
+        for one, other in zip(ours, live, strict=True):
+            assert float((one - other).norm() / other.norm()) < tolerance
+
+    @pytest.mark.parametrize("family", ["gemma2", "cohere"])
+    def test_heads_with_a_cap_or_a_scale(self, tmp_path, family):
+        teacher, data = make(tmp_path / "c", family=family, k=5, dtype="float32")
+        batch = collate(data)
+        expected, ids = log_softmax(teacher, batch).topk(5)
+        assert torch.equal(batch["teacher_indices"].long(), ids)
+        torch.testing.assert_close(batch["teacher_log_probs"].double(), expected, atol=2e-5, rtol=1e-5)
+
+    def test_a_bucket_at_the_temperature(self, tmp_path):
+        """KL over k + 1 categories, written with whole logits; it grows with k, towards the whole KL."""
+        tau, values = 2.0, []
+        student = tiny("gpt2", V=V)
+        for k in (1, 4, 20, V):
+            teacher, data = make(tmp_path / str(k), k=k, dtype="float32")
+            batch = collate(data)
+            log_t, log_s = log_softmax(teacher, batch, tau), log_softmax(student, batch, tau)
+            ids = log_t.topk(k).indices
+
+            def categories(log_p, ids=ids):
+                kept = log_p.gather(-1, ids)
+                rest = log_p.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+                return torch.cat([kept, rest], -1) if ids.shape[-1] < V else kept
+
+            expected = kl_div(categories(log_s), categories(log_t), log_target=True, reduction="none").sum(-1)[:, :-1]
+            model = DistillationModel(student, recipe="cached")
+            metrics = model(**batch).metrics  # fp32
+            assert float(metrics.kd) == pytest.approx(float(expected.mean()), rel=1e-5)
+            values.append(float(metrics.kd))
+        assert values == sorted(values)
+        assert values[0] < 0.9 * values[-1]
+
+    def test_drawn_ids_at_the_temperature(self, tmp_path):
+        """Weights counts/n: the cross entropy to them, up to what does not depend on the student."""
+        tau = 2.0
+        _, data = make(tmp_path / "c", method="sample", k=30, temperatures=(tau,))
+        student, batch = tiny("gpt2", V=V), collate(data)
+        weights = torch.zeros(len(data), T, V, dtype=torch.float64)
+        p = batch["teacher_log_probs"].double().exp()
+        weights.scatter_add_(-1, batch["teacher_indices"].long(), p)
+        torch.testing.assert_close(weights.sum(-1), torch.ones(len(data), T, dtype=torch.float64), atol=1e-6, rtol=0)
+        expected = (torch.special.xlogy(weights, weights) - weights * log_softmax(student, batch, tau)).sum(-1)[:, :-1]
+        out = DistillationModel(student, recipe="cached")(**batch, with_fidelity=True)
+        assert float(out.metrics.kd) == pytest.approx(float(expected.mean()), rel=1e-5)
+        assert out.fidelity is None  # nothing is known at τ = 1
+
+    def test_what_rounding_takes_is_given_back(self):
+        """Entries of rounded log-probabilities still have what the tail leaves: 1 in all."""
+        log_p = torch.randn(50, 200).mul(3).log_softmax(-1)
+        log_probs, indices = log_p.topk(20)
+        tails = (1 - log_probs.double().exp().sum(-1)).log().float()
+        teacher = CachedEntries(indices, log_probs.half(), tails[:, None].expand(-1, 2)).at(1.0)
+        mass = teacher.log_probs.double().exp().sum(-1) + tails.double().exp()
+        torch.testing.assert_close(mass, torch.ones(50, dtype=torch.float64), atol=3e-7, rtol=0)
+
+    def test_a_loop_of_ones_own(self, tmp_path):
+        """As docs/teacher-cache.md has it."""
+        teacher, data = make(tmp_path / "c", k=V, dtype="float32")
+        batch, hidden = collate(data), torch.randn(len(data), T, 16, requires_grad=True)
+        weight, tau = torch.randn(V, 16), 2.0
+        entries = CachedEntries(*(batch[f"teacher_{name}"] for name in ("indices", "log_probs", "log_tails")))
+        loss = fused_kd_loss(Head(hidden, weight), entries.at(tau), temperature=tau)
+        log_s = (hidden @ weight.T / tau).log_softmax(-1)
+        expected = tau**2 * kl_div(log_s, log_softmax(teacher, batch, tau).float(), log_target=True, reduction="none")
+        torch.testing.assert_close(loss, expected.sum(-1).mean(), rtol=1e-5, atol=1e-6)
+
+
+class TestWriting:
+    def test_an_interrupted_cache_goes_on(self, tmp_path, monkeypatch):
+        """What is complete is kept, and the result is the same bytes."""
+        for name in ("whole", "broken"):
+            folder = tmp_path / name
+            if name == "broken":
+                publish, calls = cache_write.folders.publish, []
+
+                def once(*args, publish=publish, calls=calls, **options):
+                    calls.append(args)
+                    if len(calls) == 2:
+                        raise KeyboardInterrupt
+                    publish(*args, **options)
+
+                monkeypatch.setattr(cache_write.folders, "publish", once)
+                with pytest.raises(KeyboardInterrupt):
+                    make(folder, method="sample", k=9)
+                with pytest.raises(CacheError, match=r"not complete.*goes on"):
+                    TeacherCache(folder)
+                kept = (folder / "train-00000" / "SHA256SUMS").stat().st_mtime_ns
+            make(folder, method="sample", k=9)
+        assert (folder / "train-00000" / "SHA256SUMS").stat().st_mtime_ns == kept
+        for shard in range(3):
+            one, other = (load_from_disk(tmp_path / name / f"train-{shard:05d}") for name in ("whole", "broken"))
+            assert one.with_format("arrow")[:].equals(other.with_format("arrow")[:])
+        assert not list(folder.glob(".*"))
+
+    @pytest.mark.parametrize("processes", [2, 3])
+    def test_shards_of_several_processes(self, tmp_path, processes):
+        data = blocks()
+        make(tmp_path / "one", data, k=4)
+        for process in reversed(range(processes)):
+            if process > 0:  # the first has claimed the folder
+                (tmp_path / "many").mkdir(exist_ok=True)
+                describe_of(tmp_path / "one").write(tmp_path / "many")
+            make_part(tmp_path / "many", data, process, processes)
+        one, many = (TeacherCache(tmp_path / name).dataset("train", data) for name in ("one", "many"))
+        for key, value in collate(one).items():
+            assert torch.equal(value, collate(many)[key])
+
+    def test_size_and_speed_are_told(self, tmp_path):
+        told, data = [], blocks(40)
+        summary = cache_teacher(tiny("gpt2", V=V), {"train": data}, tmp_path / "c", k=16, tell=told.append)
+        entries = 16 * (2 + 2) + 4 * 2
+        assert f"{40 * T} tokens, {entries} bytes each" in told[0]
+        assert summary.tokens == summary.tokens_written == 40 * T
+        assert summary.bytes == sum(p.stat().st_size for p in (tmp_path / "c").rglob("*") if p.is_file()) - len(
+            (tmp_path / "c" / "summary.json").read_bytes()
+        )
+        assert entries < summary.bytes_per_token < 1.3 * entries  # offsets and names around them: some 4 KB
+        assert summary.tokens_per_second > 0
+
+    def test_under_autocast_it_is_the_live_teacher_of_autocast(self, tmp_path):
+        with torch.autocast("cpu", torch.bfloat16):
+            teacher, data = make(tmp_path / "c", k=V, dtype="float32")
+            batch = collate(data)
+            tokens = {key: batch[key] for key in ("input_ids", "labels")}
+            student = tiny("gpt2", V=V)
+            live = DistillationModel(student, teacher, recipe="true_head")(**tokens)
+            ours = DistillationModel(student, recipe="cached")(**batch)
+        torch.testing.assert_close(ours.loss, live.loss, rtol=1e-5, atol=0)
+        assert describe_of(tmp_path / "c").teacher_dtype == "bfloat16"
+
+    WRONG: ClassVar = {
+        "method": ({"method": "beam"}, "method='beam'; expected 'top_k' or 'sample'"),
+        "k": ({"k": V + 1}, f"k={V + 1}; expected 1 to {V}"),
+        "none": ({"k": 0}, "k=0; expected 1 to"),
+        "many draws": ({"method": "sample", "k": 1025}, "k=1025; expected 1 to 1024"),
+        "dtype": ({"dtype": "bfloat16"}, "dtype='bfloat16'; expected"),
+        "temperature": ({"temperatures": (0.0,)}, "expected numbers > 0"),
+        "temperatures": ({"method": "sample", "temperatures": (1.0, 2.0)}, "expected one for method='sample'"),
+    }
+
+    @pytest.mark.parametrize("name", WRONG)
+    def test_wrong_arguments(self, tmp_path, name):
+        options, message = self.WRONG[name]
+        with pytest.raises(ValueError, match=message):
+            make(tmp_path / "c", **options)
+        assert not (tmp_path / "c").exists()
+
+    def test_a_folder_of_something_else(self, tmp_path):
+        (tmp_path / "notes.txt").write_text("mine")
+        with pytest.raises(CacheError, match=r"holds files and no cache.json; name an empty"):
+            make(tmp_path)
+        assert (tmp_path / "notes.txt").read_text() == "mine"
+        make(tmp_path / "c", k=4)
+        with pytest.raises(CacheError, match=r"something else \(k: then 4, now 5\)"):
+            make(tmp_path / "c", k=5)
+        with pytest.raises(CacheError, match="teacher_sha256: then"):  # of the same name and sizes
+            make(tmp_path / "c", k=4, teacher=tiny("gpt2", V=V, width=32, seed=2))
+
+
+def describe_of(folder):
+    return TeacherCache(folder, verify=False).description
+
+
+def make_part(folder, data, process, processes):
+    cache_teacher(
+        tiny("gpt2", V=V, width=32, seed=1), {"train": data}, folder, k=4, shard_tokens=3 * T, process_index=process,
+        processes=processes,
+    )  # fmt: skip
+
+
+class TestReading:
+    def test_every_damaged_file_is_named(self, tmp_path):
+        """A bit flipped, the end cut off, the file gone: of each file of a shard."""
+        make(tmp_path / "c", k=4)
+        shard = tmp_path / "c" / "train-00001"
+        for path in sorted(shard.iterdir()):
+            whole = path.read_bytes()
+            for damaged in (bytes([whole[0] ^ 1]) + whole[1:], whole[:-1], None):
+                path.unlink() if damaged is None else path.write_bytes(damaged)
+                with pytest.raises(CacheError, match=r"train-00001.* is damaged: .*[Rr]emove that folder"):
+                    TeacherCache(tmp_path / "c")
+            path.write_bytes(whole)
+        TeacherCache(tmp_path / "c")
+
+    def test_a_damaged_shard_is_made_again(self, tmp_path):
+        _, data = make(tmp_path / "c", k=4)
+        before = collate(data)
+        shard = tmp_path / "c" / "train-00001"
+        (shard / "data-00000-of-00001.arrow").write_bytes(b"")
+        (tmp_path / "c" / "summary.json").unlink()
+        _, data = make(tmp_path / "c", k=4)
+        assert all(torch.equal(value, before[key]) for key, value in collate(data).items())
+
+    @pytest.mark.parametrize("damage", ["{", "[]", '{"format": 1}', '{"format": 9, "version": "7.0"}', "\xff"])
+    def test_a_description_that_cannot_be_read(self, tmp_path, damage):
+        make(tmp_path / "c", k=4)
+        (tmp_path / "c" / "cache.json").write_bytes(damage.encode("latin-1"))
+        with pytest.raises(CacheError, match=r"cache.json' is damaged|format 9, written by kdfast 7.0"):
+            TeacherCache(tmp_path / "c")
+
+    def test_other_data(self, tmp_path):
+        make(tmp_path / "c", k=4)
+        cache = TeacherCache(tmp_path / "c")
+        changed = blocks().to_list()
+        changed[3]["input_ids"][5] += 1
+        for other in (blocks(6), blocks(seed=6), changed, blocks().select([1, 0, 2, 3, 4, 5, 6])):
+            with pytest.raises(CacheError, match="is of other data: then 7 sequences with 84 tokens"):
+                cache.dataset("train", other)
+        assert isinstance(cache.dataset("train", blocks().to_list()), CachedBlocks)  # the same rows, as a list
+        with pytest.raises(CacheError, match="has no split 'test'; expected one of train"):
+            cache.dataset("test", blocks())
+
+    def test_another_temperature(self, tmp_path):
+        make(tmp_path / "c", k=4, temperatures=(2.0, 3.0))
+        cache = TeacherCache(tmp_path / "c")
+        for tau in (1.0, 2.0, 3.0):
+            cache.dataset("train", blocks(), temperature=tau)
+        with pytest.raises(
+            CacheError, match=r"=1.5; .* was made for 1, 2, 3. .*cache_temperatures: \[1.5\]"
+        ):
+            cache.dataset("train", blocks(), temperature=1.5)
+        make(tmp_path / "drawn", method="sample", k=4)
+        with pytest.raises(CacheError, match=r"was made for 2\. "):
+            TeacherCache(tmp_path / "drawn").dataset("train", blocks(), temperature=1.0)
+
+    def test_another_tokenizer(self, tmp_path):
+        tokenizer = make_tokenizer()
+        make(tmp_path / "c", k=4, tokenizer=tokenizer)
+        cache = TeacherCache(tmp_path / "c")
+        cache.check_tokenizer(make_tokenizer())
+        tokenizer.add_tokens(["<more>"])
+        with pytest.raises(CacheError, match=r"was made with the tokenizer .* has other tokens"):
+            cache.check_tokenizer(tokenizer)
+
+    @pytest.mark.parametrize(
+        ("vocab", "valid", "cached_valid", "fits"),
+        [(V, None, None, True), (V + 5, None, None, False), (V + 5, V, None, True), (V - 3, V - 5, V - 5, True),
+         (V, V - 5, None, False), (V, None, V - 5, True)],
+    )  # fmt: skip
+    def test_another_vocabulary(self, tmp_path, vocab, valid, cached_valid, fits):
+        make(tmp_path / "c", k=4, valid_vocab=cached_valid)
+        cache = TeacherCache(tmp_path / "c")
+        if fits:
+            cache.check_vocabulary(vocab, valid)
+        else:
+            with pytest.raises(CacheError, match=f"with {V} ids .* student has {vocab}"):
+                cache.check_vocabulary(vocab, valid)
+
+
+class TestTraining:
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_the_trainer_takes_the_recipe_from_the_data(self, tmp_path, workers):
+        teacher, data = make(tmp_path / "c", k=V, dtype="float32")
+        log = {}
+        for recipe, train in (("auto", data), ("true_head", blocks())):
+            args = KDConfig(
+                output_dir=str(tmp_path / recipe), recipe=recipe, max_steps=4, logging_steps=1, use_cpu=True,
+                per_device_train_batch_size=2, learning_rate=1e-2, report_to="none", disable_tqdm=True,
+                dataloader_num_workers=workers, dataloader_pin_memory=False, save_strategy="no", eval_strategy="steps",
+                eval_steps=2,
+            )  # fmt: skip
+            live = {"teacher": teacher} if recipe == "true_head" else {}
+            trainer = KDTrainer(tiny("gpt2", V=V), args, train_dataset=train, eval_dataset=train, **live)
+            trainer.train()
+            log[recipe] = [
+                entry[key] for entry in trainer.state.log_history for key in ("loss", "eval_kl_teacher_student", "kd")
+                if key in entry
+            ]  # fmt: skip
+        assert trainer.model.recipe.name == "true_head"
+        np.testing.assert_allclose(log["auto"], log["true_head"], rtol=2e-5)
+        assert len(log["auto"]) == 4 + 4 + 2
+
+    def test_what_does_not_go_with_a_cache(self, tmp_path):
+        _, data = make(tmp_path / "c", k=4)
+        _, drawn = make(tmp_path / "d", method="sample", k=4)
+
+        def trainer(dataset=data, student=None, **settings):
+            settings = {"output_dir": str(tmp_path / "run"), "use_cpu": True, "report_to": "none", **settings}
+            return KDTrainer(student or tiny("gpt2", V=V), KDConfig(**settings), train_dataset=dataset)
+
+        for message, given in {
+            "entries for temperature=2, and the run is at 3": {"temperature": 3.0},
+            "the run is at 3, 2": {"temperature_steps": [3, 2]},
+            "divergence='reverse_kl' and train_dataset has ids drawn": {"dataset": drawn, "divergence": "reverse_kl"},
+            "the student has 70": {"student": tiny("gpt2", V=70)},
+        }.items():
+            with pytest.raises(CacheError, match=message):
+                trainer(**given)
+        with pytest.raises(CacheError, match=r"eval_dataset\['a'\] has a teacher's entries for temperature=2"):
+            KDTrainer(
+                tiny("gpt2", V=V), KDConfig(output_dir=str(tmp_path / "run"), use_cpu=True, temperature=1.0),
+                train_dataset=TeacherCache(tmp_path / "c").dataset("train", blocks(), temperature=1.0),
+                eval_dataset={"a": data},
+            )  # fmt: skip
+        trainer(divergence="reverse_kl")
+
+    def test_without_entries(self):
+        ids = torch.tensor([[3, 4, 5]])
+        with pytest.raises(ValueError, match="teacher_indices is None; recipe 'cached' learns from a teacher cache"):
+            DistillationModel(tiny("gpt2", V=V), recipe="cached")(input_ids=ids, labels=ids)
+
+
+def test_summaries_and_descriptions_are_json(tmp_path):
+    make(tmp_path / "c", k=4)
+    named = json.loads((tmp_path / "c" / "cache.json").read_text())
+    assert named["k"] == 4
+    assert named["temperatures"] == [2.0]
+    assert len(named["tokenizer_sha256"]) in (0, 64)
+    assert json.loads((tmp_path / "c" / "summary.json").read_text())["tokens"] == 7 * T
