@@ -5,21 +5,22 @@
     plan.md       kdfast.plan.__all__
     cli.md        `kdfast … --help`
 
-Docstrings are plain text: sections (Args, Returns, Raises) become lists, indented lines and aligned columns stay as they
-are, in a fence.
+Docstrings are plain text: sections (Args, Returns, Raises) become lists; indented lines and aligned columns stay as
+they are, in a fence.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import inspect
+import io
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, ForwardRef
+from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "docs" / "api"
@@ -28,9 +29,8 @@ PAGES = {
     "training": ("kdfast.training", "Runs: `kdfast.training`"),
     "plan": ("kdfast.plan", "Planning: `kdfast.plan`"),
 }
-COMMANDS = ("", "distill", "report", "demo", "plan", "doctor")
+COMMANDS = ("", "distill", "cache", "report", "demo", "plan", "doctor")
 SECTIONS = ("Args", "Attributes", "Returns", "Raises")
-WIDTH = "100"  # columns of argparse's help
 
 
 def pages() -> dict[str, str]:
@@ -58,8 +58,8 @@ def _object(name: str, value: Any) -> list[str]:
         return [f"A `{type(value).__name__}`: {', '.join(f'`{key}`' for key in value)}.", ""]
     lines = ["```text", _signature(name, value), "```", "", *markdown(inspect.getdoc(value) or "")]
     if inspect.isclass(value):
-        if dataclasses.is_dataclass(value) and value.__module__.startswith("kdfast.training"):
-            lines += _fields(value)
+        lines += _fields(value) if dataclasses.is_dataclass(value) else []
+        lines += _commented(value)
         for method, function in vars(value).items():
             documented = inspect.isfunction(function) and function.__doc__ and not method.startswith("_")
             if documented and method not in ("forward",):
@@ -86,11 +86,18 @@ def _signature(name: str, value: Any) -> str:
         stars = {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "")
         annotation = "" if p.annotation is p.empty else f": {_annotation(p.annotation)}"
         equals = " = " if annotation else "="
-        parts.append(f"{stars}{p.name}{annotation}" + ("" if p.default is p.empty else f"{equals}{p.default!r}"))
+        parts.append(
+            f"{stars}{p.name}{annotation}" + ("" if p.default is p.empty else f"{equals}{_default(p.default)}")
+        )
     constructed = inspect.isclass(value) or found.return_annotation is found.empty
     returns = "" if constructed else f" -> {_annotation(found.return_annotation)}"
     line = f"{name}({', '.join(parts)}){returns}"
     return line if len(line) <= 100 else "\n".join([f"{name}(", *(f"    {part}," for part in parts), f"){returns}"])
+
+
+def _default(value: Any) -> str:
+    """A function has an address in its repr, another every time."""
+    return "…" if " at 0x" in repr(value) else repr(value)
 
 
 def _annotation(given: Any) -> str:
@@ -108,6 +115,12 @@ def _fields(value: Any) -> list[str]:
         return []
     rows = [f"| `{f.name}` | `{f.default!r}` | {f.metadata['help'].replace('|', chr(92) + '|')} |" for f in helped]
     return ["| field | default | |", "|---|---|---|", *rows, ""]
+
+
+def _commented(value: Any) -> list[str]:
+    """Fields that a comment beside them explains."""
+    found = re.findall(r"^    (\w+): [^#\n]+# (.+)$", inspect.getsource(value).partition("    def ")[0], re.M)
+    return [*(f"- `{name}`: {_escaped(comment)}" for name, comment in found), ""] if found else []
 
 
 def markdown(doc: str) -> list[str]:
@@ -159,15 +172,14 @@ def _commands() -> str:
 
 
 def _help(command: str) -> str:
-    code = (
-        "import sys; from kdfast.cli.main import main; sys.argv[0] = 'kdfast'; "
-        f"sys.exit(main({[command, '--help'] if command else ['--help']!r}))"
-    )
-    environment = os.environ | {"COLUMNS": WIDTH, "PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
-    environment.pop("XDG_CACHE_HOME", None)
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.rstrip()
+    """What argparse prints, or ours where a subcommand has keys in place of options."""
+    from kdfast.cli.main import main as kdfast
+
+    with patch.dict(os.environ, COLUMNS="100", NO_COLOR="1"), contextlib.redirect_stdout(io.StringIO()) as said:
+        os.environ.pop("XDG_CACHE_HOME", None)
+        with contextlib.suppress(SystemExit):
+            kdfast([command, "--help"] if command else ["--help"])
+    return said.getvalue().rstrip()
 
 
 def main() -> None:

@@ -64,7 +64,7 @@ def live_bytes(method: str, shape: Shape) -> int | None:
 
 
 def total_bytes(method: str, shape: Shape) -> int | None:
-    """Bytes of the inputs and gradients of `shape`, and of the peak above them; `method` and None as in `peak_bytes`."""
+    """Bytes of inputs and gradients of `shape` and of the peak above them; `method` and None as in `peak_bytes`."""
     peak = peak_bytes(method, shape)
     return None if peak is None else shape.inputs + shape.gradients + peak
 

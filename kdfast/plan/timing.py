@@ -68,7 +68,8 @@ def operations(method: str, shape: Shape) -> Operations | None:
 
 
 def predicted_seconds(method: str, shape: Shape, gpu: str | Gpu) -> float | None:
-    """Seconds of a forward and backward on `gpu`, a name of `GPUS` or a `Gpu`. None: the method is not for this shape, or not for a GPU.
+    """Seconds of a forward and backward on `gpu`, a name of `GPUS` or a `Gpu`. None: the method is not for this shape,
+    or not for a GPU.
 
     Raises ValueError: an unknown method or GPU.
     """

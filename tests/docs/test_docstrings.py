@@ -23,8 +23,22 @@ PUBLIC = {
     for name, value in make_api.public(module).items()
     if callable(value)
 }
-# its fields are documented one by one in their metadata, or by comments beside them
-BY_FIELD = ("KDConfig", "Recipe", "HealthThresholds", "KDMetrics", "HeadFidelity", "Finding", "Shape", "Gpu")
+# fields documented one by one, in their metadata or by comments beside them, which the pages show
+BY_FIELD = (
+    "KDConfig",
+    "Recipe",
+    "HealthThresholds",
+    "KDMetrics",
+    "HeadFidelity",
+    "Finding",
+    "Shape",
+    "Gpu",
+    "CachedEntries",
+    "CacheSummary",
+)
+
+
+ELSEWHERE = ("kdfast.training.TeacherCache",)  # whose example docs/teacher-cache.md has, with what it needs
 
 
 def _documented_parameters(value):
@@ -37,14 +51,16 @@ def _documented_parameters(value):
 def test_public_names_are_documented(name):
     value = PUBLIC[name]
     doc = value.__doc__ or ""
-    assert len(doc.split()) > 4 and not doc.startswith(f"{value.__name__}("), f"{name} has no docstring of its own"
-    absent = [p for p in _documented_parameters(value) if not re.search(rf"\b{p}\b", doc) and not re.search(rf"\b{p}\b", _symbols(value))]
+    assert len(doc.split()) > 4
+    assert not doc.startswith(f"{value.__name__}("), f"{name} has no docstring of its own"
+    told = doc + _symbols(doc)
+    absent = [p for p in _documented_parameters(value) if not re.search(rf"\b{p}\b", told)]
     assert absent == [], f"{name}: {absent} are not explained"
 
 
-def _symbols(value):
+def _symbols(doc):
     """A divergence's parameter is the Greek letter in its formula."""
-    return "alpha" * ("α" in value.__doc__) + " " + "beta" * ("β" in value.__doc__)
+    return " alpha" * ("α" in doc) + " beta" * ("β" in doc)
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -81,8 +97,17 @@ def _examples():
     for name, doc in {"kdfast": kdfast.__doc__, **{name: value.__doc__ for name, value in PUBLIC.items()}}.items():
         for block in re.findall(r"(?:^|\n\n)((?:(?: {4,}\S[^\n]*)?\n)+)", inspect.cleandoc(doc or "") + "\n"):
             code = textwrap.dedent(block).strip()
-            if "(" in code and "=" in code and "kdfast" in name:
+            if "(" in code and "=" in code and _is_python(code) and name not in ELSEWHERE:
                 yield pytest.param(code, id=name)
+
+
+def _is_python(code):
+    """Or a formula, or columns."""
+    try:
+        compile(code, "docstring", "exec")
+    except SyntaxError:
+        return False
+    return True
 
 
 @pytest.mark.parametrize("code", list(_examples()))
@@ -97,8 +122,4 @@ def test_examples_run(code):
         "projector": torch.nn.Linear(12, 8), "DistillationModel": DistillationModel,
     }  # fmt: skip
     student.lm_head = student["lm_head"]
-    try:
-        compile(code, "docstring", "exec")
-    except SyntaxError:
-        pytest.skip("a formula or a table")
     exec(code, dict(names))
