@@ -15,7 +15,7 @@ READY_BENCH := $(VENV)/.ready-bench
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long aot lint types check bench recipes peers clean
+.PHONY: help demo test test-long aot lint types check bench recipes peers api clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -52,6 +52,9 @@ recipes: $(READY)  ## the experiment that decides the default recipe: hours on t
 
 peers: $(READY_BENCH)  ## our losses against TRL's, Liger's, torchtune's and fla's
 	$(BIN)/python -m pytest tests/peers $(ARGS)
+
+api: $(READY)  ## docs/api/ from the docstrings
+	PYTHONPATH=. $(BIN)/python docs/make_api.py
 
 clean:  ## remove .venv, build products and caches, not the results of runs
 	rm -rf $(VENV) build/lib build/bdist.* dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks

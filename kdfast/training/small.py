@@ -31,7 +31,10 @@ CONTENT = 1  # another number where other files come of the same sizes
 
 @dataclass(frozen=True)
 class SmallSizes:
-    """The defaults take 71 seconds of one CPU core, the teacher's training most of it."""
+    """Sizes of the models that `small_models` makes, their text and their training.
+
+    The defaults take 71 seconds of one CPU core, the teacher's training most of it.
+    """
 
     characters: int = 2_000_000  # of text to train on, at most a file more
     excerpt: int = 2000  # characters of a held-out file
@@ -47,10 +50,19 @@ class SmallSizes:
 
 
 class SmallModels(NamedTuple):
-    teacher: str  # folder: a trained model with its tokenizer
-    student: str  # folder: a fresh model with the same tokenizer
-    text: str  # file to train on; <|endoftext|> between documents
-    eval_text: str  # file of held-out text
+    """Where everything lies that `small_models` made.
+
+    Args:
+        teacher: folder with a trained model and its tokenizer.
+        student: folder with a fresh model and the same tokenizer.
+        text: file to train on, <|endoftext|> between documents.
+        eval_text: file of held-out text.
+    """
+
+    teacher: str
+    student: str
+    text: str
+    eval_text: str
 
 
 def small_models(folder: str | Path | None = None, *, sizes: SmallSizes | None = None) -> SmallModels:

@@ -144,7 +144,10 @@ def check_datasets(model: DistillationModel, datasets: Mapping[str, Any]) -> Non
 
 class CachedBlocks(data.Dataset):
     """Rows of `dataset`, each with teacher_indices, teacher_log_probs and, of top-k entries, teacher_log_tails: what
-    `DistillationModel.forward` takes under the recipe "cached", and `CachedEntries` turns into a `SparseLogits`."""
+    `DistillationModel.forward` takes under the recipe "cached", and `CachedEntries` turns into a `SparseLogits`.
+
+    `TeacherCache.dataset` makes it, of the cache's entries at one temperature.
+    """
 
     def __init__(self, cache: TeacherCache, dataset: Any, entries: Dataset, temperature: float) -> None:
         self.cache, self.dataset, self.temperature = cache, dataset, temperature
