@@ -16,7 +16,7 @@ READY_DIST := $(VENV)/.ready-dist
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long aot lint types check bench recipes peers dist package clean
+.PHONY: help demo test test-long aot lint types check bench recipes peers api dist package clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -53,6 +53,9 @@ recipes: $(READY)  ## the experiment that decides the default recipe: hours on t
 
 peers: $(READY_BENCH)  ## our losses against TRL's, Liger's, torchtune's and fla's
 	$(BIN)/python -m pytest tests/peers $(ARGS)
+
+api: $(READY)  ## docs/api/ from the docstrings
+	PYTHONPATH=. $(BIN)/python docs/make_api.py
 
 # the wheel is made from the source distribution, so neither old build products nor an old list of files gets into it
 dist: $(READY_DIST)  ## wheel and source distribution, into dist/

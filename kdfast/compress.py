@@ -40,6 +40,8 @@ class HeadFidelity(NamedTuple):
 class CompressedHead(nn.Module):
     """What `compress_head` gives: a frozen module, called with hidden states (*, Ht), returning a `Head` of width r.
 
+    Not to be made by hand: `start` is what the cut was solved to, `whole` the head that was cut.
+
     Attributes:
         weight: (V, r), buffer, the whole head's dtype.
         projector: (r, Ht), buffer; bias (r,) or None.

@@ -106,7 +106,7 @@ class JSD(Divergence):
     """β·KL(p‖m) + (1−β)·KL(q‖m) with m = β p + (1−β) q. Agarwal et al. 2024 (GKD), arXiv:2306.13649.
 
     At β = 0 it is *defined* as forward KL and at β = 1 as reverse KL, GKD's convention; it is discontinuous there
-    (as β → 0 the formula itself tends to 0).
+    (as β → 0 the formula itself tends to 0). Raises ValueError for a β outside [0, 1].
     """
 
     beta: float = 0.5

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kdfast.cli import output_dir as folder
-from kdfast.cli.corpus import library_text, once, train_tokenizer, write_files
 from kdfast.cli.demo import run_settings, small_gpt2
 from kdfast.cli.runs import read_run
+from kdfast.training.corpus import library_text, once, train_tokenizer, write_files
 from kdfast.training.report import Run
 
 VOCABULARY = 4096

@@ -182,15 +182,22 @@ def _check_data(source: str, given: Mapping[str, Any]) -> None:
         raise UserError(f"{source}: eval_fraction={given['eval_fraction']}; expected a number between 0 and 1")
 
 
-def format_help(command: str) -> str:
-    """Usage and kdfast's own keys; TrainingArguments' 120 are named, not listed."""
+def format_help(command: Command) -> str:
+    """Usage and the command's own keys; TrainingArguments' 120 are named, not listed."""
     parser = _Parser("command line", command)
-    inherited = {f.name for f in dataclasses.fields(TrainingArguments)} - {"output_dir"}
+    if command == "cache":
+        hidden = {*_names(RunArguments), *_names(KDConfig)}
+        parser.epilog = (
+            "The other keys of kdfast distill are keys too, so that one file serves both. What counts of them here: "
+            "temperature, valid_vocab, seed, bf16, fp16, use_cpu, per_device_eval_batch_size."
+        )
+    else:
+        hidden = {f.name for f in dataclasses.fields(TrainingArguments)} - {"output_dir"}
+        parser.epilog = "Every name of transformers.TrainingArguments is a key too."
     for action in parser._actions:
-        if action.dest in inherited:
+        if action.dest in hidden:
             action.help = argparse.SUPPRESS
     parser.usage = "%(prog)s [--key value ...]"
-    parser.epilog = "Every name of transformers.TrainingArguments is a key too."
     return parser.format_help()
 
 

@@ -22,8 +22,10 @@ import yaml
 
 from kdfast.cli import output_dir as folder
 from kdfast.cli.arguments import parse
-from kdfast.cli.corpus import cache_root, library_text, megabytes, once, train_tokenizer, write_files
 from kdfast.cli.distill import run_distillation
+from kdfast.cli.errors import UserError
+from kdfast.training.corpus import cache_root, library_text, megabytes, once, train_tokenizer, write_files
+from kdfast.training.data import DataError
 from kdfast.training.report import Run, text_table, write_report
 from kdfast.training.summary import write_summary
 
@@ -71,13 +73,16 @@ def demo(*, quick: bool, output_dir: str, cache_dir: str | None, seed: int) -> i
     transformers.utils.logging.disable_progress_bar()
     sizes = QUICK if quick else Sizes()
 
-    train, evaluation = library_text(sizes.files, sizes.excerpt)
+    try:
+        train, evaluation = library_text(sizes.files, sizes.excerpt)
+    except DataError as error:
+        raise UserError(str(error)) from error
     print(
         f"Text: {len(train)} files of Python's library to train on, {megabytes(train):.1f} MB; "
         f"{len(evaluation)} held out, {megabytes(evaluation):.2f} MB."
     )
     key = _key(sizes, seed, [*train, *evaluation])
-    cache = cache_root(cache_dir) / key
+    cache = cache_root(cache_dir, "demo") / key
     once(cache / "train", lambda path: write_files(path, train))
     once(cache / "eval", lambda path: write_files(path, evaluation))
     once(cache / "tokenizer", lambda path: train_tokenizer(path, train, sizes.vocabulary))

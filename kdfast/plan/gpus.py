@@ -15,6 +15,8 @@ CLOCK = 1.755 / 1.98  # of the clock that the fp32 peak is quoted at
 
 @dataclass(frozen=True)
 class Gpu:
+    """A GPU as its data sheet has it; `source` says where each figure is from."""
+
     name: str
     memory_gib: float  # that a process can allocate, about: capacity less the driver's (and ECC's) part
     tensor_tflops: float  # bf16 and fp16, fp32 sums, dense

@@ -48,7 +48,7 @@ METHODS: dict[str, Method] = {
 
 
 def peak_bytes(method: str, shape: Shape) -> int | None:
-    """Highest live bytes of one forward and backward, above its inputs and the gradients that stay.
+    """Highest live bytes of one forward and backward of `shape`, above its inputs and the gradients that stay.
 
     Gradients start as None; forward KL (or the cross entropy alone); on a GPU the caching allocator's count, on a CPU
     the resident set. None: the method is not for this teacher, dtype or device. Raises ValueError: unknown method.
@@ -64,13 +64,14 @@ def live_bytes(method: str, shape: Shape) -> int | None:
 
 
 def total_bytes(method: str, shape: Shape) -> int | None:
-    """Inputs, gradients and the peak above them."""
+    """Bytes of inputs and gradients of `shape` and of the peak above them; `method` and None as in `peak_bytes`."""
     peak = peak_bytes(method, shape)
     return None if peak is None else shape.inputs + shape.gradients + peak
 
 
 def largest_tokens(method: str, shape: Shape, available_bytes: int, *, bytes_per_token: int = 0) -> int:
-    """The most tokens for which inputs, gradients and peak fit; 0 where not one does, or the method is not for this.
+    """The most tokens for which inputs, gradients and peak of `shape` fit into available_bytes; 0 where not one does,
+    or the method is not for this.
 
     bytes_per_token: of what else grows with the tokens, such as activations kept for backward. Memory does not grow
     with every token (chunks are of equal size; a tiled engine's slab is the wider, the fewer tokens there are): the

@@ -63,12 +63,13 @@ PASSES: dict[str, tuple[int, int, int | None]] = {
 
 
 def operations(method: str, shape: Shape) -> Operations | None:
-    """None: the method is not for this."""
+    """Matrix products of `method` for `shape`, forward and backward. None: the method is not for this."""
     return None if live_bytes(method, shape) is None else SPECIAL.get(method, PLAIN)[shape.teacher]
 
 
 def predicted_seconds(method: str, shape: Shape, gpu: str | Gpu) -> float | None:
-    """Seconds of a forward and backward. None: the method is not for this shape, or not for a GPU.
+    """Seconds of a forward and backward on `gpu`, a name of `GPUS` or a `Gpu`. None: the method is not for this shape,
+    or not for a GPU.
 
     Raises ValueError: an unknown method or GPU.
     """

@@ -14,6 +14,7 @@ faults.py   what stops a run     resume.py   the checkpoint to go on from     te
 manifest.py checksums            pickles.py  no code is loaded                files.py        durable writes
 folders.py  complete or not there     resumable_trainer.py  goes on after all that
 cache/      a teacher run once        cached.py   its entries, in a batch
+small.py    a teacher and text for first tries
 """
 
 try:
@@ -29,10 +30,12 @@ from kdfast.training.config import KDConfig
 from kdfast.training.faults import CheckpointWriteError, DamagedCheckpointError, LostProcessError, TerminatedError
 from kdfast.training.guard import NonFiniteLossError
 from kdfast.training.health import Finding, HealthCallback
+from kdfast.training.labels import shift_labels
 from kdfast.training.loading import load_student, load_teacher
 from kdfast.training.model import DistillationModel
 from kdfast.training.recipes import RECIPES, Recipe
 from kdfast.training.signs import HealthThresholds
+from kdfast.training.small import SmallModels, small_models
 from kdfast.training.trainer import KDTrainer
 
 __all__ = [
@@ -51,10 +54,13 @@ __all__ = [
     "LostProcessError",
     "NonFiniteLossError",
     "Recipe",
+    "SmallModels",
     "TeacherCache",
     "TerminatedError",
     "cache_teacher",
     "choose_recipe",
     "load_student",
     "load_teacher",
+    "shift_labels",
+    "small_models",
 ]

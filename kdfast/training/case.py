@@ -24,7 +24,12 @@ FROM_CACHE = Choice(CACHED, "the data set brings a teacher's cached entries")
 
 
 def choose_recipe(student: PreTrainedModel, teacher: PreTrainedModel | None, valid_vocab: int | None = None) -> Choice:
-    """The best measured recipe for these two models, and the reason in words."""
+    """The best measured recipe for these two models, and the reason in words: what recipe="auto" takes.
+
+    Args:
+        student, teacher: causal models; a teacher of None is `lm_only`'s.
+        valid_vocab: as in `fused_kd_loss`: heads that differ by padding rows alone count as equal.
+    """
     if teacher is None:
         return Choice("lm_only", "there is no teacher")
     ours, theirs = head_shape(student)[0], head_shape(teacher)[0]

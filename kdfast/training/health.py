@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Finding:
+    """What `HealthCallback` said: at which step, of which kind, in which words."""
+
     step: int
     kind: str  # non_finite, initial_loss, kl, perplexity, rising, oscillating, follows, misleads or decays
     message: str  # what is seen, in numbers, and what to do

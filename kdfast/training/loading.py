@@ -60,7 +60,15 @@ def load_teacher(
     tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: torch.dtype | str = "auto",
 ) -> PreTrainedModel:
-    """A teacher in eval mode, frozen, in its own dtype. Raises ValueError like `load_student`."""
+    """A teacher in eval mode, frozen.
+
+    Args:
+        model_name_or_path: a folder, or a name on the hub.
+        tokenizer: its token ids must fit the model.
+        dtype: of the weights; "auto" is the one they were saved in.
+
+    Raises ValueError like `load_student`.
+    """
     model = _from_pretrained("teacher_model_name_or_path", model_name_or_path, dtype)
     _check_tokenizer("teacher_model_name_or_path", model, tokenizer)
     return model.requires_grad_(False).eval()

@@ -20,7 +20,10 @@ NOISE = 2.5  # mean steps from line to line: further apart, two smoothed values 
 
 @dataclass(frozen=True)
 class HealthThresholds:
-    """From where on something is said. Shares are of the run, of a loss or of a KL, as each line says; all are > 0."""
+    """From where on something is said. Shares are of the run, of a loss or of a KL, as each line says; all are > 0.
+
+    Raises ValueError naming the threshold that is no number > 0.
+    """
 
     initial_loss: float = 10.0  # loss of the first log line, without an anchor; or that of guessing, if it is more
     kl: float = 5.0  # the KL the loss sees, nats

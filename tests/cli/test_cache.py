@@ -129,3 +129,5 @@ def test_what_the_cache_refuses(configured, kdfast):
     code, out, _ = kdfast("cache", "--help")
     assert code == 0
     assert "usage: kdfast cache CONFIG.yaml" in out
+    assert "--cache_top_k" in out
+    assert "--kd_weight" not in out

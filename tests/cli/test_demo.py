@@ -5,7 +5,7 @@ import json
 import pytest
 
 from kdfast.cli import demo
-from kdfast.cli.corpus import library_text
+from kdfast.training.corpus import library_text
 
 
 @pytest.fixture

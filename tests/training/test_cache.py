@@ -428,6 +428,12 @@ class TestTraining:
         }.items():
             with pytest.raises(CacheError, match=message):
                 trainer(**given)
+        with pytest.raises(CacheError, match=r"eval_dataset\['a'\] has a teacher's entries for temperature=2"):
+            KDTrainer(
+                tiny("gpt2", V=V), KDConfig(output_dir=str(tmp_path / "run"), use_cpu=True, temperature=1.0),
+                train_dataset=TeacherCache(tmp_path / "c").dataset("train", blocks(), temperature=1.0),
+                eval_dataset={"a": data},
+            )  # fmt: skip
         trainer(divergence="reverse_kl")
 
     def test_without_entries(self):

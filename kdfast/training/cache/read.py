@@ -121,9 +121,11 @@ class TeacherCache:
 
 
 def check_datasets(model: DistillationModel, datasets: Mapping[str, Any]) -> None:
-    """Raise CacheError where `model`'s recipe cannot learn from one of `datasets` (argument → data set)."""
+    """Raise CacheError where `model`'s recipe cannot learn from one of `datasets` (argument → data set, or some)."""
     recipe = model.recipe
     for argument, dataset in datasets.items():
+        if isinstance(dataset, dict):
+            check_datasets(model, {f"{argument}[{name!r}]": one for name, one in dataset.items()})
         if not isinstance(dataset, CachedBlocks) or recipe.teacher != "cached":
             continue
         taus = recipe.temperature_steps or (recipe.temperature,)
@@ -142,7 +144,10 @@ def check_datasets(model: DistillationModel, datasets: Mapping[str, Any]) -> Non
 
 class CachedBlocks(data.Dataset):
     """Rows of `dataset`, each with teacher_indices, teacher_log_probs and, of top-k entries, teacher_log_tails: what
-    `DistillationModel.forward` takes under the recipe "cached", and `CachedEntries` turns into a `SparseLogits`."""
+    `DistillationModel.forward` takes under the recipe "cached", and `CachedEntries` turns into a `SparseLogits`.
+
+    `TeacherCache.dataset` makes it, of the cache's entries at one temperature.
+    """
 
     def __init__(self, cache: TeacherCache, dataset: Any, entries: Dataset, temperature: float) -> None:
         self.cache, self.dataset, self.temperature = cache, dataset, temperature

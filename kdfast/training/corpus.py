@@ -15,7 +15,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from kdfast.cli.errors import UserError
+from kdfast.training.data import DataError
 
 HELD_OUT = 20  # every twentieth file is for evaluation
 END = "<|endoftext|>"
@@ -32,7 +32,7 @@ def library_text(files: int, excerpt: int) -> tuple[list[str], list[str]]:
     held_out = [_middle(text, excerpt) for text in texts[::HELD_OUT]]
     train = [text for i, text in enumerate(texts) if i % HELD_OUT][:files]
     if len(train) < 50:
-        raise UserError(f"the demo reads Python's own library, and {str(root)!r} holds {len(train)} files of it")
+        raise DataError(f"the text here is Python's own library, and {str(root)!r} holds {len(train)} files of it")
     return train, held_out
 
 
@@ -47,10 +47,11 @@ def megabytes(texts: list[str]) -> float:
     return sum(len(text.encode()) for text in texts) / 1e6
 
 
-def cache_root(cache_dir: str | None) -> Path:
+def cache_root(cache_dir: str | Path | None, name: str) -> Path:
+    """`cache_dir`, or where this user's things of that name are kept."""
     if cache_dir is not None:
         return Path(cache_dir).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kdfast" / "demo"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kdfast" / name
 
 
 def once(path: Path, make: Callable[[Path], None]) -> None:

@@ -1,0 +1,71 @@
+"""Every YAML file for three steps, between small models whose widths are in the ratio of those it names."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from byte_tokenizer import make_tokenizer
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from kdfast.cli.arguments import parse, parse_mapping
+from kdfast.cli.distill import run_distillation
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = sorted(path.name for path in (ROOT / "examples").glob("*.yaml"))
+NO_NETWORK = {"dataset_name", "dataset_split", "eval_dataset_split"}
+# a 32nd of the widths that the files name: gpt2-medium's 1024, gpt2's and distilgpt2's 768, and cpu.yaml's 256
+WIDTHS = {"gpt2.yaml": (32, 24), "cpu.yaml": (24, 8)}
+
+
+@pytest.fixture
+def model(tmp_path):
+    """model(width) → folder of a random GPT-2 over bytes, with its tokenizer."""
+
+    def make(width):
+        folder = tmp_path / f"gpt2-{width}"
+        ends = {"bos_token_id": 256, "eos_token_id": 256}
+        torch.manual_seed(width)
+        config = GPT2Config(n_layer=1, n_embd=width, n_head=2, n_positions=256, vocab_size=257, **ends)
+        GPT2LMHeadModel(config).save_pretrained(folder)
+        make_tokenizer().save_pretrained(folder)
+        return str(folder)
+
+    return make
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_three_steps(name, model, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    path = ROOT / "examples" / name
+    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    teacher, student = WIDTHS[name]
+    settings = {key: value for key, value in settings.items() if key not in NO_NETWORK}
+    settings["teacher_model_name_or_path"] = model(teacher)
+    if "student_config" in settings:
+        settings["student_config"] |= {"n_embd": student, "n_head": 2}
+    else:
+        settings["model_name_or_path"] = model(student)
+    settings["train_file"] = str(ROOT / "kdfast" / "cli")
+    settings["max_length"] = min(settings["max_length"], 32)
+    settings["output_dir"] = str(tmp_path / "out")
+    run = run_distillation(
+        parse_mapping(name, settings, ["--max_steps", "3", "--use_cpu", "true", "--disable_tqdm", "true"])
+    )
+    assert run.summary["steps"] == 3
+    assert run.summary["eval_ce"] < 6
+    assert json.loads((tmp_path / "out/summary.json").read_text())["recipe"] == run.summary["recipe"]
+
+
+def test_gpt2_is_the_original_setting():
+    """gpt2-medium → gpt2, 1024 → 768, V = 50257; transformers' GPT2Config is gpt2's."""
+    arguments = parse(str(ROOT / "examples/gpt2.yaml"), ["--bf16", "false", "--use_cpu", "true"])
+    assert arguments.model.teacher_model_name_or_path == "gpt2-medium"
+    assert arguments.model.model_name_or_path == "gpt2"
+    assert (GPT2Config().n_embd, GPT2Config().vocab_size) == (768, 50257)
+    assert arguments.training.temperature == 2.0
+    assert arguments.training.learning_rate == 5e-5
+    recipe = arguments.training.resolved("run5")  # the file says what this option is: the original's three fixes
+    assert (recipe.kd_weight, recipe.kd_ramp_start, recipe.kd_ramp) == (0.7, 0.1, 0.2)
+    assert (recipe.projector_init, recipe.projector_lr_multiplier) == ("normal", 5.0)
