@@ -1,6 +1,7 @@
 """Random problems over everything the loss takes: plain data drawn by hypothesis, and the tensors made of it.
 
-`problems()` draws a `Problem`, never one that the interface refuses; `Problem.case()` makes its tensors, from a seed.
+`problems()` draws a `Problem`, never one that the interface refuses, `a_problem` by whatever draws (tests/fuzz);
+`Problem.case()` makes its tensors, from a seed.
 """
 
 import math
@@ -318,6 +319,11 @@ def problems(draw):
         depends on the constants of whatever modules are imported."""
         return draw(st.sampled_from([(what, choice) for choice in choices]))[1]
 
+    return a_problem(one_of)
+
+
+def a_problem(one_of):
+    """`one_of(what, *choices)` draws; the first choice is the simplest. `what` is another one each time."""
     dtype = one_of("dtype", F64, F64, F64, F32, F16, BF16)
     vocab = one_of("vocab", *VOCABULARIES)
     valid_vocab = one_of("valid_vocab", None, None, max(1, vocab - 1), max(1, vocab // 2), vocab)

@@ -20,7 +20,7 @@ def cuts(problem, ranks):
 
 
 def run(pool, ranks, problem, engine):
-    """As `test_random_options.run`, by several processes, which must agree on everything they share."""
+    """As `agree.run`, by several processes, which must agree on everything they share."""
     parts = pool.run(ranks, solve, problem, engine, cuts(problem, ranks))
     first = parts[0]
     for part in parts[1:]:
