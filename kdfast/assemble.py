@@ -209,7 +209,8 @@ def _out_of_vocabulary(source: Any, vocab: int, options: Options) -> Tensor | No
     """(N,) bool: rows of a sparse source with mass on an id the student does not have."""
     if not isinstance(source, SparseLogits) or options.vocab == "truncate":
         return None
-    strange = (source.indices < 0) | (source.indices >= vocab)
+    indices = source.indices.long()  # as in validation
+    strange = (indices < 0) | (indices >= vocab)
     return _flat(strange & (source.log_probs > -inf)).any(dim=-1)
 
 

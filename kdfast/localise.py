@@ -63,7 +63,8 @@ def _group(given: Any) -> tuple[Any, DeviceMesh | None]:
             )
         return given.get_group(), given
     if not isinstance(given, torch.distributed.ProcessGroup):
-        why = "this process is not in it" if given == torch.distributed.GroupMember.NON_GROUP_MEMBER else kind(given)
+        none = torch.distributed.GroupMember.NON_GROUP_MEMBER
+        why = "this process is not in it" if type(given) is type(none) and given == none else kind(given)
         raise TypeError(f"process_group is {why}; expected a torch.distributed.ProcessGroup or a DeviceMesh")
     return given, None
 
@@ -101,7 +102,7 @@ def _is_dtensor(value: Any) -> bool:
 
 
 def _is_matrix(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dim() == 2
+    return isinstance(value, Tensor) and value.dim() == 2 and not value.is_nested  # which has no shape
 
 
 def _local_head(name: str, head: Head, group: Any, mesh: DeviceMesh | None) -> Head:

@@ -42,10 +42,11 @@ def prepare(indices: Tensor, log_probs: Tensor, vocab: int, dtype: torch.dtype) 
     Entries of the same id add up, and each of them then holds the sum, so that writing to their id twice writes the
     same; `counted` says which one counts. An entry of log-probability −inf is as good as none.
     """
+    indices = indices.long()  # a vocabulary past a narrower type's range would be compared modulo that
     known = (indices >= 0) & (indices < vocab)
     log_probs = torch.where(known, log_probs.to(dtype), -inf)
     # contiguous, whatever the caller's strides: kernels read them row by row
-    indices, order = torch.where(known, indices.long(), 0).contiguous().sort(dim=-1, stable=True)
+    indices, order = torch.where(known, indices, 0).contiguous().sort(dim=-1, stable=True)
     log_probs = log_probs.gather(-1, order)
     first = counted(indices)
     readable = indices.device.type == "cpu" and type(indices) is Tensor and not torch.compiler.is_compiling()

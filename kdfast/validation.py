@@ -11,6 +11,7 @@ import os
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MOST_ENTRIES = 1024  # of a sparse teacher a token: a kernel's program holds a token's entries in registers
 LARGEST_LOG_PROB = 0.01  # a probability of one, rounded
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # numbers the loss is made of
 
 
 def check(
@@ -32,17 +35,22 @@ def check(
 ) -> None:
     """Raise ValueError or TypeError for the first thing that is wrong."""
     _check_names(options)
+    _check_number("temperature", options.temperature, positive=True)
+    for name in ("kd_weight", "ce_weight", "anchor_weight"):
+        _check_number(name, getattr(options, name))
+    if options.num_items_in_batch is not None:
+        _check_number("num_items_in_batch", options.num_items_in_batch)
     check_head("student", student, empty=vocabulary.group != "")
     _check_valid_vocab(vocabulary, options)
-    hidden = (source.hidden.dtype for source in (student, teacher) if isinstance(source, (Head, Projected)))
-    obstacle = unavailable(options.engine, student.hidden.device, *hidden)
-    if obstacle is not None:
-        raise ValueError(f"engine={options.engine!r} {obstacle}")
     leading, device = student.hidden.shape[:-1], student.hidden.device
     if isinstance(teacher, Projected):
         _check_projected(teacher, student)
     else:
         _check_distribution("teacher", teacher, student, options, vocabulary)
+    hidden = (source.hidden.dtype for source in (student, teacher) if isinstance(source, (Head, Projected)))
+    obstacle = unavailable(options.engine, student.hidden.device, *hidden)
+    if obstacle is not None:
+        raise ValueError(f"engine={options.engine!r} {obstacle}")
     _check_divergence(teacher, options)
     _check_targets("labels", labels, student, options, vocabulary)
     if isinstance(options.anchor_targets, (Head, Logits, SparseLogits)):
@@ -51,11 +59,6 @@ def check(
         _check_targets("anchor_targets", options.anchor_targets, student, options, vocabulary)
     _check_token_weights("token_weights", options.token_weights, leading, device)
     _check_token_weights("kd_token_weights", options.kd_token_weights, leading, device)
-    _check_number("temperature", options.temperature, positive=True)
-    for name in ("kd_weight", "ce_weight", "anchor_weight"):
-        _check_number(name, getattr(options, name))
-    if options.num_items_in_batch is not None:
-        _check_number("num_items_in_batch", options.num_items_in_batch)
     _check_terms(teacher, labels, options)
 
 
@@ -80,13 +83,23 @@ def _check_names(options: Options) -> None:
     }
     for name, allowed in expected.items():
         value = getattr(options, name)
-        if value not in allowed:
-            raise ValueError(f"{name}={value!r} is unknown; expected one of {', '.join(map(repr, allowed))}")
+        if not isinstance(value, str) or value not in allowed:
+            raise ValueError(f"{name}={short(value)} is unknown; expected one of {', '.join(map(repr, allowed))}")
     if not isinstance(options.ignore_index, Integral) or isinstance(options.ignore_index, bool):
         raise TypeError(f"ignore_index is {kind(options.ignore_index)}; expected an int, such as -100")
+    if not -(2**63) <= options.ignore_index < 2**63:
+        raise ValueError("ignore_index is past what 64 bits hold; expected an int that a label can be, such as -100")
     scratch = options.scratch_bytes
-    if scratch is not None and (not isinstance(scratch, Integral) or isinstance(scratch, bool) or scratch <= 0):
-        raise ValueError(f"scratch_bytes={scratch!r}; expected a positive int (bytes for one chunk's logits) or None")
+    if scratch is not None and (
+        not isinstance(scratch, Integral) or isinstance(scratch, bool) or not 0 < scratch < 2**63
+    ):
+        raise ValueError(
+            f"scratch_bytes={short(scratch)}; expected a positive int (bytes for one chunk's logits) or None"
+        )
+    for name in ("temperature_squared", "return_metrics"):  # any other would be true or false without a word
+        value = getattr(options, name)
+        if not isinstance(value, (bool, np.bool_)):
+            raise TypeError(f"{name} is {kind(value)}; expected True or False")
 
 
 def check_head(name: str, head: Head, *, empty: bool) -> None:
@@ -102,9 +115,10 @@ def check_head(name: str, head: Head, *, empty: bool) -> None:
                 f"{name}: Head.{field} is {kind(value)}; expected a number. A trained scale belongs on the hidden "
                 "states: multiply them by it"
             )
-        if not _is_finite(value) or (field == "softcap" and value <= 0):
+        if not _is_finite(value) or (field == "softcap" and value < SMALLEST):
             raise ValueError(
-                f"{name}: Head.{field}={value}; expected a finite number{' > 0' if field == 'softcap' else ''}"
+                f"{name}: Head.{field}={short(value)}; expected a finite number{' > 0' if field == 'softcap' else ''}"
+                f"{_of_float32(value)}"
             )
 
 
@@ -177,13 +191,16 @@ def _check_vocabularies(name: str, vocab: int, vocabulary: Vocabulary, options: 
 
 def _check_sparse(name: str, source: SparseLogits, student: Head, options: Options, vocabulary: Vocabulary) -> None:
     indices, log_probs, tail = source.indices, source.log_probs, source.tail
-    if tail not in ("renormalize", "bucket", "none"):
-        raise ValueError(f"{name}: SparseLogits.tail={tail!r} is unknown; expected 'renormalize', 'bucket' or 'none'")
-    if not isinstance(source.tempered, bool):
+    if not isinstance(tail, str) or tail not in ("renormalize", "bucket", "none"):
+        raise ValueError(
+            f"{name}: SparseLogits.tail={short(tail)} is unknown; expected 'renormalize', 'bucket' or 'none'"
+        )
+    if not isinstance(source.tempered, (bool, np.bool_)):
         raise TypeError(f"{name}: SparseLogits.tempered is {kind(source.tempered)}; expected True or False")
     if not isinstance(indices, Tensor):
         raise TypeError(f"{name}: SparseLogits.indices is {kind(indices)}; expected an integer tensor (*, K)")
-    if indices.dtype.is_floating_point or indices.dtype.is_complex or indices.dtype == torch.bool:
+    _check_dense(f"{name}: SparseLogits.indices", indices)
+    if indices.dtype not in INTEGERS:
         raise TypeError(
             f"{name}: SparseLogits.indices has dtype {indices.dtype}; expected integer token ids. Convert with .long()"
         )
@@ -209,6 +226,7 @@ def _check_sparse(name: str, source: SparseLogits, student: Head, options: Optio
     if not (can_read(indices) and can_read(log_probs)):
         return
     V = vocabulary.size
+    indices = indices.long()  # V past a narrower type's range would be compared modulo that
     strange = ((indices < 0) | (indices >= V)) & (log_probs > -math.inf)
     if options.vocab != "truncate" and bool(strange.any()):
         raise ValueError(
@@ -268,7 +286,7 @@ def _check_layout(
 
 
 def _check_same_rows(name: str, hidden: Tensor, student_hidden: Tensor) -> None:
-    if hidden.shape[:-1] != student_hidden.shape[:-1]:
+    if hidden.dim() == 0 or hidden.shape[:-1] != student_hidden.shape[:-1]:
         raise ValueError(
             f"{name} is {tuple(hidden.shape)} and student: Head.hidden {tuple(student_hidden.shape)}; the leading "
             "shape must be the same, one row per token"
@@ -286,7 +304,7 @@ def _check_valid_vocab(vocabulary: Vocabulary, options: Options) -> None:
     if not isinstance(valid, Integral) or isinstance(valid, bool):
         raise TypeError(f"valid_vocab is {kind(valid)}; expected an int or None")
     if not 0 < valid <= V:
-        raise ValueError(f"valid_vocab={valid}; expected 1 to the head's {V} rows")
+        raise ValueError(f"valid_vocab={short(valid)}; expected 1 to the head's {V} rows")
 
 
 def _check_targets(name: str, targets: Tensor | None, student: Head, options: Options, vocabulary: Vocabulary) -> None:
@@ -295,13 +313,15 @@ def _check_targets(name: str, targets: Tensor | None, student: Head, options: Op
     if not isinstance(targets, Tensor):
         or_what = "None" if name == "labels" else "None, Head, Logits or SparseLogits"
         raise TypeError(f"{name} is {kind(targets)}; expected an integer tensor, {or_what}")
-    if targets.dtype.is_floating_point or targets.dtype.is_complex or targets.dtype == torch.bool:
+    _check_dense(name, targets)
+    if targets.dtype not in INTEGERS:
         raise TypeError(f"{name} has dtype {targets.dtype}; expected integer token ids. Convert with .long()")
     leading, device = student.hidden.shape[:-1], student.hidden.device
     _check_shape_and_device(name, targets, leading, device)
     if not can_read(targets):
         return
     valid = vocabulary.size if options.valid_vocab is None else options.valid_vocab
+    targets = targets.long()  # numbers past a narrower type's range would be compared modulo that
     bad = ((targets < 0) | (targets >= valid)) & (targets != options.ignore_index)
     if bool(bad.any()):
         raise ValueError(
@@ -315,8 +335,9 @@ def _check_token_weights(name: str, weights: Tensor | None, leading: torch.Size,
         return
     if not isinstance(weights, Tensor):
         raise TypeError(f"{name} is {kind(weights)}; expected a tensor with one weight per token, or None")
-    if weights.dtype.is_complex:
-        raise TypeError(f"{name} has dtype {weights.dtype}; expected real weights")
+    _check_dense(name, weights)
+    if weights.dtype not in (*DTYPES, *INTEGERS, torch.bool):
+        raise TypeError(f"{name} has dtype {weights.dtype}; expected real weights, such as float32")
     _check_shape_and_device(name, weights, leading, device)
     _refuse_grad(name, weights, "weights get no gradient")
     if can_read(weights) and not bool(((weights >= 0) & (weights < math.inf)).all()):
@@ -327,16 +348,20 @@ def _check_number(name: str, value: Any, *, positive: bool = False) -> None:
     """A finite number ≥ 0 (> 0 where `positive`), or a 0-d tensor holding one."""
     expected = "a finite number > 0" if positive else "a finite number ≥ 0"
     if isinstance(value, Tensor):
-        if value.dim() != 0 or value.dtype.is_complex:
-            raise ValueError(f"{name} is a tensor of shape {tuple(value.shape)}; expected {expected} or a 0-d tensor")
+        _check_dense(name, value)
+        if value.dim() != 0 or value.dtype not in (*DTYPES, *INTEGERS) or value.device.type == "meta":
+            raise ValueError(
+                f"{name} is a tensor of shape {tuple(value.shape)}, {value.dtype} on {value.device}; expected "
+                f"{expected} or a 0-d tensor"
+            )
         _refuse_grad(name, value, f"{name} gets no gradient")
         if not can_read(value):
             return
         value = value.item()
     elif not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name} is {kind(value)}; expected {expected} or a 0-d tensor")
-    if not _is_finite(value) or value < 0 or (positive and value == 0):
-        raise ValueError(f"{name}={value}; expected {expected}")
+    if not _is_finite(value) or value < 0 or (value < SMALLEST and (positive or value != 0)):
+        raise ValueError(f"{name}={short(value)}; expected {expected}{_of_float32(value)}")
 
 
 def _check_terms(teacher: Teacher | None, labels: Tensor | None, options: Options) -> None:
@@ -364,8 +389,19 @@ def _check_float_tensor(name: str, value: Any) -> None:
             "(call the loss inside the module's forward, or use .full_tensor()); a vocabulary-parallel head needs "
             "process_group=, the mesh it is sharded on"
         )
+    _check_dense(name, value)
     if value.dtype not in DTYPES:
         raise TypeError(f"{name} has dtype {value.dtype}; expected float32, bfloat16, float16 or float64")
+
+
+def _check_dense(name: str, value: Tensor) -> None:
+    """None of the kinds of tensors that many operators do not know."""
+    if value.layout != torch.strided or value.is_nested or value.is_quantized:
+        what = "nested" if value.is_nested else "quantised" if value.is_quantized else str(value.layout)
+        raise TypeError(
+            f"{name} is a {what} tensor; expected a plain, dense one. Convert with .to_dense(), .dequantize() or "
+            "torch.nested.to_padded_tensor"
+        )
 
 
 def _check_shape_and_device(name: str, value: Tensor, leading: torch.Size, device: torch.device) -> None:
@@ -390,8 +426,22 @@ def can_read(tensor: Tensor) -> bool:
 
 
 def _is_finite(value: Any) -> bool:
-    """math.isfinite in comparisons, which a compiled graph can make of a number that changes."""
-    return -math.inf < value < math.inf
+    """In float32, which the loss is made of. Comparisons a compiled graph can make of a number that changes."""
+    return -LARGEST <= value <= LARGEST
+
+
+def _of_float32(value: Any) -> str:
+    """What is wrong with a number that looks like one."""
+    small, large = 0 < value < SMALLEST, LARGEST < abs(value) < math.inf
+    return " in float32, which the loss is made of" if small or large else ""
+
+
+def short(value: object) -> str:
+    """For an error: at most a line."""
+    if isinstance(value, int) and abs(value) >= 10**30:  # Python prints no more than some thousand digits
+        return f"an int of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def kind(value: object) -> str:

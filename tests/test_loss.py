@@ -229,6 +229,17 @@ def test_ignored_rows_may_hold_nan(engine):
     torch.testing.assert_close(case.W.grad, clean.W.grad)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_no_term_at_all_has_gradients_of_zero(engine):
+    """Labels for the metrics alone: a step of training goes on as with any other loss."""
+    case = make(torch.float32)
+    loss = fused_kd_loss(student(case), None, case.labels, engine=engine)
+    loss.backward()
+    assert loss == 0
+    for name in ("hs", "W", "b"):
+        assert torch.equal(getattr(case, name).grad, torch.zeros_like(getattr(case, name))), name
+
+
 def test_metrics():
     case = make()
     keep = case.labels != -100

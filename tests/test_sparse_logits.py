@@ -185,3 +185,29 @@ def test_a_bucket_that_the_student_cannot_reach(engine):
         return SparseLogits(ids, log_probs, tail="bucket")
 
     check(expected, case, source, runs=[(engine, None)], divergence="reverse_kl")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32])
+@pytest.mark.parametrize("V", [257, 300, 40_000])
+@pytest.mark.parametrize("vocab", ["error", "truncate"])
+def test_ids_of_narrow_types(dtype, V, vocab):
+    """257 is 1 to eight bits, and 40,000 negative to sixteen: no id may be compared with that."""
+    generator = torch.Generator().manual_seed(0)
+    h, W = torch.randn(2, 4, generator=generator), torch.randn(V, 4, generator=generator)
+    ids = torch.tensor([[5, 100, 44], [127, 0, 1]])
+    log_probs = torch.tensor([[-1.0, -2.0, -0.7], [-1.0, -2.0, -0.7]])
+    labels = torch.tensor([100, 3])
+
+    def loss(dtype, **options):
+        teacher = SparseLogits(ids.to(dtype), log_probs)
+        return fused_kd_loss(Head(h, W), teacher, labels.to(dtype), ce_weight=1.0, vocab=vocab, **options)
+
+    for engine in ("reference", "torch"):
+        assert torch.equal(loss(dtype, engine=engine), loss(torch.int64, engine=engine))
+
+
+def test_a_label_that_is_the_ignored_one_modulo_its_type():
+    """156 is −100 to eight bits without a sign."""
+    h, W = torch.randn(2, 4), torch.randn(101, 4)
+    with pytest.raises(ValueError, match="labels contains 156; expected ids from 0 to 100"):
+        fused_kd_loss(Head(h, W), None, torch.tensor([100, 156], dtype=torch.uint8), ce_weight=1.0)

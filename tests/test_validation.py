@@ -1,8 +1,10 @@
 # ruff: noqa: E501  (one line a case reads better)
 """Every wrong argument gets an error that names it, what came, what was expected, and what to do."""
 
+import warnings
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from cases import HS, N, V, make, student, teacher
@@ -42,6 +44,7 @@ WRONG = {
     "hidden width": (ValueError, r"student: Head.hidden is \(23, 11\).*same width", {"student_": head(hidden=CASE.hs[:, 1:])}),
     "transposed head": (ValueError, "Transpose the weight", {"student_": head(hidden=torch.randn(N, V), bias=None)}),
     "weight rank": (ValueError, r"Head.weight has shape \(101,\)", {"student_": head(weight=CASE.b)}),
+    "sparse weight": (TypeError, "Head.weight is a torch.sparse_coo tensor.*to_dense", {"student_": head(weight=CASE.W.detach().to_sparse())}),
     "bias shape": (ValueError, r"Head.bias is \(100,\); expected \(V,\) = \(101,\)", {"student_": head(bias=CASE.b[1:])}),
     "integer weight": (TypeError, "Head.weight has dtype torch.int64", {"student_": head(weight=CASE.W.long())}),
     "list weight": (TypeError, "Head.weight is list; expected a tensor", {"student_": head(weight=[1.0])}),
@@ -77,6 +80,7 @@ WRONG = {
     "label in padding": (ValueError, "from 0 to 49", {"labels": torch.full((N,), 50), "valid_vocab": 50}),
     "label dtype": (TypeError, "labels has dtype torch.float32.*long", {"labels": torch.zeros(N)}),
     "label list": (TypeError, "labels is list", {"labels": [1]}),
+    "label of 64 bits without a sign": (TypeError, "labels has dtype torch.uint64", {"labels": torch.zeros(N, dtype=torch.uint64)}),
     "label shape": (ValueError, r"labels is \(22,\); expected \(23,\)", {"labels": CASE.labels[1:]}),
     "label device": (ValueError, "labels is on meta", {"labels": CASE.labels.to("meta")}),
     "anchor range": (ValueError, "anchor_targets contains 101", {"anchor_targets": torch.full((N,), V), "anchor_weight": 1.0}),
@@ -85,15 +89,20 @@ WRONG = {
     "temperature nan": (ValueError, "temperature=nan", {"temperature": float("nan")}),
     "temperature shape": (ValueError, r"temperature is a tensor of shape \(1,\)", {"temperature": torch.ones(1)}),
     "temperature grad": (ValueError, "temperature requires grad", {"temperature": torch.ones((), requires_grad=True)}),
+    "temperature tiny": (ValueError, "temperature=1e-300; expected a finite number > 0 in float32", {"temperature": 1e-300}),
+    "temperature bool tensor": (ValueError, r"temperature is a tensor of shape \(\), torch.bool", {"temperature": torch.tensor(True)}),
     "temperature text": (TypeError, "temperature is str", {"temperature": "2"}),
     "kd_weight negative": (ValueError, "kd_weight=-0.1; expected a finite number ≥ 0", {"kd_weight": -0.1}),
     "kd_weight nan": (ValueError, "kd_weight=nan", {"kd_weight": torch.tensor(torch.nan)}),
     "kd_weight grad": (ValueError, "kd_weight requires grad", {"kd_weight": torch.ones((), requires_grad=True)}),
+    "kd_weight huge": (ValueError, "kd_weight=an int of 1329 bits", {"kd_weight": 10**400}),
+    "kd_weight meta": (ValueError, "kd_weight is a tensor .* on meta", {"kd_weight": torch.ones((), device="meta")}),
     "ce_weight infinite": (ValueError, "ce_weight=inf", {"ce_weight": float("inf")}),
     "anchor_weight bool": (TypeError, "anchor_weight is bool", {"anchor_weight": True}),
     "token_weights nan": (ValueError, "token_weights contains a negative, infinite or NaN", {"token_weights": NAN_WEIGHTS}),
     "token_weights negative": (ValueError, "token_weights contains", {"token_weights": -torch.ones(N)}),
     "kd_token_weights shape": (ValueError, r"kd_token_weights is \(1,\)", {"kd_token_weights": torch.ones(1)}),
+    "token_weights fp8": (TypeError, "token_weights has dtype torch.float8", {"token_weights": torch.ones(N).to(torch.float8_e4m3fn)}),
     "token_weights grad": (ValueError, "token_weights requires grad", {"token_weights": torch.ones(N, requires_grad=True)}),
     "num_items negative": (ValueError, "num_items_in_batch=-3", {"num_items_in_batch": -3}),
     "divergence": (ValueError, "divergence='kl' is unknown; expected one of forward_kl", {"divergence": "kl"}),
@@ -101,10 +110,17 @@ WRONG = {
     "reduction": (ValueError, "reduction='avg' is unknown; expected one of 'mean'", {"reduction": "avg"}),
     "engine": (ValueError, "engine='cuda' is unknown; expected one of 'auto'", {"engine": "cuda"}),
     "vocab": (ValueError, "vocab='pad' is unknown", {"vocab": "pad"}),
+    "reduction of another kind": (ValueError, r"reduction=\[1.0\] is unknown", {"reduction": [1.0]}),
+    "reduction array": (ValueError, r"reduction=array\(\[1., 1.\]\) is unknown", {"reduction": np.ones(2)}),
+    "return_metrics": (TypeError, "return_metrics is str; expected True or False", {"return_metrics": "no"}),
+    "temperature_squared": (TypeError, "temperature_squared is Tensor", {"temperature_squared": torch.tensor(False)}),
+    "process_group": (TypeError, "process_group is Tensor; expected a torch.distributed", {"process_group": torch.ones(3)}),
+    "ignore_index range": (ValueError, "ignore_index is past what 64 bits hold", {"ignore_index": 2**63}),
     "ignore_index": (TypeError, "ignore_index is float", {"ignore_index": -100.0}),
     "valid_vocab": (ValueError, "valid_vocab=102; expected 1 to the head's 101 rows", {"valid_vocab": 102}),
     "valid_vocab type": (TypeError, "valid_vocab is float", {"valid_vocab": 5.0}),
     "scratch_bytes": (ValueError, "scratch_bytes=0; expected a positive int", {"scratch_bytes": 0}),
+    "scratch_bytes huge": (ValueError, "scratch_bytes=9223372036854775808; expected", {"scratch_bytes": 2**63}),
     "ce without labels": (ValueError, "ce_weight=1.0 without labels", {"labels": None, "ce_weight": 1.0}),
     "anchor without targets": (ValueError, "without anchor_targets or labels", {"labels": None, "anchor_weight": 1.0}),
     "anchor of a head": (ValueError, "anchor_weight=1.0 with teacher=Head", {"teacher_": own(), "anchor_weight": 1.0}),
@@ -140,6 +156,27 @@ def test_wrong_argument(name):
     error, message, arguments = WRONG[name]
     with pytest.raises(error, match=message):
         call(**arguments)
+
+
+def test_a_nested_tensor_has_no_shape_to_speak_of():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a prototype
+        nested = torch.nested.nested_tensor([CASE.hs.detach(), CASE.hs.detach()])
+    with pytest.raises(TypeError, match=r"Head.hidden is a nested tensor.*to_padded_tensor"):
+        call(student_=head(hidden=nested))
+    with pytest.raises(TypeError, match=r"Head\.weight is a nested tensor"):
+        call(student_=head(weight=nested))
+
+
+@pytest.mark.parametrize("flag", [True, False, np.True_])
+def test_flags_may_be_numpys(flag):
+    assert isinstance(call(return_metrics=flag), tuple) == bool(flag)
+
+
+def test_hidden_states_of_one_token_have_a_width():
+    one = Head(CASE.hs[0], CASE.W)
+    with pytest.raises(ValueError, match=r"Projected.hidden is \(\) and student: Head.hidden \(12,\); the leading"):
+        fused_kd_loss(one, Projected(torch.tensor(1.0)))
 
 
 def test_nothing_to_compute():

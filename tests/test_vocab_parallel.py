@@ -1,7 +1,7 @@
 """Vocabulary-parallel: 2 and 4 processes with a slice of the head each do what one does with the whole.
 
 Problems drawn at random over everything the loss takes (tests/problems.py), cut at random places, hold every option,
-teacher and engine against the rules of `test_random_options.agree`, in float64 and narrower. The rest is what a single
+teacher and engine against the rules of `agree`, in float64 and narrower. The rest is what a single
 process does not have: DTensors, meshes, collectives, and processes that do not fit together.
 """
 
@@ -10,11 +10,12 @@ import meshes
 import pytest
 import sliced
 import torch
+from agree import agree
 from cases import gradients, make, relative, student, teacher
 from communication import Step
 from processes import Processes
 from teachers import ENGINES, KINDS, loss_of
-from test_random_options import agree, drawn
+from test_random_options import drawn
 
 from kdfast import fused_kd_loss
 from kdfast.kernels.statistics import PAIR, SIDE

@@ -12,14 +12,14 @@ import difflib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
 
-import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from kdfast.cli.errors import UserError
+from kdfast.cli.yaml_file import read_yaml
 from kdfast.training import KDConfig
+from kdfast.training.faults import first_line
 from kdfast.training.recipes import AUTO, CACHED
 
 Command = Literal["distill", "cache"]
@@ -108,7 +108,7 @@ class _Parser(HfArgumentParser):
 
 def parse(config: str, overrides: Sequence[str], command: Command = "distill") -> Arguments:
     """The arguments of `kdfast COMMAND config overrides...`; UserError names the key and where it stands."""
-    return parse_mapping(config, _read_yaml(config), overrides, command)
+    return parse_mapping(config, read_yaml(config), overrides, command)
 
 
 def parse_mapping(
@@ -133,6 +133,8 @@ def parse_mapping(
         parts = [cls(**{key: namespace[key] for key in _names(cls)}) for cls in ARGUMENT_CLASSES]
     except (ValueError, ImportError) as error:  # what KDConfig and TrainingArguments make of the values
         raise UserError(f"{source}: {error}") from error
+    except Exception as error:  # of many classes: not all values are checked there before they are used
+        raise UserError(f"{source}: {type(error).__name__}: {first_line(error)}") from error
     model, data, cache, run, training = parts
     return Arguments(model, data, cache, run, training, given)
 
@@ -199,23 +201,6 @@ def format_help(command: Command) -> str:
             action.help = argparse.SUPPRESS
     parser.usage = "%(prog)s [--key value ...]"
     return parser.format_help()
-
-
-def _read_yaml(config: str) -> dict[str, Any]:
-    path = Path(config)
-    if not path.is_file():
-        raise UserError(f"{config}: no such file")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UserError(f"{config}: not valid YAML: {' '.join(str(error).split())}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{config}: not a text file ({error})") from error
-    if content is None:
-        raise UserError(f"{config}: the file is empty; it must hold `key: value` lines")
-    if not isinstance(content, dict):
-        raise UserError(f"{config}: holds a {type(content).__name__}; it must hold `key: value` lines")
-    return content
 
 
 def _as_arguments(source: str, content: Mapping[str, Any]) -> list[str]:

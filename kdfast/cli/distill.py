@@ -108,6 +108,8 @@ def run_distillation(arguments: Arguments, name: str | None = None) -> Run:
         raise RunTerminated(str(error)) from error
     except (NonFiniteLossError, RunStoppedError) as error:
         raise RunFailed(str(error)) from error
+    except ValueError as error:  # of arguments that do not fit, where only training shows it
+        raise UserError(str(error)) from error
     except OSError as error:  # a report or summary on a full disk
         raise RunFailed(f"{error}. The same command goes on from the last checkpoint") from error
     _say(training, f"{name}: model, summary.json and report.html are in {output_dir}")

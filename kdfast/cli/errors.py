@@ -1,5 +1,10 @@
 """What the command line turns into one line on stderr, instead of a traceback."""
 
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+
 
 class UserError(Exception):
     """What the user gave cannot be run; the message says what it was and what to do. Exit code 2."""
@@ -11,3 +16,12 @@ class RunFailed(Exception):
 
 class RunTerminated(Exception):
     """A run that saved a checkpoint on SIGTERM and stopped. Exit code 143, as of a process that SIGTERM ended."""
+
+
+def unforeseen(error: Exception) -> str:
+    """One line for an error that nobody has thought of: kdfast's, or a library's about a value nobody checks."""
+    told = [frame for frame in traceback.extract_tb(error.__traceback__) if "kdfast" in Path(frame.filename).parts]
+    where = f" in {Path(told[-1].filename).name}, line {told[-1].lineno}" if told else ""
+    text = " ".join(str(error).split())
+    text = text if len(text) <= 500 else f"{text[:500]}…"
+    return f"unforeseen {type(error).__name__}{where}: {text}. KDFAST_TRACEBACK=1 shows the traceback"

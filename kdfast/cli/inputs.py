@@ -8,6 +8,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from kdfast.cli.arguments import DataArguments, ModelArguments
 from kdfast.training.data import DataError, hold_out, load_blocks, read_dataset, read_files
+from kdfast.training.faults import first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -19,9 +20,8 @@ def load_tokenizer(models: ModelArguments) -> PreTrainedTokenizerBase:
         if (name := getattr(models, key)) is not None:
             try:
                 return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-            except (OSError, ValueError) as error:
-                reason = str(error).strip().splitlines()[0]
-                raise ValueError(f"{key}: no tokenizer could be loaded from {name!r}: {reason}") from error
+            except Exception as error:  # of many classes; tokenizers' own is no other than Exception
+                raise ValueError(f"{key}: no tokenizer could be loaded from {name!r}: {first_line(error)}") from error
     raise ValueError("tokenizer_name is missing; it is needed where neither student nor teacher brings a tokenizer")
 
 

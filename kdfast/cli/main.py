@@ -1,8 +1,8 @@
 """`kdfast distill | cache | report | demo | doctor | plan`.
 
-Exit codes: 0 done, 1 the run failed (a loss that is not finite, a full disk, a process that died), 2 the request cannot
-be run, 130 interrupted, 143 terminated after a checkpoint was saved.
-Subcommands are imported when called: `kdfast doctor` and `kdfast plan` work where the training part is not installed.
+Exit codes: 0 done, 1 the run failed (a loss that is not finite, a full disk, a process that died, an error that nobody
+foresaw), 2 the request cannot be run, 130 interrupted, 141 nobody reads on, 143 terminated after a checkpoint
+was saved. Subcommands are imported when called: `kdfast doctor` and `kdfast plan` work without the training part.
 """
 
 from __future__ import annotations
@@ -15,13 +15,72 @@ import signal
 import sys
 
 from kdfast._version import __version__
-from kdfast.cli.errors import RunFailed, RunTerminated, UserError
+from kdfast.cli.errors import RunFailed, RunTerminated, UserError, unforeseen
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 TRAINING_PART = ("transformers", "datasets", "accelerate", "tokenizers", "yaml", "matplotlib", "psutil", "tqdm")
 
 
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    _print_what_can_be_printed()
+    try:
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()  # here, where its failure has a name, and not as Python ends
+    except BrokenPipeError:  # `kdfast plan … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes as it ends
+        return 128 + 13  # SIGPIPE, which Windows does not have
+    except (UserError, RunFailed) as error:
+        process = os.environ.get("RANK", "0")  # of a launch of several
+        print(f"kdfast: {error}" if process == "0" else f"kdfast (process {process}): {error}", file=sys.stderr)
+        return 1 if isinstance(error, RunFailed) else 2
+    except RunTerminated as error:
+        if os.environ.get("RANK", "0") == "0":  # all processes stop at the same step
+            print(f"kdfast: {error}", file=sys.stderr)
+        return 128 + signal.SIGTERM
+    except KeyboardInterrupt:
+        told = "interrupted; the same command goes on from what is complete, but for a checkpoint of save_only_model"
+        print(f"kdfast: {told}", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if os.environ.get("KDFAST_TRACEBACK") == "1":
+            raise
+        print(f"kdfast: {unforeseen(error)}", file=sys.stderr)
+        return 1
+
+
+def _run(argv: list[str]) -> int:
+    args = _parse(argv)
+    if args.command == "doctor":
+        from kdfast.cli.doctor import doctor
+
+        return doctor(args.tokens, args.vocab, args.dtype, args.scratch_bytes)
+    if args.command == "plan":
+        from kdfast.cli.plan import plan
+
+        return plan(args)
+    if missing := [name for name in TRAINING_PART if importlib.util.find_spec(name) is None]:
+        raise UserError(f"{args.command} needs {', '.join(missing)}: pip install 'kdfast[train]'")
+    if args.command == "distill":
+        from kdfast.cli.distill import distill
+
+        return distill(argv[1:])
+    if args.command == "cache":
+        from kdfast.cli.cache import cache
+
+        return cache(argv[1:])
+    if args.command == "report":
+        from kdfast.cli.report import report
+
+        return report(args.runs, output=args.output, png=args.png, title=args.title)
+    from kdfast.cli.demo import demo
+
+    return demo(quick=args.quick, output_dir=args.output_dir, cache_dir=args.cache_dir, seed=args.seed)
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="kdfast",
         description="Knowledge distillation of large-vocabulary language models whose logits don't fit.",
@@ -56,50 +115,12 @@ def main(argv: list[str] | None = None) -> int:
     of_doctor.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="the head's (default: %(default)s)")
     of_doctor.add_argument("--scratch-bytes", type=int, help="as in fused_kd_loss (default: the engine's)")
     of_plan = commands.add_parser("plan", help="memory, largest N and predicted time of a loss, for every method")
-    argv = sys.argv[1:] if argv is None else argv
-    _print_what_can_be_printed()
     if argv[:1] == ["plan"]:
         from kdfast.cli import plan
 
         plan.add_arguments(of_plan, DTYPES)
     # these keys are declared by dataclasses that need transformers: what follows is parsed there
-    args = parser.parse_args(argv[:1] if argv[:1] in (["distill"], ["cache"]) else argv)
-
-    try:
-        if args.command == "doctor":
-            from kdfast.cli.doctor import doctor
-
-            return doctor(args.tokens, args.vocab, args.dtype, args.scratch_bytes)
-        if args.command == "plan":
-            return plan.plan(args)
-        if missing := [name for name in TRAINING_PART if importlib.util.find_spec(name) is None]:
-            raise UserError(f"{args.command} needs {', '.join(missing)}: pip install 'kdfast[train]'")
-        if args.command == "distill":
-            from kdfast.cli.distill import distill
-
-            return distill(argv[1:])
-        if args.command == "cache":
-            from kdfast.cli.cache import cache
-
-            return cache(argv[1:])
-        if args.command == "report":
-            from kdfast.cli.report import report
-
-            return report(args.runs, output=args.output, png=args.png, title=args.title)
-        from kdfast.cli.demo import demo
-
-        return demo(quick=args.quick, output_dir=args.output_dir, cache_dir=args.cache_dir, seed=args.seed)
-    except (UserError, RunFailed) as error:
-        process = os.environ.get("RANK", "0")  # of a launch of several
-        print(f"kdfast: {error}" if process == "0" else f"kdfast (process {process}): {error}", file=sys.stderr)
-        return 1 if isinstance(error, RunFailed) else 2
-    except RunTerminated as error:
-        if os.environ.get("RANK", "0") == "0":  # all processes stop at the same step
-            print(f"kdfast: {error}", file=sys.stderr)
-        return 128 + signal.SIGTERM
-    except KeyboardInterrupt:
-        print("kdfast: interrupted; the same command goes on from what is complete", file=sys.stderr)
-        return 130
+    return parser.parse_args(argv[:1] if argv[:1] in (["distill"], ["cache"]) else argv)
 
 
 def _print_what_can_be_printed() -> None:

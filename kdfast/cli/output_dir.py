@@ -39,7 +39,16 @@ def is_finished(output_dir: Path) -> bool:
 
 def changed_settings(output_dir: Path, given: Mapping[str, Any]) -> list[str]:
     """'key: then X, now Y' of every setting that differs from the run the folder belongs to."""
-    before = json.loads((output_dir / RECORD).read_text(encoding="utf-8"))
+    try:
+        before = json.loads((output_dir / RECORD).read_text(encoding="utf-8"))
+        if not isinstance(before, dict):
+            raise ValueError(f"it holds a {type(before).__name__}")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"output_dir: {str(output_dir / RECORD)!r} cannot be read ({error}), so whether the run there is this one "
+            "cannot be told. Restore it from a copy, name another folder, or throw that run away with "
+            "--overwrite_output_dir true"
+        ) from error
     now = json.loads(json.dumps(given, default=str))
     return [
         f"{key}: then {before.get(key, 'default')}, now {now.get(key, 'default')}"
@@ -51,6 +60,9 @@ def changed_settings(output_dir: Path, given: Mapping[str, Any]) -> list[str]:
 def claim(output_dir: Path, given: Mapping[str, Any], overwrite: bool) -> None:
     """Makes the folder this run's own. Raises UserError where that would destroy something, or mix two runs."""
     record = output_dir / RECORD
+    for name in (RECORD, SUMMARY, REPORT, STATE):  # a pipe would be waited for, and a folder not replaced
+        if (output_dir / name).exists() and not (output_dir / name).is_file():
+            raise UserError(f"output_dir: {str(output_dir / name)!r} is no file; move it away, or name another folder")
     if not record.exists():
         strange = [name for name in (SUMMARY, REPORT, STATE, *MODEL_FILES) if (output_dir / name).exists()]
         if strange or (output_dir.is_dir() and _has_results(output_dir)):

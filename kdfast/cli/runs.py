@@ -56,13 +56,13 @@ def read_run(path: Path, name: str | None = None) -> Run:
 def _find(argument: str) -> list[Found]:
     name: str | None = None
     path = Path(argument).expanduser()
-    if "=" in argument and not path.exists():
+    if "=" in argument and not _is_dir(argument, path):
         name, _, rest = argument.partition("=")
         path = Path(rest).expanduser()
         if not name or not rest:
             raise UserError(f"RUN {argument!r}: expected PATH or NAME=PATH")
     path = Path(os.path.abspath(path))  # "." has a name then, and a symbolic link keeps its own
-    if not path.is_dir():
+    if not _is_dir(argument, path):
         what = "is a file; give the folder it lies in" if path.exists() else "does not exist"
         raise UserError(f"RUN {argument!r}: {str(path)!r} {what}")
     try:
@@ -77,6 +77,13 @@ def _find(argument: str) -> list[Found]:
             "below. A run has one from its first checkpoint on (save_steps)"
         )
     return [Found(child, f"{name}/{child.name}" if name else None) for child in inside]
+
+
+def _is_dir(argument: str, path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError as error:  # a name that is too long
+        raise UserError(f"RUN {argument!r}: {error.strerror}") from error
 
 
 def _natural(path: Path) -> list[Any]:

@@ -50,13 +50,21 @@ def _run(x: Problem) -> tuple[Tensor, Tensor]:
             rows[TEACHER_ENTROPY] = _entropy(z_t)
             rows[AGREEMENT] = (shared.argmax(-1) == z_t.argmax(-1)).to(x.dtype)
 
-    loss = torch.zeros(x.hidden.shape[0], device=x.hidden.device, dtype=x.dtype)
+    loss = torch.zeros(x.hidden.shape[0], device=x.hidden.device, dtype=x.dtype) + _no_gradient(x)
     for term in (KD, CE, ANCHOR):
         if term in rows:
             counts = x.coefficients[term] != 0
             loss = loss + torch.where(counts, x.coefficients[term] * torch.where(counts, rows[term], 0.0), 0.0)
     stats = torch.stack([rows.get(row, torch.zeros_like(loss)).detach() for row in range(6)])
     return (loss if x.per_row else loss.sum()), stats
+
+
+def _no_gradient(x: Problem) -> Tensor:
+    """0, through which all that a gradient may be asked of gets one of zero, whatever terms there are."""
+    asked = [t for t in (x.hidden, x.weight, x.bias, x.teacher_hidden) if t is not None and t.requires_grad]
+    return torch.stack(
+        [torch.zeros((), device=x.hidden.device, dtype=x.dtype), *(t[:0].sum().to(x.dtype) for t in asked)]
+    ).sum()
 
 
 def _counted(x: Problem, z: Tensor) -> Tensor:

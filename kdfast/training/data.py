@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 TABLES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 TEXTS = {".txt", ".text", ".md", ".rst", ".tex", ".html", ".py", ".c", ".h", ".cpp", ".rs", ".go", ".java", ".js"}
+TEXT_TYPES = ("string", "large_string", "string_view", "null")  # of a column; the last where all are missing
 LONGEST_PIECE = 100_000  # characters a tokenizer is given at once; keeps its memory bounded, and its threads busy
 
 
@@ -46,6 +47,8 @@ def load_blocks(
             f"{argument} has no column {text_column!r}; its columns are {', '.join(documents.column_names)}. "
             f"Set text_column{f' to {near[0]!r}, perhaps' if near else ''}."
         )
+    if (kind := str(getattr(documents.features[text_column], "dtype", "no text"))) not in TEXT_TYPES:
+        raise DataError(f"{argument}: its column {text_column!r} holds {kind}, expected text. Set text_column.")
     if tokenizer.eos_token_id is None:
         raise DataError(
             f"the tokenizer {tokenizer.name_or_path!r} has no end-of-text token, which closes every document here. "
@@ -80,13 +83,10 @@ def read_files(argument: str, source: str) -> Dataset:
     """The documents of a file, a folder (files of a known kind, at any depth) or a glob, in sorted order."""
     from datasets import load_dataset
 
-    path = Path(source).expanduser()
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in TEXTS | TABLES.keys())
-    elif path.exists():
-        files = [path]
-    else:
-        files = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
+    try:
+        files = _files(Path(source).expanduser())
+    except (OSError, RuntimeError) as error:  # a name that is too long; a home folder of nobody
+        raise DataError(f"{argument}: {source!r} cannot be read: {error}") from error
     if not files:
         raise DataError(f"{argument}: {source!r} does not exist, or is a folder or pattern without a readable file")
     if not any(p.stat().st_size for p in files):
@@ -97,11 +97,28 @@ def read_files(argument: str, source: str) -> Dataset:
         mixed = " and ".join(sorted(kinds))
         raise DataError(f"{argument}: {source!r} mixes {mixed} files; name one kind, as in '*.txt'")
     kind = kinds.pop()
+    if kind == "json" and (strange := next((p for p in files if not _holds_rows(p)), None)):
+        raise DataError(f"{argument}: {str(strange)!r} is no JSON of rows; expected it to begin with {{ or [")
     options = {"sample_by": "document", "encoding_errors": "replace"} if kind == "text" else {}
     try:
         return load_dataset(kind, data_files=[str(p) for p in files], split="train", **options)
     except Exception as error:  # `datasets` wraps whatever its reader met: malformed JSON, not a parquet file, ...
         raise DataError(f"{argument}: {source!r} could not be read as {kind}: {error.__cause__ or error}") from error
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        return sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in TEXTS | TABLES.keys())
+    if path.exists():
+        return [path]
+    return sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
+
+
+def _holds_rows(path: Path) -> bool:
+    """Whether JSON begins as rows do: pyarrow's reader is ended by SIGSEGV where it begins with null (arrow, 47409)."""
+    with path.open("rb") as file:
+        start = file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()
+    return start[:1] in (b"{", b"[", b"")
 
 
 def read_dataset(argument: str, name: str, config: str | None = None, split: str = "train") -> Dataset:

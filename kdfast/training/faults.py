@@ -64,6 +64,8 @@ def kept(checkpoint: str | None) -> str:
 
 def go_on(checkpoint: str) -> str:
     """What to do. Where a run went on from an earlier checkpoint there are later ones, of before."""
+    if not any(Path(checkpoint).glob("optimizer*")):
+        return "It holds no optimizer and schedule (save_only_model), and cannot be gone on from."
     newest = get_last_checkpoint(Path(checkpoint).parent)
     if newest is None or Path(newest) == Path(checkpoint):
         return "The same command, or resume_from_checkpoint=True, goes on from it."
@@ -79,7 +81,7 @@ def naming_lost_processes(step: Callable[[], int], last_checkpoint: Callable[[],
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, RunStoppedError) or not _is_lost_peer(error):
+        if isinstance(error, RunStoppedError) or not is_lost_peer(error):
             raise
         checkpoint = last_checkpoint()
         message = (
@@ -91,7 +93,7 @@ def naming_lost_processes(step: Callable[[], int], last_checkpoint: Callable[[],
         raise LostProcessError(message, checkpoint) from error
 
 
-def _is_lost_peer(error: RuntimeError) -> bool:
+def is_lost_peer(error: RuntimeError) -> bool:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
     return isinstance(error, (DistNetworkError, DistStoreError)) or bool(_LOST_PEER.search(str(error)))

@@ -53,8 +53,10 @@ def delete(final: Path) -> None:
 
 
 def discard(folder: Path) -> None:
-    if folder.exists():
+    if folder.is_dir() and not folder.is_symlink():
         shutil.rmtree(folder)
+    else:  # what somebody has put in its place
+        folder.unlink(missing_ok=True)
 
 
 def _hidden(final: Path, suffix: str) -> Path:

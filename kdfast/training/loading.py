@@ -49,7 +49,9 @@ def load_student(
         model = _from_pretrained("model_name_or_path", model_name_or_path, dtype)
     else:
         assert student_config is not None
-        model = AutoModelForCausalLM.from_config(_config(student_config, tokenizer)).to(_torch_dtype(dtype))
+        wanted = _torch_dtype(dtype)
+        model = _from_config(_config(student_config, tokenizer))
+        model.to(wanted)  # type: ignore[arg-type]  # transformers' annotation of it is lost in a wrapper
     _check_tokenizer("model_name_or_path" if student_config is None else "student_config", model, tokenizer)
     return model
 
@@ -92,11 +94,21 @@ def _from_pretrained(argument: str, name: str | Path, dtype: torch.dtype | str) 
             f"{argument}={str(name)!r}: its weights file {explain(error)}. Expected a whole model.safetensors, or a "
             "pytorch_model.bin of tensors alone; download or copy it again"
         ) from error
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of many classes: what stands in a config.json is used unchecked
         where = "in that folder" if local else "as a folder, nor on the hub or in its cache"
         raise ValueError(
             f"{argument}={str(name)!r} could not be loaded {where}: {first_line(error)}. Expected a causal language "
             "model as save_pretrained writes it"
+        ) from error
+
+
+def _from_config(config: PreTrainedConfig) -> PreTrainedModel:
+    try:
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # of many classes: sizes that do not go together, or do not fit into memory
+        raise ValueError(
+            f"student_config of model_type {config.model_type!r}: no model can be made of it: "
+            f"{type(error).__name__}: {first_line(error)}"
         ) from error
 
 
@@ -113,7 +125,7 @@ def _config(source: str | Path | dict[str, Any], tokenizer: PreTrainedTokenizerB
             )
         try:
             config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # of many classes, as above
             raise ValueError(f"student_config={str(source)!r} could not be read: {first_line(error)}.") from error
     if tokenizer is not None:
         derived = {"vocab_size": len(tokenizer), **{name: getattr(tokenizer, name) for name in SPECIAL_IDS}}
@@ -127,7 +139,7 @@ def _config_from_dict(settings: dict[str, Any]) -> PreTrainedConfig:
     """AutoConfig takes any key and keeps it without a word; a misspelt one would give another model."""
     settings = dict(settings)
     model_type = settings.pop("model_type", None)
-    if model_type is None:
+    if not isinstance(model_type, str):
         raise ValueError(f"student_config={settings!r} has no model_type; expected one, such as 'gpt2' or 'llama'")
     try:
         default = AutoConfig.for_model(model_type)

@@ -140,6 +140,18 @@ class ResumableTrainer(Trainer):
             self.state.best_model_checkpoint = str(best)
         return resumed
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with resume.naming_failed_reads(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with resume.naming_failed_reads(checkpoint):
+            super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with resume.naming_failed_reads(checkpoint):
+            super()._load_rng_state(checkpoint)
+
     def _load_best_model(self) -> None:
         best = self._best_checkpoint()
         assert best is not None
@@ -151,7 +163,8 @@ class ResumableTrainer(Trainer):
                 "Restore it from a copy, or keep the last step's model: load_best_model_at_end=false",
                 self._last_checkpoint(),
             )
-        checkpoint.load_models(best, self.accelerator.unwrap_model(self.model))
+        with resume.naming_failed_reads(best):
+            checkpoint.load_models(best, self.accelerator.unwrap_model(self.model))
 
     def _best_checkpoint(self) -> Path | None:
         """As it was recorded, or by its step, where the run's folder was moved."""

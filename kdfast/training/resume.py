@@ -9,12 +9,17 @@ nothing of it is lost. All processes come to the same answer.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.checkpoint.api import CheckpointException
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+
 from kdfast.training import manifest, pickles
-from kdfast.training.faults import DamagedCheckpointError
+from kdfast.training.faults import DamagedCheckpointError, RunStoppedError, first_line, is_lost_peer
 from kdfast.training.files import flush
 
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -39,12 +44,46 @@ def last_complete(run: Path, besides: Path | None = None) -> str | None:
 
 def find_problem(folder: Path) -> str | None:
     """Why a checkpoint cannot be used, or None."""
-    return manifest.find_damage(folder) or pickles.find_refused(folder)
+    return manifest.find_damage(folder) or pickles.find_refused(folder) or _find_lacking(folder)
+
+
+def _find_lacking(folder: Path) -> str | None:
+    """Checksums say that files are as they were, not that all are there, or that a run wrote them."""
+    path = folder / TRAINER_STATE_NAME
+    if not path.is_file():
+        return f"it has no {path.name}"
+    try:
+        state = TrainerState.load_from_json(str(path))
+    except Exception as error:  # of many classes: it takes whatever JSON there is
+        return f"{path.name} cannot be read: {first_line(error)}"
+    if not all(type(number) is int and number >= 0 for number in (state.global_step, state.max_steps)):
+        return f"{path.name} has no global_step and max_steps"
+    if not isinstance(state.log_history, list) or not all(isinstance(entry, dict) for entry in state.log_history):
+        return f"{path.name} has no log_history"
+    return None
 
 
 def common_problem(folder: Path, reads: bool, gather: Callable[[Any], Sequence[Any]]) -> str | None:
     """`find_problem` of the processes that read, told to all."""
     return next((found for found in gather(find_problem(folder) if reads else None) if found), None)
+
+
+@contextmanager
+def naming_failed_reads(folder: str | Path | None) -> Iterator[None]:
+    """A failure to load a checkpoint whose files are whole is a DamagedCheckpointError; one of communication is not."""
+    try:
+        yield
+    except (Exception, CheckpointException) as error:  # of many classes: nobody checks what a state looks like
+        if isinstance(error, RunStoppedError) or (isinstance(error, RuntimeError) and is_lost_peer(error)):
+            raise
+        cause: Any = error
+        if isinstance(error, CheckpointException):  # of shards, with the error of each process
+            cause = next((failed for failed, _ in error.failures.values()), error)
+        raise DamagedCheckpointError(
+            f"{str(folder)!r} cannot be loaded: {type(cause).__name__}: it {pickles.explain(cause)}. Its files are as "
+            "their checksums say: they were written for another model, recipe or optimizer, or changed together. Go "
+            "on from another checkpoint, or start anew in another output_dir"
+        ) from error
 
 
 def choose(

@@ -20,7 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from kdfast.param_groups import distillation_param_groups
 from kdfast.schedules import Schedule
-from kdfast.training import checkpoint, folders, manifest, replicas, sharding
+from kdfast.training import checkpoint, folders, manifest, replicas, resume, sharding
 from kdfast.training.cache.read import CachedBlocks, check_datasets
 from kdfast.training.case import FROM_CACHE, Choice, choose_recipe
 from kdfast.training.config import KDConfig
@@ -485,7 +485,8 @@ class KDTrainer(ShardedTrainer):
             self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        checkpoint.load_models(Path(resume_from_checkpoint), self.model)
+        with resume.naming_failed_reads(resume_from_checkpoint):
+            checkpoint.load_models(Path(resume_from_checkpoint), self.model)
 
     def _trained(self) -> Iterable[tuple[str, Tensor]]:
         trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)

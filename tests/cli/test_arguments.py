@@ -77,6 +77,23 @@ def test_a_file_that_is_not_there_or_not_text_is_named(tmp_path):
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x81")
     with pytest.raises(UserError, match=r"binary\.yaml: not a text file"):
         parse(str(tmp_path / "binary.yaml"), [])
+    with pytest.raises(UserError, match="x: File name too long"):
+        parse("x" * 300, [])
+
+
+def test_aliases_that_never_end(config):
+    for text in ("student_config: &a {b: *a}", "temperature_steps: &a [1, *a]"):
+        with pytest.raises(UserError, match="a value holds itself"):
+            parse(config(text), [])
+    lines = [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]  # 9 to the power of 11
+    with pytest.raises(UserError, match="holds 141,705,097,296 values with its aliases"):
+        parse(config("\n".join(["a0: &a0 [x]", *lines, "temperature_steps: *a11"])), [])
+
+
+@pytest.mark.parametrize("text", ["[" * 5000, "recipe: " + "{" * 3000, "seed: !!timestamp 2001-99-99", "<<: *a"])
+def test_yaml_that_python_chokes_on(config, text):
+    with pytest.raises(UserError, match="not valid YAML"):
+        parse(config(text), [])
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,42 @@ def test_an_interrupted_run_ends_as_an_unbroken_one(place, kdfast, recipe, check
     assert {key: summary(place)[key] for key in same} == {key: json.loads(whole["summary.json"])[key] for key in same}
 
 
+def test_a_record_that_cannot_be_read_is_named(place, kdfast):
+    """Whether this run is that one cannot be told: nothing is trained over."""
+    (place / "out").mkdir()
+    (place / "out/summary.json").write_text("{}")
+    for content in (b"{", b"[]", b"\xff"):
+        (place / "out/kdfast.json").write_bytes(content)
+        code, _, err = kdfast("distill", "config.yaml")
+        assert code == 2
+        assert "kdfast: output_dir: 'out/kdfast.json' cannot be read" in err
+
+
+@pytest.mark.parametrize("name", ["kdfast.json", "summary.json", "trainer_state.json", "report.html"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_no_file_in_a_files_place_is_waited_for(place, kdfast, name, make):
+    (place / "out").mkdir()
+    make(place / "out" / name)
+    code, _, err = kdfast("distill", "config.yaml")
+    assert code == 2
+    assert f"kdfast: output_dir: 'out/{name}' is no file; move it away" in err
+
+
+def test_what_nobody_foresaw_is_one_line_too(place, kdfast, monkeypatch):
+    def fail(self, **_):
+        raise LookupError("line one\nline two")
+
+    monkeypatch.setattr(distill.KDTrainer, "train", fail)
+    code, _, err = kdfast("distill", "config.yaml")
+    assert code == 1
+    told = err.splitlines()[-1]
+    assert told.startswith("kdfast: unforeseen LookupError in distill.py, line ")
+    assert told.endswith(": line one line two. KDFAST_TRACEBACK=1 shows the traceback")
+    monkeypatch.setenv("KDFAST_TRACEBACK", "1")
+    with pytest.raises(LookupError):
+        kdfast("distill", "config.yaml")
+
+
 def test_a_run_that_failed_before_its_first_step_may_change_its_settings(place, kdfast):
     assert kdfast("distill", "config.yaml", "--train_file", "gone.txt")[0] == 2
     assert kdfast("distill", "config.yaml")[0] == 0

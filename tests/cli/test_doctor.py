@@ -1,5 +1,6 @@
 """`kdfast doctor`: runs anywhere, and sees through a package that hides another."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -53,3 +54,13 @@ def test_it_works_without_the_training_part():
     assert done.returncode == 2, done.stderr
     assert "pip install 'kdfast[train]'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_nobody_reads_on():
+    """As in `kdfast doctor | head -1`: no traceback, and the exit code of other programs then."""
+    ours, theirs = os.pipe()
+    os.close(ours)
+    command = [sys.executable, "-m", "kdfast", "doctor"]
+    done = subprocess.run(command, cwd=ROOT, stdout=theirs, stderr=subprocess.PIPE, text=True)
+    os.close(theirs)
+    assert (done.returncode, done.stderr) == (141, "")

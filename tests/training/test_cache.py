@@ -333,6 +333,31 @@ class TestReading:
         _, data = make(tmp_path / "c", k=4)
         assert all(torch.equal(value, before[key]) for key, value in collate(data).items())
 
+    @pytest.mark.parametrize("complete", [True, False])
+    def test_shards_that_change_places_are_found(self, tmp_path, complete):
+        """Each is whole by its own checksums."""
+        data = blocks()
+        make(tmp_path / "c", data)
+        first, second, aside = (tmp_path / "c" / name for name in ("train-00000", "train-00001", "aside"))
+        before = [(path / "data-00000-of-00001.arrow").read_bytes() for path in (first, second)]
+        for one, other in ((first, aside), (second, first), (aside, second)):
+            one.rename(other)
+        if complete:
+            with pytest.raises(CacheError, match=r"train-00000' is damaged: by its shard.json it is another shard"):
+                TeacherCache(tmp_path / "c")
+        (tmp_path / "c" / "summary.json").unlink()
+        make(tmp_path / "c", data)  # makes both again
+        TeacherCache(tmp_path / "c")
+        assert [(path / "data-00000-of-00001.arrow").read_bytes() for path in (first, second)] == before
+
+    @pytest.mark.parametrize("change", [{"k": 2}, {"temperatures": [3.0]}, {"seed": 4}, {"valid_vocab": 60}])
+    def test_a_description_that_was_changed_is_found(self, tmp_path, change):
+        make(tmp_path / "c", blocks())
+        path = tmp_path / "c" / "cache.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+        with pytest.raises(CacheError, match=r"or of a cache with another cache\.json than this folder's"):
+            TeacherCache(tmp_path / "c")
+
     @pytest.mark.parametrize("damage", ["{", "[]", '{"format": 1}', '{"format": 9, "version": "7.0"}', "\xff"])
     def test_a_description_that_cannot_be_read(self, tmp_path, damage):
         make(tmp_path / "c", k=4)

@@ -128,3 +128,20 @@ def test_too_little_text_and_a_tokenizer_without_an_end_are_named(tmp_path, toke
 def test_an_unknown_data_set_is_named(tmp_path):
     with pytest.raises(DataError, match=r"dataset_name: data set '.*gone', configuration None, split 'train'"):
         read_dataset("dataset_name", str(tmp_path / "gone"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.csv", "text\n1\n2\n", "'text' holds int64, expected text"),
+        ("a.json", '{"text": ["a"]}\n', "'text' holds no text, expected text"),
+        ("a.json", '{"text": {"a": 1}}\n', "'text' holds no text, expected text"),
+        ("a.json", '{"text": null}\n', "not one full block"),
+        ("a.json", " null", "is no JSON of rows; expected it to begin with"),  # what ends pyarrow by SIGSEGV
+        ("a.jsonl", "null\n{}\n", "is no JSON of rows"),
+    ],
+)
+def test_a_column_that_is_no_text_is_named(tmp_path, tokenizer, name, content, expected):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=expected):
+        load_blocks("train_file", read_files("train_file", str(tmp_path / name)), tokenizer, max_length=8)

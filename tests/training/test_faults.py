@@ -288,7 +288,7 @@ def test_a_process_that_is_lost_before_the_model_is_saved(tmp_path, monkeypatch)
     def lose(named):
         raise RuntimeError("[gloo] Connection closed by peer")
 
-    monkeypatch.setattr(faults, "_is_lost_peer", lambda error: True)  # as in a run of several
+    monkeypatch.setattr(faults, "is_lost_peer", lambda error: True)  # as in a run of several
     monkeypatch.setattr(trainer._guard, "check_weights", lose)
     with pytest.raises(faults.LostProcessError, match="another process of this run has died"):
         trainer.save_model()
@@ -426,3 +426,12 @@ def test_a_full_disk(tmp_path, unbroken, how):
     assert "MB are free there; make room" in said
     assert f"The last complete checkpoint is {tmp_path}/run/checkpoint-2" in said
     assert same_end(tmp_path, unbroken(1))
+
+
+def test_a_checkpoint_without_optimizer_is_not_said_to_be_gone_on_from(tmp_path):
+    """Under save_only_model."""
+    saved = tmp_path / "checkpoint-2"
+    saved.mkdir()
+    assert "cannot be gone on from" in faults.kept(str(saved))
+    (saved / "optimizer.pt").touch()
+    assert "The same command, or resume_from_checkpoint=True, goes on from it" in faults.kept(str(saved))

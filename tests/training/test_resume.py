@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -10,7 +11,7 @@ import fault_runs
 import pytest
 import torch
 from fault_runs import damage, join, output, start
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from kdfast.training import manifest
 from kdfast.training.faults import DamagedCheckpointError, TerminatedError
@@ -66,6 +67,59 @@ def test_every_line_of_the_list_counts(folder):
     for kept in range(len(lines)):
         path.write_text("".join(lines[:kept]))
         assert f"{manifest.NAME} is damaged" in manifest.find_damage(path.parent)
+
+
+def state_of(text):
+    return lambda folder: (folder / "trainer_state.json").write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda folder: [path.unlink() for path in folder.iterdir()], "it has no trainer_state.json"),
+        (state_of("{"), "trainer_state.json cannot be read"),
+        (state_of('["a"]'), "trainer_state.json cannot be read"),
+        (state_of('{"global_step": "2", "max_steps": 6}'), "trainer_state.json has no global_step and max_steps"),
+        (state_of('{"global_step": 2, "max_steps": 6, "log_history": [1]}'), "trainer_state.json has no log_history"),
+        (lambda folder: os.mkfifo(folder / "scaler.pt"), "scaler.pt is no file"),  # whoever opens it waits
+    ],
+)
+def test_checksums_that_match_do_not_make_a_checkpoint(folder, finished, change, expected):
+    """What a run did not write, or was changed with its checksums, is passed over like what is damaged."""
+    change(folder / "run/checkpoint-6")
+    manifest.write(folder / "run/checkpoint-6")
+    assert expected in find_problem(folder / "run/checkpoint-6")
+    fault_runs.train(fault_runs.make(folder), resume=True)
+    assert fault_runs.same_end(folder, finished)
+
+
+def test_a_pipe_in_a_files_place_is_not_waited_for(folder):
+    checkpoint = folder / "run/checkpoint-6"
+    for name in ("config.json", manifest.NAME):
+        (checkpoint / name).unlink()
+        os.mkfifo(checkpoint / name)
+        assert f"{name} is no file" in find_problem(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("optimizer.pt", {"state": {}}),
+        ("scheduler.pt", 1),
+        ("rng_state.pth", {}),
+        ("model.safetensors", {"transformer.wte.weight": torch.ones(3, 3)}),
+    ],
+)
+def test_a_state_that_is_of_something_else_is_named(folder, name, content):
+    """Its checksum is right, and it holds data alone."""
+    checkpoint = folder / "run/checkpoint-4"
+    if name == "model.safetensors":
+        save_file(content, checkpoint / name, {"format": "pt"})
+    else:
+        torch.save(content, checkpoint / name)
+    manifest.write(checkpoint)
+    with pytest.raises(DamagedCheckpointError, match=r"checkpoint-4' cannot be loaded: .* Go on from another"):
+        fault_runs.make(folder).train(resume_from_checkpoint=str(checkpoint))
 
 
 def test_sha256sum_reads_the_list_and_notes_may_lie_beside(folder):

@@ -68,11 +68,19 @@ class Description:
     def write(self, folder: Path) -> None:
         write_text(folder / NAME, json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
 
+    def mark(self, split: str, shard: int) -> str:
+        """What a shard carries, by which it is known for this one of a cache of this description."""
+        content = {name: value for name, value in asdict(self).items() if name != "version"}
+        sum = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return json.dumps({"split": split, "shard": shard, "cache_sha256": sum}) + "\n"
+
     @classmethod
     def read(cls, folder: Path) -> Description:
         """Raises CacheError where there is none, or none that can be understood."""
         path = folder / NAME
         try:
+            if path.exists() and not path.is_file():  # a pipe would be waited for
+                raise ValueError("it is no file")
             given = json.loads(path.read_text(encoding="utf-8"))
             if given["format"] != FORMAT:
                 raise CacheError(
@@ -82,7 +90,11 @@ class Description:
             if given.keys() != {field.name for field in fields(cls)}:
                 raise KeyError(*given.keys() ^ {field.name for field in fields(cls)})
             splits = {name: Split(**split) for name, split in given.pop("splits").items()}
-            return cls(**{**given, "splits": splits, "temperatures": tuple(given["temperatures"])})
+            read = cls(**{**given, "splits": splits, "temperatures": tuple(given["temperatures"])})
+            sizes = [read.vocab, read.k, read.shard_sequences, *(split.sequences for split in splits.values())]
+            if not all(type(size) is int and size > 0 for size in sizes):
+                raise ValueError("vocab, k, shard_sequences or a split's sequences is no positive number")
+            return read
         except FileNotFoundError as error:
             raise CacheError(
                 f"{str(folder)!r} is no teacher cache: it has no {NAME}. `kdfast cache` makes one"

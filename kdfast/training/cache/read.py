@@ -11,10 +11,9 @@ from torch import Tensor
 from torch.utils import data
 from transformers import PreTrainedTokenizerBase
 
-from kdfast.training import manifest
 from kdfast.training.cache import rows
 from kdfast.training.cache.description import CacheError, Description, describe_split, tokenizer_fingerprint
-from kdfast.training.cache.write import SUMMARY, CacheSummary, read_summary, shard_folder, shards
+from kdfast.training.cache.write import SUMMARY, CacheSummary, find_damage, read_summary, shard_folder, shards
 from kdfast.training.faults import first_line
 from kdfast.training.heads import head_shape
 from kdfast.validation import same_vocabulary
@@ -47,8 +46,8 @@ class TeacherCache:
         self.summary: CacheSummary = read_summary(self.folder)
         if verify:
             for split in self.description.splits:
-                for shard in self._shards(split):
-                    if damage := manifest.find_damage(shard):
+                for number, shard in enumerate(self._shards(split)):
+                    if damage := find_damage(self.folder, self.description, split, number):
                         raise CacheError(
                             f"{str(shard)!r} is damaged: {damage}. Remove that folder and {SUMMARY}, and start `kdfast "
                             "cache` again with the same configuration: it makes the missing shard"

@@ -1,7 +1,7 @@
 """`cache_teacher`: the teacher over a data set, once, into shards that appear only when they are complete.
 
     cache.json              what this is a cache of: description.py; written first
-    train-00000/ …          shards: a data set each (`datasets.load_from_disk` reads one), with SHA256SUMS
+    train-00000/ …          shards: a data set each (`datasets.load_from_disk` reads one), shard.json and SHA256SUMS
     summary.json            sizes and speed; written last: with it the cache is complete
 
 A killed `cache_teacher` goes on after the last complete shard, and what it writes is what it would have written.
@@ -41,6 +41,7 @@ from kdfast.training.heads import backbone, check_model, head, head_shape
 from kdfast.validation import MOST_ENTRIES
 
 SUMMARY = "summary.json"
+MARK = "shard.json"  # in a shard: which one of which cache it is
 SHARD_TOKENS = 2**20
 SEEDS = 2**32  # a sequence's own: the run's times this, and its place in the split
 
@@ -146,12 +147,12 @@ def cache_teacher(
                 within = range(first, min(first + description.shard_sequences, len(dataset)))
                 final = shard_folder(folder, split, shard)
                 mine = shard % processes == process_index
-                if mine and not (final.exists() and manifest.find_damage(final) is None):
+                if mine and (not final.exists() or find_damage(folder, description, split, shard)):
                     encoded = []
                     for row in _rows(teacher, dataset, within, description, batch_size):
                         encoded.append(row)
                         progress.update(lengths[split])
-                    _write_shard(final, rows.table(encoded))
+                    _write_shard(final, rows.table(encoded), description.mark(split, shard))
                     written += len(within) * lengths[split]
                 else:
                     progress.update(len(within) * lengths[split])
@@ -166,7 +167,9 @@ def cache_teacher(
 
 def read_summary(folder: Path) -> CacheSummary:
     try:
-        return CacheSummary(**json.loads((folder / SUMMARY).read_text(encoding="utf-8")))
+        summary = CacheSummary(**json.loads((folder / SUMMARY).read_text(encoding="utf-8")))
+        str(summary)  # of anything but numbers a TypeError or ValueError
+        return summary
     except (OSError, ValueError, TypeError) as error:
         raise CacheError(
             f"{str(folder / SUMMARY)!r} is damaged ({error}); remove it, and `kdfast cache` writes it again"
@@ -214,12 +217,28 @@ def _dtype(teacher: PreTrainedModel) -> torch.dtype:
     return autocast.dtype_of(weight.device) or weight.dtype
 
 
-def _write_shard(final: Path, table: Any) -> None:
+def find_damage(folder: Path, description: Description, split: str, shard: int) -> str | None:
+    """What is wrong with a shard, or None. Its own checksums do not tell it from another one in its place, nor whether
+    cache.json is what it was."""
+    path = shard_folder(folder, split, shard)
+    if damage := manifest.find_damage(path):
+        return damage
+    try:
+        mark = (path / MARK).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        mark = ""
+    if mark != description.mark(split, shard):
+        return f"by its {MARK} it is another shard, or of a cache with another {NAME} than this folder's"
+    return None
+
+
+def _write_shard(final: Path, table: Any, mark: str) -> None:
     staged = folders.staging(final)
     shown = not are_progress_bars_disabled()
     disable_progress_bars()  # of datasets: one a shard
     try:
         Dataset(table).save_to_disk(staged, num_shards=1)
+        write_text(staged / MARK, mark)
         manifest.write(staged)
         folders.publish(staged, final, replace=True)
     except OSError:
