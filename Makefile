@@ -1,7 +1,7 @@
 # Every target sets up what it needs: a virtual environment in .venv, installed from constraints.txt.
 #
 #   PYTHON=python3.12   the interpreter that makes .venv
-#   ARGS="..."          extra arguments for kdfast demo or pytest
+#   ARGS="..."          extra arguments for kdfast demo, pytest or the fuzzer
 #
 # Without a GPU, pip may be pointed at PyTorch's CPU wheels through PIP_EXTRA_INDEX_URL, a much smaller download.
 
@@ -16,7 +16,7 @@ READY_DIST := $(VENV)/.ready-dist
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long aot lint types check bench recipes peers api dist package clean
+.PHONY: help demo test test-long fuzz aot lint types check bench recipes peers api dist package clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -30,6 +30,10 @@ test: $(READY)  ## the tests, without those marked long
 
 test-long: $(READY)  ## the tests that take minutes
 	$(BIN)/python -m pytest -m long $(ARGS)
+
+# PYTHONPATH: tests/ has what the tests share
+fuzz: $(READY)  ## random right, wrong and damaged arguments, configs, checkpoints and caches: a minute of each kind, or ARGS
+	PYTHONPATH=.:tests $(BIN)/python -m fuzz $(ARGS)
 
 aot: $(READY)  ## every kernel compiled for seven GPUs without one: registers, spills, shared memory, tensor cores
 	PYTHONPATH=. $(BIN)/python tests/kernels/aot.py $(ARGS)

@@ -5,7 +5,7 @@ import re
 import documents
 import pytest
 
-AWAITED = ("docs/install.md", "docs/robustness.md")  # being written
+AWAITED = ("docs/install.md",)  # being written
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _HEADING = re.compile(r"^#{1,6} +(.+?) *$", re.M)
 _MACHINE = re.compile(r"(?<![\w.])/(?:home|tmp|work|root|Users|opt|mnt)/")
