@@ -14,7 +14,7 @@ VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "kdfast/_version.py").read
 README = ROOT / "README.md"
 
 TRAIN = [
-    "transformers>=5.20",
+    "transformers>=5.9",
     "datasets>=4",
     "accelerate>=1.10",
     "safetensors",

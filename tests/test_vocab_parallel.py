@@ -95,6 +95,7 @@ def test_two_by_two(pool, wrapper):
             torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.skipif(torch.__version__ < "2.9", reason="over gloo, its FSDP2 adds float32 gradients and takes no mean")
 def test_two_by_two_in_single_precision(pool):
     """|ours − truth| ≤ |one process in float32 − truth| + 2e-6 of the gradient's norm, thirty-two roundings."""
     truth_loss, truth = meshes.alone()
