@@ -188,7 +188,7 @@ class TotalVariation(Divergence):
         return Terms(difference(p, q, g).abs_().mul_(0.5), p * half, q * half.neg_())
 
 
-_AVAILABLE: dict[str, type[Divergence]] = {
+DIVERGENCES: dict[str, type[Divergence]] = {
     cls.name: cls for cls in (ForwardKL, ReverseKL, SymmetricKL, JSD, SkewKL, SkewReverseKL, TotalVariation)
 }
 
@@ -200,12 +200,12 @@ def get_divergence(divergence: str | Divergence, parameters: Sequence[float] = (
     Raises ValueError for an unknown name or a parameter out of its range, TypeError for anything else.
     """
     if isinstance(divergence, str):
-        if divergence not in _AVAILABLE:
-            raise ValueError(f"divergence={divergence!r} is unknown; expected one of {', '.join(_AVAILABLE)}")
-        divergence = _AVAILABLE[divergence](*parameters)
+        if divergence not in DIVERGENCES:
+            raise ValueError(f"divergence={divergence!r} is unknown; expected one of {', '.join(DIVERGENCES)}")
+        divergence = DIVERGENCES[divergence](*parameters)
     if not isinstance(divergence, Divergence):
         raise TypeError(
-            f"divergence is {type(divergence).__name__}; expected a name ({', '.join(_AVAILABLE)}) or an instance "
+            f"divergence is {type(divergence).__name__}; expected a name ({', '.join(DIVERGENCES)}) or an instance "
             "such as kdfast.JSD(beta=0.5)"
         )
     if isinstance(divergence, JSD) and divergence.beta in (0.0, 1.0):

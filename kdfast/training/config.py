@@ -15,7 +15,7 @@ from typing import Any, get_args
 from transformers import TrainingArguments
 
 from kdfast import engines
-from kdfast.divergences import get_divergence
+from kdfast.divergences import DIVERGENCES, get_divergence
 from kdfast.training.recipes import (
     AUTO,
     RECIPES,
@@ -57,7 +57,7 @@ class KDConfig(TrainingArguments):
     temperature_steps: list[float] | None = _from_recipe(
         "In place of temperature: one value after the other in equal parts of the run, such as 3 2 1.5."
     )
-    divergence: str | None = _from_recipe("forward_kl, reverse_kl, jsd.")
+    divergence: str | None = _from_recipe(f"{', '.join(DIVERGENCES)}.")
     kd_weight: float | None = _from_recipe("Multiplies τ²·KL; the value after the ramp.")
     kd_ramp: float | None = _from_recipe("Fraction of the run over which the KD weight ramps up; 0 = constant.")
     kd_ramp_start: float | None = _from_recipe("KD weight at the start of the ramp.")
