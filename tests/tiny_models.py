@@ -1,8 +1,12 @@
 """Tiny random causal language models of several families."""
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 
+# what TrainingArguments calls it; the other is its older name
+RECOMPUTE = (
+    "activation_checkpointing" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient_checkpointing"
+)
 # family → (settings beside the sizes, logit scale, softcap): what the head of that family does, told independently
 FAMILIES = {
     "gpt2": ({}, 1.0, None),  # tied

@@ -23,7 +23,7 @@ import setting
 
 from kdfast.cli.arguments import parse_mapping
 from kdfast.cli.cache import make_cache
-from kdfast.cli.corpus import once
+from kdfast.training.corpus import once
 from kdfast.training.files import write_text
 from kdfast.versions import versions
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import tiny  # this folder's
+from tiny_models import RECOMPUTE, tiny
 
 from kdfast.training import NonFiniteLossError
 from kdfast.training import model as model_file
@@ -77,7 +77,7 @@ def settings(scenario, folder, processes, **more):
         given["fsdp_config"] = {"activation_checkpointing": scenario.recompute}
         given["shard_teacher"] = scenario.shard_teacher
     else:
-        given["activation_checkpointing"] = scenario.recompute
+        given[RECOMPUTE] = scenario.recompute
     return {**given, **more}
 
 
