@@ -61,12 +61,9 @@ def _object(name: str, value: Any) -> list[str]:
         lines += _fields(value) if dataclasses.is_dataclass(value) else []
         lines += _commented(value)
         for method, function in vars(value).items():
-            documented = inspect.isfunction(function) and function.__doc__ and not method.startswith("_")
-            if documented and method not in ("forward",):
-                lines += [f"### {name}.{method}", "", "```text", _signature(method, function), "```", ""]
-                lines += markdown(inspect.getdoc(function) or "")
-            elif documented:
-                lines += [f"### {name}(…)", "", "```text", _signature(name, function), "```", ""]
+            if inspect.isfunction(function) and function.__doc__ and not method.startswith("_"):
+                called, title = (name, f"{name}(…)") if method == "forward" else (method, f"{name}.{method}")
+                lines += [f"### {title}", "", "```text", _signature(called, function), "```", ""]
                 lines += markdown(inspect.getdoc(function) or "")
     return lines
 
@@ -183,10 +180,11 @@ def _help(command: str) -> str:
 
 
 def main() -> None:
+    made = pages()  # before what is there goes
     FOLDER.mkdir(exist_ok=True)
     for old in FOLDER.glob("*.md"):
         old.unlink()
-    for name, text in pages().items():
+    for name, text in made.items():
         (FOLDER / name).write_text(text, encoding="utf-8")
         print(f"docs/api/{name}: {len(text.splitlines())} lines")
 

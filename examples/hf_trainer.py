@@ -55,9 +55,8 @@ class FusedKDTrainer(Trainer):
             num_items_in_batch=num_items_in_batch,
         )
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = (
-                loss * self.accelerator.num_processes
-            )  # DDP averages gradients; divided by all targets, they are summed
+            # DDP averages gradients; divided by all targets, they are to be summed
+            loss = loss * self.accelerator.num_processes
         return (loss, {}) if return_outputs else loss
 
 

@@ -75,12 +75,13 @@ class SparseLogits:
     tail               what is known of the ids that are not given. The student is normalised over all of V:
 
     "renormalize"  nothing: the teacher is its K entries, renormalised at τ. Reverse and symmetric KL are infinite
-    "bucket"       their sum: one more category, 1 − Σ exp(log_probs), on both sides. Exact at τ = 1; at another τ both
-                   sides' K + 1 masses are taken to the power 1/τ and normalised again, so the loss still is zero
-                   exactly where the student has the teacher's masses, but it is not what dense logits at τ would give
-    "none"         they have none: weights exp(log_probs) as given, not normalised; τ = 1 only. For ids drawn at random
-                   with weight counts/n (random-sampling KD), whose expectation is the dense gradient. Source: Anshumann
-                   et al. 2025, arXiv:2503.16870
+    "bucket"       their sum: one more category, 1 − Σ exp(log_probs), on both sides. Exact at τ = 1; at another τ,
+                   unless tempered, both sides' K + 1 masses are taken to the power 1/τ and normalised again, so the
+                   loss still is zero exactly where the student has the teacher's masses, but not what dense logits
+                   would give
+    "none"         they have none: weights exp(log_probs) as given, not normalised; τ = 1 only, unless tempered. For ids
+                   drawn at random with weight counts/n (random-sampling KD), whose expectation is the dense gradient.
+                   Source: Anshumann et al. 2025, arXiv:2503.16870
     """
 
     indices: Tensor

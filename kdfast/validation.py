@@ -427,6 +427,8 @@ def can_read(tensor: Tensor) -> bool:
 
 def _is_finite(value: Any) -> bool:
     """In float32, which the loss is made of. Comparisons a compiled graph can make of a number that changes."""
+    if isinstance(value, np.floating):  # a float16 would be compared as one, where LARGEST is infinite
+        value = float(value)
     return -LARGEST <= value <= LARGEST
 
 

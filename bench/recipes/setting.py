@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kdfast.cli import output_dir as folder
-from kdfast.cli.demo import run_settings, small_gpt2
+from kdfast.cli.demo import run_settings
 from kdfast.cli.runs import read_run
 from kdfast.training.corpus import library_text, once, train_tokenizer, write_files
 from kdfast.training.report import Run
+from kdfast.training.small import small_gpt2
 
 VOCABULARY = 4096
 CONTEXT = 128
@@ -76,7 +77,7 @@ def settings(
     root: Path, layers: int, width: int, *, steps: int, batch: int, learning_rate: float, seed: int
 ) -> dict[str, Any]:
     return {
-        "student_config": small_gpt2(layers, width, CONTEXT),
+        "student_config": {"model_type": "gpt2", **small_gpt2(layers, width, CONTEXT)},
         "tokenizer_name": str(root / "tokenizer"),
         "train_file": str(root / "train"),
         "eval_file": str(root / "eval"),

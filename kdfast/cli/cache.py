@@ -10,15 +10,16 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-import transformers
 
 from kdfast.cli.arguments import Arguments, format_help, parse
 from kdfast.cli.errors import RunFailed, UserError
-from kdfast.cli.inputs import check_positions, load_splits, load_tokenizer
+from kdfast.cli.inputs import check_positions, load_text
 from kdfast.training import KDConfig, load_teacher
+from kdfast.training.cache.layout import CacheSummary, is_complete
 from kdfast.training.cache.read import TeacherCache
-from kdfast.training.cache.write import SUMMARY, CacheSummary, cache_teacher
+from kdfast.training.cache.write import cache_teacher
 from kdfast.training.faults import first_line
+from kdfast.training.processes import by_first, leave
 from kdfast.training.recipes import CACHED
 
 
@@ -31,8 +32,7 @@ def cache(argv: list[str]) -> int:
     summary = make_cache(arguments)
     if arguments.training.process_index == 0:
         print(f"{arguments.cache.teacher_cache}: {summary}", flush=True)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave()
     return 0
 
 
@@ -50,16 +50,12 @@ def make_cache(arguments: Arguments) -> CacheSummary:
         if training.process_index == 0:
             print(f"{folder}: {text}", flush=True)
 
-    if training.process_index > 0:
-        transformers.utils.logging.disable_progress_bar()
     try:
-        tokenizer = load_tokenizer(models)
-        with training.main_process_first(desc="tokenising"):
-            train, evaluation = load_splits(arguments.data, tokenizer)
+        tokenizer, train, evaluation = load_text(arguments)
         teacher = load_teacher(models.teacher_model_name_or_path, tokenizer=tokenizer, dtype=models.teacher_dtype)
         check_positions("teacher", teacher, arguments.data.max_length)
         teacher.to(training.device)  # type: ignore[arg-type]
-        complete = (folder / SUMMARY).is_file()
+        complete = is_complete(folder)
         with _autocast(training):
             summary = cache_teacher(
                 teacher,
@@ -75,19 +71,17 @@ def make_cache(arguments: Arguments) -> CacheSummary:
                 batch_size=training.per_device_eval_batch_size,
                 shard_tokens=asked.cache_shard_tokens,
                 name=models.teacher_model_name_or_path,
-                process_index=training.process_index,
-                processes=training.world_size,
-                wait_for_all=torch.distributed.barrier if training.world_size > 1 else lambda: None,
                 tell=tell,
             )
         if complete:
-            TeacherCache(folder)  # its checksums
+            by_first(lambda: TeacherCache(folder).summary)  # its checksums
             tell("complete already; remove the folder to make it again")
     except ValueError as error:
         raise UserError(_in_keys(str(error), asked.cache_method)) from error
     except OSError as error:
         raise RunFailed(
-            f"{folder}: {first_line(error)}. Make room; the same command goes on from the last complete shard"
+            f"{folder}: {first_line(error)}. Once that is mended (a full disk: make room), the same command goes on "
+            "from the last complete shard"
         ) from error
     return summary
 
@@ -101,9 +95,14 @@ def _in_keys(message: str, method: str) -> str:
 
 
 def _temperatures(training: KDConfig) -> tuple[float, ...]:
-    """Those of the run that the same configuration would be."""
-    recipe = training.resolved(CACHED)
-    return recipe.temperature_steps or (recipe.temperature,)
+    """That of the run which the same configuration would be."""
+    taus = training.resolved(CACHED).temperatures
+    if len(set(taus)) > 1:
+        raise ValueError(
+            f"temperature_steps={list(taus)}, and a run learns from a cache at one temperature; give temperature in "
+            "its place, or cache_temperatures for runs to come"
+        )
+    return taus[:1]
 
 
 def _autocast(training: KDConfig):

@@ -24,9 +24,10 @@ from kdfast.cli import output_dir as folder
 from kdfast.cli.arguments import parse
 from kdfast.cli.distill import run_distillation
 from kdfast.cli.errors import UserError
-from kdfast.training.corpus import cache_root, library_text, megabytes, once, train_tokenizer, write_files
+from kdfast.training.corpus import cache_root, library_text, once, train_tokenizer, write_files
 from kdfast.training.data import DataError
 from kdfast.training.report import Run, text_table, write_report
+from kdfast.training.small import small_gpt2
 from kdfast.training.summary import write_summary
 
 RECIPES = ("lm_only", "run4", "run5", "true_head", "svd")  # the last is what auto takes here
@@ -78,8 +79,8 @@ def demo(*, quick: bool, output_dir: str, cache_dir: str | None, seed: int) -> i
     except DataError as error:
         raise UserError(str(error)) from error
     print(
-        f"Text: {len(train)} files of Python's library to train on, {megabytes(train):.1f} MB; "
-        f"{len(evaluation)} held out, {megabytes(evaluation):.2f} MB."
+        f"Text: {len(train)} files of Python's library to train on, {_megabytes(train):.1f} MB; "
+        f"{len(evaluation)} held out, {_megabytes(evaluation):.2f} MB."
     )
     key = _key(sizes, seed, [*train, *evaluation])
     cache = cache_root(cache_dir, "demo") / key
@@ -113,6 +114,10 @@ def demo(*, quick: bool, output_dir: str, cache_dir: str | None, seed: int) -> i
     return 0
 
 
+def _megabytes(texts: list[str]) -> float:
+    return sum(len(text.encode()) for text in texts) / 1e6
+
+
 def _key(sizes: Sizes, seed: int, texts: list[str]) -> str:
     """Of all that the teacher depends on."""
     digest = hashlib.sha256(json.dumps([sizes.vocabulary, _teacher_settings(Path(), sizes, seed)]).encode())
@@ -142,23 +147,9 @@ def run_settings(name: str, parent: Path, settings: dict[str, Any]) -> Run:
     return run_distillation(parse(str(config), []), name)
 
 
-def small_gpt2(layers: int, width: int, context: int) -> dict[str, Any]:
-    """A student_config; without dropout, which only costs in so short a run."""
-    return {
-        "model_type": "gpt2",
-        "n_layer": layers,
-        "n_embd": width,
-        "n_head": max(1, width // 64),
-        "n_positions": context,
-        "resid_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "attn_pdrop": 0.0,
-    }
-
-
 def _settings(cache: Path, sizes: Sizes, seed: int, layers: int, width: int, steps: int) -> dict[str, Any]:
     return {
-        "student_config": small_gpt2(layers, width, sizes.context),
+        "student_config": {"model_type": "gpt2", **small_gpt2(layers, width, sizes.context)},
         "tokenizer_name": str(cache / "tokenizer"),
         "train_file": str(cache / "train"),
         "eval_file": str(cache / "eval"),

@@ -8,25 +8,24 @@ interrupted run stopped, and leaves a finished one alone.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase, TrainerCallback, default_data_collator, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from kdfast.cli import output_dir as folder
 from kdfast.cli.arguments import LM_ONLY, Arguments, format_help, parse
 from kdfast.cli.errors import RunFailed, RunTerminated, UserError
-from kdfast.cli.inputs import check_positions, load_splits, load_tokenizer
+from kdfast.cli.inputs import check_positions, load_text
 from kdfast.cli.runs import read_run
 from kdfast.training import KDConfig, KDTrainer, NonFiniteLossError, load_student, load_teacher
 from kdfast.training.cache.read import TeacherCache
 from kdfast.training.faults import RunStoppedError, TerminatedError
 from kdfast.training.memory import PeakMemory
+from kdfast.training.processes import by_first, leave
 from kdfast.training.progress import show_progress
 from kdfast.training.recipes import CACHED
 from kdfast.training.report import Run, text_table, write_report
@@ -44,9 +43,7 @@ def distill(argv: list[str]) -> int:
     arguments = parse(argv[0], argv[1:])
     run = run_distillation(arguments)
     _say(arguments.training, text_table([run]))
-    if torch.distributed.is_initialized():  # all leave together: one that is still talked to would take the others down
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    leave()
     return 0
 
 
@@ -57,11 +54,12 @@ def run_distillation(arguments: Arguments, name: str | None = None) -> Run:
     run stops it, RunTerminated after SIGTERM.
     """
     training = arguments.training
+    training.device  # noqa: B018  # asking for it connects the processes
     assert training.output_dir is not None  # parse saw to it
     output_dir = Path(training.output_dir)
     name = name or output_dir.name
     try:
-        _by_first(training, lambda: folder.claim(output_dir, arguments.given, arguments.run.overwrite_output_dir))
+        by_first(lambda: folder.claim(output_dir, arguments.given, arguments.run.overwrite_output_dir))
     except OSError as error:
         raise UserError(f"output_dir: {error}") from error
     if folder.is_finished(output_dir):
@@ -103,7 +101,7 @@ def run_distillation(arguments: Arguments, name: str | None = None) -> Run:
             write_report(output_dir / folder.REPORT, f"{name}: recipe {summary['recipe']}", [run])
             write_summary(output_dir / folder.SUMMARY, summary)  # last: it says that the run is finished
 
-        _by_first(training, write)
+        by_first(write)
     except TerminatedError as error:
         raise RunTerminated(str(error)) from error
     except (NonFiniteLossError, RunStoppedError) as error:
@@ -114,22 +112,6 @@ def run_distillation(arguments: Arguments, name: str | None = None) -> Run:
         raise RunFailed(f"{error}. The same command goes on from the last checkpoint") from error
     _say(training, f"{name}: model, summary.json and report.html are in {output_dir}")
     return run
-
-
-def _by_first(training: KDConfig, act: Callable[[], None]) -> None:
-    """The first process acts, and what it raises all raise: none is left waiting for the others."""
-    failed: list[UserError | OSError | None] = [None]
-    if training.process_index == 0:
-        try:
-            act()
-        except (UserError, OSError) as error:
-            failed = [error]
-    if training.world_size > 1:
-        broadcast_object_list(failed)
-    if failed[0] is not None:
-        if training.world_size > 1:
-            torch.distributed.barrier()  # whoever leaves before all have heard of it takes the others down
-        raise failed[0]
 
 
 def _say(training: KDConfig, text: str) -> None:
@@ -147,12 +129,8 @@ def _evaluation_of_now(trainer: KDTrainer) -> dict[str, float] | None:
 
 def _trainer(arguments: Arguments, name: str) -> KDTrainer:
     models, training = arguments.model, arguments.training
-    if training.process_index > 0:
-        transformers.utils.logging.disable_progress_bar()  # of loading: one is enough
     training.dataloader_pin_memory &= torch.accelerator.is_available()  # without one, a warning is all it brings
-    tokenizer = load_tokenizer(models)
-    with training.main_process_first(desc="tokenising"):
-        train, evaluation = load_splits(arguments.data, tokenizer)
+    tokenizer, train, evaluation = load_text(arguments)
     set_seed(training.seed)  # a fresh student's weights
     student = load_student(
         models.model_name_or_path,
@@ -188,7 +166,8 @@ def _with_cache(
 ) -> tuple[Any, Any]:
     """The blocks with the teacher's entries; those to train on as they are where a run learns from text alone."""
     training = arguments.training
-    cache = TeacherCache(arguments.cache.teacher_cache or "")
+    folder = arguments.cache.teacher_cache or ""
+    cache = by_first(lambda: TeacherCache(folder))  # its checksums, read once
     cache.check_tokenizer(tokenizer)
     then, now = cache.description.teacher, arguments.model.teacher_model_name_or_path
     if now is not None and not _same_model(then, now):
@@ -197,12 +176,11 @@ def _with_cache(
             "none, or make a cache of this one"
         )
     alone = training.recipe == LM_ONLY
-    recipe = training.resolved(CACHED)
-    if alone and recipe.temperature not in cache.temperatures:
+    tau = training.resolved(CACHED).temperatures[0]  # that there are no others, the trainer checks
+    if alone and tau not in cache.temperatures:
         return train, evaluation
-    wanted = {"temperature": recipe.temperature}
-    evaluation = cache.dataset("eval", evaluation, **wanted)
-    return train if alone else cache.dataset("train", train, **wanted), evaluation
+    evaluation = cache.dataset("eval", evaluation, temperature=tau)
+    return train if alone else cache.dataset("train", train, temperature=tau), evaluation
 
 
 def _same_model(one: str, other: str) -> bool:

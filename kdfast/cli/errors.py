@@ -5,6 +5,8 @@ from __future__ import annotations
 import traceback
 from pathlib import Path
 
+OURS = Path(__file__).parents[1]
+
 
 class UserError(Exception):
     """What the user gave cannot be run; the message says what it was and what to do. Exit code 2."""
@@ -20,7 +22,7 @@ class RunTerminated(Exception):
 
 def unforeseen(error: Exception) -> str:
     """One line for an error that nobody has thought of: kdfast's, or a library's about a value nobody checks."""
-    told = [frame for frame in traceback.extract_tb(error.__traceback__) if "kdfast" in Path(frame.filename).parts]
+    told = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).is_relative_to(OURS)]
     where = f" in {Path(told[-1].filename).name}, line {told[-1].lineno}" if told else ""
     text = " ".join(str(error).split())
     text = text if len(text) <= 500 else f"{text[:500]}…"

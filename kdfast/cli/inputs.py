@@ -4,14 +4,27 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import transformers
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from kdfast.cli.arguments import DataArguments, ModelArguments
+from kdfast.cli.arguments import Arguments, DataArguments, ModelArguments
 from kdfast.training.data import DataError, hold_out, load_blocks, read_dataset, read_files
 from kdfast.training.faults import first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+def load_text(arguments: Arguments) -> tuple[PreTrainedTokenizerBase, Dataset, Dataset]:
+    """(tokenizer, blocks to train on, blocks to evaluate on); the first process tokenises, the others read what it
+    kept."""
+    training = arguments.training
+    if training.process_index > 0:
+        transformers.utils.logging.disable_progress_bar()  # of loading: one is enough
+    tokenizer = load_tokenizer(arguments.model)
+    with training.main_process_first(desc="tokenising"):
+        train, evaluation = load_splits(arguments.data, tokenizer)
+    return tokenizer, train, evaluation
 
 
 def load_tokenizer(models: ModelArguments) -> PreTrainedTokenizerBase:

@@ -41,8 +41,9 @@ def main(argv: list[str] | None = None) -> int:
             print(f"kdfast: {error}", file=sys.stderr)
         return 128 + signal.SIGTERM
     except KeyboardInterrupt:
-        told = "interrupted; the same command goes on from what is complete, but for a checkpoint of save_only_model"
-        print(f"kdfast: {told}", file=sys.stderr)
+        goes_on = argv[:1] in (["distill"], ["cache"], ["demo"])
+        told = "; the same command goes on from what is complete" if goes_on else ""
+        print(f"kdfast: interrupted{told}", file=sys.stderr)
         return 130
     except Exception as error:
         if os.environ.get("KDFAST_TRACEBACK") == "1":

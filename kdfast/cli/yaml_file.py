@@ -17,7 +17,7 @@ def read_yaml(config: str) -> dict[str, Any]:
     path = Path(config)
     try:
         if not path.is_file():
-            raise UserError(f"{config}: no such file")
+            raise UserError(f"{config}: is no file" if path.exists() else f"{config}: no such file")
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{config}: {error.strerror}") from error

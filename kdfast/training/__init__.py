@@ -13,6 +13,7 @@ starts.py   solved starts        teachers.py what KD learns from, and the anchor
 faults.py   what stops a run     resume.py   the checkpoint to go on from     termination.py  SIGTERM
 manifest.py checksums            pickles.py  no code is loaded                files.py        durable writes
 folders.py  complete or not there     resumable_trainer.py  goes on after all that
+processes.py  one for all, all together
 cache/      a teacher run once        cached.py   its entries, in a batch
 small.py    a teacher and text for first tries
 """

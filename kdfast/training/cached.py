@@ -29,12 +29,12 @@ class CachedEntries(NamedTuple):
         return self._at(temperature, self.log_tails[..., 1])
 
     def at_one(self) -> SparseLogits | None:
-        """The teacher at τ = 1; None where its entries were drawn at another temperature."""
+        """The teacher at τ = 1; None where its entries were drawn, at that temperature alone."""
         return None if self.log_tails is None else self._at(1.0, self.log_tails[..., 0])
 
     def _at(self, temperature: float | Tensor, log_tail: Tensor) -> SparseLogits:
         """What rounding has taken from the entries' sum is given back: they have what the tail leaves."""
         # a row without any entry, −inf alone, comes out as NaN, and has all its mass in the tail
-        entries = (self.log_probs.float() / temperature).log_softmax(-1).nan_to_num(nan=-inf)
+        entries = (self.log_probs.float() / temperature).log_softmax(-1).nan_to_num(nan=-inf, neginf=-inf)
         left = torch.log(-torch.expm1(log_tail.clamp_max(0)))
         return SparseLogits(self.indices, entries + left[..., None], tail="bucket", tempered=True)

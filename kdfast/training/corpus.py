@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
+from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from kdfast.training import folders
 from kdfast.training.data import DataError
 
 HELD_OUT = 20  # every twentieth file is for evaluation
@@ -43,10 +44,6 @@ def _middle(text: str, length: int) -> str:
     return text[start : text.rfind("\n", 0, start + length) + 1]
 
 
-def megabytes(texts: list[str]) -> float:
-    return sum(len(text.encode()) for text in texts) / 1e6
-
-
 def cache_root(cache_dir: str | Path | None, name: str) -> Path:
     """`cache_dir`, or where this user's things of that name are kept."""
     if cache_dir is not None:
@@ -55,13 +52,17 @@ def cache_root(cache_dir: str | Path | None, name: str) -> Path:
 
 
 def once(path: Path, make: Callable[[Path], None]) -> None:
-    """`make(path)`, unless it is there; half of it never is."""
-    if not path.exists():
-        partial = path.with_name(path.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        make(partial)
-        partial.rename(path)
+    """`make(path)`, unless it is there; half of it never is. Of two that want it the second waits for the first."""
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        if not path.exists():
+            staged = folders.staging(path)
+            folders.discard(staged)
+            staged.mkdir()
+            make(staged)
+            folders.publish(staged, path, replace=False)
 
 
 def write_files(path: Path, texts: list[str]) -> None:

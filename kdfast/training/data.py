@@ -115,7 +115,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _holds_rows(path: Path) -> bool:
-    """Whether JSON begins as rows do: pyarrow's reader is ended by SIGSEGV where it begins with null (arrow, 47409)."""
+    """Whether JSON begins as rows do: where it begins with null, pyarrow's reader is ended by SIGSEGV."""
     with path.open("rb") as file:
         start = file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()
     return start[:1] in (b"{", b"[", b"")

@@ -1,4 +1,4 @@
-"""SHA256SUMS: the last file of a checkpoint, which tells a complete one from a damaged one.
+"""SHA256SUMS: the last file of a checkpoint or shard, which tells a complete one from a damaged one.
 
     <SHA-256 in hex>  model.safetensors    a line for each file, as sha256sum writes it
     # 9 files                              the end: a list that was cut short is seen
@@ -37,7 +37,7 @@ def find_damage(folder: Path) -> str | None:
     try:
         text = (folder / NAME).read_text(encoding="utf-8")
     except FileNotFoundError:
-        return f"it has no {NAME}, which is written last: it is not a complete checkpoint of KDTrainer"
+        return f"it has no {NAME}, which is written last: it is not complete"
     except (OSError, UnicodeDecodeError) as error:
         return f"{NAME} cannot be read ({error})"
     if pipe := next((path for path in folder.rglob("*") if _is_no_file(path)), None):

@@ -155,7 +155,8 @@ class DistillationModel(nn.Module):
         cached: CachedEntries | None = None
         if teacher_indices is not None and teacher_log_probs is not None:
             cached = CachedEntries(teacher_indices, teacher_log_probs, teacher_log_tails)
-        kd = kd_terms(self, student, cached.at(temperature) if cached else teacher, targets, num_items_in_batch)
+        kd_teacher = cached.at(temperature) if cached and self.recipe.teacher == "cached" else teacher
+        kd = kd_terms(self, student, kd_teacher, targets, num_items_in_batch)
         loss, metrics = fused_kd_loss(
             student,
             kd.teacher,

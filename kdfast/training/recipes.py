@@ -87,6 +87,11 @@ class Recipe:
             or self.kd_gate == "agrees"
         )
 
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """All that the run is at."""
+        return self.temperature_steps or (self.temperature,)
+
     def kd_weight_schedule(self) -> Schedule:
         if self.kd_ramp == 0:
             return Constant(self.kd_weight)

@@ -8,12 +8,14 @@ nothing of it is lost. All processes come to the same answer.
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -74,7 +76,11 @@ def naming_failed_reads(folder: str | Path | None) -> Iterator[None]:
     try:
         yield
     except (Exception, CheckpointException) as error:  # of many classes: nobody checks what a state looks like
-        if isinstance(error, RunStoppedError) or (isinstance(error, RuntimeError) and is_lost_peer(error)):
+        if isinstance(error, (RunStoppedError, MemoryError, torch.OutOfMemoryError)):
+            raise
+        if isinstance(error, OSError) and error.errno == errno.EIO:  # the disk's fault, not the file's
+            raise
+        if isinstance(error, RuntimeError) and is_lost_peer(error):
             raise
         cause: Any = error
         if isinstance(error, CheckpointException):  # of shards, with the error of each process

@@ -14,10 +14,9 @@ import itertools
 import platform
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from filelock import FileLock
 from tqdm import tqdm
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
@@ -78,9 +77,7 @@ def small_models(folder: str | Path | None = None, *, sizes: SmallSizes | None =
     # the text is this Python's, whose library differs from version to version
     key = hashlib.sha256(repr((CONTENT, astuple(sizes), platform.python_version())).encode()).hexdigest()[:12]
     place = cache_root(folder, "small") / key
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{place}.lock"):  # two that start at once: the second waits for the first
-        once(place, lambda path: _make(path, place, sizes))
+    once(place, lambda path: _make(path, place, sizes))
     return SmallModels(*(str(place / name) for name in ("teacher", "student", "train.txt", "eval.txt")))
 
 
@@ -104,20 +101,26 @@ def _make(path: Path, place: Path, sizes: SmallSizes) -> None:
         teacher.save_pretrained(path / "teacher")
 
 
+def small_gpt2(layers: int, width: int, context: int) -> dict[str, Any]:
+    """A GPT2Config's settings, without dropout, which only costs in so short a training."""
+    return {
+        "n_layer": layers,
+        "n_embd": width,
+        "n_head": max(1, width // 64),
+        "n_positions": context,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+    }
+
+
 def _gpt2(layers: int, width: int, sizes: SmallSizes, end: int) -> GPT2LMHeadModel:
-    """Without dropout, which only costs in so short a training."""
     config = GPT2Config(
-        n_layer=layers,
-        n_embd=width,
-        n_head=max(1, width // 64),
-        n_positions=sizes.context,
+        **small_gpt2(layers, width, sizes.context),
         vocab_size=sizes.vocabulary,
         initializer_range=width**-0.5,  # GPT-2's own 0.02 is for wider models, and slow to leave
         bos_token_id=end,
         eos_token_id=end,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
     )
     return GPT2LMHeadModel(config)
 

@@ -21,7 +21,8 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from kdfast.param_groups import distillation_param_groups
 from kdfast.schedules import Schedule
 from kdfast.training import checkpoint, folders, manifest, replicas, resume, sharding
-from kdfast.training.cache.read import CachedBlocks, check_datasets
+from kdfast.training.cache.fits import check_datasets
+from kdfast.training.cache.read import cached_blocks
 from kdfast.training.case import FROM_CACHE, Choice, choose_recipe
 from kdfast.training.config import KDConfig
 from kdfast.training.guard import NonFiniteGuard
@@ -95,7 +96,7 @@ class KDTrainer(ShardedTrainer):
         if not isinstance(model, DistillationModel):
             recipe = args.recipe
             if recipe == AUTO:
-                cached = teacher is None and isinstance(train_dataset, CachedBlocks)
+                cached = cached_blocks(train_dataset)
                 choice = FROM_CACHE if cached else choose_recipe(model, teacher, args.valid_vocab)
                 recipe = choice.recipe
             set_seed(args.seed)  # the projector's start
@@ -114,7 +115,7 @@ class KDTrainer(ShardedTrainer):
                 "the student carries a PEFT adapter; checkpoints here hold whole models. Merge the adapter first, or "
                 "use DistillationModel in a loop of your own"
             )
-        check_datasets(model, {"train_dataset": train_dataset, "eval_dataset": eval_dataset})
+        check_datasets(model, {"train_dataset": train_dataset, "eval_dataset": eval_dataset}, temperature_schedule)
         self.kd_weight_schedule = kd_weight_schedule or model.recipe.kd_weight_schedule()
         self.temperature_schedule = temperature_schedule or model.recipe.temperature_schedule()
         if args.health and not any(isinstance(callback, HealthCallback) for callback in callbacks or ()):

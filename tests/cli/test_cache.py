@@ -68,7 +68,7 @@ def test_a_complete_cache_is_left_alone_and_an_interrupted_one_completed(configu
     monkeypatch.setattr(write.Dataset, "save_to_disk", full)
     code, _, err = kdfast("cache", "c.yaml")
     assert code == 1
-    assert "No space left on device. Make room; the same command goes on from the last complete shard" in err
+    assert "No space left on device. Once that is mended (a full disk: make room), the same command goes on" in err
     code, _, err = kdfast("distill", "c.yaml")
     assert code == 2
     assert "'kept' is not complete" in err

@@ -16,6 +16,7 @@ from dataclasses import fields, replace
 from decimal import Decimal
 from fractions import Fraction
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,11 @@ from fuzz.outcome import Finding, Outcome
 from problems import F64, Problem, a_problem
 from torch import Tensor
 
+import kdfast
 from kdfast import Head, Logits, Projected, SparseLogits, fused_kd_loss
 from kdfast.options import Options
 
+ROOT = Path(kdfast.__file__).parents[1]
 ENGINES = {"torch": 12, "reference": 8, "triton_chunked": 1, "triton_tiled": 1}  # how often
 SHARE_WRONG = 0.6
 SOURCES = Head | Projected | Logits | SparseLogits
@@ -231,7 +234,7 @@ def _raised_outside(error: BaseException) -> bool:
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    return trace is not None and "/kdfast/" not in trace.tb_frame.f_code.co_filename
+    return trace is not None and not Path(trace.tb_frame.f_code.co_filename).is_relative_to(ROOT)
 
 
 def _badly_taken(

@@ -3,17 +3,21 @@ for it."""
 
 import json
 import math
+import os
 from typing import ClassVar
 
 import numpy as np
 import pytest
+import server
 import torch
 from byte_tokenizer import make_tokenizer
 from datasets import Dataset, load_from_disk
 from tiny_models import tiny
 from torch.nn.functional import kl_div
+from torch.utils.data import ConcatDataset, Subset
 
 from kdfast import Head, fused_kd_loss
+from kdfast.schedules import Linear
 from kdfast.training import DistillationModel, KDConfig, KDTrainer, TeacherCache, cache_teacher
 from kdfast.training.cache import CachedBlocks, CacheError
 from kdfast.training.cache import rows as cache_rows
@@ -234,18 +238,62 @@ class TestWriting:
             assert one.with_format("arrow")[:].equals(other.with_format("arrow")[:])
         assert not list(folder.glob(".*"))
 
-    @pytest.mark.parametrize("processes", [2, 3])
-    def test_shards_of_several_processes(self, tmp_path, processes):
-        data = blocks()
-        make(tmp_path / "one", data, k=4)
-        for process in reversed(range(processes)):
-            if process > 0:  # the first has claimed the folder
-                (tmp_path / "many").mkdir(exist_ok=True)
-                describe_of(tmp_path / "one").write(tmp_path / "many")
-            make_part(tmp_path / "many", data, process, processes)
-        one, many = (TeacherCache(tmp_path / name).dataset("train", data) for name in ("one", "many"))
-        for key, value in collate(one).items():
-            assert torch.equal(value, collate(many)[key])
+    def test_several_processes_write_what_one_does(self, tmp_path):
+        """Two splits: shares are counted over all shards, and the last is not another process's alone to wait for."""
+        splits = {"train": blocks(), "eval": blocks(4, seed=6)}
+        write_both(tmp_path / "one")
+        assert server.join(server.start(tmp_path / "said", 2, write_both, tmp_path / "two")) == [0, 0]
+        for split, data in splits.items():
+            one, two = (TeacherCache(tmp_path / name).dataset(split, data) for name in ("one", "two"))
+            for key, value in collate(one).items():
+                assert torch.equal(value, collate(two)[key])
+        summary = TeacherCache(tmp_path / "two").summary
+        assert summary.tokens_written == summary.tokens == 11 * T
+
+    def test_another_call_at_work_on_the_folder(self, tmp_path, monkeypatch):
+        """Neither touches what the other writes: the second is refused, before it reads its teacher."""
+
+        def meanwhile(*args, write=cache_write._write_shard):
+            with pytest.raises(CacheError, match=r"is being made by another process, which holds its \.lock; wait"):
+                make(tmp_path, k=4)
+            write(*args)
+
+        monkeypatch.setattr(cache_write, "_write_shard", meanwhile)
+        make(tmp_path, k=4)
+        assert not (tmp_path / ".lock").exists()
+
+    def test_one_that_was_killed_before_it_had_named_its_cache(self, tmp_path):
+        for left in ("cache.json.tmp", ".lock"):
+            (tmp_path / left).touch()
+        make(tmp_path, k=4)
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [({"batch_size": 0}, r"batch_size=0 \(int\); expected an int of at least 1"),
+         ({"shard_tokens": 2.0}, r"shard_tokens=2.0 \(float\); expected an int"),
+         ({"k": 4.0}, r"k=4.0; expected 1 to 67"),
+         ({"splits": {}}, "splits is empty; expected {name: data set}"),
+         ({"splits": {"train": []}}, r"splits\['train'\] is empty"),
+         ({"splits": {"train": [{"text": "a"}]}}, r"splits\['train'\]: no input_ids; expected rows of token ids"),
+         ({"splits": {"train": Dataset.from_dict({"text": ["a"]})}}, r"splits\['train'\]: no input_ids"),
+         ({"splits": {"train": [{"input_ids": [1]}, {"input_ids": [1, 2]}]}}, r"of 1 to 2 tokens; expected blocks"),
+         ({"splits": {"train": [{"input_ids": []}]}}, r"rows of 0 to 0 tokens")],
+    )  # fmt: skip
+    def test_arguments_that_do_not_fit(self, tmp_path, given, message):
+        given = {"splits": {"train": blocks()}, "k": 4, **given}
+        with pytest.raises(ValueError, match=message):
+            cache_teacher(tiny("gpt2", V=V), given.pop("splits"), tmp_path / "c", **given)
+        assert not (tmp_path / "c").exists()
+
+    def test_a_file_in_the_folders_place(self, tmp_path):
+        (tmp_path / "c").write_text("mine")
+        with pytest.raises(CacheError, match="is a file; name a new folder"):
+            make(tmp_path / "c", k=4)
+
+    def test_another_version_of_transformers_goes_on(self, tmp_path):
+        teacher, _ = make(tmp_path, k=4)
+        teacher.config.transformers_version = "99.0"
+        make(tmp_path, k=4, teacher=teacher)
 
     def test_size_and_speed_are_told(self, tmp_path):
         told, data = [], blocks(40)
@@ -268,7 +316,7 @@ class TestWriting:
             live = DistillationModel(student, teacher, recipe="true_head")(**tokens)
             ours = DistillationModel(student, recipe="cached")(**batch)
         torch.testing.assert_close(ours.loss, live.loss, rtol=1e-5, atol=0)
-        assert describe_of(tmp_path / "c").teacher_dtype == "bfloat16"
+        assert data.description.teacher_dtype == "bfloat16"
 
     WRONG: ClassVar = {
         "method": ({"method": "beam"}, "method='beam'; expected 'top_k' or 'sample'"),
@@ -299,15 +347,11 @@ class TestWriting:
             make(tmp_path / "c", k=4, teacher=tiny("gpt2", V=V, width=32, seed=2))
 
 
-def describe_of(folder):
-    return TeacherCache(folder, verify=False).description
-
-
-def make_part(folder, data, process, processes):
-    cache_teacher(
-        tiny("gpt2", V=V, width=32, seed=1), {"train": data}, folder, k=4, shard_tokens=3 * T, process_index=process,
-        processes=processes,
-    )  # fmt: skip
+def write_both(folder):
+    if "RANK" in os.environ:
+        torch.distributed.init_process_group("gloo")
+    teacher = tiny("gpt2", V=V, width=32, seed=1)
+    cache_teacher(teacher, {"train": blocks(), "eval": blocks(4, seed=6)}, folder, k=4, shard_tokens=3 * T)
 
 
 class TestReading:
@@ -382,9 +426,7 @@ class TestReading:
         cache = TeacherCache(tmp_path / "c")
         for tau in (1.0, 2.0, 3.0):
             cache.dataset("train", blocks(), temperature=tau)
-        with pytest.raises(
-            CacheError, match=r"=1.5; .* was made for 1, 2, 3. .*cache_temperatures: \[1.5\]"
-        ):
+        with pytest.raises(CacheError, match=r"=1.5; .* was made for 1, 2, 3. .*cache_temperatures: \[1.5\]"):
             cache.dataset("train", blocks(), temperature=1.5)
         make(tmp_path / "drawn", method="sample", k=4)
         with pytest.raises(CacheError, match=r"was made for 2\. "):
@@ -441,9 +483,12 @@ class TestTraining:
         _, data = make(tmp_path / "c", k=4)
         _, drawn = make(tmp_path / "d", method="sample", k=4)
 
-        def trainer(dataset=data, student=None, **settings):
+        def trainer(dataset=data, student=None, temperature_schedule=None, **settings):
             settings = {"output_dir": str(tmp_path / "run"), "use_cpu": True, "report_to": "none", **settings}
-            return KDTrainer(student or tiny("gpt2", V=V), KDConfig(**settings), train_dataset=dataset)
+            return KDTrainer(
+                student or tiny("gpt2", V=V), KDConfig(**settings), train_dataset=dataset,
+                temperature_schedule=temperature_schedule,
+            )  # fmt: skip
 
         for message, given in {
             "entries for temperature=2, and the run is at 3": {"temperature": 3.0},
@@ -459,7 +504,41 @@ class TestTraining:
                 train_dataset=TeacherCache(tmp_path / "c").dataset("train", blocks(), temperature=1.0),
                 eval_dataset={"a": data},
             )  # fmt: skip
+        with pytest.raises(
+            CacheError, match="temperature_schedule is given, and train_dataset has"
+        ):
+            trainer(temperature_schedule=Linear(3.0, 2.0))
+        with pytest.raises(CacheError, match="the student has 70"):  # whatever learns from it: evaluation reads it
+            trainer(student=tiny("gpt2", V=70), recipe="lm_only")
         trainer(divergence="reverse_kl")
+
+    @pytest.mark.parametrize("recipe", ["true_head", "lm_only", "auto"])
+    def test_beside_a_live_teacher(self, tmp_path, recipe):
+        """A recipe that learns from it does; auto takes the cache."""
+        teacher, data = make(tmp_path / "c", k=4)
+        losses = {}
+        for name, dataset in (("cache", data), ("live", blocks())):
+            args = KDConfig(
+                output_dir=str(tmp_path / name), use_cpu=True, report_to="none", recipe=recipe, max_steps=1,
+                logging_steps=1, save_strategy="no", disable_tqdm=True,
+            )  # fmt: skip
+            if recipe == "auto" and name == "live":
+                continue
+            trainer = KDTrainer(tiny("gpt2", V=V), args, teacher=teacher, train_dataset=dataset)
+            trainer.train()
+            losses[name] = trainer.state.log_history[0]["loss"]
+        assert trainer.model.recipe.name == {"auto": "cached"}.get(recipe, recipe)
+        assert recipe == "auto" or losses["cache"] == losses["live"]
+
+    def test_a_part_of_the_blocks(self, tmp_path):
+        """torch's own ways of putting data sets together do not hide what they are made of."""
+        _, data = make(tmp_path / "c", k=4)
+        for part in (Subset(data, [0, 3]), ConcatDataset([data, Subset(data, [1])])):
+            args = KDConfig(output_dir=str(tmp_path / "run"), use_cpu=True, report_to="none")
+            assert KDTrainer(tiny("gpt2", V=V), args, train_dataset=part).model.recipe.name == "cached"
+            args = KDConfig(output_dir=str(tmp_path / "run"), use_cpu=True, report_to="none", temperature=3.0)
+            with pytest.raises(CacheError, match="entries for temperature=2, and the run is at 3"):
+                KDTrainer(tiny("gpt2", V=V), args, train_dataset=part)
 
     def test_without_entries(self):
         ids = torch.tensor([[3, 4, 5]])

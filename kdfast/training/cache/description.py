@@ -35,6 +35,11 @@ class Split:
     tokens: int
     sha256: str  # of all token ids in order, and where each sequence ends
 
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence; all of a split have the same."""
+        return self.tokens // self.sequences
+
 
 @dataclass(frozen=True)
 class Description:
@@ -91,9 +96,10 @@ class Description:
                 raise KeyError(*given.keys() ^ {field.name for field in fields(cls)})
             splits = {name: Split(**split) for name, split in given.pop("splits").items()}
             read = cls(**{**given, "splits": splits, "temperatures": tuple(given["temperatures"])})
-            sizes = [read.vocab, read.k, read.shard_sequences, *(split.sequences for split in splits.values())]
+            sizes = [read.vocab, read.k, read.shard_sequences]
+            sizes += [size for split in splits.values() for size in (split.sequences, split.tokens)]
             if not all(type(size) is int and size > 0 for size in sizes):
-                raise ValueError("vocab, k, shard_sequences or a split's sequences is no positive number")
+                raise ValueError("vocab, k, shard_sequences, or a split's sequences or tokens, is no positive number")
             return read
         except FileNotFoundError as error:
             raise CacheError(
@@ -123,25 +129,37 @@ def count_type(n: int) -> str:
     return "uint8" if n < 2**8 else "uint16"
 
 
-def ids_of(dataset: Any) -> Iterator[np.ndarray]:
-    """input_ids (T,) of every row, in order."""
+def ids_of(dataset: Any, name: str = "dataset") -> Iterator[np.ndarray]:
+    """input_ids (T,) of every row, in order. Raises ValueError where a row has none; `name` is the argument's."""
+    missing = f"{name}: no input_ids; expected rows of token ids, as a tokenizer gives them"
     if isinstance(dataset, Dataset):  # this column alone, some rows at a time
+        if "input_ids" not in dataset.column_names:
+            raise ValueError(missing)
         columns = dataset.select_columns(["input_ids"]).with_format("numpy").iter(batch_size=1000)
         rows = (ids for batch in columns for ids in batch["input_ids"])
     else:
+        if len(dataset) and "input_ids" not in dataset[0]:
+            raise ValueError(missing)
         rows = (dataset[i]["input_ids"] for i in range(len(dataset)))
     for ids in rows:
         yield np.asarray(ids, dtype=np.int64)
 
 
-def describe_split(dataset: Any) -> Split:
-    """Its size and the hash of its tokens."""
-    sum, tokens = hashlib.sha256(), 0
-    for ids in ids_of(dataset):
+def describe_split(dataset: Any, name: str = "dataset") -> Split:
+    """Its size and the hash of its tokens. Raises ValueError naming the argument: no rows, or of different lengths."""
+    if len(dataset) == 0:
+        raise ValueError(f"{name} is empty; expected rows with input_ids")
+    sum, lengths = hashlib.sha256(), set()
+    for ids in ids_of(dataset, name):
         sum.update(len(ids).to_bytes(8, "little"))
         sum.update(ids.astype("<i4").tobytes())
-        tokens += len(ids)
-    return Split(len(dataset), tokens, sum.hexdigest())
+        lengths.add(len(ids))
+    if len(lengths) > 1 or not min(lengths):
+        raise ValueError(
+            f"{name} has rows of {min(lengths)} to {max(lengths)} tokens; expected blocks of one length, as packing or "
+            "padding makes them"
+        )
+    return Split(len(dataset), len(dataset) * lengths.pop(), sum.hexdigest())
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase | None) -> str:
@@ -154,7 +172,9 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase | None) -> str:
 @torch.no_grad()
 def teacher_fingerprint(teacher: PreTrainedModel) -> str:
     """Of the whole configuration's architecture and of some elements of each tensor; seconds, whatever its size."""
-    sum = hashlib.sha256(json.dumps(teacher.config.to_diff_dict(), sort_keys=True, default=str).encode())
+    config = teacher.config.to_diff_dict()
+    config.pop("transformers_version", None)  # of whoever reads it
+    sum = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in sorted(teacher.state_dict().items()):
         flat = tensor.detach().reshape(-1)
         step = max(1, flat.numel() // SAMPLE_OF_A_TENSOR)

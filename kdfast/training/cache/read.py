@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from datasets import Dataset, concatenate_datasets, load_from_disk
 from torch import Tensor
@@ -13,13 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from kdfast.training.cache import rows
 from kdfast.training.cache.description import CacheError, Description, describe_split, tokenizer_fingerprint
-from kdfast.training.cache.write import SUMMARY, CacheSummary, find_damage, read_summary, shard_folder, shards
+from kdfast.training.cache.layout import SUMMARY, CacheSummary, is_complete, read_summary, shards
 from kdfast.training.faults import first_line
-from kdfast.training.heads import head_shape
 from kdfast.validation import same_vocabulary
-
-if TYPE_CHECKING:
-    from kdfast.training.model import DistillationModel
 
 
 class TeacherCache:
@@ -38,7 +33,7 @@ class TeacherCache:
     def __init__(self, folder: str | Path, *, verify: bool = True) -> None:
         self.folder = Path(folder)
         self.description = Description.read(self.folder)
-        if not (self.folder / SUMMARY).is_file():
+        if not is_complete(self.folder):
             raise CacheError(
                 f"{str(self.folder)!r} is not complete: its making was interrupted; `kdfast cache` with the same "
                 "configuration goes on from what there is"
@@ -46,11 +41,11 @@ class TeacherCache:
         self.summary: CacheSummary = read_summary(self.folder)
         if verify:
             for split in self.description.splits:
-                for number, shard in enumerate(self._shards(split)):
-                    if damage := find_damage(self.folder, self.description, split, number):
+                for shard in shards(self.folder, self.description, split):
+                    if damage := shard.find_damage(self.description):
                         raise CacheError(
-                            f"{str(shard)!r} is damaged: {damage}. Remove that folder and {SUMMARY}, and start `kdfast "
-                            "cache` again with the same configuration: it makes the missing shard"
+                            f"{str(shard.folder)!r} is damaged: {damage}. Remove that folder and {SUMMARY}, and start "
+                            "`kdfast cache` again with the same configuration: it makes the missing shard"
                         )
 
     @property
@@ -108,37 +103,23 @@ class TeacherCache:
             )
         here = f"{str(self.folder)!r}, split {split!r},"
         try:
-            entries = concatenate_datasets([load_from_disk(str(shard)) for shard in self._shards(split)])
+            entries = concatenate_datasets(
+                [load_from_disk(str(shard.folder)) for shard in shards(self.folder, self.description, split)]
+            )
         except Exception as error:  # of datasets and pyarrow: files that are whole, and not theirs
             raise CacheError(f"{here} cannot be read ({first_line(error)}); make it again") from error
         if len(entries) != len(dataset):
             raise CacheError(f"{here} has {len(entries)} rows for {len(dataset)} of the data; make it again")
         return CachedBlocks(self, dataset, entries, temperature)
 
-    def _shards(self, split: str) -> Sequence[Path]:
-        return [shard_folder(self.folder, split, shard) for shard in range(shards(self.description, split))]
 
-
-def check_datasets(model: DistillationModel, datasets: Mapping[str, Any]) -> None:
-    """Raise CacheError where `model`'s recipe cannot learn from one of `datasets` (argument → data set, or some)."""
-    recipe = model.recipe
-    for argument, dataset in datasets.items():
-        if isinstance(dataset, dict):
-            check_datasets(model, {f"{argument}[{name!r}]": one for name, one in dataset.items()})
-        if not isinstance(dataset, CachedBlocks) or recipe.teacher != "cached":
-            continue
-        taus = recipe.temperature_steps or (recipe.temperature,)
-        if set(taus) != {dataset.temperature}:
-            raise CacheError(
-                f"{argument} has a teacher's entries for temperature={dataset.temperature:g}, and the run is at "
-                f"{', '.join(f'{tau:g}' for tau in taus)}; expected the same, throughout the run"
-            )
-        dataset.cache.check_vocabulary(head_shape(model.student)[0], model.valid_vocab)
-        if dataset.description.method == "sample" and recipe.divergence in ("reverse_kl", "symmetric_kl"):
-            raise CacheError(
-                f"divergence={recipe.divergence!r} and {argument} has ids drawn at random, against which it is "
-                "infinite; expected forward_kl or jsd, or a cache made with cache_method: top_k"
-            )
+def cached_blocks(dataset: Any) -> list[CachedBlocks]:
+    """Those that `dataset` is, or is made of."""
+    if isinstance(dataset, data.ConcatDataset):
+        return [found for one in dataset.datasets for found in cached_blocks(one)]
+    if isinstance(dataset, data.Subset):
+        return cached_blocks(dataset.dataset)
+    return [dataset] if isinstance(dataset, CachedBlocks) else []
 
 
 class CachedBlocks(data.Dataset):

@@ -1,18 +1,16 @@
 """`cache_teacher`: the teacher over a data set, once, into shards that appear only when they are complete.
 
-    cache.json              what this is a cache of: description.py; written first
-    train-00000/ …          shards: a data set each (`datasets.load_from_disk` reads one), shard.json and SHA256SUMS
-    summary.json            sizes and speed; written last: with it the cache is complete
-
 A killed `cache_teacher` goes on after the last complete shard, and what it writes is what it would have written.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,11 +19,12 @@ import torch
 from datasets import Dataset
 from datasets.utils import disable_progress_bars, enable_progress_bars
 from datasets.utils.tqdm import are_progress_bars_disabled
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdfast import autocast
-from kdfast.training import folders, manifest
+from kdfast.training import folders, manifest, processes
 from kdfast.training.cache import rows
 from kdfast.training.cache.description import (
     NAME,
@@ -36,28 +35,13 @@ from kdfast.training.cache.description import (
     tokenizer_fingerprint,
 )
 from kdfast.training.cache.entries import TopK, draw, top_k
+from kdfast.training.cache.layout import LOCK, MARK, SUMMARY, CacheSummary, Shard, is_complete, read_summary, shards
 from kdfast.training.files import write_text
 from kdfast.training.heads import backbone, check_model, head, head_shape
-from kdfast.validation import MOST_ENTRIES
+from kdfast.validation import MOST_ENTRIES, kind
 
-SUMMARY = "summary.json"
-MARK = "shard.json"  # in a shard: which one of which cache it is
 SHARD_TOKENS = 2**20
 SEEDS = 2**32  # a sequence's own: the run's times this, and its place in the split
-
-
-@dataclass(frozen=True)
-class CacheSummary:
-    tokens: int
-    bytes: int  # of all files
-    bytes_per_token: float
-    tokens_written: int  # by the process that finished it, which may have gone on from an earlier one
-    seconds: float  # for those
-    tokens_per_second: float | None
-
-    def __str__(self) -> str:
-        speed = "" if self.tokens_per_second is None else f", {self.tokens_per_second:,.0f} tokens/s"
-        return f"{self.tokens:,} tokens, {self.bytes / 1e6:,.1f} MB, {self.bytes_per_token:.1f} bytes a token{speed}"
 
 
 def cache_teacher(
@@ -75,12 +59,11 @@ def cache_teacher(
     batch_size: int = 8,
     shard_tokens: int = SHARD_TOKENS,
     name: str | None = None,
-    process_index: int = 0,
-    processes: int = 1,
-    wait_for_all: Callable[[], None] = lambda: None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> CacheSummary:
     """Keep of the teacher's distribution, for every token of `splits`, what a student is trained on.
+
+    Where `torch.distributed` is initialised, all processes call it, and each writes its share of the shards.
 
     Args:
         teacher: a causal `PreTrainedModel`, on the device it is to run on. It runs in its own dtype, or under the
@@ -98,20 +81,21 @@ def cache_teacher(
         batch_size: sequences at once; results do not depend on how often the work was interrupted.
         shard_tokens: about how many go into one shard.
         name: what the teacher is called in the cache; None = as it was loaded.
-        process_index, processes, wait_for_all: of several processes each writes its share of the shards; the last is
-            a barrier.
         tell: takes lines for whoever looks on.
 
     Raises:
-        ValueError: an argument that does not fit, naming it. CacheError, one of those: `folder` holds a cache of
-            something else; what differs is named.
+        ValueError: an argument that does not fit, naming it. CacheError, one of those: `folder` holds something else,
+            what differs is named; or another call is at work on it.
         OSError: as on a full disk. What is complete stays, and the same call goes on from it.
     """
     folder = Path(folder)
+    check_model(teacher, "teacher")
     vocab, _ = head_shape(teacher)
     _check(method, k, temperatures, dtype, vocab if valid_vocab is None else min(vocab, valid_vocab))
-    check_model(teacher, "teacher")
-    lengths = {split: _length(split, dataset) for split, dataset in splits.items()}
+    _check_counts(batch_size=batch_size, shard_tokens=shard_tokens)
+    if not splits:
+        raise ValueError("splits is empty; expected {name: data set}, such as {'train': …, 'eval': …}")
+    told = {split: describe_split(dataset, f"splits[{split!r}]") for split, dataset in splits.items()}
     description = Description(
         teacher=name or str(teacher.name_or_path),
         teacher_sha256=teacher_fingerprint(teacher),
@@ -125,63 +109,79 @@ def cache_teacher(
         temperatures=tuple(float(tau) for tau in temperatures if tau != 1 or method == "sample"),
         dtype=dtype,
         seed=seed,
-        shard_sequences=max(1, shard_tokens // max(lengths.values())),
-        splits={split: describe_split(dataset) for split, dataset in splits.items()},
+        shard_sequences=max(1, shard_tokens // max(split.length for split in told.values())),
+        splits=told,
     )
-    if process_index == 0:
-        _claim(folder, description)
-    wait_for_all()
-    if (folder / SUMMARY).is_file():
-        return read_summary(folder)
-    tokens = sum(split.tokens for split in description.splits.values())
-    at_most = "at most " if method == "sample" else ""
-    tell(f"{tokens:,} tokens, {at_most}{description.bytes_per_token:.0f} bytes each: {at_most}"
-         f"{tokens * description.bytes_per_token / 1e9:,.2f} GB")  # fmt: skip
-
-    start, written = time.perf_counter(), 0
-    teacher.eval()
-    with tqdm(total=tokens, unit=" tokens", unit_scale=True, desc="caching", disable=None) as progress:
-        for split, dataset in splits.items():
-            for shard in range(shards(description, split)):
-                first = shard * description.shard_sequences
-                within = range(first, min(first + description.shard_sequences, len(dataset)))
-                final = shard_folder(folder, split, shard)
-                mine = shard % processes == process_index
-                if mine and (not final.exists() or find_damage(folder, description, split, shard)):
-                    encoded = []
-                    for row in _rows(teacher, dataset, within, description, batch_size):
-                        encoded.append(row)
-                        progress.update(lengths[split])
-                    _write_shard(final, rows.table(encoded), description.mark(split, shard))
-                    written += len(within) * lengths[split]
-                else:
-                    progress.update(len(within) * lengths[split])
-    seconds = time.perf_counter() - start
-    wait_for_all()
-    summary = _summary(folder, tokens, written, seconds)
-    if process_index == 0:
-        write_text(folder / SUMMARY, json.dumps(asdict(summary), indent=2) + "\n")
-    wait_for_all()
-    return summary
-
-
-def read_summary(folder: Path) -> CacheSummary:
+    lock = FileLock(folder / LOCK)  # the first process's
     try:
-        summary = CacheSummary(**json.loads((folder / SUMMARY).read_text(encoding="utf-8")))
-        str(summary)  # of anything but numbers a TypeError or ValueError
-        return summary
-    except (OSError, ValueError, TypeError) as error:
+        if processes.by_first(lambda: _claim(folder, description, lock)):
+            return read_summary(folder)
+        tokens = sum(split.tokens for split in told.values())
+        at_most = "at most " if method == "sample" else ""
+        tell(f"{tokens:,} tokens, {at_most}{description.bytes_per_token:.0f} bytes each: {at_most}"
+             f"{tokens * description.bytes_per_token / 1e6:,.1f} MB")  # fmt: skip
+        start = time.perf_counter()
+        written = sum(processes.by_all(lambda: _write_share(teacher, splits, folder, description, batch_size)))
+        seconds = time.perf_counter() - start
+        return processes.by_first(lambda: _finish(folder, tokens, written, seconds))
+    finally:
+        lock.release()
+
+
+def _claim(folder: Path, description: Description, lock: FileLock) -> bool:
+    """Make the folder this cache's own, or find that it is. Whether it is complete; else the lock is held."""
+    if folder.exists() and not folder.is_dir():
+        raise CacheError(f"{str(folder)!r} is a file; name a new folder for the cache")
+    if not is_complete(folder):
+        if not (folder / NAME).exists():
+            begun = (LOCK, f"{NAME}.tmp")  # all that a call leaves which ended before it had named its cache
+            if folder.exists() and any(path.name not in begun for path in folder.iterdir()):
+                raise CacheError(
+                    f"{str(folder)!r} holds files and no {NAME}; name an empty or a new folder for the cache"
+                )
+            folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise CacheError(
+                f"{str(folder)!r} is being made by another process, which holds its {LOCK}; wait for it or end it"
+            ) from error
+        if not (folder / NAME).exists():
+            description.write(folder)
+    if changed := Description.read(folder).differences(description):
         raise CacheError(
-            f"{str(folder / SUMMARY)!r} is damaged ({error}); remove it, and `kdfast cache` writes it again"
-        ) from error
+            f"{str(folder)!r} holds a teacher cache of something else ({'; '.join(changed)}). Name another folder, or "
+            "remove that one"
+        )
+    if is_complete(folder):
+        return True
+    for left in folder.glob(f".*{folders.INCOMPLETE}"):
+        folders.discard(left)
+    return False
 
 
-def shards(description: Description, split: str) -> int:
-    return -(-description.splits[split].sequences // description.shard_sequences)
-
-
-def shard_folder(folder: Path, split: str, shard: int) -> Path:
-    return folder / f"{split}-{shard:05d}"
+def _write_share(
+    teacher: PreTrainedModel, splits: Mapping[str, Any], folder: Path, description: Description, batch_size: int
+) -> int:
+    """This process's shards, those that are not there yet; how many tokens they have."""
+    work = [(shard, splits[split]) for split in splits for shard in shards(folder, description, split)]
+    mine = work[processes.index() :: processes.count()]
+    lengths = {split: told.length for split, told in description.splits.items()}
+    written, total = 0, sum(len(shard.sequences) * lengths[shard.split] for shard, _ in mine)
+    teacher.eval()
+    with tqdm(total=total, unit=" tokens", unit_scale=True, desc="caching", disable=None) as progress:
+        for shard, dataset in mine:
+            length = lengths[shard.split]
+            if shard.folder.exists() and not shard.find_damage(description):
+                progress.update(len(shard.sequences) * length)
+                continue
+            encoded = []
+            for row in _rows(teacher, dataset, shard.sequences, description, batch_size):
+                encoded.append(row)
+                progress.update(length)
+            _write_shard(shard, rows.table(encoded), shard.mark(description))
+            written += len(shard.sequences) * length
+    return written
 
 
 @torch.no_grad()
@@ -217,30 +217,15 @@ def _dtype(teacher: PreTrainedModel) -> torch.dtype:
     return autocast.dtype_of(weight.device) or weight.dtype
 
 
-def find_damage(folder: Path, description: Description, split: str, shard: int) -> str | None:
-    """What is wrong with a shard, or None. Its own checksums do not tell it from another one in its place, nor whether
-    cache.json is what it was."""
-    path = shard_folder(folder, split, shard)
-    if damage := manifest.find_damage(path):
-        return damage
-    try:
-        mark = (path / MARK).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        mark = ""
-    if mark != description.mark(split, shard):
-        return f"by its {MARK} it is another shard, or of a cache with another {NAME} than this folder's"
-    return None
-
-
-def _write_shard(final: Path, table: Any, mark: str) -> None:
-    staged = folders.staging(final)
+def _write_shard(shard: Shard, table: Any, mark: str) -> None:
+    staged = folders.staging(shard.folder)
     shown = not are_progress_bars_disabled()
     disable_progress_bars()  # of datasets: one a shard
     try:
         Dataset(table).save_to_disk(staged, num_shards=1)
         write_text(staged / MARK, mark)
         manifest.write(staged)
-        folders.publish(staged, final, replace=True)
+        folders.publish(staged, shard.folder, replace=True)
     except OSError:
         folders.discard(staged)
         raise
@@ -249,31 +234,13 @@ def _write_shard(final: Path, table: Any, mark: str) -> None:
             enable_progress_bars()
 
 
-def _claim(folder: Path, description: Description) -> None:
-    """Make the folder this cache's own, or find that it is."""
-    if not (folder / NAME).exists():
-        if folder.exists() and any(folder.iterdir()):
-            raise CacheError(f"{str(folder)!r} holds files and no {NAME}; name an empty or a new folder for the cache")
-        folder.mkdir(parents=True, exist_ok=True)
-        description.write(folder)
-    if changed := Description.read(folder).differences(description):
-        raise CacheError(
-            f"{str(folder)!r} holds a teacher cache of something else ({'; '.join(changed)}). Name another folder, or "
-            "remove that one"
-        )
-    for left in folder.glob(f".*{folders.INCOMPLETE}"):
-        folders.discard(left)
-
-
-def _summary(folder: Path, tokens: int, written: int, seconds: float) -> CacheSummary:
+def _finish(folder: Path, tokens: int, written: int, seconds: float) -> CacheSummary:
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return CacheSummary(tokens, size, size / tokens, written, seconds, written / seconds if written else None)
-
-
-def _length(split: str, dataset: Any) -> int:
-    if len(dataset) == 0:
-        raise ValueError(f"splits[{split!r}] is empty; expected rows with input_ids")
-    return len(dataset[0]["input_ids"])
+    summary = CacheSummary(tokens, size, size / tokens, written, seconds, written / seconds if written else None)
+    write_text(folder / SUMMARY, json.dumps(asdict(summary), indent=2) + "\n")
+    with contextlib.suppress(OSError):  # Windows', of a file that is open
+        (folder / LOCK).unlink()  # whoever comes now finds the cache complete
+    return summary
 
 
 def _check(method: str, k: int, temperatures: Sequence[float], dtype: str, vocab: int) -> None:
@@ -282,9 +249,15 @@ def _check(method: str, k: int, temperatures: Sequence[float], dtype: str, vocab
     if dtype not in ("float16", "float32"):
         raise ValueError(f"dtype={dtype!r}; expected 'float16' or 'float32'")
     most = min(MOST_ENTRIES, vocab) if method == "top_k" else MOST_ENTRIES
-    if not 1 <= k <= most:
+    if not isinstance(k, Integral) or isinstance(k, bool) or not 1 <= k <= most:
         raise ValueError(f"k={k}; expected 1 to {most}, with {vocab} ids in the teacher's vocabulary")
     if not all(tau > 0 for tau in temperatures):
         raise ValueError(f"temperatures={tuple(temperatures)}; expected numbers > 0")
     if method == "sample" and len(temperatures) != 1:
         raise ValueError(f"temperatures={tuple(temperatures)}; expected one for method='sample', which draws ids at it")
+
+
+def _check_counts(**counts: int) -> None:
+    for name, count in counts.items():
+        if not isinstance(count, Integral) or isinstance(count, bool) or count < 1:
+            raise ValueError(f"{name}={count!r} ({kind(count)}); expected an int of at least 1")
