@@ -29,6 +29,10 @@ FIGURES = (
     "eval_ce", "kl_teacher_student", "kl_teacher_projected", "ce_projected", "kd", "agreement", "tokens", "seconds",
 )  # fmt: skip
 BASELINE = "lm_only"
+HEALTH = (
+    "Health is what a run's log said when it was made: where `true_head` or `compressed head` has `initial_loss`, that "
+    "was before the check left the KL of a fixed teacher out."
+)
 Row = dict[str, Any]
 
 
@@ -43,7 +47,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "recipes.json").write_text(json.dumps({"setting": _setting(args.runs), "runs": rows}, indent=1) + "\n")
     text = "\n\n".join(f"### {case}\n\n{_table([r for r in rows if r['case'] == case])}" for case in _cases(rows))
-    (args.out / "recipes.md").write_text(text + "\n")
+    (args.out / "recipes.md").write_text(f"{HEALTH}\n\n{text}\n")
     print(text)
     _picture(rows, args.out / "recipes.png")
 

@@ -100,9 +100,9 @@ class Signs:
             self._first = False
             found["initial_loss"] = self._initial_loss(line)
         if "kd" in line and progress > self._limits.kl_after:
-            found["kl"] = self._kl(line["kd"], progress)
+            found["kl"] = self._kl(line, progress)
         if "ce" in line:
-            found |= self._perplexity(line["ce"], progress, "training")
+            found |= self._perplexity(line, progress, "training")
         found |= self._course(line)
         if {"kd", "ce", "ce_projected", "temperature"} <= line.keys() and progress > self._limits.projected_after:
             if self._projected:
@@ -114,7 +114,7 @@ class Signs:
         return found
 
     def _evaluation(self, line: dict[str, float], progress: float) -> dict[str, str | None]:
-        found = self._perplexity(line["ce"], progress, "evaluation") if "ce" in line else {}
+        found = self._perplexity(line, progress, "evaluation") if "ce" in line else {}
         if not {"kd", "ce", "ce_projected"} <= line.keys() or self._temperature is None:
             return found
         if progress <= self._limits.projected_after:
@@ -131,26 +131,30 @@ class Signs:
 
     def _initial_loss(self, line: dict[str, float]) -> str | None:
         limit = max(self._limits.initial_loss, 1.05 * self._guessing)
-        without_anchor = line.get("ce", math.inf)
+        ce, kd = line.get("ce", math.inf), 0.0
         if "ce_projected" in line:  # a teacher that does not move is far away at first, and that is no fault
-            without_anchor += line.get("kd_weight", 0.0) * _nats(line)
-        if (loss := min(line["loss"], without_anchor)) <= limit:
+            kd = line.get("kd_weight", 0.0) * _nats(line)
+        if (loss := min(line["loss"], ce + kd)) <= limit:
             return None
+        said = f"the loss starts at {loss:.4g}, above {limit:.4g}"
+        if ce > limit:
+            return f"{said}. Do labels and tokenizer belong to the student?"
         return (
-            f"the loss starts at {loss:.4g}, above {limit:.4g}. Do labels and tokenizer belong "
-            "together? Start the projector small (projector_init='normal') and ramp the KD weight (kd_ramp=0.2)"
+            f"{said}: {kd:.4g} of it is the KD term, to a projected teacher. Do both models take the same token ids? A "
+            "ramped KD weight (kd_ramp=0.2) starts lower; no student was better for it"
         )
 
-    def _kl(self, kd: float, progress: float) -> str | None:
-        if kd <= self._limits.kl:
+    def _kl(self, line: dict[str, float], progress: float) -> str | None:
+        if line["kd"] <= self._limits.kl:
             return None
         return (
-            f"the KL that the loss sees is {kd:.4g} after {progress:.0%} of the run, above {self._limits.kl:g}: a "
-            "teacher that is as good as random to the student. Raise projector_lr, start from projector_init='normal', "
-            "and see that both models take the same token ids"
+            f"the KL that the loss sees is {line['kd']:.4g} after {progress:.0%} of the run, above "
+            f"{self._limits.kl:g}: student and teacher are still far apart. Do both models take the same token ids? "
+            f"Raise {_rates(line)}"
         )
 
-    def _perplexity(self, ce: float, progress: float, text: str) -> dict[str, str | None]:
+    def _perplexity(self, line: dict[str, float], progress: float, text: str) -> dict[str, str | None]:
+        ce = line["ce"]
         if progress <= self._limits.perplexity_after:
             return {}
         if ce <= math.log(self._limits.perplexity):
@@ -159,7 +163,7 @@ class Signs:
         return {
             "perplexity": f"perplexity on {text} text is {perplexity:,.0f} after {progress:.0%} of the run, above "
             f"{self._limits.perplexity:,.0f}: the student hardly learns. Check tokenizer and data, raise "
-            "learning_rate, or lower kd_weight"
+            f"learning_rate{_or_less_kd(line)}"
         }
 
     def _course(self, line: dict[str, float]) -> dict[str, str | None]:
@@ -176,12 +180,12 @@ class Signs:
         losses = [rest + weight * kd for rest, kd in self._losses]
         found: dict[str, str | None] = {}
         if len(losses) > self._limits.window:
-            found["rising"] = self._rising(losses)
+            found["rising"] = self._rising(losses, line)
         if len(losses) >= self._limits.oscillation_window:
             found["oscillating"] = self._oscillating(losses[-int(self._limits.oscillation_window) :])
         return found
 
-    def _rising(self, losses: list[float]) -> str | None:
+    def _rising(self, losses: list[float], line: dict[str, float]) -> str | None:
         n = int(self._limits.window)
         smooth = [fmean(losses[i - n : i]) for i in range(n, len(losses) + 1)]
         noise = fmean(abs(b - a) for a, b in pairwise(losses))
@@ -189,8 +193,8 @@ class Signs:
         if now - lowest <= max(self._limits.rising * abs(lowest), NOISE * noise):
             return None
         return (
-            f"the loss rises: {now:.4g} over the last {n} log lines, {lowest:.4g} at its lowest. Lower learning_rate "
-            "or projector_lr, clip more (max_grad_norm), or lower kd_weight"
+            f"the loss rises: {now:.4g} over the last {n} log lines, {lowest:.4g} at its lowest. Lower "
+            f"{_rates(line)}, clip more (max_grad_norm){_or_less_kd(line)}"
         )
 
     def _oscillating(self, losses: list[float]) -> str | None:
@@ -246,9 +250,18 @@ class Signs:
 
 
 _REMEDY = (
-    "A low KL is no evidence of learning here: compare with recipe='lm_only'. Take the teacher's own head "
-    "(recipe='true_head'), or keep the projector true (teacher_grad='none', anchor_weight=1)"
+    "A low KL is no evidence of learning here: compare with recipe='lm_only'. Take the teacher's own head where it has "
+    "the student's vocabulary (recipe='auto', or 'true_head')"
 )
+
+
+def _rates(line: Mapping[str, Any]) -> str:
+    """Learning rates of what is trained: a projector's where the line tells of one."""
+    return "learning_rate or projector_lr" if {"ce_projected", "eval_ce_projected"} & line.keys() else "learning_rate"
+
+
+def _or_less_kd(line: Mapping[str, float]) -> str:
+    return ", or lower kd_weight" if "kd" in line else ""
 
 
 def _nats(line: Mapping[str, float]) -> float:
@@ -260,5 +273,6 @@ def _non_finite(line: Mapping[str, Any]) -> dict[str, str | None]:
     """Only what is logged; a step that was left out is reported by whoever left it out."""
     tested = [name for name in ("loss", "eval_loss", "eval_ce") if isinstance(line.get(name), int | float)]
     if bad := [name for name in tested if not math.isfinite(line[name])]:
-        return {"non_finite": f"{bad[0]} is {line[bad[0]]}. Lower learning_rate or projector_lr, ramp the KD weight"}
+        ramp = ", ramp the KD weight (kd_ramp=0.2)" if {"kd", "eval_kd"} & line.keys() else ""
+        return {"non_finite": f"{bad[0]} is {line[bad[0]]}. Lower {_rates(line)}{ramp}"}
     return {"non_finite": None} if "loss" in tested and not line.get("skipped_steps") else {}

@@ -131,6 +131,40 @@ def test_the_initial_loss(start, more, vocabulary, expected):
     assert kinds(train([5.0, start], **more), vocabulary=vocabulary, max_steps=100) == [], "the first line's alone"
 
 
+# What to do is said of what the run has: a KD term, a projector
+ALONE = {"ce": 13.0}
+FIXED = {"ce": 13.0, "kd": 6.0, "kd_weight": 0.1, "temperature": 2.0}
+PROJECTED = {**FIXED, "ce_projected": 13.0}
+
+
+@pytest.mark.parametrize(
+    ("more", "kd_weight", "projector_lr"),
+    [(ALONE, False, False), (FIXED, True, False), (PROJECTED, True, True)],
+)
+def test_the_advice_is_of_what_the_run_has(more, kd_weight, projector_lr):
+    losses = [14.0] * 30 + [14.0 + i for i in range(9)] + [NAN]
+    said = {finding.kind: finding.message for finding in replay(train(losses, **more)).findings}
+    assert said.keys() >= {"initial_loss", "perplexity", "rising", "non_finite"}
+    assert "Do labels and tokenizer belong to the student?" in said["initial_loss"]
+    for kind in ("perplexity", "rising"):
+        assert ("kd_weight" in said[kind]) is kd_weight, kind
+    assert ("kl" in said) is kd_weight
+    assert ("kd_ramp" in said["non_finite"]) is kd_weight
+    for kind in said.keys() & {"kl", "rising", "non_finite"}:
+        assert ("projector_lr" in said[kind]) is projector_lr, kind
+
+
+@pytest.mark.parametrize(
+    ("ce", "expected"),
+    [(13.0, "belong to the student?"), (6.9, ": 25.2 of it is the KD term, to a projected teacher")],
+)
+def test_a_loss_that_starts_high_is_of_labels_or_of_the_teacher(ce, expected):
+    lines = train([ce + 25.2], **{**PROJECTED, "ce": ce, "kd": 9.0, "kd_weight": 0.7})
+    (finding,) = replay(lines, max_steps=9).findings
+    assert expected in finding.message
+    assert ("kd_ramp" in finding.message) is (ce < 10)
+
+
 def test_kl_and_perplexity_have_their_time():
     losses = falling(40, 8.0, 7.0, noise=0)
     found = replay(train(losses, kd=6.0, ce=9.3, kd_weight=0.1, temperature=2.0)).findings
