@@ -29,6 +29,7 @@ def call(argv: list[str], place: Path, *, pictures: bool = False, seconds: float
 
     def act() -> int:
         os.environ |= {"HOME": str(place), "TMPDIR": str(place), "XDG_CACHE_HOME": str(place / "cache")}
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(place / "cache")
         datasets.config.HF_DATASETS_CACHE = place / "cache"
         datasets.config.DOWNLOADED_DATASETS_PATH = datasets.config.EXTRACTED_DATASETS_PATH = place / "cache"
         if not pictures:
