@@ -76,7 +76,7 @@ SPOILED = {
     "grad": lambda t: t.detach().clone().requires_grad_(), "grad of": lambda t: t.detach().clone().requires_grad_() * 1,
     "None": lambda t: None, "tuple": lambda t: (t,), "subclass": lambda t: t.detach().as_subclass(_Subclass),
     "expanded": lambda t: t[:1].expand_as(t), "parameter": lambda t: torch.nn.Parameter(t.detach()),
-    "conj": lambda t: t.to(torch.complex64).conj(), "neg view": lambda t: torch._neg_view(t.detach()),
+    "conj": lambda t: t.to(torch.complex64).conj(), "neg view": lambda t: torch._neg_view(t.detach().to(t.dtype if t.is_signed() else torch.float)),
 }  # fmt: skip
 
 
