@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +110,3 @@ def tried(damage, *arguments) -> str:
 
 def files(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink()]
-
-
-def copy(source: Path, target: Path) -> None:
-    shutil.copytree(source, target, symlinks=True)
