@@ -17,7 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from kdfast.training.faults import first_line
 from kdfast.training.pickles import explain
+from kdfast.validation import short
 
+MOST_LAYERS = 10_000
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 OUTSIDE_TO_DICT = ("rope_theta", "rope_scaling", "attn_implementation")  # settings that to_dict() does not list
 
@@ -103,6 +105,9 @@ def _from_pretrained(argument: str, name: str | Path, dtype: torch.dtype | str) 
 
 
 def _from_config(config: PreTrainedConfig) -> PreTrainedModel:
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > MOST_LAYERS:  # hours, and all of the memory, before it could fail
+        raise ValueError(f"student_config: {short(layers)} layers; expected {MOST_LAYERS} at most")
     try:
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # of many classes: sizes that do not go together, or do not fit into memory

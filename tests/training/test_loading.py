@@ -92,6 +92,7 @@ def test_a_folder_without_a_model(tmp_path):
         ({"model_type": "gpt9"}, "model_type='gpt9' is unknown"),
         ({**GPT2, "n_layers": 2}, "'n_layers' is not a setting of model_type 'gpt2'; did you mean 'n_layer'"),
         ({**GPT2, "n_embd": "wide"}, "student_config of model_type 'gpt2'"),
+        ({**GPT2, "n_layer": 2**31}, "student_config: 2147483648 layers; expected 10000 at most"),
         ("nowhere.json", "student_config='nowhere.json': there is no such file"),
     ],
 )
