@@ -146,7 +146,7 @@ def _damage(chance: random.Random, cache: Path) -> str:
                 shard.write_text("x")
         return f"{shard.name}: {how}"
     name = chance.choice(
-        [".train-00001.incomplete", "train-99999", "notes.txt", ".eval-00000.old.incomplete", "cache.json.tmp"]
+        [".train-00001.incomplete", "train-99999", "notes.txt", ".eval-00000.old.incomplete", "cache.json.tmp", ".lock"]
     )
     if not (cache / name).exists():
         (cache / name).mkdir()

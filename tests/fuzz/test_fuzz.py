@@ -10,9 +10,10 @@ import sys
 import time
 import warnings
 
+import documents
 import pytest
 import torch
-from fuzz import child, command, damage, interface
+from fuzz import child, command, counts, damage, interface
 from fuzz.__main__ import KINDS, fuzz
 from problems import F64
 
@@ -134,6 +135,14 @@ def test_a_sample_of_configs(capsys):
     found = fuzz("configs", seed=0, seconds=100, most=12)
     assert found["findings"] == []
     assert found["cases"] == 12, capsys.readouterr().out
+
+
+def test_the_page_has_the_counts():
+    """docs/robustness.md: what came out, and of how many values cases are made."""
+    page = documents.source("docs/robustness.md")
+    assert "\n".join(counts.rows()) in page
+    for told in (f"({len(interface.JUNK)} values", f"({len(interface.SPOILED)} ways"):
+        assert told in page
 
 
 @pytest.mark.long
