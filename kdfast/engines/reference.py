@@ -5,6 +5,7 @@ Logits are computed in fp32 (float64 for float64 inputs), whatever the inputs' d
 
 from __future__ import annotations
 
+from collections.abc import Container
 from math import inf
 
 import torch
@@ -50,7 +51,7 @@ def _run(x: Problem) -> tuple[Tensor, Tensor]:
             rows[TEACHER_ENTROPY] = _entropy(z_t)
             rows[AGREEMENT] = (shared.argmax(-1) == z_t.argmax(-1)).to(x.dtype)
 
-    loss = torch.zeros(x.hidden.shape[0], device=x.hidden.device, dtype=x.dtype) + _no_gradient(x)
+    loss = torch.zeros(x.hidden.shape[0], device=x.hidden.device, dtype=x.dtype) + _no_gradient(x, rows)
     for term in (KD, CE, ANCHOR):
         if term in rows:
             counts = x.coefficients[term] != 0
@@ -59,12 +60,13 @@ def _run(x: Problem) -> tuple[Tensor, Tensor]:
     return (loss if x.per_row else loss.sum()), stats
 
 
-def _no_gradient(x: Problem) -> Tensor:
-    """0, through which all that a gradient may be asked of gets one of zero, whatever terms there are."""
-    asked = [t for t in (x.hidden, x.weight, x.bias, x.teacher_hidden) if t is not None and t.requires_grad]
-    return torch.stack(
-        [torch.zeros((), device=x.hidden.device, dtype=x.dtype), *(t[:0].sum().to(x.dtype) for t in asked)]
-    ).sum()
+def _no_gradient(x: Problem, terms: Container[int]) -> Tensor:
+    """0, through which what no term leads to gets a gradient of zero, where one is asked."""
+    led_to = any(term in terms for term in (KD, CE, ANCHOR)), KD in terms or ANCHOR in terms
+    of = ((x.hidden, x.weight, x.bias), (x.teacher_hidden,))
+    asked = [t for there, tensors in zip(led_to, of, strict=True) if not there for t in tensors]
+    zero = torch.zeros((), device=x.hidden.device, dtype=x.dtype)
+    return sum((t[:0].sum().to(x.dtype) for t in asked if t is not None and t.requires_grad), zero)
 
 
 def _counted(x: Problem, z: Tensor) -> Tensor:
