@@ -163,12 +163,15 @@ def _config_from_dict(settings: dict[str, Any]) -> PreTrainedConfig:
 
 
 def _check_tokenizer(argument: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    if tokenizer is None:
+        return
     embeddings: Any = model.get_input_embeddings()
     rows = embeddings.weight.shape[0]
-    if tokenizer is not None and len(tokenizer) > rows:
+    largest = max(tokenizer.get_vocab().values(), default=0)  # there may be more ids than tokens
+    if len(tokenizer) > rows or largest >= rows:
         raise ValueError(
-            f"{argument}: the model has {rows} token embeddings and the tokenizer {len(tokenizer)} tokens; they do "
-            "not belong together. Give the model's own tokenizer, or resize its token embeddings"
+            f"{argument}: the model has {rows} token embeddings and the tokenizer {len(tokenizer)} tokens with ids up "
+            f"to {largest}; they do not belong together. Give the model's own tokenizer, or resize its token embeddings"
         )
 
 

@@ -66,6 +66,16 @@ def test_a_tokenizer_that_does_not_fit(tiny, tokenizer, tmp_path):
             load(tmp_path, tokenizer=tokenizer)
 
 
+def test_a_tokenizer_with_an_id_beyond_its_count(tiny, tokenizer, tmp_path, monkeypatch):
+    """Which would be an index out of range in a batch, and two thousand million turns of a loop where it is saved."""
+    tiny("llama", V=60).save_pretrained(tmp_path)
+    load_teacher(tmp_path, tokenizer=tokenizer)
+    vocabulary = {**tokenizer.get_vocab(), ")": 2**31}
+    monkeypatch.setattr(type(tokenizer), "get_vocab", lambda self: vocabulary)
+    with pytest.raises(ValueError, match="60 token embeddings and the tokenizer 50 tokens with ids up to 2147483648"):
+        load_teacher(tmp_path, tokenizer=tokenizer)
+
+
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "a/b/c"])
 def test_a_missing_folder(name):
     with pytest.raises(ValueError, match=r"^model_name_or_path=.*there is no such folder"):
