@@ -82,7 +82,8 @@ def _text(folder: Path) -> str:
 def _line(row: dict[str, Any]) -> str:
     ces = [run["eval_ce"] for run in row["runs"]]
     size = "" if row["bytes_per_token"] is None else f"{row['bytes_per_token']:.0f}"
-    return f"| {row['teacher']} | {size} | {statistics.mean(ces):.3f} ± {(max(ces) - min(ces)) / 2:.3f} |"
+    spread = f" ± {(max(ces) - min(ces)) / 2:.3f}" if len(ces) > 1 else ""
+    return f"| {row['teacher']} | {size} | {statistics.mean(ces):.3f}{spread} |"
 
 
 if __name__ == "__main__":
