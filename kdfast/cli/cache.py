@@ -19,7 +19,7 @@ from kdfast.training.cache.layout import CacheSummary, is_complete
 from kdfast.training.cache.read import TeacherCache
 from kdfast.training.cache.write import cache_teacher
 from kdfast.training.faults import first_line
-from kdfast.training.processes import by_first, leave
+from kdfast.training.processes import by_first, leave, say
 from kdfast.training.recipes import CACHED
 
 
@@ -30,8 +30,7 @@ def cache(argv: list[str]) -> int:
         return 0 if argv else 2
     arguments = parse(argv[0], argv[1:], command="cache")
     summary = make_cache(arguments)
-    if arguments.training.process_index == 0:
-        print(f"{arguments.cache.teacher_cache}: {summary}", flush=True)
+    say(f"{arguments.cache.teacher_cache}: {summary}")
     leave()
     return 0
 
@@ -47,8 +46,7 @@ def make_cache(arguments: Arguments) -> CacheSummary:
     folder = Path(asked.teacher_cache)
 
     def tell(text: str) -> None:
-        if training.process_index == 0:
-            print(f"{folder}: {text}", flush=True)
+        say(f"{folder}: {text}")
 
     try:
         tokenizer, train, evaluation = load_text(arguments)

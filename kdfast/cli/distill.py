@@ -25,7 +25,7 @@ from kdfast.training import KDConfig, KDTrainer, NonFiniteLossError, load_studen
 from kdfast.training.cache.read import TeacherCache
 from kdfast.training.faults import RunStoppedError, TerminatedError
 from kdfast.training.memory import PeakMemory
-from kdfast.training.processes import by_first, leave
+from kdfast.training.processes import by_first, leave, say
 from kdfast.training.progress import show_progress
 from kdfast.training.recipes import CACHED
 from kdfast.training.report import Run, text_table, write_report
@@ -42,7 +42,7 @@ def distill(argv: list[str]) -> int:
         return 0 if argv else 2
     arguments = parse(argv[0], argv[1:])
     run = run_distillation(arguments)
-    _say(arguments.training, text_table([run]))
+    say(text_table([run]))
     leave()
     return 0
 
@@ -63,7 +63,7 @@ def run_distillation(arguments: Arguments, name: str | None = None) -> Run:
     except OSError as error:
         raise UserError(f"output_dir: {error}") from error
     if folder.is_finished(output_dir):
-        _say(training, f"{name}: finished already, in {output_dir}; --overwrite_output_dir true would train it again")
+        say(f"{name}: finished already, in {output_dir}; --overwrite_output_dir true would train it again")
         return read_run(output_dir, name)
     if training.resume_from_checkpoint is False and get_last_checkpoint(output_dir) is not None:
         raise UserError(
@@ -82,7 +82,7 @@ def run_distillation(arguments: Arguments, name: str | None = None) -> Run:
     except RunStoppedError as error:
         raise RunFailed(str(error)) from error
     if checkpoint:
-        _say(training, f"{name}: going on from {checkpoint}")
+        say(f"{name}: going on from {checkpoint}")
     transformers.utils.logging.disable_progress_bar()  # of saving, which would break into training's
     show_progress(trainer, name)
     trainer.add_callback(_LogLastStep())
@@ -110,13 +110,8 @@ def run_distillation(arguments: Arguments, name: str | None = None) -> Run:
         raise UserError(str(error)) from error
     except OSError as error:  # a report or summary on a full disk
         raise RunFailed(f"{error}. The same command goes on from the last checkpoint") from error
-    _say(training, f"{name}: model, summary.json and report.html are in {output_dir}")
+    say(f"{name}: model, summary.json and report.html are in {output_dir}")
     return run
-
-
-def _say(training: KDConfig, text: str) -> None:
-    if training.process_index == 0:
-        print(text, flush=True)
 
 
 def _evaluation_of_now(trainer: KDTrainer) -> dict[str, float] | None:
@@ -149,7 +144,7 @@ def _trainer(arguments: Arguments, name: str) -> KDTrainer:
     sizes = ", ".join(f"{which} {parameters(model) / 1e6:.1f}M parameters" for which, model in loaded.items())
     blocks = f"{len(train)} blocks of {arguments.data.max_length} tokens to train on, {len(evaluation)} to evaluate on"
     engine = engine_of(training, student)
-    _say(training, f"{name}: recipe {training.recipe}; {sizes}; {blocks}; engine {engine} on {training.device}")
+    say(f"{name}: recipe {training.recipe}; {sizes}; {blocks}; engine {engine} on {training.device}")
     return KDTrainer(
         student,
         training,

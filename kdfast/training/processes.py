@@ -18,6 +18,12 @@ def count() -> int:
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
+def say(text: str) -> None:
+    """The first process prints it."""
+    if index() == 0:
+        print(text, flush=True)
+
+
 def wait_for_all() -> None:
     if count() > 1:
         distributed.barrier()

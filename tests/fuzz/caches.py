@@ -134,16 +134,8 @@ def _damage(chance: random.Random, cache: Path) -> str:
         elif how == "renamed":
             shutil.rmtree(cache / f"{shard.name}9", ignore_errors=True)
             shard.rename(cache / f"{shard.name}9")
-        elif how == "a link":
-            shutil.rmtree(cache.parent / "elsewhere", ignore_errors=True)
-            shard.rename(cache.parent / "elsewhere")
-            shard.symlink_to(chance.choice(["../elsewhere", "nowhere", "."]))
         else:
-            shutil.rmtree(shard)
-            if how == "emptied":
-                shard.mkdir()
-            elif how == "a file":
-                shard.write_text("x")
+            damage.folder(chance, shard, how, cache.parent / "elsewhere")
         return f"{shard.name}: {how}"
     name = chance.choice(
         [".train-00001.incomplete", "train-99999", "notes.txt", ".eval-00000.old.incomplete", "cache.json.tmp", ".lock"]

@@ -162,16 +162,8 @@ def _damage(chance: random.Random, out: Path, work: Path) -> str:
                     ]
                 )
             )
-        elif how == "a link":
-            shutil.rmtree(work / "elsewhere", ignore_errors=True)
-            folder.rename(work / "elsewhere")
-            folder.symlink_to(chance.choice(["../elsewhere", "nowhere", "."]))
         else:
-            shutil.rmtree(folder)
-            if how == "emptied":
-                folder.mkdir()
-            elif how == "a file":
-                folder.write_text("x")
+            damage.folder(chance, folder, how, work / "elsewhere")
         return f"{folder.name}: {how}"
     name = chance.choice(
         [

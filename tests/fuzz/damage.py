@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,20 @@ def file(chance: random.Random, path: Path, others: list[Path] = ()) -> str:
         elif how == "fifo":
             os.mkfifo(path)
     return f"{path.name}: {how}"
+
+
+def folder(chance: random.Random, path: Path, how: str, elsewhere: Path) -> None:
+    """how: gone, emptied, a file, or a link, which may lead to where the folder is then: `elsewhere`."""
+    if how == "a link":
+        shutil.rmtree(elsewhere, ignore_errors=True)
+        path.rename(elsewhere)
+        path.symlink_to(chance.choice(["../elsewhere", "nowhere", "."]))
+        return
+    shutil.rmtree(path)
+    if how == "emptied":
+        path.mkdir()
+    elif how == "a file":
+        path.write_text("x")
 
 
 def tried(damage, *arguments) -> str:
