@@ -33,7 +33,7 @@ test-long: $(READY)  ## the tests that take minutes
 
 # PYTHONPATH: tests/ has what the tests share
 fuzz: $(READY)  ## random right, wrong and damaged arguments, configs, checkpoints and caches: a minute of each kind, or ARGS
-	PYTHONPATH=.:tests $(BIN)/python -m fuzz $(ARGS)
+	PYTHONPATH=.:tests:tests/helpers $(BIN)/python -m fuzz $(ARGS)
 
 aot: $(READY)  ## every kernel compiled for seven GPUs without one: registers, spills, shared memory, tensor cores
 	PYTHONPATH=. $(BIN)/python tests/kernels/aot.py $(ARGS)

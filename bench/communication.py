@@ -36,7 +36,8 @@ if "--quick" in sys.argv:
 import records
 from workloads import QUICK
 
-from kdfast import Head, Projected, collectives, fused_kd_loss
+from kdfast import Head, Projected, fused_kd_loss
+from kdfast.ops import collectives
 
 TORCH_NUMBERS, KERNEL_NUMBERS = 15, 19  # a row and process tell of their slice, by engine
 

@@ -68,7 +68,8 @@ class Results(dict[str, Row]):
 
     def command(self, *command: str) -> Row:
         """A command's status (124: it took too long) and the end of what it printed."""
-        path = os.pathsep.join((".", "tests", "tests/engines", "bench", os.environ.get("PYTHONPATH", "")))
+        folders = (".", "tests/helpers", "tests", "tests/loss", "tests/engines", "bench")
+        path = os.pathsep.join((*folders, os.environ.get("PYTHONPATH", "")))
         environment = {**os.environ, "PYTHONPATH": path, "KDFAST_BENCH_OUT": str(self.path.parent.resolve())}
         options = {"cwd": measure.ROOT, "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         try:
@@ -129,7 +130,7 @@ def kernels(results: Results, args: argparse.Namespace) -> None:
 def correctness(results: Results, args: argparse.Namespace) -> None:
     """Tests that have passed are not run again."""
     passed = set(results.get("pytest", {}).get("passed", []))
-    options = ["-m", "gpu", "-v", "--tb=short", "tests/test_gpu.py", *(f"--deselect={test}" for test in passed)]
+    options = ["-m", "gpu", "-v", "--tb=short", "tests/gpu/test_gpu.py", *(f"--deselect={test}" for test in passed)]
     options += ["-n", "2"] if CUDA and util.find_spec("xdist") else []  # most of the time goes to compiling
     row = results.command(sys.executable, "-m", "pytest", *options)
     passed |= {a or b for a, b in re.findall(r"PASSED (tests/\S+)|(tests/\S+) PASSED", row["output"])}
@@ -147,9 +148,9 @@ def loss_commands() -> dict[str, list[str]]:
 
 
 def search_commands() -> dict[str, list[str]]:
-    """Under KDFAST_AUTOTUNE first launches search, and print rows for the table in kernels/configurations.py."""
+    """Under KDFAST_AUTOTUNE first launches search, and print rows for the table in kernels/block_sizes.py."""
     search = ["env", "KDFAST_AUTOTUNE=1", sys.executable]
-    full = ["-m", "pytest", "-m", "gpu", "-s", "tests/test_gpu.py", "-k", "same_bits"]  # CE, biases and an anchor
+    full = ["-m", "pytest", "-m", "gpu", "-s", "tests/gpu/test_gpu.py", "-k", "same_bits"]  # CE, biases and an anchor
     lean = ["bench/gpu.py", "--part", "kernels", "--out", "bench/results/autotuned"]
     return {"full": search + full, "lean": search + lean}
 
@@ -157,7 +158,7 @@ def search_commands() -> dict[str, list[str]]:
 def sanitizer_commands() -> dict[str, list[str]]:
     """Each engine against float64 at a small size, first by itself, to compile. racecheck sees shared memory only."""
     call = "compare('cuda', p, (70, 1000, 64, 96), *two, ['{}'])"
-    run = f"from test_gpu import *; [{call} for p in ('bf16', 'fp32') for two in TWO]"
+    run = f"from gpu.test_gpu import *; [{call} for p in ('bf16', 'fp32') for two in TWO]"
     under = {tool: ["compute-sanitizer", "--error-exitcode", "9", "--tool", tool] for tool in ("memcheck", "racecheck")}
     calls = {engine: [sys.executable, "-c", run.format(engine)] for engine in ENGINES}
     return {f"{engine} {tool}": under.get(tool, []) + calls[engine] for engine in ENGINES for tool in ("alone", *under)}

@@ -8,7 +8,7 @@ from typing import Any
 
 from truth import worst_gradients
 
-from kdfast.training.curves import COLOURS, STYLES
+from kdfast.report.curves import COLOURS, STYLES
 
 NAMES = {  # a contender has one colour and one marker in every panel
     "floor B (our products)": "black",

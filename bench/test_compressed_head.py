@@ -20,8 +20,8 @@ import records
 import torch
 
 from kdfast import Head, fused_kd_loss
-from kdfast.compress import CompressedHead
-from kdfast.solve import Factors
+from kdfast.closed_form import Factors
+from kdfast.low_rank_head import CompressedHead
 
 TOKENS = int(os.environ.get("KDFAST_BENCH_TOKENS", "4096"))
 ROUNDS = int(os.environ.get("KDFAST_BENCH_ROUNDS", "3"))

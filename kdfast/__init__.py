@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdfast._version import __version__
-from kdfast.compress import CompressedHead, HeadFidelity, compress_head
 from kdfast.divergences import (
     JSD,
     Divergence,
@@ -29,10 +28,11 @@ from kdfast.divergences import (
     SymmetricKL,
     TotalVariation,
 )
-from kdfast.interface import FusedKDLoss, KDMetrics, fused_kd_loss
+from kdfast.inputs import Head, Logits, Projected, SparseLogits
+from kdfast.loss import FusedKDLoss, KDMetrics, fused_kd_loss
+from kdfast.low_rank_head import CompressedHead, HeadFidelity, compress_head
 from kdfast.param_groups import distillation_param_groups
 from kdfast.projector import LogitProjector
-from kdfast.sources import Head, Logits, Projected, SparseLogits
 
 if TYPE_CHECKING:
     from kdfast.training import DistillationModel as DistillationModel

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypedDict
 from torch import Tensor
 
 from kdfast.divergences import Divergence
-from kdfast.sources import Head, Logits, SparseLogits
+from kdfast.inputs import Head, Logits, SparseLogits
 
 
 def is_asked(weight: float | Tensor) -> bool:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from kdfast.kernels.special import difference, expm1, log1p, weighted
+from kdfast.kernels.math import difference, expm1, log1p, weighted
 
 
 @triton.jit

@@ -10,7 +10,7 @@ that are no multiple of BLOCK_H cost a mask. Any strides; a unit stride is a com
 import triton
 import triton.language as tl
 
-from kdfast.kernels.statistics import transform
+from kdfast.kernels.online_softmax import transform
 
 
 @triton.jit

@@ -12,19 +12,19 @@ import torch
 from torch import Tensor
 from workloads import Inputs
 
-from kdfast import gemm
-from kdfast.engines.planning import ALIGNMENT, row_stride
+from kdfast.ops import matmul
+from kdfast.ops.planning import ALIGNMENT, row_stride
 
 from .method import Method, Run
 from .ours import CHUNKED, loss
 
 
-def recorded(inputs: Inputs) -> tuple[list[gemm.Call], list[gemm.Call]]:
+def recorded(inputs: Inputs) -> tuple[list[matmul.Call], list[matmul.Call]]:
     """The products of our chunked engine: (forward without gradients, step)."""
     engine = "torch" if inputs.device == "cpu" else "triton_chunked"
-    with gemm.record() as forward, torch.no_grad():
+    with matmul.record() as forward, torch.no_grad():
         loss(inputs, engine)
-    with gemm.record() as step:
+    with matmul.record() as step:
         inputs.clear()
         loss(inputs, engine).backward()
     inputs.clear()
@@ -37,7 +37,7 @@ def floor_b(inputs: Inputs) -> tuple[Run, Run]:
     V, most = step[0].vocab, max(call.rows for call in forward + step)
     widths = {call.width for call in step}
     stride = row_stride(V, device, "torch" if device.type == "cpu" else "triton_chunked")
-    narrow = gemm.gradient_dtype(dtype, device)
+    narrow = matmul.gradient_dtype(dtype, device)
 
     def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.randn(*shape, device=device, dtype=dtype)
@@ -47,14 +47,14 @@ def floor_b(inputs: Inputs) -> tuple[Run, Run]:
     x, heads = ({H: normal(n, H) for H in widths} for n in (most, V))
     d_weight = torch.zeros(V, inputs.workload.student_width, device=device)
 
-    def replay(calls: list[gemm.Call]) -> None:
+    def replay(calls: list[matmul.Call]) -> None:
         for kind, rows, _, width in calls:
             if kind == "logits":
-                gemm.logits(x[width][:rows], heads[width], z[:rows])
+                matmul.logits(x[width][:rows], heads[width], z[:rows])
             elif kind == "input_gradient":
-                gemm.input_gradient(g[:rows], heads[width], z.dtype)
+                matmul.input_gradient(g[:rows], heads[width], z.dtype)
             else:
-                gemm.weight_gradient(g[:rows], x[width][:rows], d_weight)
+                matmul.weight_gradient(g[:rows], x[width][:rows], d_weight)
 
     return lambda: replay(forward), lambda: replay(step)
 

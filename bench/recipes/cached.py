@@ -23,8 +23,8 @@ import setting
 
 from kdfast.cli.arguments import parse_mapping
 from kdfast.cli.cache import make_cache
-from kdfast.training.corpus import once
-from kdfast.training.files import write_text
+from kdfast.demo.toy_text import once
+from kdfast.training.durable.atomic_io import write_text
 from kdfast.versions import versions
 
 TEXT_BYTES = 300_000

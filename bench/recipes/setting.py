@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 from kdfast.cli import output_dir as folder
 from kdfast.cli.demo import run_settings
-from kdfast.cli.runs import read_run
-from kdfast.training.corpus import library_text, once, train_tokenizer, write_files
-from kdfast.training.report import Run
-from kdfast.training.small import small_gpt2
+from kdfast.demo.toy_models import small_gpt2
+from kdfast.demo.toy_text import library_text, once, train_tokenizer, write_files
+from kdfast.report.page import Run
+from kdfast.report.read_runs import read_run
 
 VOCABULARY = 4096
 CONTEXT = 128

@@ -19,7 +19,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from kdfast.cli.errors import UserError
 from kdfast.cli.yaml_file import read_yaml
 from kdfast.training import KDConfig
-from kdfast.training.faults import first_line
+from kdfast.training.durable.errors import first_line
 from kdfast.training.recipes import AUTO, CACHED
 
 Command = Literal["distill", "cache"]

@@ -18,7 +18,7 @@ from kdfast.training import KDConfig, load_teacher
 from kdfast.training.cache.layout import CacheSummary, is_complete
 from kdfast.training.cache.read import TeacherCache
 from kdfast.training.cache.write import cache_teacher
-from kdfast.training.faults import first_line
+from kdfast.training.durable.errors import first_line
 from kdfast.training.processes import by_first, leave, say
 from kdfast.training.recipes import CACHED
 

@@ -24,11 +24,11 @@ from kdfast.cli import output_dir as folder
 from kdfast.cli.arguments import parse
 from kdfast.cli.distill import run_distillation
 from kdfast.cli.errors import UserError
-from kdfast.training.corpus import cache_root, library_text, once, train_tokenizer, write_files
-from kdfast.training.data import DataError
-from kdfast.training.report import Run, text_table, write_report
-from kdfast.training.small import small_gpt2
-from kdfast.training.summary import write_summary
+from kdfast.demo.toy_models import small_gpt2
+from kdfast.demo.toy_text import cache_root, library_text, once, train_tokenizer, write_files
+from kdfast.report.page import Run, text_table, write_report
+from kdfast.report.summary import write_summary
+from kdfast.training.data.text import DataError
 
 RECIPES = ("lm_only", "run4", "run5", "true_head", "svd")  # the last is what auto takes here
 

@@ -20,16 +20,16 @@ from kdfast.cli import output_dir as folder
 from kdfast.cli.arguments import LM_ONLY, Arguments, format_help, parse
 from kdfast.cli.errors import RunFailed, RunTerminated, UserError
 from kdfast.cli.inputs import check_positions, load_text
-from kdfast.cli.runs import read_run
-from kdfast.training import KDConfig, KDTrainer, NonFiniteLossError, load_student, load_teacher
+from kdfast.report.page import Run, text_table, write_report
+from kdfast.report.read_runs import read_run
+from kdfast.report.summary import engine_of, parameters, summarise, write_summary
+from kdfast.training import KDTrainer, NonFiniteLossError, load_student, load_teacher
 from kdfast.training.cache.read import TeacherCache
-from kdfast.training.faults import RunStoppedError, TerminatedError
+from kdfast.training.durable.errors import RunStoppedError, TerminatedError
 from kdfast.training.memory import PeakMemory
 from kdfast.training.processes import by_first, leave, say
 from kdfast.training.progress import show_progress
 from kdfast.training.recipes import CACHED
-from kdfast.training.report import Run, text_table, write_report
-from kdfast.training.summary import engine_of, parameters, summarise, write_summary
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -8,8 +8,8 @@ import transformers
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from kdfast.cli.arguments import Arguments, DataArguments, ModelArguments
-from kdfast.training.data import DataError, hold_out, load_blocks, read_dataset, read_files
-from kdfast.training.faults import first_line
+from kdfast.training.data.text import DataError, hold_out, load_blocks, read_dataset, read_files
+from kdfast.training.durable.errors import first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset

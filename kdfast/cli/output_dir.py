@@ -16,7 +16,7 @@ from typing import Any
 from transformers.trainer_utils import get_last_checkpoint
 
 from kdfast.cli.errors import UserError
-from kdfast.training.files import write_text
+from kdfast.training.durable.atomic_io import write_text
 
 RECORD = "kdfast.json"
 SUMMARY = "summary.json"

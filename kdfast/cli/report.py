@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kdfast.cli.errors import UserError
-from kdfast.cli.runs import find_runs
-from kdfast.training.report import made_here, png_names, text_table, write_pngs, write_report
+from kdfast.report.page import made_here, png_names, text_table, write_pngs, write_report
+from kdfast.report.read_runs import find_runs
 
 
 def report(runs: Sequence[str], *, output: str, png: str | None, title: str) -> int:

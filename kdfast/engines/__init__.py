@@ -5,7 +5,7 @@
     triton_chunked   chunks of tokens, Triton row kernels, the vendor's GEMM      chunked.py, triton_rows.py
     triton_tiled     logits in registers only, slabs of the vocabulary            triton_tiled.py
 
-`reference` is differentiated by autograd; the others run behind the operators in `kdfast.operators`. `choice.py` says
+`reference` is differentiated by autograd; the others run behind the operators in `operators.py`. `choice.py` says
 which can run where and what "auto" picks.
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kdfast.problem import Problem
+from kdfast.ops.problem import Problem
 
 NAMES = ("auto", "reference", "torch", "triton_chunked", "triton_tiled")
 
@@ -24,6 +24,6 @@ def run(problem: Problem) -> tuple[Tensor, Tensor]:
         from kdfast.engines import reference
 
         return reference.run(problem)
-    from kdfast import operators
+    from kdfast.engines import operators
 
     return operators.run(problem)

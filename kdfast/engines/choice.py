@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kdfast.engines.planning import bytes_per_token, chunk_tokens
+from kdfast.ops.planning import bytes_per_token, chunk_tokens
 
 MIN_TOKENS = 256  # twice that many rows are two row blocks of a 16-bit product's tiles; fewer leave a GPU idle
 
@@ -37,21 +37,21 @@ def unavailable(engine: str, device: torch.device, *dtypes: torch.dtype) -> str 
         return None
     if find_spec("triton") is None:
         return "needs the package triton, which is not installed; install it (Linux), or use engine='torch'"
-    from kdfast.kernels import configurations
+    from kdfast.kernels import block_sizes
 
-    if engine == "triton_tiled" and torch.float64 in dtypes and not configurations.MULTIPLIES_FLOAT64:
+    if engine == "triton_tiled" and torch.float64 in dtypes and not block_sizes.MULTIPLIES_FLOAT64:
         return "multiplies float64 with Triton 3.5 or newer, and this is older; use engine='triton_chunked' or 'torch'"
-    if device.type == "cpu" and not configurations.interpreting():
+    if device.type == "cpu" and not block_sizes.interpreting():
         return (
             "needs a GPU and the tensors are on cpu; use engine='torch' (or, to test the kernels, set "
             "TRITON_INTERPRET=1 before kdfast is imported: slow)"
         )
     if device.type not in ("cpu", "cuda"):
         return f"needs a CUDA or ROCm GPU and the tensors are on {device.type}; use engine='torch'"
-    if configurations.known_architecture(device) is None:
+    if block_sizes.known_architecture(device) is None:
         return (
-            f"has no block sizes for {configurations.architecture(device)}; expected one of "
-            f"{', '.join(configurations.ARCHITECTURES)} or a newer relative. Use engine='torch'"
+            f"has no block sizes for {block_sizes.architecture(device)}; expected one of "
+            f"{', '.join(block_sizes.ARCHITECTURES)} or a newer relative. Use engine='torch'"
         )
     return None
 

@@ -29,9 +29,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kdfast import gemm
-from kdfast.engines import sliced
-from kdfast.engines.planning import (
+from kdfast.engines import vocab_parallel
+from kdfast.engines.row_work import Buffers
+from kdfast.ops import matmul
+from kdfast.ops.planning import (
     Wanted,
     active_rows,
     bytes_per_token,
@@ -43,10 +44,9 @@ from kdfast.engines.planning import (
     total,
     wanted,
 )
-from kdfast.engines.row_work import Buffers
-from kdfast.problem import Problem, Result
+from kdfast.ops.problem import Problem, Result
 
-SLICED_WORK = {"torch": "kdfast.engines.torch_slices", "triton_chunked": "kdfast.engines.triton_slices"}
+SLICED_WORK = {"torch": "kdfast.engines.torch_vocab_parallel", "triton_chunked": "kdfast.engines.triton_vocab_parallel"}
 ROW_WORK = {"torch": "kdfast.engines.torch_rows", "triton_chunked": "kdfast.engines.triton_rows"}
 
 
@@ -75,7 +75,7 @@ def run(x: Problem, rows: Tensor | None = None) -> Result:
 def _run(x: Problem) -> Result:
     loop = Loop(x)
     if x.group:
-        sliced.run(loop)
+        vocab_parallel.run(loop)
     else:
         for rows in loop.chunks():
             chunk = loop.logits(rows)
@@ -147,7 +147,7 @@ class Loop:
             inputs = torch.cat([student, teacher]) if x.projected else student
         z = planes[: inputs.shape[0]]
         if x.valid_vocab:
-            gemm.logits(inputs, self.weight, z)
+            matmul.logits(inputs, self.weight, z)
         if x.projected:
             return Chunk(rows, inputs, z[:m], z[m:], gradients)
         if teacher is None:
@@ -155,7 +155,7 @@ class Loop:
         assert x.teacher_weight is not None
         z_t = planes[m : 2 * m, : x.kd_vocab]
         if x.kd_vocab:
-            gemm.logits(teacher, x.teacher_weight[: x.kd_vocab], z_t)
+            matmul.logits(teacher, x.teacher_weight[: x.kd_vocab], z_t)
         return Chunk(rows, inputs, z, z_t, gradients)
 
     def buffers(self, chunk: Chunk) -> Buffers:
@@ -178,7 +178,7 @@ class Loop:
                 inputs[:m] = mixed
             to_weight = slice(0, 2 * m if self.plan.wanted.teacher_to_weight else m)
             if x.valid_vocab:
-                gemm.weight_gradient(g[to_weight], inputs[to_weight], self.d_weight[: x.valid_vocab])
+                matmul.weight_gradient(g[to_weight], inputs[to_weight], self.d_weight[: x.valid_vocab])
         if self.anchor_plane is not None and self.pairs == 2:
             g[m:] += self.anchor_plane[:m]
 
@@ -190,7 +190,7 @@ class Loop:
             return None
         if not x.valid_vocab:  # a slice of the vocabulary may be empty
             return self.stats.new_zeros(to_input.stop - to_input.start, x.hidden.shape[1])
-        d_inputs = gemm.input_gradient(chunk.gradients[to_input], self.weight, x.dtype)
+        d_inputs = matmul.input_gradient(chunk.gradients[to_input], self.weight, x.dtype)
         if self.teacher_input and self.mix is not None:
             d_inputs[m:] -= self.mix[:m, None] * d_inputs[:m]
         return d_inputs
@@ -228,7 +228,7 @@ def _plan(x: Problem) -> Plan:
     return Plan(
         wanted=want,
         mix=mixes(x),
-        gradient_dtype=gemm.gradient_dtype(x.weight.dtype, device),
+        gradient_dtype=matmul.gradient_dtype(x.weight.dtype, device),
         tokens=tokens,
         buffers=2 if x.group and tokens < N else 1,
         stride=row_stride(V, device, x.engine),

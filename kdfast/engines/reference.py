@@ -11,9 +11,9 @@ from math import inf
 import torch
 from torch import Tensor
 
-from kdfast import autocast, collectives, sparse
-from kdfast.engines.given import given_rows
-from kdfast.problem import AGREEMENT, ANCHOR, CE, KD, STUDENT_ENTROPY, TEACHER_ENTROPY, Problem
+from kdfast.engines.dense_teacher import given_rows
+from kdfast.ops import autocast, collectives, sparse
+from kdfast.ops.problem import AGREEMENT, ANCHOR, CE, KD, STUDENT_ENTROPY, TEACHER_ENTROPY, Problem
 
 
 def run(problem: Problem) -> tuple[Tensor, Tensor]:

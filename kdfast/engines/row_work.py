@@ -13,8 +13,8 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from kdfast.engines.planning import Wanted
-from kdfast.problem import Problem
+from kdfast.ops.planning import Wanted
+from kdfast.ops.problem import Problem
 
 
 class Buffers(NamedTuple):

@@ -15,12 +15,12 @@ from math import inf
 import torch
 from torch import Tensor
 
-from kdfast import sparse
 from kdfast.divergences import log_ratio, weighted
-from kdfast.engines.given import given_rows
-from kdfast.engines.planning import Wanted, on_cpu
+from kdfast.engines.dense_teacher import given_rows
 from kdfast.engines.row_work import Buffers
-from kdfast.problem import AGREEMENT, ANCHOR, CE, KD, STUDENT_ENTROPY, TEACHER_ENTROPY, Problem
+from kdfast.ops import sparse
+from kdfast.ops.planning import Wanted, on_cpu
+from kdfast.ops.problem import AGREEMENT, ANCHOR, CE, KD, STUDENT_ENTROPY, TEACHER_ENTROPY, Problem
 
 CPU_BLOCK = 1 << 17  # logits a CPU works on at a time (512 KB in fp32), so that the row work stays in cache
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kdfast import gemm, sparse
-from kdfast.engines.given import offsets
-from kdfast.engines.planning import wanted
-from kdfast.kernels.arguments import Heads, Term
-from kdfast.problem import Problem
+from kdfast.engines.dense_teacher import offsets
+from kdfast.kernels.launch import Heads, Term
+from kdfast.ops import matmul, sparse
+from kdfast.ops.planning import wanted
+from kdfast.ops.problem import Problem
 
 
 def heads_of(x: Problem) -> Heads:
@@ -29,7 +29,7 @@ def heads_of(x: Problem) -> Heads:
         offsets=None if x.teacher_logits is None else offsets(x),
         vocab=x.valid_vocab,
         kd_vocab=x.kd_vocab,
-        tf32=gemm.tf32(x.hidden.device),
+        tf32=matmul.tf32(x.hidden.device),
         truncated=x.truncated,
     )
 

@@ -1,4 +1,4 @@
-"""The row work of the `triton_chunked` engine: `kdfast.kernels.rows`, one launch a chunk, two for a sparse teacher."""
+"""The row work of the `triton_chunked` engine: `row_kernel.py`, one launch a chunk, two for a sparse teacher."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 from torch import Tensor
 
 from kdfast.engines import triton_sparse
-from kdfast.engines.planning import Wanted
 from kdfast.engines.row_work import Buffers
 from kdfast.engines.triton_arguments import heads_of, term_of
-from kdfast.kernels import support
+from kdfast.kernels import topk_teacher
 from kdfast.kernels.column_sums import add_column_sums
-from kdfast.kernels.rows import solve_rows
-from kdfast.kernels.statistics import ROWS
-from kdfast.problem import Problem
+from kdfast.kernels.online_softmax import ROWS
+from kdfast.kernels.row_kernel import solve_rows
+from kdfast.ops.planning import Wanted
+from kdfast.ops.problem import Problem
 
 
 class Work:
@@ -48,7 +48,7 @@ class Work:
         outside = triton_sparse.outside(x, found, constants)
         solve_rows(self.heads, self.term, **phase, grad_s=grad, phase="gradients", rows=outside)
         inside = triton_sparse.inside(x, rows, at, found, constants, self.scale, grad.dtype)
-        support.write(grad, at.indices, inside)
+        topk_teacher.write(grad, at.indices, inside)
 
     def _chunk(self, rows: slice, z: Tensor) -> dict[str, Any]:
         # the chunk loop's scratch: whole padded rows

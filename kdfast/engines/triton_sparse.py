@@ -1,6 +1,6 @@
 """Between the kernels' two phases, for a teacher given by K entries a row: arithmetic on (rows, K) in plain torch.
 
-constants (≥ 9, r) are the rows' constants of `kdfast.kernels.statistics`: the student's maximum and log-sum-exp, in the
+constants (≥ 9, r) are the rows' constants of `kernels/online_softmax.py`: the student's maximum and log-sum-exp, in the
 teacher's place the bucket's, and log Σ at τ = 1.
 """
 
@@ -11,10 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kdfast import sparse
 from kdfast.engines.torch_rows import add_bias_and_transform, slope_of
-from kdfast.kernels import support
-from kdfast.problem import AGREEMENT, CE, KD, Problem
+from kdfast.kernels import topk_teacher
+from kdfast.ops import sparse
+from kdfast.ops.problem import AGREEMENT, CE, KD, Problem
 
 
 class Entries(NamedTuple):
@@ -65,7 +65,7 @@ def bits(x: Problem, rows: slice) -> Tensor | None:
     here = excluded[rows]
     if x.group:
         here = here & (_local(x, rows) >= 0)
-    return support.bits(addresses(x, rows), here, x.kd_vocab)
+    return topk_teacher.bits(addresses(x, rows), here, x.kd_vocab)
 
 
 def solve(x: Problem, rows: slice, at: Entries, constants: Tensor, scale: Tensor) -> sparse.Support:

@@ -1,8 +1,8 @@
 """The engine `triton_tiled`: logits live in registers; nothing of size N × V is ever written.
 
-    statistics   kdfast.kernels.tiled_statistics: row constants, losses, metrics       2u; 4u where no KL's side does
+    statistics   kdfast.kernels.tiled_forward: row constants, losses, metrics       2u; 4u where no KL's side does
     then for each slab of the vocabulary, w entries wide:
-    G  (2N, w)   kdfast.kernels.tiled_gradients: logits recomputed, their gradients             2u
+    G  (2N, w)   kdfast.kernels.tiled_backward: logits recomputed, their gradients             2u
     dW (w, H)  = Gᵀ · [h_s; h_p]   one product, complete                                        2u
     dX (2N, H) += G · W            one product, accumulated in fp32                             2u
 
@@ -24,19 +24,19 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kdfast import collectives, gemm
 from kdfast.engines import triton_sparse
-from kdfast.engines.planning import active_rows, gradient_scale, mixes, slab_width, total, wanted
 from kdfast.engines.triton_arguments import heads_of, term_of
-from kdfast.engines.triton_slices import STATE, number_from
-from kdfast.kernels import support
-from kdfast.kernels.arguments import Heads, Term
+from kdfast.engines.triton_vocab_parallel import STATE, number_from
+from kdfast.kernels import topk_teacher
+from kdfast.kernels.block_sizes import row_of
 from kdfast.kernels.column_sums import add_column_sums
-from kdfast.kernels.configurations import row_of
-from kdfast.kernels.statistics import ROWS, TERMS
-from kdfast.kernels.tiled_gradients import slab_gradients
-from kdfast.kernels.tiled_statistics import combine, config_of, fold, statistics
-from kdfast.problem import Problem, Result
+from kdfast.kernels.launch import Heads, Term
+from kdfast.kernels.online_softmax import ROWS, TERMS
+from kdfast.kernels.tiled_backward import slab_gradients
+from kdfast.kernels.tiled_forward import combine, config_of, fold, statistics
+from kdfast.ops import collectives, matmul
+from kdfast.ops.planning import active_rows, gradient_scale, mixes, slab_width, total, wanted
+from kdfast.ops.problem import Problem, Result
 
 
 def run(x: Problem, rows: Tensor | None = None) -> Result:
@@ -105,7 +105,7 @@ def _sparse(x: Problem, rows: Tensor, scale: Tensor, stats: Tensor | None) -> tu
     every = slice(None)
     products = x.coefficients.new_zeros(x.teacher_indices.shape)
     if x.valid_vocab:
-        support.support_logits(x.hidden, x.weight, triton_sparse.addresses(x, every), products)
+        topk_teacher.support_logits(x.hidden, x.weight, triton_sparse.addresses(x, every), products)
     at = triton_sparse.entries(x, every, products)
     if x.group:
         z = triton_sparse.own(x, every, at.z)
@@ -113,7 +113,7 @@ def _sparse(x: Problem, rows: Tensor, scale: Tensor, stats: Tensor | None) -> tu
     found = triton_sparse.solve(x, every, at, rows, scale)
     if stats is not None:
         triton_sparse.record(x, every, found, stats)
-    dtype = gemm.gradient_dtype(x.weight.dtype, x.weight.device)
+    dtype = matmul.gradient_dtype(x.weight.dtype, x.weight.device)
     return triton_sparse.outside(x, found, rows), triton_sparse.inside(x, every, at, found, rows, scale, dtype)
 
 
@@ -128,7 +128,7 @@ def _gradients(
         heads = heads.student_alone()
     teacher = want.teacher or want.anchor
     sides = want.student + teacher
-    dtype = gemm.gradient_dtype(x.weight.dtype, x.weight.device)
+    dtype = matmul.gradient_dtype(x.weight.dtype, x.weight.device)
     tile = row_of(x.weight.device, x.weight.element_size(), N).gradients.block_v
     # what a vocabulary entry takes: its gradients, and its row of dW in fp32 before that is rounded
     per_entry = N * (sides + want.anchor_apart) * dtype.itemsize + x.need_weight * x.hidden.shape[1] * x.dtype.itemsize
@@ -155,10 +155,10 @@ def _gradients(
             mix=mix is not None,
         )
         if entries is not None and x.teacher_indices is not None:
-            support.write(slab[0], x.teacher_indices, entries, x.vocab_start + first)
+            topk_teacher.write(slab[0], x.teacher_indices, entries, x.vocab_start + first)
         g = planes[:sides].flatten(0, 1)[:, : ids.stop - first]
         if inputs is not None:
-            gemm.whole_weight_gradient(g[to_weight], inputs[to_weight], d_weight[ids])
+            matmul.whole_weight_gradient(g[to_weight], inputs[to_weight], d_weight[ids])
         if x.need_bias:
             add_column_sums(g[:N], None if mix is None else 1 - mix, d_bias[ids])
             if want.teacher_to_weight:
@@ -166,7 +166,7 @@ def _gradients(
         if want.anchor_apart:
             slab[1] += slab[-1]
         if d_inputs.numel():
-            gemm.add_input_gradient(g[to_input], x.weight[ids], d_inputs)
+            matmul.add_input_gradient(g[to_input], x.weight[ids], d_inputs)
 
     if teacher_input and mix is not None and x.need_hidden:
         d_inputs[-N:].addcmul_(mix[:, None], d_inputs[:N], value=-1)
@@ -191,13 +191,13 @@ def _inputs(x: Problem, mix: Tensor | None) -> Tensor:
 
 
 def _count(x: Problem, passes: int = 1, part: slice | None = None) -> None:
-    """Tell `gemm.record` of the logits a kernel computes."""
+    """Tell `matmul.record` of the logits a kernel computes."""
     part = part or slice(0, x.valid_vocab)
     for _ in range(passes):
-        gemm.count("logits", x.hidden.shape[0] * (2 if x.projected else 1), part.stop - part.start, x.hidden.shape[1])
+        matmul.count("logits", x.hidden.shape[0] * (2 if x.projected else 1), part.stop - part.start, x.hidden.shape[1])
         if x.teacher_weight is not None:
             shared = max(0, min(part.stop, x.kd_vocab) - part.start)
-            gemm.count("logits", x.hidden.shape[0], shared, x.teacher_weight.shape[1])
+            matmul.count("logits", x.hidden.shape[0], shared, x.teacher_weight.shape[1])
 
 
 def _zeros(needed: bool, shape: tuple[int, ...], dtype: torch.dtype, x: Problem) -> Tensor:

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import torch
 
-from kdfast import gemm
-from kdfast.engines import planning
-from kdfast.engines.planning import bytes_per_token, chunk_tokens, row_stride
 from kdfast.engines.torch_rows import CPU_BLOCK
+from kdfast.ops import matmul, planning
+from kdfast.ops.planning import bytes_per_token, chunk_tokens, row_stride
 from kdfast.plan.shape import Shape
 
 Phases = dict[str, int]
 
-TILE = 128  # entries a slab's width is rounded up to, at the most (kdfast.kernels.configurations)
+TILE = 128  # entries a slab's width is rounded up to, at the most (kdfast.kernels.block_sizes)
 ROW = 60  # bytes a token: coefficients, statistics, masks, labels
 ROW_WORK = {True: 6, False: 2}  # planes that plain torch's row work holds: p, q, g, f, ∂f/∂p, ∂f/∂q; or log q, q
 
@@ -104,7 +103,7 @@ def _chunked(x: Shape, engine: str) -> Phases:
     m, V, Hs = chunk_of(x, engine), x.vocab, x.student_width
     projected, sides = x.teacher == "projected", 1 if x.teacher == "none" else 2
     pairs = 2 if projected else 1  # rows of the student's head a token
-    gradient = gemm.gradient_dtype(x.dtype, device).itemsize
+    gradient = matmul.gradient_dtype(x.dtype, device).itemsize
     A, W = x.tokens * Hs * w, V * Hs * w
     # dX, dW and the projected rows' gradient in fp32 from the first chunk on, and the projected rows
     always = pairs * A + W + projected * x.hidden + ROW * x.tokens
@@ -119,7 +118,7 @@ def _chunked(x: Shape, engine: str) -> Phases:
     widened = 0  # 16-bit operands on a CPU, a block of the vocabulary at a time
     if cpu and x.narrow:
         width = max(Hs, x.teacher_width if x.teacher == "head" else 0)
-        widened = min(V, gemm.VOCAB_BLOCK) * width * w + stacked * w
+        widened = min(V, matmul.VOCAB_BLOCK) * width * w + stacked * w
     rounded = pairs * m * V * 2 if cpu and x.dtype == torch.bfloat16 else 0  # G in bf16, for dX
     taken = 0 if cpu and not projected else stacked * s  # a CPU reads one side's rows where they are
     phases = {

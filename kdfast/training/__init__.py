@@ -24,19 +24,24 @@ try:
 except ImportError as error:
     raise ImportError(f"kdfast.training needs {error.name}: pip install 'kdfast[train]'") from error
 
+from kdfast.demo.toy_models import SmallModels, small_models
 from kdfast.training.cache import CachedBlocks, CacheError, TeacherCache, cache_teacher
 from kdfast.training.cached import CachedEntries
+from kdfast.training.callbacks import Finding, HealthCallback
 from kdfast.training.case import choose_recipe
 from kdfast.training.config import KDConfig
-from kdfast.training.faults import CheckpointWriteError, DamagedCheckpointError, LostProcessError, TerminatedError
-from kdfast.training.guard import NonFiniteLossError
-from kdfast.training.health import Finding, HealthCallback
+from kdfast.training.diagnostics import HealthThresholds
+from kdfast.training.durable.errors import (
+    CheckpointWriteError,
+    DamagedCheckpointError,
+    LostProcessError,
+    TerminatedError,
+)
 from kdfast.training.labels import shift_labels
 from kdfast.training.loading import load_student, load_teacher
 from kdfast.training.model import DistillationModel
+from kdfast.training.nan_guard import NonFiniteLossError
 from kdfast.training.recipes import RECIPES, Recipe
-from kdfast.training.signs import HealthThresholds
-from kdfast.training.small import SmallModels, small_models
 from kdfast.training.trainer import KDTrainer
 
 __all__ = [

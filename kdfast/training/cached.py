@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kdfast.sources import SparseLogits
+from kdfast.inputs import SparseLogits
 
 
 class CachedEntries(NamedTuple):

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from kdfast.training.heads import head_shape
+from kdfast.frontend.checks import same_vocabulary
+from kdfast.training.hf import head_shape
 from kdfast.training.recipes import CACHED
-from kdfast.validation import same_vocabulary
 
 
 class Choice(NamedTuple):

@@ -16,6 +16,7 @@ from transformers import TrainingArguments
 
 from kdfast import engines
 from kdfast.divergences import DIVERGENCES, get_divergence
+from kdfast.training.diagnostics import HealthThresholds
 from kdfast.training.recipes import (
     AUTO,
     RECIPES,
@@ -28,7 +29,6 @@ from kdfast.training.recipes import (
     StudentStart,
     get_recipe,
 )
-from kdfast.training.signs import HealthThresholds
 
 logger = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdfast.interface import fused_kd_loss
-from kdfast.sources import Head, SparseLogits
-from kdfast.validation import same_vocabulary
+from kdfast.frontend.checks import same_vocabulary
+from kdfast.inputs import Head, SparseLogits
+from kdfast.loss import fused_kd_loss
 
 
 class Fidelity(NamedTuple):

@@ -15,9 +15,9 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from kdfast.training.faults import first_line
-from kdfast.training.pickles import explain
-from kdfast.validation import short
+from kdfast.frontend.checks import short
+from kdfast.training.durable.errors import first_line
+from kdfast.training.durable.safe_load import explain
 
 MOST_LAYERS = 10_000
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -13,20 +13,20 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kdfast.compress import CompressedHead
-from kdfast.interface import KDMetrics, fused_kd_loss
+from kdfast.frontend.checks import same_vocabulary
+from kdfast.inputs import Head
+from kdfast.loss import KDMetrics, fused_kd_loss
+from kdfast.low_rank_head import CompressedHead
 from kdfast.projector import LogitProjector, ProjectorInit
-from kdfast.sources import Head
 from kdfast.training.cached import CachedEntries
 from kdfast.training.case import choose_recipe
 from kdfast.training.fidelity import Fidelity, fidelity
-from kdfast.training.heads import backbone, check_model, head, head_shape
+from kdfast.training.hf import backbone, check_model, head, head_shape
 from kdfast.training.hidden_loss import HiddenStateLoss
+from kdfast.training.initialization import Start, solve_starts, wants_solving
 from kdfast.training.labels import IGNORE_INDEX, shift_labels
 from kdfast.training.recipes import AUTO, Recipe, get_recipe
-from kdfast.training.starts import Start, solve_starts, wants_solving
 from kdfast.training.teachers import Probe, kd_terms
-from kdfast.validation import same_vocabulary
 
 
 class DistillationOutput(NamedTuple):

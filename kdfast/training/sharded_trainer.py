@@ -16,10 +16,10 @@ from torch.distributed.tensor import DTensor
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
-from kdfast.training import sharding
+from kdfast.training import fsdp
 from kdfast.training.config import KDConfig
+from kdfast.training.durable.trainer import ResumableTrainer
 from kdfast.training.model import DistillationModel
-from kdfast.training.resumable_trainer import ResumableTrainer
 
 # the optimizer's state in a checkpoint, by who wrote it
 WRITERS = {
@@ -42,12 +42,12 @@ class ShardedTrainer(ResumableTrainer):
         super().__init__(**arguments)
         self._check_distribution()
         if self.is_fsdp_enabled:
-            sharding.set_mixed_precision(self.accelerator)
-            sharding.place_teacher(self.model, self.accelerator, self.args.shard_teacher)
+            fsdp.set_mixed_precision(self.accelerator)
+            fsdp.place_teacher(self.model, self.accelerator, self.args.shard_teacher)
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
-        sharding.turn_on_for_cpus(self.accelerator, self.args.fsdp_plugin_args)
+        fsdp.turn_on_for_cpus(self.accelerator, self.args.fsdp_plugin_args)
         self.is_fsdp_enabled = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
 
     def _check_distribution(self) -> None:
@@ -66,7 +66,7 @@ class ShardedTrainer(ResumableTrainer):
                     "examples/accelerate/fsdp2.yaml, or leave it out"
                 )
             return
-        sharding.check_plugin(self.accelerator.state.fsdp_plugin)
+        fsdp.check_plugin(self.accelerator.state.fsdp_plugin)
         if (steps := self.model.recipe.projector_resolve_steps) > 0:
             raise ValueError(
                 f"projector_resolve_steps={steps} under FSDP, where no process has the student's whole head to solve "
@@ -80,14 +80,14 @@ class ShardedTrainer(ResumableTrainer):
 
     def _shard(self) -> None:
         self.create_optimizer()  # accelerate shards a model together with its optimizer only
-        with sharding.root_owns_the_heads(self.model):
+        with fsdp.root_owns_the_heads(self.model):
             self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         self.model_wrapped = self.model
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         if not self.is_fsdp_enabled:
             return super()._prepare_for_training(*args, **kwargs)
-        with sharding.root_owns_the_heads(self.model):
+        with fsdp.root_owns_the_heads(self.model):
             return super()._prepare_for_training(*args, **kwargs)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -97,12 +97,12 @@ class ShardedTrainer(ResumableTrainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         output = super().evaluation_loop(*args, **kwargs)
         if self.is_fsdp_enabled:
-            sharding.reshard(self.model)
+            fsdp.reshard(self.model)
         return output
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if self.is_fsdp_enabled:
-            self._save(output_dir, sharding.full_state(self.model))
+            self._save(output_dir, fsdp.full_state(self.model))
         else:
             super().save_model(output_dir, _internal_call)
 
@@ -119,7 +119,7 @@ class ShardedTrainer(ResumableTrainer):
     def check_start(self, checkpoint: str | Path | None) -> None:
         """Raises ValueError where training cannot start, or go on from a checkpoint, before anything takes long."""
         if self.is_fsdp_enabled:
-            sharding.check_dtypes(self.model)
+            fsdp.check_dtypes(self.model)
         if checkpoint is not None:
             self._check_optimizer_state(Path(checkpoint))
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kdfast.interface import fused_kd_loss
-from kdfast.logit_chunks import most_likely
+from kdfast.inputs import Head, Projected, SparseLogits, Teacher
+from kdfast.loss import fused_kd_loss
+from kdfast.ops.logit_chunks import most_likely
 from kdfast.projector import LogitProjector
-from kdfast.sources import Head, Projected, SparseLogits, Teacher
 from kdfast.training.labels import IGNORE_INDEX
 
 if TYPE_CHECKING:

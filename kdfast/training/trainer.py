@@ -20,20 +20,21 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from kdfast.param_groups import distillation_param_groups
 from kdfast.schedules import Schedule
-from kdfast.training import checkpoint, folders, manifest, replicas, resume, sharding
-from kdfast.training.cache.fits import check_datasets
+from kdfast.training import broadcast, fsdp
+from kdfast.training.cache.compatibility import check_datasets
 from kdfast.training.cache.read import cached_blocks
+from kdfast.training.callbacks import HealthCallback
 from kdfast.training.case import FROM_CACHE, Choice, choose_recipe
 from kdfast.training.config import KDConfig
-from kdfast.training.guard import NonFiniteGuard
-from kdfast.training.health import HealthCallback
+from kdfast.training.durable import checkpoint, checksums, folders, resume
+from kdfast.training.initialization import Start, solve_projector_again, wants_solving
 from kdfast.training.labels import IGNORE_INDEX, shift_labels
 from kdfast.training.memory import memory_bytes
-from kdfast.training.meter import EvaluationMeter, TrainingMeter
+from kdfast.training.metrics import EvaluationMeter, TrainingMeter
 from kdfast.training.model import DistillationModel
+from kdfast.training.nan_guard import NonFiniteGuard
 from kdfast.training.recipes import AUTO
 from kdfast.training.sharded_trainer import ShardedTrainer
-from kdfast.training.starts import Start, solve_projector_again, wants_solving
 
 
 class KDTrainer(ShardedTrainer):
@@ -204,7 +205,7 @@ class KDTrainer(ShardedTrainer):
         with self._naming_lost_processes():
             self.starts = model.solve(self._calibration_batches(), self.args.calibration_tokens)
             if self.accelerator.num_processes > 1:
-                self.starts = replicas.share_starts(model, self.starts, self.args.device)
+                self.starts = broadcast.share_starts(model, self.starts, self.args.device)
         for start in self.starts:
             self.tell(str(start))
 
@@ -271,7 +272,7 @@ class KDTrainer(ShardedTrainer):
             solve_projector_again(model)
             if self.accelerator.num_processes > 1:
                 assert model.logit_projector is not None
-                replicas.share(model.logit_projector.parameters(), self.args.device)
+                broadcast.share(model.logit_projector.parameters(), self.args.device)
             self._solved_at = step
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
@@ -477,7 +478,7 @@ class KDTrainer(ShardedTrainer):
 
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
-                    manifest.write(staged)
+                    checksums.write(staged)
                     folders.publish(staged, final, replace=True)
             if self.args.push_to_hub:
                 self._push_from_checkpoint(str(final))
@@ -491,7 +492,7 @@ class KDTrainer(ShardedTrainer):
 
     def _trained(self) -> Iterable[tuple[str, Tensor]]:
         trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
-        return sharding.finite_everywhere(trained, self.accelerator) if self.is_fsdp_enabled else trained
+        return fsdp.finite_everywhere(trained, self.accelerator) if self.is_fsdp_enabled else trained
 
     @property
     def _recipe(self) -> Any:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from kdfast.cli import demo
-from kdfast.training.corpus import library_text
+from kdfast.demo.toy_text import library_text
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from kdfast.cli.runs import find_runs
+from kdfast.report.read_runs import find_runs
 
 LOG = [
     {"step": 1, "loss": 3.0, "ce": 3.0, "tokens_seen": 10, "tokens_per_second": 5.0, "memory_bytes": 2**30},

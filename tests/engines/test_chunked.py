@@ -8,8 +8,9 @@ import torch
 from cases import V, copy, gradients, make, relative, student, teacher
 from torch.nn.functional import linear
 
-from kdfast import JSD, Head, Projected, fused_kd_loss, gemm
-from kdfast.engines.planning import gradient_scale
+from kdfast import JSD, Head, Projected, fused_kd_loss
+from kdfast.ops import matmul
+from kdfast.ops.planning import gradient_scale
 
 
 def eager(case, kind, dtype, *, temperature, ce_weight, **head):
@@ -99,7 +100,7 @@ def test_bfloat16_near_convergence_projected(noise, products, capsys, monkeypatc
     """The same where the truth also rounds the projected hidden states. What that rounding itself costs is printed:
     it is the price of projected hidden states in bf16, and no engine behind them can win it back."""
     if products == "as on a GPU":  # gradients of the logits rounded to bf16 before every product
-        monkeypatch.setattr(gemm, "gradient_dtype", lambda dtype, device: dtype)
+        monkeypatch.setattr(matmul, "gradient_dtype", lambda dtype, device: dtype)
     tensors = near_convergence(torch.bfloat16, noise)
     truth, kl, exact = solve(tensors, "projected", torch.float64, "reference", rounded=True)
     loss, _, ours = solve(tensors, "projected", torch.bfloat16, "torch")
@@ -128,7 +129,7 @@ def test_ignored_rows_cost_no_products_on_a_cpu():
     case = make(n=20)
     case.labels[5:] = -100
     case.labels[:5] = 3
-    with gemm.record() as calls:
+    with matmul.record() as calls:
         fused_kd_loss(student(case), teacher(case, "projected"), case.labels)
     assert {call.rows for call in calls} == {10}
 
@@ -138,7 +139,7 @@ def test_scratch_bounds_the_chunk(monkeypatch):
     case.labels.clamp_(min=0)
 
     def rows(**options):
-        with gemm.record() as calls:
+        with matmul.record() as calls:
             fused_kd_loss(student(case), teacher(case, "projected"), case.labels, **options)
         return [call.rows // 2 for call in calls if call.kind == "logits"]
 

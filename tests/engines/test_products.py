@@ -1,6 +1,6 @@
 """Which products with the vocabulary are made: those of the design's table, and none whose result nobody wants.
 
-Counted by `gemm.record` in units u(H) = 2·N·V·H. The kernels' numbers are tested elsewhere; here they are not launched,
+Counted by `matmul.record` in units u(H) = 2·N·V·H. The kernels' numbers are tested elsewhere; here none is launched,
 for it is their launchers that count what they multiply.
 """
 
@@ -12,7 +12,8 @@ from cases import HS, HT, LEAVES, V, make
 from teachers import ENGINES, leaves, loss_of
 from triton.runtime.interpreter import InterpretedFunction
 
-from kdfast import fused_kd_loss, gemm
+from kdfast import fused_kd_loss
+from kdfast.ops import matmul
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's kernels can be left out")
 FUSED = ENGINES[1:]
@@ -72,7 +73,7 @@ def test_products_by_teacher_and_gradients_wanted(engine, reduction, kind, optio
     taken of them later: in slabs, or in the backward of per-row losses."""
     for hs, W, b, *P in combinations(kind):
         case = problem(hs, W, b, *P)
-        with gemm.record() as calls:
+        with matmul.record() as calls:
             loss = loss_of(fused_kd_loss, case, kind, engine=engine, reduction=reduction, **options)
             forward = units(calls)
             assert loss.requires_grad == any((hs, W, b, *P))
@@ -98,7 +99,7 @@ def test_products_of_an_anchor_that_is_a_distribution(engine, teacher_grad, kind
     for wanted in combinations("projected"):
         counts = []
         for which in ("projected", kind):
-            with gemm.record() as calls:
+            with matmul.record() as calls:
                 loss = loss_of(fused_kd_loss, problem(*wanted), which, engine=engine, teacher_grad=teacher_grad)
                 if loss.requires_grad:
                     loss.backward()
@@ -115,7 +116,7 @@ def test_products_without_gradients(engine, kind):
     logits once more."""
     z_s, z_t = next(row[2:4] for row in TABLE if row[0] == kind)
     for divergence in ("forward_kl", "jsd"):
-        with gemm.record() as calls, torch.no_grad():
+        with matmul.record() as calls, torch.no_grad():
             loss_of(fused_kd_loss, problem(), kind, engine=engine, divergence=divergence)
         dense = kind in ("projected", "hidden", "head", "logits")
         passes = 2 if engine == "triton_tiled" and divergence == "jsd" and dense else 1
@@ -124,7 +125,7 @@ def test_products_without_gradients(engine, kind):
 
 def test_products_of_per_row_losses_of_no_kl():
     """The tiled engine's second pass is not repeated in the backward."""
-    with gemm.record() as calls:
+    with matmul.record() as calls:
         loss = loss_of(
             fused_kd_loss, problem(), "projected", engine="triton_tiled", reduction="none", divergence="jsd"
         )
@@ -134,7 +135,7 @@ def test_products_of_per_row_losses_of_no_kl():
 
 
 def test_student_and_projected_rows_are_one_product():
-    with gemm.record() as calls:
+    with matmul.record() as calls:
         loss_of(fused_kd_loss, problem(), "projected", engine="torch")
     assert [(call.kind, call.rows) for call in calls] == [
         ("logits", 2 * N), ("weight_gradient", 2 * N), ("input_gradient", 2 * N)

@@ -1,7 +1,7 @@
 """The Triton engines where they differ from the others: blocks, strides, 16-bit gradients, what they must not read.
 
-That they compute the loss at all is shown with every other engine in tests/test_loss.py, in float64. Without a GPU the
-kernels run in the interpreter: it is right in fp32, fp16 and fp64 and shows neither races nor misalignment.
+That they compute the loss at all is shown with every other engine in tests/loss/test_loss.py, in float64. Without a GPU
+the kernels run in the interpreter: it is right in fp32, fp16 and fp64 and shows neither races nor misalignment.
 """
 
 import mmap
@@ -12,16 +12,17 @@ import torch
 from cases import LEAVES, copy, gradients, make, relative, student, teacher
 from test_chunked import near_convergence, solve
 
-from kdfast import JSD, Head, Projected, fused_kd_loss, gemm
-from kdfast.kernels import configurations
-from kdfast.kernels.arguments import Heads, Term
+from kdfast import JSD, Head, Projected, fused_kd_loss
+from kdfast.kernels import block_sizes
+from kdfast.kernels.block_sizes import Row, RowConfig, TileConfig
 from kdfast.kernels.column_sums import add_column_sums
-from kdfast.kernels.configurations import Row, RowConfig, TileConfig
-from kdfast.kernels.rows import solve_rows
-from kdfast.kernels.tiled_gradients import slab_gradients
-from kdfast.kernels.tiled_statistics import statistics
+from kdfast.kernels.launch import Heads, Term
+from kdfast.kernels.row_kernel import solve_rows
+from kdfast.kernels.tiled_backward import slab_gradients
+from kdfast.kernels.tiled_forward import statistics
+from kdfast.ops import matmul
 
-interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="for the interpreter; a GPU has tests/test_gpu.py")
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="for the interpreter; a GPU has test_gpu.py")
 pytestmark = interpreted
 ENGINES = ["triton_chunked", "triton_tiled"]
 BLOCK = 64  # of the vocabulary, in the interpreter's rows of the tables
@@ -31,7 +32,7 @@ BLOCK = 64  # of the vocabulary, in the interpreter's rows of the tables
 def wide(monkeypatch):
     """Blocks for large problems: the interpreter pays per operation."""
     tile = TileConfig(64, 2048, 256, 4, 1)
-    monkeypatch.setattr(configurations, "INTERPRETER", Row(RowConfig(64, 4096, 4), *[tile] * 5, why="large problems"))
+    monkeypatch.setattr(block_sizes, "INTERPRETER", Row(RowConfig(64, 4096, 4), *[tile] * 5, why="large problems"))
 
 
 def eager(case, kind, dtype, options):
@@ -102,7 +103,7 @@ def test_extreme_logits(engine, divergence, weight_std, temperature):
 def test_sixteen_bit_gradients_near_convergence(engine, kind, divergence, monkeypatch, wide):
     """Gradients of the logits in 16 bits, as on a GPU, at KL 4e-4: within 0.3% of float64's (which, projected, rounds
     the projected hidden states too). dW of a projected teacher is 3–9% off where its rows are not decorrelated."""
-    monkeypatch.setattr(gemm, "gradient_dtype", lambda dtype, device: dtype)
+    monkeypatch.setattr(matmul, "gradient_dtype", lambda dtype, device: dtype)
     tensors = near_convergence(torch.float16, 0.02, width=128, vocab=8192, rows=96)
     options = {"divergence": divergence, "upstream": 2.0**14}  # as a loss scaler: fp16 gradients would underflow
     exact_loss, kl, exact = solve(tensors, kind, torch.float64, "reference", rounded=True, **options)
@@ -117,7 +118,7 @@ def test_sixteen_bit_gradients_near_convergence(engine, kind, divergence, monkey
 @pytest.mark.parametrize("engine", ENGINES)
 def test_teacher_gradient_survives_a_large_cross_entropy(engine, monkeypatch, wide):
     """Decorrelated teacher rows carry no more rounding than their own size allows, however large the student's are."""
-    monkeypatch.setattr(gemm, "gradient_dtype", lambda dtype, device: dtype)
+    monkeypatch.setattr(matmul, "gradient_dtype", lambda dtype, device: dtype)
     tensors = near_convergence(torch.float16, 0.02, width=128, vocab=4096, rows=64)
     labels = torch.randint(0, 4096, (64,))
     options = {"labels": labels, "ce_weight": 1.0, "upstream": 2.0**8}
@@ -238,7 +239,7 @@ def test_tiled_kernels_beyond_two_billion_elements():
 def test_the_projector_is_a_kernel_of_the_tiled_engine():
     case = make(torch.float32)
     expected = torch.nn.functional.linear(case.ht.double(), case.P.double(), case.p.double())
-    from kdfast.operators import project
+    from kdfast.engines.operators import project
 
     projected = project(case.ht, case.P, case.p)
     torch.testing.assert_close(projected.double(), expected, rtol=1e-6, atol=1e-6)
@@ -250,7 +251,7 @@ def test_the_projector_is_a_kernel_of_the_tiled_engine():
 
 
 def test_an_unfinished_head_is_refused_on_a_device_triton_cannot_reach(monkeypatch):
-    monkeypatch.setattr(configurations, "interpreting", lambda: False)
+    monkeypatch.setattr(block_sizes, "interpreting", lambda: False)
     case = make()
     with pytest.raises(ValueError, match=r"engine='triton_tiled' .* cpu"):
         fused_kd_loss(Head(case.hs, case.W), Projected(case.ht, case.P), engine="triton_tiled")

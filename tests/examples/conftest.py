@@ -25,7 +25,7 @@ def small(tmp_path_factory):
         config = GPT2Config(n_layer=layers, n_embd=width, n_head=2, initializer_range=0.2, **ends, **NO_DROPOUT)
         GPT2LMHeadModel(config).save_pretrained(place / name)
         tokenizer.save_pretrained(place / name)
-    for name, source in (("train.txt", "kdfast/interface.py"), ("eval.txt", "kdfast/sources.py")):
+    for name, source in (("train.txt", "kdfast/loss.py"), ("eval.txt", "kdfast/inputs.py")):
         (place / name).write_text((ROOT / source).read_text(encoding="utf-8"), encoding="utf-8")
     return tuple(str(place / name) for name in ("teacher", "student", "train.txt", "eval.txt"))
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from fuzz import checkpoints, child, command, damage
 from fuzz.outcome import Finding, Outcome
 
-from kdfast.training import manifest
+from kdfast.training.durable import checksums
 
 SETTINGS = {
     **command.SETTINGS, "recipe": "auto", "teacher_cache": "cache", "cache_top_k": 6, "cache_shard_tokens": 512, "max_steps": 3,
@@ -149,4 +149,4 @@ def _match(cache: Path) -> None:
     """Checksums of what there is now."""
     for shard in cache.iterdir():
         if shard.is_dir() and (shard / "SHA256SUMS").is_file():
-            manifest.write(shard)
+            checksums.write(shard)

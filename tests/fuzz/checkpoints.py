@@ -18,7 +18,7 @@ import torch
 from fuzz import child, command, damage
 from fuzz.outcome import Finding, Outcome
 
-from kdfast.training import manifest
+from kdfast.training.durable import checksums
 
 FINAL = ("summary.json", "report.html", "model.safetensors", "config.json", "trainer_state.json", "logit_projector.safetensors")  # fmt: skip
 NUMBERS = ("eval_ce", "perplexity", "kd", "kl_teacher_student", "kl_teacher_projected", "tokens", "steps")
@@ -63,7 +63,7 @@ class Cases:
             for folder in out.glob("checkpoint-*"):
                 if folder.is_dir():
                     try:
-                        manifest.write(folder)
+                        checksums.write(folder)
                     except OSError:  # a link to nowhere, a folder in the place of the list
                         done.append("but one")
         argv = chance.choice([["distill", "config.yaml"]] * 7 + [["report", "out"]] * 2 + [

@@ -16,7 +16,7 @@ import kdfast.cli.demo
 import kdfast.cli.distill
 import kdfast.cli.plan
 import kdfast.cli.report
-import kdfast.training.report
+import kdfast.report.page
 from kdfast.cli.main import main
 
 CODES = {0: "done", 1: "failed, in words", 2: "refused, in words"}
@@ -33,7 +33,7 @@ def call(argv: list[str], place: Path, *, pictures: bool = False, seconds: float
         datasets.config.HF_DATASETS_CACHE = place / "cache"
         datasets.config.DOWNLOADED_DATASETS_PATH = datasets.config.EXTRACTED_DATASETS_PATH = place / "cache"
         if not pictures:
-            kdfast.training.report.draw = lambda *_: b"<svg></svg>"
+            kdfast.report.page.draw = lambda *_: b"<svg></svg>"
         warnings.resetwarnings()  # as a user has them, not as errors
         warnings.simplefilter("ignore")
         return main(argv)

@@ -1,7 +1,7 @@
 """The counts of docs/robustness.md: a table from counts.json, which `make fuzz ARGS="--json tests/fuzz/counts.json"`
 has added to.
 
-    PYTHONPATH=.:tests python -m fuzz.counts        prints it
+    PYTHONPATH=.:tests:tests/helpers python -m fuzz.counts        prints it
 """
 
 import json

@@ -1,7 +1,7 @@
 """`fused_kd_loss` with random arguments, right ones and wrong ones.
 
-Right: a problem of tests/problems.py, which every engine has to solve as tests/agree.py demands, the reference engine
-as tests/oracle.py, which shares no code with it. Wrong: one or two arguments of such a problem replaced by something
+Right: a problem of tests/helpers/problems.py, which every engine has to solve as tests/helpers/agree.py demands, the reference engine
+as tests/helpers/oracle.py, which shares no code with it. Wrong: one or two arguments of such a problem replaced by something
 else, or spoiled; that must be a ValueError or TypeError that names an argument. Where it is taken it must mean
 something: then it is in `MEANT`, and the engine has to give what the reference gives.
 """
@@ -275,7 +275,7 @@ def _at(arguments: dict[str, Any], path: str) -> Any:
 
 
 def _meant(field: str, value: Any) -> bool:
-    """Whether something else than a problem of tests/problems.py has there may be right."""
+    """Whether something else than a problem of tests/helpers/problems.py has there may be right."""
     if isinstance(value, Tensor):
         dense = value.layout == torch.strided and value.is_cpu and not (value.is_nested or value.is_quantized)
         if field in NUMBERS:

@@ -39,14 +39,14 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from kdfast.kernels import support
-from kdfast.kernels.arguments import Heads, Term
+from kdfast.kernels import topk_teacher
+from kdfast.kernels.block_sizes import TABLE
 from kdfast.kernels.column_sums import add_column_sums
-from kdfast.kernels.configurations import TABLE
-from kdfast.kernels.projection import project
-from kdfast.kernels.rows import solve_rows
-from kdfast.kernels.tiled_gradients import slab_gradients
-from kdfast.kernels.tiled_statistics import combine, statistics
+from kdfast.kernels.launch import Heads, Term
+from kdfast.kernels.projector import project
+from kdfast.kernels.row_kernel import solve_rows
+from kdfast.kernels.tiled_backward import slab_gradients
+from kdfast.kernels.tiled_forward import combine, statistics
 
 # target, multiprocessors, KiB of shared memory a block may have, tensor-core instruction in the PTX or GCN assembly
 CHIPS = {
@@ -175,9 +175,9 @@ def support_cases(V: int) -> Iterator[Case]:
     indices, chosen = meta(TOKENS, K, dtype=torch.int64), meta(TOKENS, K, dtype=torch.bool)
     x, w = meta(TOKENS, 768, dtype=torch.bfloat16), meta(V, 768, dtype=torch.bfloat16)
     plane, values = scratch(TOKENS, V, torch.bfloat16), meta(TOKENS, K, dtype=torch.bfloat16)
-    yield Case("bits_kernel", f"K={K}", partial(support.bits, indices, chosen, V))
-    yield Case("support_logits_kernel", f"K={K}", partial(support.support_logits, x, w, indices, meta(TOKENS, K)))
-    yield Case("write_kernel", f"K={K}", partial(support.write, plane, indices, values))
+    yield Case("bits_kernel", f"K={K}", partial(topk_teacher.bits, indices, chosen, V))
+    yield Case("support_logits_kernel", f"K={K}", partial(topk_teacher.support_logits, x, w, indices, meta(TOKENS, K)))
+    yield Case("write_kernel", f"K={K}", partial(topk_teacher.write, plane, indices, values))
 
 
 def column_sums_cases(V: int) -> Iterator[Case]:

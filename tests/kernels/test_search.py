@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kdfast.kernels import configurations
-from kdfast.kernels.configurations import ARCHITECTURES, TABLE, TileConfig, known_architecture, row_of, splits_of
-from kdfast.kernels.search import neighbours, search
+from kdfast.kernels import block_sizes
+from kdfast.kernels.autotune import neighbours, search
+from kdfast.kernels.block_sizes import ARCHITECTURES, TABLE, TileConfig, known_architecture, row_of, splits_of
 
 
 def test_the_search_finds_the_minimum_and_skips_what_does_not_run(capsys):
@@ -46,7 +46,7 @@ def test_every_architecture_has_every_row():
     assert set(ARCHITECTURES) == {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"}
     assert set(TABLE) == {(a, size, band) for a in ARCHITECTURES for size in (2, 4) for band in ("few", "many")}
     assert all(row.why for row in TABLE.values())
-    assert row_of(torch.device("cpu"), 2, 1) is configurations.INTERPRETER
+    assert row_of(torch.device("cpu"), 2, 1) is block_sizes.INTERPRETER
 
 
 # 64 row blocks on 132 multiprocessors: two splits are one wave of 128; one row block wants about one program each

@@ -1,12 +1,7 @@
 """What is planned is what runs outside tests: no deterministic mode, whose operators take other memory."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).parent))  # planned, live_bytes, fake_gpu
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,8 @@ from fake_gpu import highest_live_bytes as highest_on_a_gpu
 from live_bytes import highest_live_bytes
 from planned import case, gradients, on_a_gpu, run
 
-from kdfast.engines import planning, triton_tiled
+from kdfast.engines import triton_tiled
+from kdfast.ops import planning
 from kdfast.plan import METHODS, Shape, largest_tokens, ours, peak_bytes, resident, total_bytes
 from kdfast.plan.memory import live_bytes
 
@@ -87,7 +88,7 @@ def test_scratch_on_a_gpu(engine, scratch, monkeypatch):
 
 RESIDENT = """
 import gc, sys
-sys.path[:0] = ["tests/plan", "bench"]
+sys.path[:0] = ["tests/helpers", "bench"]
 import measure, torch
 from dataclasses import replace
 from kdfast.plan import Shape

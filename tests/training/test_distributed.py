@@ -5,22 +5,16 @@ One launch of 2 and one of 4 processes (distributed_runs.py) make all results; w
 
 import dataclasses
 import os
-import sys
 from pathlib import Path
 
+import distributed_runs
 import pytest
 import server
 import torch
+from distributed_runs import SCENARIOS, Scenario
 from filelock import FileLock
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
-
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
-import distributed_runs  # noqa: E402
-from distributed_runs import SCENARIOS, Scenario  # noqa: E402
-
-sys.path.remove(str(HERE))
 
 CASES = [(n, scenario) for n in (2, 4) for scenario in SCENARIOS[n]]
 NOT_COMPARED = ("runtime", "per_second", "memory", "time")
@@ -28,7 +22,7 @@ NOT_COMPARED = ("runtime", "per_second", "memory", "time")
 
 def launch(processes, folder):
     """distributed_runs.py in so many processes; what they said."""
-    server.join(server.start(folder, processes, server.run_file, HERE / "distributed_runs.py", folder), seconds=300)
+    server.join(server.start(folder, processes, server.run_file, Path(distributed_runs.__file__), folder), seconds=300)
     return "\n".join(path.read_text()[-3000:] for path in sorted(folder.glob("output-*.txt")))
 
 

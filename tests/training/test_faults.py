@@ -17,10 +17,10 @@ import server
 import torch
 from fault_runs import join, output, same_end, start
 
-from kdfast.training import faults, folders, manifest
-from kdfast.training.faults import CheckpointWriteError
-from kdfast.training.resume import checkpoints, find_problem
-from kdfast.training.termination import Termination
+from kdfast.training.durable import checksums, errors, folders
+from kdfast.training.durable.errors import CheckpointWriteError
+from kdfast.training.durable.preemption import Termination
+from kdfast.training.durable.resume import checkpoints, find_problem
 
 STOPPED = 3  # exit code of a run that said why it stopped
 
@@ -202,10 +202,10 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatc
     fsync, rename = os.fsync, Path.rename
     monkeypatch.setattr(os, "fsync", lambda fd: (done.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
     monkeypatch.setattr(Path, "rename", lambda self, to: (done.append("rename"), rename(self, to)))
-    manifest.write(staged)
+    checksums.write(staged)
     folders.publish(staged, final, replace=True)
     before, after = done[: done.index("rename")], done[done.index("rename") + 1 :]
-    flushed = {str(staged / name) for name in (*names, manifest.NAME, "shards", ".")} - {str(staged / ".")}
+    flushed = {str(staged / name) for name in (*names, checksums.NAME, "shards", ".")} - {str(staged / ".")}
     assert {*flushed, str(staged)} <= set(before)
     assert after == [str(tmp_path)]
 
@@ -261,9 +261,9 @@ def test_a_process_that_dies_before_the_first_step(tmp_path):
 )
 def test_which_errors_are_of_a_lost_process(text, lost, monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    with pytest.raises(RuntimeError) as caught, faults.naming_lost_processes(lambda: 3, lambda: None):
+    with pytest.raises(RuntimeError) as caught, errors.naming_lost_processes(lambda: 3, lambda: None):
         raise RuntimeError(text)
-    assert isinstance(caught.value, faults.LostProcessError) is lost
+    assert isinstance(caught.value, errors.LostProcessError) is lost
 
 
 def hang_at_3(trainer):
@@ -288,9 +288,9 @@ def test_a_process_that_is_lost_before_the_model_is_saved(tmp_path, monkeypatch)
     def lose(named):
         raise RuntimeError("[gloo] Connection closed by peer")
 
-    monkeypatch.setattr(faults, "is_lost_peer", lambda error: True)  # as in a run of several
+    monkeypatch.setattr(errors, "is_lost_peer", lambda error: True)  # as in a run of several
     monkeypatch.setattr(trainer._guard, "check_weights", lose)
-    with pytest.raises(faults.LostProcessError, match="another process of this run has died"):
+    with pytest.raises(errors.LostProcessError, match="another process of this run has died"):
         trainer.save_model()
 
 
@@ -432,6 +432,6 @@ def test_a_checkpoint_without_optimizer_is_not_said_to_be_gone_on_from(tmp_path)
     """Under save_only_model."""
     saved = tmp_path / "checkpoint-2"
     saved.mkdir()
-    assert "cannot be gone on from" in faults.kept(str(saved))
+    assert "cannot be gone on from" in errors.kept(str(saved))
     (saved / "optimizer.pt").touch()
-    assert "The same command, or resume_from_checkpoint=True, goes on from it" in faults.kept(str(saved))
+    assert "The same command, or resume_from_checkpoint=True, goes on from it" in errors.kept(str(saved))

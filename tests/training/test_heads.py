@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from kdfast.training.heads import backbone, check_model, head
+from kdfast.training.hf import backbone, check_model, head
 
 FAMILIES = ["gpt2", "llama", "qwen2", "gemma2", "cohere", "granite", "opt"]
 
@@ -36,8 +36,8 @@ def test_check_sees_a_factor_that_was_not_read(tiny, family, monkeypatch):
     # initializer_range 0.002: the logits of a fresh model are so small that a cap would not show at their own size
     model = tiny(family, spread=0.002)
     check_model(model, "teacher")
-    monkeypatch.setattr("kdfast.training.heads._logit_scale", lambda config: 1.0)
-    monkeypatch.setattr("kdfast.training.heads._softcap", lambda config: None)
+    monkeypatch.setattr("kdfast.training.hf._logit_scale", lambda config: 1.0)
+    monkeypatch.setattr("kdfast.training.hf._softcap", lambda config: None)
     with pytest.raises(ValueError, match=rf"teacher \({type(model).__name__}\).*not known here"):
         check_model(model, "teacher")
 

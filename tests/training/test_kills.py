@@ -13,7 +13,7 @@ import fault_runs
 import pytest
 from fault_runs import join, output, same_end, start
 
-from kdfast.training.resume import checkpoints, find_problem
+from kdfast.training.durable.resume import checkpoints, find_problem
 
 LIMIT = 3  # save_total_limit
 

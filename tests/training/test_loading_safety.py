@@ -19,8 +19,9 @@ import transformers
 
 from kdfast.cli.arguments import parse
 from kdfast.cli.errors import UserError
-from kdfast.training import DistillationModel, checkpoint, load_student, load_teacher, manifest, pickles
-from kdfast.training.faults import DamagedCheckpointError
+from kdfast.training import DistillationModel, load_student, load_teacher
+from kdfast.training.durable import checkpoint, checksums, safe_load
+from kdfast.training.durable.errors import DamagedCheckpointError
 
 
 class Payload:
@@ -66,7 +67,7 @@ def plant(path, ran, how):
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth", "training_args.bin"])
 def test_a_pickle_in_a_checkpoint_is_named_and_not_run(folder, ran, name, how):
     plant(folder / name, ran, how)
-    manifest.write(folder)  # whoever plants it can do that too
+    checksums.write(folder)  # whoever plants it can do that too
     with pytest.raises(DamagedCheckpointError, match=f"cannot be gone on from: {name} ") as caught:
         fault_runs.make(folder.parent.parent, max_steps=4).train(resume_from_checkpoint=str(folder))
     if how == "torch.save":
@@ -80,11 +81,11 @@ def test_metadata_of_a_sharded_optimizer(tmp_path, ran):
     """torch itself reads it with pickle.load."""
     state = {"exp_avg": torch.ones(2, 3, dtype=torch.bfloat16), "step": torch.tensor(3.0), "lr": 1e-3, "betas": [0.9]}
     torch.distributed.checkpoint.save(state, checkpoint_id=tmp_path / "optimizer_0", no_dist=True)
-    assert pickles.find_refused(tmp_path) is None
+    assert safe_load.find_refused(tmp_path) is None
     through_a_known_module = b"\x80\x04\x8c\x25torch.distributed.checkpoint.metadata\x8c\x08os.mkdir\x93."
     for content, name in ((through_a_known_module, "os.mkdir"), (pickle.dumps(Payload(ran)), "posix.mkdir")):
         (tmp_path / "optimizer_0/.metadata").write_bytes(content)
-        assert f"{name} when read; expected tensors" in pickles.find_refused(tmp_path)
+        assert f"{name} when read; expected tensors" in safe_load.find_refused(tmp_path)
         assert not ran.exists()
     with pytest.raises(AttributeError):
         torch.distributed.checkpoint.FileSystemReader(tmp_path / "optimizer_0").read_metadata()
@@ -96,7 +97,7 @@ def sharded(tmp_path):
     """A sharded optimizer's folder, with items that are no tensors."""
     state = {"exp_avg": torch.ones(2, 3), "lr": 1e-3, "betas": [0.9]}
     torch.distributed.checkpoint.save(state, checkpoint_id=tmp_path / "optimizer_0", no_dist=True)
-    assert pickles.find_refused(tmp_path) is None
+    assert safe_load.find_refused(tmp_path) is None
     return tmp_path / "optimizer_0"
 
 
@@ -123,9 +124,9 @@ def test_an_item_of_a_sharded_optimizer(sharded, ran, metadata):
     torch.save(Payload(ran), payload)
     start = file.stat().st_size
     file.write_bytes(file.read_bytes() + payload.getvalue())
-    assert pickles.find_refused(sharded) is None, "nothing points at it"
+    assert safe_load.find_refused(sharded) is None, "nothing points at it"
     point_at(sharded, "lr", metadata, offset=start, length=len(payload.getvalue()))
-    assert pickles.find_refused(sharded.parent) == (
+    assert safe_load.find_refused(sharded.parent) == (
         f"{metadata} would run posix.mkdir when read; expected tensors, numbers and containers alone"
     )
     assert not ran.exists()
@@ -137,7 +138,7 @@ def test_an_item_of_a_sharded_optimizer(sharded, ran, metadata):
 def test_nor_behind_a_link_to_another_folder(sharded):
     (sharded.parent / "checkpoint-2").mkdir()
     (sharded.parent / "checkpoint-2/optimizer_0").symlink_to(sharded)
-    found = pickles.find_refused(sharded.parent / "checkpoint-2")
+    found = safe_load.find_refused(sharded.parent / "checkpoint-2")
     assert found == "optimizer_0 is a link to another folder, where nothing is looked at"
 
 
@@ -147,14 +148,14 @@ def test_a_sharded_optimizer_stays_in_its_folder(sharded):
     file.rename(sharded.parent / "elsewhere")
     for item in ("lr", "exp_avg"):
         point_at(sharded, item, relative_path="../elsewhere")
-        assert "'../elsewhere', expected a plain part of a file beside it" in pickles.find_refused(sharded)
+        assert "'../elsewhere', expected a plain part of a file beside it" in safe_load.find_refused(sharded)
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_nor_by_what_trainer_loads_itself(folder, ran, name, monkeypatch):
     plant(folder / name, ran, "torch.save")
-    manifest.write(folder)
-    monkeypatch.setattr(pickles, "find_refused", lambda folder: None)
+    checksums.write(folder)
+    monkeypatch.setattr(safe_load, "find_refused", lambda folder: None)
     with pytest.raises(DamagedCheckpointError, match="cannot be loaded: UnpicklingError: it would run") as raised:
         fault_runs.make(folder.parent.parent, max_steps=4).train(resume_from_checkpoint=str(folder))
     assert "weights_only" not in str(raised.value), "torch's advice, to turn that off"

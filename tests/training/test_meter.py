@@ -4,8 +4,8 @@ import time
 import pytest
 import torch
 
-from kdfast.interface import KDMetrics
-from kdfast.training.meter import TokenMeans, TrainingMeter
+from kdfast.loss import KDMetrics
+from kdfast.training.metrics import TokenMeans, TrainingMeter
 
 CPU = torch.device("cpu")
 NAN = torch.tensor(float("nan"))

@@ -13,9 +13,9 @@ import torch
 from fault_runs import damage, join, output, start
 from safetensors.torch import load_file, save_file
 
-from kdfast.training import manifest
-from kdfast.training.faults import DamagedCheckpointError, TerminatedError
-from kdfast.training.resume import find_problem
+from kdfast.training.durable import checksums
+from kdfast.training.durable.errors import DamagedCheckpointError, TerminatedError
+from kdfast.training.durable.resume import find_problem
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_every_damage_to_every_file_is_found(folder):
     assert {"model.safetensors", "logit_projector.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"} < {
         *names
     }
-    assert {"trainer_state.json", "config.json", manifest.NAME} < {*names}
+    assert {"trainer_state.json", "config.json", checksums.NAME} < {*names}
     for name in names:
         for how in ("flip", "cut", "delete", "empty"):
             shutil.copytree(whole, broken)
@@ -53,20 +53,20 @@ def test_every_damage_to_every_file_is_found(folder):
                 (broken / name).write_bytes(b"")
             else:
                 damage(broken / name, how)
-            found = manifest.find_damage(broken)
+            found = checksums.find_damage(broken)
             assert found is not None, (name, how)
             # a byte of the list itself may be a digit of another file's sum
-            assert name in found or name == manifest.NAME, (found, name, how)
+            assert name in found or name == checksums.NAME, (found, name, how)
             shutil.rmtree(broken)
 
 
 def test_every_line_of_the_list_counts(folder):
     """Cut at the end of a line, it looks well-formed."""
-    path = folder / "run/checkpoint-6" / manifest.NAME
+    path = folder / "run/checkpoint-6" / checksums.NAME
     lines = path.read_text().splitlines(keepends=True)
     for kept in range(len(lines)):
         path.write_text("".join(lines[:kept]))
-        assert f"{manifest.NAME} is damaged" in manifest.find_damage(path.parent)
+        assert f"{checksums.NAME} is damaged" in checksums.find_damage(path.parent)
 
 
 def state_of(text):
@@ -87,7 +87,7 @@ def state_of(text):
 def test_checksums_that_match_do_not_make_a_checkpoint(folder, finished, change, expected):
     """What a run did not write, or was changed with its checksums, is passed over like what is damaged."""
     change(folder / "run/checkpoint-6")
-    manifest.write(folder / "run/checkpoint-6")
+    checksums.write(folder / "run/checkpoint-6")
     assert expected in find_problem(folder / "run/checkpoint-6")
     fault_runs.train(fault_runs.make(folder), resume=True)
     assert fault_runs.same_end(folder, finished)
@@ -95,7 +95,7 @@ def test_checksums_that_match_do_not_make_a_checkpoint(folder, finished, change,
 
 def test_a_pipe_in_a_files_place_is_not_waited_for(folder):
     checkpoint = folder / "run/checkpoint-6"
-    for name in ("config.json", manifest.NAME):
+    for name in ("config.json", checksums.NAME):
         (checkpoint / name).unlink()
         os.mkfifo(checkpoint / name)
         assert f"{name} is no file" in find_problem(checkpoint)
@@ -117,7 +117,7 @@ def test_a_state_that_is_of_something_else_is_named(folder, name, content):
         save_file(content, checkpoint / name, {"format": "pt"})
     else:
         torch.save(content, checkpoint / name)
-    manifest.write(checkpoint)
+    checksums.write(checkpoint)
     with pytest.raises(DamagedCheckpointError, match=r"checkpoint-4' cannot be loaded: .* Go on from another"):
         fault_runs.make(folder).train(resume_from_checkpoint=str(checkpoint))
 
@@ -125,8 +125,8 @@ def test_a_state_that_is_of_something_else_is_named(folder, name, content):
 def test_sha256sum_reads_the_list_and_notes_may_lie_beside(folder):
     checkpoint = folder / "run/checkpoint-6"
     (checkpoint / "notes.txt").write_text("mine")
-    assert manifest.find_damage(checkpoint) is None
-    command = ["sha256sum", "--check", "--strict", "--quiet", manifest.NAME]
+    assert checksums.find_damage(checkpoint) is None
+    command = ["sha256sum", "--check", "--strict", "--quiet", checksums.NAME]
     assert subprocess.run(command, cwd=checkpoint, check=False).returncode == 0
 
 
@@ -146,7 +146,7 @@ def test_true_passes_over_a_damaged_one_says_so_and_keeps_it(folder, finished, c
 def test_two_damaged_ones_are_both_passed_over_and_names_do_not_clash(folder, finished):
     (folder / "run/damaged-checkpoint-4").mkdir()
     damage(folder / "run/checkpoint-6/trainer_state.json", "cut")
-    (folder / "run/checkpoint-4" / manifest.NAME).unlink()
+    (folder / "run/checkpoint-4" / checksums.NAME).unlink()
     fault_runs.train(fault_runs.make(folder), resume=True)
     assert fault_runs.same_end(folder, finished)
     assert sorted(path.name for path in (folder / "run").iterdir()) == [
@@ -204,7 +204,7 @@ def test_a_resumed_run_that_was_moved_knows_its_best_model(folder):
     state = folder / "run/checkpoint-4/trainer_state.json"
     content = json.loads(state.read_text()) | {"best_model_checkpoint": "gone/checkpoint-2", "best_global_step": 2}
     state.write_text(json.dumps(content))
-    manifest.write(state.parent)
+    checksums.write(state.parent)
     trainer = fault_runs.make(folder, save_strategy="no", max_steps=5)
     trainer.train(resume_from_checkpoint=str(state.parent))
     assert trainer.state.best_model_checkpoint == str(folder / "run/checkpoint-2")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from kdfast.training import DistillationModel, KDTrainer, sharding
+from kdfast.training import DistillationModel, KDTrainer, fsdp
 
 
 @pytest.fixture(autouse=True)
@@ -29,9 +29,9 @@ def plugin(**changes):
     ],
 )
 def test_what_is_not_supported_is_refused(changes, message):
-    sharding.check_plugin(plugin())
+    fsdp.check_plugin(plugin())
     with pytest.raises(ValueError, match=message):
-        sharding.check_plugin(plugin(**changes))
+        fsdp.check_plugin(plugin(**changes))
 
 
 @pytest.mark.parametrize(("given", "sharded"), [("true", True), (True, True), ("false", False), (None, False)])
@@ -74,7 +74,7 @@ def test_what_is_summed_is_on_the_accelerator():
     accelerator = SimpleNamespace(
         device=torch.device("meta"), reduce=lambda tensor, reduction: (summed.append(tensor.device.type), tensor)[1]
     )
-    marks = sharding.finite_everywhere([("a", torch.ones(2)), ("b", torch.ones(3))], accelerator)
+    marks = fsdp.finite_everywhere([("a", torch.ones(2)), ("b", torch.ones(3))], accelerator)
     assert [name for name, _ in marks] == ["a", "b"]
     assert summed == ["meta"]
 
@@ -91,7 +91,7 @@ def test_weights_of_two_dtypes_are_refused_before_anything_takes_long(tiny, conf
 def test_only_an_embedding_that_is_not_the_head_may_be_a_group_of_its_own(tiny, family):
     model = DistillationModel(tiny(family), tiny(width=24), recipe="run5")
     embedding = model.student.get_input_embeddings()
-    with sharding.root_owns_the_heads(model):
+    with fsdp.root_owns_the_heads(model):
         assert model.get_input_embeddings() is (None if family == "gpt2" else embedding)
     assert model.get_input_embeddings() is embedding
 
@@ -100,7 +100,7 @@ def test_trained_weights_of_two_dtypes_are_refused(tiny):
     model = DistillationModel(tiny().bfloat16(), tiny(width=24), recipe="run5")
     with (
         pytest.raises(ValueError, match=r"torch.bfloat16 and torch.float32; FSDP wants one dtype. Load the student"),
-        sharding.root_owns_the_heads(model),
+        fsdp.root_owns_the_heads(model),
     ):
         pass
 
@@ -109,7 +109,7 @@ def test_a_replicated_teacher_is_out_of_the_module_tree_and_a_sharded_one_in_it(
     accelerator = SimpleNamespace(device=torch.device("cpu"), mixed_precision="bf16")
     for shard, layers in ((False, ["LlamaDecoderLayer"]), (True, ["GPT2Block", "LlamaDecoderLayer"])):
         model = DistillationModel(tiny("llama"), tiny("gpt2", width=24), recipe="true_head")
-        sharding.place_teacher(model, accelerator, shard)
+        fsdp.place_teacher(model, accelerator, shard)
         assert model._no_split_modules == layers
         assert any(name.startswith("teacher.") for name, _ in model.named_parameters()) is shard
         assert model.teacher.dtype == (torch.bfloat16 if shard else torch.float32)

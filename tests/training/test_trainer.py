@@ -191,7 +191,7 @@ class Synchronisations(TorchDispatchMode):
     where that is free: on a CPU.
     """
 
-    ELSEWHERE = ("transformers/models/", "kdfast/validation.py", "kdfast/operators.py")
+    ELSEWHERE = ("transformers/models/", "kdfast/frontend/checks.py", "kdfast/engines/operators.py")
 
     def __init__(self):
         super().__init__()

@@ -18,7 +18,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdfast._version import __version__
-from kdfast.training.files import write_text
+from kdfast.training.durable.atomic_io import write_text
 
 NAME = "cache.json"
 FORMAT = 1

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kdfast.logit_chunks import logit_chunks
-from kdfast.sources import Head
+from kdfast.inputs import Head
+from kdfast.ops.logit_chunks import logit_chunks
 
 
 class TopK(NamedTuple):

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdfast.training import manifest
 from kdfast.training.cache.description import NAME, CacheError, Description
+from kdfast.training.durable import checksums
 
 SUMMARY = "summary.json"
 MARK = "shard.json"  # in a shard: which one of which cache it is
@@ -65,7 +65,7 @@ class Shard:
     def find_damage(self, description: Description) -> str | None:
         """What is wrong with it, or None. Its own checksums do not tell it from another one in its place, nor whether
         cache.json is what it was."""
-        if damage := manifest.find_damage(self.folder):
+        if damage := checksums.find_damage(self.folder):
             return damage
         try:
             mark = (self.folder / MARK).read_text(encoding="utf-8")

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.utils import data
 from transformers import PreTrainedTokenizerBase
 
+from kdfast.frontend.checks import same_vocabulary
 from kdfast.training.cache import rows
 from kdfast.training.cache.description import CacheError, Description, describe_split, tokenizer_fingerprint
 from kdfast.training.cache.layout import SUMMARY, CacheSummary, is_complete, read_summary, shards
-from kdfast.training.faults import first_line
-from kdfast.validation import same_vocabulary
+from kdfast.training.durable.errors import first_line
 
 
 class TeacherCache:

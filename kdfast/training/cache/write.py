@@ -23,8 +23,9 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kdfast import autocast
-from kdfast.training import folders, manifest, processes
+from kdfast.frontend.checks import MOST_ENTRIES, kind
+from kdfast.ops import autocast
+from kdfast.training import processes
 from kdfast.training.cache import rows
 from kdfast.training.cache.description import (
     NAME,
@@ -36,9 +37,9 @@ from kdfast.training.cache.description import (
 )
 from kdfast.training.cache.entries import TopK, draw, top_k
 from kdfast.training.cache.layout import LOCK, MARK, SUMMARY, CacheSummary, Shard, is_complete, read_summary, shards
-from kdfast.training.files import write_text
-from kdfast.training.heads import backbone, check_model, head, head_shape
-from kdfast.validation import MOST_ENTRIES, kind
+from kdfast.training.durable import checksums, folders
+from kdfast.training.durable.atomic_io import write_text
+from kdfast.training.hf import backbone, check_model, head, head_shape
 
 SHARD_TOKENS = 2**20
 SEEDS = 2**32  # a sequence's own: the run's times this, and its place in the split
@@ -224,7 +225,7 @@ def _write_shard(shard: Shard, table: Any, mark: str) -> None:
     try:
         Dataset(table).save_to_disk(staged, num_shards=1)
         write_text(staged / MARK, mark)
-        manifest.write(staged)
+        checksums.write(staged)
         folders.publish(staged, shard.folder, replace=True)
     except OSError:
         folders.discard(staged)

@@ -1,0 +1,1 @@
+"""Toy text and toy models, made on this machine."""

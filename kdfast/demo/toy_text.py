@@ -1,0 +1,82 @@
+"""Real text on every machine: Python's own library, a tokenizer trained on it, and a cache that is never half made.
+
+Tests and character tables are left out, duplicates too; one file in twenty is held out.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from kdfast.training.data.text import DataError
+from kdfast.training.durable import folders
+
+HELD_OUT = 20  # every twentieth file is for evaluation
+END = "<|endoftext|>"
+
+
+def library_text(files: int, excerpt: int) -> tuple[list[str], list[str]]:
+    """(at most `files` texts to train on, excerpts of the held-out ones, each about `excerpt` characters)."""
+    root = Path(sysconfig.get_path("stdlib"))
+    skipped = {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages"}
+    paths = [path for path in sorted(root.rglob("*.py")) if not skipped & set(path.relative_to(root).parts)]
+    read = (path.read_text(encoding="utf-8", errors="replace") for path in paths)
+    texts = list(dict.fromkeys(text for text in read if text.strip()))  # none twice, on both sides of the split
+    random.Random(0).shuffle(texts)  # small samples see all of the library
+    held_out = [_middle(text, excerpt) for text in texts[::HELD_OUT]]
+    train = [text for i, text in enumerate(texts) if i % HELD_OUT][:files]
+    if len(train) < 50:
+        raise DataError(f"the text here is Python's own library, and {str(root)!r} holds {len(train)} files of it")
+    return train, held_out
+
+
+def _middle(text: str, length: int) -> str:
+    """Whole lines from the middle, where a module is code rather than its licence and imports."""
+    start = max(0, (len(text) - length) // 2)
+    start = text.rfind("\n", 0, start) + 1
+    return text[start : text.rfind("\n", 0, start + length) + 1]
+
+
+def cache_root(cache_dir: str | Path | None, name: str) -> Path:
+    """`cache_dir`, or where this user's things of that name are kept."""
+    if cache_dir is not None:
+        return Path(cache_dir).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kdfast" / name
+
+
+def once(path: Path, make: Callable[[Path], None]) -> None:
+    """`make(path)`, unless it is there; half of it never is. Of two that want it the second waits for the first."""
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        if not path.exists():
+            staged = folders.staging(path)
+            folders.discard(staged)
+            staged.mkdir()
+            make(staged)
+            folders.publish(staged, path, replace=False)
+
+
+def write_files(path: Path, texts: list[str]) -> None:
+    for i, text in enumerate(texts):
+        (path / f"{i:05}.py").write_text(text, encoding="utf-8")
+
+
+def train_tokenizer(path: Path, texts: list[str], vocabulary: int) -> None:
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(texts, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END, eos_token=END).save_pretrained(path)

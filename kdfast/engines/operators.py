@@ -1,0 +1,243 @@
+"""The operator boundary: every fused engine runs behind these `torch.library` operators.
+
+    kdfast::fused_kd            loss, statistics, and gradients taken in the forward where they are wanted
+    kdfast::fused_kd_gradients  the gradients alone, for a vector of upstream gradients (reduction="none")
+    kdfast::finish_gradient     saved gradient · scale · upstream gradient → the input's dtype
+    kdfast::project             the projector of the tiled engine, hidden · Pᵀ + p
+
+The arguments of the first two are the fields of `Problem`, in order, the flags which gradients are needed among
+them: a graph compiled for those flags does just that work. Fake implementations give shapes and dtypes.
+
+Tensors saved for backward are never written to, so a second backward gives the same gradients. The last two
+operators *are* the backward; their own autograd raises, because second derivatives would come out silently wrong.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdfast.ops import autocast, matmul
+from kdfast.ops.planning import wanted
+from kdfast.ops.problem import Problem, Result
+
+ENGINES = {  # module with run(Problem, rows of an earlier Result or None) -> Result
+    "torch": "kdfast.engines.chunked",
+    "triton_chunked": "kdfast.engines.chunked",
+    "triton_tiled": "kdfast.engines.triton_tiled",
+}
+
+_SCHEMA_TYPES = {
+    "Tensor": "Tensor",
+    "Tensor | None": "Tensor?",
+    "float": "float",
+    "float | None": "float?",
+    "list[float]": "float[]",
+    "int": "SymInt",
+    "bool": "bool",
+    "str": "str",
+}
+_FIELDS = fields(Problem)
+_NAMES = [field.name for field in _FIELDS]
+_TENSORS = [field.name for field in _FIELDS if str(field.type).startswith("Tensor")]
+_ARGUMENTS = ", ".join(f"{_SCHEMA_TYPES[str(field.type)]} {field.name}" for field in _FIELDS)
+_DIFFERENTIABLE = (
+    "hidden",
+    "weight",
+    "bias",
+    "teacher_hidden",
+)  # need_… flags and Result fields have these names
+
+
+def run(problem: Problem) -> tuple[Tensor, Tensor]:
+    """(loss, stats) of `problem` on its engine; the loss is differentiable once."""
+    result = Result(*fused_kd(*(getattr(problem, name) for name in _NAMES)))
+    return result.loss, result.stats
+
+
+def _solve(problem: Problem, rows: Tensor | None = None) -> Result:
+    engine = importlib.import_module(ENGINES[problem.engine])
+    device = problem.hidden.device
+    # kernels are launched on the current device, which need not be the tensors'
+    current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with current, autocast.disabled(device), torch.no_grad():
+        return engine.run(problem, rows)
+
+
+def _shapes(problem: Problem) -> Result:
+    """The Result's tensors, uninitialised: what a fake implementation returns."""
+    x, N = problem.of_the_forward(), problem.hidden.shape[0]
+
+    def empty(*shape: int, wanted: bool = True, dtype: torch.dtype = x.dtype) -> Tensor:
+        return torch.empty(shape if wanted else (0,), device=x.hidden.device, dtype=dtype)
+
+    return Result(
+        loss=empty(N) if x.per_row else empty(),
+        stats=empty(6, N),
+        hidden=empty(*x.hidden.shape, wanted=x.need_hidden),
+        weight=empty(*x.weight.shape, wanted=x.need_weight, dtype=x.weight_gradient_dtype),
+        bias=empty(x.weight.shape[0], wanted=x.need_bias),
+        teacher_hidden=empty(*x.hidden.shape, wanted=x.need_teacher_hidden),
+        scale=empty(),
+        rows=empty(x.row_constants, N, wanted=x.row_constants > 0),
+    )
+
+
+@torch.library.custom_op(
+    "kdfast::fused_kd",
+    mutates_args=(),
+    schema=f"({_ARGUMENTS}) -> ({', '.join(['Tensor'] * len(Result._fields))})",
+)
+def fused_kd(*arguments: Any) -> tuple[Tensor, ...]:
+    return tuple(_solve(Problem(*arguments)))
+
+
+@fused_kd.register_fake
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    return tuple(_shapes(Problem(*arguments)))
+
+
+@torch.library.custom_op(
+    "kdfast::fused_kd_gradients",
+    mutates_args=(),
+    schema=f"({_ARGUMENTS}, Tensor rows, Tensor upstream) -> ({', '.join(['Tensor'] * len(_DIFFERENTIABLE))})",
+)
+def fused_kd_gradients(*arguments: Any) -> tuple[Tensor, ...]:
+    """Gradients of Σₙ upstreamₙ·lossₙ, in the inputs' dtypes; empty where not needed.
+
+    rows: the forward's Result.rows; upstream (N,)."""
+    *values, rows, upstream = arguments
+    x = Problem(*values)
+    coefficients = torch.where(x.coefficients == 0, 0.0, x.coefficients * upstream)
+    x = replace(x, coefficients=coefficients, want_metrics=False, per_row=False)
+    if not any(wanted(x)):  # a projector whose gradient was asked to be zero, and nothing else
+        return _where_needed(x, lambda like, name: like.new_zeros(like.shape))
+    result = _solve(x, rows if rows.numel() else None)
+    return _where_needed(x, lambda like, name: _finish(getattr(result, name), result.scale, like))
+
+
+@fused_kd_gradients.register_fake
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    # contiguous, whatever the inputs are
+    return _where_needed(Problem(*arguments[:-2]), lambda like, name: like.new_empty(like.shape))
+
+
+def _where_needed(x: Problem, gradient: Callable[[Tensor, str], Tensor]) -> tuple[Tensor, ...]:
+    """gradient(input, its name) of each input that needs one, empty for the others."""
+    return tuple(
+        gradient(getattr(x, name), name) if getattr(x, f"need_{name}") else x.hidden.new_empty(0)
+        for name in _DIFFERENTIABLE
+    )
+
+
+@torch.library.custom_op(
+    "kdfast::finish_gradient",
+    mutates_args=(),
+    schema="(Tensor saved, Tensor scale, Tensor upstream, Tensor like) -> Tensor",
+)
+def finish_gradient(saved: Tensor, scale: Tensor, upstream: Tensor, like: Tensor) -> Tensor:
+    """saved · scale · upstream in `like`'s dtype. `like` is the input itself: through it autograd sees that the
+    gradient depends on the inputs, and a second derivative reaches the error instead of a silent constant."""
+    return _finish(saved, scale * upstream, like)
+
+
+@finish_gradient.register_fake
+def _(saved: Tensor, scale: Tensor, upstream: Tensor, like: Tensor) -> Tensor:
+    return torch.empty_like(saved, dtype=like.dtype)
+
+
+def _finish(gradient: Tensor, factor: Tensor, like: Tensor) -> Tensor:
+    out = torch.empty_like(gradient, dtype=like.dtype)
+    return torch.mul(gradient, factor, out=out)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, result = Problem(*inputs), Result(*output)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.needed = tuple(name for name in _DIFFERENTIABLE if getattr(x, f"need_{name}"))
+    ctx.per_row = x.per_row
+    if x.per_row:
+        ctx.options = [None if name in _TENSORS else getattr(x, name) for name in _NAMES]
+        ctx.save_for_backward(result.rows, *(getattr(x, name) for name in _TENSORS))
+    else:
+        wanted = [(getattr(result, name), getattr(x, name)) for name in ctx.needed]
+        ctx.save_for_backward(result.scale, *(tensor for pair in wanted for tensor in pair))
+
+
+def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    gradients: dict[str, Tensor] = {}
+    if upstream is not None and ctx.per_row:
+        rows, *saved = ctx.saved_tensors
+        tensors = dict(zip(_TENSORS, saved, strict=True))
+        arguments = [tensors.get(name, value) for name, value in zip(_NAMES, ctx.options, strict=True)]
+        gradients = dict(zip(_DIFFERENTIABLE, fused_kd_gradients(*arguments, rows, upstream), strict=True))
+    elif upstream is not None:
+        scale, *saved = ctx.saved_tensors
+        for name, gradient, like in zip(ctx.needed, saved[::2], saved[1::2], strict=True):
+            if _is_finished(gradient, scale, upstream, like):
+                gradients[name] = gradient
+            else:
+                gradients[name] = finish_gradient(gradient, scale, upstream, like)
+    return tuple(gradients.get(name) if name in ctx.needed else None for name in _NAMES)
+
+
+def _is_finished(gradient: Tensor, scale: Tensor, upstream: Tensor, like: Tensor) -> bool:
+    """Whether the saved gradient is the answer: `loss.backward()` in full precision. Saves a pass over dW and its
+    memory. Only where looking is free (a CPU) and nothing is being traced or differentiated again. Autograd drops
+    its own reference after a last backward, and clones what it still holds for another."""
+    if type(upstream) is not Tensor or upstream.device.type != "cpu" or torch.is_grad_enabled():
+        return False
+    return gradient.dtype == like.dtype and bool(scale * upstream == 1)
+
+
+def _no_second_derivative(ctx: Any, *_: Any) -> None:
+    raise RuntimeError(
+        "fused_kd_loss: second derivatives are not available on a fused engine, whose gradients are taken in the "
+        "forward. Use engine='reference' (or drop create_graph=True)"
+    )
+
+
+def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    pass
+
+
+fused_kd.register_autograd(_backward, setup_context=_save)
+fused_kd_gradients.register_autograd(_no_second_derivative, setup_context=_save_nothing)
+finish_gradient.register_autograd(_no_second_derivative, setup_context=_save_nothing)
+
+
+@torch.library.custom_op("kdfast::project", mutates_args=())
+def project(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """hidden (N, Ht) · weight (Hs, Ht)ᵀ + bias (Hs,), of one dtype → (N, Hs). The teacher's hidden states, which are
+    constants here: no gradient reaches them."""
+    from kdfast.kernels import projector
+
+    current = torch.cuda.device(hidden.device) if hidden.is_cuda else nullcontext()
+    with current:
+        bias = None if bias is None else bias.contiguous()
+        return projector.project(hidden, weight, bias, tf32=matmul.tf32(hidden.device))
+
+
+@project.register_fake
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return hidden.new_empty(hidden.shape[0], weight.shape[0])
+
+
+def _save_projection(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[0])
+
+
+def _project_backward(ctx: Any, upstream: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
+    (hidden,) = ctx.saved_tensors
+    weight = upstream.t() @ hidden if ctx.needs_input_grad[1] else None
+    return None, weight, upstream.sum(dim=0) if ctx.needs_input_grad[2] else None
+
+
+project.register_autograd(_project_backward, setup_context=_save_projection)

@@ -1,0 +1,451 @@
+"""Checks of everything a caller passes. Every error names the argument, what came, what was expected, what to do.
+
+Names, types, shapes, devices and dtypes are checked always. Values of tensors are checked where that is free: on
+the CPU, outside a compiled graph. On a GPU they would cost a synchronisation; KDFAST_CHECK=1 asks for it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdfast import engines
+from kdfast.engines.choice import unavailable
+from kdfast.inputs import Head, Logits, Projected, SparseLogits, Teacher
+from kdfast.ops import autocast
+from kdfast.options import Options, is_asked
+
+if TYPE_CHECKING:
+    from kdfast.frontend.vocabulary import Vocabulary
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MOST_ENTRIES = 1024  # of a sparse teacher a token: a kernel's program holds a token's entries in registers
+LARGEST_LOG_PROB = 0.01  # a probability of one, rounded
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # numbers the loss is made of
+
+
+def check(
+    student: Head, teacher: Teacher | None, labels: Tensor | None, options: Options, vocabulary: Vocabulary
+) -> None:
+    """Raise ValueError or TypeError for the first thing that is wrong."""
+    _check_names(options)
+    _check_number("temperature", options.temperature, positive=True)
+    for name in ("kd_weight", "ce_weight", "anchor_weight"):
+        _check_number(name, getattr(options, name))
+    if options.num_items_in_batch is not None:
+        _check_number("num_items_in_batch", options.num_items_in_batch)
+    check_head("student", student, empty=vocabulary.group != "")
+    _check_valid_vocab(vocabulary, options)
+    leading, device = student.hidden.shape[:-1], student.hidden.device
+    if isinstance(teacher, Projected):
+        _check_projected(teacher, student)
+    else:
+        _check_distribution("teacher", teacher, student, options, vocabulary)
+    hidden = (source.hidden.dtype for source in (student, teacher) if isinstance(source, (Head, Projected)))
+    obstacle = unavailable(options.engine, student.hidden.device, *hidden)
+    if obstacle is not None:
+        raise ValueError(f"engine={options.engine!r} {obstacle}")
+    _check_divergence(teacher, options)
+    _check_targets("labels", labels, student, options, vocabulary)
+    if isinstance(options.anchor_targets, (Head, Logits, SparseLogits)):
+        _check_distribution("anchor_targets", options.anchor_targets, student, options, vocabulary)
+    else:
+        _check_targets("anchor_targets", options.anchor_targets, student, options, vocabulary)
+    _check_token_weights("token_weights", options.token_weights, leading, device)
+    _check_token_weights("kd_token_weights", options.kd_token_weights, leading, device)
+    _check_terms(teacher, labels, options)
+
+
+def check_kinds(student: Any, teacher: Any) -> None:
+    if not isinstance(student, Head):
+        raise TypeError(f"student is {kind(student)}; expected kdfast.Head(hidden, weight, bias)")
+    if teacher is not None and not isinstance(teacher, (Projected, Head, Logits, SparseLogits)):
+        raise TypeError(f"teacher is {kind(teacher)}; expected kdfast.Projected, Head, Logits, SparseLogits or None")
+
+
+def same_vocabulary(one: int, other: int, valid: int | None) -> bool:
+    """Whether heads of so many rows differ by padding rows at most: `valid` rows are real."""
+    return one == other or (valid is not None and valid <= min(one, other))
+
+
+def _check_names(options: Options) -> None:
+    expected = {
+        "teacher_grad": ("full", "projector", "none"),
+        "reduction": ("mean", "sum", "none"),
+        "vocab": ("error", "truncate"),
+        "engine": engines.NAMES,
+    }
+    for name, allowed in expected.items():
+        value = getattr(options, name)
+        if not isinstance(value, str) or value not in allowed:
+            raise ValueError(f"{name}={short(value)} is unknown; expected one of {', '.join(map(repr, allowed))}")
+    if not isinstance(options.ignore_index, Integral) or isinstance(options.ignore_index, bool):
+        raise TypeError(f"ignore_index is {kind(options.ignore_index)}; expected an int, such as -100")
+    if not -(2**63) <= options.ignore_index < 2**63:
+        raise ValueError("ignore_index is past what 64 bits hold; expected an int that a label can be, such as -100")
+    scratch = options.scratch_bytes
+    if scratch is not None and (
+        not isinstance(scratch, Integral) or isinstance(scratch, bool) or not 0 < scratch < 2**63
+    ):
+        raise ValueError(
+            f"scratch_bytes={short(scratch)}; expected a positive int (bytes for one chunk's logits) or None"
+        )
+    for name in ("temperature_squared", "return_metrics"):  # any other would be true or false without a word
+        value = getattr(options, name)
+        if not isinstance(value, (bool, np.bool_)):
+            raise TypeError(f"{name} is {kind(value)}; expected True or False")
+
+
+def check_head(name: str, head: Head, *, empty: bool) -> None:
+    """empty: it may have no rows, as a slice of a vocabulary."""
+    _check_float_tensor(f"{name}: Head.hidden", head.hidden)
+    _check_float_tensor(f"{name}: Head.weight", head.weight)
+    _check_layout(f"{name}: Head", head.hidden, head.weight, head.bias, "weight", "bias", "(V, H)", "V", empty)
+    for field, value in (("logit_scale", head.logit_scale), ("softcap", head.softcap)):
+        if field == "softcap" and value is None:
+            continue
+        if not isinstance(value, Real) or isinstance(value, bool):
+            raise TypeError(
+                f"{name}: Head.{field} is {kind(value)}; expected a number. A trained scale belongs on the hidden "
+                "states: multiply them by it"
+            )
+        if not _is_finite(value) or (field == "softcap" and value < SMALLEST):
+            raise ValueError(
+                f"{name}: Head.{field}={short(value)}; expected a finite number{' > 0' if field == 'softcap' else ''}"
+                f"{_of_float32(value)}"
+            )
+
+
+def _check_projected(teacher: Projected, student: Head) -> None:
+    _check_float_tensor("teacher: Projected.hidden", teacher.hidden)
+    _check_same_rows("teacher: Projected.hidden", teacher.hidden, student.hidden)
+    Hs, Ht = student.hidden.shape[-1], teacher.hidden.shape[-1]
+    weight, bias = teacher.projector_weight, teacher.projector_bias
+    if weight is None:
+        if bias is not None:
+            raise ValueError(
+                "teacher: Projected.projector_bias is given without projector_weight; give both, or neither and "
+                "hidden states that already have the student's width"
+            )
+        if Ht != Hs:
+            raise ValueError(
+                f"teacher: Projected.hidden has width {Ht} and no projector_weight; without a projector it must have "
+                f"the student's width {Hs}. Pass projector_weight of shape ({Hs}, {Ht})"
+            )
+        return
+    _check_float_tensor("teacher: Projected.projector_weight", weight)
+    if tuple(weight.shape) != (Hs, Ht):
+        transposed = " Transpose it?" if tuple(weight.shape) == (Ht, Hs) else ""
+        raise ValueError(
+            f"teacher: Projected.projector_weight is {tuple(weight.shape)}; with student width Hs={Hs} and teacher "
+            f"width Ht={Ht} it must be (Hs, Ht) = ({Hs}, {Ht}), as nn.Linear({Ht}, {Hs}).weight is.{transposed}"
+        )
+    fields = ("projector_weight", "projector_bias")
+    _check_layout("teacher: Projected", teacher.hidden, weight, bias, *fields, "(Hs, Ht)", "Hs")
+    _refuse_grad("teacher: Projected.hidden", teacher.hidden, "a teacher under a projector gets no gradient")
+
+
+def _check_distribution(
+    name: str, source: Head | Logits | SparseLogits | None, student: Head, options: Options, vocabulary: Vocabulary
+) -> None:
+    """A teacher, or an anchor, that has a distribution of its own."""
+    sliced = vocabulary.group != ""
+    size = vocabulary.teacher if name == "teacher" else vocabulary.anchor
+    if isinstance(source, Head):
+        check_head(name, source, empty=sliced)
+        _check_same_rows(f"{name}: Head.hidden", source.hidden, student.hidden)
+        vocab = source.weight.shape[0] if size is None else size
+        _check_vocabularies(f"{name}: Head.weight", vocab, vocabulary, options)
+        for field, tensor in (("hidden", source.hidden), ("weight", source.weight), ("bias", source.bias)):
+            _refuse_grad(f"{name}: Head.{field}", tensor, "the teacher gets no gradient")
+    elif isinstance(source, Logits):
+        _check_float_tensor(f"{name}: Logits.logits", source.logits)
+        if source.logits.dim() == 0 or (source.logits.shape[-1] == 0 and not sliced):
+            raise ValueError(f"{name}: Logits.logits has shape {tuple(source.logits.shape)}; expected (*, V)")
+        _check_same_rows(f"{name}: Logits.logits", source.logits, student.hidden)
+        vocab = source.logits.shape[-1] if size is None else size
+        _check_vocabularies(f"{name}: Logits.logits", vocab, vocabulary, options)
+        _refuse_grad(f"{name}: Logits.logits", source.logits, "the teacher gets no gradient")
+    elif isinstance(source, SparseLogits):
+        _check_sparse(name, source, student, options, vocabulary)
+
+
+def _check_vocabularies(name: str, vocab: int, vocabulary: Vocabulary, options: Options) -> None:
+    own = vocabulary.size
+    if vocab == 0:
+        raise ValueError(f"{name} has no entries on any process of process_group; expected (*, V)")
+    if options.vocab == "truncate" or same_vocabulary(vocab, own, options.valid_vocab):
+        return
+    raise ValueError(
+        f"{name} has a vocabulary of {vocab} and the student's head {own}. If the larger one only adds padding rows, "
+        "pass valid_vocab=, the number of real tokens; if its first ids are the other's, pass vocab='truncate' to "
+        "compare those alone"
+    )
+
+
+def _check_sparse(name: str, source: SparseLogits, student: Head, options: Options, vocabulary: Vocabulary) -> None:
+    indices, log_probs, tail = source.indices, source.log_probs, source.tail
+    if not isinstance(tail, str) or tail not in ("renormalize", "bucket", "none"):
+        raise ValueError(
+            f"{name}: SparseLogits.tail={short(tail)} is unknown; expected 'renormalize', 'bucket' or 'none'"
+        )
+    if not isinstance(source.tempered, (bool, np.bool_)):
+        raise TypeError(f"{name}: SparseLogits.tempered is {kind(source.tempered)}; expected True or False")
+    if not isinstance(indices, Tensor):
+        raise TypeError(f"{name}: SparseLogits.indices is {kind(indices)}; expected an integer tensor (*, K)")
+    _check_dense(f"{name}: SparseLogits.indices", indices)
+    if indices.dtype not in INTEGERS:
+        raise TypeError(
+            f"{name}: SparseLogits.indices has dtype {indices.dtype}; expected integer token ids. Convert with .long()"
+        )
+    _check_float_tensor(f"{name}: SparseLogits.log_probs", log_probs)
+    if indices.shape != log_probs.shape or indices.dim() == 0 or not 1 <= indices.shape[-1] <= MOST_ENTRIES:
+        raise ValueError(
+            f"{name}: SparseLogits.indices is {tuple(indices.shape)} and .log_probs {tuple(log_probs.shape)}; expected "
+            f"(*, K) both, with K from 1 to {MOST_ENTRIES}"
+        )
+    _check_same_rows(f"{name}: SparseLogits.indices", indices, student.hidden)
+    _check_same_rows(f"{name}: SparseLogits.log_probs", log_probs, student.hidden)
+    _refuse_grad(f"{name}: SparseLogits.log_probs", log_probs, "the teacher gets no gradient")
+    if name == "teacher" and tail == "none" and not source.tempered:
+        tau = options.temperature
+        if isinstance(tau, Tensor):
+            tau = tau.item() if can_read(tau) and tau.dim() == 0 else 1.0
+        if isinstance(tau, Real) and tau != 1:
+            raise ValueError(
+                f"temperature={tau} with teacher: SparseLogits.tail='none'; weights taken as given say nothing about "
+                "another temperature. Pass temperature=1.0, or tempered=True for weights that are of this one, or "
+                "tail='renormalize' or 'bucket'"
+            )
+    if not (can_read(indices) and can_read(log_probs)):
+        return
+    V = vocabulary.size
+    indices = indices.long()  # V past a narrower type's range would be compared modulo that
+    strange = ((indices < 0) | (indices >= V)) & (log_probs > -math.inf)
+    if options.vocab != "truncate" and bool(strange.any()):
+        raise ValueError(
+            f"{name}: SparseLogits.indices contains {int(indices[strange].flatten()[0])}; expected ids from 0 to "
+            f"{V - 1} (an entry of log-probability −inf may hold any id), or vocab='truncate' to drop the others"
+        )
+    if bool(log_probs.isnan().any()) or bool((log_probs == math.inf).any()):
+        raise ValueError(f"{name}: SparseLogits.log_probs contains NaN or +inf; expected log-probabilities")
+    if tail != "renormalize" and bool((log_probs > LARGEST_LOG_PROB).any()):
+        raise ValueError(
+            f"{name}: SparseLogits.log_probs contains {float(log_probs.max())}, more than all of the probability; "
+            f"tail={tail!r} takes log-probabilities, not logits: apply log_softmax over the whole vocabulary first"
+        )
+
+
+def _check_divergence(teacher: Teacher | None, options: Options) -> None:
+    if not isinstance(teacher, SparseLogits) or teacher.tail == "bucket":
+        return
+    if options.divergence.name in ("reverse_kl", "symmetric_kl"):
+        raise ValueError(
+            f"divergence={options.divergence.name!r} with teacher: SparseLogits.tail={teacher.tail!r} is infinite: the "
+            "student has probability where the teacher has none. Pass tail='bucket', or a divergence that is finite "
+            "there: forward_kl, jsd, skew_kl, skew_reverse_kl, total_variation"
+        )
+
+
+def _check_layout(
+    name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, w: str, b: str, shape: str, rows: str,
+    empty: bool = False,
+) -> None:  # fmt: skip
+    """hidden (*, H) · weight (V, H)ᵀ + bias (V,): ranks, widths, devices and dtypes."""
+    if weight.dim() != 2 or (weight.shape[0] == 0 and not empty):
+        raise ValueError(f"{name}.{w} has shape {tuple(weight.shape)}; expected {shape}")
+    if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1] or hidden.shape[-1] == 0:
+        transposed = " Transpose the weight?" if hidden.dim() and hidden.shape[-1] == weight.shape[0] else ""
+        raise ValueError(
+            f"{name}.hidden is {tuple(hidden.shape)} and {name}.{w} is {tuple(weight.shape)}; expected (*, H) and "
+            f"{shape} with the same width.{transposed}"
+        )
+    tensors = [("hidden", hidden), (w, weight)]
+    if bias is not None:
+        _check_float_tensor(f"{name}.{b}", bias)
+        if tuple(bias.shape) != (weight.shape[0],):
+            raise ValueError(f"{name}.{b} is {tuple(bias.shape)}; expected ({rows},) = ({weight.shape[0]},)")
+        tensors.append((b, bias))
+    for field, tensor in tensors[1:]:
+        if tensor.device != hidden.device:
+            raise ValueError(
+                f"{name}.{field} is on {tensor.device} and {name}.hidden on {hidden.device}; move them to one device"
+            )
+        double = torch.float64 in (tensor.dtype, hidden.dtype)  # which autocast leaves alone
+        if tensor.dtype != hidden.dtype and (double or autocast.dtype_of(hidden.device) is None):
+            raise ValueError(
+                f"{name}.{field} is {tensor.dtype} and {name}.hidden {hidden.dtype}; within one head dtypes must "
+                "agree: convert one, or run under torch.autocast"
+            )
+
+
+def _check_same_rows(name: str, hidden: Tensor, student_hidden: Tensor) -> None:
+    if hidden.dim() == 0 or hidden.shape[:-1] != student_hidden.shape[:-1]:
+        raise ValueError(
+            f"{name} is {tuple(hidden.shape)} and student: Head.hidden {tuple(student_hidden.shape)}; the leading "
+            "shape must be the same, one row per token"
+        )
+    if hidden.device != student_hidden.device:
+        raise ValueError(
+            f"{name} is on {hidden.device} and student: Head.hidden on {student_hidden.device}; move them to one device"
+        )
+
+
+def _check_valid_vocab(vocabulary: Vocabulary, options: Options) -> None:
+    valid, V = options.valid_vocab, vocabulary.size
+    if valid is None:
+        return
+    if not isinstance(valid, Integral) or isinstance(valid, bool):
+        raise TypeError(f"valid_vocab is {kind(valid)}; expected an int or None")
+    if not 0 < valid <= V:
+        raise ValueError(f"valid_vocab={short(valid)}; expected 1 to the head's {V} rows")
+
+
+def _check_targets(name: str, targets: Tensor | None, student: Head, options: Options, vocabulary: Vocabulary) -> None:
+    if targets is None:
+        return
+    if not isinstance(targets, Tensor):
+        or_what = "None" if name == "labels" else "None, Head, Logits or SparseLogits"
+        raise TypeError(f"{name} is {kind(targets)}; expected an integer tensor, {or_what}")
+    _check_dense(name, targets)
+    if targets.dtype not in INTEGERS:
+        raise TypeError(f"{name} has dtype {targets.dtype}; expected integer token ids. Convert with .long()")
+    leading, device = student.hidden.shape[:-1], student.hidden.device
+    _check_shape_and_device(name, targets, leading, device)
+    if not can_read(targets):
+        return
+    valid = vocabulary.size if options.valid_vocab is None else options.valid_vocab
+    targets = targets.long()  # numbers past a narrower type's range would be compared modulo that
+    bad = ((targets < 0) | (targets >= valid)) & (targets != options.ignore_index)
+    if bool(bad.any()):
+        raise ValueError(
+            f"{name} contains {int(targets[bad].flatten()[0])}; expected ids from 0 to {valid - 1} or "
+            f"ignore_index={options.ignore_index}. Is it another tokenizer's, or a different ignore_index?"
+        )
+
+
+def _check_token_weights(name: str, weights: Tensor | None, leading: torch.Size, device: torch.device) -> None:
+    if weights is None:
+        return
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"{name} is {kind(weights)}; expected a tensor with one weight per token, or None")
+    _check_dense(name, weights)
+    if weights.dtype not in (*DTYPES, *INTEGERS, torch.bool):
+        raise TypeError(f"{name} has dtype {weights.dtype}; expected real weights, such as float32")
+    _check_shape_and_device(name, weights, leading, device)
+    _refuse_grad(name, weights, "weights get no gradient")
+    if can_read(weights) and not bool(((weights >= 0) & (weights < math.inf)).all()):
+        raise ValueError(f"{name} contains a negative, infinite or NaN weight; expected finite weights ≥ 0")
+
+
+def _check_number(name: str, value: Any, *, positive: bool = False) -> None:
+    """A finite number ≥ 0 (> 0 where `positive`), or a 0-d tensor holding one."""
+    expected = "a finite number > 0" if positive else "a finite number ≥ 0"
+    if isinstance(value, Tensor):
+        _check_dense(name, value)
+        if value.dim() != 0 or value.dtype not in (*DTYPES, *INTEGERS) or value.device.type == "meta":
+            raise ValueError(
+                f"{name} is a tensor of shape {tuple(value.shape)}, {value.dtype} on {value.device}; expected "
+                f"{expected} or a 0-d tensor"
+            )
+        _refuse_grad(name, value, f"{name} gets no gradient")
+        if not can_read(value):
+            return
+        value = value.item()
+    elif not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} is {kind(value)}; expected {expected} or a 0-d tensor")
+    if not _is_finite(value) or value < 0 or (value < SMALLEST and (positive or value != 0)):
+        raise ValueError(f"{name}={short(value)}; expected {expected}{_of_float32(value)}")
+
+
+def _check_terms(teacher: Teacher | None, labels: Tensor | None, options: Options) -> None:
+    """A term that was asked for must have something to be computed from."""
+    if labels is None and is_asked(options.ce_weight):
+        raise ValueError(f"ce_weight={options.ce_weight} without labels; pass labels, or ce_weight=0")
+    if teacher is None and labels is None:
+        raise ValueError("teacher=None and labels=None: nothing to compute; pass labels and ce_weight, or a teacher")
+    if is_asked(options.anchor_weight):
+        if not isinstance(teacher, Projected):
+            raise ValueError(
+                f"anchor_weight={options.anchor_weight} with teacher={kind(teacher)}; the anchor is the cross entropy "
+                "of a Projected teacher. Pass one, or anchor_weight=0"
+            )
+        if labels is None and options.anchor_targets is None:
+            raise ValueError(f"anchor_weight={options.anchor_weight} without anchor_targets or labels; pass one")
+
+
+def _check_float_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is {kind(value)}; expected a tensor")
+    if type(value).__name__ == "DTensor":
+        raise TypeError(
+            f"{name} is a DTensor; expected a plain tensor. An FSDP-sharded head must be unsharded first "
+            "(call the loss inside the module's forward, or use .full_tensor()); a vocabulary-parallel head needs "
+            "process_group=, the mesh it is sharded on"
+        )
+    _check_dense(name, value)
+    if value.dtype not in DTYPES:
+        raise TypeError(f"{name} has dtype {value.dtype}; expected float32, bfloat16, float16 or float64")
+
+
+def _check_dense(name: str, value: Tensor) -> None:
+    """None of the kinds of tensors that many operators do not know."""
+    if value.layout != torch.strided or value.is_nested or value.is_quantized:
+        what = "nested" if value.is_nested else "quantised" if value.is_quantized else str(value.layout)
+        raise TypeError(
+            f"{name} is a {what} tensor; expected a plain, dense one. Convert with .to_dense(), .dequantize() or "
+            "torch.nested.to_padded_tensor"
+        )
+
+
+def _check_shape_and_device(name: str, value: Tensor, leading: torch.Size, device: torch.device) -> None:
+    if value.shape != leading:
+        raise ValueError(
+            f"{name} is {tuple(value.shape)}; expected {tuple(leading)}, the leading shape of student: Head.hidden"
+        )
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device} and student: Head.hidden on {device}; move them to one device")
+
+
+def _refuse_grad(name: str, tensor: Tensor | None, why: str) -> None:
+    if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} requires grad, but {why}; pass it detached (.detach())")
+
+
+def can_read(tensor: Tensor) -> bool:
+    """Whether looking at values is free, or was asked for."""
+    if torch.compiler.is_compiling() or type(tensor).__name__ == "FakeTensor":  # which has no values
+        return False
+    return tensor.device.type == "cpu" or (os.environ.get("KDFAST_CHECK") == "1" and tensor.device.type != "meta")
+
+
+def _is_finite(value: Any) -> bool:
+    """In float32, which the loss is made of. Comparisons a compiled graph can make of a number that changes."""
+    if isinstance(value, np.floating):  # a float16 would be compared as one, where LARGEST is infinite
+        value = float(value)
+    return -LARGEST <= value <= LARGEST
+
+
+def _of_float32(value: Any) -> str:
+    """What is wrong with a number that looks like one."""
+    small, large = 0 < value < SMALLEST, LARGEST < abs(value) < math.inf
+    return " in float32, which the loss is made of" if small or large else ""
+
+
+def short(value: object) -> str:
+    """For an error: at most a line."""
+    if isinstance(value, int) and abs(value) >= 10**30:  # Python prints no more than some thousand digits
+        return f"an int of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def kind(value: object) -> str:
+    return "None" if value is None else type(value).__name__

@@ -1,0 +1,245 @@
+"""`fused_kd_loss` and `FusedKDLoss`: the public loss.
+
+Flow: arguments → `validation.check` → `assemble` (one Problem) → an engine → loss and KDMetrics.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor, nn
+
+from kdfast import engines
+from kdfast.divergences import Divergence, get_divergence
+from kdfast.frontend.agreement import together
+from kdfast.frontend.build import assemble
+from kdfast.frontend.checks import check, check_kinds
+from kdfast.frontend.vocab_parallel import localise
+from kdfast.inputs import Head, Logits, SparseLogits, Teacher
+from kdfast.ops import sparse
+from kdfast.ops.problem import AGREEMENT, ANCHOR, CE, KD, STUDENT_ENTROPY, TEACHER_ENTROPY, Problem
+from kdfast.options import LossKeywords, Options
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # in typing since Python 3.11
+
+
+class KDMetrics(NamedTuple):
+    """Detached fp32 0-d tensors. Means over rows with the weights of their own term (entropies and agreement: the
+    KD term's, or the cross entropy's without a teacher); NaN where there is nothing to compute one from."""
+
+    kd: Tensor  # divergence, without τ² and kd_weight, in nats
+    ce: Tensor  # student's cross entropy at τ = 1, nats
+    anchor: Tensor  # projected teacher's cross entropy at τ = 1, nats
+    student_entropy: Tensor  # τ = 1, nats
+    teacher_entropy: Tensor  # τ = 1, nats
+    agreement: Tensor  # fraction of rows whose argmax is the same
+    tokens: Tensor  # rows that count (weight not zero)
+
+
+@overload
+def fused_kd_loss(
+    student: Head,
+    teacher: Teacher | None,
+    labels: Tensor | None = None,
+    *,
+    return_metrics: Literal[False] = False,
+    **keywords: Unpack[LossKeywords],
+) -> Tensor: ...
+@overload
+def fused_kd_loss(
+    student: Head,
+    teacher: Teacher | None,
+    labels: Tensor | None = None,
+    *,
+    return_metrics: Literal[True],
+    **keywords: Unpack[LossKeywords],
+) -> tuple[Tensor, KDMetrics]: ...
+def fused_kd_loss(
+    student: Head,
+    teacher: Teacher | None,
+    labels: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 2.0,
+    divergence: str | Divergence = "forward_kl",
+    kd_weight: float | Tensor = 1.0,
+    ce_weight: float | Tensor = 0.0,
+    anchor_weight: float | Tensor = 0.0,
+    anchor_targets: Tensor | Head | Logits | SparseLogits | None = None,
+    teacher_grad: Literal["full", "projector", "none"] = "full",
+    token_weights: Tensor | None = None,
+    kd_token_weights: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    num_items_in_batch: int | Tensor | None = None,
+    temperature_squared: bool = True,
+    valid_vocab: int | None = None,
+    vocab: Literal["error", "truncate"] = "error",
+    process_group: Any = None,
+    vocab_start: int | None = None,
+    engine: str = "auto",
+    scratch_bytes: int | None = None,
+    return_metrics: bool = False,
+) -> Tensor | tuple[Tensor, KDMetrics]:
+    r"""Distillation loss over a large vocabulary; neither logits nor their gradients ever exist whole.
+
+    `kd_weight·τ²·D(teacher, student) + ce_weight·CE(student, labels) + anchor_weight·CE(projected teacher)`.
+    Forward KL is KL(teacher‖student). τ² *is* applied (`temperature_squared`). Labels are *not* shifted: the caller
+    aligns them. The mean divides each term by the sum of its own weights, so ignored rows are not in the divisor.
+    For a `Projected` teacher with `teacher_grad="full"` the gradient also reaches W through the teacher's logits.
+
+    In plain torch, for `Projected(hidden_t, P, p)` and the defaults (on rows whose label is not ignored):
+
+        z_s, z_t = F.linear(hidden_s, W, b), F.linear(F.linear(hidden_t, P, p), W, b)
+        loss = τ**2 * F.kl_div((z_s/τ).log_softmax(-1), (z_t/τ).log_softmax(-1), reduction="batchmean", log_target=True)
+
+    Args:
+        student: `Head` with hidden (*, Hs), weight (V, Hs), bias (V,) or None, logit_scale and softcap.
+        teacher: `Projected` (through the student's own head), `Head` (the teacher's own), `Logits` (dense, given),
+            `SparseLogits` (K log-probabilities a token), or None (no KD term).
+        labels: (*,) integer ids, or None. Rows equal to `ignore_index` count for nothing.
+        temperature: τ > 0, number or 0-d tensor, on both sides of the KD term; CE and anchor are at τ = 1.
+        divergence: "forward_kl", "reverse_kl", "symmetric_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation"
+            or an instance, e.g. `JSD(beta=0.1)`. Which to choose when: docs/divergences.md.
+        kd_weight, ce_weight, anchor_weight: ≥ 0, number or 0-d tensor.
+        anchor_targets: what the projected teacher is anchored to: (*,) ids, None = `labels`, or a distribution, the
+            true teacher's `Head`, `Logits` or `SparseLogits` (one pass over the vocabulary more), on every row that
+            has a label. The anchor's gradient never reaches W.
+        teacher_grad: Projected only, where the KD term's gradient goes on the teacher's side: "full" (plain
+            autograd), "projector" (not to W), "none".
+        token_weights: (*,) ≥ 0, multiplies every term of a row.
+        kd_token_weights: (*,) ≥ 0; given, the KD term uses these alone, without token_weights or the label mask.
+        reduction: "mean", "sum", or "none" for (*,) weighted rows.
+        num_items_in_batch: with "mean", the divisor of every term (gradient accumulation, data parallel).
+        valid_vocab: ids ≥ this are padding rows of the embedding: probability 0, no gradient.
+        vocab: teacher's and student's vocabulary differ in size: "error", or "truncate": both sides of the KD term end
+            at the shared first ids, CE keeps the student's whole vocabulary, and a sparse teacher's other ids are
+            dropped. (With `valid_vocab` within both there is no difference: only their padding differs.)
+        process_group, vocab_start: vocabulary-parallel. `weight` (and bias) are this process's contiguous slice of the
+            head, of any size, starting at id `vocab_start`; or DTensors sharded on dim 0 of the 1-D DeviceMesh (or its
+            group) that is passed. Every process of the group calls with the same rows and options and gets the same
+            loss and metrics, the gradient of its slice, and complete gradients of hidden states and projector: they
+            are not to be summed over the group again. A `Projected` teacher shares the slices; a `Head` or `Logits`
+            are cut at the same ids, or whole on every process; ids (labels, sparse entries) are those of the whole
+            vocabulary. A DTensor without process_group, such as an FSDP-sharded head, is an error.
+            Collectives: of k chunks of tokens k gathers of 60 bytes a token and process (in fp32; 76 to 100 with the
+            Triton engines; and 4·K of a sparse teacher), 2k for a divergence that is no forward or reverse KL, and k
+            sums, each row of dX (and of the teacher's) once; they overlap with the other chunks' products.
+            "triton_tiled": 1 (or 2) gathers and 1 sum, and 1 more for a sparse teacher, not overlapped. On a CPU one
+            more that compares the calls; on a GPU once for each set of slices. docs/distributed.md, docs/scaling.md.
+        engine: "auto", "reference" (eager, whole logits), "torch" (chunks of tokens, any device), "triton_chunked" (a
+            GPU; fewest operations) or "triton_tiled" (a GPU; least memory). An explicit choice never falls back.
+        scratch_bytes: memory for one chunk's logits and their gradients, or one slab's gradients; None =
+            KDFAST_SCRATCH_BYTES or the default, 128 MiB on a CPU and for "triton_tiled", else
+            max(512 MiB, 1024 tokens).
+        return_metrics: also return `KDMetrics`.
+
+    Returns:
+        The loss, fp32 (float64 for float64 inputs), 0-d or (*,) for reduction="none"; with `return_metrics` a pair.
+        All rows ignored, or no rows: 0, with zero gradients.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong; the message names it. Values of tensors (label range, negative
+            or NaN weights) are checked on the CPU; on a GPU a bad row becomes NaN, and KDFAST_CHECK=1 raises.
+        RuntimeError: second derivatives on a fused engine (use engine="reference").
+
+    torch.compile: one graph, whatever values the tensors have, 0-d ones among the options too. A number that changes
+    compiles once more, for all its later values.
+    CUDA graphs: run once before the capture (kernels are compiled then). Nothing waits for the host; numbers are
+    captured as they are, so what changes between replays must be a CUDA tensor written in place, and a 0-d CPU tensor,
+    which would be copied from pageable memory, is no option there. KDFAST_CHECK=1 cannot be captured.
+
+    Source: Hinton et al. 2015, arXiv:1503.02531, for τ²; the divergences name theirs.
+    """
+    options = Options(
+        temperature=temperature,
+        divergence=get_divergence(divergence),
+        kd_weight=kd_weight,
+        ce_weight=ce_weight,
+        anchor_weight=anchor_weight,
+        anchor_targets=anchor_targets,
+        teacher_grad=teacher_grad,
+        token_weights=token_weights,
+        kd_token_weights=kd_token_weights,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        num_items_in_batch=num_items_in_batch,
+        temperature_squared=temperature_squared,
+        valid_vocab=valid_vocab,
+        vocab=vocab,
+        process_group=process_group,
+        vocab_start=vocab_start,
+        engine=engine,
+        scratch_bytes=scratch_bytes,
+        return_metrics=return_metrics,
+    )
+    check_kinds(student, teacher)
+    student, teacher, labels, options, vocabulary = localise(student, teacher, labels, options)
+    with together(vocabulary, student.hidden):
+        check(student, teacher, labels, options, vocabulary)
+    assembled = assemble(student, teacher, labels, options, vocabulary)
+    loss, stats = engines.run(assembled.problem)
+    if assembled.anchor is not None:
+        anchor_loss, anchor = _soft_anchor(assembled.anchor)
+        loss = loss + anchor_loss
+        stats = torch.cat([stats[:ANCHOR], anchor[None], stats[ANCHOR + 1 :]])
+    if options.reduction == "none":
+        loss = loss.reshape(student.hidden.shape[:-1])
+    if not return_metrics:
+        return loss
+    return loss, _metrics(assembled.problem, stats, assembled.weights)
+
+
+class FusedKDLoss(nn.Module):
+    """`fused_kd_loss` as a module: options at construction, tensors at the call.
+
+        criterion = FusedKDLoss(temperature=2.0, ce_weight=1.0)
+        loss = criterion(Head(h_s, W), Projected(h_t, P), labels)
+
+    Any option can also be given at the call, where it wins: schedules and per-batch tensors
+    (`kd_weight`, `token_weights`, `num_items_in_batch`, …) belong there. Raises TypeError for an unknown option.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        unknown = sorted(set(options) - set(Options.names()))
+        if unknown:
+            raise TypeError(f"FusedKDLoss: unknown option {unknown[0]!r}; expected one of {', '.join(Options.names())}")
+        get_divergence(options.get("divergence", "forward_kl"))
+        self.options = options
+
+    def forward(
+        self, student: Head, teacher: Teacher | None, labels: Tensor | None = None, **options: Any
+    ) -> Tensor | tuple[Tensor, KDMetrics]:
+        return fused_kd_loss(student, teacher, labels, **{**self.options, **options})
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+def _soft_anchor(x: Problem) -> tuple[Tensor, Tensor]:
+    """(loss () or (N,), cross entropy (N,)): the targets' entropy is added to their KL, which has the gradient."""
+    loss, stats = engines.run(x)
+    entropy = sparse.entropy(x) if x.sparse else stats[TEACHER_ENTROPY]
+    constant = torch.where(x.coefficients[KD] == 0, 0.0, x.coefficients[KD] * entropy)
+    return loss + (constant if x.per_row else constant.sum()), stats[KD] + entropy
+
+
+def _metrics(problem: Problem, stats: Tensor, weights: Tensor) -> KDMetrics:
+    """Weighted means of `stats` (6, N) by `weights` (3, N), whose rows are zero for terms that do not exist."""
+    main = KD if problem.has_teacher else CE
+
+    def mean(row: int, weight_row: int) -> Tensor:
+        w = weights[weight_row]
+        return (torch.where(w == 0, 0.0, w * stats[row]).sum() / w.sum()).float()  # 0/0 is the NaN we promise
+
+    return KDMetrics(
+        kd=mean(KD, KD),
+        ce=mean(CE, CE),
+        anchor=mean(ANCHOR, ANCHOR),
+        student_entropy=mean(STUDENT_ENTROPY, main),
+        teacher_entropy=mean(TEACHER_ENTROPY, KD) * (float("nan") if problem.sparse else 1.0),
+        agreement=mean(AGREEMENT, KD),
+        tokens=(weights[main] != 0).sum().float(),
+    )

@@ -1,0 +1,155 @@
+"""`compress_head`: the teacher's head as two thin factors, a cheaper true teacher.
+
+    compressed = compress_head(Head(hidden, W), max_kl=0.05)       # (V, Ht) → (V, r) and (r, Ht), fixed
+    loss = fused_kd_loss(Head(h_s, W_s), compressed(h_t), labels)
+
+A step then multiplies 2·N·V·r for the teacher in place of 2·N·V·Ht, and V·r numbers stay in memory in place of V·Ht:
+the full head is no longer needed. What is lost is measured, on hidden states that the factors were not made from, and
+not trained: unlike a projector through the student's moving embedding, this teacher stays what it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdfast.closed_form import Factors, Start
+from kdfast.inputs import Head
+from kdfast.loss import fused_kd_loss
+
+HELD_OUT = 8  # every eighth hidden state measures, the others make the factors
+STEP = 16  # ranks that a search looks at are multiples of it: what matrix units multiply at full speed
+
+
+class FidelityNotReached(ValueError):
+    """No rank comes as near to the whole head as was asked for."""
+
+
+class HeadFidelity(NamedTuple):
+    """How well a head at `rank` stands for the whole one, on hidden states held out; means over them, at τ = 1."""
+
+    rank: int
+    kl: float  # KL(whole ‖ compressed), nats
+    agreement: float  # fraction with the same most likely id
+
+
+class CompressedHead(nn.Module):
+    """What `compress_head` gives: a frozen module, called with hidden states (*, Ht), returning a `Head` of width r.
+
+    Not to be made by hand: `start` is what the cut was solved to, `whole` the head that was cut.
+
+    Attributes:
+        weight: (V, r), buffer, the whole head's dtype.
+        projector: (r, Ht), buffer; bias (r,) or None.
+        fidelity: `HeadFidelity` of this rank. tried: those of all ranks measured, by rank.
+    """
+
+    weight: Tensor
+    projector: Tensor
+    bias: Tensor | None
+
+    def __init__(self, start: Start, whole: Head) -> None:
+        super().__init__()
+        dtype = whole.weight.dtype
+        bias = start.projection.bias
+        self.register_buffer("weight", start.embedding.to(dtype))
+        self.register_buffer("projector", start.projection.weight.to(dtype))
+        self.register_buffer("bias", None if bias is None else bias.to(dtype))
+        self.logit_scale, self.softcap = whole.logit_scale, whole.softcap
+        self.fidelity: HeadFidelity | None = None
+        self.tried: tuple[HeadFidelity, ...] = ()
+
+    @property
+    def rank(self) -> int:
+        return self.weight.shape[1]
+
+    def forward(self, hidden: Tensor) -> Head:
+        """(*, Ht) → `Head` over (*, r), for `fused_kd_loss`."""
+        projected = F.linear(hidden.to(self.projector.dtype), self.projector, self.bias)
+        return Head(projected, self.weight, logit_scale=self.logit_scale, softcap=self.softcap)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, from width {self.projector.shape[1]}, {self.fidelity}"
+
+
+@torch.no_grad()
+def compress_head(
+    teacher: Head,
+    rank: int | None = None,
+    *,
+    max_kl: float | None = None,
+    vocab_weights: Tensor | None = None,
+    valid_vocab: int | None = None,
+    engine: str = "auto",
+) -> CompressedHead:
+    """The teacher's head at a given rank, or at the smallest whose measured KL is at most `max_kl`.
+
+    Args:
+        teacher: its head over hidden states (*, Ht) of some text the student will see: some 4·Ht rows or more. Every
+            eighth is held out to measure on.
+        rank: r, at most Ht (more is the same); at r = Ht the logits are the head's up to rounding and a constant a row.
+        max_kl: in nats, instead of `rank`; searched by halving, over multiples of 16.
+        vocab_weights, valid_vocab: as in `kdfast.closed_form.Factors`.
+        engine: of the measuring, as in `fused_kd_loss`.
+
+    Raises:
+        ValueError: both or neither of rank and max_kl, a rank below 1, or too few rows.
+        FidelityNotReached, a ValueError: not even the full rank reaches `max_kl` in the head's dtype; the message has
+            the KL it does reach.
+    """
+    if (rank is None) == (max_kl is None):
+        raise ValueError(f"rank={rank} and max_kl={max_kl}; expected exactly one of the two")
+    if rank is not None and rank < 1:
+        raise ValueError(f"rank={rank!r}; expected an int ≥ 1, at most the head's width")
+    hidden = teacher.hidden.reshape(-1, teacher.hidden.shape[-1])
+    if len(hidden) < HELD_OUT:
+        raise ValueError(f"teacher.hidden has {len(hidden)} rows; expected at least {HELD_OUT}, better 4·Ht")
+    held_out = held_out_rows(hidden)
+    whole = replace(teacher, hidden=hidden[held_out])
+    factors = Factors(replace(teacher, hidden=hidden[~held_out]), vocab_weights=vocab_weights, valid_vocab=valid_vocab)
+    tried: dict[int, HeadFidelity] = {}
+
+    def at(rank: int) -> CompressedHead:
+        compressed = CompressedHead(factors.cut(rank), teacher)
+        measured = kl_and_agreement(compressed(whole.hidden), whole, valid_vocab=valid_vocab, engine=engine)
+        compressed.fidelity = tried[rank] = HeadFidelity(compressed.rank, *measured)
+        return compressed
+
+    full = len(factors.singular_values)
+    if rank is not None:
+        found = at(min(rank, full))
+    else:
+        assert max_kl is not None
+        found = at(full)
+        if not tried[full].kl <= max_kl:
+            raise FidelityNotReached(
+                f"max_kl={max_kl}; at its full rank {full} the head in {teacher.weight.dtype} still has a KL of "
+                f"{tried[full].kl:.3g}. Ask for more, or give the head in a wider dtype"
+            )
+        ranks = list(range(STEP, full, STEP))
+        while ranks:
+            middle = len(ranks) // 2
+            candidate = at(ranks[middle])
+            if tried[candidate.rank].kl <= max_kl:
+                found, ranks = candidate, ranks[:middle]
+            else:
+                ranks = ranks[middle + 1 :]
+    found.tried = tuple(tried[rank] for rank in sorted(tried))
+    return found
+
+
+def held_out_rows(hidden: Tensor) -> Tensor:
+    """(n,) bool of hidden states (n, H): those that measure."""
+    return torch.arange(len(hidden), device=hidden.device) % HELD_OUT == 0
+
+
+def kl_and_agreement(stand_in: Head, whole: Head, **options: Any) -> tuple[float, float]:
+    """KL(whole ‖ stand-in) in nats, and the fraction with the same most likely id: means over the rows, at τ = 1.
+    options: engine, scratch_bytes, valid_vocab."""
+    result = fused_kd_loss(stand_in, whole, temperature=1.0, return_metrics=True, **options)
+    assert isinstance(result, tuple)
+    return result[0].item(), result[1].agreement.item()

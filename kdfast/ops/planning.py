@@ -1,0 +1,143 @@
+"""What every engine that takes its own gradients decides first: which, at what scale, in how much memory."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdfast.ops import matmul
+from kdfast.ops.problem import Problem
+
+
+class Wanted(NamedTuple):
+    """Which gradients of the logits are wanted."""
+
+    student: bool  # dL/dz_s
+    teacher: bool  # the KD term's dL/dz_t
+    anchor: bool  # the anchor's dL/dz_t
+    teacher_to_weight: bool  # the KD term's dL/dz_t reaches W and the bias, and the anchor's must not
+
+    @property
+    def anchor_apart(self) -> bool:
+        """The anchor's gradient waits in a plane of its own until dW has been taken."""
+        return self.anchor and self.teacher_to_weight
+
+
+def wanted(x: Problem) -> Wanted:
+    needs_head = x.need_weight or x.need_bias
+    full = x.projected and x.teacher_grad == "full"
+    to_teacher = x.projected and x.teacher_grad != "none" and x.need_teacher_hidden
+    return Wanted(
+        student=x.need_hidden or needs_head,
+        teacher=to_teacher or (full and needs_head),
+        anchor=x.anchor_term and x.need_teacher_hidden,
+        teacher_to_weight=full and needs_head,
+    )
+
+
+def mixes(x: Problem) -> bool:
+    """Teacher rows are made orthogonal to student rows before both are rounded (`torch_rows._decorrelate`)."""
+    narrow = matmul.gradient_dtype(x.weight.dtype, x.weight.device) != x.dtype
+    full = x.projected and x.teacher_grad == "full"
+    return narrow and full and x.need_weight and (x.need_hidden or not x.need_teacher_hidden)
+
+
+CPU_SCRATCH = 128 << 20  # 316 tokens at V=50257: past that the products gain nothing
+DEVICE_SCRATCH = 512 << 20
+SLAB_SCRATCH = 128 << 20  # with dX and dW 4% of what eager takes at V=50257, Hs=768
+DEVICE_TOKENS = 1024  # fewer rows than this starve a GPU's matrix units
+ALIGNMENT = 128  # elements a row of scratch is padded to, so that products see an aligned leading dimension
+
+
+def on_cpu(device: torch.device, engine: str) -> bool:
+    """The `torch` engine on a CPU, where looking at a mask is free, and a few rows at a time stay in the cache."""
+    return device.type == "cpu" and engine in ("auto", "torch")
+
+
+def row_stride(vocab: int, device: torch.device, engine: str = "auto") -> int:
+    """Elements from one row of logits to the next. A CPU's are packed."""
+    if on_cpu(device, engine):
+        return vocab
+    return -(-vocab // ALIGNMENT) * ALIGNMENT
+
+
+def bytes_per_token(
+    device: torch.device,
+    dtype: torch.dtype,
+    vocab: int,
+    *,
+    sides: int,
+    gradients: bool = True,
+    anchor_apart: bool = False,
+    engine: str = "auto",
+    buffers: int = 1,
+) -> int:
+    """Scratch one token takes in a chunk: fp32 (fp64) logits of 1 or 2 sides, and gradients of them where those have
+    another dtype. dtype: the head's; buffers: chunks whose logits are there at a time."""
+    logits = torch.float64 if dtype == torch.float64 else torch.float32
+    narrow = matmul.gradient_dtype(dtype, device)
+    size = buffers * sides * logits.itemsize
+    if gradients and narrow != logits:
+        size += sides * narrow.itemsize
+    if anchor_apart:
+        size += narrow.itemsize
+    return size * row_stride(vocab, device, engine)
+
+
+def chunk_tokens(tokens: int, per_token: int, device: torch.device, scratch_bytes: int = 0) -> int:
+    """Tokens of a chunk: as many as the budget holds, in chunks of equal size."""
+    default = CPU_SCRATCH if device.type == "cpu" else max(DEVICE_SCRATCH, DEVICE_TOKENS * per_token)
+    most = min(max(1, scratch_budget(scratch_bytes, default) // per_token), max(1, tokens))
+    return -(-tokens // -(-tokens // most)) if tokens else 1
+
+
+def slab_width(vocab: int, bytes_per_entry: int, tile: int, scratch_bytes: int = 0) -> int:
+    """Entries of the vocabulary `triton_tiled` takes at a time: whole tiles, in slabs of about equal width.
+    bytes_per_entry: of all tokens' gradients of one logit, and of its row of dW."""
+    tiles = -(-vocab // tile)
+    slabs = -(-tiles // max(1, scratch_budget(scratch_bytes, SLAB_SCRATCH) // (bytes_per_entry * tile)))
+    return -(-tiles // slabs) * tile
+
+
+FLOAT16_HEADROOM = 1024.0
+
+
+def gradient_scale(x: Problem) -> Tensor:
+    """(): what gradients of the logits are divided by, a power of two; 1 where nothing can underflow.
+
+    For 16-bit inputs the power of two at or below the largest coefficient, so that 1/N comes last. float16 holds
+    nothing below 6e-8, and q − p is smaller than that for most of a large vocabulary: there gradients, of the order
+    of 1 at most, are made 1024 times larger still (and saturate at 65504 rather than becoming infinite)."""
+    one = torch.ones((), device=x.coefficients.device, dtype=x.dtype)
+    if x.weight.dtype == x.dtype or x.coefficients.numel() == 0:
+        return one
+    largest = x.coefficients.abs().max()
+    usable = (largest > 0) & largest.isfinite()
+    scale = torch.ldexp(one, torch.frexp(torch.where(usable, largest, one)).exponent - 1)
+    return scale / FLOAT16_HEADROOM if x.weight.dtype == torch.float16 else scale
+
+
+def scratch_budget(scratch_bytes: int, default: int) -> int:
+    """Bytes: the argument where it is not 0, else KDFAST_SCRATCH_BYTES, else the engine's default."""
+    if scratch_bytes:
+        return scratch_bytes
+    setting = os.environ.get("KDFAST_SCRATCH_BYTES")
+    if setting is None:
+        return default
+    if not setting.isdecimal() or int(setting) == 0:
+        raise ValueError(f"KDFAST_SCRATCH_BYTES={setting!r}; expected a positive number of bytes, such as 268435456")
+    return int(setting)
+
+
+def active_rows(hidden: Tensor, active: Tensor) -> Tensor:
+    """Inactive rows as zeros: whatever they hold, NaN included, must not reach a sum."""
+    return hidden.masked_fill(~active[:, None], 0)
+
+
+def total(x: Problem, stats: Tensor) -> Tensor:
+    """The loss, (N,) or (), from the terms' values in stats (6, N)."""
+    terms = torch.where(x.coefficients == 0, 0.0, x.coefficients * stats[: x.coefficients.shape[0]])
+    return terms.sum(dim=0) if x.per_row else terms.sum()

@@ -1,0 +1,191 @@
+r"""A teacher given as K log-probabilities a token: the arithmetic over its entries, the same for every engine.
+
+The support of a row is its K ids. Every divergence is homogeneous of degree one in (p, q), so an id without teacher
+mass contributes f(0, q) = q·f(0, 1): over everything outside the support that is f(0, 1)·(1 − Σ_support q), and the
+gradient towards its logits is one number a row times the student's softmax. An engine therefore passes over the
+student's logits as it does for a cross entropy, and all that knows of the teacher is (rows, K) in size:
+
+    tail="renormalize"  p = softmax(log_probs/τ) over the support
+    tail="none"         p = exp(log_probs), whatever they sum to, at τ = 1
+    tail="bucket"       K + 1 categories on both sides at τ = 1, the last one all the missing mass; both are then taken
+                        to the power 1/τ and normalised. At any τ it is zero exactly where the two agree at τ = 1.
+
+With `tempered` the log-probabilities are at τ already: those of a support are normalised as they are, and the K + 1
+categories are the masses at τ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import lru_cache
+from math import inf
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdfast.divergences import Divergence, log_ratio
+from kdfast.ops.problem import KD, Problem
+
+
+class Support(NamedTuple):
+    """What (rows, K) arithmetic finds: the divergence, and its gradient towards the student's logits."""
+
+    value: Tensor  # (r,)
+    inside: Tensor  # (r, K) at the support's ids
+    outside: Tensor  # (r,): of any other id it is outside · exp(z/τ' − its log-sum-exp); for a bucket, over the rest
+
+
+def prepare(indices: Tensor, log_probs: Tensor, vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(ids (N, K) ascending in each row, log-probabilities (N, K)) of raw entries; ids from `vocab` on are left out.
+
+    Entries of the same id add up, and each of them then holds the sum, so that writing to their id twice writes the
+    same; `counted` says which one counts. An entry of log-probability −inf is as good as none.
+    """
+    indices = indices.long()  # a vocabulary past a narrower type's range would be compared modulo that
+    known = (indices >= 0) & (indices < vocab)
+    log_probs = torch.where(known, log_probs.to(dtype), -inf)
+    # contiguous, whatever the caller's strides: kernels read them row by row
+    indices, order = torch.where(known, indices, 0).contiguous().sort(dim=-1, stable=True)
+    log_probs = log_probs.gather(-1, order)
+    first = counted(indices)
+    readable = indices.device.type == "cpu" and type(indices) is Tensor and not torch.compiler.is_compiling()
+    if readable and bool(first.all()):
+        return indices, log_probs
+    K, reach = indices.shape[-1], 1
+    while reach < K:  # sums towards the first of each run, over windows of 1, 2, 4, … entries
+        same = indices[..., :-reach] == indices[..., reach:]
+        more = torch.where(same, log_probs[..., reach:], -inf)
+        log_probs = torch.cat([torch.logaddexp(log_probs[..., :-reach], more), log_probs[..., -reach:]], dim=-1)
+        reach *= 2
+    position = torch.where(first, torch.arange(K, device=indices.device), 0).cummax(dim=-1).values
+    return indices, log_probs.gather(-1, position)
+
+
+def counted(indices: Tensor) -> Tensor:
+    """(N, K) bool: the first of each run of equal ids, of ids that ascend."""
+    first = torch.ones_like(indices, dtype=torch.bool)
+    first[..., 1:] = indices[..., 1:] != indices[..., :-1]
+    return first
+
+
+def temperature(x: Problem) -> Tensor:
+    """τ' (): of the student's softmax over the vocabulary. A bucket's masses are those at τ = 1, where not tempered."""
+    return torch.ones_like(x.temperature) if x.teacher_tail == "bucket" and not x.teacher_tempered else x.temperature
+
+
+def excluded(x: Problem) -> Tensor | None:
+    """(N, K) bool: entries whose ids are not in the bucket; None where the tail is no bucket."""
+    assert x.teacher_log_probs is not None
+    return x.teacher_log_probs > -inf if x.teacher_tail == "bucket" else None
+
+
+def missing(x: Problem, log_probs: Tensor, indices: Tensor) -> Tensor:
+    """(r,): log of the mass that the entries do not hold; −inf where they are the whole vocabulary."""
+    within = counted(indices) & (log_probs > -inf)
+    mass = torch.where(within, log_probs, -inf).double().exp().sum(dim=-1)
+    rest = (1 - mass).clamp_min(0).log().to(log_probs.dtype)
+    return rest.masked_fill(within.sum(dim=-1) == x.kd_size, -inf)
+
+
+def entropy(x: Problem) -> Tensor:
+    """(N,): −Σ p·log p of the teacher, of its categories at τ = 1."""
+    assert x.teacher_log_probs is not None
+    assert x.teacher_indices is not None
+    log_p = torch.where(counted(x.teacher_indices), x.teacher_log_probs, -inf)
+    if x.teacher_tail == "bucket":
+        log_p = torch.cat([log_p, missing(x, x.teacher_log_probs, x.teacher_indices)[:, None]], dim=-1)
+    if x.teacher_tail != "none":
+        log_p = log_p.log_softmax(dim=-1)
+    return -torch.special.xlogy(log_p.exp(), log_p.exp()).sum(dim=-1)
+
+
+def best(x: Problem) -> Tensor:
+    """(N,): the teacher's most probable id."""
+    assert x.teacher_log_probs is not None
+    assert x.teacher_indices is not None
+    return x.teacher_indices.gather(-1, x.teacher_log_probs.argmax(dim=-1, keepdim=True)).squeeze(-1)
+
+
+def solve(x: Problem, rows: slice, z: Tensor, norm: Tensor, rest: Tensor | None, coefficient: Tensor) -> Support:
+    """Divergence and gradients of `x`'s rows `rows`.
+
+    z (r, K): the student's logits at the support, less any number a row; norm (r,): log Σ_V exp(z/τ'), of logits less
+    the same number; rest (r,): likewise over what is in the bucket; τ' is `temperature(x)`; coefficient (r,).
+    """
+    assert x.teacher_log_probs is not None
+    assert x.teacher_indices is not None
+    log_p, indices = x.teacher_log_probs[rows], x.teacher_indices[rows]
+    if rest is not None:
+        return _bucket(x, log_p, indices, z, norm, rest, coefficient)
+    divergence, first = x.divergence, counted(indices)
+    log_q = z / x.temperature - norm[:, None]
+    if x.teacher_tail == "renormalize":
+        log_p = log_p if x.teacher_tempered else log_p / x.temperature
+        log_p = log_p - torch.where(first, log_p, -inf).logsumexp(dim=-1, keepdim=True)
+    p, q, g = log_p.exp(), log_q.exp(), log_ratio(log_p, log_q)
+    f, _, a_q = divergence.terms(p, q, g)
+    q_inside = torch.where(first, q, 0).sum(dim=-1)
+    q_outside = (1 - q_inside).clamp_min(0)
+    nothing, added = _without_teacher(divergence)
+    value = torch.where(first, f, 0).sum(dim=-1) + nothing * q_outside
+    if x.teacher_tail == "none":  # Σ (q − p) is nothing only where p sums to one
+        value = value - added * (1 - torch.where(first, p, 0).sum(dim=-1))
+    total = torch.where(first, a_q, 0).sum(dim=-1) + nothing * q_outside
+    if divergence.centred_q and x.teacher_tail == "renormalize":
+        total = torch.zeros_like(total)
+    factor = coefficient / x.temperature
+    inside = factor[:, None] * (a_q - q * total[:, None])
+    return _masked(Support(value, inside, factor * (nothing - total)), coefficient)
+
+
+def between_passes(x: Problem, rows: slice, z: Tensor, constants: Iterable[Tensor], scale: Tensor) -> Support:
+    """`solve` over `scale`, where maxima and log-sum-exps are at hand: m_s, log_s of the student and m_t, log_t of the
+    bucket, (r,) each, of (z − m)/τ'. z (r, K): the student's logits at the support."""
+    m_s, log_s, m_t, log_t = constants
+    rest = (m_t - m_s) / temperature(x) + log_t if x.teacher_tail == "bucket" else None
+    return solve(x, rows, z - m_s[:, None], log_s, rest, x.coefficients[KD, rows] / scale)
+
+
+def _bucket(
+    x: Problem, log_p: Tensor, indices: Tensor, z: Tensor, norm: Tensor, rest: Tensor, coefficient: Tensor
+) -> Support:
+    divergence = x.divergence
+    within = counted(indices) & (log_p > -inf)
+    z = z / temperature(x)
+    power = x.temperature / temperature(x)
+
+    def categories(entries: Tensor, last: Tensor) -> Tensor:
+        return (torch.cat([entries.masked_fill(~within, -inf), last[:, None]], dim=-1) / power).log_softmax(-1)
+
+    log_t = categories(log_p, missing(x, log_p, indices))
+    log_s = categories(z - norm[:, None], rest - norm)
+    t, s = log_t.exp(), log_s.exp()
+    f, _, a_s = divergence.terms(t, s, log_ratio(log_t, log_s))
+    gradient = a_s if divergence.centred_q else a_s - s * a_s.sum(dim=-1, keepdim=True)
+    gradient = gradient * (coefficient / x.temperature)[:, None]
+    outside = gradient[:, -1]
+    # the others of a run say what its first one does, and an entry without mass is in the bucket
+    position = torch.where(counted(indices), torch.arange(indices.shape[-1], device=z.device), 0).cummax(dim=-1).values
+    inside = gradient[:, :-1].gather(-1, position)
+    in_bucket = torch.where(outside[:, None] == 0, 0, outside[:, None] * (z - rest[:, None]).exp())
+    inside = torch.where(log_p > -inf, inside, in_bucket)
+    return _masked(Support(f.sum(dim=-1), inside, outside), coefficient)
+
+
+@lru_cache
+def _without_teacher(divergence: Divergence) -> tuple[float, float]:
+    """f(0, 1) of `Divergence.terms`, and the multiple of q − p that `terms` has added to the definition."""
+    one = torch.ones((), dtype=torch.float64, device="cpu")  # whatever the default device is: it is read here
+    nothing = float(divergence.terms(0 * one, one, -inf * one).f)
+    return nothing, nothing - float(divergence.pointwise(-inf * one, 0 * one))
+
+
+def _masked(support: Support, coefficient: Tensor) -> Support:
+    """A row the KD term does not count may hold anything."""
+    counts = coefficient != 0
+    return Support(
+        support.value,
+        torch.where(counts[:, None], support.inside, 0),
+        torch.where(counts, support.outside, 0),
+    )

@@ -1,0 +1,101 @@
+"""`HealthCallback`: says in words what is wrong with a run, as soon as its log shows it.
+
+It reads the lines that are logged anyway, so it costs no synchronisation and knows what a person would know who
+looked at the log all the time. Most of all it looks at what a low KL hides: a projected teacher that has become the
+student.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerState
+from transformers.trainer_callback import ExportableState
+
+from kdfast.training.diagnostics import HealthThresholds, Signs
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What `HealthCallback` said: at which step, of which kind, in which words."""
+
+    step: int
+    kind: str  # non_finite, initial_loss, kl, perplexity, rising, oscillating, follows, misleads or decays
+    message: str  # what is seen, in numbers, and what to do
+
+
+class HealthCallback(TrainerCallback, ExportableState):
+    """Looks at every log line; `findings` has what was said so far, those before a resume included.
+
+    A kind is said once, as a warning, and again only where it came back after `window` looks that did not see it.
+
+    Args:
+        thresholds: a `HealthThresholds`, or a mapping of those that differ from the defaults.
+    """
+
+    def __init__(self, thresholds: HealthThresholds | Mapping[str, Any] | None = None) -> None:
+        self.thresholds = HealthThresholds.of(thresholds)
+        self._start()
+
+    def _start(self, vocabulary: int = 1) -> None:
+        self.findings: list[Finding] = []
+        self._open: dict[str, int] = {}  # kinds that hold: looks since the last one that saw it
+        self._signs = Signs(self.thresholds, vocabulary)
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        config = getattr(model, "config", None)
+        self.restore(state, config.get_text_config().vocab_size if config is not None else 1)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        new = self._read(logs or {}, state.global_step, state.max_steps)
+        if state.is_world_process_zero:
+            for finding in new:
+                _say(finding)
+
+    def report_non_finite(self, step: int, what: str, *, aloud: bool) -> None:
+        """From whoever stopped the run or left a step out, before any log line can tell. Said if `aloud`."""
+        for finding in self._note(step, {"non_finite": what}):
+            if aloud:
+                _say(finding)
+
+    def restore(self, state: TrainerState, vocabulary: int = 1) -> None:
+        """As it was when `state` was saved: what is logged is read again, and what was said is not said again."""
+        self._start(vocabulary)
+        for line in state.log_history:
+            self._read(line, int(line.get("step", 0)), state.max_steps)
+        kept: Any = state.stateful_callbacks
+        kept = kept.get(type(self).__name__, {}) if isinstance(kept, dict) else {}
+        kept = kept[0] if isinstance(kept, list) else kept
+        if state.global_step > 0 and (said := kept.get("attributes", {}).get("said")) is not None:
+            self.findings = [Finding(**finding) for finding in said["findings"]]
+            self._open = dict(said["open"])
+
+    def state(self) -> dict[str, Any]:
+        said = {"findings": [asdict(finding) for finding in self.findings], "open": dict(self._open)}
+        return {"args": {"thresholds": asdict(self.thresholds)}, "attributes": {"said": said}}
+
+    def _read(self, line: Mapping[str, Any], step: int, max_steps: int) -> list[Finding]:
+        return self._note(step, self._signs.read(line, step / max_steps if max_steps > 0 else 0.0))
+
+    def _note(self, step: int, found: Mapping[str, str | None]) -> list[Finding]:
+        new = [Finding(step, kind, text) for kind, text in found.items() if text and kind not in self._open]
+        for kind, text in found.items():
+            if text:
+                self._open[kind] = 0
+            elif kind in self._open:
+                self._open[kind] += 1
+        self._open = {kind: looks for kind, looks in self._open.items() if looks < self.thresholds.window}
+        self.findings += new
+        return new
+
+
+def _say(finding: Finding) -> None:
+    with tqdm.external_write_mode(file=sys.stderr):  # above a progress bar, if there is one
+        logger.warning("step %d: %s", finding.step, finding.message)

@@ -1,0 +1,112 @@
+"""What a checkpoint holds of the models, and which checkpoints of a run stay.
+
+    config.json, model.safetensors, …   the student, as `save_pretrained` writes it: plain `from_pretrained` reads it
+    logit_projector.safetensors         the projector, where there is one (with a probe's head)
+    hidden_loss.safetensors             the maps of the hidden-state loss, where there is one
+
+Weights are safetensors throughout, so reading runs no code. How a folder appears only when it is complete: folders.py.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers.trainer_utils import sort_checkpoints
+from transformers.utils import logging as transformers_logging
+
+from kdfast.training.durable.folders import INCOMPLETE, REPLACED, delete, discard
+from kdfast.training.fsdp import load_full_state
+from kdfast.training.model import DistillationModel
+
+PARTS = ("logit_projector", "hidden_loss")  # of the model, beside the student; each has a file of its own
+
+
+def save_models(folder: Path, model: DistillationModel, state: dict[str, Tensor] | None = None) -> None:
+    """Student and other trained parts into `folder`. `state` replaces `model.state_dict()` (gathered from shards)."""
+
+    def part(prefix: str) -> dict[str, Tensor] | None:
+        if state is None:
+            return None
+        return {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+
+    with _without_bars():
+        model.student.save_pretrained(folder, state_dict=part("student."))
+    for name in PARTS:
+        if (module := getattr(model, name)) is not None:
+            tensors = part(f"{name}.") or module.state_dict()
+            save_file({key: t.contiguous() for key, t in tensors.items()}, _file(folder, name), {"format": "pt"})
+
+
+def load_models(folder: Path, model: DistillationModel) -> None:
+    """The inverse of `save_models`, in place. Raises ValueError where a file or a weight is missing."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{str(folder)!r} is not a checkpoint: it has no config.json")
+    with _without_bars():
+        read: Any = type(model.student).from_pretrained
+        loaded, report = read(folder, local_files_only=True, use_safetensors=True, output_loading_info=True)
+    if report["missing_keys"]:
+        raise ValueError(f"{str(folder)!r} lacks weights of the student: {', '.join(sorted(report['missing_keys']))}")
+    model.loaded = True
+    load_full_state(model.student, loaded.state_dict())
+    for name in PARTS:
+        if (module := getattr(model, name)) is not None:
+            path = _file(folder, name)
+            if not path.is_file():
+                raise ValueError(f"{str(folder)!r} has no {path.name}; it was saved by a recipe without one")
+            load_full_state(module, load_file(path))
+
+
+def _file(folder: Path, part: str) -> Path:
+    return folder / f"{part}.safetensors"
+
+
+def rotate(run: Path, limit: int | None, best: str | None) -> None:
+    """Delete the oldest checkpoints beyond `limit`, but not the newest nor the best.
+
+    As transformers' rotate_checkpoints, which deletes file by file under the checkpoint's name.
+    """
+    if not limit or limit < 0:
+        return
+    visible = [Path(path) for path in sort_checkpoints(str(run), use_mtime=True)]
+    spare = [path for path in visible[:-1] if best is None or path != Path(best)]
+    for path in spare[: max(len(visible) - limit, 0)]:
+        delete(path)
+
+
+def discard_after_failure(staged: Path, *, saves: bool) -> None:
+    """What is half written, as far as it can be removed while other processes may still write.
+
+    `saves`: whether this process writes the student. The others remove only what it has left, or what one of them made
+    anew after it had gone.
+    """
+    if saves or not (staged / "config.json").exists():
+        for _ in range(3):  # a file that appears meanwhile stops the removal
+            shutil.rmtree(staged, ignore_errors=True)
+
+
+def recover(run: Path) -> None:
+    """Clear up after an interrupted run: what was being replaced gets its name back, what is half written goes."""
+    for old in run.glob(f".checkpoint-*{REPLACED}"):
+        final = run / old.name.removeprefix(".").removesuffix(REPLACED)
+        if not final.exists():
+            old.rename(final)
+    for folder in (*run.glob(f".checkpoint-*{INCOMPLETE}"), run / INCOMPLETE):  # the last: of the final model
+        discard(folder)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """A progress bar per saved file would break into the one of the run."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

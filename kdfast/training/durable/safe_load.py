@@ -1,0 +1,96 @@
+"""No file of a checkpoint runs code when it is read.
+
+Weights are safetensors. What Trainer keeps besides (optimizer, scheduler, scaler, random states) are pickles, which it
+reads with `weights_only=True`: tensors, numbers and containers, and nothing that could be called. Here they are looked
+at before anything is loaded, so that an error names the file. Tensors' data is not read for that.
+
+A sharded optimizer is read by torch without that protection: its .metadata may name the few classes that it is made of
+and nothing else, and what it points at beside tensors, a pickle for each item, is read here as the others are.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from transformers.trainer_pt_utils import safe_globals  # NumPy's random state, which Trainer allows too
+
+from kdfast.training.durable.errors import first_line
+
+SUFFIXES = (".pt", ".pth", ".bin")
+METADATA = ".metadata"  # of torch.distributed.checkpoint, which without it takes a process's own, __0.metadata
+_METADATA_CLASSES = {
+    ("pathlib", "PosixPath"), ("torch", "Size"), ("torch.serialization", "_get_layout"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    *(
+        ("torch.distributed.checkpoint.metadata", name)
+        for name in (
+            "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
+            "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+        )
+    ),
+}  # fmt: skip
+_GLOBAL = re.compile(r"GLOBAL\s+([\w.]+)")
+
+
+def find_refused(folder: Path) -> str | None:
+    """The first pickle below `folder` that is not plain data, and what is wrong with it; or None."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() and path.is_dir():
+            return f"{path.name} is a link to another folder, where nothing is looked at"
+        reads = _read_sharded if path.name.endswith(METADATA) else _read if path.suffix in SUFFIXES else None
+        if reads is not None and (reason := _refuse(path, reads)):
+            return f"{path.name} {reason}"
+    return None
+
+
+def _refuse(path: Path, read: Callable[[Path], object]) -> str | None:
+    try:
+        read(path)
+    except Exception as error:  # of many classes: unpickling, the zip format, the file system
+        return explain(error)
+    return None
+
+
+def _read(path: Path) -> None:
+    with safe_globals():
+        torch.load(path, map_location="meta", mmap=True, weights_only=True)
+
+
+def _read_sharded(path: Path) -> None:
+    with path.open("rb") as file:
+        metadata: Metadata = _MetadataUnpickler(file).load()
+    for item, place in metadata.storage_data.items():
+        name, start, size = place.relative_path, place.offset, place.length
+        if Path(name).name != str(name) or min(start, size) < 0 or getattr(place, "transform_descriptors", None):
+            raise ValueError(
+                f"{item.fqn} at {start} + {size} of {str(name)!r}, expected a plain part of a file beside it"
+            )
+        if isinstance(metadata.state_dict_metadata.get(item.fqn), TensorStorageMetadata):
+            continue  # torch itself reads those with weights_only=True
+        with (path.parent / name).open("rb") as file:
+            file.seek(start)
+            torch.load(io.BytesIO(file.read(size)), map_location="cpu", weights_only=True)
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not is_dtype and (module, name) not in _METADATA_CLASSES:
+            raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
+        return super().find_class(module, name)
+
+
+def explain(error: Exception) -> str:
+    """What `torch.load(weights_only=True)` found; its own text advises to turn that off."""
+    if named := _GLOBAL.search(str(error)):
+        return f"would run {named[1]} when read; expected tensors, numbers and containers alone"
+    if isinstance(error, pickle.UnpicklingError):
+        return "holds more than tensors, numbers and containers, and is not read"
+    return f"cannot be read: {first_line(error)}"

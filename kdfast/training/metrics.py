@@ -1,0 +1,126 @@
+"""Token-weighted means of device tensors, kept on the device until they are read.
+
+`TokenMeans` adds up; `TrainingMeter` and `EvaluationMeter` say what, and under which names it is logged.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from kdfast.loss import KDMetrics
+from kdfast.training.model import DistillationOutput
+
+Reduce = Callable[[Tensor], Tensor]  # sums a tensor over the processes
+
+# Names in logs of the fields of KDMetrics: its anchor is the projected teacher's cross entropy on the labels.
+LOGGED = {name: "ce_projected" if name == "anchor" else name for name in KDMetrics._fields if name != "tokens"}
+
+
+class TokenMeans:
+    """Sums of value·tokens and of tokens, per name. Adding never synchronises; reading does, once.
+
+    A value that is None or NaN counts for nothing: it was not computed in that batch. (A loss that *became* NaN is
+    the guard's business.)
+    """
+
+    def __init__(self, names: Iterable[str], device: torch.device) -> None:
+        self.names = tuple(names)
+        # float64 counts tokens exactly; MPS has none
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self._sums = torch.zeros(2, len(self.names), device=device, dtype=dtype)
+
+    def add(self, values: Mapping[str, Tensor | None], tokens: Tensor) -> None:
+        """Add one batch: 0-d values that are means over `tokens` (0-d) rows."""
+        missing = self._sums.new_full((), math.nan)
+        given = [values.get(name) for name in self.names]
+        row = torch.stack([missing if value is None else value.detach().to(missing) for value in given])
+        weights = torch.where(row.isnan(), 0.0, tokens.detach().to(missing))
+        self._sums += torch.stack([torch.where(weights == 0, 0.0, row * weights), weights])
+
+    def read(self, reduce: Reduce) -> tuple[dict[str, float], int]:
+        """(means of the names that have one, the largest number of tokens behind one); starts afresh."""
+        sums, tokens = reduce(self._sums).tolist()
+        self._sums = torch.zeros_like(self._sums)
+        means = {name: s / n for name, s, n in zip(self.names, sums, tokens, strict=True) if n > 0}
+        return means, round(max(tokens))
+
+
+class TrainingMeter:
+    """Metrics and speed between two log lines, and the tokens of the run so far."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._means = TokenMeans(LOGGED.values(), device)
+        self._tokens = torch.zeros((), device=device, dtype=self._means._sums.dtype)  # since the last count
+        self._since = math.nan
+
+    def start(self) -> None:
+        """The clock runs from the first batch on."""
+        if math.isnan(self._since):
+            self._since = time.perf_counter()
+
+    def add(self, metrics: KDMetrics) -> None:
+        self._means.add(named(metrics), metrics.tokens)
+        self._tokens += metrics.tokens
+
+    def read(self, reduce: Reduce) -> dict[str, float]:
+        """The log line's metrics and tokens_per_second since the last one."""
+        means, tokens = self._means.read(reduce)
+        now = time.perf_counter()
+        means["tokens_per_second"] = tokens / max(now - self._since, 1e-9)
+        self._since = now
+        return means
+
+    def mark(self) -> tuple[Tensor, Tensor]:
+        """What has been added so far, for `rewind`."""
+        return self._means._sums.clone(), self._tokens.clone()
+
+    def rewind(self, mark: tuple[Tensor, Tensor]) -> None:
+        """Forget what was added since `mark`: a step that is left out counts for nothing."""
+        self._means._sums, self._tokens = mark
+
+    def count_tokens(self, reduce: Reduce) -> int:
+        """Tokens since the last count."""
+        tokens = round(reduce(self._tokens).item())
+        self._tokens = torch.zeros_like(self._tokens)
+        return tokens
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Evaluating and saving are not training: their time is left out of tokens_per_second."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._since += time.perf_counter() - start
+
+
+class EvaluationMeter:
+    """Metrics of a whole evaluation set."""
+
+    NAMES = ("loss", *LOGGED.values(), "kl_teacher_student", "kl_teacher_projected")
+
+    def __init__(self, device: torch.device) -> None:
+        self._means = TokenMeans(self.NAMES, device)
+
+    def add(self, output: DistillationOutput) -> None:
+        values: dict[str, Tensor | None] = {"loss": output.loss, **named(output.metrics)}
+        if output.fidelity is not None:
+            values |= {name: value for name, value in output.fidelity._asdict().items() if value is not None}
+        self._means.add(values, output.metrics.tokens)
+
+    def read(self, reduce: Reduce) -> dict[str, float]:
+        """The means there are, `perplexity` and `tokens`."""
+        means, tokens = self._means.read(reduce)
+        if "ce" in means:
+            means["perplexity"] = math.exp(means["ce"]) if means["ce"] < 700 else math.inf
+        return {**means, "tokens": tokens}
+
+
+def named(metrics: KDMetrics) -> dict[str, Tensor]:
+    return {name: getattr(metrics, field) for field, name in LOGGED.items()}

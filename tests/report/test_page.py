@@ -1,0 +1,190 @@
+"""report.html: one file that needs nothing else, every number in it, and no panel or column without a number.
+
+Curves are looked at as points, before they are drawn.
+"""
+
+import math
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from kdfast.report.curves import COLOURS, PANELS, Run, differ_in_tokens, panels, styles
+from kdfast.report.page import made_here, png_names, table, text_table, write_pngs, write_report
+
+LOG = [
+    {"step": 1, "loss": 9.0, "ce": 8.0, "kd": 2.0, "kd_weight": 0.1, "learning_rate": 1e-3},
+    {"step": 2, "loss": 8.0, "ce": 7.0, "kd": 1.0, "kd_weight": 0.4, "learning_rate": 5e-4},
+    {"step": 2, "eval_ce": 7.5, "eval_kl_teacher_student": 1.25},
+]
+SUMMARY = {"recipe": "run5", "eval_ce": 7.5, "perplexity": math.exp(7.5), "kl_teacher_student": 1.25, "tokens": 4096}
+ONE_PANEL = [{"step": 1, "loss": 9.0}, {"step": 2, "loss": 8.0}]  # drawing a panel is what costs time
+RUNS = [Run("with KD <b>", LOG, SUMMARY), Run("without", LOG[2:], {"recipe": "lm_only", "eval_ce": 7.25})]
+
+
+class Page(HTMLParser):
+    """Images, cells, and whether every tag is closed."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.images, self.cells, self.open = [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        if tag == "img":
+            self.images.append(dict(attributes))
+        elif tag not in ("meta",):
+            self.open.append(tag)
+        if tag in ("td", "th"):
+            self.cells.append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "td" in self.open or "th" in self.open:
+            self.cells[-1] += data
+
+
+def test_page_is_self_contained_and_has_the_panels_that_have_numbers(tmp_path):
+    write_report(tmp_path / "report.html", "A title", RUNS, note="a < b")
+    text = (tmp_path / "report.html").read_text()
+    page = Page(text)
+    titles = [image["alt"] for image in page.images]
+    assert titles[0] == ("Student cross entropy, nats, curves of 2 run(s). Last values: with KD <b> 7.5; without 7.5.")
+    captions = re.findall("<figcaption>(.*?)</figcaption>", text)
+    assert captions[:3] == [panel.title for panel in PANELS[:3]]
+    assert "KD weight" in captions
+    assert "Temperature" not in captions  # nothing logged it
+    assert all(image["src"].startswith("data:image/svg+xml;base64,") for image in page.images)
+    assert not re.search(r'(src|href)="(?!data:)', text)
+    assert "7.5000" in page.cells
+    assert " with KD <b>" in page.cells
+    assert "a &lt; b" in text
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+
+
+def points(runs):
+    """title → [(run, evaluated, [(x, y), …]), …]"""
+    return {
+        panel.title: [(c.run, c.evaluated, list(zip(c.x, c.y, strict=True))) for c in curves]
+        for panel, curves in panels(runs)
+    }
+
+
+def test_curves_hold_the_points():
+    found = points(RUNS)
+    evaluated = [(0, True, [(2, 7.5)]), (1, True, [(2, 7.5)])]
+    assert found["Student cross entropy, nats"] == [(0, False, [(1, 8), (2, 7)]), *evaluated]
+    perplexity = found["Student perplexity"]  # not logged
+    assert [(run, how) for run, how, _ in perplexity] == [(0, False), (0, True), (1, True)]
+    assert perplexity[0][2] == [(1, pytest.approx(math.exp(8))), (2, pytest.approx(math.exp(7)))]
+    assert found["Learning rate of the student"] == [(0, False, [(1, 1e-3), (2, 5e-4)])]  # from learning_rate
+
+
+def test_every_group_has_its_learning_rate_and_memory_is_in_mib():
+    log = [{"step": 1, "learning_rate": 9.0, "lr_student": 1.0, "lr_projector": 5.0, "lr_router": 2.0, "lr_other": 3.0}]
+    found = points([Run("r", [{**log[0], "memory_bytes": 3 * 2**20}], {})])
+    rates = {title: y for title, [(_, _, [(_, y)])] in found.items()}
+    assert rates == {
+        "Learning rate of the student": 1.0,
+        "Learning rate of the projector": 5.0,
+        "Learning rate of routers": 2.0,
+        "Learning rate of other parameters": 3.0,
+        "Memory, MiB": 3.0,
+    }
+
+
+def counting(tokens_per_step, *, steps=(10, 20, 30)):
+    trained = [{"step": s, "loss": 1.0, "tokens_seen": s * tokens_per_step} for s in steps]
+    return Run("r", [*trained[:2], {"step": 25, "eval_loss": 2.0}, *trained[2:]], {})
+
+
+def test_runs_that_differ_in_tokens_per_step_are_drawn_over_tokens():
+    small, large = counting(100), counting(400)
+    assert not differ_in_tokens([small, counting(101)])  # masked rows
+    assert points([small])["Total loss"][1] == (0, True, [(25, 2.0)])
+    assert points([small, large])["Total loss"][1::2] == [(0, True, [(2500, 2.0)]), (1, True, [(10_000, 2.0)])]
+    plain = Run("transformers'", LOG, {})  # counts no tokens: there are only steps to compare by
+    assert not differ_in_tokens([small, large, plain])
+    assert differ_in_tokens([small, large, Run("without a log", [], {})])
+
+
+def test_no_two_of_many_runs_look_the_same_and_seeds_share_a_colour():
+    def looks(names):
+        return dict(zip(names, styles([Run(name, [], {}) for name in names]), strict=True))
+
+    many = looks([f"run {i}x" for i in range(4 * len(COLOURS))])
+    assert len(set(many.values())) == len(many)
+    recipes = ("lm_only", "run4", "run5", "true_head")
+    for form in ("{0}-seed{1}", "{0}_s{1}", "{0}-{1}", "seed{1}/{0}", "{0}/seed_{1}"):
+        seeds = looks([form.format(recipe, seed) for recipe in recipes for seed in range(3)])
+        assert len(set(seeds.values())) == 12, form
+        assert {len({seeds[form.format(r, s)].colour for s in range(3)}) for r in recipes} == {1}, form
+    few = looks(["lr-1", "lr-2", "lr-3"])  # a colour for each as long as there are enough
+    assert len({look.colour for look in few.values()}) == 3
+
+
+def test_pictures_are_those_of_the_panels_with_numbers(tmp_path):
+    runs = [RUNS[0], Run("_$x$ \u2016", LOG, {})]  # neither a formula nor a label that matplotlib drops
+    written = write_pngs(tmp_path, runs)
+    assert {path.name for path in written} == {path.name for path in tmp_path.iterdir()} <= set(png_names())
+    assert "student-perplexity.png" in png_names()
+    assert len(written) == len(panels(runs))
+    assert all(path.read_bytes().startswith(b"\x89PNG") and made_here(path) for path in written)
+
+
+def test_a_page_is_known_from_a_users_own(tmp_path):
+    write_report(tmp_path / "report.html", "t", [Run("r", ONE_PANEL, SUMMARY)])
+    assert made_here(tmp_path / "report.html")
+    (tmp_path / "notes.md").write_text("the kdfast report of Tuesday")
+    assert not made_here(tmp_path / "notes.md")
+
+
+def test_health_messages_stand_under_the_table_once(tmp_path):
+    log = [{"step": 3, "loss": 1.0, "health": ["the loss <rises>", "so does the gradient"]}]
+    again = [{"step": 3, "kind": "loss", "message": "the loss <rises>"}, {"step": 9, "kind": "x", "message": "late"}]
+    write_report(tmp_path / "report.html", "t", [Run("ill", log, {"health": again}), Run("well", ONE_PANEL, SUMMARY)])
+    text = (tmp_path / "report.html").read_text()
+    said = text[text.index("What the health check said") : text.index("<h2>Curves")]
+    messages = ["step 3: the loss &lt;rises&gt;", "step 3: so does the gradient", "step 9: late"]
+    assert re.findall("<li>(.*?)</li>", said) == messages
+    assert re.findall("<h3>(.*?)</h3>", said) == ["ill"]
+    write_report(tmp_path / "report.html", "t", [Run("well", ONE_PANEL, SUMMARY)])
+    assert "health check" not in (tmp_path / "report.html").read_text()
+
+
+def test_a_value_that_is_not_finite_leaves_a_gap_and_no_warning(tmp_path):
+    log = [*LOG, {"step": 3, "loss": float("nan"), "ce": float("inf"), "kd": None, "learning_rate": "x"}]
+    log += [{"step": s, "ce": 690.0, "eval_perplexity": 1e300} for s in range(4, 20)]  # diverged: near float's end
+    write_report(tmp_path / "report.html", "t", [Run("r", log, SUMMARY)])
+
+
+def test_a_run_without_a_log_is_a_table_alone(tmp_path):
+    write_report(tmp_path / "report.html", "t", [Run("r", [], SUMMARY)])
+    assert Page((tmp_path / "report.html").read_text()).images == []
+
+
+def test_table_shows_a_dash_where_a_number_does_not_apply_and_drops_empty_columns():
+    assert table(RUNS) == [
+        ["run", "recipe", "student CE", "perplexity", "KL(true‖student)", "tokens"],
+        ["with KD <b>", "run5", "7.5000", "1,808.04", "1.2500", "4,096"],
+        ["without", "lm_only", "7.2500", "–", "–", "–"],
+    ]
+
+
+def test_text_table_is_aligned():
+    lines = text_table(RUNS).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert lines[0].startswith("run ")
+    assert lines[1] == "-" * len(lines[0])
+
+
+@pytest.mark.parametrize("count", [1, 2, 9])  # nine is one more than there are colours
+def test_any_number_of_runs(tmp_path, count):
+    write_report(tmp_path / "report.html", "t", [Run(f"run {i}", ONE_PANEL, SUMMARY) for i in range(count)])
+    text = (tmp_path / "report.html").read_text()
+    assert len(Page(text).cells) == (count + 1) * len(table(RUNS)[0])
+    assert len(Page(text).images) == 1
+    assert ('<ul class="legend">' in text) == (count > 1)
