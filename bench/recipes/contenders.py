@@ -25,7 +25,6 @@ ANCHORED: Keys = {
 COMPRESSED: Keys = {"recipe": "compressed_head", "compressed_rank": WIDTH, "kd_weight": 0.7}
 SVD: Keys = {"student_init": "svd", "projector_init": "svd"}
 PROBE: Keys = {"recipe": "probe"}
-CALIBRATED: Keys = {"projector_init": "calibrated"}
 LSTSQ: Keys = {"projector_init": "lstsq"}
 RAMP: Keys = {"kd_ramp": 0.5, "kd_ramp_start": 0.0}
 
@@ -46,26 +45,14 @@ TUNED_AS = {
     "svd, projector, KD gradient": "svd, compressed head",
     "svd, projector not trained": "svd, compressed head",
     "svd, projector, re-solved": "svd, compressed head",
-    "svd, anchor true teacher": "svd, compressed head",
-    "svd, anchor true teacher, W attached": "svd, compressed head",
-    "svd, anchor true teacher, gate agrees": "svd, compressed head",
     "anchor labels": "run4",
-    "anchor labels, W attached": "run4",
-    "anchor labels, gate right": "run4",
-    "anchor teacher's argmax": "run4",
-    "probe, gate right": "probe",
     "probe 5×": "probe",
     "probe, ramp": "probe",
     "probe, ramp, hidden states 4": "probe",
     "hidden states 4": "hidden states",
     "probe 5×, KD 2": "probe",
     "lstsq, KD gradient": "run4",
-    "lstsq, anchor true teacher": "lstsq, re-solved",
-    "lstsq, anchor true teacher, gate agrees": "lstsq, re-solved",
     "lstsq, not trained": "lstsq, re-solved",
-    "calibrated, KD gradient": "run4",
-    "calibrated, anchor labels": "run4",
-    "calibrated, anchor labels, gate right": "run4",
 }
 
 BASELINES: dict[str, Keys] = {
@@ -86,13 +73,7 @@ FRESH: dict[str, Keys] = {
     "svd, projector, KD gradient": {**RUN4, **SVD},
     "svd, projector not trained": {**RUN4, **SVD, "teacher_grad": "none", "projector_lr": 0.0},
     "svd, projector, re-solved": {**RUN4, **SVD, "teacher_grad": "none", "projector_resolve_steps": 16},
-    "svd, anchor true teacher": {**ANCHORED, **SVD, "anchor_targets": "teacher"},
-    "svd, anchor true teacher, W attached": {
-        **ANCHORED, **SVD, "anchor_targets": "teacher", "anchor_head": "attached",
-    },
-    "svd, anchor true teacher, gate agrees": {**ANCHORED, **SVD, "anchor_targets": "teacher", "kd_gate": "agrees"},
     "probe": PROBE,
-    "probe, gate right": {**PROBE, "kd_gate": "right"},
     "probe 5×": {**PROBE, "projector_lr_multiplier": 5.0},
     "probe 5×, KD 2": {**PROBE, "projector_lr_multiplier": 5.0, "kd_weight": 2.0},
     "probe, ramp": {**PROBE, **RAMP},
@@ -100,9 +81,6 @@ FRESH: dict[str, Keys] = {
     "hidden states": {"recipe": "lm_only", "hidden_weight": 1.0},
     "hidden states 4": {"recipe": "lm_only", "hidden_weight": 4.0},
     "anchor labels": ANCHORED,
-    "anchor labels, W attached": {**ANCHORED, "anchor_head": "attached"},
-    "anchor labels, gate right": {**ANCHORED, "kd_gate": "right"},
-    "anchor teacher's argmax": {**ANCHORED, "anchor_targets": "teacher_argmax"},
     "compressed head": COMPRESSED,
     "true head, KD 2": {"recipe": "true_head", "kd_weight": 2.0},
     "true head, KD 4": {"recipe": "true_head", "kd_weight": 4.0},
@@ -121,18 +99,6 @@ PRETRAINED: dict[str, Keys] = {
     "lstsq, KD gradient": {**RUN4, **LSTSQ},
     "lstsq, not trained": {**RUN4, **LSTSQ, "teacher_grad": "none", "projector_lr": 0.0},
     "lstsq, re-solved": {**RUN4, **LSTSQ, "teacher_grad": "none", "projector_resolve_steps": 16},
-    "lstsq, anchor true teacher": {**ANCHORED, **LSTSQ, "anchor_targets": "teacher"},
-    "lstsq, anchor true teacher, gate agrees": {
-        **ANCHORED, **LSTSQ, "anchor_targets": "teacher", "kd_gate": "agrees",
-    },
-    "calibrated, KD gradient": {**RUN4, **CALIBRATED},
-    "calibrated, anchor labels": {**ANCHORED, **CALIBRATED},
-    "calibrated, anchor labels, gate right": {**ANCHORED, **CALIBRATED, "kd_gate": "right"},
-    "probe": {**PROBE, **CALIBRATED},
-    "probe, gate right": {**PROBE, **CALIBRATED, "kd_gate": "right"},
-    "probe 5×": {**PROBE, **CALIBRATED, "projector_lr_multiplier": 5.0},
-    "probe, ramp": {**PROBE, **CALIBRATED, **RAMP},
-    "probe, ramp, hidden states 4": {**PROBE, **CALIBRATED, **RAMP, "hidden_weight": 4.0},
     "hidden states": {"recipe": "lm_only", "hidden_weight": 1.0},
     "hidden states 4": {"recipe": "lm_only", "hidden_weight": 4.0},
 }  # fmt: skip

@@ -21,9 +21,6 @@ from kdfast.training.recipes import (
     AUTO,
     RECIPES,
     UNUSED,
-    AnchorHead,
-    AnchorTargets,
-    Gate,
     ProjectorStart,
     Recipe,
     StudentStart,
@@ -61,25 +58,16 @@ class KDConfig(TrainingArguments):
     kd_weight: float | None = _from_recipe("Multiplies τ²·KL; the value after the ramp.")
     kd_ramp: float | None = _from_recipe("Fraction of the run over which the KD weight ramps up; 0 = constant.")
     kd_ramp_start: float | None = _from_recipe("KD weight at the start of the ramp.")
-    kd_gate: str | None = _from_recipe(
-        "none, or KD only where the projected teacher's most likely id is the label (right), or the teacher's (agrees)."
-    )
     ce_weight: float | None = _from_recipe("Multiplies the language-model loss.")
     student_init: str | None = _from_recipe(
         "A fresh student's embedding: own (as the model draws it) or svd (solved from the teacher's head)."
     )
     compressed_rank: int | None = _from_recipe("Rank of a compressed teacher's head.")
     compressed_kl: float | None = _from_recipe("Instead: the smallest rank whose KL to the whole head is at most this.")
-    anchor_weight: float | None = _from_recipe("Multiplies the projected teacher's own cross entropy.")
-    anchor_targets: str | None = _from_recipe(
-        "What the projected teacher is anchored to: labels, teacher_argmax, teacher (the true teacher's distribution)."
-    )
-    anchor_head: str | None = _from_recipe(
-        "Whether the anchor's gradient reaches the student's head: detached, attached."
-    )
+    anchor_weight: float | None = _from_recipe("Multiplies the projected teacher's own cross entropy on the labels.")
     teacher_grad: str | None = _from_recipe("Where the KD gradient goes on the teacher's side: full, projector, none.")
     projector_init: str | None = _from_recipe(
-        "default (as nn.Linear), normal (std 0.01, zero bias), or solved: svd, lstsq, calibrated."
+        "default (as nn.Linear), normal (std 0.01, zero bias), or solved: svd, lstsq."
     )
     projector_resolve_steps: int | None = _from_recipe(
         "The projector is solved again every so many steps, and not trained; 0 = never."
@@ -179,9 +167,6 @@ class KDConfig(TrainingArguments):
             "teacher_grad": ("full", "projector", "none"),
             "projector_init": get_args(ProjectorStart),
             "student_init": get_args(StudentStart),
-            "anchor_targets": get_args(AnchorTargets),
-            "anchor_head": get_args(AnchorHead),
-            "kd_gate": get_args(Gate),
             "engine": engines.NAMES,
             "non_finite": ("stop", "skip"),
         }

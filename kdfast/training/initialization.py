@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdfast.closed_form import Projection, solve_calibrated, solve_lstsq, solve_svd, vocab_frequencies
+from kdfast.closed_form import Projection, solve_lstsq, solve_svd, vocab_frequencies
 from kdfast.frontend.checks import same_vocabulary
 from kdfast.low_rank_head import HELD_OUT, FidelityNotReached, compress_head, held_out_rows, kl_and_agreement
 from kdfast.projector import LogitProjector
@@ -77,7 +77,7 @@ class _Calibration:
 
 def wants_solving(model: DistillationModel) -> bool:
     recipe = model.recipe
-    solved = recipe.has_projector and recipe.projector_init in ("svd", "lstsq", "calibrated")
+    solved = recipe.has_projector and recipe.projector_init in ("svd", "lstsq")
     resolved = recipe.has_projector and recipe.projector_resolve_steps > 0
     return solved or resolved or recipe.student_init == "svd" or recipe.teacher == "compressed_head"
 
@@ -136,9 +136,7 @@ def _start_projector(x: _Calibration, projector: LogitProjector, solved: Project
     init = x.recipe.projector_init
     if isinstance(projector, Probe):
         projector.head.copy_(x.student.weight)
-    if init == "calibrated":
-        solved = solve_calibrated(x.student.hidden, x.teacher.hidden)
-    elif init == "lstsq":
+    if init == "lstsq":
         solved = solve_lstsq(x.student, x.teacher, vocab_weights=x.vocab_weights, valid_vocab=x.valid_vocab)
     elif init != "svd":
         solved = None

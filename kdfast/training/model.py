@@ -174,8 +174,6 @@ class DistillationModel(nn.Module):
             if num_items_in_batch is not None:  # the metric is the mean over this batch
                 anchor = anchor * num_items_in_batch / (targets != IGNORE_INDEX).sum()
             metrics = metrics._replace(anchor=anchor)
-        if self.recipe.anchor_targets != "labels":  # the metric is the cross entropy on the labels
-            metrics = metrics._replace(anchor=torch.full_like(metrics.anchor, float("nan")))
         if self.hidden_loss is not None:
             states = student_states.hidden_states, teacher_states.hidden_states
             loss = loss + self.recipe.hidden_weight * self.hidden_loss(*states, targets, num_items_in_batch)

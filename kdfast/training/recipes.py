@@ -36,11 +36,8 @@ TeacherKind = Literal[
     "probe",  # a projector and a head of its own, trained by the anchor alone
     "cached",  # entries of its own head's, which come with the batch
 ]
-ProjectorStart = Literal[ProjectorInit, "svd", "lstsq", "calibrated"]
+ProjectorStart = Literal[ProjectorInit, "svd", "lstsq"]
 StudentStart = Literal["own", "svd"]
-AnchorTargets = Literal["labels", "teacher_argmax", "teacher"]
-AnchorHead = Literal["detached", "attached"]
-Gate = Literal["none", "right", "agrees"]
 
 
 @dataclass(frozen=True)
@@ -55,14 +52,11 @@ class Recipe:
     kd_weight: float = 0.7
     kd_ramp: float = 0.0  # fraction of the run the KD weight ramps over; 0 = constant
     kd_ramp_start: float = 0.1
-    kd_gate: Gate = "none"  # KD only where the projected teacher's most likely id is the label, or the true teacher's
     ce_weight: float = 1.0
     student_init: StudentStart = "own"  # "svd": a fresh student's embedding is solved from the teacher's head
     compressed_rank: int | None = None  # None = as compressed_kl says, or the student's width
     compressed_kl: float | None = None  # the smallest rank whose measured KL to the whole head is at most this, nats
-    anchor_weight: float = 0.0
-    anchor_targets: AnchorTargets = "labels"
-    anchor_head: AnchorHead = "detached"  # whether the anchor's gradient reaches the student's head too
+    anchor_weight: float = 0.0  # of the projected teacher's own cross entropy on the labels
     teacher_grad: Literal["full", "projector", "none"] = "full"
     projector_init: ProjectorStart = "default"
     projector_resolve_steps: int = 0  # the projector is solved again every so many steps, and not trained; 0 = never
@@ -83,8 +77,6 @@ class Recipe:
             or self.student_init == "svd"
             or (self.has_projector and self.projector_init in ("svd", "lstsq"))
             or (self.has_projector and self.projector_resolve_steps > 0)
-            or (self.anchor_weight > 0 and self.anchor_targets != "labels")
-            or self.kd_gate == "agrees"
         )
 
     @property
@@ -139,7 +131,7 @@ AUTO = "auto"  # in a recipe's place: choose_recipe finds one for the models at 
 # What a recipe of that kind has no use for: given explicitly, it is left out, and the log says so.
 _PROJECTOR = (
     "projector_init", "projector_resolve_steps", "projector_lr", "projector_lr_multiplier",
-    "anchor_weight", "anchor_targets", "anchor_head", "teacher_grad", "kd_gate",
+    "anchor_weight", "teacher_grad",
 )  # fmt: skip
 _COMPRESSED = ("compressed_rank", "compressed_kl")
 _KD = ("kd_weight", "kd_ramp", "kd_ramp_start", "temperature", "temperature_steps", "divergence")
@@ -148,7 +140,7 @@ UNUSED: dict[str, tuple[str, ...]] = {
     "own_head": (*_PROJECTOR, *_COMPRESSED),
     "compressed_head": _PROJECTOR,
     "projected": _COMPRESSED,
-    "probe": (*_COMPRESSED, "anchor_head", "teacher_grad", "projector_resolve_steps"),
+    "probe": (*_COMPRESSED, "teacher_grad", "projector_resolve_steps"),
     "cached": (*_PROJECTOR, *_COMPRESSED, "student_init", "hidden_weight"),
 }
 

@@ -9,14 +9,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from kdfast.inputs import Head, Projected, SparseLogits, Teacher
 from kdfast.loss import fused_kd_loss
-from kdfast.ops.logit_chunks import most_likely
 from kdfast.projector import LogitProjector
-from kdfast.training.labels import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from kdfast.training.model import DistillationModel
@@ -77,52 +74,14 @@ def kd_terms(
     projected = projector(hidden)
     if isinstance(projector, Probe):
         stand_in = Head(projected, projector.head, logit_scale=student.logit_scale, softcap=student.softcap)
-        anchor_loss = _anchor(stand_in, teacher, targets, recipe.anchor_targets, options)
+        shared = {name: options[name] for name in ("engine", "scratch_bytes", "valid_vocab", "num_items_in_batch")}
+        anchor_loss = fused_kd_loss(stand_in, None, targets, ce_weight=1.0, **shared)
+        assert isinstance(anchor_loss, Tensor)
         stand_in = _detached(stand_in)
-        kd_teacher: Teacher = stand_in
-    else:
-        stand_in = replace(student, hidden=projected.to(student.hidden.dtype))
-        kd_teacher = Projected(hidden, projector.weight, projector.bias)
-        options["teacher_grad"] = recipe.teacher_grad
-        anchor_loss = None
-        if recipe.anchor_weight > 0 and recipe.anchor_head == "attached":
-            anchor_loss = _anchor(stand_in, teacher, targets, recipe.anchor_targets, options)
-        elif recipe.anchor_weight > 0:
-            options["anchor_weight"] = recipe.anchor_weight
-            options["anchor_targets"] = _anchor_targets(teacher, targets, recipe.anchor_targets, model.valid_vocab)
-        stand_in = _detached(stand_in)
-    if recipe.kd_gate != "none":
-        options["kd_token_weights"] = _gate(recipe.kd_gate, stand_in, teacher, targets, model.valid_vocab)
-        if items is None:  # a gate takes tokens out; it does not weigh the others more
-            options["num_items_in_batch"] = (targets != IGNORE_INDEX).sum()
-    return Terms(kd_teacher, options, stand_in, anchor_loss)
-
-
-def _anchor(stand_in: Head, teacher: Head, targets: Tensor, kind: str, options: dict[str, Any]) -> Tensor:
-    """The stand-in's own loss, whose gradient reaches its projector and its head."""
-    shared = {name: options[name] for name in ("engine", "scratch_bytes", "valid_vocab", "num_items_in_batch")}
-    against = _anchor_targets(teacher, targets, kind, options["valid_vocab"])
-    if isinstance(against, Head):
-        loss = fused_kd_loss(stand_in, against, targets, temperature=1.0, **shared)
-    else:
-        loss = fused_kd_loss(stand_in, None, targets if against is None else against, ce_weight=1.0, **shared)
-    assert isinstance(loss, Tensor)
-    return loss
-
-
-def _anchor_targets(teacher: Head, targets: Tensor, kind: str, valid_vocab: int | None) -> Tensor | Head | None:
-    if kind == "labels":
-        return None
-    if kind == "teacher":
-        return teacher
-    return most_likely(teacher, valid_vocab).masked_fill(targets == IGNORE_INDEX, IGNORE_INDEX)
-
-
-def _gate(gate: str, stand_in: Head, teacher: Head, targets: Tensor, valid_vocab: int | None) -> Tensor:
-    """(B, T) of 1 where the stand-in's most likely id is the label, or the true teacher's; else 0."""
-    wanted = targets if gate == "right" else most_likely(teacher, valid_vocab)
-    passes = (most_likely(stand_in, valid_vocab) == wanted) & (targets != IGNORE_INDEX)
-    return passes.to(torch.float32)
+        return Terms(stand_in, options, stand_in, anchor_loss)
+    stand_in = _detached(replace(student, hidden=projected.to(student.hidden.dtype)))
+    options["teacher_grad"], options["anchor_weight"] = recipe.teacher_grad, recipe.anchor_weight
+    return Terms(Projected(hidden, projector.weight, projector.bias), options, stand_in, None)
 
 
 def _detached(head: Head) -> Head:

@@ -225,7 +225,7 @@ def test_solved_recipes_resume_where_they_stopped(tiny, rows, config, tmp_path, 
     """The start is solved again, the weights are the checkpoint's, and the fixed teacher is the same as before."""
 
     def make(steps, folder):
-        given = {"student_init": "svd"} if recipe == "compressed_head" else {"projector_init": "calibrated"}
+        given = {"student_init": "svd"} if recipe == "compressed_head" else {"projector_init": "lstsq"}
         args = config(
             recipe=recipe, max_steps=steps, save_strategy="steps", save_steps=2, output_dir=str(tmp_path / folder),
             lr_scheduler_type="constant", **given,

@@ -51,8 +51,7 @@ def test_an_untied_student_gets_both_ends(tiny):
     assert torch.equal(*ends)
 
 
-@pytest.mark.parametrize("init", ["lstsq", "calibrated"])
-def test_a_solved_projector_is_nearer_than_a_drawn_one(tiny, init):
+def test_a_solved_projector_is_nearer_than_a_drawn_one(tiny):
     # teacher and student of one family and almost the same weights, as after pretraining on the same text
     student = tiny("llama", width=16)
     teacher = tiny("llama", width=16)
@@ -60,10 +59,10 @@ def test_a_solved_projector_is_nearer_than_a_drawn_one(tiny, init):
         for p in teacher.parameters():
             p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
     drawn = DistillationModel(student, teacher, recipe=Recipe("test", teacher="projected"))
-    solved = DistillationModel(student, teacher, recipe=Recipe("test", teacher="projected", projector_init=init))
+    solved = DistillationModel(student, teacher, recipe=Recipe("test", teacher="projected", projector_init="lstsq"))
     starts = solved.solve([ids()])
     assert measured(solved, ids()) < 0.2 * measured(drawn, ids())
-    assert starts[0].what == f"projector_init={init!r}"
+    assert starts[0].what == "projector_init='lstsq'"
     assert 0 < starts[0].kl < 0.2 * measured(drawn, ids())
 
 
