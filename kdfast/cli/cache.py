@@ -19,7 +19,7 @@ from kdfast.training.cache.layout import CacheSummary, is_complete
 from kdfast.training.cache.read import TeacherCache
 from kdfast.training.cache.write import cache_teacher
 from kdfast.training.durable.errors import first_line
-from kdfast.training.processes import by_first, leave, say
+from kdfast.training.durable.processes import by_first, leave, print_once
 from kdfast.training.recipes import CACHED
 
 
@@ -30,7 +30,7 @@ def cache(argv: list[str]) -> int:
         return 0 if argv else 2
     arguments = parse(argv[0], argv[1:], command="cache")
     summary = make_cache(arguments)
-    say(f"{arguments.cache.teacher_cache}: {summary}")
+    print_once(f"{arguments.cache.teacher_cache}: {summary}")
     leave()
     return 0
 
@@ -46,7 +46,7 @@ def make_cache(arguments: Arguments) -> CacheSummary:
     folder = Path(asked.teacher_cache)
 
     def tell(text: str) -> None:
-        say(f"{folder}: {text}")
+        print_once(f"{folder}: {text}")
 
     try:
         tokenizer, train, evaluation = load_text(arguments)

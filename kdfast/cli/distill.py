@@ -26,8 +26,8 @@ from kdfast.report.summary import engine_of, parameters, summarise, write_summar
 from kdfast.training import KDTrainer, NonFiniteLossError, load_student, load_teacher
 from kdfast.training.cache.read import TeacherCache
 from kdfast.training.durable.errors import RunStoppedError, TerminatedError
+from kdfast.training.durable.processes import by_first, leave, print_once
 from kdfast.training.memory import PeakMemory
-from kdfast.training.processes import by_first, leave, say
 from kdfast.training.progress import show_progress
 from kdfast.training.recipes import CACHED
 
@@ -42,7 +42,7 @@ def distill(argv: list[str]) -> int:
         return 0 if argv else 2
     arguments = parse(argv[0], argv[1:])
     run = run_distillation(arguments)
-    say(text_table([run]))
+    print_once(text_table([run]))
     leave()
     return 0
 
@@ -63,7 +63,7 @@ def run_distillation(arguments: Arguments, name: str | None = None) -> Run:
     except OSError as error:
         raise UserError(f"output_dir: {error}") from error
     if folder.is_finished(output_dir):
-        say(f"{name}: finished already, in {output_dir}; --overwrite_output_dir true would train it again")
+        print_once(f"{name}: finished already, in {output_dir}; --overwrite_output_dir true would train it again")
         return read_run(output_dir, name)
     if training.resume_from_checkpoint is False and get_last_checkpoint(output_dir) is not None:
         raise UserError(
@@ -82,7 +82,7 @@ def run_distillation(arguments: Arguments, name: str | None = None) -> Run:
     except RunStoppedError as error:
         raise RunFailed(str(error)) from error
     if checkpoint:
-        say(f"{name}: going on from {checkpoint}")
+        print_once(f"{name}: going on from {checkpoint}")
     transformers.utils.logging.disable_progress_bar()  # of saving, which would break into training's
     show_progress(trainer, name)
     trainer.add_callback(_LogLastStep())
@@ -110,7 +110,7 @@ def run_distillation(arguments: Arguments, name: str | None = None) -> Run:
         raise UserError(str(error)) from error
     except OSError as error:  # a report or summary on a full disk
         raise RunFailed(f"{error}. The same command goes on from the last checkpoint") from error
-    say(f"{name}: model, summary.json and report.html are in {output_dir}")
+    print_once(f"{name}: model, summary.json and report.html are in {output_dir}")
     return run
 
 
@@ -144,7 +144,7 @@ def _trainer(arguments: Arguments, name: str) -> KDTrainer:
     sizes = ", ".join(f"{which} {parameters(model) / 1e6:.1f}M parameters" for which, model in loaded.items())
     blocks = f"{len(train)} blocks of {arguments.data.max_length} tokens to train on, {len(evaluation)} to evaluate on"
     engine = engine_of(training, student)
-    say(f"{name}: recipe {training.recipe}; {sizes}; {blocks}; engine {engine} on {training.device}")
+    print_once(f"{name}: recipe {training.recipe}; {sizes}; {blocks}; engine {engine} on {training.device}")
     return KDTrainer(
         student,
         training,

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from kdfast.training.data.text import DataError
-from kdfast.training.durable import folders
+from kdfast.training.durable import atomic_io
 
 HELD_OUT = 20  # every twentieth file is for evaluation
 END = "<|endoftext|>"
@@ -58,11 +58,11 @@ def once(path: Path, make: Callable[[Path], None]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.name}.lock")):
         if not path.exists():
-            staged = folders.staging(path)
-            folders.discard(staged)
+            staged = atomic_io.staging(path)
+            atomic_io.discard(staged)
             staged.mkdir()
             make(staged)
-            folders.publish(staged, path, replace=False)
+            atomic_io.publish(staged, path, replace=False)
 
 
 def write_files(path: Path, texts: list[str]) -> None:

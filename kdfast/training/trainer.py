@@ -7,26 +7,27 @@ student alone and appear only when complete, and a stop at the first loss that i
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from kdfast.param_groups import distillation_param_groups
 from kdfast.schedules import Schedule
-from kdfast.training import broadcast, fsdp
+from kdfast.training import fsdp
 from kdfast.training.cache.compatibility import check_datasets
 from kdfast.training.cache.read import cached_blocks
 from kdfast.training.callbacks import HealthCallback
 from kdfast.training.case import FROM_CACHE, Choice, choose_recipe
 from kdfast.training.config import KDConfig
-from kdfast.training.durable import checkpoint, checksums, folders, resume
+from kdfast.training.durable import atomic_io, checkpoint, checksums, processes, resume
 from kdfast.training.initialization import Start, solve_projector_again, wants_solving
 from kdfast.training.labels import IGNORE_INDEX, shift_labels
 from kdfast.training.memory import memory_bytes
@@ -135,7 +136,7 @@ class KDTrainer(ShardedTrainer):
         if use_cache is not None:  # Trainer turns it off in the config that gets saved; the forward here does without
             model.config.use_cache = use_cache
         if choice is not None:
-            self.tell(f"recipe {choice.recipe}: {choice.why}")
+            processes.print_once(f"recipe {choice.recipe}: {choice.why}")
         self._solved = False
         self.starts: list[Start] = []  # what was solved before the first step
         self._start_run()
@@ -205,9 +206,9 @@ class KDTrainer(ShardedTrainer):
         with self._naming_lost_processes():
             self.starts = model.solve(self._calibration_batches(), self.args.calibration_tokens)
             if self.accelerator.num_processes > 1:
-                self.starts = broadcast.share_starts(model, self.starts, self.args.device)
+                self.starts = _share_starts(model, self.starts, self.args.device)
         for start in self.starts:
-            self.tell(str(start))
+            processes.print_once(str(start))
 
     def _calibration_batches(self) -> Iterator[dict[str, Any]]:
         """Batches of training text, drawn once and for all, not from the loader, which a run goes through in order."""
@@ -221,11 +222,6 @@ class KDTrainer(ShardedTrainer):
             rows = iter(dataset)
         while batch := list(itertools.islice(rows, size)):
             yield self._prepare_inputs(collate(batch))
-
-    def tell(self, text: str) -> None:
-        """A line for whoever looks on."""
-        if self.is_world_process_zero():
-            print(text, flush=True)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -272,7 +268,7 @@ class KDTrainer(ShardedTrainer):
             solve_projector_again(model)
             if self.accelerator.num_processes > 1:
                 assert model.logit_projector is not None
-                broadcast.share(model.logit_projector.parameters(), self.args.device)
+                processes.broadcast(model.logit_projector.parameters(), self.args.device)
             self._solved_at = step
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
@@ -432,12 +428,12 @@ class KDTrainer(ShardedTrainer):
         with self._naming_lost_processes():
             self._guard.check_weights(self._trained())
             final = Path(output_dir or str(self.args.output_dir))
-            staged = final / folders.INCOMPLETE if final.is_dir() else folders.staging(final)
+            staged = final / atomic_io.INCOMPLETE if final.is_dir() else atomic_io.staging(final)
             with self._staging(staged, final):
                 super().save_model(str(staged), _internal_call=True)
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
-                    folders.publish(staged, final, replace=False)
+                    atomic_io.publish(staged, final, replace=False)
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -459,7 +455,7 @@ class KDTrainer(ShardedTrainer):
             self.store_flos()
             run = Path(self._get_output_dir(trial))
             final = run / f"checkpoint-{self.state.global_step}"
-            staged = folders.staging(final)
+            staged = atomic_io.staging(final)
             with self._staging(staged, final):
                 if self.args.should_save:
                     staged.mkdir(parents=True)
@@ -479,7 +475,7 @@ class KDTrainer(ShardedTrainer):
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
                     checksums.write(staged)
-                    folders.publish(staged, final, replace=True)
+                    atomic_io.publish(staged, final, replace=True)
             if self.args.push_to_hub:
                 self._push_from_checkpoint(str(final))
             if self.args.should_save:
@@ -497,3 +493,23 @@ class KDTrainer(ShardedTrainer):
     @property
     def _recipe(self) -> Any:
         return self.accelerator.unwrap_model(self.model).recipe
+
+
+def _share_starts(model: DistillationModel, starts: list[Start], device: torch.device) -> list[Start]:
+    """Copy the first process's trained weights, vocabulary weights and compressed head into all; return its `starts`.
+
+    All have solved, so that none waits; but other devices or thread counts round differently, and the rank that a
+    threshold finds may jump by that. The teacher is taken to be the same everywhere.
+    """
+    solved: list[Any] = [starts, copy.deepcopy(model.compressed_head)]
+    if solved[1] is not None:
+        solved[1].cpu()
+    distributed.broadcast_object_list(solved, src=0, device=device)
+    starts, compressed = solved
+    if distributed.get_rank() != 0:
+        model.compressed_head = None if compressed is None else compressed.to(device)
+    parts = (model.student, model.logit_projector, model.hidden_loss)
+    processes.broadcast((p for part in parts if part is not None for p in part.parameters()), device)
+    if model.vocab_weights is not None:
+        processes.broadcast([model.vocab_weights], device)
+    return starts

@@ -217,7 +217,7 @@ class TestWriting:
         for name in ("whole", "broken"):
             folder = tmp_path / name
             if name == "broken":
-                publish, calls = cache_write.folders.publish, []
+                publish, calls = cache_write.atomic_io.publish, []
 
                 def once(*args, publish=publish, calls=calls, **options):
                     calls.append(args)
@@ -225,7 +225,7 @@ class TestWriting:
                         raise KeyboardInterrupt
                     publish(*args, **options)
 
-                monkeypatch.setattr(cache_write.folders, "publish", once)
+                monkeypatch.setattr(cache_write.atomic_io, "publish", once)
                 with pytest.raises(KeyboardInterrupt):
                     make(folder, method="sample", k=9)
                 with pytest.raises(CacheError, match=r"not complete.*goes on"):

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerC
 from transformers.trainer_utils import get_last_checkpoint
 
 from kdfast.training import DistillationModel, KDTrainer
+from kdfast.training.durable.atomic_io import publish, staging
 from kdfast.training.durable.checkpoint import load_models, recover, save_models
-from kdfast.training.durable.folders import publish, staging
 from kdfast.training.recipes import Recipe
 
 PROJECTOR_FILE = "logit_projector.safetensors"

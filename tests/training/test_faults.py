@@ -17,7 +17,7 @@ import server
 import torch
 from fault_runs import join, output, same_end, start
 
-from kdfast.training.durable import checksums, errors, folders
+from kdfast.training.durable import atomic_io, checksums, errors
 from kdfast.training.durable.errors import CheckpointWriteError
 from kdfast.training.durable.preemption import Termination
 from kdfast.training.durable.resume import checkpoints, find_problem
@@ -155,7 +155,7 @@ def kill_in(trainer, where):
             half(None, f"{folder}/optimizer.pt") if trainer.state.global_step == 4 else save(folder)
         )
     elif where == "before its name":
-        folders.flush_all = in_step_4(folders.flush_all)
+        atomic_io.flush_all = in_step_4(atomic_io.flush_all)
     elif where == "between two names":
         rename = Path.rename
         Path.rename = lambda self, to: die() if to.name == "checkpoint-2" and to != self else rename(self, to)
@@ -193,7 +193,7 @@ def test_kill_9_between_the_two_renames_of_a_replacement_loses_nothing(tmp_path,
 
 def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     """A killed process loses nothing that is written; a power cut loses what is not flushed."""
-    staged, final = folders.staging(tmp_path / "checkpoint-2"), tmp_path / "checkpoint-2"
+    staged, final = atomic_io.staging(tmp_path / "checkpoint-2"), tmp_path / "checkpoint-2"
     (staged / "shards").mkdir(parents=True)
     names = ["model.safetensors", "optimizer.pt", "shards/0.distcp"]
     for name in names:
@@ -203,7 +203,7 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatc
     monkeypatch.setattr(os, "fsync", lambda fd: (done.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
     monkeypatch.setattr(Path, "rename", lambda self, to: (done.append("rename"), rename(self, to)))
     checksums.write(staged)
-    folders.publish(staged, final, replace=True)
+    atomic_io.publish(staged, final, replace=True)
     before, after = done[: done.index("rename")], done[done.index("rename") + 1 :]
     flushed = {str(staged / name) for name in (*names, checksums.NAME, "shards", ".")} - {str(staged / ".")}
     assert {*flushed, str(staged)} <= set(before)

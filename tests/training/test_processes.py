@@ -6,7 +6,7 @@ import pytest
 import server
 from torch import distributed
 
-from kdfast.training import processes
+from kdfast.training.durable import processes
 
 
 def fail_on(rank):

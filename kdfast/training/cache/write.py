@@ -25,7 +25,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdfast.frontend.checks import MOST_ENTRIES, kind
 from kdfast.ops import autocast
-from kdfast.training import processes
 from kdfast.training.cache import rows
 from kdfast.training.cache.description import (
     NAME,
@@ -37,7 +36,7 @@ from kdfast.training.cache.description import (
 )
 from kdfast.training.cache.entries import TopK, draw, top_k
 from kdfast.training.cache.layout import LOCK, MARK, SUMMARY, CacheSummary, Shard, is_complete, read_summary, shards
-from kdfast.training.durable import checksums, folders
+from kdfast.training.durable import atomic_io, checksums, processes
 from kdfast.training.durable.atomic_io import write_text
 from kdfast.training.hf import backbone, check_model, head, head_shape
 
@@ -156,8 +155,8 @@ def _claim(folder: Path, description: Description, lock: FileLock) -> bool:
         )
     if is_complete(folder):
         return True
-    for left in folder.glob(f".*{folders.INCOMPLETE}"):
-        folders.discard(left)
+    for left in folder.glob(f".*{atomic_io.INCOMPLETE}"):
+        atomic_io.discard(left)
     return False
 
 
@@ -219,16 +218,16 @@ def _dtype(teacher: PreTrainedModel) -> torch.dtype:
 
 
 def _write_shard(shard: Shard, table: Any, mark: str) -> None:
-    staged = folders.staging(shard.folder)
+    staged = atomic_io.staging(shard.folder)
     shown = not are_progress_bars_disabled()
     disable_progress_bars()  # of datasets: one a shard
     try:
         Dataset(table).save_to_disk(staged, num_shards=1)
         write_text(staged / MARK, mark)
         checksums.write(staged)
-        folders.publish(staged, shard.folder, replace=True)
+        atomic_io.publish(staged, shard.folder, replace=True)
     except OSError:
-        folders.discard(staged)
+        atomic_io.discard(staged)
         raise
     finally:
         if shown:

@@ -4,7 +4,7 @@
     logit_projector.safetensors         the projector, where there is one (with a probe's head)
     hidden_loss.safetensors             the maps of the hidden-state loss, where there is one
 
-Weights are safetensors throughout, so reading runs no code. How a folder appears only when it is complete: folders.py.
+Weights are safetensors throughout, so reading runs no code. How a folder appears only when complete: atomic_io.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import logging as transformers_logging
 
-from kdfast.training.durable.folders import INCOMPLETE, REPLACED, delete, discard
+from kdfast.training.durable.atomic_io import INCOMPLETE, REPLACED, delete, discard
 from kdfast.training.fsdp import load_full_state
 from kdfast.training.model import DistillationModel
 

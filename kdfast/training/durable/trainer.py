@@ -18,7 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput
 
-from kdfast.training.durable import checkpoint, errors, folders, resume
+from kdfast.training.durable import atomic_io, checkpoint, errors, resume
 from kdfast.training.durable.preemption import Termination
 
 logger = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ class ResumableTrainer(Trainer):
         try:
             with errors.naming_failed_writes(final, self._last_checkpoint):
                 if self.args.should_save:
-                    folders.discard(staged)
+                    atomic_io.discard(staged)
                 yield
             if resume.step_of(final) >= 0:
                 self._newest = str(final)
@@ -119,7 +119,7 @@ class ResumableTrainer(Trainer):
             self._newest = best
             spare = [path for path in resume.checkpoints(Path(self._get_output_dir(trial))) if not path.samefile(best)]
             for path in spare if self.args.should_save else ():
-                folders.delete(path)
+                atomic_io.delete(path)
         return output
 
     def _save_state(self, folder: Path) -> None:
