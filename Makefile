@@ -67,7 +67,7 @@ dist: $(READY_DIST)  ## wheel and source distribution, into dist/
 	$(BIN)/python -m build
 
 package: dist  ## what is in them, and the wheel installed and used as users do, with and without triton: minutes
-	$(BIN)/python tests/package/install.py
+	$(BIN)/python tests/system/package/install.py
 
 clean:  ## remove .venv, build products and caches, not the results of runs
 	rm -rf $(VENV) build/lib build/bdist.* dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks

@@ -68,7 +68,7 @@ class Results(dict[str, Row]):
 
     def command(self, *command: str) -> Row:
         """A command's status (124: it took too long) and the end of what it printed."""
-        folders = (".", "tests/helpers", "tests", "tests/loss", "tests/engines", "bench")
+        folders = (".", "tests/helpers", "tests", "bench")
         path = os.pathsep.join((*folders, os.environ.get("PYTHONPATH", "")))
         environment = {**os.environ, "PYTHONPATH": path, "KDFAST_BENCH_OUT": str(self.path.parent.resolve())}
         options = {"cwd": measure.ROOT, "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
@@ -158,7 +158,7 @@ def search_commands() -> dict[str, list[str]]:
 def sanitizer_commands() -> dict[str, list[str]]:
     """Each engine against float64 at a small size, first by itself, to compile. racecheck sees shared memory only."""
     call = "compare('cuda', p, (70, 1000, 64, 96), *two, ['{}'])"
-    run = f"from gpu.test_gpu import *; [{call} for p in ('bf16', 'fp32') for two in TWO]"
+    run = f"from gpu_checks import *; [{call} for p in ('bf16', 'fp32') for two in TWO]"
     under = {tool: ["compute-sanitizer", "--error-exitcode", "9", "--tool", tool] for tool in ("memcheck", "racecheck")}
     calls = {engine: [sys.executable, "-c", run.format(engine)] for engine in ENGINES}
     return {f"{engine} {tool}": under.get(tool, []) + calls[engine] for engine in ENGINES for tool in ("alone", *under)}

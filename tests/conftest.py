@@ -9,7 +9,8 @@ import interpreter  # noqa: F401  # before any kernel
 import pytest
 import torch
 
-pytest.register_assert_rewrite("definition")
+pytest.register_assert_rewrite("definition", "autocast_checks", "gpu_checks")
+
 
 @pytest.fixture(autouse=True)
 def _seeded_and_poisoned():

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cases import V, copy, gradients, make, relative, student, teacher
-from torch.nn.functional import linear
+from near_convergence import near_convergence, solve
 
-from kdfast import JSD, Head, Projected, fused_kd_loss
+from kdfast import JSD, fused_kd_loss
 from kdfast.ops import matmul
 from kdfast.ops.planning import gradient_scale
 
@@ -48,35 +48,6 @@ def test_float32_is_no_worse_than_eager(v, kind, temperature, weight_std):
         if weight_std == 800.0:  # a softmax of logits rounded at 1e-3 is a matter of luck row by row
             allowed = max(2 * allowed, 1e-3)
         assert relative(gradient, truth_gradients[name]) <= allowed, name
-
-
-def near_convergence(dtype, noise, *, width=256, vocab=16384, rows=256):
-    """A teacher that is the student plus `noise`: (hs, W, ht, Wt, P) in `dtype`."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator)
-
-    hs, W = normal(rows, width), normal(vocab, width) / 8
-    ht, Wt = hs + noise * normal(rows, width), W + noise * normal(vocab, width) / 8
-    P = torch.eye(width) + noise * normal(width, width) / width**0.5
-    return [t.to(dtype) for t in (hs, W, ht, Wt, P)]
-
-
-def solve(tensors, kind, dtype, engine, *, rounded=False, upstream=1.0, labels=None, **options):
-    """(loss, KL, gradients) with the numbers of `tensors` in `dtype`; `rounded`: projected hidden states too."""
-    hs, W, ht, Wt, P = (t.to(dtype, copy=True) for t in tensors)
-    leaves = [t.requires_grad_() for t in ([hs, W, P] if kind == "projected" else [hs, W])]
-    if kind == "head":
-        source = Head(ht, Wt)
-    elif rounded:
-        projected = linear(ht, P)
-        source = Projected(projected + (projected.to(tensors[0].dtype).to(dtype) - projected).detach())
-    else:
-        source = Projected(ht, P)
-    loss, metrics = fused_kd_loss(Head(hs, W), source, labels, engine=engine, return_metrics=True, **options)
-    loss.backward(torch.tensor(upstream, dtype=loss.dtype))
-    return loss, metrics.kd, [leaf.grad for leaf in leaves]
 
 
 # noise 0.02 is KL 4e-4, the figure the numerical policy is stated at

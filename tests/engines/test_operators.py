@@ -3,7 +3,6 @@
 They read no value on the host, need none to know a shape, and take no derivative they don't have.
 """
 
-import inspect
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from types import SimpleNamespace
@@ -11,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cases import LEAVES, copy, make, student
+from operator_arguments import arguments, problem
 from teachers import ENGINES, KINDS, SOME, leaves, loss_of, sources
 from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
@@ -19,33 +19,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction
 
 from kdfast import fused_kd_loss
-from kdfast.divergences import get_divergence
 from kdfast.engines import operators
-from kdfast.frontend.build import assemble
-from kdfast.frontend.vocab_parallel import localise
 from kdfast.ops.problem import Problem
-from kdfast.options import Options
 
 # torch 2.15's opcheck looks at .grad of what is no leaf
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 FUSED = ENGINES[1:]
 SMALL = {"n": 3, "v": 9, "hs": 4, "ht": 5}
 OPERANDS = [kind for kind in KINDS if kind != "hidden"]  # which an operator sees as "projected"
-
-
-def problem(case, kind, **options):
-    """The operators' arguments for a case; those of the anchor, where it is a distribution."""
-    source, own = sources(case, kind)
-    return arguments(student(case), source, case.labels, **{"ce_weight": 0.5} | own | options)
-
-
-def arguments(*sources, **options):
-    parameters = inspect.signature(fused_kd_loss).parameters
-    given = {name: parameters[name].default for name in Options.names()} | options
-    given["divergence"] = get_divergence(given["divergence"])
-    local = localise(*sources, Options(**given))
-    assembled = assemble(local.student, local.teacher, local.labels, local.options, local.vocabulary)
-    return [getattr(assembled.anchor or assembled.problem, field.name) for field in fields(Problem)]
 
 
 def detached(values, keep_grad=False):

@@ -10,7 +10,7 @@ import oracle
 import pytest
 import torch
 from cases import LEAVES, copy, gradients, make, relative, student, teacher
-from test_chunked import near_convergence, solve
+from near_convergence import near_convergence, solve
 
 from kdfast import JSD, Head, Projected, fused_kd_loss
 from kdfast.kernels import block_sizes

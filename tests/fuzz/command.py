@@ -9,7 +9,7 @@ import datasets
 import transformers.models.gpt2.modeling_gpt2  # noqa: F401  # once, in the parent of all cases
 import yaml
 from byte_tokenizer import make_tokenizer
-from cli.conftest import CONFIG
+from command_line import CONFIG
 from fuzz import child
 
 import kdfast.cli.demo
@@ -79,7 +79,7 @@ def write(config: Path, settings: dict) -> None:
 
 
 def corner(folder: Path) -> Path:
-    """Text, a teacher with its tokenizer: what tests/cli/conftest.py's config names."""
+    """Text, a teacher with its tokenizer: what helpers/command_line.py's config names."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 

@@ -36,7 +36,7 @@ def _run(folder, action, arguments, settings):
 
 def make(folder, timeout=None, **given):
     """A trainer of the same tiny models and data every time; dropout on, so that random states count."""
-    from training.conftest import tiny
+    from tiny_models import tiny
 
     if timeout is not None:  # with use_cpu, TrainingArguments forgets its ddp_timeout
         torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=timeout))

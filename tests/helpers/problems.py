@@ -11,6 +11,7 @@ from typing import Any
 
 import oracle
 import torch
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from kdfast import JSD, Head, Logits, Projected, SkewKL, SkewReverseKL, SparseLogits
@@ -419,4 +420,13 @@ def a_problem(one_of):
             "valid_vocab": valid_vocab,
             "vocab": truncate,
         },
+    )
+
+
+def drawn(number, **more):
+    """Return a decorator that calls a test with `number` problems; more: settings of hypothesis."""
+    # no deadline: the interpreter takes 0.1 to 2 seconds. No phase that explains: it points at lines of the interpreter
+    phases = (Phase.generate, Phase.shrink)
+    return lambda test: settings(max_examples=number, deadline=None, database=None, phases=phases, **more)(
+        given(problem=problems())(test)
     )

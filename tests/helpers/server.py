@@ -14,7 +14,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 HERE = Path(__file__).parent
-IMPORTED = ["interpreter", "kdfast.kernels.row_kernel", "meshes", "sliced", "fault_runs", "training.conftest"]
+IMPORTED = ["interpreter", "kdfast.kernels.row_kernel", "meshes", "sliced", "fault_runs", "tiny_models"]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (HERE, HERE.parent, HERE.parents[1])))}
 
 

@@ -7,16 +7,7 @@ every time, `make test-long` others, and prints how to draw a failing one again.
 
 import pytest
 from agree import agree
-from hypothesis import Phase, given, settings
-from problems import problems
-
-
-def drawn(number, **more):
-    # no deadline: the interpreter takes 0.1 to 2 seconds. No phase that explains: it points at lines of the interpreter
-    phases = (Phase.generate, Phase.shrink)
-    return lambda test: settings(max_examples=number, deadline=None, database=None, phases=phases, **more)(
-        given(problem=problems())(test)
-    )
+from problems import drawn
 
 
 @drawn(100, derandomize=True)

@@ -13,9 +13,9 @@ import torch
 from agree import agree
 from cases import gradients, make, relative, student, teacher
 from communication import Step
+from problems import drawn
 from processes import Processes
 from teachers import ENGINES, KINDS, loss_of
-from test_random_options import drawn
 
 from kdfast import fused_kd_loss
 from kdfast.kernels.online_softmax import PAIR, SIDE

@@ -19,7 +19,7 @@ import venv
 import zipfile
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 USE = Path(__file__).with_name("use.py")
 failed = []
 

@@ -32,7 +32,7 @@ def launch_accelerate(*arguments):
 
 def launch(place, *arguments):
     """(exit codes, what each said) of `kdfast distill` in two processes that have of torchrun what it sets; the real
-    one is in tests/training/test_faults.py."""
+    one is in test_faults.py."""
     processes = server.start(place / "said", 2, distill, place, arguments)
     codes = server.join(processes, seconds=300)
     return codes, [(place / "said" / f"output-{rank}.txt").read_text() for rank in (0, 1)]

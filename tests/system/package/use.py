@@ -103,7 +103,7 @@ def training():
     """`kdfast distill` from text to a student that transformers loads, in the current folder; then the model alone."""
     from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-    sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
+    sys.path.insert(0, str(Path(__file__).parents[2] / "helpers"))
     from byte_tokenizer import make_tokenizer
 
     from kdfast import DistillationModel

@@ -1,0 +1,29 @@
+"""What the operators behind the fused engines are called with, for a case of teachers.py."""
+
+import inspect
+from dataclasses import fields
+
+from cases import student
+from teachers import sources
+
+from kdfast import fused_kd_loss
+from kdfast.divergences import get_divergence
+from kdfast.frontend.build import assemble
+from kdfast.frontend.vocab_parallel import localise
+from kdfast.ops.problem import Problem
+from kdfast.options import Options
+
+
+def problem(case, kind, **options):
+    """The operators' arguments for a case; those of the anchor, where it is a distribution."""
+    source, own = sources(case, kind)
+    return arguments(student(case), source, case.labels, **{"ce_weight": 0.5} | own | options)
+
+
+def arguments(*sources, **options):
+    parameters = inspect.signature(fused_kd_loss).parameters
+    given = {name: parameters[name].default for name in Options.names()} | options
+    given["divergence"] = get_divergence(given["divergence"])
+    local = localise(*sources, Options(**given))
+    assembled = assemble(local.student, local.teacher, local.labels, local.options, local.vocabulary)
+    return [getattr(assembled.anchor or assembled.problem, field.name) for field in fields(Problem)]
