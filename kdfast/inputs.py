@@ -1,4 +1,4 @@
-"""What a loss compares: the student's head, and the kinds of teacher.
+"""What a loss takes: the student's head, the kinds of teacher, and its options.
 
 Each source is a frozen dataclass and a registered pytree: `torch.compile`, activation checkpointing, forward hooks, DDP
 and FSDP see the tensors inside. Reentrant checkpointing (`use_reentrant=True`) and full backward hooks look at a call's
@@ -12,10 +12,12 @@ teacher width, `K` entries kept per token.
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from kdfast.divergences import Divergence
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +94,65 @@ class SparseLogits:
 
 
 Teacher = Projected | Head | Logits | SparseLogits
+
+
+def is_asked(weight: float | Tensor) -> bool:
+    """Whether a term with this weight may count: a tensor's value is not looked at."""
+    return isinstance(weight, Tensor) or weight != 0
+
+
+class LossKeywords(TypedDict, total=False):
+    """The keywords of `fused_kd_loss` but `return_metrics`, typed as in its signature: for type checkers."""
+
+    temperature: float | Tensor
+    divergence: str | Divergence
+    kd_weight: float | Tensor
+    ce_weight: float | Tensor
+    anchor_weight: float | Tensor
+    anchor_targets: Tensor | None
+    teacher_grad: Literal["full", "projector", "none"]
+    token_weights: Tensor | None
+    kd_token_weights: Tensor | None
+    ignore_index: int
+    reduction: Literal["mean", "sum", "none"]
+    num_items_in_batch: int | Tensor | None
+    temperature_squared: bool
+    valid_vocab: int | None
+    vocab: Literal["error", "truncate"]
+    process_group: Any
+    vocab_start: int | None
+    engine: str
+    scratch_bytes: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class Options:
+    """The keyword options of `fused_kd_loss`, which has their meaning and shapes; `divergence` is an instance here."""
+
+    temperature: float | Tensor
+    divergence: Divergence
+    kd_weight: float | Tensor
+    ce_weight: float | Tensor
+    anchor_weight: float | Tensor
+    anchor_targets: Tensor | None
+    teacher_grad: str
+    token_weights: Tensor | None
+    kd_token_weights: Tensor | None
+    ignore_index: int
+    reduction: str
+    num_items_in_batch: int | Tensor | None
+    temperature_squared: bool
+    valid_vocab: int | None
+    vocab: str
+    process_group: Any
+    vocab_start: int | None
+    engine: str
+    scratch_bytes: int | None
+    return_metrics: bool
+
+    @classmethod
+    def names(cls) -> list[str]:
+        return [field.name for field in fields(cls)]
 
 
 def _register(cls: type, tensors: tuple[str, ...]) -> None:

@@ -16,10 +16,8 @@ from kdfast.frontend.agreement import together
 from kdfast.frontend.build import assemble
 from kdfast.frontend.checks import check, check_kinds
 from kdfast.frontend.vocab_parallel import localise
-from kdfast.inputs import Head, Logits, SparseLogits, Teacher
-from kdfast.ops import sparse
+from kdfast.inputs import Head, LossKeywords, Options, Teacher
 from kdfast.ops.problem import AGREEMENT, ANCHOR, CE, KD, STUDENT_ENTROPY, TEACHER_ENTROPY, Problem
-from kdfast.options import LossKeywords, Options
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # in typing since Python 3.11
@@ -66,7 +64,7 @@ def fused_kd_loss(
     kd_weight: float | Tensor = 1.0,
     ce_weight: float | Tensor = 0.0,
     anchor_weight: float | Tensor = 0.0,
-    anchor_targets: Tensor | Head | Logits | SparseLogits | None = None,
+    anchor_targets: Tensor | None = None,
     teacher_grad: Literal["full", "projector", "none"] = "full",
     token_weights: Tensor | None = None,
     kd_token_weights: Tensor | None = None,
@@ -103,9 +101,8 @@ def fused_kd_loss(
         divergence: "forward_kl", "reverse_kl", "symmetric_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation"
             or an instance, e.g. `JSD(beta=0.1)`. Which to choose when: docs/divergences.md.
         kd_weight, ce_weight, anchor_weight: ≥ 0, number or 0-d tensor.
-        anchor_targets: what the projected teacher is anchored to: (*,) ids, None = `labels`, or a distribution, the
-            true teacher's `Head`, `Logits` or `SparseLogits` (one pass over the vocabulary more), on every row that
-            has a label. The anchor's gradient never reaches W.
+        anchor_targets: (*,) ids that the projected teacher is anchored to; None = `labels`. The anchor's gradient
+            never reaches W.
         teacher_grad: Projected only, where the KD term's gradient goes on the teacher's side: "full" (plain
             autograd), "projector" (not to W), "none".
         token_weights: (*,) ≥ 0, multiplies every term of a row.
@@ -180,10 +177,6 @@ def fused_kd_loss(
         check(student, teacher, labels, options, vocabulary)
     assembled = assemble(student, teacher, labels, options, vocabulary)
     loss, stats = engines.run(assembled.problem)
-    if assembled.anchor is not None:
-        anchor_loss, anchor = _soft_anchor(assembled.anchor)
-        loss = loss + anchor_loss
-        stats = torch.cat([stats[:ANCHOR], anchor[None], stats[ANCHOR + 1 :]])
     if options.reduction == "none":
         loss = loss.reshape(student.hidden.shape[:-1])
     if not return_metrics:
@@ -216,14 +209,6 @@ class FusedKDLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
-
-
-def _soft_anchor(x: Problem) -> tuple[Tensor, Tensor]:
-    """(loss () or (N,), cross entropy (N,)): the targets' entropy is added to their KL, which has the gradient."""
-    loss, stats = engines.run(x)
-    entropy = sparse.entropy(x) if x.sparse else stats[TEACHER_ENTROPY]
-    constant = torch.where(x.coefficients[KD] == 0, 0.0, x.coefficients[KD] * entropy)
-    return loss + (constant if x.per_row else constant.sum()), stats[KD] + entropy
 
 
 def _metrics(problem: Problem, stats: Tensor, weights: Tensor) -> KDMetrics:

@@ -23,23 +23,20 @@ from torch import Tensor
 
 from kdfast.frontend.checks import can_read
 from kdfast.frontend.vocabulary import Vocabulary
-from kdfast.inputs import Head, Projected, SparseLogits
+from kdfast.inputs import Head, Options, Projected, SparseLogits, is_asked
 from kdfast.ops import autocast, collectives
-from kdfast.options import Options, is_asked
 
 NO_ENTRIES = -1  # of the vocabulary, in a source without logits or a head of its own
 
 
 class Slice(NamedTuple):
-    """What a process has of the student's head, and of a teacher's and an anchor's own."""
+    """What a process has of the student's head, and of a teacher's own."""
 
     start: int = 0  # first id
     rows: int = 0
     claimed: int = 0  # by `vocab_start`; the same, or a DTensor's is another
     teacher_start: int = 0
     teacher: int = NO_ENTRIES
-    anchor_start: int = 0
-    anchor: int = NO_ENTRIES
 
 
 class Call(NamedTuple):
@@ -149,7 +146,6 @@ def _vocabulary(group: Any, mine: Slice, slices: list[Slice]) -> Vocabulary:
     if end == 0:
         raise ValueError("student: Head.weight has no rows on any process of process_group")
     teacher, whole_teacher = _size_of("teacher", [(s, s.teacher_start, s.teacher) for s in slices], end)
-    anchor, whole_anchor = _size_of("anchor_targets", [(s, s.anchor_start, s.anchor) for s in slices], end)
     return Vocabulary(
         size=end,
         start=mine.start,
@@ -157,8 +153,7 @@ def _vocabulary(group: Any, mine: Slice, slices: list[Slice]) -> Vocabulary:
         largest=max(each.rows for each in slices),
         group=group.group_name,
         teacher=teacher,
-        anchor=anchor,
-        whole=(whole_teacher, whole_anchor),
+        whole_teacher=whole_teacher,
     )
 
 
@@ -223,9 +218,9 @@ def _call(student: Head, teacher: Any, labels: Any, options: Options) -> Call:
     numbers = [getattr(options, name) for name in ("temperature", "kd_weight", "ce_weight", "anchor_weight")]
     numbers += [options.num_items_in_batch, options.ignore_index, options.temperature_squared]
     numbers += [*options.divergence.parameters]
-    for source in (student, teacher, options.anchor_targets):
+    for source in (student, teacher):
         numbers += [source.logit_scale, source.softcap] if isinstance(source, Head) else []
-    ids = [each.indices for each in (teacher, options.anchor_targets) if isinstance(each, SparseLogits)]
+    ids = [teacher.indices] if isinstance(teacher, SparseLogits) else []
     return Call(
         rows=float(student.hidden.shape[:-1].numel()),
         structure=_checksum(structure),
@@ -237,13 +232,13 @@ def _call(student: Head, teacher: Any, labels: Any, options: Options) -> Call:
 
 
 def _checksum(*values: Any) -> float:
-    """Of tensors their values, of anything but a source its text."""
+    """Return a checksum of tensors' values, and of the text of anything else."""
     total = 0
     for value in values:
         if isinstance(value, Tensor):
             data = value.detach().cpu().double().numpy().tobytes()
         else:
-            data = b"" if isinstance(value, (Head, SparseLogits)) or hasattr(value, "logits") else repr(value).encode()
+            data = repr(value).encode()
         total = zlib.crc32(data, total)
     return float(total)
 

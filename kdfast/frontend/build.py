@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from math import inf
 from typing import Any, NamedTuple
 
@@ -12,18 +11,16 @@ from torch import Tensor
 
 from kdfast.engines import operators
 from kdfast.engines.choice import resolve
-from kdfast.frontend.row_weights import RowWeights, row_weights, scalar
+from kdfast.frontend.row_weights import row_weights, scalar
 from kdfast.frontend.vocabulary import Vocabulary
-from kdfast.inputs import Head, Logits, Projected, SparseLogits, Teacher
+from kdfast.inputs import Head, Logits, Options, Projected, SparseLogits, Teacher, is_asked
 from kdfast.ops import autocast, sparse
-from kdfast.ops.problem import ANCHOR, KD, Problem
-from kdfast.options import Options, is_asked
+from kdfast.ops.problem import Problem
 
 
 class Assembled(NamedTuple):
     problem: Problem
     weights: Tensor  # (3, N): of the rows in KD, CE and anchor means
-    anchor: Problem | None  # where the anchor is a distribution: its KL to the projected teacher, the student there
 
 
 def assemble(
@@ -68,14 +65,12 @@ def assemble(
         has_kd=teacher is not None,
         has_anchor=isinstance(teacher, Projected),
         bad_kd=_out_of_vocabulary(teacher, vocabulary.size, options),
-        bad_anchor=_out_of_vocabulary(options.anchor_targets, vocabulary.size, options),
         dtype=dtype,
         device=device,
     )
 
     ce_term = rows.labels is not None and is_asked(options.ce_weight)
     anchor_term = projected is not None and rows.has_anchor and is_asked(options.anchor_weight)
-    soft_anchor = options.anchor_targets is not None and not isinstance(options.anchor_targets, Tensor)
     grad = torch.is_grad_enabled()
     whole = ce_term or options.return_metrics  # past the shared ids there is the cross entropy alone
     problem = Problem(
@@ -98,7 +93,7 @@ def assemble(
         largest=vocabulary.largest,
         group=vocabulary.group,
         ce_term=ce_term,
-        anchor_term=anchor_term and not soft_anchor,
+        anchor_term=anchor_term,
         want_metrics=options.return_metrics,
         per_row=options.reduction == "none",
         need_hidden=grad and hidden.requires_grad,
@@ -108,10 +103,7 @@ def assemble(
         engine=engine,
         scratch_bytes=options.scratch_bytes or 0,
     )
-    if not soft_anchor or projected is None or not (anchor_term or options.return_metrics):
-        return Assembled(problem, rows.weights, None)
-    anchor = _soft_anchor(problem, options, rows, anchor_term, student, valid_vocab, vocabulary)
-    return Assembled(problem, rows.weights, anchor)
+    return Assembled(problem, rows.weights)
 
 
 def _sides(
@@ -166,44 +158,6 @@ def _sides(
         if teacher.tail == "none" and not teacher.tempered:  # weights as given mean what they say at τ = 1 only
             side["temperature"] = torch.where(temperature == 1, temperature, float("nan"))
     return side
-
-
-def _soft_anchor(
-    problem: Problem, options: Options, rows: RowWeights, anchor_term: bool, student: Head, valid_vocab: int,
-    vocabulary: Vocabulary,
-) -> Problem:  # fmt: skip
-    """H(targets, projected) = KL(targets ‖ projected) + H(targets): a distillation of the projected teacher alone."""
-    targets = options.anchor_targets
-    assert isinstance(targets, (Head, Logits, SparseLogits))
-    assert problem.teacher_hidden is not None
-    if isinstance(targets, Head):
-        targets = _autocast(targets)
-    one = torch.ones_like(problem.temperature)
-    sides = _sides(targets, student, None, valid_vocab, one, problem.dtype, vocabulary, vocabulary.anchor)
-    coefficients = torch.zeros_like(rows.coefficients)
-    coefficients[KD] = rows.coefficients[ANCHOR]
-    return replace(
-        problem,
-        **sides,
-        hidden=problem.teacher_hidden,
-        weight=problem.weight.detach(),
-        bias=None if problem.bias is None else problem.bias.detach(),
-        labels=None,
-        anchor_targets=None,
-        coefficients=coefficients,
-        active=rows.weights[ANCHOR] != 0,
-        divergence_name="forward_kl",
-        divergence_parameters=[],
-        valid_vocab=sides["kd_vocab"],
-        vocab_size=sides["kd_size"],
-        ce_term=False,
-        anchor_term=False,
-        want_metrics=not isinstance(targets, SparseLogits),  # the targets' entropy
-        need_hidden=problem.need_teacher_hidden and anchor_term,
-        need_weight=False,
-        need_bias=False,
-        need_teacher_hidden=False,
-    )
 
 
 def _out_of_vocabulary(source: Any, vocab: int, options: Options) -> Tensor | None:

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from kdfast import engines
 from kdfast.engines.choice import unavailable
-from kdfast.inputs import Head, Logits, Projected, SparseLogits, Teacher
+from kdfast.inputs import Head, Logits, Options, Projected, SparseLogits, Teacher, is_asked
 from kdfast.ops import autocast
-from kdfast.options import Options, is_asked
 
 if TYPE_CHECKING:
     from kdfast.frontend.vocabulary import Vocabulary
@@ -54,10 +53,7 @@ def check(
         raise ValueError(f"engine={options.engine!r} {obstacle}")
     _check_divergence(teacher, options)
     _check_targets("labels", labels, student, options, vocabulary)
-    if isinstance(options.anchor_targets, (Head, Logits, SparseLogits)):
-        _check_distribution("anchor_targets", options.anchor_targets, student, options, vocabulary)
-    else:
-        _check_targets("anchor_targets", options.anchor_targets, student, options, vocabulary)
+    _check_targets("anchor_targets", options.anchor_targets, student, options, vocabulary)
     _check_token_weights("token_weights", options.token_weights, leading, device)
     _check_token_weights("kd_token_weights", options.kd_token_weights, leading, device)
     _check_terms(teacher, labels, options)
@@ -157,7 +153,7 @@ def _check_distribution(
 ) -> None:
     """A teacher, or an anchor, that has a distribution of its own."""
     sliced = vocabulary.group != ""
-    size = vocabulary.teacher if name == "teacher" else vocabulary.anchor
+    size = vocabulary.teacher
     if isinstance(source, Head):
         check_head(name, source, empty=sliced)
         _check_same_rows(f"{name}: Head.hidden", source.hidden, student.hidden)
@@ -312,8 +308,7 @@ def _check_targets(name: str, targets: Tensor | None, student: Head, options: Op
     if targets is None:
         return
     if not isinstance(targets, Tensor):
-        or_what = "None" if name == "labels" else "None, Head, Logits or SparseLogits"
-        raise TypeError(f"{name} is {kind(targets)}; expected an integer tensor, {or_what}")
+        raise TypeError(f"{name} is {kind(targets)}; expected an integer tensor of token ids, or None")
     _check_dense(name, targets)
     if targets.dtype not in INTEGERS:
         raise TypeError(f"{name} has dtype {targets.dtype}; expected integer token ids. Convert with .long()")

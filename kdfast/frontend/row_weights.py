@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kdfast.options import Options
+from kdfast.inputs import Options
 
 NAN = float("nan")
 
@@ -21,7 +21,7 @@ class RowWeights(NamedTuple):
     weights: Tensor  # (3, N): the row's weight in each term's mean
     active: Tensor  # (N,) bool: the row counts for something
     labels: Tensor | None  # (N,) int64, ignored and bad entries replaced by 0
-    anchor_targets: Tensor | None  # likewise; `labels` where none were given; None where they are a distribution
+    anchor_targets: Tensor | None  # likewise; `labels` where none were given
     has_anchor: bool  # there is something to anchor to
 
 
@@ -35,12 +35,14 @@ def row_weights(
     has_kd: bool,
     has_anchor: bool,
     bad_kd: Tensor | None,
-    bad_anchor: Tensor | None,
     dtype: torch.dtype,
     device: torch.device,
 ) -> RowWeights:
-    """`labels`, `options.anchor_targets` where they are ids, and both token weights have N elements or are None; τ is
-    0-d; bad_kd, bad_anchor (N,) bool: rows whose teacher, or anchor, cannot be read."""
+    """Return one coefficient per row and term.
+
+    `labels`, `options.anchor_targets` and both token weights have N elements or are None; `temperature` (); bad_kd
+    (N,) bool: rows whose teacher cannot be read.
+    """
     zeros = torch.zeros(N, device=device, dtype=dtype)
     base = zeros + 1 if options.token_weights is None else _non_negative(options.token_weights.reshape(-1).to(dtype))
     if labels is not None:
@@ -51,13 +53,9 @@ def row_weights(
     if bad_kd is not None:
         kd = kd.masked_fill(bad_kd & (kd != 0), NAN)
     anchor_targets, anchor = labels, base
-    if isinstance(options.anchor_targets, Tensor):
+    if options.anchor_targets is not None:
         anchor_targets, anchor = _targets(options.anchor_targets, base, options.ignore_index, valid_vocab)
-    elif options.anchor_targets is not None:
-        anchor_targets = None
-    if bad_anchor is not None:
-        anchor = anchor.masked_fill(bad_anchor & (anchor != 0), NAN)
-    has_anchor = has_anchor and (anchor_targets is not None or options.anchor_targets is not None)
+    has_anchor = has_anchor and anchor_targets is not None
 
     weights = torch.stack(
         [

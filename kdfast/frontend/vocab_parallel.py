@@ -17,8 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from kdfast.frontend.agreement import NO_ENTRIES, Slice, compare
 from kdfast.frontend.checks import check_head, kind
 from kdfast.frontend.vocabulary import Vocabulary
-from kdfast.inputs import Head, Logits, Projected, SparseLogits, Teacher
-from kdfast.options import Options
+from kdfast.inputs import Head, Logits, Options, Projected, SparseLogits, Teacher
 
 
 class Localised(NamedTuple):
@@ -46,10 +45,8 @@ def localise(student: Head, teacher: Teacher | None, labels: Any, options: Optio
     except (TypeError, ValueError) as error:
         refused = error
     vocabulary = compare(group, mine, student, teacher, labels, options, refused)
-    if vocabulary.whole[0]:
+    if vocabulary.whole_teacher:
         teacher = _cut(teacher, mine.start)
-    if vocabulary.whole[1]:
-        options = replace(options, anchor_targets=_cut(options.anchor_targets, mine.start))
     return Localised(student, teacher, labels, options, vocabulary)
 
 
@@ -88,12 +85,11 @@ def _local(
     student = _local_head("student", student, group, mesh)
     check_head("student", student, empty=True)
     teacher, *of_teacher = _local_source("teacher", teacher, start, group, mesh)
-    anchor, *of_anchor = _local_source("anchor_targets", options.anchor_targets, start, group, mesh)
     labels = _replicated("labels", labels, group, mesh)
-    weights = ("token_weights", "kd_token_weights")
-    plain = {name: _replicated(name, getattr(options, name), group, mesh) for name in weights}
-    options = replace(options, anchor_targets=anchor, **plain)
-    mine = Slice(start, student.weight.shape[0], int(claimed), *of_teacher, *of_anchor)
+    per_token = ("anchor_targets", "token_weights", "kd_token_weights")
+    plain = {name: _replicated(name, getattr(options, name), group, mesh) for name in per_token}
+    options = replace(options, **plain)
+    mine = Slice(start, student.weight.shape[0], int(claimed), *of_teacher)
     return student, teacher, labels, options, mine
 
 
@@ -115,7 +111,7 @@ def _local_head(name: str, head: Head, group: Any, mesh: DeviceMesh | None) -> H
 
 
 def _local_source(name: str, source: Any, start: int, group: Any, mesh: DeviceMesh | None) -> tuple[Any, int, int]:
-    """A teacher, or an anchor, with what it has here of a vocabulary of its own: from which id on, how many entries."""
+    """A teacher with what it has here of a vocabulary of its own: from which id on, how many entries."""
     if isinstance(source, (Projected, SparseLogits)):
         tensors = {field.name: getattr(source, field.name) for field in fields(source)}
         tensors = {key: _replicated(f"{name}: {kind(source)}.{key}", t, group, mesh) for key, t in tensors.items()}

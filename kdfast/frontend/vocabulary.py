@@ -14,8 +14,7 @@ class Vocabulary(NamedTuple):
     largest: int = 0  # most rows any process has
     group: str = ""  # of processes; "" = the vocabulary is whole
     teacher: int | None = None  # size of the teacher's own vocabulary
-    anchor: int | None = None  # and of the anchor's
-    whole: tuple[bool, bool] = (False, False)  # the teacher's, and the anchor's, are whole on every process
+    whole_teacher: bool = False  # that is whole on every process
 
     def within(self, ids: int) -> int:
         """How many of the first `ids` ids are here."""

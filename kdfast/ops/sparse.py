@@ -88,18 +88,6 @@ def missing(x: Problem, log_probs: Tensor, indices: Tensor) -> Tensor:
     return rest.masked_fill(within.sum(dim=-1) == x.kd_size, -inf)
 
 
-def entropy(x: Problem) -> Tensor:
-    """(N,): −Σ p·log p of the teacher, of its categories at τ = 1."""
-    assert x.teacher_log_probs is not None
-    assert x.teacher_indices is not None
-    log_p = torch.where(counted(x.teacher_indices), x.teacher_log_probs, -inf)
-    if x.teacher_tail == "bucket":
-        log_p = torch.cat([log_p, missing(x, x.teacher_log_probs, x.teacher_indices)[:, None]], dim=-1)
-    if x.teacher_tail != "none":
-        log_p = log_p.log_softmax(dim=-1)
-    return -torch.special.xlogy(log_p.exp(), log_p.exp()).sum(dim=-1)
-
-
 def best(x: Problem) -> Tensor:
     """(N,): the teacher's most probable id."""
     assert x.teacher_log_probs is not None

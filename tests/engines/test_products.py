@@ -92,24 +92,6 @@ def test_products_by_teacher_and_gradients_wanted(engine, reduction, kind, optio
 
 
 @pytest.mark.parametrize("engine", FUSED)
-@pytest.mark.parametrize("teacher_grad", ["full", "projector", "none"])
-@pytest.mark.parametrize(("kind", "own"), [("to head", 1), ("to sparse", 0)])
-def test_products_of_an_anchor_that_is_a_distribution(engine, teacher_grad, kind, own):
-    """On top of the teacher's: the projected rows' logits once more, the distribution's, and one input gradient."""
-    for wanted in combinations("projected"):
-        counts = []
-        for which in ("projected", kind):
-            with matmul.record() as calls:
-                loss = loss_of(fused_kd_loss, problem(*wanted), which, engine=engine, teacher_grad=teacher_grad)
-                if loss.requires_grad:
-                    loss.backward()
-            counts.append(units(calls))
-        P = wanted[-1]
-        twice = 2 if engine == "triton_tiled" and P else 1
-        assert [b - a for a, b in zip(*counts, strict=True)] == [twice, twice * own, P, 0], wanted
-
-
-@pytest.mark.parametrize("engine", FUSED)
 @pytest.mark.parametrize("kind", [row[0] for row in TABLE if row[1].get("teacher_grad", "full") == "full"])
 def test_products_without_gradients(engine, kind):
     """The logits alone. A divergence that is no KL has to know both log-sum-exps first: the tiled engine computes its

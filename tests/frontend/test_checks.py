@@ -148,7 +148,9 @@ WRONG = {
     "sparse temperature tensor": (ValueError, "temperature=3.0 with", {"teacher_": sparse(tail="none"), "temperature": torch.tensor(3.0)}),
     "sparse reverse": (ValueError, "divergence='reverse_kl' with .*infinite.*bucket", {"teacher_": sparse(), "divergence": "reverse_kl"}),
     "anchor kind": (TypeError, "anchor_targets is Projected; expected", {"anchor_targets": projected(), "anchor_weight": 1.0}),
-    "anchor head": (ValueError, "anchor_targets: Head.weight has a vocabulary of 100", {"anchor_targets": own(weight=CASE.Wt[1:], bias=None), "anchor_weight": 1.0}),
+    "anchor head": (TypeError, "anchor_targets is Head; expected an integer tensor of token ids, or None", {"anchor_targets": own(), "anchor_weight": 1.0}),
+    "anchor logits": (TypeError, "anchor_targets is Logits; expected", {"anchor_targets": Logits(CASE.hs @ CASE.W.T), "anchor_weight": 1.0}),
+    "anchor sparse": (TypeError, "anchor_targets is SparseLogits; expected", {"anchor_targets": sparse(), "anchor_weight": 1.0}),
 }  # fmt: skip
 
 

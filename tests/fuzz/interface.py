@@ -28,7 +28,7 @@ from torch import Tensor
 
 import kdfast
 from kdfast import Head, Logits, Projected, SparseLogits, fused_kd_loss
-from kdfast.options import Options
+from kdfast.inputs import Options
 
 ROOT = Path(kdfast.__file__).parents[1]
 ENGINES = {"torch": 12, "reference": 8, "triton_chunked": 1, "triton_tiled": 1}  # how often
@@ -178,7 +178,7 @@ def _wrong(seed: int, engine: str, chance: random.Random) -> Outcome:
 def _spoil(arguments: dict[str, Any], chance: random.Random) -> tuple[str, str] | None:
     """Replaces one argument, or a field of one; says which and by what."""
     paths = list(arguments)
-    for name in ("student", "teacher", "anchor_targets"):
+    for name in ("student", "teacher"):
         if isinstance(arguments[name], SOURCES):
             # fields twice: they are what most calls are about
             paths += [f"{name}.{f.name}" for f in fields(arguments[name])] * 2
@@ -281,8 +281,6 @@ def _meant(field: str, value: Any) -> bool:
         if field in NUMBERS:
             return dense and value.dim() == 0 and _is_number(value.item(), field == "temperature")
         return dense and field in TENSORS  # what it must be like is said by how it is compared below
-    if field == "anchor_targets" and isinstance(value, Logits):
-        return True
     if field in FLAGS:
         return isinstance(value, bool | np.bool_)
     if field in NUMBERS or field in ("logit_scale", "softcap"):

@@ -11,7 +11,7 @@ from kdfast.divergences import get_divergence
 from kdfast.frontend.build import assemble
 from kdfast.frontend.vocab_parallel import localise
 from kdfast.ops.problem import Problem
-from kdfast.options import Options
+from kdfast.inputs import Options
 
 
 def problem(case, kind, **options):
@@ -26,4 +26,4 @@ def arguments(*sources, **options):
     given["divergence"] = get_divergence(given["divergence"])
     local = localise(*sources, Options(**given))
     assembled = assemble(local.student, local.teacher, local.labels, local.options, local.vocabulary)
-    return [getattr(assembled.anchor or assembled.problem, field.name) for field in fields(Problem)]
+    return [getattr(assembled.problem, field.name) for field in fields(Problem)]

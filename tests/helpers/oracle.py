@@ -294,7 +294,7 @@ def solve(
         base = base * (labels != ignore_index)
     kd = base if kd_token_weights is None else kd_token_weights.reshape(-1).double()
     anchored = base
-    if isinstance(anchor_targets, Tensor):
+    if anchor_targets is not None:
         targets = anchor_targets.reshape(-1).long()
         anchored = base * (targets != ignore_index)
 
@@ -326,14 +326,8 @@ def solve(
         term("ce", float(ce_weight), F.cross_entropy(student_logits(rows), labels[rows], reduction="none"), rows, base)
 
     rows = anchored.nonzero().squeeze(1)
-    if isinstance(teacher, Projected) and (targets is not None or anchor_targets is not None) and len(rows):
-        z_a = projected_logits(rows, fixed=True)
-        if anchor_targets is None or isinstance(anchor_targets, Tensor):
-            values = F.cross_entropy(z_a, targets[rows], reduction="none")
-        else:
-            log_a, log_z, _ = against(anchor_targets, rows, z_a, 1.0)
-            a = log_a.exp()
-            values = -(a * log_z.masked_fill(a == 0, 0)).sum(-1)
+    if isinstance(teacher, Projected) and targets is not None and len(rows):
+        values = F.cross_entropy(projected_logits(rows, fixed=True), targets[rows], reduction="none")
         term("anchor", float(anchor_weight), values, rows, anchored)
 
     total = torch.zeros(leading.numel(), dtype=student.hidden.dtype)

@@ -39,7 +39,7 @@ NUMBERS = ["temperature", "kd_weight", "ce_weight", "anchor_weight", "num_items_
 
 @dataclass(frozen=True)
 class Given:
-    """A distribution of its own, of a teacher or an anchor."""
+    """A teacher with a distribution of its own."""
 
     kind: str  # "head", "dense" (logits) or "sparse" (entries)
     dtype: torch.dtype
@@ -73,7 +73,7 @@ class Problem:
     teacher_width: int
     projector_dtype: torch.dtype
     labels: str | None  # which are ignored: "some", "none", "all"
-    anchor: str | Given | None  # "ids": of its own
+    anchor: str | None  # "ids": of its own
     token_weights: torch.dtype | None
     kd_token_weights: torch.dtype | None
     frozen: frozenset[str]  # leaves that do not require grad
@@ -146,8 +146,6 @@ class _Maker:
             teacher = self.projected(hs, counts) if x.projected else None
         if anchor is not None:
             anchor = self.place("anchor", anchor, x.integers)
-        elif isinstance(x.anchor, Given):
-            anchor = self.given("anchor", x.anchor, anchored != 0)
         real = torch.arange(x.vocab) < x.valid
         student = Head(
             self.place("hs", self.spoil(hs, counts), x.dtype),
@@ -361,9 +359,8 @@ def a_problem(one_of):
 
     teacher: Any = one_of("teacher", "projector", "biased projector", "hidden", "near hidden", *["given"] * 5, None)
     projected = teacher not in ("given", None)
-    anchor: Any = one_of("anchor", None, "ids", "given") if projected else None
+    anchor = one_of("anchor", None, "ids") if projected else None
     teacher = a_given("teacher") if teacher == "given" else teacher
-    anchor = a_given("anchor") if anchor == "given" else anchor
     entries = teacher if isinstance(teacher, Given) and teacher.kind == "sparse" else None
     tail = entries.tail if entries else "bucket"
     divergences = [d for d in DIVERGENCES if tail == "bucket" or d not in INFINITE_ON_A_SUPPORT]

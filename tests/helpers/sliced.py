@@ -65,10 +65,9 @@ def solve(problem, engine, edges):
             return Head(source.hidden, source.weight[start:end], bias, **more)
         return Logits(source.logits[..., start:end])
 
-    options = c.options | {"anchor_targets": cut(c.options["anchor_targets"])}
     result = fused_kd_loss(
         student, cut(c.teacher), c.labels, engine=engine, scratch_bytes=c.scratch, return_metrics=problem.metrics,
-        process_group=processes.group(), vocab_start=start, **options,
+        process_group=processes.group(), vocab_start=start, **c.options,
     )  # fmt: skip
     loss, metrics = result if problem.metrics else (result, None)
     metrics = {} if metrics is None else {name: float(value) for name, value in metrics._asdict().items()}

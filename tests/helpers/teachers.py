@@ -1,10 +1,9 @@
-"""Every kind of teacher and of anchor as sources and options, made of a problem of `cases.make`.
+"""Every kind of teacher as sources and options, made of a problem of `cases.make`.
 
     projected, hidden              through the student's head, by a projector or of its width already
     head, logits                   the teacher's own head, or what it gives
     renormalize, bucket, weights   some of its log-probabilities, by tail (weights: tail="none")
     nothing                        no teacher
-    to head, to sparse             projected, with an anchor that is a distribution
     truncated                      a head of fewer ids
 """
 
@@ -16,10 +15,9 @@ from cases import LEAVES, student, teacher
 from kdfast import Head, Logits, SparseLogits
 
 KINDS = [
-    "projected", "hidden", "head", "logits", "renormalize", "bucket", "weights", "nothing", "to head", "to sparse",
-    "truncated",
+    "projected", "hidden", "head", "logits", "renormalize", "bucket", "weights", "nothing", "truncated",
 ]  # fmt: skip
-PROJECTED = ("projected", "hidden", "to head", "to sparse")
+PROJECTED = ("projected", "hidden")
 ENGINES = ["reference", "torch", "triton_chunked", "triton_tiled"]
 # for what hardly depends on the engine: all kinds with two of them, a few with those that the interpreter runs
 SOME = [(engine, kind) for engine in ENGINES[:2] for kind in KINDS]
@@ -65,9 +63,6 @@ def entries(case, *, kind="top", k=7, seed=1):
 def sources(case, kind, given=None):
     """(teacher, options) of a kind. What is no leaf is taken from `given`, another problem, if there is one."""
     given = given or case
-    if kind.startswith("to "):
-        targets = teacher(given, "head") if kind == "to head" else sparse(given, "bucket")
-        return teacher(case, "projected"), {"anchor_targets": targets, "anchor_weight": 0.3}
     if kind == "truncated":
         return Head(given.ht, given.Wt[:-4], given.bt[:-4]), {"vocab": "truncate"}
     if kind == "logits":

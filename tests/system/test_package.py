@@ -14,7 +14,7 @@ import pytest
 
 import kdfast
 from kdfast import _version
-from kdfast.options import LossKeywords
+from kdfast.inputs import LossKeywords
 
 ROOT = Path(__file__).parents[2]
 SOURCES = (
