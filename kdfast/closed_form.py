@@ -6,11 +6,10 @@ states, what a low rank loses is therefore close to
 
     ‖ D^½ (W_t − 1·w̄ᵀ − E P) C^½ ‖²_F ,    w̄ = Σ_v d_v w_v / Σ_v d_v
 
-svd         the best E (V, r) and P (r, Ht) of all: D^½ (W_t − 1·w̄ᵀ) C^½ = U S Vᵀ, E = D^-½ U_r S_r, P = V_rᵀ C^-½.
-            Source: Eckart and Young 1936, in the metric of the data, as in Hsu et al. 2022, arXiv:2207.00112
-lstsq       the best P for a given E, the student's embedding: (Eᵀ D E) P = Eᵀ D W_t, both centred. C drops out.
-            The unweighted case is the pseudo-inverse start of DSKDv2 (Zhang et al. 2025, arXiv:2504.11426)
-calibrated  no head at all: P and p of least squares from the teacher's hidden states to the student's on some text
+svd    the best E (V, r) and P (r, Ht) of all: D^½ (W_t − 1·w̄ᵀ) C^½ = U S Vᵀ, E = D^-½ U_r S_r, P = V_rᵀ C^-½.
+       Source: Eckart and Young 1936, in the metric of the data, as in Hsu et al. 2022, arXiv:2207.00112
+lstsq  the best P for a given E, the student's embedding: (Eᵀ D E) P = Eᵀ D W_t, both centred. C drops out.
+       The unweighted case is the pseudo-inverse start of DSKDv2 (Zhang et al. 2025, arXiv:2504.11426)
 
 Only (Ht, Ht) and (Hs, Ht) matrices are made: sums over V in float64, a few thousand rows of the heads at a time. A
 head's bias is one more column of it, over a hidden state of 1, and comes out as the projector's bias. Under a softcap
@@ -42,7 +41,9 @@ class Projection(NamedTuple):
     bias: Tensor | None  # (Hs,)
 
 
-class Start(NamedTuple):
+class LowRankStart(NamedTuple):
+    """A student's embedding, and the projector whose output goes through it."""
+
     embedding: Tensor  # (V, Hs)
     projection: Projection
 
@@ -74,13 +75,13 @@ class Factors:
         self._into = root @ right[:, order]  # E = (W − mean) into
         self._from = right[:, order].T @ (vectors / values.sqrt()).T  # P = from
 
-    def cut(self, rank: int) -> Start:
-        """E (V, rank) and P (rank, Ht), as they come: the hidden states projected have unit second moments."""
+    def cut(self, rank: int) -> LowRankStart:
+        """Return E (V, rank) and P (rank, Ht), unscaled: the projected hidden states have unit second moments."""
         rank = min(rank, len(self.singular_values))
         matrix, into = self._matrix, self._into[:, :rank]
         dtype = torch.promote_types(matrix.weight.dtype, torch.float32)
         rows = [((matrix.rows(ids) - self._mean) @ into).to(dtype) for ids in _slices(len(matrix.weight))]
-        return Start(torch.cat(rows), _projection(self._from[:rank], matrix))
+        return LowRankStart(torch.cat(rows), _projection(self._from[:rank], matrix))
 
 
 def solve_svd(
@@ -91,11 +92,11 @@ def solve_svd(
     logit_scale: float = 1.0,
     vocab_weights: Tensor | None = None,
     valid_vocab: int | None = None,
-) -> Start:
-    """An embedding and a projector for a fresh student: the teacher's head at rank `width`.
+) -> LowRankStart:
+    """Return an embedding and a projector for a fresh student: the teacher's head at rank `width`.
 
-    `projection` then `embedding` give the teacher's logits up to a constant a row, as well as `width` allows; for
-    width ≥ Ht exactly. A fixed rotation makes all its coordinates alike, as they are in a random start.
+    `projection` followed by `embedding` gives the teacher's logits up to a constant per row, as well as `width` allows;
+    exactly for width ≥ Ht. A fixed rotation makes all coordinates alike, as they are in a random start.
 
     Args:
         teacher, vocab_weights, valid_vocab: as in `Factors`.
@@ -113,7 +114,7 @@ def solve_svd(
     bias = None if bias is None else rotation.T @ bias
     scale = std / embedding[:valid_vocab].square().mean().sqrt()
     back = teacher.logit_scale / (logit_scale * scale)
-    return Start(embedding * scale, Projection(weight * back, None if bias is None else bias * back))
+    return LowRankStart(embedding * scale, Projection(weight * back, None if bias is None else bias * back))
 
 
 def solve_lstsq(
@@ -124,10 +125,10 @@ def solve_lstsq(
     valid_vocab: int | None = None,
     ridge: float = RIDGE,
 ) -> Projection:
-    """The projector that best gives the teacher's logits through the student's head, (Hs, Ht).
+    """Return the projector (Hs, Ht) that best gives the teacher's logits through the student's head.
 
     Args:
-        student: its head; `hidden` is not looked at.
+        student: its head; `hidden` is not read.
         teacher, vocab_weights, valid_vocab: as in `Factors`. Both heads have the same V, or `valid_vocab` is within.
         ridge: added to the diagonal of the normal equations, as a share of its mean.
 
@@ -155,33 +156,8 @@ def solve_lstsq(
     return _projection(torch.linalg.solve(gram, cross) * ratio, target)
 
 
-def solve_calibrated(student_hidden: Tensor, teacher_hidden: Tensor, *, ridge: float = 1e-3) -> Projection:
-    """Ridge regression from the teacher's hidden states to the student's, with a bias.
-
-    Args:
-        student_hidden: (*, Hs) on some text.
-        teacher_hidden: (*, Ht) on the same.
-        ridge: added to the covariance's diagonal, as a share of its mean.
-
-    Raises ValueError: rows that do not match, or none.
-    """
-    x, y = (h.reshape(-1, h.shape[-1]).double() for h in (teacher_hidden, student_hidden))
-    if len(x) != len(y) or not len(x):
-        raise ValueError(
-            f"student_hidden has {len(y)} rows and teacher_hidden {len(x)}; expected the same tokens, at least one"
-        )
-    x_mean, y_mean = x.mean(0), y.mean(0)
-    x, y = x - x_mean, y - y_mean
-    covariance = x.T @ x
-    covariance.diagonal().add_(ridge * covariance.diagonal().mean())
-    weight = torch.linalg.solve(covariance, x.T @ y).T
-    bias = y_mean - weight @ x_mean
-    dtype = torch.promote_types(student_hidden.dtype, torch.float32)
-    return Projection(weight.to(dtype).contiguous(), bias.to(dtype))
-
-
 def _projection(solution: Tensor, matrix: _Matrix) -> Projection:
-    """(Hs, Ht), or (Hs, Ht + 1) with the bias last, in the precision of a trained projector."""
+    """Split a solution (Hs, Ht), or (Hs, Ht + 1) with the bias last, in the precision of a trained projector."""
     solution = solution.to(torch.promote_types(matrix.weight.dtype, torch.float32))
     width = matrix.weight.shape[1]
     bias = None if matrix.bias is None else solution[:, width].contiguous()
@@ -189,7 +165,7 @@ def _projection(solution: Tensor, matrix: _Matrix) -> Projection:
 
 
 def _second_moment(head: Head) -> Tensor:
-    """E[h hᵀ], float64; one more row and column for a bias."""
+    """Return E[h hᵀ], float64, with one more row and column for a bias."""
     hidden = head.hidden.reshape(-1, head.hidden.shape[-1])
     if not len(hidden):
         raise ValueError("teacher.hidden has no rows; expected hidden states of some text, a few times Ht of them")
@@ -206,8 +182,11 @@ def _second_moment(head: Head) -> Tensor:
 
 
 def vocab_frequencies(head: Head, valid_vocab: int | None = None) -> Tensor:
-    """(V,) float64: the mean probabilities over FREQUENCY_ROWS of its hidden states, evenly taken. A pass over all
-    logits of those: whoever solves several starts for one teacher gives them as `vocab_weights`."""
+    """Return (V,) float64: the mean probabilities over FREQUENCY_ROWS of its hidden states, evenly spaced.
+
+    It passes over all logits of those rows: to solve several starts for one teacher, compute it once and pass it as
+    `vocab_weights`.
+    """
     hidden = head.hidden.reshape(-1, head.hidden.shape[-1])
     sample = hidden[:: max(1, len(hidden) // FREQUENCY_ROWS)][:FREQUENCY_ROWS]
     if not len(sample):
@@ -227,7 +206,7 @@ def _vocab_weights(head: Head, given: Tensor | None, valid_vocab: int | None) ->
 
 
 def _products(one: _Matrix, other: _Matrix, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """(Aᵀ D B, mean of A) of two matrices of V rows, float64; both less their means where `one` is centred."""
+    """Return (Aᵀ D B, mean of A) of two matrices of V rows, float64; means are subtracted where `one` is centred."""
     total = torch.zeros(one.width, other.width, dtype=torch.float64, device=weights.device)
     sums = [torch.zeros(m.width, dtype=torch.float64, device=weights.device) for m in (one, other)]
     for ids in _slices(len(weights)):
@@ -263,6 +242,6 @@ def _slices(vocab: int) -> Iterator[slice]:
 
 
 def _rotation(width: int, like: Tensor) -> Tensor:
-    """A random (width, width) orthogonal matrix, always the same: no coordinate of the embedding is special."""
+    """Return a random orthogonal (width, width) matrix, always the same: no coordinate of the embedding is special."""
     normal = torch.randn(width, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     return torch.linalg.qr(normal).Q.to(like)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdfast.closed_form import Factors, Start
+from kdfast.closed_form import Factors, LowRankStart
 from kdfast.inputs import Head
 from kdfast.loss import fused_kd_loss
 
@@ -38,9 +38,9 @@ class HeadFidelity(NamedTuple):
 
 
 class CompressedHead(nn.Module):
-    """What `compress_head` gives: a frozen module, called with hidden states (*, Ht), returning a `Head` of width r.
+    """The result of `compress_head`: a frozen module from hidden states (*, Ht) to a `Head` of width r.
 
-    Not to be made by hand: `start` is what the cut was solved to, `whole` the head that was cut.
+    `start` is the solved cut, `whole` the head that was cut; `compress_head` makes both.
 
     Attributes:
         weight: (V, r), buffer, the whole head's dtype.
@@ -52,7 +52,7 @@ class CompressedHead(nn.Module):
     projector: Tensor
     bias: Tensor | None
 
-    def __init__(self, start: Start, whole: Head) -> None:
+    def __init__(self, start: LowRankStart, whole: Head) -> None:
         super().__init__()
         dtype = whole.weight.dtype
         bias = start.projection.bias
@@ -68,7 +68,7 @@ class CompressedHead(nn.Module):
         return self.weight.shape[1]
 
     def forward(self, hidden: Tensor) -> Head:
-        """(*, Ht) → `Head` over (*, r), for `fused_kd_loss`."""
+        """Return a `Head` over (*, r) of hidden states (*, Ht), for `fused_kd_loss`."""
         projected = F.linear(hidden.to(self.projector.dtype), self.projector, self.bias)
         return Head(projected, self.weight, logit_scale=self.logit_scale, softcap=self.softcap)
 
@@ -86,7 +86,7 @@ def compress_head(
     valid_vocab: int | None = None,
     engine: str = "auto",
 ) -> CompressedHead:
-    """The teacher's head at a given rank, or at the smallest whose measured KL is at most `max_kl`.
+    """Return the teacher's head at a given rank, or at the smallest whose measured KL is at most `max_kl`.
 
     Args:
         teacher: its head over hidden states (*, Ht) of some text the student will see: some 4·Ht rows or more. Every
@@ -143,13 +143,15 @@ def compress_head(
 
 
 def held_out_rows(hidden: Tensor) -> Tensor:
-    """(n,) bool of hidden states (n, H): those that measure."""
+    """Return (n,) bool: which of the hidden states (n, H) are held out to measure on."""
     return torch.arange(len(hidden), device=hidden.device) % HELD_OUT == 0
 
 
-def kl_and_agreement(stand_in: Head, whole: Head, **options: Any) -> tuple[float, float]:
-    """KL(whole ‖ stand-in) in nats, and the fraction with the same most likely id: means over the rows, at τ = 1.
-    options: engine, scratch_bytes, valid_vocab."""
-    result = fused_kd_loss(stand_in, whole, temperature=1.0, return_metrics=True, **options)
+def kl_and_agreement(surrogate: Head, whole: Head, **options: Any) -> tuple[float, float]:
+    """Return KL(whole ‖ surrogate) in nats and the fraction with the same most likely id: means over rows, at τ = 1.
+
+    options: engine, scratch_bytes, valid_vocab.
+    """
+    result = fused_kd_loss(surrogate, whole, temperature=1.0, return_metrics=True, **options)
     assert isinstance(result, tuple)
     return result[0].item(), result[1].agreement.item()

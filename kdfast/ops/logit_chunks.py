@@ -37,10 +37,3 @@ def mean_probabilities(head: Head, valid_vocab: int | None = None) -> Tensor:
     for logits in logit_chunks(head):
         total[:valid_vocab] += logits[:, :valid_vocab].softmax(-1).sum(0)
     return total / max(1, head.hidden.shape[:-1].numel())
-
-
-def most_likely(head: Head, valid_vocab: int | None = None) -> Tensor:
-    """(*,) int64: the id of the largest logit in each row."""
-    chunks = [logits[:, :valid_vocab].argmax(-1) for logits in logit_chunks(head)]
-    ids = torch.cat(chunks) if chunks else torch.empty(0, dtype=torch.int64, device=head.hidden.device)
-    return ids.reshape(head.hidden.shape[:-1])
