@@ -10,12 +10,12 @@ from kdfast import fused_kd_loss
 from kdfast.divergences import get_divergence
 from kdfast.frontend.build import assemble
 from kdfast.frontend.vocab_parallel import localise
-from kdfast.ops.problem import Problem
 from kdfast.inputs import Options
+from kdfast.ops.problem import Problem
 
 
 def problem(case, kind, **options):
-    """The operators' arguments for a case; those of the anchor, where it is a distribution."""
+    """Return the operators' arguments for a case."""
     source, own = sources(case, kind)
     return arguments(student(case), source, case.labels, **{"ce_weight": 0.5} | own | options)
 
