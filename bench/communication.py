@@ -33,11 +33,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 if "--quick" in sys.argv:
     os.environ["KDFAST_BENCH_QUICK"] = "1"
 
+import recorder
 import records
 from workloads import QUICK
 
 from kdfast import Head, Projected, fused_kd_loss
-from kdfast.ops import collectives
 
 TORCH_NUMBERS, KERNEL_NUMBERS = 15, 19  # a row and process tell of their slice, by engine
 
@@ -95,7 +95,7 @@ def counted(x: Step, rank: int, group: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for method, engine in (("ours", "torch"), ("gathered logits", "reference")):
         step = step_of(x, rank, engine, group)
-        with collectives.record() as calls:
+        with recorder.communication() as calls:
             step()
         kinds = [call.kind for call in calls]
         found[method] = {

@@ -8,7 +8,9 @@ bf16 is its logits in fp32 (weights widened beforehand) and both gradients in bf
 
 from __future__ import annotations
 
+import recorder
 import torch
+from recorder import Product
 from torch import Tensor
 from workloads import Inputs
 
@@ -19,12 +21,12 @@ from .method import Method, Run
 from .ours import CHUNKED, loss
 
 
-def recorded(inputs: Inputs) -> tuple[list[matmul.Call], list[matmul.Call]]:
+def recorded(inputs: Inputs) -> tuple[list[Product], list[Product]]:
     """The products of our chunked engine: (forward without gradients, step)."""
     engine = "torch" if inputs.device == "cpu" else "triton_chunked"
-    with matmul.record() as forward, torch.no_grad():
+    with recorder.products() as forward, torch.no_grad():
         loss(inputs, engine)
-    with matmul.record() as step:
+    with recorder.products() as step:
         inputs.clear()
         loss(inputs, engine).backward()
     inputs.clear()
@@ -47,7 +49,7 @@ def floor_b(inputs: Inputs) -> tuple[Run, Run]:
     x, heads = ({H: normal(n, H) for H in widths} for n in (most, V))
     d_weight = torch.zeros(V, inputs.workload.student_width, device=device)
 
-    def replay(calls: list[matmul.Call]) -> None:
+    def replay(calls: list[Product]) -> None:
         for kind, rows, _, width in calls:
             if kind == "logits":
                 matmul.logits(x[width][:rows], heads[width], z[:rows])

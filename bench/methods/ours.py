@@ -9,7 +9,7 @@ from torch import Tensor
 from workloads import TEMPERATURE, Inputs
 
 from kdfast import Head, Projected, fused_kd_loss
-from kdfast.engines.choice import unavailable
+from kdfast.engines import unavailable
 
 from .method import Method
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from kdfast.cli.errors import UserError
-from kdfast.engines.choice import choose
+from kdfast.engines import choose
 from kdfast.versions import PACKAGES, installed_version
 
 

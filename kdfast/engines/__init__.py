@@ -1,25 +1,50 @@
-"""The engines: four ways to solve one Problem.
+"""The engines: four ways to solve one Problem, and which of them runs.
 
     reference        eager, plain torch, the specification                        reference.py
     torch            chunks of tokens, plain torch, any device                    chunked.py, torch_rows.py
     triton_chunked   chunks of tokens, Triton row kernels, the vendor's GEMM      chunked.py, triton_rows.py
     triton_tiled     logits in registers only, slabs of the vocabulary            triton_tiled.py
 
-`reference` is differentiated by autograd; the others run behind the operators in `operators.py`. `choice.py` says
-which can run where and what "auto" picks.
+`reference` is differentiated by autograd; the others run behind the operators in `operators.py`. With a slice of the
+vocabulary on each process the chunks go through `vocab_parallel.py`.
+
+`engine="auto"`, in this order:
+
+    not a GPU                                                                      torch
+    float64                                                                        torch
+    the scratch budget holds fewer than MIN_TOKENS tokens of logits                triton_tiled
+    else                                                                           triton_chunked
+    where that cannot run: Triton not installed, no block sizes for the GPU        torch
+
+The chunked engine does 6u operations where the tiled one does 8u, so it is preferred wherever its matrix products get
+enough rows; by default the budget is made large enough (1024 tokens). This order is derived from operation counts
+(docs/performance.md), not yet from measurements.
 """
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
 from torch import Tensor
 
+from kdfast.ops.planning import bytes_per_token, chunk_tokens
 from kdfast.ops.problem import Problem
 
 NAMES = ("auto", "reference", "torch", "triton_chunked", "triton_tiled")
 
+MIN_TOKENS = 256  # twice that many rows are two row blocks of a 16-bit product's tiles; fewer leave a GPU idle
+
+
+class EngineChoice(NamedTuple):
+    engine: str
+    tokens: int | None  # per chunk; None = the engine does not work in chunks of tokens
+    why: str
+
 
 def run(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Solve: (loss () or (N,), differentiable; stats (6, N), detached)."""
+    """Return (loss () or (N,), differentiable; stats (6, N), detached) of `problem`, from its engine."""
     if problem.engine == "reference":
         from kdfast.engines import reference
 
@@ -27,3 +52,70 @@ def run(problem: Problem) -> tuple[Tensor, Tensor]:
     from kdfast.engines import operators
 
     return operators.run(problem)
+
+
+def unavailable(engine: str, device: torch.device, *dtypes: torch.dtype) -> str | None:
+    """Return why `engine` cannot run on `device` with operands of `dtypes`, and what to do; None where it can."""
+    if not engine.startswith("triton"):
+        return None
+    if find_spec("triton") is None:
+        return "needs the package triton, which is not installed; install it (Linux), or use engine='torch'"
+    from kdfast.kernels import block_sizes
+
+    if engine == "triton_tiled" and torch.float64 in dtypes and not block_sizes.MULTIPLIES_FLOAT64:
+        return "multiplies float64 with Triton 3.5 or newer, and this is older; use engine='triton_chunked' or 'torch'"
+    if device.type == "cpu" and not block_sizes.interpreting():
+        return (
+            "needs a GPU and the tensors are on cpu; use engine='torch' (or, to test the kernels, set "
+            "TRITON_INTERPRET=1 before kdfast is imported: slow)"
+        )
+    if device.type not in ("cpu", "cuda"):
+        return f"needs a CUDA or ROCm GPU and the tensors are on {device.type}; use engine='torch'"
+    if block_sizes.known_architecture(device) is None:
+        return (
+            f"has no block sizes for {block_sizes.architecture(device)}; expected one of "
+            f"{', '.join(block_sizes.ARCHITECTURES)} or a newer relative. Use engine='torch'"
+        )
+    return None
+
+
+# it looks at what is installed, nothing a graph should hold: torch.compiler.assume_constant_result, which would import
+# the compiler along with the library
+unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def resolve(engine: str, device: torch.device, dtype: torch.dtype, **sizes: Any) -> str:
+    """Return the engine that `engine` stands for; sizes as for `preferred`. An explicit choice is never replaced."""
+    return choose(device, dtype, **sizes).engine if engine == "auto" else engine
+
+
+def choose(device: torch.device, dtype: torch.dtype, **sizes: Any) -> EngineChoice:
+    """Return what `engine="auto"` runs here: the preferred engine, or torch where that cannot run. Sizes as for
+    `preferred`."""
+    choice = preferred(device, dtype, **sizes)
+    problem = unavailable(choice.engine, device)
+    if problem is None:
+        return choice
+    return EngineChoice("torch", _chunk(device, dtype, **sizes), f"{choice.engine} {problem}")
+
+
+def preferred(device: torch.device, dtype: torch.dtype, *, tokens: int, **sizes: Any) -> EngineChoice:
+    """Return what `engine="auto"` runs where every engine can, whether such a device is here or not: for `tokens` rows
+    over `vocab` entries, the head's dtype, with a `teacher` or none, in `scratch_bytes`, of `buffers` chunks at a time.
+    """
+    chunk = _chunk(device, dtype, tokens=tokens, **sizes)
+    if device.type != "cuda":
+        return EngineChoice("torch", chunk, f"Triton needs a GPU; this is {device.type}")
+    if dtype == torch.float64:
+        return EngineChoice("torch", chunk, "float64")
+    if chunk < min(MIN_TOKENS, tokens):
+        return EngineChoice("triton_tiled", None, f"the scratch budget holds the logits of {chunk} tokens only")
+    return EngineChoice("triton_chunked", chunk, "6u operations against the tiled engine's 8u")
+
+
+def _chunk(
+    device: torch.device, dtype: torch.dtype, *, tokens: int, vocab: int, teacher: bool = True, scratch_bytes: int = 0,
+    buffers: int = 1,
+) -> int:  # fmt: skip
+    per_token = bytes_per_token(device, dtype, vocab, sides=1 + teacher, buffers=buffers)
+    return chunk_tokens(tokens, per_token, device, scratch_bytes)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from kdfast.ops import autocast, matmul
-from kdfast.ops.planning import wanted
+from kdfast.ops.planning import grad_flags
 from kdfast.ops.problem import Problem, Result
 
 ENGINES = {  # module with run(Problem, rows of an earlier Result or None) -> Result
@@ -72,7 +72,7 @@ def _solve(problem: Problem, rows: Tensor | None = None) -> Result:
 
 def _shapes(problem: Problem) -> Result:
     """The Result's tensors, uninitialised: what a fake implementation returns."""
-    x, N = problem.of_the_forward(), problem.hidden.shape[0]
+    x, N = problem.forward_problem(), problem.hidden.shape[0]
 
     def empty(*shape: int, wanted: bool = True, dtype: torch.dtype = x.dtype) -> Tensor:
         return torch.empty(shape if wanted else (0,), device=x.hidden.device, dtype=dtype)
@@ -116,7 +116,7 @@ def fused_kd_gradients(*arguments: Any) -> tuple[Tensor, ...]:
     x = Problem(*values)
     coefficients = torch.where(x.coefficients == 0, 0.0, x.coefficients * upstream)
     x = replace(x, coefficients=coefficients, want_metrics=False, per_row=False)
-    if not any(wanted(x)):  # a projector whose gradient was asked to be zero, and nothing else
+    if not any(grad_flags(x)):  # a projector whose gradient was asked to be zero, and nothing else
         return _where_needed(x, lambda like, name: like.new_zeros(like.shape))
     result = _solve(x, rows if rows.numel() else None)
     return _where_needed(x, lambda like, name: _finish(getattr(result, name), result.scale, like))

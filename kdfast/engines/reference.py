@@ -11,7 +11,6 @@ from math import inf
 import torch
 from torch import Tensor
 
-from kdfast.engines.dense_teacher import given_rows
 from kdfast.ops import autocast, collectives, sparse
 from kdfast.ops.problem import AGREEMENT, ANCHOR, CE, KD, STUDENT_ENTROPY, TEACHER_ENTROPY, Problem
 
@@ -79,8 +78,8 @@ def _teacher_logits(x: Problem, hidden: Tensor | None) -> Tensor:
     """(N, kd_size)."""
     if x.teacher_logits is not None:
         off = ~x.active[:, None]
-        given = given_rows(x, slice(None)).to(x.dtype)
-        return collectives.whole(given, x.group, x.vocab_start).masked_fill(off, 0)
+        given = x.dense_teacher(slice(None)).to(x.dtype)
+        return collectives.gather_from_group(given, x.group, x.vocab_start).masked_fill(off, 0)
     assert hidden is not None
     if x.teacher_weight is not None:
         head = (x.teacher_weight, x.teacher_bias, x.teacher_logit_scale, x.teacher_softcap)
@@ -127,13 +126,13 @@ def _logits(
     x: Problem, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, vocab: int
 ) -> Tensor:
     """softcap·tanh(scale·(h Wᵀ + b)/softcap) over the first `vocab` entries; (N, those of all processes)."""
-    hidden = collectives.spread(hidden, x.group)
+    hidden = collectives.copy_to_group(hidden, x.group)
     z = hidden.to(x.dtype) @ weight[:vocab].to(x.dtype).T
     if bias is not None:
         z = z + bias[:vocab].to(x.dtype)
     z = z * scale
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
-    return collectives.whole(z, x.group, x.vocab_start)
+    return collectives.gather_from_group(z, x.group, x.vocab_start)
 
 
 def _cross_entropy(z: Tensor, targets: Tensor) -> Tensor:

@@ -16,22 +16,21 @@ import torch
 from torch import Tensor
 
 from kdfast.divergences import log_ratio, weighted
-from kdfast.engines.dense_teacher import given_rows
-from kdfast.engines.row_work import Buffers
+from kdfast.engines.chunk_loop import GradientBuffers
 from kdfast.ops import sparse
-from kdfast.ops.planning import Wanted, on_cpu
+from kdfast.ops.planning import GradFlags, on_cpu
 from kdfast.ops.problem import AGREEMENT, ANCHOR, CE, KD, STUDENT_ENTROPY, TEACHER_ENTROPY, Problem
 
 CPU_BLOCK = 1 << 17  # logits a CPU works on at a time (512 KB in fp32), so that the row work stays in cache
 
 
-class Work:
-    """`kdfast.engines.row_work.RowWork` in plain torch."""
+class TorchRows:
+    """Turn logits into gradients in plain torch, as `chunked.ROWS` says."""
 
-    def __init__(self, x: Problem, *, scale: Tensor, wanted: Wanted, stats: Tensor) -> None:
+    def __init__(self, x: Problem, scale: Tensor, wanted: GradFlags, stats: Tensor) -> None:
         self.x, self.scale, self.wanted, self.stats = x, scale, wanted, stats
 
-    def __call__(self, rows: slice, z_s: Tensor, z_t: Tensor | None, out: Buffers) -> None:
+    def __call__(self, rows: slice, z_s: Tensor, z_t: Tensor | None, out: GradientBuffers) -> None:
         for part, within in blocks(self.x, rows):
             teacher = None if z_t is None else z_t[within]
             _solve(self.x, part, z_s[within], teacher, self.scale, self.wanted, self.stats, out.part(within))
@@ -47,7 +46,14 @@ def blocks(x: Problem, rows: slice) -> Iterator[tuple[slice, slice]]:
 
 
 def _solve(
-    x: Problem, rows: slice, z_s: Tensor, z_t: Tensor | None, scale: Tensor, wanted: Wanted, stats: Tensor, out: Buffers
+    x: Problem,
+    rows: slice,
+    z_s: Tensor,
+    z_t: Tensor | None,
+    scale: Tensor,
+    wanted: GradFlags,
+    stats: Tensor,
+    out: GradientBuffers,
 ) -> None:
     coefficients = (x.coefficients[:, rows] / scale)[:, :, None]  # (3, r, 1)
     teacher_bias = x.bias if x.projected else x.teacher_bias
@@ -56,7 +62,7 @@ def _solve(
     if z_t is not None:
         slope_t = add_bias_and_transform(z_t, teacher_bias, x.teacher_logit_scale, x.teacher_softcap)
     if x.teacher_logits is not None:
-        z_t = given_rows(x, rows).to(x.dtype)
+        z_t = x.dense_teacher(rows).to(x.dtype)
     grad_s: Tensor | None = None
     grad_t: Tensor | None = None
     grad_a: Tensor | None = None
@@ -91,8 +97,8 @@ def _solve(
 
 def write(
     x: Problem,
-    wanted: Wanted,
-    out: Buffers,
+    wanted: GradFlags,
+    out: GradientBuffers,
     gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
     slope_s: Tensor | None,
     slope_t: Tensor | None,
@@ -111,10 +117,10 @@ def write(
                 out.bias[: grad.shape[1]].add_(grad.sum(dim=0))
     if out.anchor is None:
         grad_t, grad_a = _add(grad_t, grad_a), None
-    if out.mix is not None:
+    if out.decorrelation is not None:
         assert grad_s is not None
         assert grad_t is not None
-        out.mix.copy_(_decorrelate(grad_s, grad_t))
+        out.decorrelation.copy_(_decorrelate(grad_s, grad_t))
     for buffer, grad in ((out.student, grad_s), (out.teacher, grad_t), (out.anchor, grad_a)):
         if buffer is not None:
             _fill(buffer, grad)
@@ -142,7 +148,7 @@ def slope_of(z: Tensor, softcap: float | None) -> Tensor | None:
 
 
 def _divergence(
-    x: Problem, z_s: Tensor, z_t: Tensor, coefficient: Tensor, wanted: Wanted
+    x: Problem, z_s: Tensor, z_t: Tensor, coefficient: Tensor, wanted: GradFlags
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(divergence (r,), coefficient·∂/∂z_s, coefficient·∂/∂z_t)."""
     log_p = torch.log_softmax(z_t / x.temperature, dim=-1)

@@ -1,4 +1,4 @@
-"""The row work of the `torch` engine in the phases of `sliced.py`, in plain torch.
+"""The row work of the `torch` engine in the phases of `vocab_parallel.py`, in plain torch.
 
 With m a slice's maximum, x = (z − m)/τ and e = exp(x), a slice tells of each row
 
@@ -21,11 +21,10 @@ import torch
 from torch import Tensor
 
 from kdfast.divergences import ForwardKL, ReverseKL, difference, log_ratio, weighted
-from kdfast.engines.dense_teacher import given_rows
-from kdfast.engines.row_work import Buffers
+from kdfast.engines.chunk_loop import GradientBuffers
 from kdfast.engines.torch_rows import add_bias_and_transform, blocks, centre, slope_of, times, write
 from kdfast.ops import sparse
-from kdfast.ops.planning import Wanted
+from kdfast.ops.planning import GradFlags
 from kdfast.ops.problem import AGREEMENT, ANCHOR, CE, KD, STUDENT_ENTROPY, TEACHER_ENTROPY, Problem
 
 LOWEST = -1e30  # below any logit, yet finite: the maximum of nothing
@@ -68,10 +67,10 @@ class Constants(NamedTuple):
     outside: Tensor  # (r,): and of the others, as a multiple of their softmax
 
 
-class Work:
-    """`kdfast.engines.vocab_parallel.SlicedWork` in plain torch."""
+class TorchVocabParallelRows:
+    """`kdfast.engines.vocab_parallel.VocabParallelRows` in plain torch."""
 
-    def __init__(self, x: Problem, *, scale: Tensor, wanted: Wanted, stats: Tensor) -> None:
+    def __init__(self, x: Problem, scale: Tensor, wanted: GradFlags, stats: Tensor) -> None:
         self.x, self.scale, self.wanted, self.stats = x, scale, wanted, stats
         self.tau = sparse.temperature(x) if x.sparse else x.temperature
         self.teacher = x.has_teacher and not x.sparse
@@ -81,7 +80,7 @@ class Work:
 
     # first pass
 
-    def fold(self, rows: slice, z_s: Tensor, z_t: Tensor | None) -> Tensor:
+    def update(self, rows: slice, z_s: Tensor, z_t: Tensor | None) -> Tensor:
         parts = [
             self._fold(part, z_s[within], None if z_t is None else z_t[within]) for part, within in blocks(self.x, rows)
         ]
@@ -191,13 +190,15 @@ class Work:
 
     # gradients
 
-    def gradients(self, rows: slice, z_s: Tensor, z_t: Tensor | None, constants: Constants, out: Buffers) -> None:
+    def gradients(
+        self, rows: slice, z_s: Tensor, z_t: Tensor | None, constants: Constants, out: GradientBuffers
+    ) -> None:
         for part, within in blocks(self.x, rows):
             teacher = None if z_t is None else z_t[within]
             self._gradients(part, within, z_s[within], teacher, constants, out.part(within))
 
     def _gradients(
-        self, rows: slice, within: slice, z_s: Tensor, z_t: Tensor | None, constants: Constants, out: Buffers
+        self, rows: slice, within: slice, z_s: Tensor, z_t: Tensor | None, constants: Constants, out: GradientBuffers
     ) -> None:
         x, wanted = self.x, self.wanted
         kd, ce, anchor = (x.coefficients[:, rows] / self.scale)[:, :, None]
@@ -294,7 +295,7 @@ class Work:
     # helpers
 
     def _given(self, rows: slice, z_t: Tensor | None) -> Tensor | None:
-        return z_t if self.x.teacher_logits is None else given_rows(self.x, rows).to(self.x.dtype)
+        return z_t if self.x.teacher_logits is None else self.x.dense_teacher(rows).to(self.x.dtype)
 
     def _at_one(self, z: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
         y = z - m[:, None]

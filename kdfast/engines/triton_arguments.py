@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kdfast.engines.dense_teacher import offsets
 from kdfast.kernels.launch import Heads, Term
 from kdfast.ops import matmul, sparse
-from kdfast.ops.planning import wanted
+from kdfast.ops.planning import grad_flags
 from kdfast.ops.problem import Problem
 
 
@@ -26,7 +25,7 @@ def heads_of(x: Problem) -> Heads:
         teacher_logit_scale=x.teacher_logit_scale,
         teacher_softcap=x.teacher_softcap,
         teacher_logits=x.teacher_logits,
-        offsets=None if x.teacher_logits is None else offsets(x),
+        offsets=None if x.teacher_logits is None else x.dense_teacher_offsets(),
         vocab=x.valid_vocab,
         kd_vocab=x.kd_vocab,
         tf32=matmul.tf32(x.hidden.device),
@@ -35,7 +34,7 @@ def heads_of(x: Problem) -> Heads:
 
 
 def term_of(x: Problem, scale: Tensor) -> Term:
-    want = wanted(x)  # with per-row losses too: what the statistics must know of a later backward
+    want = grad_flags(x)  # with per-row losses too: what the statistics must know of a later backward
     return Term(
         divergence="sparse" if x.sparse else x.divergence_name,
         parameter=x.divergence_parameters[0] if x.divergence_parameters else 0.0,

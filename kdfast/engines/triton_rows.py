@@ -8,28 +8,28 @@ from typing import Any
 from torch import Tensor
 
 from kdfast.engines import triton_sparse
-from kdfast.engines.row_work import Buffers
+from kdfast.engines.chunk_loop import GradientBuffers
 from kdfast.engines.triton_arguments import heads_of, term_of
 from kdfast.kernels import topk_teacher
 from kdfast.kernels.column_sums import add_column_sums
 from kdfast.kernels.online_softmax import ROWS
 from kdfast.kernels.row_kernel import solve_rows
-from kdfast.ops.planning import Wanted
+from kdfast.ops.planning import GradFlags
 from kdfast.ops.problem import Problem
 
 
-class Work:
-    """`kdfast.engines.row_work.RowWork` on the device."""
+class TritonRows:
+    """Turn logits into gradients on the device, as `chunked.ROWS` says."""
 
-    def __init__(self, x: Problem, *, scale: Tensor, wanted: Wanted, stats: Tensor) -> None:
+    def __init__(self, x: Problem, scale: Tensor, wanted: GradFlags, stats: Tensor) -> None:
         self.x, self.scale, self.wanted, self.stats = x, scale, wanted, stats
         self.heads, self.term = heads_of(x), term_of(x, scale)
 
-    def __call__(self, rows: slice, z_s: Tensor, z_t: Tensor | None, out: Buffers) -> None:
+    def __call__(self, rows: slice, z_s: Tensor, z_t: Tensor | None, out: GradientBuffers) -> None:
         if self.x.sparse:
             self._sparse(rows, z_s, out.student)
         else:
-            grads = {"grad_s": out.student, "grad_t": out.teacher, "grad_a": out.anchor, "mix": out.mix}
+            grads = {"grad_s": out.student, "grad_t": out.teacher, "grad_a": out.anchor, "mix": out.decorrelation}
             solve_rows(self.heads, self.term, z_s, z_t, **self._chunk(rows, z_s), **grads)
         bias_gradients(out, self.wanted)
 
@@ -55,11 +55,11 @@ class Work:
         return {"width": z.stride(0), "start": rows.start, "stats": self.stats}
 
 
-def bias_gradients(out: Buffers, wanted: Wanted) -> None:
+def bias_gradients(out: GradientBuffers, wanted: GradFlags) -> None:
     if out.bias is None:
         return
     if out.student is not None:
-        weights = None if out.mix is None else 1 - out.mix
+        weights = None if out.decorrelation is None else 1 - out.decorrelation
         add_column_sums(out.student, weights, out.bias)
     if wanted.teacher_to_weight and out.teacher is not None:
         add_column_sums(out.teacher, None, out.bias)

@@ -35,7 +35,7 @@ from kdfast.kernels.online_softmax import ROWS, TERMS
 from kdfast.kernels.tiled_backward import slab_gradients
 from kdfast.kernels.tiled_forward import combine, config_of, fold, statistics
 from kdfast.ops import collectives, matmul
-from kdfast.ops.planning import active_rows, gradient_scale, mixes, slab_width, total, wanted
+from kdfast.ops.planning import active_rows, decorrelate, grad_flags, gradient_scale, slab_width, total
 from kdfast.ops.problem import Problem, Result
 
 
@@ -48,23 +48,22 @@ def run(x: Problem, rows: Tensor | None = None) -> Result:
     fresh = rows is None
     if rows is None:
         rows = stats.new_empty(ROWS.value + 1, N)
-        _count(x, passes=2 if heads.teacher and term.entry.base == "" else 1)
         bits = triton_sparse.bits(x, slice(None)) if x.sparse else None
         if x.group:
             _statistics_of_all(x, heads, replace(term, bits=bits), stats, rows)
         else:
-            statistics(heads, replace(term, bits=bits), stats=stats, rows=rows, mix=mixes(x))
+            statistics(heads, replace(term, bits=bits), stats=stats, rows=rows, mix=decorrelate(x))
     kept = rows if x.row_constants else stats.new_empty(0)
     values: Tensor | None = None
     if x.sparse:
         rows, values = _sparse(x, rows, scale, stats if fresh else None)
 
-    now = x.of_the_forward()
+    now = x.forward_problem()
     d_hidden = _zeros(now.need_hidden, (N, H), x.dtype, x)
     d_weight = _zeros(now.need_weight, tuple(x.weight.shape), x.weight_gradient_dtype, x)
     d_bias = _zeros(now.need_bias, (x.weight.shape[0],), x.dtype, x)
     d_teacher = _zeros(now.need_teacher_hidden, (N, H), x.dtype, x)
-    if any(wanted(now)) and N:
+    if any(grad_flags(now)) and N:
         _gradients(now, heads, term, rows, values, d_hidden, d_weight, d_bias, d_teacher)
     return Result(total(x, stats), stats, d_hidden, d_weight, d_bias, d_teacher, scale, kept)
 
@@ -72,7 +71,7 @@ def run(x: Problem, rows: Tensor | None = None) -> Result:
 def _statistics_of_all(x: Problem, heads: Heads, term: Term, stats: Tensor, rows: Tensor) -> None:
     """`statistics` where each process has a slice of the vocabulary: their partial states are gathered, and merged by
     all alike. One gather, two where a second pass is needed."""
-    N, mix = x.hidden.shape[0], mixes(x)
+    N, mix = x.hidden.shape[0], decorrelate(x)
     second = heads.teacher and term.entry.base == ""
     if N == 0:
         return
@@ -90,12 +89,12 @@ def _statistics_of_all(x: Problem, heads: Heads, term: Term, stats: Tensor, rows
     number_from(x, states[0])
     if beyond is not None:
         states.append(merged(beyond, replace(term, bits=None), teacher=False))
-    both = collectives.gather(torch.stack(states), x.group).wait()
+    both = collectives.all_gather(torch.stack(states), x.group).wait()
     beyond = None if beyond is None else both[:, 1].contiguous()
     combine(term, both[:, 0].contiguous(), beyond, **out, teacher=heads.teacher)
     if second:
         sums = merged(fold(heads, term, mix=mix, config=config, rows=rows)[0], term, True, second=True)
-        combine(term, collectives.gather(sums, x.group).wait(), None, **out, teacher=True, second=True)
+        combine(term, collectives.all_gather(sums, x.group).wait(), None, **out, teacher=True, second=True)
 
 
 def _sparse(x: Problem, rows: Tensor, scale: Tensor, stats: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -109,7 +108,7 @@ def _sparse(x: Problem, rows: Tensor, scale: Tensor, stats: Tensor | None) -> tu
     at = triton_sparse.entries(x, every, products)
     if x.group:
         z = triton_sparse.own(x, every, at.z)
-        at = triton_sparse.entries_of(x, every, collectives.add_up(z, x.group).wait())
+        at = triton_sparse.entries_of(x, every, collectives.all_reduce(z, x.group).wait())
     found = triton_sparse.solve(x, every, at, rows, scale)
     if stats is not None:
         triton_sparse.record(x, every, found, stats)
@@ -123,7 +122,7 @@ def _gradients(
 ) -> None:  # fmt: skip
     """entries (N, K): gradients at a sparse teacher's entries."""
     (N, _), V = x.hidden.shape, x.valid_vocab
-    want, mix = wanted(x), rows[-1] if mixes(x) else None
+    want, mix = grad_flags(x), rows[-1] if decorrelate(x) else None
     if not x.kd_vocab:  # the teacher's vocabulary has ended before this slice
         heads = heads.student_alone()
     teacher = want.teacher or want.anchor
@@ -143,7 +142,6 @@ def _gradients(
     for first in range(0, V, width):
         ids = slice(first, min(first + width, V))
         slab = planes[..., : ids.stop - first]
-        _count(x, part=ids)
         slab_gradients(
             heads,
             term,
@@ -171,7 +169,7 @@ def _gradients(
     if teacher_input and mix is not None and x.need_hidden:
         d_inputs[-N:].addcmul_(mix[:, None], d_inputs[:N], value=-1)
     if x.group and d_inputs.numel():
-        collectives.add_up(d_inputs, x.group).wait()
+        collectives.all_reduce(d_inputs, x.group).wait()
     if x.need_hidden:
         d_hidden.copy_(d_inputs[:N])
     if teacher_input:
@@ -188,16 +186,6 @@ def _inputs(x: Problem, mix: Tensor | None) -> Tensor:
         return torch.cat([student, teacher])
     mixed = torch.addcmul(student.to(x.dtype), teacher.to(x.dtype), mix[:, None], value=-1)
     return torch.cat([mixed.to(student.dtype), teacher])
-
-
-def _count(x: Problem, passes: int = 1, part: slice | None = None) -> None:
-    """Tell `matmul.record` of the logits a kernel computes."""
-    part = part or slice(0, x.valid_vocab)
-    for _ in range(passes):
-        matmul.count("logits", x.hidden.shape[0] * (2 if x.projected else 1), part.stop - part.start, x.hidden.shape[1])
-        if x.teacher_weight is not None:
-            shared = max(0, min(part.stop, x.kd_vocab) - part.start)
-            matmul.count("logits", x.hidden.shape[0], shared, x.teacher_weight.shape[1])
 
 
 def _zeros(needed: bool, shape: tuple[int, ...], dtype: torch.dtype, x: Problem) -> Tensor:

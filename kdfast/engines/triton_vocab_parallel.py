@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kdfast.engines import triton_sparse
-from kdfast.engines.row_work import Buffers
+from kdfast.engines.chunk_loop import GradientBuffers
 from kdfast.engines.triton_arguments import heads_of, term_of
 from kdfast.engines.triton_rows import bias_gradients
 from kdfast.kernels import topk_teacher
@@ -21,7 +21,7 @@ from kdfast.kernels.online_softmax import LOWEST, PAIR, ROWS, SIDE, TERMS
 from kdfast.kernels.row_kernel import solve_rows
 from kdfast.kernels.tiled_forward import combine
 from kdfast.ops import matmul
-from kdfast.ops.planning import Wanted, mixes
+from kdfast.ops.planning import GradFlags, decorrelate
 from kdfast.ops.problem import Problem
 
 STATE = 2 * SIDE.value + PAIR.value
@@ -33,16 +33,16 @@ class Constants(NamedTuple):
     inside: Tensor | None = None  # (m, K): gradients at a sparse teacher's entries
 
 
-class Work:
-    """`kdfast.engines.vocab_parallel.SlicedWork` on the device."""
+class TritonVocabParallelRows:
+    """`kdfast.engines.vocab_parallel.VocabParallelRows` on the device."""
 
-    def __init__(self, x: Problem, *, scale: Tensor, wanted: Wanted, stats: Tensor) -> None:
+    def __init__(self, x: Problem, scale: Tensor, wanted: GradFlags, stats: Tensor) -> None:
         self.x, self.scale, self.wanted, self.stats = x, scale, wanted, stats
-        self.heads, self.term, self.mixes = heads_of(x), term_of(x, scale), mixes(x)
+        self.heads, self.term, self.decorrelate = heads_of(x), term_of(x, scale), decorrelate(x)
         self.dtype = matmul.gradient_dtype(x.weight.dtype, x.weight.device)
         self.second_pass = self.heads.teacher and self.term.entry.base == ""
 
-    def fold(self, rows: slice, z_s: Tensor, z_t: Tensor | None) -> Tensor:
+    def update(self, rows: slice, z_s: Tensor, z_t: Tensor | None) -> Tensor:
         x, m = self.x, rows.stop - rows.start
         count = STATE + (SIDE.value if x.truncated else 0)
         states, term, entries = z_s.new_empty(count, m), self.term, None
@@ -53,7 +53,7 @@ class Work:
             entries = triton_sparse.own(x, rows, triton_sparse.entries(x, rows, products).z).t()
             term = replace(term, bits=triton_sparse.bits(x, rows))
         if x.valid_vocab:
-            self._launch(rows, z_s, z_t, term, phase="fold", states=states, mixes=self.mixes)
+            self._launch(rows, z_s, z_t, term, phase="fold", states=states, mixes=self.decorrelate)
         else:
             empty_states(states)
         number_from(x, states)
@@ -79,19 +79,23 @@ class Work:
     def terms(self, rows: slice, z_s: Tensor, z_t: Tensor | None, constants: Constants) -> Tensor:
         out = z_s.new_zeros(TERMS.value, z_s.shape[0])
         if self.x.kd_vocab:
-            self._launch(rows, z_s, z_t, self.term, phase="terms", rows=constants.rows, states=out, mixes=self.mixes)
+            self._launch(
+                rows, z_s, z_t, self.term, phase="terms", rows=constants.rows, states=out, mixes=self.decorrelate
+            )
         return out
 
     def merge_terms(self, rows: slice, terms: Tensor, constants: Constants) -> Constants:
         self._combine(rows, terms, None, constants, second=True)
         return constants
 
-    def gradients(self, rows: slice, z_s: Tensor, z_t: Tensor | None, constants: Constants, out: Buffers) -> None:
-        if out.mix is not None:
-            out.mix.copy_(constants.rows[-1])
+    def gradients(
+        self, rows: slice, z_s: Tensor, z_t: Tensor | None, constants: Constants, out: GradientBuffers
+    ) -> None:
+        if out.decorrelation is not None:
+            out.decorrelation.copy_(constants.rows[-1])
         if not self.x.valid_vocab:
             return
-        grads = {"grad_s": out.student, "grad_t": out.teacher, "grad_a": out.anchor, "mix": out.mix}
+        grads = {"grad_s": out.student, "grad_t": out.teacher, "grad_a": out.anchor, "mix": out.decorrelation}
         self._launch(rows, z_s, z_t, self.term, phase="gradients", rows=constants.rows, **grads)
         if constants.inside is not None and out.student is not None and self.x.teacher_indices is not None:
             topk_teacher.write(out.student, self.x.teacher_indices[rows], constants.inside, self.x.vocab_start)
@@ -114,7 +118,7 @@ class Work:
             beyond,
             stats=self.stats[:, rows],
             rows=constants.rows,
-            mix=self.mixes,
+            mix=self.decorrelate,
             teacher=self.heads.teacher or self.x.teacher_tail == "bucket",
             second=second,
         )

@@ -3,7 +3,7 @@
 A softmax over the whole vocabulary needs something of every slice. For each chunk, on each process:
 
     logits       of its slice                                            one product
-    fold         fifteen to thirty-one numbers a row                     → gathered                    collective 1
+    update       fifteen to thirty-one numbers a row                     → gathered                    collective 1
     merge        the rows' log-sum-exps, losses, statistics              from all processes' numbers, alike on all
     terms        where a divergence needs a second pass (all but KLs)    → gathered                    collective 2
     gradients    of the logits of its slice; dW of its slice             two products
@@ -24,39 +24,40 @@ its logits in the slices of all would be 2·V·4. docs/scaling.md counts them.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from kdfast.engines.row_work import Buffers
+from kdfast.engines.chunk_loop import Chunk, ChunkLoop, GradientBuffers
 from kdfast.ops import collectives
 from kdfast.ops.collectives import Pending
-from kdfast.ops.planning import Wanted
-from kdfast.ops.problem import Problem
+from kdfast.ops.problem import Problem, Result
 
-if TYPE_CHECKING:
-    from kdfast.engines.chunked import Chunk, Loop
+ROWS = {
+    "torch": "kdfast.engines.torch_vocab_parallel:TorchVocabParallelRows",
+    "triton_chunked": "kdfast.engines.triton_vocab_parallel:TritonVocabParallelRows",
+}
 
 
-class SlicedWork(Protocol):
-    """The row work in phases. rows: of x; z_s, z_t (r, V) raw products, which `fold` may turn into logits in place."""
+class VocabParallelRows(Protocol):
+    """What turns logits into gradients, in phases. rows: of the problem; z_s, z_t (r, V) raw products, which `update`
+    may turn into logits in place; constants: what gradients need to know of the rows."""
 
     second_pass: bool
 
-    def __init__(self, x: Problem, *, scale: Tensor, wanted: Wanted, stats: Tensor) -> None: ...
-
-    def fold(self, rows: slice, z_s: Tensor, z_t: Tensor | None) -> Tensor:
-        """(numbers, r): what the others must know of this slice."""
+    def update(self, rows: slice, z_s: Tensor, z_t: Tensor | None) -> Tensor:
+        """Return (numbers, r): what the others must know of this slice."""
 
     def merge(self, rows: slice, states: Tensor) -> Any:
-        """states (R, numbers, r) → what gradients need to know of the rows; fills `stats[:, rows]`."""
+        """Return the rows' constants from all processes' states (R, numbers, r); fill `stats[:, rows]`."""
 
     def terms(self, rows: slice, z_s: Tensor, z_t: Tensor | None, constants: Any) -> Tensor:
-        """The second pass: (numbers, r)."""
+        """Return (numbers, r): the second pass over this slice."""
 
-    def merge_terms(self, rows: slice, terms: Tensor, constants: Any) -> Any: ...
+    def merge_terms(self, rows: slice, terms: Tensor, constants: Any) -> Any:
+        """Return the constants, completed from all processes' second passes (R, numbers, r)."""
 
-    def gradients(self, rows: slice, z_s: Tensor, z_t: Tensor | None, constants: Any, out: Buffers) -> None: ...
+    def gradients(self, rows: slice, z_s: Tensor, z_t: Tensor | None, constants: Any, out: GradientBuffers) -> None: ...
 
 
 class _Waiting(NamedTuple):
@@ -67,38 +68,41 @@ class _Waiting(NamedTuple):
     terms: Pending | None
 
 
-def run(loop: Loop) -> None:
-    work, group = loop.work, loop.x.group
+def run_chunks(x: Problem) -> Result:
+    """Return loss, statistics and scaled gradients of `x`, of whose vocabulary a slice is here."""
+    loop = ChunkLoop(x, ROWS)
+    each: VocabParallelRows = loop.rows
     waiting: _Waiting | None = None
     sums: list[tuple[slice, Pending]] = []  # dX under way
     for i, rows in enumerate(loop.chunks()):
         chunk = loop.logits(rows, i % 2)
-        states = collectives.gather(work.fold(rows, chunk.z_s, chunk.z_t), group)
+        states = collectives.all_gather(each.update(rows, chunk.z_s, chunk.z_t), x.group)
         _finish(loop, waiting, sums)
-        constants = work.merge(rows, states.wait())
+        constants = each.merge(rows, states.wait())
         terms: Pending | None = None
-        if work.second_pass:
-            terms = collectives.gather(work.terms(rows, chunk.z_s, chunk.z_t, constants), group)
+        if each.second_pass:
+            terms = collectives.all_gather(each.terms(rows, chunk.z_s, chunk.z_t, constants), x.group)
         waiting = _Waiting(chunk, constants, terms)
     _finish(loop, waiting, sums)
     for rows, d_inputs in sums:
         loop.store(rows, d_inputs.wait())
+    return loop.result()
 
 
-def _finish(loop: Loop, waiting: _Waiting | None, sums: list[tuple[slice, Pending]]) -> None:
-    """The gradients of a chunk; stores dX of the one before it."""
+def _finish(loop: ChunkLoop, waiting: _Waiting | None, sums: list[tuple[slice, Pending]]) -> None:
+    """Take a chunk's gradients; store dX of the one before it."""
     if waiting is None:
         return
-    work, chunk, constants = loop.work, waiting.chunk, waiting.constants
+    each, chunk, constants = loop.rows, waiting.chunk, waiting.constants
     if waiting.terms is not None:
-        constants = work.merge_terms(chunk.rows, waiting.terms.wait(), constants)
-    if not any(loop.plan.wanted):
+        constants = each.merge_terms(chunk.rows, waiting.terms.wait(), constants)
+    if not any(loop.wanted):
         return
-    work.gradients(chunk.rows, chunk.z_s, chunk.z_t, constants, loop.buffers(chunk))
+    each.gradients(chunk.rows, chunk.z_s, chunk.z_t, constants, loop.buffers(chunk))
     loop.weight_gradient(chunk)
     d_inputs = loop.input_gradients(chunk)
     while sums:
         rows, pending = sums.pop()
         loop.store(rows, pending.wait())
     if d_inputs is not None:
-        sums.append((chunk.rows, collectives.add_up(d_inputs, loop.x.group)))
+        sums.append((chunk.rows, collectives.all_reduce(d_inputs, loop.x.group)))

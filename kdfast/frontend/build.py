@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdfast.engines import operators
-from kdfast.engines.choice import resolve
+from kdfast.engines import operators, resolve
 from kdfast.frontend.row_weights import row_weights, scalar
 from kdfast.frontend.vocabulary import Vocabulary
 from kdfast.inputs import Head, Logits, Options, Projected, SparseLogits, Teacher, is_asked

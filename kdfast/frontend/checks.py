@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kdfast import engines
-from kdfast.engines.choice import unavailable
+from kdfast.engines import unavailable
 from kdfast.inputs import Head, Logits, Options, Projected, SparseLogits, Teacher, is_asked
 from kdfast.ops import autocast
 

@@ -1,4 +1,4 @@
-"""Every matrix product with the vocabulary that an engine hands to the vendor: precision in one place, and counted.
+"""Every matrix product with the vocabulary that an engine hands to the vendor: precision in one place.
 
     logits           Z (m, V)  = X (m, H) · Wᵀ        Z in fp32 (fp64), whatever X and W are
     input_gradient   dX (m, H) = G (m, V) · W         returned in fp32 (fp64)
@@ -14,35 +14,15 @@ widened throughout.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kdfast.ops.recording import Recorder
-
 VOCAB_BLOCK = 8192  # rows of W widened, or of dW added up, at a time: 8192·H·4 bytes of temporary
 
 
-class Call(NamedTuple):
-    """One product: its kind and sizes; `operations` = 2·rows·vocab·width."""
-
-    kind: str  # "logits" | "input_gradient" | "weight_gradient"
-    rows: int
-    vocab: int
-    width: int
-
-    @property
-    def operations(self) -> int:
-        return 2 * self.rows * self.vocab * self.width
-
-
-_calls: Recorder[Call] = Recorder()
-record = _calls.record
-
-
 def tf32(device: torch.device) -> bool:
-    """Whether PyTorch is set to round fp32 operands of products on `device` to TF32; kernels follow it."""
+    """Return whether PyTorch is set to round fp32 operands of products on `device` to TF32; kernels follow it."""
     if device.type != "cuda":
         return False
     setting = getattr(torch.backends.cuda.matmul, "fp32_precision", None)  # torch ≥ 2.9
@@ -52,13 +32,13 @@ def tf32(device: torch.device) -> bool:
 
 
 def gradient_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Dtype in which the gradients of the logits are kept for the products, for heads of `dtype`."""
+    """Return the dtype in which the gradients of the logits are kept for the products, for heads of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32 if device.type == "cpu" else dtype
 
 
 def logits(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """out = x · weightᵀ.  x (m, H), weight (V, H) of one dtype; out (m, V) fp32 or fp64, rows may be strided."""
-    count("logits", x.shape[0], *weight.shape)
+    """Write out = x · weightᵀ and return it.  x (m, H), weight (V, H) of one dtype; out (m, V) fp32 or fp64, whose rows
+    may be strided."""
     if x.dtype == weight.dtype == out.dtype:
         return torch.mm(x, weight.t(), out=out)
     if x.is_cuda and out.dtype == torch.float32 and x.dtype == weight.dtype:
@@ -70,8 +50,7 @@ def logits(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
 
 
 def input_gradient(g: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """g · weight.  g (m, V), weight (V, H) → (m, H) in `dtype` (fp32 or fp64)."""
-    count("input_gradient", g.shape[0], *weight.shape)
+    """Return g · weight.  g (m, V), weight (V, H) → (m, H) in `dtype` (fp32 or fp64)."""
     if g.dtype == weight.dtype:
         return _product(g, weight, dtype)
     if weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -83,17 +62,15 @@ def input_gradient(g: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def add_input_gradient(g: Tensor, weight: Tensor, accumulator: Tensor) -> None:
-    """accumulator += g · weight.  g (m, V), weight (V, H), accumulator (m, H) fp32 or fp64."""
+    """Add g · weight to `accumulator`.  g (m, V), weight (V, H), accumulator (m, H) fp32 or fp64."""
     if g.dtype == weight.dtype and _accumulates(g, accumulator):
-        count("input_gradient", g.shape[0], *weight.shape)
         _accumulate(accumulator, g, weight)
     else:
         accumulator += input_gradient(g, weight, accumulator.dtype)
 
 
 def weight_gradient(g: Tensor, x: Tensor, accumulator: Tensor) -> Tensor:
-    """accumulator += gᵀ · x.  g (m, V), x (m, H), accumulator (V, H) fp32 or fp64."""
-    count("weight_gradient", g.shape[0], *accumulator.shape)
+    """Add gᵀ · x to `accumulator` and return it.  g (m, V), x (m, H), accumulator (V, H) fp32 or fp64."""
     x = x.to(g.dtype)
     if _accumulates(g, accumulator):
         return _accumulate(accumulator, g.t(), x)
@@ -103,28 +80,27 @@ def weight_gradient(g: Tensor, x: Tensor, accumulator: Tensor) -> Tensor:
 
 
 def whole_weight_gradient(g: Tensor, x: Tensor, out: Tensor) -> None:
-    """out = gᵀ · x, summed in fp32 (fp64) and rounded once.  g (m, V), x (m, H), out (V, H) of any dtype."""
-    count("weight_gradient", g.shape[0], *out.shape)
+    """Write out = gᵀ · x, summed in fp32 (fp64) and rounded once.  g (m, V), x (m, H), out (V, H) of any dtype."""
     wide = torch.promote_types(out.dtype, torch.float32)
     out.copy_(_product(g.t(), x.to(g.dtype), wide))
 
 
 def _accumulates(operand: Tensor, accumulator: Tensor) -> bool:
-    """Whether a product of such operands can be added to `accumulator` in its own call, without a temporary.
+    """Return whether a product of such operands can be added to `accumulator` in its own call, without a temporary.
     Before PyTorch 2.10 a 16-bit product would not be added to fp32."""
     narrow = operand.is_cuda and accumulator.dtype == torch.float32 and torch.__version__ >= "2.10"
     return operand.dtype == accumulator.dtype or narrow
 
 
 def _accumulate(accumulator: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """accumulator += a · b."""
+    """Add a · b to `accumulator`."""
     if a.dtype == accumulator.dtype:
         return accumulator.addmm_(a, b)
     return torch.ops.aten.addmm.dtype_out(accumulator, a, b, accumulator.dtype, out=accumulator)
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a · b of one dtype, returned in `dtype`."""
+    """Return a · b, of one dtype, in `dtype`."""
     if a.is_cuda and a.dtype != dtype == torch.float32:
         return torch.ops.aten.mm.dtype(a, b, dtype)
     return torch.mm(a, b).to(dtype)
@@ -133,8 +109,3 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 def _blocks(vocab: int) -> Iterator[slice]:
     for start in range(0, vocab, VOCAB_BLOCK):
         yield slice(start, min(start + VOCAB_BLOCK, vocab))
-
-
-def count(kind: str, rows: int, vocab: int, width: int) -> None:
-    """Note a product; a kernel that multiplies calls this itself."""
-    _calls.note(Call(kind, rows, vocab, width))

@@ -12,7 +12,7 @@ from kdfast.ops import matmul
 from kdfast.ops.problem import Problem
 
 
-class Wanted(NamedTuple):
+class GradFlags(NamedTuple):
     """Which gradients of the logits are wanted."""
 
     student: bool  # dL/dz_s
@@ -26,11 +26,11 @@ class Wanted(NamedTuple):
         return self.anchor and self.teacher_to_weight
 
 
-def wanted(x: Problem) -> Wanted:
+def grad_flags(x: Problem) -> GradFlags:
     needs_head = x.need_weight or x.need_bias
     full = x.projected and x.teacher_grad == "full"
     to_teacher = x.projected and x.teacher_grad != "none" and x.need_teacher_hidden
-    return Wanted(
+    return GradFlags(
         student=x.need_hidden or needs_head,
         teacher=to_teacher or (full and needs_head),
         anchor=x.anchor_term and x.need_teacher_hidden,
@@ -38,7 +38,7 @@ def wanted(x: Problem) -> Wanted:
     )
 
 
-def mixes(x: Problem) -> bool:
+def decorrelate(x: Problem) -> bool:
     """Teacher rows are made orthogonal to student rows before both are rounded (`torch_rows._decorrelate`)."""
     narrow = matmul.gradient_dtype(x.weight.dtype, x.weight.device) != x.dtype
     full = x.projected and x.teacher_grad == "full"

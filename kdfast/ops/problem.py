@@ -21,6 +21,11 @@ from kdfast.divergences import Divergence, get_divergence
 
 # Rows of Problem.coefficients and, with the statistics after them, of Result.stats.
 KD, CE, ANCHOR, STUDENT_ENTROPY, TEACHER_ENTROPY, AGREEMENT = range(6)
+# Fields of Problem with one row per token; in `coefficients` that is one column.
+PER_TOKEN = (
+    "hidden", "teacher_hidden", "teacher_rows", "teacher_indices", "teacher_log_probs", "labels", "anchor_targets",
+    "active",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +103,26 @@ class Problem:
         here = (ids >= self.vocab_start) & (ids < self.vocab_start + self.valid_vocab)
         return torch.where(here, ids - self.vocab_start, -1)
 
+    def dense_teacher(self, rows: slice) -> Tensor:
+        """Return the given teacher logits of `rows`, (r, kd_vocab) in their own dtype, read where they lie."""
+        logits, index = self._dense_index(rows)
+        return logits[..., : self.kd_vocab][index]
+
+    def dense_teacher_offsets(self) -> Tensor:
+        """Return (N,) int64: elements from the first of the given teacher logits to the first of each token's row."""
+        logits, index = self._dense_index(slice(None))
+        return torch.stack([i * stride for i, stride in zip(index, logits.stride()[:-1], strict=True)]).sum(dim=0)
+
+    def _dense_index(self, rows: slice) -> tuple[Tensor, tuple[Tensor, ...]]:
+        assert self.teacher_logits is not None
+        assert self.teacher_rows is not None
+        logits = self.teacher_logits if self.teacher_logits.dim() > 1 else self.teacher_logits[None]
+        rest, index = self.teacher_rows[rows], []
+        for size in reversed(logits.shape[:-1]):  # torch.unravel_index copies the sizes to the device, and waits
+            index.append(rest % size)
+            rest = rest // size
+        return logits, tuple(index[::-1])
+
     @property
     def use_ce(self) -> bool:
         return self.ce_term or (self.want_metrics and self.labels is not None)
@@ -106,12 +131,12 @@ class Problem:
     def use_anchor(self) -> bool:
         return self.anchor_term or (self.want_metrics and self.anchor_targets is not None)
 
-    def without_gradients(self) -> Problem:
+    def forward_problem(self) -> Problem:
+        """Return what the forward solves: with per-row losses no gradient can be taken before the upstream ones are
+        known."""
+        if not self.per_row:
+            return self
         return replace(self, need_hidden=False, need_weight=False, need_bias=False, need_teacher_hidden=False)
-
-    def of_the_forward(self) -> Problem:
-        """With per-row losses no gradient can be taken before the upstream gradients are known."""
-        return self.without_gradients() if self.per_row else self
 
     @property
     def weight_gradient_dtype(self) -> torch.dtype:

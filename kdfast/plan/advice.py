@@ -7,7 +7,7 @@ from math import ceil
 
 import torch
 
-from kdfast.engines.choice import MIN_TOKENS, preferred
+from kdfast.engines import MIN_TOKENS, preferred
 from kdfast.ops.planning import SLAB_SCRATCH, bytes_per_token
 from kdfast.plan.memory import total_bytes
 from kdfast.plan.ours import chunk_of, slab_width

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from kdfast.engines.choice import resolve
+from kdfast.engines import resolve
 from kdfast.training.config import KDConfig
 from kdfast.training.durable.atomic_io import write_text
 from kdfast.training.memory import PeakMemory

@@ -5,8 +5,8 @@ from unittest import mock
 import pytest
 import torch
 
-from kdfast.engines import choice
-from kdfast.engines.choice import choose, preferred
+from kdfast import engines
+from kdfast.engines import choose, preferred
 from kdfast.plan import Shape
 from kdfast.plan.advice import portion
 
@@ -45,9 +45,9 @@ def test_auto(device, dtype, tokens, teacher, scratch, engine, chunk, monkeypatc
 def test_where_triton_cannot_run_it_is_torch_and_says_why():
     sizes = {"tokens": 8192, "vocab": 50257}
     assert choose(CPU, torch.float32, **sizes) == preferred(CPU, torch.float32, **sizes)
-    with mock.patch.object(choice, "unavailable", return_value=None):
+    with mock.patch.object(engines, "unavailable", return_value=None):
         best = choose(CUDA, torch.bfloat16, **sizes)
     assert best.engine == "triton_chunked"
-    with mock.patch.object(choice, "unavailable", return_value="has no block sizes for sm_50"):
+    with mock.patch.object(engines, "unavailable", return_value="has no block sizes for sm_50"):
         chosen = choose(CUDA, torch.bfloat16, **sizes)
     assert chosen == ("torch", best.tokens, "triton_chunked has no block sizes for sm_50")

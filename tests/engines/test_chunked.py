@@ -7,6 +7,7 @@ import pytest
 import torch
 from cases import V, copy, gradients, make, relative, student, teacher
 from near_convergence import near_convergence, solve
+from recorder import products
 
 from kdfast import JSD, fused_kd_loss
 from kdfast.ops import matmul
@@ -100,7 +101,7 @@ def test_ignored_rows_cost_no_products_on_a_cpu():
     case = make(n=20)
     case.labels[5:] = -100
     case.labels[:5] = 3
-    with matmul.record() as calls:
+    with products() as calls:
         fused_kd_loss(student(case), teacher(case, "projected"), case.labels)
     assert {call.rows for call in calls} == {10}
 
@@ -110,7 +111,7 @@ def test_scratch_bounds_the_chunk(monkeypatch):
     case.labels.clamp_(min=0)
 
     def rows(**options):
-        with matmul.record() as calls:
+        with products() as calls:
             fused_kd_loss(student(case), teacher(case, "projected"), case.labels, **options)
         return [call.rows // 2 for call in calls if call.kind == "logits"]
 

@@ -1,19 +1,21 @@
 """Which products with the vocabulary are made: those of the design's table, and none whose result nobody wants.
 
-Counted by `matmul.record` in units u(H) = 2·N·V·H. The kernels' numbers are tested elsewhere; here none is launched,
-for it is their launchers that count what they multiply.
+Counted in units u(H) = 2·N·V·H, the vendor's products by bench/recorder.py, a kernel's by what its launcher is given.
+The kernels' numbers are tested elsewhere; here none is launched.
 """
 
+from contextlib import contextmanager
 from itertools import product
 
 import pytest
+import recorder
 import torch
 from cases import HS, HT, LEAVES, V, make
 from teachers import ENGINES, leaves, loss_of
 from triton.runtime.interpreter import InterpretedFunction
 
 from kdfast import fused_kd_loss
-from kdfast.ops import matmul
+from kdfast.engines import triton_tiled
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's kernels can be left out")
 FUSED = ENGINES[1:]
@@ -40,6 +42,34 @@ TABLE = [
 @pytest.fixture(autouse=True)
 def _no_launches(monkeypatch):
     monkeypatch.setattr(InterpretedFunction, "__getitem__", lambda self, grid: lambda *args, **options: None)
+
+
+@contextmanager
+def recorded():
+    """All products made inside: the vendor's, and those of the tiled engine's kernels."""
+    statistics, slab_gradients = triton_tiled.statistics, triton_tiled.slab_gradients
+
+    def note(heads, first, last):
+        sides = 2 if heads.teacher_hidden is not None and heads.teacher_weight is None else 1
+        calls.append(recorder.Product("logits", sides * N, last - first, HS))
+        if heads.teacher_weight is not None:
+            shared = max(0, min(last, heads.kd_vocab) - first)
+            calls.append(recorder.Product("logits", N, shared, heads.teacher_weight.shape[1]))
+
+    def counted_statistics(heads, term, **how):
+        for _ in range(2 if heads.teacher and term.entry.base == "" else 1):
+            note(heads, 0, heads.vocab)
+        return statistics(heads, term, **how)
+
+    def counted_gradients(heads, term, *, first, **how):
+        planes = (how[name] for name in ("grad_s", "grad_t", "grad_a"))
+        note(heads, first, first + next(plane.shape[1] for plane in planes if plane is not None))
+        return slab_gradients(heads, term, first=first, **how)
+
+    with pytest.MonkeyPatch.context() as patch, recorder.products() as calls:
+        patch.setattr(triton_tiled, "statistics", counted_statistics)
+        patch.setattr(triton_tiled, "slab_gradients", counted_gradients)
+        yield calls
 
 
 def problem(*wanted):
@@ -73,7 +103,7 @@ def test_products_by_teacher_and_gradients_wanted(engine, reduction, kind, optio
     taken of them later: in slabs, or in the backward of per-row losses."""
     for hs, W, b, *P in combinations(kind):
         case = problem(hs, W, b, *P)
-        with matmul.record() as calls:
+        with recorded() as calls:
             loss = loss_of(fused_kd_loss, case, kind, engine=engine, reduction=reduction, **options)
             forward = units(calls)
             assert loss.requires_grad == any((hs, W, b, *P))
@@ -98,7 +128,7 @@ def test_products_without_gradients(engine, kind):
     logits once more."""
     z_s, z_t = next(row[2:4] for row in TABLE if row[0] == kind)
     for divergence in ("forward_kl", "jsd"):
-        with matmul.record() as calls, torch.no_grad():
+        with recorded() as calls, torch.no_grad():
             loss_of(fused_kd_loss, problem(), kind, engine=engine, divergence=divergence)
         dense = kind in ("projected", "hidden", "head", "logits")
         passes = 2 if engine == "triton_tiled" and divergence == "jsd" and dense else 1
@@ -107,17 +137,15 @@ def test_products_without_gradients(engine, kind):
 
 def test_products_of_per_row_losses_of_no_kl():
     """The tiled engine's second pass is not repeated in the backward."""
-    with matmul.record() as calls:
-        loss = loss_of(
-            fused_kd_loss, problem(), "projected", engine="triton_tiled", reduction="none", divergence="jsd"
-        )
+    with recorded() as calls:
+        loss = loss_of(fused_kd_loss, problem(), "projected", engine="triton_tiled", reduction="none", divergence="jsd")
         assert units(calls) == (4, 0, 0, 0)
         loss.sum().backward()
     assert units(calls) == (6, 0, 2, 2)
 
 
 def test_student_and_projected_rows_are_one_product():
-    with matmul.record() as calls:
+    with recorded() as calls:
         loss_of(fused_kd_loss, problem(), "projected", engine="torch")
     assert [(call.kind, call.rows) for call in calls] == [
         ("logits", 2 * N), ("weight_gradient", 2 * N), ("input_gradient", 2 * N)

@@ -36,9 +36,9 @@ from operator_arguments import problem
 
 from kdfast import fused_kd_loss
 from kdfast.engines import triton_rows
-from kdfast.engines.row_work import Buffers
+from kdfast.engines.chunk_loop import GradientBuffers
 from kdfast.ops import matmul
-from kdfast.ops.planning import gradient_scale, row_stride, wanted
+from kdfast.ops.planning import grad_flags, gradient_scale, row_stride
 from kdfast.ops.problem import Problem
 
 if not torch.cuda.is_available():  # once, rather than a skip for each of hundreds of tests, which would hide another
@@ -170,12 +170,11 @@ def test_row_kernel_in_place(divergence):
     x = Problem(*problem(case, "projected", engine="triton_chunked", divergence=divergence, ce_weight=0.5))
     shape = (2 * m, row_stride(V, x.hidden.device, x.engine))
     logits, scratch, apart = (torch.randn(shape, device=x.hidden.device)[:, :V] for _ in range(3))
-    options = {"scale": gradient_scale(x), "wanted": wanted(x), "stats": torch.zeros(6, m, device=x.hidden.device)}
-
-    work = triton_rows.Work(x, **options)
+    stats = torch.zeros(6, m, device=x.hidden.device)
+    solve_rows = triton_rows.TritonRows(x, gradient_scale(x), grad_flags(x), stats)
 
     def solve_chunk(z, g):
-        work(slice(0, m), z[:m], z[m:], Buffers(g[:m], g[m:], None, None, None))
+        solve_rows(slice(0, m), z[:m], z[m:], GradientBuffers(g[:m], g[m:], None, None, None))
 
     solve_chunk(logits, apart)
     for _ in range(50):

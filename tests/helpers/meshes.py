@@ -5,6 +5,7 @@ from functools import cache
 import communication
 import processes
 import pytest
+import recorder
 import torch
 import torch.distributed as dist
 from cases import copy, gradients, make
@@ -192,7 +193,8 @@ def wrong(what):
 
 
 def collectives_of(engine, n, scratch, **options):
-    """(events in order, calls): ("gather" or "add_up", i) where collective i starts, ("wait", i), ("product", "")."""
+    """(events in order, calls): ("all_gather" or "all_reduce", i) where collective i starts, ("wait", i),
+    ("product", "")."""
     case, rank, group = make(torch.float32, n=n), processes.rank(), processes.group()
     start, stop = (0, 51) if rank == 0 else (51, 101)
     events, known = [], []
@@ -210,11 +212,14 @@ def collectives_of(engine, n, scratch, **options):
         events.append(("wait", next(i for i, pending in enumerate(known) if pending is self)))
         return waited(self)
 
-    waited, counted = collectives.Pending.wait, matmul.count
-    with pytest.MonkeyPatch.context() as patch, collectives.record() as calls:
+    waited = collectives.Pending.wait
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        recorder.products(lambda product: events.append(("product", ""))),
+        recorder.communication() as calls,
+    ):
         patch.setattr(collectives.Pending, "wait", wait)
-        patch.setattr(matmul, "count", lambda *of: (events.append(("product", "")), counted(*of)))
-        for kind in ("gather", "add_up"):
+        for kind in ("all_gather", "all_reduce"):
             patch.setattr(collectives, kind, started(kind, getattr(collectives, kind)))
         W, b = (t.detach()[start:stop].requires_grad_() for t in (case.W, case.b))
         teacher = Projected(case.ht, case.P, case.p)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from planned import case, run
+from recorder import products
 
-from kdfast.ops import matmul
 from kdfast.plan import GPUS, METHODS, Shape, get_gpu, operations, peak_bytes, predicted_seconds
 from kdfast.plan.advice import fitting_portion, larger_portions, portion
 
@@ -39,7 +39,7 @@ def test_as_the_document_predicts(method, shape, least, most):
 @pytest.mark.parametrize("teacher", ["projected", "head", "none"])
 def test_operations_are_what_the_engine_counts(teacher):
     shape = Shape(40, 300, 16, 24, torch.float32, "cpu", teacher)
-    with matmul.record() as calls:
+    with products() as calls:
         run("torch", case(shape))
     made = operations("torch", shape)
     units = made.student * shape.student_width + made.teacher * shape.teacher_width

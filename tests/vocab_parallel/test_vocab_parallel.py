@@ -192,22 +192,22 @@ class TestCollectives:
         scratch = 8 * 2 * 2 * 4 * (128 if engine == "triton_chunked" else 51)  # 8 rows, of two buffers and two sides
         for events, calls in pool.run(2, meshes.collectives_of, engine, 24, scratch, divergence=divergence):
             kinds = [kind for kind, _, _ in calls]
-            assert kinds.count("gather") == 3 * gathers
-            assert kinds.count("add_up") == 3
-            sums = [size for kind, size, _ in calls if kind == "add_up"]
+            assert kinds.count("all_gather") == 3 * gathers
+            assert kinds.count("all_reduce") == 3
+            sums = [size for kind, size, _ in calls if kind == "all_reduce"]
             assert sums == [2 * 12 * 4 * rows for rows in active_chunks(engine)]
             # between a collective's start and its wait there are products, but for the first chunk's and the last's
-            overlapped = {kind: products_under_way(events, kind) for kind in ("gather", "add_up")}
+            overlapped = {kind: products_under_way(events, kind) for kind in ("all_gather", "all_reduce")}
             alone = [0] if gathers == 1 else [0, 5]  # the first chunk's states, the last's terms
-            assert overlapped["gather"] == [i not in alone for i in range(3 * gathers)]
-            assert overlapped["add_up"] == [True, True, False]
+            assert overlapped["all_gather"] == [i not in alone for i in range(3 * gathers)]
+            assert overlapped["all_reduce"] == [True, True, False]
 
     def test_statistics_of_a_row(self, pool):
         """Fifteen numbers, nineteen of the kernels: three chunks of eight rows."""
         for engine, numbers in (("torch", 15), ("triton_chunked", 2 * SIDE.value + PAIR.value)):
             scratch = 8 * 2 * 2 * 4 * (128 if engine == "triton_chunked" else 51)
             for _, calls in pool.run(2, meshes.collectives_of, engine, 24, scratch):
-                gathered = [size for kind, size, _ in calls if kind == "gather"]
+                gathered = [size for kind, size, _ in calls if kind == "all_gather"]
                 assert gathered == [numbers * 4 * rows for rows in active_chunks(engine)]
 
     @pytest.mark.parametrize(("divergence", "gathers"), [("forward_kl", 1), ("jsd", 2)])
@@ -215,7 +215,7 @@ class TestCollectives:
         """All rows at once: the sum of dX is one."""
         for _, calls in pool.run(2, meshes.collectives_of, "triton_tiled", 24, None, divergence=divergence):
             kinds = [kind for kind, _, _ in calls]
-            assert kinds == ["gather"] * gathers + ["add_up"]
+            assert kinds == ["all_gather"] * gathers + ["all_reduce"]
 
 
 def active_chunks(engine):

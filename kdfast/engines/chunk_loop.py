@@ -1,0 +1,219 @@
+"""Buffers and products of the engines that take tokens in chunks; `chunked.py` and `vocab_parallel.py` drive it.
+
+For each chunk of m tokens, with student and projected rows stacked (they share W):
+
+    logits            Z  (2m, V) = [h_s; h_p] · Wᵀ        one product, fp32                      2u
+    rows              G  (2m, V) = dL/dZ                  in Z's memory where the dtype is the same
+    weight_gradient   dW (V, H) += Gᵀ · [h_s; h_p]        one product, accumulated in fp32       2u
+    input_gradients   dX (2m, H) = G · W                  one product                            2u
+
+A product whose result is not wanted is not made: 6u with `teacher_grad="full"`, 5u for "projector", 4u for "none"; a
+teacher with its own head costs 3u(Hs) + u(Ht); without gradients the logits alone. The anchor's gradient must not reach
+W, so with "full" it waits in a plane of its own until dW has been taken.
+
+Memory beyond inputs and gradients: one chunk of logits, (V·4 bytes)·2 per token in fp32 and as many gradients in a
+16-bit dtype, within `scratch_bytes`. Rows are padded to 128 elements where a GPU reads them, so that its products see
+an aligned leading dimension whatever V is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pkgutil import resolve_name
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdfast.ops import matmul
+from kdfast.ops.planning import (
+    active_rows,
+    bytes_per_token,
+    chunk_tokens,
+    decorrelate,
+    grad_flags,
+    gradient_scale,
+    on_cpu,
+    row_stride,
+    total,
+)
+from kdfast.ops.problem import PER_TOKEN, Problem, Result
+
+
+class GradientBuffers(NamedTuple):
+    """Where the gradients of some rows' logits go, each (r, V); None = not wanted."""
+
+    student: Tensor | None
+    teacher: Tensor | None
+    anchor: Tensor | None  # a plane of its own for the anchor's part; None = it is added to the teacher's
+    decorrelation: Tensor | None  # (r,) = c: `teacher` holds grad_t + c·grad_s, orthogonal to grad_s; None = grad_t
+    bias: Tensor | None  # (V,) sum over rows of all that reaches the bias, accumulated here
+
+    def part(self, rows: slice) -> GradientBuffers:
+        """Return the buffers of some of the rows."""
+        parts = {name: None if each is None else each[rows] for name, each in self._asdict().items() if name != "bias"}
+        return self._replace(**parts)
+
+
+class Chunk(NamedTuple):
+    rows: slice
+    inputs: Tensor  # (m or 2m, H): what the logits, and dW, are products of
+    z_s: Tensor  # (m, V): raw products, without bias
+    z_t: Tensor | None  # (m, V)
+    gradients: Tensor  # (m or 2m, V): where those of the logits go
+
+    @property
+    def tokens(self) -> int:
+        return self.rows.stop - self.rows.start
+
+
+class ChunkLoop:
+    """The steps of a chunk, for a driver that decides when each is taken.
+
+    row_classes: by engine, where the class is that turns logits into gradients, as `pkgutil.resolve_name` reads it. It
+    is called once, with (x, scale (), wanted, stats (6, N)): gradients are over `scale`, statistics go to `stats`.
+    """
+
+    def __init__(self, x: Problem, row_classes: Mapping[str, str]) -> None:
+        (N, H), V, device = x.hidden.shape, x.valid_vocab, x.hidden.device
+        self.x, self.wanted, self.scale = x, grad_flags(x), gradient_scale(x)
+        self.weight = x.weight[:V]
+        self.stats = torch.zeros((6, N), device=device, dtype=x.dtype)
+        self.rows = resolve_name(row_classes[x.engine])(x, self.scale, self.wanted, self.stats)
+
+        def gradient(needed: bool, *shape: int) -> Tensor:
+            return torch.zeros(shape if needed else (0,), device=device, dtype=x.dtype)
+
+        self.d_hidden = gradient(x.need_hidden, N, H)
+        self.d_weight = gradient(x.need_weight, *x.weight.shape)
+        self.d_bias = gradient(x.need_bias, x.weight.shape[0])
+        self.d_teacher = gradient(x.need_teacher_hidden, N, H)
+        self.teacher_input = x.need_teacher_hidden and (self.wanted.teacher or self.wanted.anchor)
+
+        self.sides = 2 if x.teacher_hidden is not None else 1
+        per_token = bytes_per_token(
+            device,
+            x.weight.dtype,
+            x.largest if x.group else V,  # chunks are the same on all processes
+            sides=self.sides,
+            gradients=any(self.wanted),
+            anchor_apart=self.wanted.anchor_apart,
+            engine=x.engine,
+            buffers=2 if x.group else 1,
+        )
+        self.tokens = m = chunk_tokens(N, per_token, device, x.scratch_bytes)
+        stride, narrow = row_stride(V, device, x.engine), matmul.gradient_dtype(x.weight.dtype, device)
+
+        def scratch(rows: int, dtype: torch.dtype, wanted: bool = True) -> Tensor | None:
+            return torch.empty(rows, stride, device=device, dtype=dtype)[:, :V] if wanted else None
+
+        overlapping = 2 if x.group and m < N else 1  # chunks whose logits are there at a time
+        self.planes = [scratch(self.sides * m, x.dtype) for _ in range(overlapping)]
+        self.narrow = scratch(self.sides * m, narrow, narrow != x.dtype and any(self.wanted))
+        self.anchor_plane = scratch(m, narrow, self.wanted.anchor_apart)
+        self.decorrelation = self.stats.new_empty(m) if decorrelate(x) else None
+
+    def chunks(self) -> Iterator[slice]:
+        """Yield each chunk's tokens."""
+        N = self.x.hidden.shape[0]
+        for start in range(0, N, self.tokens):
+            yield slice(start, min(start + self.tokens, N))
+
+    def logits(self, rows: slice, buffer: int = 0) -> Chunk:
+        """Multiply the chunk's hidden states with the heads."""
+        x, planes, m = self.x, self.planes[buffer], rows.stop - rows.start
+        assert planes is not None
+        dropped = on_cpu(x.hidden.device, x.engine)  # the inactive rows, by `on_active_rows`
+
+        def taken(hidden: Tensor) -> Tensor:
+            return hidden[rows] if dropped else active_rows(hidden[rows], x.active[rows])
+
+        gradients = (planes if self.narrow is None else self.narrow)[: self.sides * m]
+        student, teacher = taken(x.hidden), None if x.teacher_hidden is None else taken(x.teacher_hidden)
+        inputs = torch.cat([student, teacher]) if teacher is not None and x.projected else student
+        if x.valid_vocab:
+            matmul.logits(inputs, self.weight, planes[: inputs.shape[0]])
+        if teacher is None:
+            return Chunk(rows, inputs, planes[:m], None, gradients)
+        z_t = planes[m : 2 * m, : x.kd_vocab]
+        if x.teacher_weight is not None and x.kd_vocab:
+            matmul.logits(teacher, x.teacher_weight[: x.kd_vocab], z_t)
+        return Chunk(rows, inputs, planes[:m], z_t, gradients)
+
+    def buffers(self, chunk: Chunk) -> GradientBuffers:
+        """Return where the gradients of the chunk's logits go."""
+        m, wanted = chunk.tokens, self.wanted
+        return GradientBuffers(
+            student=chunk.gradients[:m] if wanted.student else None,
+            teacher=chunk.gradients[m:] if wanted.teacher or wanted.anchor else None,
+            anchor=None if self.anchor_plane is None else self.anchor_plane[:m],
+            decorrelation=None if self.decorrelation is None else self.decorrelation[:m],
+            bias=self.d_bias[: self.x.valid_vocab] if self.x.need_bias else None,
+        )
+
+    def weight_gradient(self, chunk: Chunk) -> None:
+        """Add the chunk's part to dW; then add the anchor's gradient to the teacher's, as it can no longer reach W."""
+        x, m, g, inputs = self.x, chunk.tokens, chunk.gradients, chunk.inputs
+        if x.need_weight:
+            if self.decorrelation is not None:
+                c = self.decorrelation[:m, None]
+                inputs[:m] = torch.addcmul(inputs[:m].to(x.dtype), inputs[m:].to(x.dtype), c, value=-1)
+            to_weight = slice(0, 2 * m if self.wanted.teacher_to_weight else m)
+            if x.valid_vocab:
+                matmul.weight_gradient(g[to_weight], inputs[to_weight], self.d_weight[: x.valid_vocab])
+        if self.anchor_plane is not None:
+            g[m:] += self.anchor_plane[:m]
+
+    def input_gradients(self, chunk: Chunk) -> Tensor | None:
+        """Return dX (m or 2m, H) of the student's and of the teacher's rows, what is wanted of them; None = nothing."""
+        x, m = self.x, chunk.tokens
+        to_input = slice(0 if x.need_hidden else m, 2 * m if self.teacher_input else m)
+        if to_input.start >= to_input.stop:
+            return None
+        if not x.valid_vocab:  # a slice of the vocabulary may be empty
+            return self.stats.new_zeros(to_input.stop - to_input.start, x.hidden.shape[1])
+        d_inputs = matmul.input_gradient(chunk.gradients[to_input], self.weight, x.dtype)
+        if self.teacher_input and self.decorrelation is not None:
+            d_inputs[m:] -= self.decorrelation[:m, None] * d_inputs[:m]
+        return d_inputs
+
+    def store(self, rows: slice, d_inputs: Tensor | None) -> None:
+        """Keep dX of the chunk `rows`."""
+        if d_inputs is None:
+            return
+        m = rows.stop - rows.start
+        if self.x.need_hidden:
+            self.d_hidden[rows] = d_inputs[:m]
+        if self.teacher_input:
+            self.d_teacher[rows] = d_inputs[-m:]
+
+    def result(self) -> Result:
+        """Return loss, statistics and gradients, all chunks having been taken."""
+        gradients = (self.d_hidden, self.d_weight, self.d_bias, self.d_teacher)
+        return Result(total(self.x, self.stats), self.stats, *gradients, self.scale, self.stats.new_empty(0))
+
+
+def on_active_rows(x: Problem, run: Callable[[Problem], Result]) -> Result:
+    """Return `run(x)`; on a CPU, where looking is free, of the rows that count for something alone, and zeros for the
+    others, which a GPU multiplies by zero."""
+    if not on_cpu(x.hidden.device, x.engine):
+        return run(x)
+    N, index = x.hidden.shape[0], x.active.nonzero().squeeze(1)
+    if index.numel() == N:
+        return run(x)
+    kept = {name: getattr(x, name) for name in PER_TOKEN}
+    kept = {name: tensor.index_select(0, index) for name, tensor in kept.items() if tensor is not None}
+    result = run(replace(x, **kept, coefficients=x.coefficients.index_select(1, index)))
+
+    def spread(tensor: Tensor, dim: int = 0) -> Tensor:
+        shape = list(tensor.shape)
+        shape[dim] = N
+        return tensor.new_zeros(shape).index_copy_(dim, index, tensor)
+
+    return result._replace(
+        loss=spread(result.loss) if x.per_row else result.loss,
+        stats=spread(result.stats, 1),
+        hidden=spread(result.hidden) if x.need_hidden else result.hidden,
+        teacher_hidden=spread(result.teacher_hidden) if x.need_teacher_hidden else result.teacher_hidden,
+    )
