@@ -186,8 +186,8 @@ class Missing(Exception):
 
 EAGER = "eager, plain torch"
 CONTENDERS = [
-    Contender("kdfast, teacher's own head", ours("true_head"), peer=False),
-    Contender("kdfast, projected teacher", ours("run5"), same_loss=False, peer=False),
+    Contender("kdfast, teacher's own head", ours("teacher_head"), peer=False),
+    Contender("kdfast, projected teacher", ours("projector_fixed"), same_loss=False, peer=False),
     Contender("eager, TRL's generalized_jsd_loss", eager_trl),
     Contender(EAGER, eager_torch),
     Contender("chunked, TRL's KL + torch's cross entropy", chunked),

@@ -11,7 +11,7 @@ more. So the targets of all micro-batches and processes of a step are counted fi
 It ends with the student's cross entropy on held-out text, in nats a token, before and after: 8.1 and
 5.5 with the small models.
 
-For your own models: `recipe="auto"` takes the best measured one, and `true_head`, which is used here, compares with
+For your own models: `recipe="auto"` takes the best measured one, and `teacher_head`, which is used here, compares with
 the teacher's own head. Recipes with solved starts want `model.solve(batches)` before the first step. FSDP2 takes more
 than `prepare`: docs/distributed.md, or `KDTrainer`, which does it.
 """
@@ -53,7 +53,7 @@ def main(argv=None):
     model = DistillationModel(
         AutoModelForCausalLM.from_pretrained(student_name),
         AutoModelForCausalLM.from_pretrained(teacher_name),
-        recipe="true_head",
+        recipe="teacher_head",
     )
     optimizer = torch.optim.AdamW(distillation_param_groups(model, args.learning_rate, weight_decay=0.01))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.max_steps)

@@ -34,7 +34,7 @@ except ImportError:
 
 
 class Distillation(L.LightningModule):
-    def __init__(self, student, teacher, learning_rate, kd_weight=2.0, recipe="true_head"):
+    def __init__(self, student, teacher, learning_rate, kd_weight=2.0, recipe="teacher_head"):
         super().__init__()
         self.model = DistillationModel(student, teacher, recipe=recipe)
         self.learning_rate, self.kd_weight = learning_rate, kd_weight

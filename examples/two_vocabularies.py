@@ -14,8 +14,8 @@
    opinion: `kd_token_weights` leaves KD out there.
 
 Never pad the smaller side with logits of zero: exp(0) is mass. Two tokenizers whose ids mean different things have no
-common vocabulary at all, and no option mends that: a projector (recipe "run5" or "probe") needs none, but where it
-was measured (docs/recipes.md) it gained little or nothing.
+common vocabulary at all, and no option mends that: a projector (recipe "projector_fixed" or "probe") needs none, but
+where it was measured (docs/recipes.md) it gained little or nothing.
 
 It ends with a line for each part: what the padding or the new token takes of the probability, and the student's cross
 entropy on held-out text, in nats a token, before and after: 8.1 and 5.8 in both parts with the small models.

@@ -1,7 +1,8 @@
 """Who takes part: name → the keys of `kdfast distill` that make it, beside text, models and budget.
 
-τ = 2 and CE weight 1 throughout, KD weight 0.7 unless the name says otherwise. "run4", "run5" and the like are the
-library's recipes; the others are put together from single choices.
+τ = 2 and CE weight 1 throughout, KD weight 0.7 unless the name says otherwise. "run4", "run5" and "true_head" are the
+library's recipes `projector`, `projector_fixed` and `teacher_head` under the names that the recorded runs have; the
+others are put together from single choices.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ Keys = dict[str, Any]
 
 WIDTH = "width"  # a value: the student's width
 
-RUN4: Keys = {"recipe": "run4"}
+RUN4: Keys = {"recipe": "projector"}
 # the projector learns from its anchor alone, at five times the student's rate, and the KD gradient leaves it alone
 ANCHORED: Keys = {
-    "recipe": "run4",
+    "recipe": "projector",
     "projector_init": "normal",
     "projector_lr_multiplier": 5.0,
     "teacher_grad": "none",
@@ -58,18 +59,18 @@ TUNED_AS = {
 BASELINES: dict[str, Keys] = {
     "lm_only": {"recipe": "lm_only"},
     "run4": RUN4,
-    "run5": {"recipe": "run5"},
-    "true_head": {"recipe": "true_head"},
+    "run5": {"recipe": "projector_fixed"},
+    "true_head": {"recipe": "teacher_head"},
 }
 
 FRESH: dict[str, Keys] = {
     **BASELINES,
     "svd, LM only": {"recipe": "lm_only", "student_init": "svd"},
-    "svd, true head": {"recipe": "true_head", "student_init": "svd"},
+    "svd, true head": {"recipe": "teacher_head", "student_init": "svd"},
     "svd, compressed head": {**COMPRESSED, "student_init": "svd"},
     "svd, compressed head, KD 2": {**COMPRESSED, "student_init": "svd", "kd_weight": 2.0},
     "svd, compressed head, KD 4": {**COMPRESSED, "student_init": "svd", "kd_weight": 4.0},
-    "svd, head at KL 0.01, KD 2": {"recipe": "svd"},
+    "svd, head at KL 0.01, KD 2": {"recipe": "svd_init"},
     "svd, projector, KD gradient": {**RUN4, **SVD},
     "svd, projector not trained": {**RUN4, **SVD, "teacher_grad": "none", "projector_lr": 0.0},
     "svd, projector, re-solved": {**RUN4, **SVD, "teacher_grad": "none", "projector_resolve_steps": 16},
@@ -82,8 +83,8 @@ FRESH: dict[str, Keys] = {
     "hidden states 4": {"recipe": "lm_only", "hidden_weight": 4.0},
     "anchor labels": ANCHORED,
     "compressed head": COMPRESSED,
-    "true head, KD 2": {"recipe": "true_head", "kd_weight": 2.0},
-    "true head, KD 4": {"recipe": "true_head", "kd_weight": 4.0},
+    "true head, KD 2": {"recipe": "teacher_head", "kd_weight": 2.0},
+    "true head, KD 4": {"recipe": "teacher_head", "kd_weight": 4.0},
     "head at KL 0.01, KD 2": {"recipe": "compressed_head"},
     "run4 + normal start": {**RUN4, "projector_init": "normal"},
     "run4 + ramp": {**RUN4, "kd_ramp": 0.2},
@@ -93,8 +94,8 @@ FRESH: dict[str, Keys] = {
 PRETRAINED: dict[str, Keys] = {
     **BASELINES,
     "compressed head": COMPRESSED,
-    "true head, KD 2": {"recipe": "true_head", "kd_weight": 2.0},
-    "true head, KD 4": {"recipe": "true_head", "kd_weight": 4.0},
+    "true head, KD 2": {"recipe": "teacher_head", "kd_weight": 2.0},
+    "true head, KD 4": {"recipe": "teacher_head", "kd_weight": 4.0},
     "head at KL 0.01, KD 2": {"recipe": "compressed_head"},
     "lstsq, KD gradient": {**RUN4, **LSTSQ},
     "lstsq, not trained": {**RUN4, **LSTSQ, "teacher_grad": "none", "projector_lr": 0.0},

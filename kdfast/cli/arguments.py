@@ -20,7 +20,7 @@ from kdfast.cli.errors import UserError
 from kdfast.cli.yaml_file import read_yaml
 from kdfast.training import KDConfig
 from kdfast.training.durable.errors import first_line
-from kdfast.training.recipes import AUTO, CACHED
+from kdfast.training.recipes import AUTO, CACHED, current_name
 
 Command = Literal["distill", "cache"]
 LM_ONLY = "lm_only"
@@ -125,6 +125,8 @@ def parse_mapping(
     parser = _Parser(source)
     namespace = vars(parser.parse_args([*from_mapping, *overrides]))
     given = {key: value for key, value in namespace.items() if value != parser.get_default(key)}
+    if "recipe" in given:
+        given["recipe"] = current_name(given["recipe"])
     _check_data(source, namespace)
     (_check_run if command == "distill" else _check_cache)(source, namespace)
     resume = namespace["resume_from_checkpoint"]  # a path to transformers, which true and false are not

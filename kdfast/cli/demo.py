@@ -30,7 +30,7 @@ from kdfast.report.page import Run, text_table, write_report
 from kdfast.report.summary import write_summary
 from kdfast.training.data.text import DataError
 
-RECIPES = ("lm_only", "run4", "run5", "true_head", "svd")  # the last is what auto takes here
+RECIPES = ("lm_only", "projector", "projector_fixed", "teacher_head", "svd_init")  # the last is what auto takes here
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from kdfast.cli.errors import UserError
 from kdfast.training.durable.atomic_io import write_text
+from kdfast.training.recipes import current_name
 
 RECORD = "kdfast.json"
 SUMMARY = "summary.json"
@@ -50,6 +51,9 @@ def changed_settings(output_dir: Path, given: Mapping[str, Any]) -> list[str]:
             "--overwrite_output_dir true"
         ) from error
     now = json.loads(json.dumps(given, default=str))
+    for settings in (before, now):
+        if isinstance(settings.get("recipe"), str):  # a run of before a recipe's name changed is the same run
+            settings["recipe"] = current_name(settings["recipe"])
     return [
         f"{key}: then {before.get(key, 'default')}, now {now.get(key, 'default')}"
         for key in sorted(before.keys() | now.keys())

@@ -40,7 +40,8 @@ def choose_recipe(student: PreTrainedModel, teacher: PreTrainedModel | None, val
             "was reliably better than no teacher; recipe='probe' is there to try",
         )
     if is_fresh(student):
-        return Choice("svd", "the student is fresh and has the teacher's vocabulary: its embedding is solved from it")
+        why = "the student is fresh and has the teacher's vocabulary: its embedding is solved from it"
+        return Choice("svd_init", why)
     return Choice("compressed_head", "the student is pretrained and has the teacher's vocabulary")
 
 

@@ -140,7 +140,7 @@ class KDConfig(TrainingArguments):
 
     def _check(self) -> None:
         if self.recipe != AUTO:
-            get_recipe(self.recipe)
+            self.recipe = get_recipe(self.recipe).name
         at_least_zero = (
             "kd_weight", "kd_ramp_start", "ce_weight", "anchor_weight", "projector_lr",
             "projector_lr_multiplier", "router_lr_multiplier", "hidden_weight",

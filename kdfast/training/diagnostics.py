@@ -251,7 +251,7 @@ class Signs:
 
 _REMEDY = (
     "A low KL is no evidence of learning here: compare with recipe='lm_only'. Take the teacher's own head where it has "
-    "the student's vocabulary (recipe='auto', or 'true_head')"
+    "the student's vocabulary (recipe='auto', or 'teacher_head')"
 )
 
 

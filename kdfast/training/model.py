@@ -51,8 +51,8 @@ class DistillationModel(nn.Module):
         check_heads: compare both heads with their models once, on four tokens.
 
     Raises:
-        ValueError, TypeError: the recipe needs a teacher, the vocabularies differ under "true_head", an adapter sits
-            on a head, a head does something that is not understood.
+        ValueError, TypeError: the recipe needs a teacher, the vocabularies differ under "teacher_head", an adapter
+            sits on a head, a head does something that is not understood.
     """
 
     main_input_name = "input_ids"
@@ -245,7 +245,8 @@ def _check_pair(
         raise ValueError(
             f"teacher has a vocabulary of {theirs} and the student one of {ours}; recipe {recipe.name!r} compares "
             "the two heads token by token, so they must be the same. If only padding rows differ, pass valid_vocab, "
-            "the number of real tokens; otherwise use a recipe that does without the teacher's head, such as 'run5'"
+            "the number of real tokens; otherwise use a recipe that does without the teacher's head, such as "
+            "'projector_fixed'"
         )
 
 

@@ -3,13 +3,13 @@
     total = ce_weight·LM + kd_weight(progress)·τ²·KL + anchor_weight·anchor + hidden_weight·hidden states
 
 lm_only          no distillation: the baseline every other recipe has to beat
-run4             projected teacher, nn.Linear's start, constant KD weight, one learning rate
-run5             projected teacher with the three fixes for a run that diverges: a small normal start, a KD weight that
+projector        projected teacher, nn.Linear's start, constant KD weight, one learning rate
+projector_fixed  projected teacher with the three fixes for a run that diverges: a small normal start, a KD weight that
                  ramps from 0.1 over the first fifth of the run, and a learning rate of 5× for the projector
-true_head        the teacher's own head instead of a projector, for teachers that share the student's vocabulary
+teacher_head     the teacher's own head instead of a projector, for teachers that share the student's vocabulary
 compressed_head  that head as two thin factors, fixed, of the rank that a KL of 0.01 to it asks for; KD weight 2
-svd              likewise, for a fresh student, whose embedding is solved from that head
-resolved         the best that goes through a projector: svd's start, the projector solved again every 16 steps
+svd_init         likewise, for a fresh student, whose embedding is solved from that head
+projector_refit  the best that goes through a projector: svd_init's start, the projector solved again every 16 steps
 probe            a projector with a head of its own, trained on the labels alone
 cached           the teacher's own distribution as `kdfast cache` has kept it: no teacher in memory
 
@@ -97,24 +97,41 @@ class Recipe:
 
 CACHED = "cached"  # the one that takes a teacher's entries in place of a teacher
 
-RECIPES: dict[str, Recipe] = {
-    recipe.name: recipe
+# names of before, which may stand in configurations and in the records of runs
+ALIASES = {
+    "run4": "projector",
+    "run5": "projector_fixed",
+    "true_head": "teacher_head",
+    "svd": "svd_init",
+    "resolved": "projector_refit",
+}
+
+
+class RecipeTable(dict[str, Recipe]):
+    """Recipes by name; `RECIPES[name]` takes a former name too."""
+
+    def __missing__(self, name: str) -> Recipe:
+        return self[ALIASES[name]]
+
+
+RECIPES = RecipeTable(
+    (recipe.name, recipe)
     for recipe in (
         Recipe("lm_only", teacher="none", kd_weight=0.0),
-        Recipe("run4", teacher="projected"),
+        Recipe("projector", teacher="projected"),
         Recipe(
-            "run5",
+            "projector_fixed",
             teacher="projected",
             kd_ramp=0.2,
             projector_init="normal",
             projector_lr_multiplier=5.0,
             router_lr_multiplier=2.0,
         ),
-        Recipe("true_head", teacher="own_head"),
+        Recipe("teacher_head", teacher="own_head"),
         Recipe("compressed_head", teacher="compressed_head", compressed_kl=0.01, kd_weight=2.0),
-        Recipe("svd", teacher="compressed_head", compressed_kl=0.01, kd_weight=2.0, student_init="svd"),
+        Recipe("svd_init", teacher="compressed_head", compressed_kl=0.01, kd_weight=2.0, student_init="svd"),
         Recipe(
-            "resolved",
+            "projector_refit",
             teacher="projected",
             student_init="svd",
             projector_init="svd",
@@ -124,7 +141,7 @@ RECIPES: dict[str, Recipe] = {
         Recipe("probe", teacher="probe", anchor_weight=1.0),
         Recipe(CACHED, teacher="cached"),
     )
-}
+)
 
 AUTO = "auto"  # in a recipe's place: choose_recipe finds one for the models at hand
 
@@ -146,7 +163,13 @@ UNUSED: dict[str, tuple[str, ...]] = {
 
 
 def get_recipe(name: str) -> Recipe:
-    """The recipe of that name. Raises ValueError with the names there are."""
-    if name not in RECIPES:
-        raise ValueError(f"recipe={name!r} is unknown; expected one of {', '.join(RECIPES)}, or {AUTO}")
-    return RECIPES[name]
+    """Return the recipe of that name, a former one included. Raise ValueError with the names there are."""
+    try:
+        return RECIPES[name]
+    except KeyError:
+        raise ValueError(f"recipe={name!r} is unknown; expected one of {', '.join(RECIPES)}, or {AUTO}") from None
+
+
+def current_name(name: str) -> str:
+    """Return what the recipe of that name is called now; the name itself where there is none."""
+    return ALIASES.get(name, name)

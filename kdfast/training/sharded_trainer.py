@@ -70,7 +70,7 @@ class ShardedTrainer(ResumableTrainer):
         if (steps := self.model.recipe.projector_resolve_steps) > 0:
             raise ValueError(
                 f"projector_resolve_steps={steps} under FSDP, where no process has the student's whole head to solve "
-                "with. Use recipe='svd' or 'compressed_head', or DDP"
+                "with. Use recipe='svd_init' or 'compressed_head', or DDP"
             )
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:

@@ -123,7 +123,7 @@ def test_what_is_wrong_with_an_override_is_said(config, overrides, expected):
         ({"train_file": None}, "neither of train_file and dataset_name"),
         ({"dataset_name": "d"}, "both of train_file and dataset_name"),
         ({"eval_dataset_split": "test"}, "eval_dataset_split given without dataset_name"),
-        ({"recipe": "run5"}, "recipe 'run5' needs teacher_model_name_or_path"),
+        ({"recipe": "projector_fixed"}, "recipe 'projector_fixed' needs teacher_model_name_or_path"),
         ({"output_dir": None}, "output_dir is missing"),
         ({"max_length": 1}, "max_length=1"),
         ({"eval_fraction": 1.5}, r"eval_fraction=1\.5"),

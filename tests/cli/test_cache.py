@@ -39,7 +39,7 @@ def test_from_a_cache_as_from_the_live_teacher(configured, kdfast, monkeypatch):
     assert float(size) > 257 * (2 + 4)
     assert int(speed.replace(",", "")) > 0
 
-    code, out, err = kdfast("distill", "c.yaml", "--teacher_cache=", "--recipe", "true_head", "--output_dir", "live")
+    code, out, err = kdfast("distill", "c.yaml", "--teacher_cache=", "--recipe", "teacher_head", "--output_dir", "live")
     assert code == 0, err
 
     def no_teacher(*args, **kwargs):
@@ -98,7 +98,7 @@ def test_what_a_run_refuses(configured, kdfast):
             "teacher",
         ],
         "temperature=3; 'kept' was made for 1, 2": ["--temperature", "3"],
-        "recipe 'run5' needs a live teacher, and teacher_cache is given": ["--recipe", "run5"],
+        "recipe 'projector_fixed' needs a live teacher, and teacher_cache is given": ["--recipe", "projector_fixed"],
         "'nowhere' is no teacher cache": ["--teacher_cache", "nowhere"],
     }
     for message, overrides in refused.items():

@@ -19,7 +19,7 @@ def test_from_text_to_table_twice(tmp_path, quick):
     code, out, _ = quick()
     assert code == 0
     table = {line.split()[0]: line.split() for line in out.split("\n\n")[1].splitlines()[2:]}
-    assert list(table) == ["teacher", "lm_only", "run4", "run5", "true_head", "svd"]
+    assert list(table) == ["teacher", "lm_only", "projector", "projector_fixed", "teacher_head", "svd_init"]
     summaries = json.loads((tmp_path / "runs/summary.json").read_text())
     assert len({summaries[recipe]["tokens"] for recipe in demo.RECIPES}) == 1  # the same budget for every student
     for recipe in demo.RECIPES:

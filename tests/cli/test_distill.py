@@ -41,7 +41,7 @@ def test_a_run_writes_summary_report_student_and_projector(place, kdfast):
     assert code == 0
     found = summary(place)
     assert found.keys() >= KEYS
-    assert found["recipe"] == "run5"
+    assert found["recipe"] == "projector_fixed"
     assert found["engine"] == "torch"
     assert found["tokens"] == 4 * 2 * 31  # steps, blocks a step, targets of a block of 32: the tail is counted too
     assert found["perplexity"] == pytest.approx(math.exp(found["eval_ce"]))
@@ -70,7 +70,7 @@ def test_the_summary_says_what_was_wrong(place, kdfast):
 
 
 def test_recipes_without_a_teacher_or_a_projector_have_nulls(place, kdfast):
-    assert kdfast("distill", "config.yaml", "--recipe", "true_head", "--output_dir", "own")[0] == 0
+    assert kdfast("distill", "config.yaml", "--recipe", "teacher_head", "--output_dir", "own")[0] == 0
     assert summary(place, "own")["kl_teacher_projected"] is None
     assert summary(place, "own")["kl_teacher_student"] > 0
     assert not (place / "own/logit_projector.safetensors").exists()
@@ -101,20 +101,26 @@ def test_the_same_command_leaves_a_finished_run_alone(place, kdfast):
     assert "finished already" in out
     assert results(place) == before
 
+    record = place / "out/kdfast.json"  # as it was written before the recipe's name changed
+    record.write_text(record.read_text().replace("projector_fixed", "run5"))
+    assert kdfast("distill", "config.yaml", "--recipe", "run5")[0] == 0
+    assert kdfast("distill", "config.yaml")[0] == 0
+    assert results(place) == before
+
     code, _, err = kdfast("distill", "config.yaml", "--learning_rate", "1e-4")
     assert code == 2
     assert "other settings (learning_rate: then 0.005, now 0.0001)" in err
     assert results(place) == before
 
-    assert kdfast("distill", "config.yaml", "--recipe", "true_head", "--overwrite_output_dir", "true")[0] == 0
-    assert summary(place)["recipe"] == "true_head"
+    assert kdfast("distill", "config.yaml", "--recipe", "teacher_head", "--overwrite_output_dir", "true")[0] == 0
+    assert summary(place)["recipe"] == "teacher_head"
     assert results(place)["model.safetensors"] != before["model.safetensors"]
     assert not (place / "out/logit_projector.safetensors").exists()  # the earlier run's
 
 
-# between two steps, and after the last one but before the evaluation; svd solves its start anew, which trained weights
-# have to be loaded over
-@pytest.mark.parametrize(("recipe", "checkpoint"), [("run5", 2), ("run5", 4), ("svd", 4)])
+# between two steps, and after the last one but before the evaluation; svd_init solves its start anew, which trained
+# weights have to be loaded over
+@pytest.mark.parametrize(("recipe", "checkpoint"), [("projector_fixed", 2), ("projector_fixed", 4), ("svd_init", 4)])
 def test_an_interrupted_run_ends_as_an_unbroken_one(place, kdfast, recipe, checkpoint):
     kdfast("distill", "config.yaml", "--recipe", recipe)
     whole = results(place)

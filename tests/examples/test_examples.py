@@ -274,7 +274,7 @@ def test_kd_trainer(example, small, capsys, tmp_path_factory):
     folder = tmp_path_factory.mktemp("kd_trainer") / "run"
     _three_steps(example("kd_trainer"), small, "--output-dir", str(folder))
     out = capsys.readouterr().out
-    assert "recipe svd" in out
+    assert "recipe svd_init" in out
     ((_, after),) = _summaries(out)
     assert after == pytest.approx(_cross_entropy(folder, _blocks(small)), abs=1e-3)
     assert re.search(r"KL\(teacher \|\| student\): [\d.]+ before, [\d.]+ after", out)

@@ -66,6 +66,6 @@ def test_gpt2_is_the_original_setting():
     assert (GPT2Config().n_embd, GPT2Config().vocab_size) == (768, 50257)
     assert arguments.training.temperature == 2.0
     assert arguments.training.learning_rate == 5e-5
-    recipe = arguments.training.resolved("run5")  # the file says what this option is: the original's three fixes
+    recipe = arguments.training.resolved("projector_fixed")  # as the file says: the original's three fixes
     assert (recipe.kd_weight, recipe.kd_ramp_start, recipe.kd_ramp) == (0.7, 0.1, 0.2)
     assert (recipe.projector_init, recipe.projector_lr_multiplier) == ("normal", 5.0)

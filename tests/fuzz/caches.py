@@ -24,7 +24,7 @@ METHODS = {"top_k": {}, "sample": {"cache_method": "sample", "cache_samples": 5}
 OVERRIDES = [
     ["--temperature", "3"], ["--max_length", "16"], ["--cache_top_k", "7"], ["--cache_method", "sample"], ["--cache_dtype", "float32"],
     ["--train_file", "other.txt"], ["--cache_shard_tokens", "64"], ["--valid_vocab", "200"], ["--tokenizer_name", "other"],
-    ["--recipe", "svd"], ["--recipe", "lm_only"], ["--divergence", "reverse_kl"], ["--teacher_cache", "text.txt"], ["--teacher_cache", "none"],
+    ["--recipe", "svd_init"], ["--recipe", "lm_only"], ["--divergence", "reverse_kl"], ["--teacher_cache", "text.txt"], ["--teacher_cache", "none"],
     ["--cache_temperatures", "1", "3"], ["--cache_top_k", "0"], ["--cache_top_k", "2000"], ["--seed", "1"], ["--cache_dtype", "int8"],
     ["--cache_shard_tokens", "0"], ["--cache_shard_tokens", "-1"], ["--cache_temperatures", "nan"], ["--cache_samples", "70000"],
 ]  # fmt: skip

@@ -13,7 +13,7 @@ TAME: dict[str, list[Any]] = {
     "deepspeed": ["none.json", "text.txt", {"a": 1}],
 }  # fmt: skip
 STRINGS = {  # keys → values that are of the right kind, and some that are not
-    "recipe": ["auto", "svd", "lm_only", "true_head", "run4", "probe", "resolved", "compressed_head", "svd "],
+    "recipe": ["auto", "svd", "lm_only", "teacher_head", "projector", "probe", "resolved", "compressed_head", "svd "],
     "optim": ["adamw_torch", "sgd", "adafactor", "lion_8bit", "galore_adamw"], "lr_scheduler_type": ["cosine", "polynomial", "x"],
     "eval_strategy": ["steps", "epoch", "no", "yes"], "save_strategy": ["epoch", "no", "best", "x"], "dtype": ["float16", "bfloat16", "int8", "x"],
     "teacher_dtype": ["auto", "float64", "int8", "load"], "report_to": ["none", "all", "wandb", "tensorboard"], "fsdp": ["full_shard", "true", "x"],

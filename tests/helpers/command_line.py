@@ -13,7 +13,7 @@ CONFIG = {
     "teacher_model_name_or_path": "teacher",
     "train_file": "text.txt",
     "max_length": 32,
-    "recipe": "run5",
+    "recipe": "projector_fixed",
     "output_dir": "out",
     "max_steps": 4,
     "learning_rate": "5e-3",  # a string to PyYAML, which wants 5.0e-3

@@ -23,7 +23,7 @@ class Scenario:
 
     how: str = "ddp"  # or fsdp
     family: str = "gpt2"  # tied; llama: untied
-    recipe: str = "run5"
+    recipe: str = "projector_fixed"
     dtype: str = "float64"
     accumulation: int = 1
     recompute: bool = False  # activation checkpointing
@@ -40,16 +40,16 @@ class Scenario:
 DDP = [
     Scenario(),
     Scenario(family="llama", accumulation=2, recompute=True),
-    Scenario(family="llama", recipe="resolved"),
+    Scenario(family="llama", recipe="projector_refit"),
     Scenario(dtype="float32"),
 ]
 FSDP = [
     Scenario("fsdp"),
     Scenario("fsdp", family="llama", recipe="probe", accumulation=2, more=(("hidden_weight", 1.0),)),
     Scenario("fsdp", family="llama", recompute=True, shard_teacher=True),
-    Scenario("fsdp", recipe="svd", recompute=True, shard_teacher=True),
+    Scenario("fsdp", recipe="svd_init", recompute=True, shard_teacher=True),
     Scenario("fsdp", dtype="float32", accumulation=2),
-    Scenario("fsdp", family="llama", recipe="true_head", dtype="float32", shard_teacher=True),
+    Scenario("fsdp", family="llama", recipe="teacher_head", dtype="float32", shard_teacher=True),
 ]
 SCENARIOS = {
     2: [*DDP, *FSDP],
@@ -57,7 +57,7 @@ SCENARIOS = {
         Scenario(family="llama", recipe="compressed_head"),
         Scenario("fsdp", accumulation=2),
         Scenario("fsdp", family="llama", dtype="float32"),
-        Scenario("fsdp", family="llama", recipe="svd", recompute=True, shard_teacher=True),
+        Scenario("fsdp", family="llama", recipe="svd_init", recompute=True, shard_teacher=True),
     ],
 }
 
@@ -269,7 +269,7 @@ def bf16(scenario, folder):
 def main(folder):
     results = {scenario.name: run(scenario, folder / scenario.name) for scenario in SCENARIOS[PROCESSES]}
     if PROCESSES == 2:
-        tied, untied = Scenario("fsdp"), Scenario("fsdp", "llama", "svd", recompute=True, shard_teacher=True)
+        tied, untied = Scenario("fsdp"), Scenario("fsdp", "llama", "svd_init", recompute=True, shard_teacher=True)
         results["checkpoint-ddp"] = checkpoint(Scenario(), folder / "checkpoint-ddp")
         results["checkpoint-full"] = checkpoint(tied, folder / "checkpoint-full")
         results["checkpoint-sharded"] = checkpoint(untied, folder / "checkpoint-sharded", "SHARDED_STATE_DICT")

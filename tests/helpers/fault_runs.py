@@ -41,9 +41,10 @@ def make(folder, timeout=None, **given):
     if timeout is not None:  # with use_cpu, TrainingArguments forgets its ddp_timeout
         torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=timeout))
     defaults = {
-        "output_dir": str(folder / "run"), "recipe": "run5", "use_cpu": True, "disable_tqdm": True, "max_steps": 6,
-        "per_device_train_batch_size": 2, "learning_rate": 1e-3, "logging_steps": 1, "save_strategy": "steps",
-        "save_steps": 2, "report_to": "none", "kd_ramp": 1.0, "ddp_backend": "gloo" if "RANK" in os.environ else None,
+        "output_dir": str(folder / "run"), "recipe": "projector_fixed", "use_cpu": True, "disable_tqdm": True,
+        "max_steps": 6, "per_device_train_batch_size": 2, "learning_rate": 1e-3, "logging_steps": 1,
+        "save_strategy": "steps", "save_steps": 2, "report_to": "none", "kd_ramp": 1.0,
+        "ddp_backend": "gloo" if "RANK" in os.environ else None,
     }  # fmt: skip
     args = KDConfig(**{**defaults, **given})
     return KDTrainer(tiny("gpt2", dropout=0.2), args, teacher=tiny(width=24, seed=1), train_dataset=rows(20))

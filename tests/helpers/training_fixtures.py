@@ -62,7 +62,7 @@ def config(tmp_path):
     def make(**given):
         defaults = {
             "output_dir": str(tmp_path / "run"),
-            "recipe": "run5",
+            "recipe": "projector_fixed",
             "use_cpu": True,
             "disable_tqdm": True,
             "per_device_train_batch_size": 2,

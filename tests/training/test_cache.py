@@ -140,7 +140,7 @@ class TestLosses:
         teacher, data = make(tmp_path / "c", k=V, dtype=dtype, temperatures=(tau,))
         student, batch = tiny("gpt2", V=V), collate(data)
         tokens = {key: batch[key] for key in ("input_ids", "labels")}
-        live = losses(DistillationModel(student, teacher, recipe="true_head"), {**tokens, "temperature": tau})
+        live = losses(DistillationModel(student, teacher, recipe="teacher_head"), {**tokens, "temperature": tau})
         ours = losses(DistillationModel(student, recipe="cached"), {**batch, "temperature": tau})
         for one, other in zip(ours, live, strict=True):
             assert float((one - other).norm() / other.norm()) < tolerance
@@ -313,7 +313,7 @@ class TestWriting:
             batch = collate(data)
             tokens = {key: batch[key] for key in ("input_ids", "labels")}
             student = tiny("gpt2", V=V)
-            live = DistillationModel(student, teacher, recipe="true_head")(**tokens)
+            live = DistillationModel(student, teacher, recipe="teacher_head")(**tokens)
             ours = DistillationModel(student, recipe="cached")(**batch)
         torch.testing.assert_close(ours.loss, live.loss, rtol=1e-5, atol=0)
         assert data.description.teacher_dtype == "bfloat16"
@@ -461,22 +461,22 @@ class TestTraining:
     def test_the_trainer_takes_the_recipe_from_the_data(self, tmp_path, workers):
         teacher, data = make(tmp_path / "c", k=V, dtype="float32")
         log = {}
-        for recipe, train in (("auto", data), ("true_head", blocks())):
+        for recipe, train in (("auto", data), ("teacher_head", blocks())):
             args = KDConfig(
                 output_dir=str(tmp_path / recipe), recipe=recipe, max_steps=4, logging_steps=1, use_cpu=True,
                 per_device_train_batch_size=2, learning_rate=1e-2, report_to="none", disable_tqdm=True,
                 dataloader_num_workers=workers, dataloader_pin_memory=False, save_strategy="no", eval_strategy="steps",
                 eval_steps=2,
             )  # fmt: skip
-            live = {"teacher": teacher} if recipe == "true_head" else {}
+            live = {"teacher": teacher} if recipe == "teacher_head" else {}
             trainer = KDTrainer(tiny("gpt2", V=V), args, train_dataset=train, eval_dataset=train, **live)
             trainer.train()
             log[recipe] = [
                 entry[key] for entry in trainer.state.log_history for key in ("loss", "eval_kl_teacher_student", "kd")
                 if key in entry
             ]  # fmt: skip
-        assert trainer.model.recipe.name == "true_head"
-        np.testing.assert_allclose(log["auto"], log["true_head"], rtol=2e-5)
+        assert trainer.model.recipe.name == "teacher_head"
+        np.testing.assert_allclose(log["auto"], log["teacher_head"], rtol=2e-5)
         assert len(log["auto"]) == 4 + 4 + 2
 
     def test_what_does_not_go_with_a_cache(self, tmp_path):
@@ -512,7 +512,7 @@ class TestTraining:
             trainer(student=tiny("gpt2", V=70), recipe="lm_only")
         trainer(divergence="reverse_kl")
 
-    @pytest.mark.parametrize("recipe", ["true_head", "lm_only", "auto"])
+    @pytest.mark.parametrize("recipe", ["teacher_head", "lm_only", "auto"])
     def test_beside_a_live_teacher(self, tmp_path, recipe):
         """A recipe that learns from it does; auto takes the cache."""
         teacher, data = make(tmp_path / "c", k=4)

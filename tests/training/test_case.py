@@ -45,7 +45,7 @@ def test_by_case(tiny):
 def test_the_trainer_prints_what_it_took_and_why(tiny, rows, config, capsys):
     args = config(recipe="auto")
     trainer = KDTrainer(tiny("gpt2"), args, teacher=tiny(width=24, seed=1), train_dataset=rows(30))
-    assert "recipe svd: the student is fresh" in capsys.readouterr().out
+    assert "recipe svd_init: the student is fresh" in capsys.readouterr().out
     assert trainer.model.recipe.student_init == "svd"
     trainer.train()
 
@@ -57,7 +57,7 @@ def test_explicit_values_go_on_top(tiny, config):
 
 def test_a_model_that_was_not_solved_says_so(tiny, batch):
     model = DistillationModel(tiny(), tiny(width=24, seed=1))
-    with pytest.raises(RuntimeError, match=r"recipe 'svd' starts from solved values: call model\.solve\(batches\)"):
+    with pytest.raises(RuntimeError, match=r"recipe 'svd_init' starts from solved values: call model\.solve\("):
         model(**batch)
     model.solve([batch] * 4)
     model(**batch).loss.backward()

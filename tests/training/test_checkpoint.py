@@ -16,7 +16,7 @@ from kdfast.training.recipes import Recipe
 PROJECTOR_FILE = "logit_projector.safetensors"
 
 
-def make(tiny, config, data, recipe="run5", family="gpt2", **given):
+def make(tiny, config, data, recipe="projector_fixed", family="gpt2", **given):
     args = config(recipe=recipe, save_strategy="steps", save_steps=2, max_steps=6, **given)
     student = tiny(family, dropout=0.2)
     return KDTrainer(student, args, teacher=tiny(width=24, seed=1), train_dataset=data, eval_dataset=data[:3])
@@ -70,7 +70,7 @@ def test_plain_from_pretrained_reads_the_student(tiny, rows, config, family):
         "config.json", "model.safetensors", PROJECTOR_FILE, "optimizer.pt", "scheduler.pt", "rng_state.pth",
         "trainer_state.json", "training_args.json",
     }  # fmt: skip
-    assert json.loads((folder / "training_args.json").read_text())["recipe"] == "run5"
+    assert json.loads((folder / "training_args.json").read_text())["recipe"] == "projector_fixed"
 
 
 def test_the_teacher_is_nowhere(tiny, rows, config):
@@ -187,9 +187,9 @@ def test_save_model_into_a_folder_with_checkpoints(tiny, rows, config):
 
 
 def test_models_round_trip_and_say_what_is_missing(tiny, tmp_path):
-    model = DistillationModel(tiny("qwen2"), tiny(width=24, seed=1), recipe="run5")
+    model = DistillationModel(tiny("qwen2"), tiny(width=24, seed=1), recipe="projector_fixed")
     save_models(tmp_path, model)
-    other = DistillationModel(tiny("qwen2", seed=7), tiny(width=24, seed=1), recipe="run5")
+    other = DistillationModel(tiny("qwen2", seed=7), tiny(width=24, seed=1), recipe="projector_fixed")
     load_models(tmp_path, other)
     for (name, p), q in zip(other.named_parameters(), model.parameters(), strict=True):
         assert torch.equal(p, q), name

@@ -6,22 +6,31 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from kdfast.schedules import Constant, Piecewise, Ramp
 from kdfast.training import RECIPES, KDConfig
+from kdfast.training.recipes import ALIASES, get_recipe
 
 
 def test_recipes_say_what_they_are():
-    run4, run5, true_head = RECIPES["run4"], RECIPES["run5"], RECIPES["true_head"]
-    assert (run4.projector_init, run4.projector_lr_multiplier, run4.router_lr_multiplier) == ("default", 1.0, 1.0)
-    assert run4.kd_weight_schedule() == Constant(0.7)
-    assert (run5.projector_init, run5.projector_lr_multiplier, run5.router_lr_multiplier) == ("normal", 5.0, 2.0)
-    assert run5.kd_weight_schedule() == Ramp(0.7, start=0.1, until=0.2)
-    assert (true_head.teacher, true_head.kd_weight_schedule()) == ("own_head", Constant(0.7))
+    plain, fixed, own = RECIPES["projector"], RECIPES["projector_fixed"], RECIPES["teacher_head"]
+    assert (plain.projector_init, plain.projector_lr_multiplier, plain.router_lr_multiplier) == ("default", 1.0, 1.0)
+    assert plain.kd_weight_schedule() == Constant(0.7)
+    assert (fixed.projector_init, fixed.projector_lr_multiplier, fixed.router_lr_multiplier) == ("normal", 5.0, 2.0)
+    assert fixed.kd_weight_schedule() == Ramp(0.7, start=0.1, until=0.2)
+    assert (own.teacher, own.kd_weight_schedule()) == ("own_head", Constant(0.7))
     assert RECIPES["lm_only"].teacher == "none"
     assert {recipe.temperature for recipe in RECIPES.values()} == {2.0}
     assert {recipe.ce_weight for recipe in RECIPES.values()} == {1.0}
 
 
 def test_a_recipe_by_name_is_that_recipe(config):
-    assert config(recipe="run5").resolved() == RECIPES["run5"]
+    assert config(recipe="projector_fixed").resolved() == RECIPES["projector_fixed"]
+
+
+@pytest.mark.parametrize(("former", "now"), ALIASES.items())
+def test_a_former_name_is_that_recipe(config, former, now):
+    args = config(recipe=former)
+    assert args.recipe == now, "what is logged and stored has the name of now"
+    assert args.resolved().name == args.resolved(former).name == now
+    assert RECIPES[former] is RECIPES[now] is get_recipe(former)
 
 
 def test_auto_needs_the_models(tmp_path):
@@ -29,11 +38,12 @@ def test_auto_needs_the_models(tmp_path):
     assert args.recipe == "auto"
     with pytest.raises(ValueError, match="depends on the models"):
         args.resolved()
-    assert args.resolved("true_head") == RECIPES["true_head"]
+    assert args.resolved("teacher_head") == RECIPES["teacher_head"]
 
 
 def test_explicit_values_win_and_zero_is_a_value(config):
-    resolved = config(recipe="run5", temperature=3.0, kd_ramp=0.0, kd_weight=0.4, projector_lr=1e-2).resolved()
+    given = {"temperature": 3.0, "kd_ramp": 0.0, "kd_weight": 0.4, "projector_lr": 1e-2}
+    resolved = config(recipe="projector_fixed", **given).resolved()
     assert (resolved.temperature, resolved.kd_weight, resolved.projector_lr) == (3.0, 0.4, 1e-2)
     assert resolved.kd_weight_schedule() == Constant(0.4)
     assert resolved.projector_init == "normal", "what was not given stays the recipe's"
@@ -72,15 +82,15 @@ def test_an_argument_parser_reads_every_field():
     def parse(words):
         return HfArgumentParser(KDConfig).parse_args_into_dataclasses(f"--use_cpu true {words}".split())[0]
 
-    args = parse("--output_dir out --recipe run4 --temperature 1.5 --projector_lr 1e-2 --learning_rate 3e-4")
-    assert (args.recipe, args.temperature, args.projector_lr, args.learning_rate) == ("run4", 1.5, 1e-2, 3e-4)
+    args = parse("--output_dir out --recipe projector --temperature 1.5 --projector_lr 1e-2 --learning_rate 3e-4")
+    assert (args.recipe, args.temperature, args.projector_lr, args.learning_rate) == ("projector", 1.5, 1e-2, 3e-4)
     assert parse("--temperature_steps 3 2").temperature_steps == [3.0, 2.0]
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"recipe": "run6"}, "recipe='run6' is unknown; expected one of lm_only, run4, run5, true_head"),
+        ({"recipe": "run6"}, "recipe='run6' is unknown; expected one of lm_only, projector, projector_fixed"),
         ({"temperature": 0.0}, "temperature=0.0; expected a number > 0"),
         ({"temperature": "2"}, "temperature='2'; expected a number"),
         ({"kd_weight": -0.1}, "kd_weight=-0.1"),

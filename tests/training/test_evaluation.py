@@ -20,7 +20,7 @@ def kl(log_p, log_q):
     return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True).item()
 
 
-@pytest.mark.parametrize("recipe", ["run4", "true_head", "lm_only"])
+@pytest.mark.parametrize("recipe", ["projector", "teacher_head", "lm_only"])
 def test_means_over_the_whole_set_with_a_ragged_last_batch(tiny, rows, config, recipe):
     data = rows(5)  # batches of 2, 2 and 1, each with another number of targets
     args = config(recipe=recipe, temperature=1.5)
@@ -41,7 +41,7 @@ def test_means_over_the_whole_set_with_a_ragged_last_batch(tiny, rows, config, r
             assert metrics["eval_loss"] == pytest.approx(ce, rel=1e-5)
             assert not {"eval_kd", "eval_kl_teacher_projected", "eval_ce_projected"} & metrics.keys()
             return
-        if recipe == "run4":
+        if recipe == "projector":
             hidden_t = model.teacher.model(ids).last_hidden_state
             logits_t = model.student.lm_head(model.logit_projector(hidden_t))
             log_p, _ = log_probabilities(logits_t, data)
@@ -55,7 +55,7 @@ def test_means_over_the_whole_set_with_a_ragged_last_batch(tiny, rows, config, r
 
 
 def test_loss_is_under_the_weights_now_in_force(tiny, rows, config):
-    args = config(recipe="run5", max_steps=10, eval_strategy="steps", eval_steps=1, learning_rate=0.0)
+    args = config(recipe="projector_fixed", max_steps=10, eval_strategy="steps", eval_steps=1, learning_rate=0.0)
     trainer = KDTrainer(tiny(), args, teacher=tiny(width=24, seed=1), train_dataset=rows(4), eval_dataset=rows(4))
     trainer.train()
     lines = [line for line in trainer.state.log_history if "eval_loss" in line]

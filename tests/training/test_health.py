@@ -20,8 +20,9 @@ NAN = float("nan")
 
 # Log lines of real runs: kdfast demo's text and settings, smaller. Vocabulary 1024, teacher 2 layers × 96, students
 # 2 × 48, learning rate 2e-3, one seed. "short": teacher 600 steps, students 300 steps of 4 × 64 tokens; "long": 1500
-# and 1200 of 8 × 64, every fourth log line. "anchored" is run5 with teacher_grad="none", anchor_weight=1 (in the long
-# run with projector_lr=2e-2), a projected teacher that stays true; "untrained" is run5 with teacher_grad="none" alone.
+# and 1200 of 8 × 64, every fourth log line. "anchored" is run5 (projector_fixed) with teacher_grad="none" and
+# anchor_weight=1 (in the long run with projector_lr=2e-2), a projected teacher that stays true; "untrained" is it with
+# teacher_grad="none" alone.
 RUNS = json.loads((Path(__file__).parent / "data" / "health_logs.json").read_text())
 
 
@@ -84,11 +85,11 @@ def test_a_projector_nothing_trains_misleads(evaluated):
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({"recipe": "run4"}, ["follows"]),
-        ({"recipe": "run5"}, ["follows"]),
-        ({"recipe": "true_head"}, []),
+        ({"recipe": "projector"}, ["follows"]),
+        ({"recipe": "projector_fixed"}, ["follows"]),
+        ({"recipe": "teacher_head"}, []),
         ({"recipe": "lm_only"}, []),
-        ({"recipe": "run5", "teacher_grad": "none", "anchor_weight": 1.0, "projector_lr": 2e-2}, []),
+        ({"recipe": "projector_fixed", "teacher_grad": "none", "anchor_weight": 1.0, "projector_lr": 2e-2}, []),
     ],
 )
 def test_in_training(tiny, rows, config, given, expected):
@@ -402,7 +403,7 @@ class Poison(TrainerCallback):
 
 
 def skipping(tiny, config, rows, **given):
-    args = config(**{"recipe": "run4", "max_steps": 6, "logging_steps": 2, "non_finite": "skip", **given})
+    args = config(**{"recipe": "projector", "max_steps": 6, "logging_steps": 2, "non_finite": "skip", **given})
     return KDTrainer(tiny(), args, teacher=tiny(width=24, seed=1), train_dataset=rows(32))
 
 

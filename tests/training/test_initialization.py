@@ -166,7 +166,8 @@ def test_trainer_solves_once_before_the_first_step_and_says_so(tiny, rows, confi
 
 def test_trainer_solves_the_projector_again(tiny, rows, config):
     solved = []
-    args = config(recipe="run4", projector_init="lstsq", projector_resolve_steps=2, teacher_grad="none", max_steps=5)
+    given = {"projector_init": "lstsq", "projector_resolve_steps": 2, "teacher_grad": "none"}
+    args = config(recipe="projector", **given, max_steps=5)
     trainer = KDTrainer(tiny("gpt2"), args, teacher=tiny(width=24, seed=1), train_dataset=rows(30))
     projector = trainer.model.logit_projector
     trainer.model.register_forward_pre_hook(lambda model, args: solved.append(projector.weight.detach().clone()))
@@ -178,7 +179,7 @@ def test_trainer_solves_the_projector_again(tiny, rows, config):
 def test_weights_that_were_loaded_are_not_solved_over(tiny, rows, config, tmp_path):
     def make():
         return KDTrainer(
-            tiny("gpt2"), config(recipe="svd", save_strategy="steps", save_steps=4, calibration_tokens=300),
+            tiny("gpt2"), config(recipe="svd_init", save_strategy="steps", save_steps=4, calibration_tokens=300),
             teacher=tiny("gpt2", width=24, seed=1), train_dataset=rows(40), eval_dataset=rows(4, seed=6),
         )  # fmt: skip
 

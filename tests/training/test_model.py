@@ -45,7 +45,7 @@ def gradients(model):
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("recipe", ["lm_only", "run4", "true_head"])
+@pytest.mark.parametrize("recipe", ["lm_only", "projector", "teacher_head"])
 @pytest.mark.parametrize("family", sorted(HEADS))
 def test_loss_and_gradients_are_those_of_the_logits(tiny, batch, no_logits, family, recipe):
     if family == "gemma2":  # transformers' eager attention gives NaN gradients in float64 where a row sees nothing
@@ -67,14 +67,14 @@ def test_loss_and_gradients_are_those_of_the_logits(tiny, batch, no_logits, fami
 
 
 def test_weights_are_taken_as_tensors(tiny, batch):
-    model = DistillationModel(tiny(), tiny(width=24, seed=1), recipe="run5")
+    model = DistillationModel(tiny(), tiny(width=24, seed=1), recipe="projector_fixed")
     numbers = model(**batch, temperature=TAU, kd_weight=KD_WEIGHT).loss
     tensors = model(**batch, temperature=torch.tensor(TAU), kd_weight=torch.tensor(KD_WEIGHT)).loss
     torch.testing.assert_close(numbers, tensors)
 
 
 def test_the_divisor_is_num_items_in_batch(tiny, batch):
-    model = DistillationModel(tiny(), tiny(width=24, seed=1), recipe="run5")
+    model = DistillationModel(tiny(), tiny(width=24, seed=1), recipe="projector_fixed")
     targets = (shift_labels(batch["labels"], batch["attention_mask"]) != -100).sum()
     loss = model(**batch).loss
     torch.testing.assert_close(model(**batch, num_items_in_batch=4 * targets).loss, loss / 4)
@@ -82,7 +82,7 @@ def test_the_divisor_is_num_items_in_batch(tiny, batch):
 
 def test_the_teacher_stays_in_eval_mode_and_out_of_everything(tiny, batch):
     teacher = tiny("gpt2", width=24, dropout=0.5, seed=1)
-    model = DistillationModel(tiny("gpt2", dropout=0.5), teacher, recipe="run5")
+    model = DistillationModel(tiny("gpt2", dropout=0.5), teacher, recipe="projector_fixed")
     model.train()
     assert model.student.training
     assert not any(module.training for module in model.teacher.modules())
@@ -90,7 +90,7 @@ def test_the_teacher_stays_in_eval_mode_and_out_of_everything(tiny, batch):
     state = model.state_dict()
     assert state
     assert not any("teacher" in name for name in state)
-    other = DistillationModel(tiny("gpt2", seed=2), tiny("gpt2", width=24, seed=3), recipe="run5")
+    other = DistillationModel(tiny("gpt2", seed=2), tiny("gpt2", width=24, seed=3), recipe="projector_fixed")
     other.load_state_dict(state, strict=True)
     torch.testing.assert_close(other.logit_projector.weight, model.logit_projector.weight)
     model(**batch).loss.backward()
@@ -98,7 +98,7 @@ def test_the_teacher_stays_in_eval_mode_and_out_of_everything(tiny, batch):
 
 
 def test_a_missing_student_weight_is_still_missed(tiny):
-    model = DistillationModel(tiny(), tiny(width=24, seed=1), recipe="run5")
+    model = DistillationModel(tiny(), tiny(width=24, seed=1), recipe="projector_fixed")
     state = model.state_dict()
     state.pop("logit_projector.weight")
     with pytest.raises(RuntimeError, match=r"logit_projector\.weight"):
@@ -106,7 +106,7 @@ def test_a_missing_student_weight_is_still_missed(tiny):
 
 
 def test_the_head_is_not_cloned(tiny, batch):
-    model = DistillationModel(tiny("gpt2"), tiny(width=24, seed=1), recipe="run5")
+    model = DistillationModel(tiny("gpt2"), tiny(width=24, seed=1), recipe="projector_fixed")
     assert model.student.lm_head.weight is model.student.transformer.wte.weight
     model(**batch).loss.backward()
     assert model.student.transformer.wte.weight.grad.abs().sum() > 0
@@ -122,7 +122,7 @@ def test_lm_only_needs_no_teacher_and_does_not_run_one(tiny, batch):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_narrow_teacher_under_a_wide_student(tiny, batch, dtype):
-    model = DistillationModel(tiny(), tiny(width=24, seed=1).to(dtype), recipe="run5")
+    model = DistillationModel(tiny(), tiny(width=24, seed=1).to(dtype), recipe="projector_fixed")
     assert model.logit_projector.weight.dtype == torch.float32
     output = model(**batch)
     output.loss.backward()
@@ -131,7 +131,7 @@ def test_a_narrow_teacher_under_a_wide_student(tiny, batch, dtype):
 
 
 def test_autocast(tiny, batch):
-    model = DistillationModel(tiny(), tiny(width=24, seed=1), recipe="run5")
+    model = DistillationModel(tiny(), tiny(width=24, seed=1), recipe="projector_fixed")
     wide = model(**batch).loss
     with torch.autocast("cpu", dtype=torch.bfloat16):
         narrow = model(**batch).loss
@@ -143,7 +143,7 @@ def test_autocast(tiny, batch):
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
 def test_fidelity_is_kl_to_the_true_teacher_at_temperature_1(tiny, batch, family):
-    model = DistillationModel(tiny(family), tiny(width=24, seed=1), recipe="run4").eval()
+    model = DistillationModel(tiny(family), tiny(width=24, seed=1), recipe="projector").eval()
     output = model(**batch, with_fidelity=True)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     scale, softcap = HEADS[family]
@@ -161,19 +161,19 @@ def test_fidelity_is_kl_to_the_true_teacher_at_temperature_1(tiny, batch, family
 
 
 def test_no_fidelity_across_vocabularies(tiny, batch):
-    model = DistillationModel(tiny(V=67), tiny(V=70, width=24, seed=1), recipe="run5").eval()
+    model = DistillationModel(tiny(V=67), tiny(V=70, width=24, seed=1), recipe="projector_fixed").eval()
     assert model(**batch, with_fidelity=True).fidelity is None
 
 
-def test_true_head_needs_one_vocabulary(tiny):
-    with pytest.raises(ValueError, match="teacher has a vocabulary of 70 and the student one of 67; recipe 'true_h"):
-        DistillationModel(tiny(V=67), tiny(V=70), recipe="true_head")
+def test_teacher_head_needs_one_vocabulary(tiny):
+    with pytest.raises(ValueError, match="teacher has a vocabulary of 70 and the student one of 67; recipe 'teacher_h"):
+        DistillationModel(tiny(V=67), tiny(V=70), recipe="teacher_head")
 
 
-def test_true_head_of_a_teacher_padded_more(tiny, batch):
+def test_teacher_head_of_a_teacher_padded_more(tiny, batch):
     """67 and 70 rows of which 61 are real: the loss and the fidelity of both cut to those."""
     student, teacher = tiny(V=67), tiny(V=70, width=24, seed=1)
-    model = DistillationModel(student, teacher, recipe="true_head", valid_vocab=61).eval()
+    model = DistillationModel(student, teacher, recipe="teacher_head", valid_vocab=61).eval()
     ids = batch["input_ids"] % 61
     labels = torch.where(batch["labels"] == -100, -100, batch["labels"] % 61)
     batch = {**batch, "input_ids": ids, "labels": labels}
@@ -186,11 +186,11 @@ def test_true_head_of_a_teacher_padded_more(tiny, batch):
 
 
 def test_errors_say_what_is_missing(tiny, batch):
-    with pytest.raises(ValueError, match="teacher is None; recipe 'run5' needs one"):
-        DistillationModel(tiny(), recipe="run5")
+    with pytest.raises(ValueError, match="teacher is None; recipe 'projector_fixed' needs one"):
+        DistillationModel(tiny(), recipe="projector_fixed")
     student = tiny()
     with pytest.raises(ValueError, match="same object"):
-        DistillationModel(student, student, recipe="run5")
+        DistillationModel(student, student, recipe="projector_fixed")
     with pytest.raises(ValueError, match="recipe='run9' is unknown"):
         DistillationModel(tiny(), recipe="run9")
     with pytest.raises(ValueError, match="labels is None"):

@@ -24,7 +24,7 @@ def break_at(trainer, step, name="student.model.norm.weight", value=NAN):
 
 
 def make(tiny, config, rows, **given):
-    args = config(**{"recipe": "run5", "save_strategy": "steps", "save_steps": 2, "max_steps": 8, **given})
+    args = config(**{"recipe": "projector_fixed", "save_strategy": "steps", "save_steps": 2, "max_steps": 8, **given})
     return KDTrainer(tiny(), args, teacher=tiny(width=24, seed=1), train_dataset=rows(8))
 
 

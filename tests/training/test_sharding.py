@@ -54,7 +54,7 @@ def test_a_sharded_teacher_needs_shards(tiny, config):
     ],
 )
 def test_a_launch_that_does_not_fit_is_refused(tiny, config, launched, message):
-    trainer = KDTrainer(tiny(), config(recipe="resolved", projector_resolve_steps=2), teacher=tiny(width=24))
+    trainer = KDTrainer(tiny(), config(recipe="projector_refit", projector_resolve_steps=2), teacher=tiny(width=24))
     trainer.accelerator.state.fsdp_plugin = plugin()
     vars(trainer).update(launched)
     with pytest.raises(ValueError, match=message):
@@ -89,7 +89,7 @@ def test_weights_of_two_dtypes_are_refused_before_anything_takes_long(tiny, conf
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_only_an_embedding_that_is_not_the_head_may_be_a_group_of_its_own(tiny, family):
-    model = DistillationModel(tiny(family), tiny(width=24), recipe="run5")
+    model = DistillationModel(tiny(family), tiny(width=24), recipe="projector_fixed")
     embedding = model.student.get_input_embeddings()
     with fsdp.root_owns_the_heads(model):
         assert model.get_input_embeddings() is (None if family == "gpt2" else embedding)
@@ -97,7 +97,7 @@ def test_only_an_embedding_that_is_not_the_head_may_be_a_group_of_its_own(tiny, 
 
 
 def test_trained_weights_of_two_dtypes_are_refused(tiny):
-    model = DistillationModel(tiny().bfloat16(), tiny(width=24), recipe="run5")
+    model = DistillationModel(tiny().bfloat16(), tiny(width=24), recipe="projector_fixed")
     with (
         pytest.raises(ValueError, match=r"torch.bfloat16 and torch.float32; FSDP wants one dtype. Load the student"),
         fsdp.root_owns_the_heads(model),
@@ -108,7 +108,7 @@ def test_trained_weights_of_two_dtypes_are_refused(tiny):
 def test_a_replicated_teacher_is_out_of_the_module_tree_and_a_sharded_one_in_it(tiny):
     accelerator = SimpleNamespace(device=torch.device("cpu"), mixed_precision="bf16")
     for shard, layers in ((False, ["LlamaDecoderLayer"]), (True, ["GPT2Block", "LlamaDecoderLayer"])):
-        model = DistillationModel(tiny("llama"), tiny("gpt2", width=24), recipe="true_head")
+        model = DistillationModel(tiny("llama"), tiny("gpt2", width=24), recipe="teacher_head")
         fsdp.place_teacher(model, accelerator, shard)
         assert model._no_split_modules == layers
         assert any(name.startswith("teacher.") for name, _ in model.named_parameters()) is shard

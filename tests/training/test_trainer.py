@@ -28,7 +28,7 @@ def gradient_of_one_step(trainer):
     return seen
 
 
-@pytest.mark.parametrize("recipe", ["run5", "true_head", "lm_only"])
+@pytest.mark.parametrize("recipe", ["projector_fixed", "teacher_head", "lm_only"])
 def test_micro_batches_add_up_to_the_whole_batch(tiny, rows, config, recipe):
     # uneven −100 masks and padding: a mean of means, or a divisor that counts unshifted labels or padding, differs
     data = rows(4)
@@ -63,7 +63,7 @@ def test_the_divisor_counts_targets(tiny, rows, config):
 
 
 def test_the_total_is_lm_plus_weight_times_tau_squared_kl(tiny, rows, config):
-    args = config(recipe="run4", temperature=3.0, kd_weight=0.4, ce_weight=0.5)
+    args = config(recipe="projector", temperature=3.0, kd_weight=0.4, ce_weight=0.5)
     trainer = KDTrainer(tiny(), args, teacher=tiny(width=24, seed=1), train_dataset=rows(8))
     trainer.train()
     for line in train_logs(trainer):
@@ -71,7 +71,7 @@ def test_the_total_is_lm_plus_weight_times_tau_squared_kl(tiny, rows, config):
 
 
 def test_schedules_follow_the_run_and_are_logged(tiny, rows, config):
-    args = config(recipe="run5", max_steps=20, temperature_steps=[3.0, 2.0])
+    args = config(recipe="projector_fixed", max_steps=20, temperature_steps=[3.0, 2.0])
     trainer = KDTrainer(tiny(), args, teacher=tiny(width=24, seed=1), train_dataset=rows(8))
     trainer.train()
     logs = train_logs(trainer)
@@ -98,9 +98,9 @@ def test_a_schedule_of_ones_own(tiny, rows, config):
 @pytest.mark.parametrize(
     ("recipe", "given", "expected"),
     [
-        ("run5", {}, {"lr_student": 1e-3, "lr_projector": 5e-3}),
-        ("run5", {"projector_lr": 2e-2}, {"lr_student": 1e-3, "lr_projector": 2e-2}),
-        ("run4", {}, {"lr_student": 1e-3, "lr_projector": 1e-3}),
+        ("projector_fixed", {}, {"lr_student": 1e-3, "lr_projector": 5e-3}),
+        ("projector_fixed", {"projector_lr": 2e-2}, {"lr_student": 1e-3, "lr_projector": 2e-2}),
+        ("projector", {}, {"lr_student": 1e-3, "lr_projector": 1e-3}),
         ("lm_only", {}, {"lr_student": 1e-3}),
     ],
 )
@@ -138,7 +138,7 @@ def test_logs_average_over_tokens_between_two_lines(tiny, rows, config):
     data = rows(8)
 
     def logs(every):
-        args = config(recipe="run4", learning_rate=0.0, logging_steps=every, weight_decay=0.0)
+        args = config(recipe="projector", learning_rate=0.0, logging_steps=every, weight_decay=0.0)
         trainer = KDTrainer(tiny(), args, teacher=tiny(width=24, seed=1), train_dataset=data)
         trainer.train()
         return train_logs(trainer)
@@ -172,7 +172,7 @@ def test_what_a_recipe_does_not_have_is_not_logged(tiny, rows, config):
     assert all(math.isfinite(value) for value in line.values())
 
 
-@pytest.mark.parametrize("recipe", ["lm_only", "run4", "run5", "true_head"])
+@pytest.mark.parametrize("recipe", ["lm_only", "projector", "projector_fixed", "teacher_head"])
 def test_no_logits_in_training_or_evaluation(tiny, rows, config, no_logits, recipe):
     student, teacher = tiny("gemma2"), tiny(width=24, seed=1)
     args = config(recipe=recipe, max_steps=2, eval_strategy="steps", eval_steps=1)
@@ -205,7 +205,7 @@ class Synchronisations(TorchDispatchMode):
 
 
 def test_a_step_reads_no_value(tiny, rows, config, monkeypatch):
-    args = config(recipe="run5", max_steps=3, logging_steps=100)
+    args = config(recipe="projector_fixed", max_steps=3, logging_steps=100)
     trainer = KDTrainer(tiny(), args, teacher=tiny(width=24, seed=1), train_dataset=rows(8))
     seen, steps = Synchronisations(), []
     training_step = trainer.training_step
@@ -228,7 +228,7 @@ def test_a_step_reads_no_value(tiny, rows, config, monkeypatch):
 
 def test_bf16_autocast(tiny, rows, config):
     def losses(**given):
-        args = config(recipe="run5", **given)
+        args = config(recipe="projector_fixed", **given)
         trainer = KDTrainer(tiny(), args, teacher=tiny(width=24, seed=1), train_dataset=rows(8), eval_dataset=rows(3))
         trainer.train()
         assert trainer.model.student.dtype == torch.float32
@@ -255,7 +255,7 @@ def test_columns_the_model_does_not_take_are_left_out(tiny, rows, config):
 
 
 def test_training_learns(tiny, rows, config):
-    args = config(recipe="run5", max_steps=30, learning_rate=1e-2)
+    args = config(recipe="projector_fixed", max_steps=30, learning_rate=1e-2)
     trainer = KDTrainer(tiny(spread=0.02), args, teacher=tiny(width=24, seed=1), train_dataset=rows(2))
     trainer.train()
     logs = train_logs(trainer)
