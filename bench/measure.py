@@ -13,9 +13,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import plan
 import torch
-
-from kdfast import plan
 
 ROOT = Path(__file__).resolve().parent.parent
 CUDA = torch.cuda.is_available()
@@ -90,7 +89,7 @@ def in_fresh_process(module: str, *arguments: str) -> str:
 
 
 def known_gpu(name: str) -> plan.Gpu | None:
-    """What `kdfast plan` knows of the device PyTorch calls `name`."""
+    """Return the data sheet of the device PyTorch calls `name`; None where it is not among those known."""
     return next((gpu for gpu in plan.GPUS.values() if gpu.name.partition("-")[0] in name.split()), None)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import measure
+import plan
 import records
 import step_results
 import torch
@@ -24,7 +25,7 @@ from methods import BY_NAME
 from truth import worst_gradients
 from workloads import DEVICE
 
-from kdfast import plan
+from kdfast.plan import Shape
 
 Row = dict[str, Any]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -71,7 +72,7 @@ def introduction(loss: dict[str, Row]) -> list[str]:
         "u(H) = 2·N·V·H operations. Floor A: the products of the problem, whole; floor B: our engine's own products; "
         "neither does anything else. GFLOP/s are of the operations the problem takes. Memory is a step's peak above "
         "inputs and gradients (resident set of a process of its own, or the GPU's allocator); planned is what "
-        "`kdfast plan` says. Gradient error: the worst of the gradients against float64, relative, on the inputs that "
+        "bench/plan predicts. Gradient error: the worst of the gradients against float64, relative, on the inputs that "
         "are timed, whose teacher is another model altogether; and with a teacher that near. ᴺ keeps whole logits.",
     ]
 
@@ -131,13 +132,13 @@ def table(entry: Row, near: dict[tuple[str, str, str], float], device: str = DEV
 
 
 def planned(entry: Row, name: str, device: str = DEVICE) -> tuple[int | None, float | None]:
-    """What `kdfast plan` says of it: bytes above inputs and gradients, seconds on a known GPU."""
+    """Return what bench/plan says of it: bytes above inputs and gradients, seconds on a known GPU."""
     method = BY_NAME[name]
     if method.plan is None:
         return None, None
     sizes = (entry["tokens"], entry["vocab"], entry["student_width"], entry["teacher_width"])
     gpu = measure.known_gpu(entry["machine"]["device"])
-    shape = plan.Shape(*sizes, dtype=DTYPES[entry["dtype"]], device=device, teacher=entry["teacher"])
+    shape = Shape(*sizes, dtype=DTYPES[entry["dtype"]], device=device, teacher=entry["teacher"])
     time = plan.predicted_seconds(method.plan, shape, gpu) if gpu else None
     return plan.peak_bytes(method.plan, shape), time
 

@@ -14,8 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from communication import KERNEL_NUMBERS, Step, predicted
-
-from kdfast.plan.gpus import get_gpu
+from plan import get_gpu
 
 PRODUCTS = get_gpu("H200").products
 NVLINK, NETWORK = 0.8 * 450e9, 0.8 * 50e9  # NVLink 4: 900 GB/s both ways; 400 Gb/s InfiniBand

@@ -20,7 +20,7 @@ class Method:
     Attributes:
         loss: the differentiable loss, (); or, with `is_floor`, the products to make: (forward, step).
         operations: by the kind of teacher, in units of u(H) = 2·N·V·H; a kind that is not there cannot be done.
-        plan: its name in kdfast.plan, or None.
+        plan: its name in bench/plan, or None.
         needs: modules.
         gpu: it runs on a GPU only.
         whole_logits: (N, V) of one side or more exists.

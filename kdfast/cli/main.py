@@ -115,7 +115,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     of_doctor.add_argument("--vocab", type=int, default=50257, help="V (default: %(default)s)")
     of_doctor.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="the head's (default: %(default)s)")
     of_doctor.add_argument("--scratch-bytes", type=int, help="as in fused_kd_loss (default: the engine's)")
-    of_plan = commands.add_parser("plan", help="memory, largest N and predicted time of a loss, for every method")
+    of_plan = commands.add_parser("plan", help="memory and largest N of a loss, for eager and every engine")
     if argv[:1] == ["plan"]:
         from kdfast.cli import plan
 

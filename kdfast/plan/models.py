@@ -17,22 +17,22 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-ATTENTION = "kdfast_plan"  # the name our stand-in for attention is registered under
+ATTENTION = "kdfast_plan"  # the name that the attention below is registered under
+BY_WIDTHS = "--student-width, --teacher-width and --vocab instead"
 
 
 @dataclass(frozen=True)
 class Model:
-    name: str
     width: int
     vocab: int  # rows of the head
     parameters: int  # a tied embedding once
     head_tied: bool
-    activation_bytes: int = 0  # a token, kept for the backward
+    activation_bytes: int = 0  # per token, kept for the backward
     autocast_bytes: int = 0  # bf16 copies of weights
 
 
 def describe(name: str | Path, argument: str, *, sequence_length: int = 0, checkpointing: bool = False) -> Model:
-    """A causal language model, by the hub's name or a folder with a config.json.
+    """Return what is known of a causal language model, by the hub's name or a folder with a config.json.
 
     sequence_length: given, the backbone's activations are counted for sequences of so many tokens; with `checkpointing`
     the layers' inputs alone, of one layer after the other everything (not counted: one layer's is small).
@@ -46,7 +46,6 @@ def describe(name: str | Path, argument: str, *, sequence_length: int = 0, check
             head = model.get_output_embeddings()
             vocab, width = head.weight.shape
             tied = head.weight is model.get_input_embeddings().weight
-            parameters = sum(p.numel() for p in model.parameters())
             growing = constant = 0
             if sequence_length:
                 one, two = (_saved_bytes(model, sequences, sequence_length) for sequences in (1, 2))
@@ -54,28 +53,29 @@ def describe(name: str | Path, argument: str, *, sequence_length: int = 0, check
             if sequence_length and checkpointing:
                 growing = (config.get_text_config().num_hidden_layers + 1) * width * 4
     except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"{argument} {str(name)!r}: the model could not be built without its weights ({reason}); give "
-            "--student-width, --teacher-width and --vocab instead"
+            f"{argument} {str(name)!r}: the model could not be built without its weights ({_first_line(error)}); give "
+            f"{BY_WIDTHS}"
         ) from error
-    return Model(str(name), width, vocab, parameters, tied, growing, constant)
+    return Model(width, vocab, sum(p.numel() for p in model.parameters()), tied, growing, constant)
 
 
 def _config(name: str | Path, argument: str) -> Any:
     from transformers import AutoConfig
 
-    local = Path(name).expanduser()
+    local = Path(name).expanduser().is_dir()
+    place = Path(name).expanduser() if local else name
     try:
-        return AutoConfig.from_pretrained(
-            local if local.is_dir() else str(name), trust_remote_code=False, local_files_only=local.is_dir()
-        )
+        return AutoConfig.from_pretrained(str(place), trust_remote_code=False, local_files_only=local)
     except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"{argument} {str(name)!r}: no configuration found in such a folder, on the hub or in its cache ({reason}) "
-            "Give a folder with a config.json, or --student-width, --teacher-width and --vocab instead"
+            f"{argument} {str(name)!r}: no configuration found in such a folder, on the hub or in its cache "
+            f"({_first_line(error)}) Give a folder with a config.json, or {BY_WIDTHS}"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _build(config: Any) -> Any:
@@ -88,9 +88,8 @@ def _build(config: Any) -> Any:
 
 
 def _saved_bytes(model: Any, sequences: int, length: int) -> int:
-    """Bytes that autograd saves in the backbone's forward, parameters left out."""
+    """Return the bytes that autograd saves in the backbone's forward, parameters left out."""
     saved: dict[int, Tensor] = {}  # kept, so that no two storages have one identity
-    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
 
     def pack(tensor: Tensor) -> Tensor:
         saved.setdefault(tensor.untyped_storage()._cdata, tensor)
@@ -100,7 +99,9 @@ def _saved_bytes(model: Any, sequences: int, length: int) -> int:
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with torch.autocast("cpu", dtype=torch.bfloat16), hooks:
         model.base_model(input_ids=ids, use_cache=False)
-    return sum(tensor.untyped_storage().nbytes() for key, tensor in saved.items() if key not in own)
+    for parameter in model.parameters():
+        saved.pop(parameter.untyped_storage()._cdata, None)
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
 
 
 class _Attention(torch.autograd.Function):
@@ -116,8 +117,6 @@ class _Attention(torch.autograd.Function):
         raise AssertionError("shapes alone have no gradients")
 
 
-def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
-) -> tuple[Tensor, None]:
-    """As transformers calls it: (B, heads, T, width) → (B, T, heads, width)."""
+def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Any:
+    """Do as transformers calls it: (B, heads, T, width) → (B, T, heads, width) and no weights."""
     return _Attention.apply(query, key, value).transpose(1, 2), None

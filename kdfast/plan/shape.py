@@ -1,4 +1,4 @@
-"""What is planned: the sizes of one loss, and the bytes its inputs and gradients take whoever computes it."""
+"""What is planned: the sizes of one loss, and the bytes that its inputs and gradients take however it is computed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class Shape:
-    """One forward and backward of the loss. Raises ValueError naming the field.
+    """Describe one forward and backward of the loss. Raises ValueError naming the field.
 
     teacher: "projected", through the student's head: gradients to hidden states, W and the projector (no bias);
     "head", the teacher's own: gradients to the student's hidden states and W; "none": cross entropy alone.
@@ -44,8 +44,13 @@ class Shape:
 
     @property
     def narrow(self) -> bool:
-        """16-bit inputs."""
+        """Whether inputs have 16 bits."""
         return self.dtype.itemsize == 2
+
+    @property
+    def sides(self) -> int:
+        """How many sides have logits: 2, or 1 without a teacher."""
+        return 1 if self.teacher == "none" else 2
 
     @property
     def wide(self) -> int:
@@ -75,12 +80,9 @@ class Shape:
     @property
     def inputs(self) -> int:
         """Bytes of hidden states, W, P or the teacher's W, and labels."""
-        teacher = 0
-        if self.teacher != "none":
-            teacher = self.tokens * self.teacher_width * self.dtype.itemsize
-        if self.teacher == "head":
-            teacher += self.vocab * self.teacher_width * self.dtype.itemsize
-        return self.hidden + self.weight + self.projector + teacher + 8 * self.tokens
+        rows = {"none": 0, "projected": self.tokens, "head": self.tokens + self.vocab}[self.teacher]
+        teacher = rows * self.teacher_width * self.dtype.itemsize
+        return self.gradients + teacher + 8 * self.tokens
 
     @property
     def gradients(self) -> int:

@@ -15,25 +15,24 @@ WIDTHS = ["--student-width", "768", "--teacher-width", "1024", "--vocab", "50257
 
 
 def test_widths_alone(kdfast):
-    code, out, _ = kdfast("plan", *WIDTHS, "--gpu", "H200", "--memory", "24GiB")
+    code, out, _ = kdfast("plan", *WIDTHS, "--memory", "24GiB")
     assert code == 0
-    for text in ("N=8192 V=50257 Hs=768 Ht=1024, projected", "triton_tiled", "6u(Hs)", "of 24.00 GiB", " ms",
+    for text in ("N=8192 V=50257 Hs=768 Ht=1024, projected", "triton_tiled", "of 24.00 GiB",
                  "auto takes triton_chunked: 8 chunks", "KDFAST_SCRATCH_BYTES=", "measured on a GPU yet"):  # fmt: skip
         assert text in out
-    assert "TRL" not in out
-    assert "TRL" in kdfast("plan", *WIDTHS, "--kind", "head")[1]
-    assert "CCE" in kdfast("plan", "--student-width", "768", "--vocab", "50257")[1]
+    assert "Ht=1024, its own head" in kdfast("plan", *WIDTHS, "--kind", "head")[1]
+    assert "no teacher" in kdfast("plan", "--student-width", "768", "--vocab", "50257")[1]
 
 
 def test_for_machines(kdfast):
-    code, out, _ = kdfast("plan", *WIDTHS, "--gpu", "h100", "--json", "--memory", "1GB", "--tokens", "4096")
+    code, out, _ = kdfast("plan", *WIDTHS, "--json", "--memory", "1GB", "--tokens", "4096")
     found = json.loads(out)
     assert code == 0
     assert found["memory_bytes"] == 10**9
     assert not found["measured"]
     rows = {row["method"]: row for row in found["methods"]}
     assert rows["eager"]["largest_tokens"] < 4096 < rows["triton_chunked"]["largest_tokens"]
-    assert rows["eager_compiled"]["estimate"]
+    assert rows["triton_tiled"]["total_bytes"] > rows["triton_tiled"]["peak_bytes"] > 0
     assert found["auto"] == found["portion"]["engine"] == "triton_chunked"
 
 
@@ -67,8 +66,6 @@ def test_a_cpu(kdfast):
         (["--student", "gpt2", "--vocab", "50257"], "one or the other"),
         ([*WIDTHS, "--teacher", "gpt2"], "--teacher-width"),
         ([*WIDTHS, "--tokens", "0"], "tokens=0"),
-        ([*WIDTHS, "--gpu", "V100"], "A100-80GB"),
-        ([*WIDTHS, "--gpu", "H200", "--device", "cpu"], "--gpu"),
         ([*WIDTHS, "--memory", "lots"], "such as 24GiB"),
         ([*WIDTHS, "--optimizer-bytes", "-1"], "--optimizer-bytes -1"),
         (["--student", "nobody/has-this"], "--student-width"),

@@ -32,7 +32,6 @@ BY_FIELD = (
     "HeadFidelity",
     "Finding",
     "Shape",
-    "Gpu",
     "CachedEntries",
     "CacheSummary",
 )

@@ -181,7 +181,7 @@ def _another(chance: random.Random) -> tuple[list[str], list[str]]:
     values = ["0", "-1", "1", "7", "768", "50257", "1e3", "a", "", "99999999999999999999", "nan", "inf", "é", "24GiB", "1e400", "-5GiB", "0.0", "teacher",
               "text.txt", "gone", "x" * 300, "a\0b", ".", "H200", "float16", "cpu", "head", "projected"]  # fmt: skip
     options = {
-        "plan": ["--student", "--teacher", "--student-width", "--teacher-width", "--vocab", "--kind", "--tokens", "--dtype", "--device", "--gpu", "--memory",
+        "plan": ["--student", "--teacher", "--student-width", "--teacher-width", "--vocab", "--kind", "--tokens", "--dtype", "--device", "--memory",
                  "--resident", "--scratch-bytes", "--optimizer-bytes", "--sequence-length", "--gradient-checkpointing", "--json", "--x"],
         "doctor": ["--tokens", "--vocab", "--dtype", "--scratch-bytes", "--x"],
         "report": ["--output", "--png", "--title", "--x", "teacher", "text.txt", "gone", "a=b", "=", "a=", "=teacher", ".", "/proc/self", "a\0b", "x" * 300],

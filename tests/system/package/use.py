@@ -86,7 +86,8 @@ def command():
     told = kdfast("doctor")
     assert str(Path(package.__file__).parent / "kernels") in told, told
     assert "SHADOWED" not in told
-    assert "H100" in kdfast("plan", "--vocab", "50257", "--student-width", "768", "--kind", "head", "--gpu", "H100")
+    sizes = ("--vocab", "50257", "--student-width", "768", "--kind", "head", "--memory", "80GB")
+    assert "of 74.51 GiB" in kdfast("plan", *sizes)
 
 
 def no_training():

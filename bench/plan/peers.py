@@ -1,6 +1,6 @@
 """Live bytes of other libraries' losses, phase by phase, above the inputs; gradients that stay included.
 
-As `kdfast.plan.ours`. None: not for such a teacher, or such a device. Derived from reading TRL 1.16.0, Liger 0.8.5,
+As `kdfast.plan.memory`. None: not for such a teacher, or such a device. Derived from reading TRL 1.16.0, Liger 0.8.5,
 torchtune 0.6.1, fla-core 0.6.0, cut-cross-entropy 25.1.1 and PyTorch 2.13, and held against what they allocate where
 that can be seen (docs/planning.md).
 """
@@ -11,8 +11,8 @@ from math import ceil
 
 import torch
 
-from kdfast.plan.ours import Phases
-from kdfast.plan.shape import Shape
+from kdfast.plan import Shape
+from kdfast.plan.memory import Phases
 
 TRL_TOKENS, TRL_VOCAB = 4096, 32768  # its tiles of logits
 LIGER_TOKENS = 1024
@@ -74,7 +74,7 @@ def torchtune(x: Shape) -> Phases | None:
 
 
 def liger_triton_jsd(x: Shape) -> Phases | None:
-    """On anything before Blackwell; there its chunks are 8 to 16 times as large."""
+    """Count on anything before Blackwell; there its chunks are 8 to 16 times as large."""
     if x.teacher != "head" or x.device == "cpu":
         return None
     chunk = min(x.tokens, _power_of_two(ceil(x.tokens / ceil(x.vocab / x.student_width))))
@@ -103,7 +103,7 @@ def fla(x: Shape) -> Phases | None:
 
 
 def linear_cross_entropy(x: Shape) -> Phases | None:
-    """torch.nn.functional's, in chunks: options=LinearCrossEntropyOptions()."""
+    """Count torch.nn.functional's, in chunks: options=LinearCrossEntropyOptions()."""
     if x.teacher != "none":
         return None
     cpu, s, Hs = x.device == "cpu", x.dtype.itemsize, x.student_width
@@ -123,7 +123,7 @@ def linear_cross_entropy(x: Shape) -> Phases | None:
 
 
 def cce(x: Shape) -> Phases | None:
-    """apple/ml-cross-entropy: 16-bit hidden states, a GPU."""
+    """Count apple/ml-cross-entropy's: 16-bit hidden states, a GPU."""
     if x.teacher != "none" or x.device == "cpu" or not x.narrow:
         return None
     # log-sum-exp, loss and locks a token; mean logits, their order (sorted as int64 first) and locks a vocabulary entry
@@ -131,5 +131,5 @@ def cce(x: Shape) -> Phases | None:
 
 
 def _power_of_two(number: int) -> int:
-    """The smallest one that is no smaller."""
+    """Return the smallest one that is no smaller."""
     return 1 << (number - 1).bit_length()

@@ -1,4 +1,4 @@
-"""The benchmark's contenders, by their names in `kdfast.plan`: forward and backward at temperature 2."""
+"""The benchmark's contenders, by their names in `bench/plan`: forward and backward at temperature 2."""
 
 import importlib.util
 
@@ -7,8 +7,28 @@ import torch
 from methods import METHODS
 from workloads import Inputs, Workload
 
+from kdfast.plan import Shape
+
 BY_PLAN = {method.plan: method for method in METHODS if method.plan and not method.gpu}
 BY_PLAN |= {method.plan: method for method in METHODS if method.plan in ("fla", "liger_triton_jsd")}
+
+TEACHERS = ("projected", "head", "none")
+CPU_SIZES = (
+    (600, 5000, 48, 80),  # several chunks, logits above all; wider on the teacher's side
+    (24, 5000, 200, 120),  # dW above all; wider on the student's
+    (2500, 700, 64, 96),  # two chunks of Liger's, hidden states that show
+)
+GPU_SIZES = (
+    (2048, 50257, 768, 1024),  # one and two chunks; V that is padded; two tiles of TRL's
+    (8192, 50257, 768, 1024),  # TRL's tokens are cut too
+    (96, 30000, 512, 256),  # dW above all; one tile
+    (4096, 128256, 2048, 4096),
+    (20000, 32000, 4096, 2048),  # hidden states above all
+)
+
+
+def shapes(device, sizes, dtypes=(torch.float32, torch.bfloat16)):
+    return [Shape(*size, dtype, device, teacher) for size in sizes for dtype in dtypes for teacher in TEACHERS]
 
 
 def case(shape, device=None):
@@ -31,7 +51,7 @@ def gradients(inputs):
 
 
 def on_a_gpu(method):
-    """What stands in for a peer's own kernels and products where there is no GPU (`fake_gpu.highest_live_bytes`)."""
+    """What stands in for a peer's own kernels and products where there is no GPU (`fake_gpu.highest_on_a_gpu`)."""
     if method == "trl":
         module = pytest.importorskip("trl.kernels.chunked_divergence", exc_type=ImportError)
         kernels = [(module, f"_{name}_kernel", None) for name in ("stats", "backward")]

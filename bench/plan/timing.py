@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kdfast.plan.gpus import Gpu, get_gpu
-from kdfast.plan.memory import live_bytes
-from kdfast.plan.ours import chunk_of, slab_width
-from kdfast.plan.shape import Shape
+from kdfast.plan import Shape
+from kdfast.plan.memory import chunk_of, slab_width
+
+from .gpus import Gpu, get_gpu
+from .memory import live_bytes
 
 TRITON_PRODUCTS = 0.6  # a Triton product's share of the vendor's rate: a guess, as in bench/gpu.py
 # instructions a pair of logits, counted in what the compiler made for sm_90 (docs/performance.md)
@@ -63,13 +64,14 @@ PASSES: dict[str, tuple[int, int, int | None]] = {
 
 
 def operations(method: str, shape: Shape) -> Operations | None:
-    """Matrix products of `method` for `shape`, forward and backward. None: the method is not for this."""
+    """Return the matrix products of `method` for `shape`, forward and backward. None: the method is not for this."""
     return None if live_bytes(method, shape) is None else SPECIAL.get(method, PLAIN)[shape.teacher]
 
 
 def predicted_seconds(method: str, shape: Shape, gpu: str | Gpu) -> float | None:
-    """Seconds of a forward and backward on `gpu`, a name of `GPUS` or a `Gpu`. None: the method is not for this shape,
-    or not for a GPU.
+    """Predict the seconds of a forward and backward on `gpu`, a name of `GPUS` or a `Gpu`.
+
+    None: the method is not for this shape, or not for a GPU.
 
     Raises ValueError: an unknown method or GPU.
     """
@@ -90,7 +92,7 @@ def predicted_seconds(method: str, shape: Shape, gpu: str | Gpu) -> float | None
 
 
 def row_work(method: str, shape: Shape) -> tuple[float, float]:
-    """(bytes, lane instructions) of everything that is no product."""
+    """Return (bytes, lane instructions) of everything that is no product."""
     entries = shape.tokens * shape.vocab
     sides = 1 if shape.teacher == "none" else 2
     trained = 2 if shape.teacher == "projected" else 1  # sides that have gradients

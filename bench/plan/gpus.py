@@ -63,7 +63,7 @@ GPUS = {
 
 
 def get_gpu(name: str | Gpu) -> Gpu:
-    """By name, in any case. Raises ValueError that lists what is known."""
+    """Return a GPU by name, in any case. Raises ValueError that lists what is known."""
     if isinstance(name, Gpu):
         return name
     if name.lower() not in GPUS:
