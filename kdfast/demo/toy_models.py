@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from kdfast.demo.toy_text import END, cache_root, library_text, once, train_tokenizer
 from kdfast.inputs import Head
 from kdfast.loss import fused_kd_loss
-from kdfast.training.labels import shift_labels
+from kdfast.training.hf import shift_labels
 
 CONTENT = 1  # another number where other files come of the same sizes
 

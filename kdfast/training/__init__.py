@@ -4,19 +4,18 @@
     args = KDConfig(output_dir="out", max_steps=1000)
     KDTrainer(student, args, teacher=teacher, train_dataset=blocks).train()
 
-recipes.py  named choices        config.py   KDConfig            loading.py     students and teachers
-heads.py    backbone and head    labels.py   the shift           model.py       the loss, under one forward
-fidelity.py KL to the teacher    meter.py    means for logs      guard.py       stop at NaN
-checkpoint.py  what is saved     trainer.py  KDTrainer           data.py        text to blocks
-signs.py    what a log tells     health.py   says it, once       case.py        recipe="auto"
-starts.py   solved starts        teachers.py what KD learns from, and the anchors
-faults.py   what stops a run     resume.py   the checkpoint to go on from     termination.py  SIGTERM
-manifest.py checksums            pickles.py  no code is loaded                files.py        durable writes
-folders.py  complete or not there     resumable_trainer.py  goes on after all that
-processes.py  one for all, all together
-cache/      a teacher run once        cached.py   its entries, in a batch
-small.py    a teacher and text for first tries
+config.py    KDConfig                      recipes.py      named choices, and which one "auto" takes
+model.py     the loss, under one forward   teachers.py     what KD learns from, and how true it is
+hf.py        backbone, head, labels        initialization.py  solved starts
+trainer.py   KDTrainer                     fsdp.py         sharding
+metrics.py   means for logs, memory        callbacks.py    health in words, the progress bar
+nan_guard.py stop at NaN                   diagnostics.py  what a log tells
+durable/     runs that survive kills       cache/          a teacher run once
+data/        text to blocks
 """
+
+import importlib
+from typing import Any
 
 try:
     import accelerate as _accelerate  # noqa: F401
@@ -24,11 +23,8 @@ try:
 except ImportError as error:
     raise ImportError(f"kdfast.training needs {error.name}: pip install 'kdfast[train]'") from error
 
-from kdfast.demo.toy_models import SmallModels, small_models
 from kdfast.training.cache import CachedBlocks, CacheError, TeacherCache, cache_teacher
-from kdfast.training.cached import CachedEntries
 from kdfast.training.callbacks import Finding, HealthCallback
-from kdfast.training.case import choose_recipe
 from kdfast.training.config import KDConfig
 from kdfast.training.diagnostics import HealthThresholds
 from kdfast.training.durable.errors import (
@@ -37,11 +33,11 @@ from kdfast.training.durable.errors import (
     LostProcessError,
     TerminatedError,
 )
-from kdfast.training.labels import shift_labels
-from kdfast.training.loading import load_student, load_teacher
+from kdfast.training.hf import load_student, load_teacher, shift_labels
 from kdfast.training.model import DistillationModel
 from kdfast.training.nan_guard import NonFiniteLossError
-from kdfast.training.recipes import RECIPES, Recipe
+from kdfast.training.recipes import RECIPES, Recipe, choose_recipe
+from kdfast.training.teachers import CachedEntries
 from kdfast.training.trainer import KDTrainer
 
 __all__ = [
@@ -70,3 +66,9 @@ __all__ = [
     "shift_labels",
     "small_models",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("SmallModels", "small_models"):  # of the demo, which trains with what is here
+        return getattr(importlib.import_module("kdfast.demo.toy_models"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

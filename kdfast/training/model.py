@@ -13,20 +13,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kdfast.closed_form import solve_lstsq
 from kdfast.frontend.checks import same_vocabulary
 from kdfast.inputs import Head
 from kdfast.loss import KDMetrics, fused_kd_loss
 from kdfast.low_rank_head import CompressedHead
-from kdfast.projector import LogitProjector, ProjectorInit
-from kdfast.training.cached import CachedEntries
-from kdfast.training.case import choose_recipe
-from kdfast.training.fidelity import Fidelity, fidelity
-from kdfast.training.hf import backbone, check_model, head, head_shape
-from kdfast.training.hidden_loss import HiddenStateLoss
-from kdfast.training.initialization import Start, solve_starts, wants_solving
-from kdfast.training.labels import IGNORE_INDEX, shift_labels
-from kdfast.training.recipes import AUTO, Recipe, get_recipe
-from kdfast.training.teachers import Probe, kd_terms
+from kdfast.training.hf import IGNORE_INDEX, backbone, check_model, head, head_shape, shift_labels
+from kdfast.training.initialization import Calibration, Start, set_projector
+from kdfast.training.recipes import AUTO, Recipe, choose_recipe, get_recipe
+from kdfast.training.teachers import KINDS, Batch, CachedEntries, Fidelity, HiddenStateLoss, fidelity
 
 
 class DistillationOutput(NamedTuple):
@@ -36,7 +31,7 @@ class DistillationOutput(NamedTuple):
 
 
 class DistillationModel(nn.Module):
-    """What the trainer trains. Usable in any loop: `model(**batch, kd_weight=…).loss.backward()`.
+    """Hold what the trainer trains. Usable in any loop: `model(**batch, kd_weight=…).loss.backward()`.
 
     The teacher is put into eval mode and stays there under `.train()`; its parameters are frozen here, and it is in
     no `state_dict`. The projector, if the recipe has one, is `logit_projector`, in fp32 (fp64 for an fp64 student).
@@ -86,10 +81,11 @@ class DistillationModel(nn.Module):
         self.student = student
         self.teacher = None if teacher is None else teacher.requires_grad_(False).eval()
         self.valid_vocab = valid_vocab
-        self.logit_projector = _make_projector(student, teacher, self.recipe)
+        self.kd_teacher = KINDS[self.recipe.teacher](self.recipe)
+        self.logit_projector = self.kd_teacher.make_projector(student, teacher)
         self.hidden_loss = _make_hidden_loss(student, teacher, self.recipe)
         self.compressed_head: CompressedHead | None = None  # made by solve()
-        self.solved = not wants_solving(self)
+        self.solved = not self.recipe.solves
         self.loaded = False  # with trained weights, which solving leaves as they are
         self.vocab_weights: Tensor | None = None  # (V,) float64, for solving the projector again; made by solve()
         self.register_state_dict_post_hook(_drop_teacher)
@@ -111,7 +107,7 @@ class DistillationModel(nn.Module):
         with_fidelity: bool = False,
         **backbone_inputs: Any,
     ) -> DistillationOutput:
-        """The loss of one batch: ce_weight·LM + kd_weight·τ²·KL (+ the anchor).
+        """Return the loss of one batch: ce_weight·LM + kd_weight·τ²·KL (+ the anchor).
 
         Args:
             input_ids: (B, T) int64.
@@ -144,19 +140,20 @@ class DistillationModel(nn.Module):
             inputs["output_hidden_states"] = True
         student_states = backbone(self.student)(**inputs)
         student = head(self.student, student_states.last_hidden_state)
-        teacher: Head | None = None
-        learns_from_it = self.recipe.teacher not in ("none", "cached") or self.hidden_loss
+        own: Head | None = None
+        learns_from_it = self.recipe.teacher not in ("none", "cached") or self.hidden_loss is not None
         if self.teacher is not None and (with_fidelity or learns_from_it):
             with torch.no_grad():
                 teacher_states = backbone(self.teacher)(**inputs)
-                teacher = head(self.teacher, teacher_states.last_hidden_state)
-
-        temperature = self.recipe.temperature if temperature is None else temperature
+                own = head(self.teacher, teacher_states.last_hidden_state)
         cached: CachedEntries | None = None
         if teacher_indices is not None and teacher_log_probs is not None:
             cached = CachedEntries(teacher_indices, teacher_log_probs, teacher_log_tails)
-        kd_teacher = cached.at(temperature) if cached and self.recipe.teacher == "cached" else teacher
-        kd = kd_terms(self, student, kd_teacher, targets, num_items_in_batch)
+
+        temperature = self.recipe.temperature if temperature is None else temperature
+        options = {**self.loss_options, "num_items_in_batch": num_items_in_batch}
+        batch = Batch(student, own, cached, targets, temperature, options)
+        kd = self.kd_teacher.terms(batch, self.logit_projector or self.compressed_head)
         loss, metrics = fused_kd_loss(
             student,
             kd.teacher,
@@ -177,10 +174,10 @@ class DistillationModel(nn.Module):
         if self.hidden_loss is not None:
             states = student_states.hidden_states, teacher_states.hidden_states
             loss = loss + self.recipe.hidden_weight * self.hidden_loss(*states, targets, num_items_in_batch)
-        true = cached.at_one() if teacher is None and cached else teacher
+        true = cached.at_one() if own is None and cached else own
         if true is None or not with_fidelity:
             return DistillationOutput(loss, metrics, None)
-        return DistillationOutput(loss, metrics, fidelity(student, kd.stand_in, true, targets, **self.loss_options))
+        return DistillationOutput(loss, metrics, fidelity(student, kd.surrogate, true, targets, **self.loss_options))
 
     def train(self, mode: bool = True) -> DistillationModel:
         """As nn.Module's, but the teacher stays in eval mode."""
@@ -189,8 +186,9 @@ class DistillationModel(nn.Module):
             self.teacher.eval()
         return self
 
+    @torch.no_grad()
     def solve(self, batches: Iterable[dict[str, Any]], tokens: int | None = None) -> list[Start]:
-        """The starts that the recipe wants solved, from some batches of training text; to be called once, before.
+        """Solve the starts that the recipe wants, from some batches of training text; to be called once, before.
 
         Weights that were loaded from a checkpoint stay as they are.
 
@@ -201,9 +199,40 @@ class DistillationModel(nn.Module):
         Returns:
             What was solved and how near it came to the true teacher; empty where the recipe wants nothing solved.
         """
-        starts = solve_starts(self, batches, tokens)
+        recipe = self.recipe
+        if not recipe.solves:
+            return []
+        assert self.teacher is not None
+        text = Calibration(self.student, self.teacher, batches, tokens, self.loss_options)
+        starts: list[Start] = []
+        projection = None
+        if recipe.student_init == "svd" and not self.loaded:
+            projection, start = text.solve_student()
+            starts.append(start)
+        if self.logit_projector is not None and not self.loaded:
+            starts += text.solve_projector(self.logit_projector, recipe.projector_init, projection)
+        if recipe.projector_resolve_steps > 0:
+            self.vocab_weights = text.vocab_weights
+        if recipe.teacher == "compressed_head":
+            self.compressed_head, start = text.compress(recipe)
+            starts.append(start)
+            # every process made the same: DDP need not send it
+            buffers = [] if self.compressed_head is None else self.compressed_head.named_buffers()
+            names = [f"compressed_head.{name}" for name, _ in buffers]
+            self._ddp_params_and_buffers_to_ignore = names
         self.solved = True
         return starts
+
+    @torch.no_grad()
+    def solve_projector_again(self) -> None:
+        """Put the least-squares projector for the student's head as it is now in place of the one there is."""
+        assert self.teacher is not None
+        assert self.logit_projector is not None
+        assert self.vocab_weights is not None
+        nothing = torch.empty(0, device=self.vocab_weights.device)
+        heads = head(self.student, nothing), head(self.teacher, nothing)
+        solved = solve_lstsq(*heads, vocab_weights=self.vocab_weights, valid_vocab=self.valid_vocab)
+        set_projector(self.logit_projector, solved)
 
     # What transformers.Trainer asks its model for; all of it is the student's.
 
@@ -248,21 +277,6 @@ def _check_pair(
             "the number of real tokens; otherwise use a recipe that does without the teacher's head, such as "
             "'projector_fixed'"
         )
-
-
-def _make_projector(student: PreTrainedModel, teacher: PreTrainedModel | None, recipe: Recipe) -> LogitProjector | None:
-    if not recipe.has_projector:
-        return None
-    assert teacher is not None
-    weight, width = student.get_output_embeddings().weight, head_shape(teacher)[1]
-    init: ProjectorInit = "normal" if recipe.projector_init == "normal" else "default"
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    projector: LogitProjector
-    if recipe.teacher == "probe":
-        projector = Probe(width, weight, init=init, dtype=dtype)
-    else:
-        projector = LogitProjector(width, weight.shape[1], init=init, device=weight.device, dtype=dtype)
-    return projector.requires_grad_(recipe.projector_resolve_steps == 0)
 
 
 def _make_hidden_loss(

@@ -22,10 +22,15 @@ What tells is the projected teacher's fidelity, `eval_kl_teacher_projected`, not
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
+import torch
+from transformers import PreTrainedModel
+
+from kdfast.frontend.checks import same_vocabulary
 from kdfast.projector import ProjectorInit
 from kdfast.schedules import Constant, Piecewise, Ramp, Schedule
+from kdfast.training.hf import head_shape
 
 # Where the KD term's teacher logits come from
 TeacherKind = Literal[
@@ -70,18 +75,22 @@ class Recipe:
         return self.teacher in ("projected", "probe")
 
     @property
+    def solves_projector(self) -> bool:
+        return self.has_projector and (self.projector_init in ("svd", "lstsq") or self.projector_resolve_steps > 0)
+
+    @property
+    def solves(self) -> bool:
+        """Whether something is solved in closed form, from some training text, before the first step."""
+        return self.solves_projector or self.student_init == "svd" or self.teacher == "compressed_head"
+
+    @property
     def needs_true_head(self) -> bool:
-        """Whether it compares the teacher's own head with the student's, token by token."""
-        return (
-            self.teacher in ("own_head", "compressed_head")
-            or self.student_init == "svd"
-            or (self.has_projector and self.projector_init in ("svd", "lstsq"))
-            or (self.has_projector and self.projector_resolve_steps > 0)
-        )
+        """Whether the teacher's own head is compared with the student's, token by token."""
+        return self.solves or self.teacher == "own_head"
 
     @property
     def temperatures(self) -> tuple[float, ...]:
-        """All that the run is at."""
+        """All temperatures of the run."""
         return self.temperature_steps or (self.temperature,)
 
     def kd_weight_schedule(self) -> Schedule:
@@ -173,3 +182,47 @@ def get_recipe(name: str) -> Recipe:
 def current_name(name: str) -> str:
     """Return what the recipe of that name is called now; the name itself where there is none."""
     return ALIASES.get(name, name)
+
+
+class Choice(NamedTuple):
+    recipe: str
+    why: str
+
+
+FROM_CACHE = Choice(CACHED, "the data set brings a teacher's cached entries")
+
+
+def choose_recipe(student: PreTrainedModel, teacher: PreTrainedModel | None, valid_vocab: int | None = None) -> Choice:
+    """Return the best measured recipe for these two models, and why: what recipe="auto" takes.
+
+    The choice rests on the experiment of `bench/recipes/`, whose figures are in docs/recipes.md.
+
+    Args:
+        student, teacher: causal models; a teacher of None is `lm_only`'s.
+        valid_vocab: as in `fused_kd_loss`: heads that differ by padding rows alone count as equal.
+    """
+    if teacher is None:
+        return Choice("lm_only", "there is no teacher")
+    ours, theirs = head_shape(student)[0], head_shape(teacher)[0]
+    if not same_vocabulary(ours, theirs, valid_vocab):
+        return Choice(
+            "lm_only",
+            f"the teacher's head has {theirs} tokens and the student's {ours}, and without that head nothing measured "
+            "was reliably better than no teacher; recipe='probe' is there to try",
+        )
+    if is_fresh(student):
+        why = "the student is fresh and has the teacher's vocabulary: its embedding is solved from it"
+        return Choice("svd_init", why)
+    return Choice("compressed_head", "the student is pretrained and has the teacher's vocabulary")
+
+
+@torch.no_grad()
+def is_fresh(student: PreTrainedModel) -> bool:
+    """Return whether the student's embedding is as it was drawn: rows of independent normal numbers of one size.
+
+    Row norms of such an embedding of width H vary by 1/√(2H); training moves rows by how often their tokens occur.
+    """
+    weight = student.get_output_embeddings().weight
+    norms = weight.float().norm(dim=1)
+    norms = norms[norms > 0]  # a padding token's row is drawn as zeros
+    return len(norms) > 1 and (norms.std() / norms.mean()).item() < 1.5 * (2 * weight.shape[1]) ** -0.5

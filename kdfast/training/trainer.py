@@ -25,16 +25,15 @@ from kdfast.training import fsdp
 from kdfast.training.cache.compatibility import check_datasets
 from kdfast.training.cache.read import cached_blocks
 from kdfast.training.callbacks import HealthCallback
-from kdfast.training.case import FROM_CACHE, Choice, choose_recipe
 from kdfast.training.config import KDConfig
 from kdfast.training.durable import atomic_io, checkpoint, checksums, processes, resume
-from kdfast.training.initialization import Start, solve_projector_again, wants_solving
-from kdfast.training.labels import IGNORE_INDEX, shift_labels
+from kdfast.training.hf import IGNORE_INDEX, shift_labels
+from kdfast.training.initialization import Start
 from kdfast.training.memory import memory_bytes
 from kdfast.training.metrics import EvaluationMeter, TrainingMeter
 from kdfast.training.model import DistillationModel
 from kdfast.training.nan_guard import NonFiniteGuard
-from kdfast.training.recipes import AUTO
+from kdfast.training.recipes import AUTO, FROM_CACHE, Choice, choose_recipe
 from kdfast.training.sharded_trainer import ShardedTrainer
 
 
@@ -201,7 +200,7 @@ class KDTrainer(ShardedTrainer):
             return
         self._solved = True
         model: DistillationModel = self.accelerator.unwrap_model(self.model)
-        if self.is_fsdp_enabled and wants_solving(model):
+        if self.is_fsdp_enabled and model.recipe.solves:
             model.to(self.args.device)  # whole, until it is sharded
         with self._naming_lost_processes():
             self.starts = model.solve(self._calibration_batches(), self.args.calibration_tokens)
@@ -265,7 +264,7 @@ class KDTrainer(ShardedTrainer):
         step, every = self.state.global_step, self._recipe.projector_resolve_steps
         if every > 0 and step % every == 0 and step != self._solved_at:
             model: DistillationModel = self.accelerator.unwrap_model(self.model)
-            solve_projector_again(model)
+            model.solve_projector_again()
             if self.accelerator.num_processes > 1:
                 assert model.logit_projector is not None
                 processes.broadcast(model.logit_projector.parameters(), self.args.device)

@@ -24,7 +24,7 @@ from kdfast.training.cache import rows as cache_rows
 from kdfast.training.cache import write as cache_write
 from kdfast.training.cache.description import Description, Split
 from kdfast.training.cache.entries import Drawn, TopK, draw, top_k
-from kdfast.training.cached import CachedEntries
+from kdfast.training.teachers import CachedEntries
 
 V, T = 67, 12
 

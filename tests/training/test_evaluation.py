@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from transformers import TrainerCallback
 
 from kdfast.training import KDTrainer
-from kdfast.training.labels import shift_labels
+from kdfast.training.hf import shift_labels
 
 
 def log_probabilities(logits, rows, temperature=1.0):

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from kdfast.training import DistillationModel
-from kdfast.training.hidden_loss import HiddenStateLoss
 from kdfast.training.recipes import Recipe
+from kdfast.training.teachers import HiddenStateLoss
 
 
 def states(layers, width, seed):

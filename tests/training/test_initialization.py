@@ -11,7 +11,6 @@ from kdfast.ops.logit_chunks import mean_probabilities
 from kdfast.training import DistillationModel, KDTrainer
 from kdfast.training.durable.checkpoint import load_models
 from kdfast.training.hf import backbone, head
-from kdfast.training.initialization import solve_projector_again
 from kdfast.training.recipes import Recipe
 
 SVD = {"student_init": "svd", "projector_init": "svd"}
@@ -74,9 +73,9 @@ def test_reported_fidelity_is_that_of_held_out_targets(tiny):
         hidden = backbone(model.teacher)(batch["input_ids"]).last_hidden_state[:, :-1].reshape(-1, 24)
     hidden = hidden[: 16 * 24][::8]
     true = head(model.teacher, hidden)
-    stand_in = head(model.student, model.logit_projector(hidden).detach())
+    surrogate = head(model.student, model.logit_projector(hidden).detach())
     assert start.tokens == len(hidden) == 48
-    assert start.kl == pytest.approx(fused_kd_loss(stand_in, true, temperature=1.0).item(), rel=1e-5)
+    assert start.kl == pytest.approx(fused_kd_loss(surrogate, true, temperature=1.0).item(), rel=1e-5)
     figures = f"KL(true‖start) {start.kl:.3f}, agreement {start.agreement:.0%} on 48 tokens"
     assert str(start) == f"projector_init='lstsq': {figures}"
 
@@ -88,7 +87,7 @@ def test_a_projector_solved_again_follows_a_moved_embedding(tiny):
     with torch.no_grad():
         model.student.get_output_embeddings().weight.mul_(3.0)
     off = measured(model, ids())
-    solve_projector_again(model)
+    model.solve_projector_again()
     assert measured(model, ids()) < 0.9 * off
 
 
@@ -98,7 +97,7 @@ def test_a_projector_solved_again_at_once_is_what_it_was(tiny, monkeypatch):
     model = make(tiny, teacher="projected", projector_init="lstsq", projector_resolve_steps=3, teacher_grad="none")
     model.solve([ids()])
     before = model.logit_projector.weight.clone()
-    solve_projector_again(model)
+    model.solve_projector_again()
     assert torch.equal(model.logit_projector.weight, before)
 
 

@@ -1,6 +1,6 @@
 import torch
 
-from kdfast.training.labels import shift_labels
+from kdfast.training.hf import shift_labels
 
 
 def test_shift_moves_labels_left_and_ends_with_ignored():

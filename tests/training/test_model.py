@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from kdfast.training import RECIPES, DistillationModel
-from kdfast.training.labels import shift_labels
+from kdfast.training.hf import shift_labels
 
 TAU, KD_WEIGHT = 1.7, 0.6
 HEADS = {  # family → (logit scale, softcap) of conftest's models, applied here by hand to the projected teacher

@@ -92,7 +92,7 @@ def test_a_compressed_head_has_to_be_made_first(tiny, batch):
         model(**batch)
 
 
-def test_fidelity_is_that_of_the_stand_in(tiny, batch):
+def test_fidelity_is_that_of_the_surrogate(tiny, batch):
     model = make(tiny, batch, teacher="compressed_head", compressed_rank=8)
     written = Written(model, batch)
     head = model.compressed_head(written.hidden)

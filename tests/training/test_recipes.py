@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kdfast.training import RECIPES, DistillationModel, KDTrainer
-from kdfast.training.case import choose_recipe, is_fresh
+from kdfast.training.recipes import choose_recipe, is_fresh
 
 FRESH = [("gpt2", {}), ("llama", {}), ("qwen2", {}), ("gemma2", {}), ("cohere", {}), ("granite", {}), ("opt", {})]
 
