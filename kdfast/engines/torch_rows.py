@@ -1,4 +1,4 @@
-"""The row work of the `torch` engine: logits of a few rows → losses, statistics, gradients, in plain torch.
+"""The `torch` engine's rows: logits of a few rows → losses, statistics, gradients, in plain torch.
 
 z_s, z_t (m, V) are the raw products h·Wᵀ; they are overwritten. A gradient is written towards those products
 (temperature, softcap and logit_scale included), divided by the problem's scale, in the dtype of its buffer; the
@@ -21,113 +21,171 @@ from kdfast.ops import sparse
 from kdfast.ops.planning import GradFlags, on_cpu
 from kdfast.ops.problem import AGREEMENT, ANCHOR, CE, KD, STUDENT_ENTROPY, TEACHER_ENTROPY, Problem
 
-CPU_BLOCK = 1 << 17  # logits a CPU works on at a time (512 KB in fp32), so that the row work stays in cache
+CPU_BLOCK = 1 << 17  # logits a CPU works on at a time (512 KB in fp32), so that they stay in its cache
 
 
 class TorchRows:
-    """Turn logits into gradients in plain torch, as `chunked.ROWS` says."""
+    """Turn logits into gradients, as `chunked.ROWS` says."""
 
     def __init__(self, x: Problem, scale: Tensor, wanted: GradFlags, stats: Tensor) -> None:
         self.x, self.scale, self.wanted, self.stats = x, scale, wanted, stats
 
     def __call__(self, rows: slice, z_s: Tensor, z_t: Tensor | None, out: GradientBuffers) -> None:
-        for part, within in blocks(self.x, rows):
-            teacher = None if z_t is None else z_t[within]
-            _solve(self.x, part, z_s[within], teacher, self.scale, self.wanted, self.stats, out.part(within))
+        for part, within in self.blocks(rows):
+            self._solve(part, z_s[within], None if z_t is None else z_t[within], out.part(within))
 
+    def blocks(self, rows: slice) -> Iterator[tuple[slice, slice]]:
+        """Yield some of a chunk's rows at a time: of x, and counted from the chunk's first."""
+        x, m = self.x, rows.stop - rows.start
+        size = max(1, CPU_BLOCK // max(1, x.valid_vocab)) if on_cpu(x.hidden.device, x.engine) else m
+        for first in range(0, m, max(1, size)):
+            last = min(first + size, m)
+            yield slice(rows.start + first, rows.start + last), slice(first, last)
 
-def blocks(x: Problem, rows: slice) -> Iterator[tuple[slice, slice]]:
-    """Some of a chunk's rows at a time: of x, and counted from the chunk's first."""
-    m = rows.stop - rows.start
-    size = max(1, CPU_BLOCK // max(1, x.valid_vocab)) if on_cpu(x.hidden.device, x.engine) else m
-    for first in range(0, m, max(1, size)):
-        last = min(first + size, m)
-        yield slice(rows.start + first, rows.start + last), slice(first, last)
+    def coefficients(self, rows: slice) -> Tensor:
+        """Return (3, r, 1): of the terms' gradients."""
+        return (self.x.coefficients[:, rows] / self.scale)[:, :, None]
 
+    def transform(self, z_s: Tensor, z_t: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Make logits of both sides' products, in place; return the slopes of `add_bias_and_transform`."""
+        x = self.x
+        slope_s = add_bias_and_transform(z_s, x.bias, x.logit_scale, x.softcap)
+        if z_t is None:
+            return slope_s, None
+        bias = x.bias if x.projected else x.teacher_bias
+        return slope_s, add_bias_and_transform(z_t, bias, x.teacher_logit_scale, x.teacher_softcap)
 
-def _solve(
-    x: Problem,
-    rows: slice,
-    z_s: Tensor,
-    z_t: Tensor | None,
-    scale: Tensor,
-    wanted: GradFlags,
-    stats: Tensor,
-    out: GradientBuffers,
-) -> None:
-    coefficients = (x.coefficients[:, rows] / scale)[:, :, None]  # (3, r, 1)
-    teacher_bias = x.bias if x.projected else x.teacher_bias
-    slope_s = add_bias_and_transform(z_s, x.bias, x.logit_scale, x.softcap)
-    slope_t: Tensor | None = None
-    if z_t is not None:
-        slope_t = add_bias_and_transform(z_t, teacher_bias, x.teacher_logit_scale, x.teacher_softcap)
-    if x.teacher_logits is not None:
-        z_t = x.dense_teacher(rows).to(x.dtype)
-    grad_s: Tensor | None = None
-    grad_t: Tensor | None = None
-    grad_a: Tensor | None = None
-    shared = z_s[:, : x.kd_vocab]
-    if x.sparse:
-        stats[KD, rows], grad_s = _sparse(x, rows, shared, coefficients[KD, :, 0], wanted.student)
-        if x.want_metrics:
-            stats[AGREEMENT, rows] = (shared.argmax(dim=-1) == sparse.best(x)[rows]).to(stats.dtype)
-    elif z_t is not None:
-        stats[KD, rows], grad_s, grad_t = _divergence(x, shared, z_t, coefficients[KD], wanted)
-        if x.want_metrics:
-            stats[AGREEMENT, rows] = (shared.argmax(dim=-1) == z_t.argmax(dim=-1)).to(stats.dtype)
+    def teacher_logits(self, rows: slice, z_t: Tensor | None) -> Tensor | None:
+        """Return z_t, or the logits that were given in its place."""
+        return z_t if self.x.teacher_logits is None else self.x.dense_teacher(rows).to(self.x.dtype)
 
-    if x.use_ce or x.want_metrics:
-        targets = x.labels[rows] if x.use_ce and x.labels is not None else None
-        entropy, value, grad = _at_temperature_one(
-            z_s, targets, coefficients[CE], entropy=x.want_metrics, gradient=wanted.student and x.ce_term
-        )
-        _record(stats, rows, STUDENT_ENTROPY, entropy)
-        _record(stats, rows, CE, value)
-        grad_s = _add_shared(grad, grad_s)
-    if z_t is not None and (x.use_anchor or x.want_metrics):
-        targets = x.anchor_targets[rows] if x.use_anchor and x.anchor_targets is not None else None
-        entropy, value, grad_a = _at_temperature_one(
-            z_t, targets, coefficients[ANCHOR], entropy=x.want_metrics, gradient=wanted.anchor
-        )
-        _record(stats, rows, TEACHER_ENTROPY, entropy)
-        _record(stats, rows, ANCHOR, value)
+    def _solve(self, rows: slice, z_s: Tensor, z_t: Tensor | None, out: GradientBuffers) -> None:
+        x, wanted, stats = self.x, self.wanted, self.stats
+        kd, ce, anchor = self.coefficients(rows)
+        slopes = self.transform(z_s, z_t)
+        z_t = self.teacher_logits(rows, z_t)
+        grad_s: Tensor | None = None
+        grad_t: Tensor | None = None
+        grad_a: Tensor | None = None
+        shared = z_s[:, : x.kd_vocab]
+        if x.sparse:
+            stats[KD, rows], grad_s = self._sparse(rows, shared, kd[:, 0])
+        elif z_t is not None:
+            stats[KD, rows], grad_s, grad_t = self._divergence(shared, z_t, kd)
+        if x.want_metrics and (x.sparse or z_t is not None):
+            best = sparse.best(x)[rows] if z_t is None else z_t.argmax(dim=-1)
+            stats[AGREEMENT, rows] = (shared.argmax(dim=-1) == best).to(stats.dtype)
+        if x.use_ce or x.want_metrics:
+            targets = x.labels if x.use_ce else None
+            grad = self._at_temperature_one(
+                rows, z_s, targets, ce, (STUDENT_ENTROPY, CE), gradient=wanted.student and x.ce_term
+            )
+            grad_s = add_shared(grad, grad_s)
+        if z_t is not None and (x.use_anchor or x.want_metrics):
+            targets = x.anchor_targets if x.use_anchor else None
+            grad_a = self._at_temperature_one(
+                rows, z_t, targets, anchor, (TEACHER_ENTROPY, ANCHOR), gradient=wanted.anchor
+            )
+        self.write(out, grad_s, grad_t, grad_a, *slopes)
 
-    write(x, wanted, out, (grad_s, grad_t, grad_a), slope_s, slope_t)
+    def _divergence(self, z_s: Tensor, z_t: Tensor, coefficient: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return (divergence (r,), coefficient·∂/∂z_s, coefficient·∂/∂z_t)."""
+        x, divergence = self.x, self.x.divergence
+        log_p = torch.log_softmax(z_t / x.temperature, dim=-1)
+        log_q = torch.log_softmax(z_s / x.temperature, dim=-1)
+        unknown = log_p[:, 0].isnan() | log_q[:, 0].isnan()  # a NaN logit makes its whole row NaN
+        g = log_ratio(log_p, log_q)
+        p, q = log_p.exp_(), log_q.exp_()
+        terms = divergence.terms(p, q, g)
+        value = terms.f.sum(dim=-1).masked_fill_(unknown, float("nan"))
+        factor = coefficient / x.temperature
+        grad_s = times(center(terms.a_q, q, divergence.centred_q), factor) if self.wanted.student else None
+        grad_t = times(center(terms.a_p, p, divergence.centred_p), factor) if self.wanted.teacher else None
+        return value, grad_s, grad_t
 
+    def _sparse(self, rows: slice, z: Tensor, coefficient: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return (divergence (r,), coefficient·∂/∂z) of a teacher given by K entries."""
+        x = self.x
+        assert x.teacher_indices is not None
+        index = x.teacher_indices[rows]
+        # `clamp`: a row of −inf alone, whose differences would be NaN
+        z = z - z.amax(dim=-1, keepdim=True).clamp_min(torch.finfo(z.dtype).min)
+        entries = z.gather(1, index)
+        scaled = z / sparse.temperature(x)
+        softmax = scaled.exp()
+        total = softmax.sum(dim=-1)
+        rest: Tensor | None = None
+        excluded = sparse.excluded(x)
+        if excluded is not None:
+            # an entry without mass keeps its logit: its id is written with what some other entry there would write
+            scaled.scatter_(1, index, torch.where(excluded[rows], -inf, entries / sparse.temperature(x)))
+            rest = scaled.logsumexp(dim=-1)
+        found = sparse.solve(x, rows, entries, total.log(), rest, coefficient)
+        if not self.wanted.student:
+            return found.value, None
+        if rest is None:
+            softmax.div_(total[:, None])
+        else:
+            softmax = torch.exp(scaled.sub_(rest[:, None]), out=softmax)
+        return found.value, times(softmax, found.outside[:, None]).scatter_(1, index, found.inside)
 
-def write(
-    x: Problem,
-    wanted: GradFlags,
-    out: GradientBuffers,
-    gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
-    slope_s: Tensor | None,
-    slope_t: Tensor | None,
-) -> None:
-    """Gradients towards some rows' logits, of student, teacher and anchor (r, ≤ V), into their buffers; overwritten."""
-    grad_s, grad_t, grad_a = gradients
-    for grad, slope, logit_scale in (
-        (grad_s, slope_s, x.logit_scale),
-        (grad_t, slope_t, x.teacher_logit_scale),
-        (grad_a, slope_t, x.teacher_logit_scale),
-    ):
-        _chain(grad, slope, logit_scale)
-    if out.bias is not None:
-        for grad in (grad_s, grad_t if wanted.teacher_to_weight else None):
-            if grad is not None:
-                out.bias[: grad.shape[1]].add_(grad.sum(dim=0))
-    if out.anchor is None:
-        grad_t, grad_a = _add(grad_t, grad_a), None
-    if out.decorrelation is not None:
-        assert grad_s is not None
-        assert grad_t is not None
-        out.decorrelation.copy_(_decorrelate(grad_s, grad_t))
-    for buffer, grad in ((out.student, grad_s), (out.teacher, grad_t), (out.anchor, grad_a)):
-        if buffer is not None:
-            _fill(buffer, grad)
+    def _at_temperature_one(
+        self,
+        rows: slice,
+        z: Tensor,
+        targets: Tensor | None,
+        coefficient: Tensor,
+        statistics: tuple[int, int],  # where entropy and cross entropy go
+        *,
+        gradient: bool,
+    ) -> Tensor | None:
+        """Fill the statistics; return coefficient·(softmax − onehot) (r, V) where there are targets (N,) and it is
+        wanted."""
+        entropy, cross_entropy = statistics
+        log_q = z.log_softmax(dim=-1)
+        index = None if targets is None else targets[rows, None]
+        if index is not None:
+            self.stats[cross_entropy, rows] = -log_q.gather(1, index).squeeze(1)
+        if not (self.x.want_metrics or gradient):
+            return None
+        q = log_q.exp()
+        if self.x.want_metrics:
+            self.stats[entropy, rows] = -weighted(q, log_q).sum(dim=-1)
+        if not gradient or index is None:
+            return None
+        return q.mul_(coefficient).scatter_add_(1, index, -coefficient)
+
+    def write(
+        self,
+        out: GradientBuffers,
+        grad_s: Tensor | None,
+        grad_t: Tensor | None,
+        grad_a: Tensor | None,
+        slope_s: Tensor | None,
+        slope_t: Tensor | None,
+    ) -> None:
+        """Write gradients towards some rows' logits, of student, teacher and anchor (r, ≤ V), into their buffers."""
+        x = self.x
+        _chain(grad_s, slope_s, x.logit_scale)
+        _chain(grad_t, slope_t, x.teacher_logit_scale)
+        _chain(grad_a, slope_t, x.teacher_logit_scale)
+        if out.bias is not None:
+            for grad in (grad_s, grad_t if self.wanted.teacher_to_weight else None):
+                if grad is not None:
+                    out.bias[: grad.shape[1]].add_(grad.sum(dim=0))
+        if out.anchor is None and grad_a is not None:
+            grad_t, grad_a = grad_a if grad_t is None else grad_t.add_(grad_a), None
+        if out.decorrelation is not None:
+            assert grad_s is not None
+            assert grad_t is not None
+            out.decorrelation.copy_(_decorrelate(grad_s, grad_t))
+        for buffer, grad in ((out.student, grad_s), (out.teacher, grad_t), (out.anchor, grad_a)):
+            if buffer is not None:
+                _fill(buffer, grad)
 
 
 def add_bias_and_transform(z: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None) -> Tensor | None:
-    """z → softcap·tanh(logit_scale·(z + bias)/softcap), in place; returns d/dz ÷ logit_scale, or None for 1.
+    """Make z softcap·tanh(logit_scale·(z + bias)/softcap), in place; return d/dz ÷ logit_scale, or None for 1.
 
     bias: of z's shape, or of z's columns and more."""
     if bias is not None:
@@ -143,56 +201,12 @@ def add_bias_and_transform(z: Tensor, bias: Tensor | None, logit_scale: float, s
 
 
 def slope_of(z: Tensor, softcap: float | None) -> Tensor | None:
-    """The same of logits that have been transformed."""
+    """Return the same of logits that have been transformed."""
     return None if softcap is None else 1 - (z / softcap).square_()
 
 
-def _divergence(
-    x: Problem, z_s: Tensor, z_t: Tensor, coefficient: Tensor, wanted: GradFlags
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(divergence (r,), coefficient·∂/∂z_s, coefficient·∂/∂z_t)."""
-    log_p = torch.log_softmax(z_t / x.temperature, dim=-1)
-    log_q = torch.log_softmax(z_s / x.temperature, dim=-1)
-    unknown = log_p[:, 0].isnan() | log_q[:, 0].isnan()  # a NaN logit makes its whole row NaN
-    g = log_ratio(log_p, log_q)
-    p, q = log_p.exp_(), log_q.exp_()
-    divergence = x.divergence
-    terms = divergence.terms(p, q, g)
-    value = terms.f.sum(dim=-1).masked_fill_(unknown, float("nan"))
-    factor = coefficient / x.temperature
-    grad_s = times(centre(terms.a_q, q, divergence.centred_q), factor) if wanted.student else None
-    grad_t = times(centre(terms.a_p, p, divergence.centred_p), factor) if wanted.teacher else None
-    return value, grad_s, grad_t
-
-
-def _sparse(x: Problem, rows: slice, z: Tensor, coefficient: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """(divergence (r,), coefficient·∂/∂z) of a teacher given by K entries."""
-    assert x.teacher_indices is not None
-    index = x.teacher_indices[rows]
-    # `clamp`: a row of −inf alone, whose differences would be NaN
-    z = z - z.amax(dim=-1, keepdim=True).clamp_min(torch.finfo(z.dtype).min)
-    entries = z.gather(1, index)
-    scaled = z / sparse.temperature(x)
-    softmax = scaled.exp()
-    total = softmax.sum(dim=-1)
-    rest: Tensor | None = None
-    excluded = sparse.excluded(x)
-    if excluded is not None:
-        # an entry without mass keeps its logit: its id is written with what some other entry there would write
-        scaled.scatter_(1, index, torch.where(excluded[rows], -inf, entries / sparse.temperature(x)))
-        rest = scaled.logsumexp(dim=-1)
-    found = sparse.solve(x, rows, entries, total.log(), rest, coefficient)
-    if not gradient:
-        return found.value, None
-    if rest is None:
-        softmax.div_(total[:, None])
-    else:
-        softmax = torch.exp(scaled.sub_(rest[:, None]), out=softmax)
-    return found.value, times(softmax, found.outside[:, None]).scatter_(1, index, found.inside)
-
-
 def times(grad: Tensor, factor: Tensor) -> Tensor:
-    """grad·factor, in place, with 0·∞ = 0: an infinite divergence does not reach rows that it does not count for."""
+    """Return grad·factor, in place, with 0·∞ = 0: an infinite divergence does not reach rows it does not count for."""
     zero = factor == 0
     grad.mul_(factor)
     if grad.device.type == "cpu" and not bool(zero.any()):
@@ -200,60 +214,31 @@ def times(grad: Tensor, factor: Tensor) -> Tensor:
     return grad.masked_fill_(zero, 0.0)
 
 
-def centre(a: Tensor, softmax: Tensor, centred: bool, total: Tensor | None = None) -> Tensor:
-    """a − softmax·Σa, in place. total (r,): Σa, where a is a slice of the vocabulary."""
+def center(a: Tensor, softmax: Tensor, centred: bool, total: Tensor | None = None) -> Tensor:
+    """Return a − softmax·Σa, in place. total (r,): Σa, where a is a slice of the vocabulary."""
     if centred:
         return a
     return a.addcmul_(softmax, a.sum(dim=-1, keepdim=True) if total is None else total[:, None], value=-1)
 
 
-def _at_temperature_one(
-    z: Tensor, targets: Tensor | None, coefficient: Tensor, *, entropy: bool, gradient: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(entropy (r,), cross entropy on `targets` (r,), coefficient·(softmax − onehot) (r, V)); None = not asked for."""
-    log_q = z.log_softmax(dim=-1)
-    index = None if targets is None else targets[:, None]
-    value = None if index is None else -log_q.gather(1, index).squeeze(1)
-    if not (entropy or gradient):
-        return None, value, None
-    q = log_q.exp()
-    spread = -weighted(q, log_q).sum(dim=-1) if entropy else None
-    if not gradient or index is None:
-        return spread, value, None
-    return spread, value, q.mul_(coefficient).scatter_add_(1, index, -coefficient)
-
-
-def _saturated(grad: Tensor, dtype: torch.dtype) -> Tensor:
-    return grad.clamp_(-65504, 65504) if dtype == torch.float16 else grad
-
-
-def _fill(buffer: Tensor, grad: Tensor | None) -> None:
-    """Write a gradient; entries of the vocabulary that it does not have get none."""
-    width = 0 if grad is None else grad.shape[1]
-    if grad is not None:
-        buffer[:, :width].copy_(_saturated(grad, buffer.dtype))
-    buffer[:, width:].zero_()
-
-
-def _record(stats: Tensor, rows: slice, row: int, value: Tensor | None) -> None:
-    if value is not None:
-        stats[row, rows] = value
-
-
-def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return b if a is None else a if b is None else a.add_(b)
-
-
-def _add_shared(whole: Tensor | None, shared: Tensor | None) -> Tensor | None:
-    """A gradient over the whole vocabulary and one over its first ids."""
+def add_shared(whole: Tensor | None, shared: Tensor | None) -> Tensor | None:
+    """Return the sum of a gradient over the whole vocabulary and one over its first ids, in place."""
     if whole is None or shared is None:
         return shared if whole is None else whole
     whole[:, : shared.shape[1]] += shared
     return whole
 
 
+def _fill(buffer: Tensor, grad: Tensor | None) -> None:
+    """Write a gradient, saturated; entries of the vocabulary that it does not have get none."""
+    width = 0 if grad is None else grad.shape[1]
+    if grad is not None:
+        buffer[:, :width].copy_(grad.clamp_(-65504, 65504) if buffer.dtype == torch.float16 else grad)
+    buffer[:, width:].zero_()
+
+
 def _chain(grad: Tensor | None, slope: Tensor | None, logit_scale: float) -> None:
-    """From logits to the raw products h·Wᵀ + b, in place."""
+    """Take a gradient from logits to the raw products h·Wᵀ + b, in place."""
     if grad is None:
         return
     if slope is not None:
@@ -263,15 +248,15 @@ def _chain(grad: Tensor | None, slope: Tensor | None, logit_scale: float) -> Non
 
 
 def _decorrelate(grad_s: Tensor, grad_t: Tensor) -> Tensor:
-    """grad_t += mix·grad_s, making it orthogonal to grad_s; returns mix (r,).
+    """Add c·grad_s to grad_t, making it orthogonal to grad_s; return c (r,).
 
     Near convergence grad_t ≈ −grad_s and h_p ≈ h_s, so that dW = grad_sᵀ·h_s + grad_tᵀ·h_p is a difference of
     nearly equal products, and rounding the two gradients to 16 bits on their own leaves an error many times dW's
-    own rounding. The same sum is grad_sᵀ·(h_s − mix·h_p) + (grad_t + mix·grad_s)ᵀ·h_p, both factors small before
+    own rounding. The same sum is grad_sᵀ·(h_s − c·h_p) + (grad_t + c·grad_s)ᵀ·h_p, both factors small before
     they are rounded; by Pythagoras no rounding error grows, whatever the rows are.
     """
     square = (grad_s * grad_s).sum(dim=-1)
     dot = (grad_s * grad_t).sum(dim=-1)
-    mix = torch.where(square > 0, -dot / square, 0.0)
-    grad_t.addcmul_(grad_s, mix[:, None])
-    return mix
+    c = torch.where(square > 0, -dot / square, 0.0)
+    grad_t.addcmul_(grad_s, c[:, None])
+    return c

@@ -1,6 +1,6 @@
-"""The row work of the `torch` engine in the phases of `vocab_parallel.py`, in plain torch.
+"""The `torch` engine's rows in the phases of `vocab_parallel.py`, in plain torch.
 
-With m a slice's maximum, x = (z − m)/τ and e = exp(x), a slice tells of each row
+With m a slice's maximum, x = (z − m)/τ and e = exp(x), a process says of its slice, row by row:
 
     student   m, Σ e, its first argmax; at τ = 1 m, Σ e, Σ e·x and the label's logit, over all that the cross entropy
               sees
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kdfast.divergences import ForwardKL, ReverseKL, difference, log_ratio, weighted
 from kdfast.engines.chunk_loop import GradientBuffers
-from kdfast.engines.torch_rows import add_bias_and_transform, blocks, centre, slope_of, times, write
+from kdfast.engines.torch_rows import TorchRows, add_shared, center, slope_of, times
 from kdfast.ops import sparse
 from kdfast.ops.planning import GradFlags
 from kdfast.ops.problem import AGREEMENT, ANCHOR, CE, KD, STUDENT_ENTROPY, TEACHER_ENTROPY, Problem
@@ -30,24 +30,38 @@ from kdfast.ops.problem import AGREEMENT, ANCHOR, CE, KD, STUDENT_ENTROPY, TEACH
 LOWEST = -1e30  # below any logit, yet finite: the maximum of nothing
 
 
-class Numbers(NamedTuple):
-    """What a slice tells, each (r,); or of all slices (R, r)."""
+class Side(NamedTuple):
+    """What a slice says of one side's logits, each (r,); or all slices (R, r)."""
 
-    m_s: Tensor
-    S_s: Tensor
-    best_s: Tensor
-    m_1: Tensor  # the student's at τ = 1
+    m: Tensor
+    S: Tensor
+    best: Tensor
+    m_1: Tensor  # at τ = 1, where the student's reach further; the teacher's is m
     S_1: Tensor
     E_1: Tensor
-    target_s: Tensor
-    m_t: Tensor
-    S_t: Tensor
-    best_t: Tensor
-    S_t1: Tensor
-    E_t1: Tensor
-    target_t: Tensor
+    target: Tensor
+
+
+class State(NamedTuple):
+    """Both sides, the pair, and a sparse teacher's entries (K, r); or of all slices with R before r."""
+
+    student: Side
+    teacher: Side
     G: Tensor
     D: Tensor
+    entries: Tensor
+
+    def packed(self) -> Tensor:
+        """Return (15 + K, r); the teacher's m_1 is left out."""
+        numbers = (*self.student, *self.teacher[:3], *self.teacher[4:], self.G, self.D)
+        return torch.cat([torch.stack([each.to(self.G.dtype) for each in numbers]), self.entries])
+
+    @classmethod
+    def of_all(cls, states: Tensor) -> State:
+        """Return the state of what was gathered, (R, 15 + K, r). entries (K, r): each is in one slice."""
+        numbers = states[:, :15].unbind(dim=1)
+        student, teacher = Side._make(numbers[:7]), Side._make((*numbers[7:10], numbers[7], *numbers[10:13]))
+        return cls(student, teacher, numbers[13], numbers[14], states[:, 15:].sum(dim=0))
 
 
 class Constants(NamedTuple):
@@ -66,120 +80,130 @@ class Constants(NamedTuple):
     inside: Tensor  # (K, r), or empty: gradients at a sparse teacher's entries
     outside: Tensor  # (r,): and of the others, as a multiple of their softmax
 
+    def part(self, rows: slice) -> Constants:
+        """Return those of some of the rows."""
+        return Constants(*(each[..., rows] for each in self))
 
-class TorchVocabParallelRows:
+
+class Merged(NamedTuple):
+    """Slices' maxima and sums put together."""
+
+    m: Tensor  # (r,)
+    move: Tensor  # (R, r): from each slice's maximum to m, over τ
+    r: Tensor  # (R, r): its exponential
+    S: Tensor  # (r,)
+
+
+class TorchVocabParallelRows(TorchRows):
     """`kdfast.engines.vocab_parallel.VocabParallelRows` in plain torch."""
 
     def __init__(self, x: Problem, scale: Tensor, wanted: GradFlags, stats: Tensor) -> None:
-        self.x, self.scale, self.wanted, self.stats = x, scale, wanted, stats
+        super().__init__(x, scale, wanted, stats)
         self.tau = sparse.temperature(x) if x.sparse else x.temperature
         self.teacher = x.has_teacher and not x.sparse
         self.kl = isinstance(x.divergence, (ForwardKL, ReverseKL))
+        self.forward_kl = isinstance(x.divergence, ForwardKL)
         self.second_pass = self.teacher and not self.kl
         self.labels, self.anchor_targets = x.local(x.labels), x.local(x.anchor_targets)
 
     # first pass
 
     def update(self, rows: slice, z_s: Tensor, z_t: Tensor | None) -> Tensor:
-        parts = [
-            self._fold(part, z_s[within], None if z_t is None else z_t[within]) for part, within in blocks(self.x, rows)
+        states = [
+            self._state(part, z_s[within], None if z_t is None else z_t[within]).packed()
+            for part, within in self.blocks(rows)
         ]
-        return torch.cat(parts, dim=1)
+        return torch.cat(states, dim=1)
 
-    def _fold(self, rows: slice, z_s: Tensor, z_t: Tensor | None) -> Tensor:
+    def _state(self, rows: slice, z_s: Tensor, z_t: Tensor | None) -> State:
         x = self.x
-        add_bias_and_transform(z_s, x.bias, x.logit_scale, x.softcap)
-        if z_t is not None:
-            bias = x.bias if x.projected else x.teacher_bias
-            add_bias_and_transform(z_t, bias, x.teacher_logit_scale, x.teacher_softcap)
-        z_t = self._given(rows, z_t)
-        zero = z_s.new_zeros(z_s.shape[0])
+        self.transform(z_s, z_t)
+        z_t = self.teacher_logits(rows, z_t)
         shared = z_s[:, : x.kd_vocab]
-        m_s, S_s, x_s, e_s = _side(shared, self.tau)
-        found = Numbers(*[zero] * len(Numbers._fields))._replace(m_s=m_s, S_s=S_s, m_1=m_s)
-        if x.want_metrics:
-            found = found._replace(best_s=_argmax(shared) + x.vocab_start)
-        if x.use_ce or x.want_metrics:
-            m_1 = _maximum(z_s) if shared.shape[1] < z_s.shape[1] else m_s
-            S_1, E_1 = self._at_one(z_s, m_1)
-            found = found._replace(m_1=m_1, S_1=S_1, E_1=E_1)
-        if x.use_ce:
-            found = found._replace(target_s=self._target(z_s, self.labels, rows))
-        entries = z_s.new_empty(0, z_s.shape[0])
+        student, x_s, e_s = self._side(rows, shared, z_s, self.labels if x.use_ce else None)
+        zero = z_s.new_zeros(z_s.shape[0])
+        state = State(student, Side(*[zero] * 7), zero, zero, z_s.new_empty(0, z_s.shape[0]))
         if x.sparse:
-            entries, bucket = self._entries(rows, shared)
-            if bucket is not None:
-                found = found._replace(m_t=bucket[0], S_t=bucket[1])
-        elif z_t is not None:
-            m_t, S_t, x_t, e_t = _side(z_t, self.tau)
-            found = found._replace(m_t=m_t, S_t=S_t)
-            if x.want_metrics:
-                found = found._replace(best_t=_argmax(z_t) + x.vocab_start)
-            if x.use_anchor or x.want_metrics:
-                S_t1, E_t1 = self._at_one(z_t, m_t)
-                found = found._replace(S_t1=S_t1, E_t1=E_t1)
-            if x.use_anchor:
-                found = found._replace(target_t=self._target(z_t, self.anchor_targets, rows))
-            if self.kl:
-                b, o = ((x_t, e_t), (x_s, e_s)) if isinstance(x.divergence, ForwardKL) else ((x_s, e_s), (x_t, e_t))
-                u = log_ratio(b[0], o[0])
-                found = found._replace(G=weighted(b[1], u).sum(dim=-1), D=difference(b[1], o[1], u).sum(dim=-1))
-        return torch.cat([torch.stack([each.to(zero.dtype) for each in found]), entries])
+            return self._sparse_state(rows, shared, state)
+        if z_t is None:
+            return state
+        teacher, x_t, e_t = self._side(rows, z_t, z_t, self.anchor_targets if x.use_anchor else None)
+        if not self.kl:
+            return state._replace(teacher=teacher)
+        (x_b, e_b), (x_o, e_o) = ((x_t, e_t), (x_s, e_s)) if self.forward_kl else ((x_s, e_s), (x_t, e_t))
+        u = log_ratio(x_b, x_o)
+        G, D = weighted(e_b, u).sum(dim=-1), difference(e_b, e_o, u).sum(dim=-1)
+        return state._replace(teacher=teacher, G=G, D=D)
+
+    def _side(self, rows: slice, z: Tensor, z_1: Tensor, targets: Tensor | None) -> tuple[Side, Tensor, Tensor]:
+        """Return a side's numbers of logits z (r, v), at τ = 1 of z_1 (r, ≥ v); x and e of z. targets (N,): local."""
+        metrics = self.x.want_metrics
+        m, S, x, e = _exponentials(z, self.tau)
+        zero = torch.zeros_like(m)
+        side = Side(m, S, _argmax(z) + self.x.vocab_start if metrics else zero, m, zero, zero, zero)
+        if targets is not None or metrics:
+            m_1 = _maximum(z_1) if z.shape[1] < z_1.shape[1] else m
+            y = z_1 - m_1[:, None]
+            e_1 = y.exp()
+            side = side._replace(m_1=m_1, S_1=e_1.sum(dim=-1))
+            if metrics:
+                side = side._replace(E_1=weighted(e_1, y).sum(dim=-1))
+        if targets is not None and z_1.shape[1]:
+            index = targets[rows, None]
+            target = torch.where(index >= 0, z_1.gather(1, index.clamp_min(0)), 0).squeeze(1)
+            side = side._replace(target=target)  # 0 where the target is elsewhere
+        return side, x, e
 
     def merge(self, rows: slice, states: Tensor) -> Constants:
-        x, stats = self.x, self.stats
-        entries = states[:, len(Numbers._fields) :].sum(dim=0)
-        of = Numbers(*states[:, : len(Numbers._fields)].unbind(dim=1))
-        m_s, move_s, r_s, S_s = _together(of.m_s, of.S_s, self.tau)
-        m_t, move_t, r_t, S_t = _together(of.m_t, of.S_t, self.tau)
-        log_s, log_t = S_s.log(), S_t.log()
-        m_1, log_1 = m_s, log_s
+        x, stats, of = self.x, self.stats, State.of_all(states)
+        student, teacher = (_merged(side.m, side.S, self.tau) for side in (of.student, of.teacher))
+        log_s, log_t = student.S.log(), teacher.S.log()
+        m_1, log_1 = student.m, log_s
         if x.use_ce or x.want_metrics:
-            m_1, log_1, entropy = self._entropy(of.m_1, of.S_1, of.E_1)
-            if x.want_metrics:
-                stats[STUDENT_ENTROPY, rows] = entropy
-        if x.use_ce:
-            stats[CE, rows] = log_1 - (of.target_s.sum(dim=0) - m_1)
-        best_s = _first_best(of.m_s, of.best_s)
-        zero = torch.zeros_like(m_s)
-        none = Constants(
-            m_s, log_s, m_t, log_t, log_t - log_s, zero, zero, m_1, log_1, zero, zero.new_empty(0, len(zero)), zero
-        )
+            m_1, log_1 = self._merge_at_one(rows, of.student, STUDENT_ENTROPY, CE if x.use_ce else None)
+        zero = torch.zeros_like(log_s)
+        constants = Constants(
+            m_s=student.m, log_s=log_s, m_t=teacher.m, log_t=log_t, gap=log_t - log_s, A_p=zero, A_q=zero, m_1=m_1,
+            log_1=log_1, log_t1=zero, inside=zero.new_empty(0, len(zero)), outside=zero,
+        )  # fmt: skip
+        if x.want_metrics and x.has_teacher:
+            best = sparse.best(x)[rows] if x.sparse else _first_best(of.teacher)
+            stats[AGREEMENT, rows] = (_first_best(of.student) == best).to(stats.dtype)
         if x.sparse:
-            if x.want_metrics:
-                stats[AGREEMENT, rows] = (best_s == sparse.best(x)[rows]).to(stats.dtype)
-            return self._solve_sparse(rows, none, entries)
-        if not self.teacher:
-            return none
-        if x.use_anchor or x.want_metrics:
-            _, log_t1, entropy = self._entropy(of.m_t, of.S_t1, of.E_t1)
-            none = none._replace(log_t1=log_t1)
-            if x.want_metrics:
-                stats[TEACHER_ENTROPY, rows] = entropy
-                stats[AGREEMENT, rows] = (best_s == _first_best(of.m_t, of.best_t)).to(stats.dtype)
-        if x.use_anchor:
-            stats[ANCHOR, rows] = none.log_t1 - (of.target_t.sum(dim=0) - m_t)
-        if not self.kl:
-            return none
-        sides = (of.S_t, move_t, r_t, S_t), (of.S_s, move_s, r_s, S_s)
-        if isinstance(x.divergence, ForwardKL):
-            value, rise = _kl(of.G, of.D, *sides)
-            constants = none._replace(gap=-rise, A_p=value)
-        else:
-            value, rise = _kl(of.G, of.D, *sides[::-1])
-            constants = none._replace(gap=rise, A_q=value)
+            found = sparse.between_passes(x, rows, of.entries.t(), constants[:4], self.scale)
+            stats[KD, rows] = found.value
+            return constants._replace(inside=found.inside.t(), outside=found.outside)
+        if self.teacher and (x.use_anchor or x.want_metrics):
+            _, log_t1 = self._merge_at_one(rows, of.teacher, TEACHER_ENTROPY, ANCHOR if x.use_anchor else None)
+            constants = constants._replace(log_t1=log_t1)
+        if not self.teacher or not self.kl:
+            return constants
+        base = (of.teacher.S, teacher, student) if self.forward_kl else (of.student.S, student, teacher)
+        value, rise = _kl(of.G, of.D, *base)
         stats[KD, rows] = value
-        return constants
+        return constants._replace(gap=-rise, A_p=value) if self.forward_kl else constants._replace(gap=rise, A_q=value)
+
+    def _merge_at_one(self, rows: slice, side: Side, entropy: int, term: int | None) -> tuple[Tensor, Tensor]:
+        """Return (maximum, log Σ exp) at τ = 1 of all slices; fill the statistics, the cross entropy's where `term`
+        says which it is."""
+        all_ = _merged(side.m_1, side.S_1, torch.ones_like(self.tau))
+        log = all_.S.log()
+        if self.x.want_metrics:
+            E = _scaled(all_.r, side.E_1 + all_.move * side.S_1).sum(dim=0)
+            self.stats[entropy, rows] = log - E / all_.S
+        if term is not None:
+            self.stats[term, rows] = log - (side.target.sum(dim=0) - all_.m)
+        return all_.m, log
 
     # second pass
 
     def terms(self, rows: slice, z_s: Tensor, z_t: Tensor | None, constants: Constants) -> Tensor:
-        """Σf, Σa_p, Σa_q."""
+        """Return Σf, Σa_p, Σa_q (3, r)."""
         found = []
-        for part, within in blocks(self.x, rows):
-            given = self._given(part, None if z_t is None else z_t[within])
+        for part, within in self.blocks(rows):
+            given = self.teacher_logits(part, None if z_t is None else z_t[within])
             assert given is not None
-            p, q, g = self._probabilities(z_s[within], given, constants, within)
+            p, q, g = self._probabilities(z_s[within], given, constants.part(within))
             found.append(torch.stack([each.sum(dim=-1) for each in self.x.divergence.terms(p, q, g)]))
         return torch.cat(found, dim=1)
 
@@ -193,132 +217,87 @@ class TorchVocabParallelRows:
     def gradients(
         self, rows: slice, z_s: Tensor, z_t: Tensor | None, constants: Constants, out: GradientBuffers
     ) -> None:
-        for part, within in blocks(self.x, rows):
+        for part, within in self.blocks(rows):
             teacher = None if z_t is None else z_t[within]
-            self._gradients(part, within, z_s[within], teacher, constants, out.part(within))
+            self._gradients(part, z_s[within], teacher, constants.part(within), out.part(within))
 
     def _gradients(
-        self, rows: slice, within: slice, z_s: Tensor, z_t: Tensor | None, constants: Constants, out: GradientBuffers
+        self, rows: slice, z_s: Tensor, z_t: Tensor | None, constants: Constants, out: GradientBuffers
     ) -> None:
         x, wanted = self.x, self.wanted
-        kd, ce, anchor = (x.coefficients[:, rows] / self.scale)[:, :, None]
+        kd, ce, anchor = self.coefficients(rows)
         slope_s = slope_of(z_s, x.softcap)
         slope_t = None if z_t is None else slope_of(z_t, x.teacher_softcap)
-        z_t = self._given(rows, z_t)
+        z_t = self.teacher_logits(rows, z_t)
         grad_s: Tensor | None = None
         grad_t: Tensor | None = None
         grad_a: Tensor | None = None
         if x.sparse and wanted.student:
-            grad_s = self._sparse_gradient(rows, within, z_s[:, : x.kd_vocab], constants)
-        elif z_t is not None and self.teacher and (wanted.student or wanted.teacher):
+            grad_s = self._sparse_gradient(rows, z_s[:, : x.kd_vocab], constants)
+        elif z_t is not None and (wanted.student or wanted.teacher):
             divergence, factor = x.divergence, kd / x.temperature
-            p, q, g = self._probabilities(z_s, z_t, constants, within)
+            p, q, g = self._probabilities(z_s, z_t, constants)
             _, a_p, a_q = divergence.terms(p, q, g)
             if wanted.student:
-                grad_s = times(centre(a_q, q, divergence.centred_q, constants.A_q[within]), factor)
+                grad_s = times(center(a_q, q, divergence.centred_q, constants.A_q), factor)
             if wanted.teacher:
-                grad_t = times(centre(a_p, p, divergence.centred_p, constants.A_p[within]), factor)
+                grad_t = times(center(a_p, p, divergence.centred_p, constants.A_p), factor)
         if wanted.student and x.ce_term:
-            whole = self._cross_entropy(z_s, constants.m_1[within], constants.log_1[within], self.labels, rows, ce)
-            if grad_s is not None:
-                whole[:, : grad_s.shape[1]] += grad_s
-            grad_s = whole
+            whole = _cross_entropy_gradient(z_s, constants.m_1, constants.log_1, self.labels, rows, ce)
+            grad_s = add_shared(whole, grad_s)
         if z_t is not None and wanted.anchor:
-            grad_a = self._cross_entropy(
-                z_t, constants.m_t[within], constants.log_t1[within], self.anchor_targets, rows, anchor
-            )
-        write(x, wanted, out, (grad_s, grad_t, grad_a), slope_s, slope_t)
+            grad_a = _cross_entropy_gradient(z_t, constants.m_t, constants.log_t1, self.anchor_targets, rows, anchor)
+        self.write(out, grad_s, grad_t, grad_a, slope_s, slope_t)
 
-    def _probabilities(
-        self, z_s: Tensor, z_t: Tensor, constants: Constants, within: slice
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(p, q, g = log p − log q) at τ."""
-        m_s, log_s, m_t, log_t, gap = (each[within, None] for each in constants[:5])
+    def _probabilities(self, z_s: Tensor, z_t: Tensor, constants: Constants) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (p, q, g = log p − log q) at τ."""
+        m_s, log_s, m_t, log_t, gap = (each[:, None] for each in constants[:5])
         x_s = (z_s[:, : self.x.kd_vocab] - m_s) / self.tau
         x_t = (z_t - m_t) / self.tau
         g = log_ratio(x_t, x_s).sub_(gap)
         g.masked_fill_(x_t.isneginf() & x_s.isneginf(), 0.0)
         return (x_t - log_t).exp_(), (x_s - log_s).exp_(), g
 
-    def _cross_entropy(
-        self, z: Tensor, m: Tensor, log: Tensor, targets: Tensor | None, rows: slice, coefficient: Tensor
-    ) -> Tensor:
-        """coefficient·(softmax − onehot). targets (N,): local."""
-        grad = (z - m[:, None]).sub_(log[:, None]).exp_().mul_(coefficient)
-        assert targets is not None
-        index, here = targets[rows, None].clamp_min(0), targets[rows, None] >= 0
-        if grad.shape[1]:
-            grad.scatter_add_(1, index, torch.where(here, -coefficient, 0.0))
-        return grad
-
     # a sparse teacher
 
-    def _entries(self, rows: slice, z: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """(logits at the entries (K, r); maximum and Σ exp of the bucket, where there is one)."""
+    def _sparse_state(self, rows: slice, z: Tensor, state: State) -> State:
+        """Return `state` with the logits at the entries and, where there is one, the bucket."""
         index, here = self._here(rows)
         entries = torch.zeros_like(index, dtype=z.dtype)
         if z.shape[1]:
             entries = torch.where(here, z.gather(1, index), 0)
+        state = state._replace(entries=entries.t())
         excluded = sparse.excluded(self.x)
         if excluded is None:
-            return entries.t(), None
+            return state
         if z.shape[1]:
             # an entry without mass keeps its logit: its id is written with what some other entry there would write
             within = torch.where(excluded[rows], -inf, entries)
             z = scatter_here(z.clone(), index, here, within)
-        m, S, _, _ = _side(z, self.tau)
-        return entries.t(), (m, S)
+        m, S, _, _ = _exponentials(z, self.tau)
+        return state._replace(teacher=state.teacher._replace(m=m, S=S))
 
     def _here(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """(r, K): the entries' addresses in the slice, some valid one where they are elsewhere; which are not."""
+        """Return (r, K): the entries' addresses in the slice, a valid one where they are elsewhere; which are not."""
         assert self.x.teacher_indices is not None
         local = self.x.local(self.x.teacher_indices[rows])
         assert local is not None
         here = (local >= 0) & (local < self.x.kd_vocab)
         return torch.where(here, local, 0), here
 
-    def _solve_sparse(self, rows: slice, constants: Constants, entries: Tensor) -> Constants:
-        found = sparse.between_passes(self.x, rows, entries.t(), constants[:4], self.scale)
-        self.stats[KD, rows] = found.value
-        return constants._replace(inside=found.inside.t(), outside=found.outside)
-
-    def _sparse_gradient(self, rows: slice, within: slice, z: Tensor, constants: Constants) -> Tensor:
+    def _sparse_gradient(self, rows: slice, z: Tensor, constants: Constants) -> Tensor:
         bucket = self.x.teacher_tail == "bucket"
         m, log = (constants.m_t, constants.log_t) if bucket else (constants.m_s, constants.log_s)
-        softmax = ((z - m[within, None]) / self.tau - log[within, None]).exp_()
-        grad = times(softmax, constants.outside[within, None])
+        softmax = ((z - m[:, None]) / self.tau - log[:, None]).exp_()
+        grad = times(softmax, constants.outside[:, None])
         if not grad.shape[1]:
             return grad
         index, here = self._here(rows)
-        return scatter_here(grad, index, here, constants.inside[:, within].t())
-
-    # helpers
-
-    def _given(self, rows: slice, z_t: Tensor | None) -> Tensor | None:
-        return z_t if self.x.teacher_logits is None else self.x.dense_teacher(rows).to(self.x.dtype)
-
-    def _at_one(self, z: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
-        y = z - m[:, None]
-        e = y.exp()
-        return e.sum(dim=-1), weighted(e, y).sum(dim=-1) if self.x.want_metrics else torch.zeros_like(m)
-
-    def _target(self, z: Tensor, targets: Tensor | None, rows: slice) -> Tensor:
-        """(r,): the targets' logits, 0 where they are elsewhere. targets (N,): local."""
-        assert targets is not None
-        index = targets[rows, None]
-        if not z.shape[1]:
-            return z.new_zeros(z.shape[0])
-        return torch.where(index >= 0, z.gather(1, index.clamp_min(0)), 0).squeeze(1)
-
-    def _entropy(self, m: Tensor, S: Tensor, E: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(maximum, log Σ exp, entropy) at τ = 1, of all slices."""
-        largest, move, r, total = _together(m, S, torch.ones_like(self.tau))
-        E = _scaled(r, E + move * S).sum(dim=0)
-        return largest, total.log(), total.log() - E / total
+        return scatter_here(grad, index, here, constants.inside.t())
 
 
 def scatter_here(z: Tensor, index: Tensor, here: Tensor, values: Tensor) -> Tensor:
-    """z[n, index_nk] = values_nk where here_nk, in place. Those form one run in each row, and equal addresses hold
+    """Set z[n, index_nk] = values_nk where here_nk, in place. Those form one run in each row, and equal addresses hold
     equal values: the others write once more what the nearest of the run does, or what is there, where it is empty."""
     K = index.shape[1]
     first = here.to(torch.int64).argmax(dim=1, keepdim=True)
@@ -326,6 +305,18 @@ def scatter_here(z: Tensor, index: Tensor, here: Tensor, values: Tensor) -> Tens
     position = torch.arange(K, device=z.device).clamp(first, last.clamp_min(first))
     index, values = index.gather(1, position), values.gather(1, position)
     return z.scatter_(1, index, torch.where(last >= first, values, z.gather(1, index)))
+
+
+def _cross_entropy_gradient(
+    z: Tensor, m: Tensor, log: Tensor, targets: Tensor | None, rows: slice, coefficient: Tensor
+) -> Tensor:
+    """Return coefficient·(softmax − onehot). targets (N,): local."""
+    grad = (z - m[:, None]).sub_(log[:, None]).exp_().mul_(coefficient)
+    assert targets is not None
+    index, here = targets[rows, None].clamp_min(0), targets[rows, None] >= 0
+    if grad.shape[1]:
+        grad.scatter_add_(1, index, torch.where(here, -coefficient, 0.0))
+    return grad
 
 
 def _maximum(z: Tensor) -> Tensor:
@@ -336,44 +327,36 @@ def _argmax(z: Tensor) -> Tensor:
     return z.argmax(dim=-1) if z.shape[1] else torch.zeros(z.shape[0], dtype=torch.int64, device=z.device)
 
 
-def _side(z: Tensor, tau: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(m, Σ e, x, e) of logits (r, v)."""
+def _exponentials(z: Tensor, tau: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return (m, Σ e, x, e) of logits (r, v)."""
     m = _maximum(z)
     x = (z - m[:, None]) / tau
     e = x.exp()
     return m, e.sum(dim=-1), x, e
 
 
-def _together(m: Tensor, S: Tensor, tau: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(largest maximum (r,), each slice's move to it over τ (R, r), the exponential of that, Σ e (r,))."""
+def _merged(m: Tensor, S: Tensor, tau: Tensor) -> Merged:
+    """Put slices' maxima and sums (R, r) together."""
     largest = m.amax(dim=0)
     move = (m - largest) / tau
     r = move.exp()
-    return largest, move, r, _scaled(r, S).sum(dim=0)
+    return Merged(largest, move, r, _scaled(r, S).sum(dim=0))
 
 
 def _scaled(r: Tensor, x: Tensor) -> Tensor:
-    """r·x, and 0 where a slice counts for nothing next to another."""
+    """Return r·x, and 0 where a slice counts for nothing next to another."""
     return torch.where(r == 0, 0.0, r * x)
 
 
-def _first_best(m: Tensor, best: Tensor) -> Tensor:
-    """(r,): the smallest id of the largest logit."""
-    return torch.where(m == m.amax(dim=0), best, inf).amin(dim=0)
+def _first_best(side: Side) -> Tensor:
+    """Return (r,): the smallest id of the largest logit."""
+    return torch.where(side.m == side.m.amax(dim=0), side.best, inf).amin(dim=0)
 
 
-def _kl(
-    G: Tensor,
-    D: Tensor,
-    base: tuple[Tensor, Tensor, Tensor, Tensor],
-    other: tuple[Tensor, Tensor, Tensor, Tensor],
-) -> tuple[Tensor, Tensor]:
-    """(KL (r,) under the base, log S_o − log S_b); of a side each slice's Σ e, move, its exponential (R, r), and Σ e
-    of all (r,)."""
-    part_b, move_b, r_b, S_b = base
-    _, move_o, r_o, S_o = other
-    G = _scaled(r_b, G + (move_b - move_o) * part_b).sum(dim=0)
-    rho = difference(r_b, r_o, move_b - move_o)
-    d = (_scaled(r_o, D) + rho * part_b).sum(dim=0) / S_b
-    rise = torch.where(d.abs() < 0.5, torch.log1p(d), S_o.log() - S_b.log())
-    return G / S_b + rise, rise
+def _kl(G: Tensor, D: Tensor, S_b: Tensor, base: Merged, other: Merged) -> tuple[Tensor, Tensor]:
+    """Return (KL (r,) under the base, log S_o − log S_b). S_b (R, r): each slice's own Σ e of the base."""
+    G = _scaled(base.r, G + (base.move - other.move) * S_b).sum(dim=0)
+    rho = difference(base.r, other.r, base.move - other.move)
+    d = (_scaled(other.r, D) + rho * S_b).sum(dim=0) / base.S
+    rise = torch.where(d.abs() < 0.5, torch.log1p(d), other.S.log() - base.S.log())
+    return G / base.S + rise, rise
