@@ -14,14 +14,17 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, save_fsdp_optimizer
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import Trainer
+from transformers.trainer import SCHEDULER_NAME
 
 from kdfast.training.model import DistillationModel
 
@@ -36,8 +39,33 @@ def turn_on_for_cpus(accelerator: Accelerator, plugin_args: dict[str, Any] | Non
         accelerator.state.distributed_type = DistributedType.FSDP
 
 
+def check_launch(trainer: Trainer, shard_teacher: bool, projector_resolve_steps: int) -> None:
+    """Raise ValueError for a way of distributing that is not supported, or that the recipe cannot be trained under."""
+    if trainer.is_deepspeed_enabled:
+        raise ValueError("DeepSpeed is not supported; use FSDP2, as in examples/accelerate/fsdp2.yaml")
+    parallel = getattr(trainer.accelerator, "parallelism_config", None)
+    if parallel is not None and parallel.non_data_parallel_size != 1:
+        raise ValueError(
+            f"parallelism_config={parallel}: tensor, context and sequence parallelism are not supported; expected "
+            "data parallelism alone (dp_replicate_size, dp_shard_size)"
+        )
+    if not trainer.is_fsdp_enabled:
+        if shard_teacher:
+            raise ValueError(
+                "shard_teacher=True without FSDP: there are no shards. Launch with examples/accelerate/fsdp2.yaml, or "
+                "leave it out"
+            )
+        return
+    check_plugin(trainer.accelerator.state.fsdp_plugin)
+    if projector_resolve_steps > 0:
+        raise ValueError(
+            f"projector_resolve_steps={projector_resolve_steps} under FSDP, where no process has the student's whole "
+            "head to solve with. Use recipe='svd_init' or 'compressed_head', or DDP"
+        )
+
+
 def check_plugin(plugin: FullyShardedDataParallelPlugin) -> None:
-    """Raises ValueError for what would train wrongly or is not tested here."""
+    """Raise ValueError for what would train wrongly or is not tested here."""
     if plugin.fsdp_version != 2:
         raise ValueError(
             f"fsdp_version={plugin.fsdp_version}; expected 2: version 1 is deprecated and not tested here. Set "
@@ -81,7 +109,7 @@ def place_teacher(model: DistillationModel, accelerator: Accelerator, shard: boo
 
 
 def check_dtypes(model: DistillationModel) -> None:
-    """Raises ValueError where trained weights have more than one dtype."""
+    """Raise ValueError where trained weights have more than one dtype."""
     dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
     if len(dtypes) > 1:
         raise ValueError(
@@ -120,6 +148,15 @@ def full_state(model: nn.Module) -> dict[str, Tensor]:
         if first:
             state[name] = gathered[id(value)]
     return state
+
+
+def save_optimizer_and_scheduler(trainer: Trainer, folder: str) -> None:
+    """Write both as accelerate reads them. Trainer would write the model once more, in FSDP's own format."""
+    plugin = trainer.accelerator.state.fsdp_plugin
+    save_fsdp_optimizer(plugin, trainer.accelerator, trainer.optimizer, trainer.model, folder)
+    if trainer.args.should_save:
+        assert trainer.lr_scheduler is not None
+        torch.save(trainer.lr_scheduler.state_dict(), Path(folder) / SCHEDULER_NAME)
 
 
 @torch.no_grad()

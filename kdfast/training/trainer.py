@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainerCallback, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
@@ -26,7 +28,8 @@ from kdfast.training.cache.compatibility import check_datasets
 from kdfast.training.cache.read import cached_blocks
 from kdfast.training.callbacks import HealthCallback
 from kdfast.training.config import KDConfig
-from kdfast.training.durable import atomic_io, checkpoint, checksums, processes, resume
+from kdfast.training.durable import processes, resume
+from kdfast.training.durable.trainer import DurableTrainer
 from kdfast.training.hf import IGNORE_INDEX, shift_labels
 from kdfast.training.initialization import Start
 from kdfast.training.memory import memory_bytes
@@ -34,10 +37,18 @@ from kdfast.training.metrics import EvaluationMeter, TrainingMeter
 from kdfast.training.model import DistillationModel
 from kdfast.training.nan_guard import NonFiniteGuard
 from kdfast.training.recipes import AUTO, FROM_CACHE, Choice, choose_recipe
-from kdfast.training.sharded_trainer import ShardedTrainer
+
+# Methods of transformers.Trainer that are private and overridden all the same, here and in DurableTrainer, and why.
+PRIVATE_OVERRIDES = {
+    "_save_checkpoint": "a checkpoint appears only when it is complete; no hook surrounds a save",
+    "_save_optimizer_and_scheduler": "under FSDP Trainer's writes the model once more, in FSDP's own format",
+    "_load_from_checkpoint": "a checkpoint holds the student alone, with the projector in a file of its own",
+    "_load_best_model": "the same, and it is compared with its checksums first",
+    "_get_grad_norm": "a step that is not finite is left out before the optimizer acts, and no callback sees the norm",
+}
 
 
-class KDTrainer(ShardedTrainer):
+class KDTrainer(DurableTrainer):
     """Trains the student (and the projector) of a `DistillationModel`.
 
     Batches need input_ids and labels (*not* shifted, −100 ignored); attention_mask and position_ids are used if they
@@ -60,10 +71,10 @@ class KDTrainer(ShardedTrainer):
         kd_weight_schedule, temperature_schedule: callables of progress in [0, 1] in place of the recipe's.
 
     Raises:
-        TypeError, ValueError: args is no KDConfig, several GPUs without a launcher, a launch that `ShardedTrainer`
-            refuses, or what `DistillationModel` raises.
+        TypeError, ValueError: args is no KDConfig, several GPUs without a launcher, a launch that is not
+            supported, or what `DistillationModel` raises.
         NonFiniteLossError: from `train` and `save_model`; the last good checkpoint is kept and named.
-        TerminatedError, LostProcessError, CheckpointWriteError, DamagedCheckpointError: see `ResumableTrainer`.
+        TerminatedError, LostProcessError, CheckpointWriteError, DamagedCheckpointError: from `train`.
     """
 
     model: DistillationModel
@@ -134,18 +145,28 @@ class KDTrainer(ShardedTrainer):
         )
         if use_cache is not None:  # Trainer turns it off in the config that gets saved; the forward here does without
             model.config.use_cache = use_cache
+        fsdp.check_launch(self, args.shard_teacher, model.recipe.projector_resolve_steps)
+        if self.is_fsdp_enabled:
+            fsdp.set_mixed_precision(self.accelerator)
+            fsdp.place_teacher(model, self.accelerator, args.shard_teacher)
         if choice is not None:
             processes.print_once(f"recipe {choice.recipe}: {choice.why}")
         self._solved = False
         self.starts: list[Start] = []  # what was solved before the first step
         self._start_run()
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """Create the accelerator as Trainer does, with FSDP on CPUs too."""
+        super().create_accelerator_and_postprocess()
+        fsdp.turn_on_for_cpus(self.accelerator, self.args.fsdp_plugin_args)
+        self.is_fsdp_enabled = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
+
     def _start_run(self) -> None:
         self._meter = TrainingMeter(self.args.device)
         self._solved_at = -1  # the step before which the projector was solved again
         self._guard = NonFiniteGuard(
             self.args.device,
-            self._last_checkpoint,
+            self.last_checkpoint,
             most_skips=self.args.max_skipped_steps if self.args.non_finite == "skip" else None,
             report=lambda step, what: self._report_non_finite(step, what, aloud=False),  # the error says it
         )
@@ -161,21 +182,22 @@ class KDTrainer(ShardedTrainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        """As in Trainer, from a checkpoint that is complete; True takes the newest. What it raises: see the class."""
+        """Train as Trainer does, from a checkpoint that is complete; True takes the newest."""
         self._start_run()
-        resume_from_checkpoint = self._checkpoint_to_load(resume_from_checkpoint)  # before what takes long
+        resume_from_checkpoint = self.checkpoint_to_load(resume_from_checkpoint)  # before what takes long
         self.check_start(resume_from_checkpoint)
         self._solve_starts()
         if self.model_wrapped is self.model and self.accelerator.num_processes > 1 and not self.is_fsdp_enabled:
             # accelerate took an evaluation before the run for the model's preparation, and would leave out DDP
             self.model._is_accelerate_prepared = False  # type: ignore[assignment]
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        with fsdp.root_owns_the_heads(self.model) if self.is_fsdp_enabled else nullcontext():
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def load_finished(self, folder: str | Path) -> bool:
-        """The model and state of a run whose last step `folder`, a checkpoint, was saved after: the best model under
-        `load_best_model_at_end`. False, and nothing loaded, where there are steps left: that is `train`'s.
+        """Load the model and state of a run that ended with the checkpoint `folder`; return whether it had.
 
-        `train` itself would take one step more.
+        The best model under `load_best_model_at_end`. Where there are steps left nothing is loaded, and False returned:
+        that is for `train`, which after the last step would take one more.
         """
         state = TrainerState.load_from_json(str(Path(folder) / TRAINER_STATE_NAME))
         if state.global_step < state.max_steps:
@@ -184,25 +206,31 @@ class KDTrainer(ShardedTrainer):
         self.state = state
         if self.health is not None:
             self.health.restore(state)
-        if self.args.load_best_model_at_end and self._best_checkpoint() is not None:
+        if self.args.load_best_model_at_end and resume.best_checkpoint(state, self._run) is not None:
             self._load_best_model()
         else:
             self._load_from_checkpoint(str(folder))
         return True
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate as Trainer does; starts are solved before the first time."""
         self._solve_starts()
+        if self.is_fsdp_enabled and self.optimizer is None:  # before any training
+            self.create_optimizer()  # accelerate shards a model together with its optimizer only
+            with fsdp.root_owns_the_heads(self.model):
+                self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+            self.model_wrapped = self.model
         return super().evaluate(*args, **kwargs)
 
     def _solve_starts(self) -> None:
-        """Once, and the same in every process; a resumed run's weights are loaded over what is solved here."""
+        """Solve once, and the same in every process; a resumed run's weights are loaded over what is solved here."""
         if self._solved or self.train_dataset is None:
             return
         self._solved = True
         model: DistillationModel = self.accelerator.unwrap_model(self.model)
         if self.is_fsdp_enabled and model.recipe.solves:
             model.to(self.args.device)  # whole, until it is sharded
-        with self._naming_lost_processes():
+        with self.naming_lost_processes():
             self.starts = model.solve(self._calibration_batches(), self.args.calibration_tokens)
             if self.accelerator.num_processes > 1:
                 self.starts = _share_starts(model, self.starts, self.args.device)
@@ -210,7 +238,7 @@ class KDTrainer(ShardedTrainer):
             processes.print_once(str(start))
 
     def _calibration_batches(self) -> Iterator[dict[str, Any]]:
-        """Batches of training text, drawn once and for all, not from the loader, which a run goes through in order."""
+        """Yield batches of training text, not from the loader, which a run goes through in order."""
         dataset: Any = self.train_dataset
         size = self.args.per_device_train_batch_size
         collate = self._get_collator_with_removed_columns(self.data_collator, description="calibration")
@@ -223,6 +251,7 @@ class KDTrainer(ShardedTrainer):
             yield self._prepare_inputs(collate(batch))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Create the optimizer, with a learning rate for each part of the model."""
         if self.optimizer is None:
             model = self.model if model is None else model
             recipe = self._recipe
@@ -245,11 +274,13 @@ class KDTrainer(ShardedTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The loss of one micro-batch, divided by the targets of the whole step."""
+        """Return the loss of one micro-batch, divided by the targets of the whole step."""
         self._meter.start()
         if self._guard.skips and self._before_step is None:
             self._before_step = (self._tr_loss.clone(), self._meter.mark())
         self._weights = self._weights_in_force()
+        groups = self.optimizer.param_groups if self.optimizer is not None else []
+        self._learning_rates = {f"lr_{group['name']}": float(group["lr"]) for group in groups if "name" in group}
         self._solve_projector_again()
         output = model(**inputs, **self._on_device(self._weights), num_items_in_batch=num_items_in_batch)
         loss, metrics = output.loss, output.metrics
@@ -270,18 +301,28 @@ class KDTrainer(ShardedTrainer):
                 processes.broadcast(model.logit_projector.parameters(), self.args.device)
             self._solved_at = step
 
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
-        # Trainer counts labels; what the loss sums over is targets: shifted, and without padding.
-        if not batch_samples or "labels" not in batch_samples[0]:
-            return None
-        targets = [shift_labels(batch["labels"], batch.get("attention_mask")) for batch in batch_samples]
-        counted = [{"labels": t, "shift_labels": t} for t in targets]
-        return super()._get_num_items_in_batch(counted, device)
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """Return a step's batches and the number of their targets: shifted, and without padding."""
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        if not batches or "labels" not in batches[0]:
+            return batches, None
+        targets = [shift_labels(batch["labels"], batch.get("attention_mask")) for batch in batches]
+        number = torch.stack([(t != IGNORE_INDEX).sum() for t in targets]).sum().to(device)
+        return batches, self._reduce(number) if self.args.average_tokens_across_devices else number
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Take one micro-batch forward and backward, as Trainer does."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        in_pieces = self._scaled or self.is_fsdp_enabled
+        if self._guard.skips and self.accelerator.sync_gradients and not in_pieces:
+            self._guard.watch_gradients(model.named_parameters())  # before clipping, which spreads a NaN
+        return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        if grad_norm is None:
-            self._watch_gradients(model)
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if isinstance(norm, Tensor) and not self._scaled:
             self._guard.watch_gradient(norm)
         if self._guard.skips:
@@ -291,14 +332,6 @@ class KDTrainer(ShardedTrainer):
                 norm = None  # not logged
             self._before_step = None
         return norm
-
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        self._watch_gradients(model)
-        return super()._clip_grad_norm(model)
-
-    def _watch_gradients(self, model: nn.Module) -> None:
-        if self._guard.skips and not self._scaled and not self.is_fsdp_enabled:  # whose gradients are in pieces
-            self._guard.watch_gradients(model.named_parameters())
 
     def _leave_out(self, model: nn.Module, what: str) -> None:
         """An optimizer does nothing without gradients; and nothing of the step is in the log."""
@@ -324,12 +357,6 @@ class KDTrainer(ShardedTrainer):
     def _report_non_finite(self, step: int, what: str, *, aloud: bool) -> None:
         if self.health is not None:
             self.health.report_non_finite(step, what, aloud=aloud and self.is_world_process_zero())
-
-    def _get_learning_rate(self) -> float:
-        # asked once per step, between the optimizer's step and the scheduler's
-        groups = self.optimizer.param_groups if self.optimizer is not None else []
-        self._learning_rates = {f"lr_{group['name']}": float(group["lr"]) for group in groups if "name" in group}
-        return super()._get_learning_rate()
 
     def _weights_in_force(self) -> dict[str, float]:
         # a model that was not trained here is evaluated under the final weights
@@ -386,6 +413,8 @@ class KDTrainer(ShardedTrainer):
         metrics.pop(f"{metric_key_prefix}_loss", None)  # Trainer's: a mean over samples
         means = self._evaluation.read(self._reduce)
         metrics |= {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
+        if self.is_fsdp_enabled:
+            fsdp.reshard(self.model)
         return output._replace(metrics=metrics)
 
     def prediction_step(
@@ -417,77 +446,18 @@ class KDTrainer(ShardedTrainer):
             "(trainer.model.student)"
         )
 
-    # Checkpoints
+    # Saving
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Student, projector and tokenizer into `output_dir`, whose files are complete or not there."""
-        if _internal_call:  # into a folder that is itself still to be published
-            super().save_model(output_dir, _internal_call=True)
-            return
-        with self._naming_lost_processes():
-            self._guard.check_weights(self._trained())
-            final = Path(output_dir or str(self.args.output_dir))
-            staged = final / atomic_io.INCOMPLETE if final.is_dir() else atomic_io.staging(final)
-            with self._staging(staged, final):
-                super().save_model(str(staged), _internal_call=True)
-                self.accelerator.wait_for_everyone()
-                if self.args.should_save:
-                    atomic_io.publish(staged, final, replace=False)
-        if self.args.push_to_hub:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or str(self.args.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.save_models(folder, self.accelerator.unwrap_model(self.model), state_dict)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
-        (folder / "training_args.json").write_text(self.args.to_json_string())
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Trainer's, written aside and then renamed."""
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Save nothing that is not finite, and leave the time out of tokens_per_second."""
         with self._meter.paused():
-            self._guard.check_weights(self._trained())
+            trained: Any = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+            if self.is_fsdp_enabled:
+                trained = fsdp.finite_everywhere(trained, self.accelerator)
+            self._guard.check_weights(trained)
             self._count_tokens()
-            self.store_flos()
-            run = Path(self._get_output_dir(trial))
-            final = run / f"checkpoint-{self.state.global_step}"
-            staged = atomic_io.staging(final)
-            with self._staging(staged, final):
-                if self.args.should_save:
-                    staged.mkdir(parents=True)
-                self.accelerator.wait_for_everyone()
-
-                self.save_model(str(staged), _internal_call=True)
-                if not self.args.save_only_model:
-                    self._save_optimizer_and_scheduler(str(staged))
-                    self._save_scaler(str(staged))
-                    self._save_rng_state(str(staged))
-                best = run / f"checkpoint-{self.state.best_global_step}"
-                if self.state.best_global_step and (best == final or best.is_dir()):
-                    self.state.best_model_checkpoint = str(best)
-                if self.args.should_save:
-                    self._save_state(staged)
-
-                self.accelerator.wait_for_everyone()
-                if self.args.should_save:
-                    checksums.write(staged)
-                    atomic_io.publish(staged, final, replace=True)
-            if self.args.push_to_hub:
-                self._push_from_checkpoint(str(final))
-            if self.args.should_save:
-                checkpoint.rotate(run, self.args.save_total_limit, self.state.best_model_checkpoint)
-            self.accelerator.wait_for_everyone()
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        with resume.naming_failed_reads(resume_from_checkpoint):
-            checkpoint.load_models(Path(resume_from_checkpoint), self.model)
-
-    def _trained(self) -> Iterable[tuple[str, Tensor]]:
-        trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
-        return fsdp.finite_everywhere(trained, self.accelerator) if self.is_fsdp_enabled else trained
+            yield
 
     @property
     def _recipe(self) -> Any:

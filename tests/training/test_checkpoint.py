@@ -129,7 +129,7 @@ class Killed(BaseException):
     """As a signal would: not an Exception that someone might handle."""
 
 
-@pytest.mark.parametrize("at", ["_save_optimizer_and_scheduler", "_save_rng_state", "_save_state"])
+@pytest.mark.parametrize("at", ["_save_optimizer_and_scheduler", "_save_rng_state", "_write_arguments"])
 def test_a_run_killed_while_saving_leaves_no_partial_checkpoint(tiny, rows, config, monkeypatch, at):
     trainer = make(tiny, config, rows(8))
     original = getattr(trainer, at)
@@ -160,14 +160,14 @@ def test_nobody_sees_a_checkpoint_before_it_is_complete(tiny, rows, config):
 
     trainer = make(tiny, config, rows(8))
     trainer.add_callback(Watch())
-    save_state = trainer._save_state
+    write_arguments = trainer._write_arguments
 
     def look(folder):
         assert get_last_checkpoint(trainer.args.output_dir) is None or trainer.state.global_step > 2
         assert not (Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}").exists()
-        save_state(folder)
+        write_arguments(folder)
 
-    trainer._save_state = look
+    trainer._write_arguments = look
     trainer.train()
     assert seen[0] == ["checkpoint-2"]
 

@@ -58,14 +58,14 @@ def test_a_launch_that_does_not_fit_is_refused(tiny, config, launched, message):
     trainer.accelerator.state.fsdp_plugin = plugin()
     vars(trainer).update(launched)
     with pytest.raises(ValueError, match=message):
-        trainer._check_distribution()
+        fsdp.check_launch(trainer, trainer.args.shard_teacher, trainer.model.recipe.projector_resolve_steps)
 
 
 def test_other_parallelism_is_refused(tiny, config):
     trainer = KDTrainer(tiny(), config(), teacher=tiny(width=24))
     trainer.accelerator.state.parallelism_config = SimpleNamespace(non_data_parallel_size=2)
     with pytest.raises(ValueError, match="tensor, context and sequence parallelism are not supported"):
-        trainer._check_distribution()
+        fsdp.check_launch(trainer, trainer.args.shard_teacher, trainer.model.recipe.projector_resolve_steps)
 
 
 def test_what_is_summed_is_on_the_accelerator():

@@ -59,7 +59,7 @@ def test_the_divisor_counts_targets(tiny, rows, config):
     trainer = KDTrainer(tiny(), config(recipe="lm_only"), train_dataset=data)
     batches = [{name: row[name][None] for name in row} for row in data]
     # row 0: 9 real tokens, the first has nothing before it → 8; row 1: labels from 3 on, the same 9 → 8
-    assert trainer._get_num_items_in_batch(batches, torch.device("cpu")) == 16
+    assert trainer.get_batch_samples(iter(batches), 2, torch.device("cpu"))[1] == 16
 
 
 def test_the_total_is_lm_plus_weight_times_tau_squared_kl(tiny, rows, config):

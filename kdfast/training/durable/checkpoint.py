@@ -79,15 +79,17 @@ def rotate(run: Path, limit: int | None, best: str | None) -> None:
         delete(path)
 
 
-def discard_after_failure(staged: Path, *, saves: bool) -> None:
-    """What is half written, as far as it can be removed while other processes may still write.
+def keep_alone(best: Path) -> None:
+    """Delete all checkpoints but the best one."""
+    for path in sort_checkpoints(str(best.parent)):
+        if not Path(path).samefile(best):
+            delete(Path(path))
 
-    `saves`: whether this process writes the student. The others remove only what it has left, or what one of them made
-    anew after it had gone.
-    """
-    if saves or not (staged / "config.json").exists():
-        for _ in range(3):  # a file that appears meanwhile stops the removal
-            shutil.rmtree(staged, ignore_errors=True)
+
+def discard_while_written(staged: Path) -> None:
+    """Remove what is half written, as far as it can be while other processes may still write."""
+    for _ in range(3):  # a file that appears meanwhile stops the removal
+        shutil.rmtree(staged, ignore_errors=True)
 
 
 def recover(run: Path) -> None:

@@ -1,4 +1,4 @@
-"""What stops a run from outside, each with a message that says what happened and how to go on.
+"""What stops a run from outside, each with a message that says what happened and how to resume.
 
 All have `checkpoint`, the newest one that is complete, or None.
 """
@@ -52,18 +52,25 @@ class CheckpointWriteError(RunStoppedError):
 
 
 class DamagedCheckpointError(RunStoppedError):
-    """A checkpoint to go on from is damaged, incomplete or holds code."""
+    """A checkpoint to resume from is damaged, incomplete or holds code."""
+
+
+def terminated(step: int, saved: str, *, resumable: bool) -> TerminatedError:
+    """Return the error of a run that was stopped after `saved` was."""
+    advice = how_to_resume(saved) if resumable else "It cannot be gone on from: save_only_model"
+    text = f"step {step}: SIGTERM was received and {saved} was saved. The run was stopped. {advice}"
+    return TerminatedError(text, saved)
 
 
 def kept(checkpoint: str | None) -> str:
-    """How a message ends."""
+    """Return how a message ends: the last complete checkpoint, and what to do."""
     if checkpoint is None:
         return "No checkpoint was saved yet."
-    return f"The last complete checkpoint is {checkpoint}. {go_on(checkpoint)}"
+    return f"The last complete checkpoint is {checkpoint}. {how_to_resume(checkpoint)}"
 
 
-def go_on(checkpoint: str) -> str:
-    """What to do. Where a run went on from an earlier checkpoint there are later ones, of before."""
+def how_to_resume(checkpoint: str) -> str:
+    """Return what to do. Where a run was resumed from an earlier checkpoint there are later ones, of before."""
     if not any(Path(checkpoint).glob("optimizer*")):
         return "It holds no optimizer and schedule (save_only_model), and cannot be gone on from."
     newest = get_last_checkpoint(Path(checkpoint).parent)
@@ -77,7 +84,7 @@ def go_on(checkpoint: str) -> str:
 
 @contextmanager
 def naming_lost_processes(step: Callable[[], int], last_checkpoint: Callable[[], str | None]) -> Iterator[None]:
-    """A failed communication is a LostProcessError."""
+    """Make a failed communication a LostProcessError."""
     try:
         yield
     except RuntimeError as error:
@@ -94,6 +101,7 @@ def naming_lost_processes(step: Callable[[], int], last_checkpoint: Callable[[],
 
 
 def is_lost_peer(error: RuntimeError) -> bool:
+    """Return whether a communication failed because another process is gone."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
     return isinstance(error, (DistNetworkError, DistStoreError)) or bool(_LOST_PEER.search(str(error)))
@@ -101,7 +109,7 @@ def is_lost_peer(error: RuntimeError) -> bool:
 
 @contextmanager
 def naming_failed_writes(folder: Path, last_checkpoint: Callable[[], str | None]) -> Iterator[None]:
-    """A failure to write `folder` is a CheckpointWriteError."""
+    """Make a failure to write `folder` a CheckpointWriteError."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError, CheckpointException) as error:
@@ -130,6 +138,6 @@ def _free_space(folder: Path) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Without a full stop at its end."""
+    """Return the first line of an error's text, without a full stop at its end."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return line.partition(" This is typically caused")[0].rstrip(".")  # gloo's advice

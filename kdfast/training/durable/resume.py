@@ -1,21 +1,24 @@
-"""Which checkpoint a run goes on from: the one that was named, or the newest complete one.
+"""Which checkpoint a run resumes from: the one that was named, or the newest complete one.
 
 Before anything is loaded every file is compared with SHA256SUMS, and pickles are seen to hold data alone. A checkpoint
 that was named and is damaged stops the run. `resume_from_checkpoint=True` asks for the newest that is usable: a damaged
-one is passed over with a warning, and renamed to damaged-checkpoint-N, so that nobody takes it for one again and
+one is passed over with a warning, and renamed to damaged-checkpoint-N, so that it is not taken for one again and
 nothing of it is lost. All processes come to the same answer.
 """
 
 from __future__ import annotations
 
 import errno
+import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+import traceback
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import FullyShardedDataParallelPlugin, gather_object
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -23,29 +26,34 @@ from transformers.trainer import TRAINER_STATE_NAME
 from kdfast.training.durable import checksums, safe_load
 from kdfast.training.durable.atomic_io import flush
 from kdfast.training.durable.errors import DamagedCheckpointError, RunStoppedError, first_line, is_lost_peer
+from kdfast.training.durable.processes import index
+
+logger = logging.getLogger(__name__)
+
+# the optimizer's state in a checkpoint, by who wrote it
+WRITERS = {
+    "optimizer.pt": "one process or DDP",
+    "optimizer.bin": "FSDP2 with FULL_STATE_DICT",
+    "optimizer_0": "FSDP2 with SHARDED_STATE_DICT",
+}
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """Those visible in a run's folder, newest first, complete or not."""
+    """Return those visible in a run's folder, newest first, complete or not."""
     found = [path for path in run.glob("checkpoint-*") if step_of(path) >= 0 and path.is_dir()]
     return sorted(found, key=step_of, reverse=True)
 
 
 def step_of(folder: Path) -> int:
-    """N of checkpoint-N; −1 of any other name."""
+    """Return N of checkpoint-N; −1 of any other name."""
     match = _NAME.fullmatch(folder.name)
     return int(match[1]) if match else -1
 
 
-def last_complete(run: Path, besides: Path | None = None) -> str | None:
-    """The newest one that can be gone on from; reads it whole."""
-    return next((str(path) for path in checkpoints(run) if path != besides and find_problem(path) is None), None)
-
-
 def find_problem(folder: Path) -> str | None:
-    """Why a checkpoint cannot be used, or None."""
+    """Return why a checkpoint cannot be used, or None."""
     return checksums.find_damage(folder) or safe_load.find_refused(folder) or _find_lacking(folder)
 
 
@@ -65,17 +73,52 @@ def _find_lacking(folder: Path) -> str | None:
     return None
 
 
-def common_problem(folder: Path, reads: bool, gather: Callable[[Any], Sequence[Any]]) -> str | None:
-    """`find_problem` of the processes that read, told to all."""
-    return next((found for found in gather(find_problem(folder) if reads else None) if found), None)
+def common_problem(folder: Path, reads: bool) -> str | None:
+    """Return in all processes what `find_problem` finds in those that read."""
+    return next((found for found in gather_object([find_problem(folder) if reads else None]) if found), None)
+
+
+def best_checkpoint(state: TrainerState, run: Path) -> Path | None:
+    """Return the best checkpoint as it was recorded, or by its step where the run's folder was moved."""
+    recorded, step = state.best_model_checkpoint, state.best_global_step
+    if step and (recorded is None or not Path(recorded).is_dir()):
+        return run / f"checkpoint-{step}"
+    return Path(recorded) if recorded is not None else None
+
+
+def check_optimizer(checkpoint: Path, fsdp_plugin: FullyShardedDataParallelPlugin | None) -> None:
+    """Raise ValueError where the optimizer's state is not there, or is not of this way of launching."""
+    expected = "optimizer.pt"
+    if fsdp_plugin is not None:
+        whole = "FULL_STATE_DICT" in str(fsdp_plugin.state_dict_type)
+        expected = "optimizer.bin" if whole else "optimizer_0"
+    found = [name for name in WRITERS if (checkpoint / name).exists()]
+    if not found:
+        raise ValueError(
+            f"resume_from_checkpoint={str(checkpoint)!r}: it was saved with save_only_model=True, without optimizer "
+            "and schedule, and cannot be gone on from. Start a new run from its student (model_name_or_path) in "
+            "another output_dir"
+        )
+    if expected not in found:
+        raise ValueError(
+            f"resume_from_checkpoint={str(checkpoint)!r}: its optimizer's state, {found[0]}, was written by "
+            f"{WRITERS[found[0]]}, and this launch is {WRITERS[expected]}. Launch it the same way, or start a new run "
+            "from its student (model_name_or_path)"
+        )
 
 
 @contextmanager
-def naming_failed_reads(folder: str | Path | None) -> Iterator[None]:
-    """A failure to load a checkpoint whose files are whole is a DamagedCheckpointError; one of communication is not."""
+def naming_failed_reads(folder: str | None, readers: Sequence[str] = ()) -> Iterator[None]:
+    """Make a failure to load a checkpoint whose files are whole a DamagedCheckpointError; one of communication is not.
+
+    `readers`: functions that load. What is raised elsewhere stays as it is; () = all here is loading.
+    """
     try:
         yield
-    except (Exception, CheckpointException) as error:  # of many classes: nobody checks what a state looks like
+    except (Exception, CheckpointException) as error:  # of many classes: a state is loaded as it comes
+        called = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
+        if readers and not called.intersection(readers):
+            raise
         if isinstance(error, (RunStoppedError, MemoryError, torch.OutOfMemoryError)):
             raise
         if isinstance(error, OSError) and error.errno == errno.EIO:  # the disk's fault, not the file's
@@ -92,40 +135,29 @@ def naming_failed_reads(folder: str | Path | None) -> Iterator[None]:
         ) from error
 
 
-def choose(
-    given: str | bool,
-    run: Path,
-    *,
-    reads: bool,
-    renames: bool,
-    gather: Callable[[Any], Sequence[Any]],
-    warn: Callable[[str], None],
-) -> str | None:
-    """The checkpoint to go on from, the same in all processes; None where True finds none at all.
+def choose(given: str | bool, run: Path, *, reads: bool, renames: bool) -> str | None:
+    """Return the checkpoint to resume from, the same in all processes; None where True finds none at all.
 
     Args:
         given: a path, or True for the newest complete one in `run`.
         reads, renames: whether this process reads the files, and renames damaged ones.
-        gather: every process's value, the first process's first.
-        warn: called with what is passed over.
 
     Raises:
         ValueError: there is no such folder.
         DamagedCheckpointError: the one that was named is damaged, or all there are.
     """
-
-    def problem(folder: Path) -> str | None:
-        return common_problem(folder, reads, gather)
-
     if not isinstance(given, bool):
-        return _named(Path(given), problem, gather)
+        return _named(Path(given), reads)
     damaged: list[tuple[Path, str]] = []
-    for name in gather([path.name for path in checkpoints(run)])[0]:
+    for name in gather_object([[path.name for path in checkpoints(run)]])[0]:
         folder = run / name
-        if (found := problem(folder)) is None:
+        if (found := common_problem(folder, reads)) is None:
             for other, why in damaged:
                 aside = _free_name(other)
-                warn(f"{other} is passed over: {why}. The run goes on from {folder}; it is kept as {aside.name}")
+                if index() == 0:
+                    logger.warning(
+                        f"{other} is passed over: {why}. The run goes on from {folder}; it is kept as {aside.name}"
+                    )
                 if renames:
                     other.rename(aside)
                     flush(run)
@@ -140,12 +172,13 @@ def choose(
     return None
 
 
-def _named(folder: Path, problem: Callable[[Path], str | None], gather: Callable[[Any], Sequence[Any]]) -> str:
-    if not all(gather(folder.is_dir())):
+def _named(folder: Path, reads: bool) -> str:
+    if not all(gather_object([folder.is_dir()])):
         raise ValueError(f"resume_from_checkpoint={str(folder)!r}: no such folder; expected a checkpoint-N")
-    if (found := problem(folder)) is None:
+    if (found := common_problem(folder, reads)) is None:
         return str(folder)
-    other = last_complete(folder.parent, besides=folder)
+    others = (path for path in checkpoints(folder.parent) if path != folder)
+    other = next((str(path) for path in others if find_problem(path) is None), None)
     advice = f"The newest complete one is {other}: resume from that, or from True" if other else "No other is complete"
     raise DamagedCheckpointError(
         f"resume_from_checkpoint={str(folder)!r} cannot be gone on from: {found}. {advice}", other

@@ -1,34 +1,40 @@
-"""`ResumableTrainer`: transformers.Trainer whose runs can be gone on from, however they ended.
+"""`DurableTrainer`: transformers.Trainer whose runs can be resumed, however they ended.
 
-It goes on from checkpoints that are complete only, saves one on SIGTERM, and says what happened where a process died
-or the disk is full: `faults` has the errors, docs/training.md the whole of it.
+It writes checkpoints that appear only when they are complete, resumes from complete ones alone, saves one on SIGTERM,
+and says what happened where a process died or the disk is full: errors.py has the errors, docs/training.md all of it.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import gather_object
-from transformers import Trainer
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput
 
-from kdfast.training.durable import atomic_io, checkpoint, errors, resume
+from kdfast.training import fsdp
+from kdfast.training.durable import atomic_io, checkpoint, checksums, errors, resume
 from kdfast.training.durable.preemption import Termination
+from kdfast.training.model import DistillationModel
 
-logger = logging.getLogger(__name__)
+# of transformers.Trainer: what is raised below one of them while a run starts is the checkpoint's fault
+READERS = ("_load_optimizer_and_scheduler", "_load_scaler", "_load_rng_state")
 
 
-class ResumableTrainer(Trainer):
+class DurableTrainer(Trainer):
     """Raises TerminatedError, LostProcessError, CheckpointWriteError and DamagedCheckpointError."""
 
+    model: DistillationModel
+
     _found: str | None = None  # a checkpoint that was found to be complete, until a run is started
-    _newest: str | None = None  # what the run saved last, or went on from
+    _newest: str | None = None  # what the run saved last, or was resumed from
+
+    # Training
 
     def train(
         self,
@@ -36,158 +42,221 @@ class ResumableTrainer(Trainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        """As in Trainer, from a checkpoint that is complete; True takes the newest."""
-        found = self._checkpoint_to_load(resume_from_checkpoint)
-        self._newest = found
+        """Train as Trainer does, from a checkpoint that is complete; True takes the newest."""
+        found = self._newest = self.checkpoint_to_load(resume_from_checkpoint)
         self._recover()
-        self._termination = Termination(self.args.device)
+        limit = self.args.save_total_limit
+        termination = Termination(self.args.device)
+        callback = _BetweenSteps(self, termination)
+        self.add_callback(callback)
         try:
-            with self._termination, self._naming_lost_processes():
-                return super().train(found, trial, ignore_keys_for_eval)
+            with termination, self.naming_lost_processes(), resume.naming_failed_reads(found, READERS):
+                output = super().train(found, trial, ignore_keys_for_eval)
         finally:
-            self._found = None  # whatever was read for this run
+            self.remove_callback(callback)
+            self.args.save_total_limit = limit
+            self._found = None  # what was read for this run may change by the next
+        if limit == 1 and (best := self.state.best_model_checkpoint) is not None and Path(best).is_dir():
+            self._newest = best
+            if self.args.should_save:
+                checkpoint.keep_alone(Path(best))
+        return output
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        with self._naming_lost_processes():
+        """Evaluate as Trainer does; a lost process is named."""
+        with self.naming_lost_processes():
             return super().evaluate(*args, **kwargs)
 
+    def check_start(self, checkpoint: str | Path | None) -> None:
+        """Raise ValueError where training cannot start, or resume from a checkpoint, before anything takes long."""
+        if self.is_fsdp_enabled:
+            fsdp.check_dtypes(self.model)
+        if checkpoint is not None:
+            plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+            resume.check_optimizer(Path(checkpoint), plugin)
+
+    # Resuming
+
     def find_checkpoint(self, given: str | bool) -> str | None:
-        """The checkpoint to go on from, complete and the same in all processes; None where True finds none at all.
+        """Return the checkpoint to resume from, complete and the same in all processes; None where True finds none.
 
         Raises ValueError where there is no such folder, and DamagedCheckpointError: see `resume.py`.
         """
         self._recover()
-        with self._naming_lost_processes():
-            self._found = resume.choose(
-                given,
-                Path(str(self.args.output_dir)),
-                reads=self._reads,
-                renames=self.args.should_save,
-                gather=_gather,
-                warn=logger.warning if self.is_world_process_zero() else lambda text: None,
-            )
+        with self.naming_lost_processes():
+            self._found = resume.choose(given, self._run, reads=self._reads, renames=self.args.should_save)
         return self._found
 
-    def _checkpoint_to_load(self, given: str | bool | None) -> str | None:
-        known = given is not None and given == self._found  # read just now, by find_checkpoint
+    def checkpoint_to_load(self, given: str | bool | None) -> str | None:
+        """Return what `find_checkpoint` found just now or finds now; raise ValueError where True finds none."""
+        known = given is not None and given == self._found
         found = self._found if known else self.find_checkpoint(given) if given else None
         if given and found is None:
             raise ValueError(f"resume_from_checkpoint=True: no checkpoint-N in {str(self.args.output_dir)!r}")
         return found
 
-    def _recover(self) -> None:
-        if self.args.should_save:
-            checkpoint.recover(Path(str(self.args.output_dir)))
-
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        # Trainer comes here after every step and every epoch
-        if stopping := self._termination.is_due():
-            self.control.should_save, self.control.should_evaluate = True, False  # there is little time left
-        super()._maybe_log_save_evaluate(*args, **kwargs)
-        if stopping:
-            step = self.state.global_step
-            saved = str(Path(str(self.args.output_dir)) / f"checkpoint-{step}")
-            advice = "It cannot be gone on from: save_only_model" if self.args.save_only_model else errors.go_on(saved)
-            raise errors.TerminatedError(
-                f"step {step}: SIGTERM was received and {saved} was saved. The run was stopped. {advice}",
-                saved,
-            )
-
-    @contextmanager
-    def _staging(self, staged: Path, final: Path) -> Iterator[None]:
-        """No part of an earlier attempt before, nor of this one after a failure, which is named."""
-        try:
-            with errors.naming_failed_writes(final, self._last_checkpoint):
-                if self.args.should_save:
-                    atomic_io.discard(staged)
-                yield
-            if resume.step_of(final) >= 0:
-                self._newest = str(final)
-        except BaseException:
-            checkpoint.discard_after_failure(staged, saves=self.args.should_save)
-            raise
-
-    def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> TrainOutput:
-        """With save_total_limit=1 Trainer keeps the best alone, and deletes the rest file by file under their names."""
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            output = super()._finalize_training(trial, *args, **kwargs)
-        finally:
-            self.args.save_total_limit = limit
-        best = self.state.best_model_checkpoint
-        if limit == 1 and best is not None and Path(best).is_dir():
-            self._newest = best
-            spare = [path for path in resume.checkpoints(Path(self._get_output_dir(trial))) if not path.samefile(best)]
-            for path in spare if self.args.should_save else ():
-                atomic_io.delete(path)
-        return output
-
-    def _save_state(self, folder: Path) -> None:
-        kept: dict[str, Any] = self.state.stateful_callbacks  # type: ignore[assignment]
-        for callback in (*self.callback_handler.callbacks, self.control):
-            if not isinstance(callback, ExportableState):
-                continue
-            name = type(callback).__name__
-            if isinstance(kept.get(name), list):
-                kept[name].append(callback.state())
-            else:
-                kept[name] = callback.state()
-        self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
-
-    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
-        resumed = super()._init_training_state(*args, **kwargs)
-        if (best := self._best_checkpoint()) is not None and best.is_dir():  # Trainer forgets one that was moved
-            self.state.best_model_checkpoint = str(best)
-        return resumed
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with resume.naming_failed_reads(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        with resume.naming_failed_reads(checkpoint):
-            super()._load_scaler(checkpoint)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        with resume.naming_failed_reads(checkpoint):
-            super()._load_rng_state(checkpoint)
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with resume.naming_failed_reads(resume_from_checkpoint):
+            checkpoint.load_models(Path(resume_from_checkpoint), self.accelerator.unwrap_model(self.model))
 
     def _load_best_model(self) -> None:
-        best = self._best_checkpoint()
+        best = resume.best_checkpoint(self.state, self._run)
         assert best is not None
-        with self._naming_lost_processes():
-            found = resume.common_problem(best, self._reads, _gather)
+        with self.naming_lost_processes():
+            found = resume.common_problem(best, self._reads)
         if found:
             raise errors.DamagedCheckpointError(
                 f"the best model, {best}, cannot be loaded: {found if best.is_dir() else 'there is no such folder'}. "
                 "Restore it from a copy, or keep the last step's model: load_best_model_at_end=false",
-                self._last_checkpoint(),
+                self.last_checkpoint(),
             )
-        with resume.naming_failed_reads(best):
-            checkpoint.load_models(best, self.accelerator.unwrap_model(self.model))
+        self._load_from_checkpoint(str(best))
 
-    def _best_checkpoint(self) -> Path | None:
-        """As it was recorded, or by its step, where the run's folder was moved."""
-        recorded, step = self.state.best_model_checkpoint, self.state.best_global_step
-        if step and (recorded is None or not Path(recorded).is_dir()):
-            return Path(str(self.args.output_dir)) / f"checkpoint-{step}"
-        return Path(recorded) if recorded is not None else None
+    # Saving
+
+    def saving(self) -> AbstractContextManager[None]:
+        """Return a context around every save, in all processes; a subclass checks there what is to be saved."""
+        return nullcontext()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write student, projector and tokenizer into `output_dir`, whose files are complete or not there."""
+        if _internal_call:  # into a checkpoint, which is itself still to be published
+            self._write_model(Path(str(output_dir)))
+            return
+        with self.naming_lost_processes(), self.saving():
+            final = Path(output_dir or str(self.args.output_dir))
+            staged = final / atomic_io.INCOMPLETE if final.is_dir() else atomic_io.staging(final)
+            with self._staging(staged, staged, final):
+                self._write_model(staged)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    self._write_arguments(staged)
+                    atomic_io.publish(staged, final, replace=False)
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # Trainer's, with a hidden folder in the place of the run's; then the checkpoint is moved out of that
+        final = self._run / f"checkpoint-{self.state.global_step}"
+        staged = atomic_io.staging(final)
+        written = staged / final.name
+        with self.saving(), self._staging(staged, written, final):
+            with _replaced(self.args, output_dir=str(staged), push_to_hub=False):
+                super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.state.best_global_step == self.state.global_step:
+                self.state.best_model_checkpoint = str(final)
+            if self.args.should_save:
+                self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+                self._write_arguments(written)
+                checksums.write(written)
+                atomic_io.publish(written, final, replace=True)
+                staged.rmdir()
+        self._newest = str(final)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+        if self.args.should_save:
+            checkpoint.rotate(self._run, self.args.save_total_limit, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_fsdp_enabled:
+            fsdp.save_optimizer_and_scheduler(self, output_dir)
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _write_model(self, folder: Path) -> None:
+        state = fsdp.full_state(self.model) if self.is_fsdp_enabled else None
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            checkpoint.save_models(folder, self.accelerator.unwrap_model(self.model), state)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+
+    def _write_arguments(self, folder: Path) -> None:
+        (folder / "training_args.json").write_text(self.args.to_json_string())
+
+    @contextmanager
+    def _staging(self, staged: Path, written: Path, final: Path) -> Iterator[None]:
+        """Clear `staged` of an earlier attempt before and of this one after a failure, which is named."""
+        try:
+            with errors.naming_failed_writes(final, self.last_checkpoint):
+                if self.args.should_save:
+                    atomic_io.discard(staged)
+                self.accelerator.wait_for_everyone()
+                yield
+        except BaseException:
+            # other processes may still write; where this one does not write the student, it clears up what was made
+            # anew after the one that does had gone
+            if self.args.should_save or not (written / "config.json").exists():
+                checkpoint.discard_while_written(staged)
+            raise
+
+    # What the errors name
+
+    @property
+    def _run(self) -> Path:
+        return Path(str(self.args.output_dir))
 
     @property
     def _reads(self) -> bool:
-        """One process of a node looks at checkpoints."""
+        """Whether this process looks at checkpoints: one of a node does."""
         return self.args.local_process_index == 0
 
-    def _naming_lost_processes(self) -> AbstractContextManager[None]:
-        return errors.naming_lost_processes(lambda: self.state.global_step, self._last_checkpoint)
+    def _recover(self) -> None:
+        if self.args.should_save:
+            checkpoint.recover(self._run)
 
-    def _last_checkpoint(self) -> str | None:
-        """The newest of this run; of the folder before there is one. Later ones of another run may lie there."""
+    def naming_lost_processes(self) -> AbstractContextManager[None]:
+        """Return a context in which a failed communication is a LostProcessError."""
+        return errors.naming_lost_processes(lambda: self.state.global_step, self.last_checkpoint)
+
+    def last_checkpoint(self) -> str | None:
+        """Return the newest of this run, or of the folder before there is one: later ones may be of another run."""
         own = self._newest or self._found
         if own is not None or self.state.global_step:
             return own
-        return next((str(folder) for folder in resume.checkpoints(Path(str(self.args.output_dir)))), None)
+        return next((str(folder) for folder in resume.checkpoints(self._run)), None)
 
 
-def _gather(value: Any) -> list[Any]:
-    return gather_object([value])
+class _BetweenSteps(TrainerCallback):
+    """Saves and stops on SIGTERM, and mends what Trainer makes of the state of a resumed and of an ended run."""
+
+    def __init__(self, trainer: DurableTrainer, termination: Termination) -> None:
+        self.trainer = trainer
+        self.termination = termination
+        self.stopping = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        best = resume.best_checkpoint(state, Path(args.output_dir))
+        if best is not None and best.is_dir():  # Trainer forgets one that was moved
+            state.best_model_checkpoint = str(best)
+        for callback in (*self.trainer.callback_handler.callbacks, control):  # Trainer saves none that it did not load
+            if isinstance(callback, ExportableState):
+                state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.termination.is_due():
+            self.stopping = True
+            control.should_save, control.should_evaluate = True, False  # there is little time left
+
+    on_epoch_end = on_step_end
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.stopping:
+            saved = str(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            raise errors.terminated(state.global_step, saved, resumable=not args.save_only_model)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "train_loss" in (logs or {}):  # the end, where Trainer would delete all but the best, file by file
+            args.save_total_limit = None
+
+
+@contextmanager
+def _replaced(args: TrainingArguments, **values: Any) -> Iterator[None]:
+    before = {name: getattr(args, name) for name in values}
+    vars(args).update(values)
+    try:
+        yield
+    finally:
+        vars(args).update(before)
