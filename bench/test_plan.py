@@ -15,7 +15,7 @@ import pytest
 import torch
 from live_bytes import highest_live_bytes
 from plan import live_bytes
-from plan.cases import CPU_SIZES, case, gradients, run, shapes
+from plan.cases import CPU_SIZES, case, gradients, run, shapes, skip_unless_installed
 from plan.memory import PRODUCT_BUFFERS
 
 from kdfast.plan import Shape
@@ -65,6 +65,7 @@ print(peak - gradients(inputs))
 def test_resident_set(method, dtype):
     """In a fresh process of one thread. glibc is told to give back what is freed: how much of its heap it keeps
     otherwise changes from run to run."""
+    skip_unless_installed(method)
     environment = {**os.environ, "PYTHONPATH": str(measure.ROOT), "OMP_NUM_THREADS": "1"}
     environment["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)
     script = RESIDENT.format(method=method, dtype=str(dtype).removeprefix("torch."))

@@ -37,12 +37,16 @@ def case(shape, device=None):
     return Inputs(Workload("planned", shape.teacher, *sizes, shape.dtype), device or shape.device)
 
 
-def run(method, inputs):
-    """One step. Skips where the peer is not installed."""
+def skip_unless_installed(method):
     contender = BY_PLAN[method]
     if any(importlib.util.find_spec(module.partition(".")[0]) is None for module in contender.needs):
         pytest.skip(f"{contender.name} is not installed")
-    contender.loss(inputs).backward()
+
+
+def run(method, inputs):
+    """Do one step. Skips where the peer is not installed."""
+    skip_unless_installed(method)
+    BY_PLAN[method].loss(inputs).backward()
 
 
 def gradients(inputs):

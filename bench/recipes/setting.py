@@ -12,12 +12,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kdfast.cli import output_dir as folder
 from kdfast.cli.demo import run_settings
 from kdfast.demo.toy_models import small_gpt2
 from kdfast.demo.toy_text import library_text, once, train_tokenizer, write_files
-from kdfast.report.page import Run
-from kdfast.report.read_runs import read_run
+from kdfast.report.read_runs import Run, is_finished, read_run
 
 VOCABULARY = 4096
 CONTEXT = 128
@@ -100,7 +98,7 @@ def settings(
 
 def run(path: Path, keys: dict[str, Any]) -> Run:
     """What `kdfast distill path.yaml` does; a finished run is read."""
-    if folder.is_finished(path):
+    if is_finished(path):
         return read_run(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     return run_settings(path.name, path.parent, keys)

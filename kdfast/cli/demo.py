@@ -1,18 +1,7 @@
-"""`kdfast demo`: a real distillation on this machine, with nothing downloaded and no GPU needed.
-
-Text is Python's own library as it is installed here, one file in twenty held out; the tokenizer is a byte-level BPE
-trained on it; the teacher is trained on it and kept in the cache, under a key made of text and settings. Then, at
-the same budget of tokens and the same learning rate, one student for each recipe. Every run is one that
-`kdfast distill` could do: the file with its settings is written beside its results. The table shows what came out.
-"""
+"""`kdfast demo`: kdfast.demo with runs that `kdfast distill` could do, the file with its settings beside each."""
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import json
-import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,166 +9,27 @@ import datasets
 import transformers
 import yaml
 
-from kdfast.cli import output_dir as folder
 from kdfast.cli.arguments import parse
 from kdfast.cli.distill import run_distillation
 from kdfast.cli.errors import UserError
-from kdfast.demo.toy_models import small_gpt2
-from kdfast.demo.toy_text import cache_root, library_text, once, train_tokenizer, write_files
-from kdfast.report.page import Run, text_table, write_report
-from kdfast.report.summary import write_summary
+from kdfast.demo.demo import QUICK, Sizes, run_demo
+from kdfast.report.read_runs import Run
 from kdfast.training.data.text import DataError
-
-RECIPES = ("lm_only", "projector", "projector_fixed", "teacher_head", "svd_init")  # the last is what auto takes here
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What the demo trains. The defaults fit ten minutes of two CPU cores."""
-
-    files: int = 10_000  # at most
-    excerpt: int = 2000  # characters of a held-out file
-    vocabulary: int = 8192
-    context: int = 128
-    batch: int = 4  # blocks a step
-    teacher_layers: int = 4
-    teacher_width: int = 256
-    teacher_steps: int = 1000
-    student_layers: int = 2
-    student_width: int = 128
-    student_steps: int = 400
-    learning_rate: float = 1e-3
-    evaluations: int = 2
-
-
-QUICK = Sizes(
-    files=60,
-    vocabulary=512,
-    context=64,
-    batch=4,
-    teacher_layers=1,
-    teacher_width=32,
-    teacher_steps=6,
-    student_layers=1,
-    student_width=16,
-    student_steps=6,
-    excerpt=300,
-)
 
 
 def demo(*, quick: bool, output_dir: str, cache_dir: str | None, seed: int) -> int:
-    """Everything from the text to the table; returns the exit code."""
-    start = time.perf_counter()
-    datasets.disable_progress_bars()  # of loading and tokenising, seconds here; training has its own
+    """Do everything from the text to the table; return the exit code."""
+    datasets.disable_progress_bars()  # of loading and tokenizing, seconds here; training has its own
     transformers.utils.logging.disable_progress_bar()
-    sizes = QUICK if quick else Sizes()
-
     try:
-        train, evaluation = library_text(sizes.files, sizes.excerpt)
+        run_demo(run_settings, QUICK if quick else Sizes(), output_dir, cache_dir, seed)
     except DataError as error:
         raise UserError(str(error)) from error
-    print(
-        f"Text: {len(train)} files of Python's library to train on, {_megabytes(train):.1f} MB; "
-        f"{len(evaluation)} held out, {_megabytes(evaluation):.2f} MB."
-    )
-    key = _key(sizes, seed, [*train, *evaluation])
-    cache = cache_root(cache_dir, "demo") / key
-    once(cache / "train", lambda path: write_files(path, train))
-    once(cache / "eval", lambda path: write_files(path, evaluation))
-    once(cache / "tokenizer", lambda path: train_tokenizer(path, train, sizes.vocabulary))
-
-    tokens = sizes.batch * sizes.context
-    print(
-        f"Teacher: {sizes.teacher_layers} layers of width {sizes.teacher_width}, {sizes.teacher_steps} steps of "
-        f"{tokens} tokens. Kept in {cache}."
-    )
-    teacher = run_settings("teacher", cache, _teacher_settings(cache, sizes, seed))
-
-    output = _unfinished(Path(output_dir), key)
-    print(
-        f"Students: {sizes.student_layers} layers of width {sizes.student_width}, {sizes.student_steps} steps of "
-        f"{tokens} tokens each, learning rate {sizes.learning_rate}, seed {seed}. Results go to {output}."
-    )
-    students = [run_settings(recipe, output, _student_settings(cache, sizes, seed, recipe)) for recipe in RECIPES]
-
-    note = (
-        f"Python library text, a vocabulary of {sizes.vocabulary}; every student had {sizes.student_steps} steps of "
-        f"{tokens} tokens at learning rate {sizes.learning_rate}. One seed, one small setting."
-    )
-    runs = [teacher, *students]
-    write_report(output / folder.REPORT, "kdfast demo", runs, note)
-    write_summary(output / folder.SUMMARY, {run.name: run.summary for run in runs})
-    print(f"\n{text_table(runs)}\n\n{note}\n{_against_lm_only(students)}")
-    print(f"Curves: {output / folder.REPORT}. {time.perf_counter() - start:.0f} seconds in all.")
     return 0
 
 
-def _megabytes(texts: list[str]) -> float:
-    return sum(len(text.encode()) for text in texts) / 1e6
-
-
-def _key(sizes: Sizes, seed: int, texts: list[str]) -> str:
-    """Of all that the teacher depends on."""
-    digest = hashlib.sha256(json.dumps([sizes.vocabulary, _teacher_settings(Path(), sizes, seed)]).encode())
-    for text in texts:
-        digest.update(hashlib.sha256(text.encode()).digest())
-    return digest.hexdigest()[:16]
-
-
-def _unfinished(wanted: Path, key: str) -> Path:
-    """`wanted`, or `wanted-2`, …: the first that is new, or holds an interrupted demo of the same settings."""
-    for i in itertools.count(1):
-        path = wanted if i == 1 else wanted.with_name(f"{wanted.name}-{i}")
-        mark = path / "demo-key"
-        if not path.exists():
-            path.mkdir(parents=True)
-            mark.write_text(key)
-            return path
-        if mark.exists() and mark.read_text() == key and not folder.is_finished(path):
-            return path
-    raise AssertionError("unreachable")
-
-
 def run_settings(name: str, parent: Path, settings: dict[str, Any]) -> Run:
-    """Writes parent/name.yaml and does what `kdfast distill` does with it, into parent/name."""
+    """Write parent/name.yaml and do what `kdfast distill` does with it, into parent/name."""
     config = parent / f"{name}.yaml"
     config.write_text(yaml.safe_dump({**settings, "output_dir": str(parent / name)}, sort_keys=False))
     return run_distillation(parse(str(config), []), name)
-
-
-def _settings(cache: Path, sizes: Sizes, seed: int, layers: int, width: int, steps: int) -> dict[str, Any]:
-    return {
-        "student_config": {"model_type": "gpt2", **small_gpt2(layers, width, sizes.context)},
-        "tokenizer_name": str(cache / "tokenizer"),
-        "train_file": str(cache / "train"),
-        "eval_file": str(cache / "eval"),
-        "max_length": sizes.context,
-        "per_device_train_batch_size": sizes.batch,
-        "per_device_eval_batch_size": 2 * sizes.batch,
-        "max_steps": steps,
-        "learning_rate": sizes.learning_rate,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": steps // 20,
-        "logging_steps": max(1, steps // 40),
-        "eval_strategy": "steps",
-        "eval_steps": max(1, steps // sizes.evaluations),
-        "save_steps": max(1, steps // 4),
-        "save_total_limit": 1,
-        "seed": seed,
-    }
-
-
-def _teacher_settings(cache: Path, sizes: Sizes, seed: int) -> dict[str, Any]:
-    settings = _settings(cache, sizes, seed, sizes.teacher_layers, sizes.teacher_width, sizes.teacher_steps)
-    return {"recipe": "lm_only", **settings}
-
-
-def _student_settings(cache: Path, sizes: Sizes, seed: int, recipe: str) -> dict[str, Any]:
-    settings = _settings(cache, sizes, seed, sizes.student_layers, sizes.student_width, sizes.student_steps)
-    return {"recipe": recipe, "teacher_model_name_or_path": str(cache / "teacher"), **settings}
-
-
-def _against_lm_only(students: list[Run]) -> str:
-    baseline, *others = (run.summary["eval_ce"] for run in students)
-    differences = ", ".join(f"{r.name} {ce - baseline:+.3f}" for r, ce in zip(students[1:], others, strict=True))
-    return f"Student CE against {students[0].name}, in nats, where less is better: {differences}."

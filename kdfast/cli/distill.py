@@ -16,12 +16,12 @@ import transformers
 from transformers import PreTrainedTokenizerBase, TrainerCallback, default_data_collator, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from kdfast.cli import output_dir as folder
 from kdfast.cli.arguments import LM_ONLY, Arguments, format_help, parse
 from kdfast.cli.errors import RunFailed, RunTerminated, UserError
 from kdfast.cli.inputs import check_positions, load_text
-from kdfast.report.page import Run, text_table, write_report
-from kdfast.report.read_runs import read_run
+from kdfast.cli.output_dir import claim
+from kdfast.report.page import text_table, write_report
+from kdfast.report.read_runs import REPORT, SUMMARY, Run, RunsError, is_finished, read_run
 from kdfast.report.summary import engine_of, parameters, summarise, write_summary
 from kdfast.training import KDTrainer, NonFiniteLossError, load_student, load_teacher
 from kdfast.training.cache.read import TeacherCache
@@ -59,12 +59,15 @@ def run_distillation(arguments: Arguments, name: str | None = None) -> Run:
     output_dir = Path(training.output_dir)
     name = name or output_dir.name
     try:
-        by_first(lambda: folder.claim(output_dir, arguments.given, arguments.run.overwrite_output_dir))
+        by_first(lambda: claim(output_dir, arguments.given, arguments.run.overwrite_output_dir))
     except OSError as error:
         raise UserError(f"output_dir: {error}") from error
-    if folder.is_finished(output_dir):
+    if is_finished(output_dir):
         print_once(f"{name}: finished already, in {output_dir}; --overwrite_output_dir true would train it again")
-        return read_run(output_dir, name)
+        try:
+            return read_run(output_dir, name)
+        except RunsError as error:
+            raise UserError(str(error)) from error
     if training.resume_from_checkpoint is False and get_last_checkpoint(output_dir) is not None:
         raise UserError(
             f"resume_from_checkpoint: false, and {str(output_dir)!r} holds checkpoints, which this command would go on "
@@ -98,8 +101,8 @@ def run_distillation(arguments: Arguments, name: str | None = None) -> Run:
 
         def write() -> None:
             trainer.save_state()
-            write_report(output_dir / folder.REPORT, f"{name}: recipe {summary['recipe']}", [run])
-            write_summary(output_dir / folder.SUMMARY, summary)  # last: it says that the run is finished
+            write_report(output_dir / REPORT, f"{name}: recipe {summary['recipe']}", [run])
+            write_summary(output_dir / SUMMARY, summary)  # last: it says that the run is finished
 
         by_first(write)
     except TerminatedError as error:

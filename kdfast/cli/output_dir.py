@@ -16,13 +16,10 @@ from typing import Any
 from transformers.trainer_utils import get_last_checkpoint
 
 from kdfast.cli.errors import UserError
+from kdfast.report.read_runs import RECORD, REPORT, STATE, SUMMARY, is_finished
 from kdfast.training.durable.atomic_io import write_text
 from kdfast.training.recipes import current_name
 
-RECORD = "kdfast.json"
-SUMMARY = "summary.json"
-REPORT = "report.html"
-STATE = "trainer_state.json"
 MODEL_FILES = ("config.json", "model.safetensors")
 CHECKPOINTS = ("checkpoint-*", "damaged-checkpoint-*", ".*.incomplete", ".incomplete")
 
@@ -32,10 +29,6 @@ FREE = {
     "max_skipped_steps", "load_best_model_at_end",
 }  # fmt: skip
 FREE_PREFIXES = ("health", "logging_", "save_", "log_", "dataloader_", "push_to_hub", "hub_")
-
-
-def is_finished(output_dir: Path) -> bool:
-    return (output_dir / SUMMARY).is_file()
 
 
 def changed_settings(output_dir: Path, given: Mapping[str, Any]) -> list[str]:

@@ -10,12 +10,15 @@ from pathlib import Path
 
 from kdfast.cli.errors import UserError
 from kdfast.report.page import made_here, png_names, text_table, write_pngs, write_report
-from kdfast.report.read_runs import find_runs
+from kdfast.report.read_runs import RunsError, find_runs
 
 
 def report(runs: Sequence[str], *, output: str, png: str | None, title: str) -> int:
     """The command; returns the exit code."""
-    found = find_runs(runs)
+    try:
+        found = find_runs(runs)
+    except RunsError as error:
+        raise UserError(str(error)) from error
     page, pictures = Path(output).expanduser(), None if png is None else Path(png).expanduser()
     try:
         _check_replaceable("--output", page)

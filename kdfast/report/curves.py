@@ -15,18 +15,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kdfast.report.read_runs import Run
+
 # Okabe and Ito's colours, which stay apart for colour-blind readers
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 # (dashes, marker), the next one each time the colours are used up; matplotlib's and SVG's unit is the line's width
 STYLES = (((), "o"), ((4, 1.5), "s"), ((1, 1.2), "^"), ((5, 1.5, 1, 1.5), "D"))
 SEED = re.compile(r"(^|[-_./ ])(seed|s)[-_= ]?\d+(?=$|[-_./ ])|[-_./ ]\d+$", re.IGNORECASE)  # in a run's name
 MADE_BY = "kdfast report"  # in every file, so that one of ours is known from a user's own
-
-
-class Run(NamedTuple):
-    name: str
-    log: Sequence[dict[str, Any]]  # entries with "step" and any of the keys in PANELS
-    summary: dict[str, Any]
 
 
 class Panel(NamedTuple):

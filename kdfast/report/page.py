@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from kdfast.report.curves import MADE_BY, PANELS, Curve, Panel, Run, Style, differ_in_tokens, draw, panels, styles
+from kdfast.report.curves import MADE_BY, PANELS, Curve, Panel, Style, differ_in_tokens, draw, panels, styles
+from kdfast.report.read_runs import Run
 from kdfast.training.durable.atomic_io import write_bytes, write_text
 
 

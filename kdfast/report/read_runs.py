@@ -14,10 +14,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kdfast.cli import output_dir as folder
-from kdfast.cli.errors import UserError
-from kdfast.report.curves import Run
 from kdfast.report.summary import summarise_log
+
+# in the folder of a run of ours: which run it is, written first; what came of it, written last; the page
+RECORD, SUMMARY, REPORT = "kdfast.json", "summary.json", "report.html"
+STATE = "trainer_state.json"  # transformers', in every run and checkpoint
+
+
+class RunsError(ValueError):
+    """There is no run to read, or it cannot be read; the message says which and why."""
+
+
+class Run(NamedTuple):
+    """What a report is made of."""
+
+    name: str
+    log: Sequence[dict[str, Any]]  # of trainer_state.json: entries with "step" and any of the keys in curves.PANELS
+    summary: dict[str, Any]
 
 
 class Found(NamedTuple):
@@ -25,30 +38,35 @@ class Found(NamedTuple):
     name: str | None  # None: after its folder
 
 
-def find_runs(arguments: Sequence[str]) -> list[Run]:
-    """The runs of `PATH`s and `NAME=PATH`s, each once, under names of their own.
+def is_finished(path: Path) -> bool:
+    """Return whether a run of ours has come to its end."""
+    return (path / SUMMARY).is_file()
 
-    Raises UserError where there is none, where one cannot be read, or where two were given the same name.
+
+def find_runs(arguments: Sequence[str]) -> list[Run]:
+    """Return the runs of `PATH`s and `NAME=PATH`s, each once, under names of their own.
+
+    Raises RunsError where there is none, where one cannot be read, or where two were given the same name.
     """
     found = dict.fromkeys(run for argument in arguments for run in _find(argument))
     return [read_run(run.path, name) for run, name in zip(found, _names(list(found)), strict=True)]
 
 
 def read_run(path: Path, name: str | None = None) -> Run:
-    """One run's log, with its summary or, where it is unfinished, what the log says."""
+    """Return one run's log, with its summary or, where it is unfinished, what the log says."""
     state = _last_state(path)
     log = state.get("log_history")
     if not isinstance(log, list) or not all(isinstance(entry, dict) for entry in log):
-        raise UserError(
-            f"{str(path)!r}: {folder.STATE} has no log_history; expected the file transformers.Trainer writes"
+        raise RunsError(
+            f"{str(path)!r}: {STATE} has no log_history; expected the file transformers.Trainer writes"
         )
-    if folder.is_finished(path):
-        return Run(name or path.name, log, _read(path / folder.SUMMARY))
+    if is_finished(path):
+        return Run(name or path.name, log, _read(path / SUMMARY))
     summary = summarise_log(log)
-    if (path / folder.RECORD).is_file():
-        summary = {"recipe": _read(path / folder.RECORD).get("recipe"), **summary}
+    if (path / RECORD).is_file():
+        summary = {"recipe": _read(path / RECORD).get("recipe"), **summary}
     step, end = state.get("global_step") or 0, state.get("max_steps") or 0
-    if (path / folder.RECORD).is_file() or step < end:  # ours is finished when its summary is there
+    if (path / RECORD).is_file() or step < end:  # ours is finished when its summary is there
         summary = {"unfinished": f"step {step} of {end}", **summary}
     return Run(name or path.name, log, summary)
 
@@ -60,20 +78,20 @@ def _find(argument: str) -> list[Found]:
         name, _, rest = argument.partition("=")
         path = Path(rest).expanduser()
         if not name or not rest:
-            raise UserError(f"RUN {argument!r}: expected PATH or NAME=PATH")
+            raise RunsError(f"RUN {argument!r}: expected PATH or NAME=PATH")
     path = Path(os.path.abspath(path))  # "." has a name then, and a symbolic link keeps its own
     if not _is_dir(argument, path):
         what = "is a file; give the folder it lies in" if path.exists() else "does not exist"
-        raise UserError(f"RUN {argument!r}: {str(path)!r} {what}")
+        raise RunsError(f"RUN {argument!r}: {str(path)!r} {what}")
     try:
         if _states(path):
             return [Found(path, name)]
         inside = [child for child in sorted(path.iterdir(), key=_natural) if child.is_dir() and _states(child)]
     except OSError as error:
-        raise UserError(f"RUN {argument!r}: cannot be read: {error}") from error
+        raise RunsError(f"RUN {argument!r}: cannot be read: {error}") from error
     if not inside:
-        raise UserError(
-            f"RUN {argument!r}: no {folder.STATE} in {str(path)!r}, in a checkpoint-N there, or in a run one level "
+        raise RunsError(
+            f"RUN {argument!r}: no {STATE} in {str(path)!r}, in a checkpoint-N there, or in a run one level "
             "below. A run has one from its first checkpoint on (save_steps)"
         )
     return [Found(child, f"{name}/{child.name}" if name else None) for child in inside]
@@ -83,7 +101,7 @@ def _is_dir(argument: str, path: Path) -> bool:
     try:
         return path.is_dir()
     except OSError as error:  # a name that is too long
-        raise UserError(f"RUN {argument!r}: {error.strerror}") from error
+        raise RunsError(f"RUN {argument!r}: {error.strerror}") from error
 
 
 def _natural(path: Path) -> list[Any]:
@@ -104,7 +122,7 @@ def _names(found: Sequence[Found]) -> list[str]:
         for i in longer:
             depths[i] += 1
     if clash := next((name for name in names if count[name] > 1), None):
-        raise UserError(f"RUN: two runs are called {clash!r}; give them names of their own, NAME=PATH")
+        raise RunsError(f"RUN: two runs are called {clash!r}; give them names of their own, NAME=PATH")
     return names
 
 
@@ -112,7 +130,7 @@ def _states(path: Path) -> list[Path]:
     """Every trainer_state.json of a run: its own, then the checkpoints', newest first."""
     numbered = ((int(found[1]), p) for p in path.iterdir() if (found := re.fullmatch(r"checkpoint-(\d+)", p.name)))
     folders = [path, *(p for _, p in sorted(numbered, reverse=True))]
-    return [p / folder.STATE for p in folders if (p / folder.STATE).is_file()]
+    return [p / STATE for p in folders if (p / STATE).is_file()]
 
 
 def _last_state(path: Path) -> dict[str, Any]:
@@ -123,10 +141,10 @@ def _last_state(path: Path) -> dict[str, Any]:
             read.append(_read(file))
         except FileNotFoundError:  # a run that is still going has replaced this checkpoint
             continue
-        if file.parent != path or folder.is_finished(path):
+        if file.parent != path or is_finished(path):
             break
     if not read:
-        raise UserError(f"{str(path)!r}: its checkpoints are gone, removed while they were read; try again")
+        raise RunsError(f"{str(path)!r}: its checkpoints are gone, removed while they were read; try again")
     return max(read, key=lambda state: state.get("global_step") or 0)
 
 
@@ -136,7 +154,7 @@ def _read(file: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:  # JSON's and Unicode's errors are ValueErrors
-        raise UserError(f"{str(file)!r} cannot be read: {error}") from error
+        raise RunsError(f"{str(file)!r} cannot be read: {error}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{str(file)!r} holds a {type(content).__name__}; expected a JSON object")
+        raise RunsError(f"{str(file)!r} holds a {type(content).__name__}; expected a JSON object")
     return content

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from kdfast.cli import demo
+from kdfast.demo import demo
 from kdfast.demo.toy_text import library_text
 
 

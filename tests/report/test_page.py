@@ -9,8 +9,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from kdfast.report.curves import COLOURS, PANELS, Run, differ_in_tokens, panels, styles
+from kdfast.report.curves import COLOURS, PANELS, differ_in_tokens, panels, styles
 from kdfast.report.page import made_here, png_names, table, text_table, write_pngs, write_report
+from kdfast.report.read_runs import Run
 
 LOG = [
     {"step": 1, "loss": 9.0, "ce": 8.0, "kd": 2.0, "kd_weight": 0.1, "learning_rate": 1e-3},
