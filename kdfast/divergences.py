@@ -48,7 +48,7 @@ class Divergence:
 
     @property
     def parameters(self) -> list[float]:
-        """The dataclass fields, in order: with `name`, all that an operator needs to rebuild it."""
+        """Return the dataclass fields, in order: with `name`, all that an operator needs to rebuild it."""
         return [float(getattr(self, field.name)) for field in fields(self)]
 
 
@@ -194,8 +194,9 @@ DIVERGENCES: dict[str, type[Divergence]] = {
 
 
 def get_divergence(divergence: str | Divergence, parameters: Sequence[float] = ()) -> Divergence:
-    """The instance a name (with its parameters) or an instance stands for; JSD at 0 and 1 and the skew divergences at
-    0 become the KL they are.
+    """Return the instance that a name (with its parameters) or an instance stands for.
+
+    JSD at 0 and 1 and the skew divergences at 0 become the KL they are.
 
     Raises ValueError for an unknown name or a parameter out of its range, TypeError for anything else.
     """
@@ -216,29 +217,29 @@ def get_divergence(divergence: str | Divergence, parameters: Sequence[float] = (
 
 
 def log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """g = log p − log q, and 0 where both have no mass (−inf − −inf)."""
+    """Return g = log p − log q, and 0 where both have no mass (−inf − −inf)."""
     return (log_p - log_q).nan_to_num_(nan=0.0, posinf=inf, neginf=-inf)
 
 
 def weighted(p: Tensor, x: Tensor) -> Tensor:
-    """p·x with 0·∞ = 0."""
+    """Return p·x with 0·∞ = 0."""
     return (p * x).nan_to_num_(nan=0.0, posinf=inf, neginf=-inf)
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """p·(log p − log q) with 0·log 0 = 0, where p underflows too, and gradients that are finite there."""
+    """Return p·(log p − log q) with 0·log 0 = 0, where p underflows too, and gradients that are finite there."""
     p = log_p.exp()
     empty = p == 0
     return p * (log_p.masked_fill(empty, 0.0) - log_q.masked_fill(empty, 0.0))
 
 
 def difference(p: Tensor, q: Tensor, g: Tensor) -> Tensor:
-    """q − p to full relative precision: ±max(p, q)·expm1(−|g|), which never overflows."""
+    """Return q − p to full relative precision: ±max(p, q)·expm1(−|g|), which never overflows."""
     return torch.expm1(-g.abs()).mul_(torch.maximum(p, q)).copysign_(-g)
 
 
 def _log_mixture(log_p: Tensor, log_q: Tensor, weight: float) -> Tensor:
-    """log of m = weight·p + (1−weight)·q, with gradients that are finite where p or q is 0; 0 where both are."""
+    """Return log m, m = weight·p + (1−weight)·q, with finite gradients where p or q is 0; 0 where both are."""
     empty = log_p.isneginf() & log_q.isneginf()
     log_p, log_q = log_p.masked_fill(empty, 0.0), log_q.masked_fill(empty, 0.0)
     return torch.logaddexp(log_p + log(weight), log_q + log(1 - weight))

@@ -68,20 +68,20 @@ class Logits:
 
 @dataclass(frozen=True, eq=False)
 class SparseLogits:
-    """A teacher given as K log-probabilities a token; the cost grows with K, not with K·V.
+    """A teacher given as K log-probabilities per token; the cost grows with K, not with K·V.
 
     indices    (*, K)  integer ids, in any order, K ≤ 1024. The probabilities of equal ids add up
     log_probs  (*, K)  any float dtype, at τ = 1; −inf: no entry (padding), whatever its id
     tempered           log_probs are at the loss's own temperature: log_softmax(z/τ) over all V, some of it. Then
                        "bucket" is exact at any τ, and "none" allowed
-    tail               what is known of the ids that are not given. The student is normalised over all of V:
+    tail               what is known of the ids that are not given. The student is normalized over all of V:
 
-    "renormalize"  nothing: the teacher is its K entries, renormalised at τ. Reverse and symmetric KL are infinite
+    "renormalize"  nothing: the teacher is its K entries, renormalized at τ. Reverse and symmetric KL are infinite
     "bucket"       their sum: one more category, 1 − Σ exp(log_probs), on both sides. Exact at τ = 1; at another τ,
-                   unless tempered, both sides' K + 1 masses are taken to the power 1/τ and normalised again, so the
+                   unless tempered, both sides' K + 1 masses are taken to the power 1/τ and normalized again, so the
                    loss still is zero exactly where the student has the teacher's masses, but not what dense logits
                    would give
-    "none"         they have none: weights exp(log_probs) as given, not normalised; τ = 1 only, unless tempered. For ids
+    "none"         they have none: weights exp(log_probs) as given, not normalized; τ = 1 only, unless tempered. For ids
                    drawn at random with weight counts/n (random-sampling KD), whose expectation is the dense gradient.
                    Source: Anshumann et al. 2025, arXiv:2503.16870
     """
@@ -97,7 +97,7 @@ Teacher = Projected | Head | Logits | SparseLogits
 
 
 def is_asked(weight: float | Tensor) -> bool:
-    """Whether a term with this weight may count: a tensor's value is not looked at."""
+    """Return whether a term with this weight may count; a tensor's value is not looked at."""
     return isinstance(weight, Tensor) or weight != 0
 
 

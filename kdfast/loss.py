@@ -1,6 +1,6 @@
 """`fused_kd_loss` and `FusedKDLoss`: the public loss.
 
-Flow: arguments → `validation.check` → `assemble` (one Problem) → an engine → loss and KDMetrics.
+Flow: `localize` (plain tensors) → `check` → `build_problem` → an engine → loss and KDMetrics.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from kdfast import engines
 from kdfast.divergences import Divergence, get_divergence
-from kdfast.frontend.agreement import together
-from kdfast.frontend.build import assemble
+from kdfast.frontend.agreement import raise_on_all_ranks
+from kdfast.frontend.build import build_problem
 from kdfast.frontend.checks import check, check_kinds
-from kdfast.frontend.vocab_parallel import localise
+from kdfast.frontend.vocab_parallel import localize
 from kdfast.inputs import Head, LossKeywords, Options, Teacher
 from kdfast.ops.problem import AGREEMENT, ANCHOR, CE, KD, STUDENT_ENTROPY, TEACHER_ENTROPY, Problem
 
@@ -80,7 +80,7 @@ def fused_kd_loss(
     scratch_bytes: int | None = None,
     return_metrics: bool = False,
 ) -> Tensor | tuple[Tensor, KDMetrics]:
-    r"""Distillation loss over a large vocabulary; neither logits nor their gradients ever exist whole.
+    r"""Return the distillation loss over a large vocabulary; neither logits nor their gradients ever exist whole.
 
     `kd_weight·τ²·D(teacher, student) + ce_weight·CE(student, labels) + anchor_weight·CE(projected teacher)`.
     Forward KL is KL(teacher‖student). τ² *is* applied (`temperature_squared`). Labels are *not* shifted: the caller
@@ -95,7 +95,7 @@ def fused_kd_loss(
     Args:
         student: `Head` with hidden (*, Hs), weight (V, Hs), bias (V,) or None, logit_scale and softcap.
         teacher: `Projected` (through the student's own head), `Head` (the teacher's own), `Logits` (dense, given),
-            `SparseLogits` (K log-probabilities a token), or None (no KD term).
+            `SparseLogits` (K log-probabilities per token), or None (no KD term).
         labels: (*,) integer ids, or None. Rows equal to `ignore_index` count for nothing.
         temperature: τ > 0, number or 0-d tensor, on both sides of the KD term; CE and anchor are at τ = 1.
         divergence: "forward_kl", "reverse_kl", "symmetric_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation"
@@ -119,12 +119,13 @@ def fused_kd_loss(
             loss and metrics, the gradient of its slice, and complete gradients of hidden states and projector: they
             are not to be summed over the group again. A `Projected` teacher shares the slices; a `Head` or `Logits`
             are cut at the same ids, or whole on every process; ids (labels, sparse entries) are those of the whole
-            vocabulary. A DTensor without process_group, such as an FSDP-sharded head, is an error.
-            Collectives: of k chunks of tokens k gathers of 60 bytes a token and process (in fp32; 76 to 100 with the
+            vocabulary. A DTensor without process_group, such as an FSDP-sharded head, is an error. The first call with
+            a set of slices compares what the processes call with; KDFAST_CHECK=1 compares every call.
+            Collectives: of k chunks of tokens k gathers of 60 bytes per token and process (in fp32; 76 to 100 with the
             Triton engines; and 4·K of a sparse teacher), 2k for a divergence that is no forward or reverse KL, and k
             sums, each row of dX (and of the teacher's) once; they overlap with the other chunks' products.
-            "triton_tiled": 1 (or 2) gathers and 1 sum, and 1 more for a sparse teacher, not overlapped. On a CPU one
-            more that compares the calls; on a GPU once for each set of slices. docs/distributed.md, docs/scaling.md.
+            "triton_tiled": 1 (or 2) gathers and 1 sum, and 1 more for a sparse teacher, not overlapped.
+            docs/distributed.md, docs/scaling.md.
         engine: "auto", "reference" (eager, whole logits), "torch" (chunks of tokens, any device), "triton_chunked" (a
             GPU; fewest operations) or "triton_tiled" (a GPU; least memory). An explicit choice never falls back.
         scratch_bytes: memory for one chunk's logits and their gradients, or one slab's gradients; None =
@@ -172,20 +173,18 @@ def fused_kd_loss(
         return_metrics=return_metrics,
     )
     check_kinds(student, teacher)
-    student, teacher, labels, options, vocabulary = localise(student, teacher, labels, options)
-    with together(vocabulary, student.hidden):
-        check(student, teacher, labels, options, vocabulary)
-    assembled = assemble(student, teacher, labels, options, vocabulary)
-    loss, stats = engines.run(assembled.problem)
-    if options.reduction == "none":
+    arguments = localize(student, teacher, labels, options)
+    with raise_on_all_ranks(arguments):
+        check(arguments)
+    problem, weights = build_problem(arguments)
+    loss, stats = engines.run(problem)
+    if reduction == "none":
         loss = loss.reshape(student.hidden.shape[:-1])
-    if not return_metrics:
-        return loss
-    return loss, _metrics(assembled.problem, stats, assembled.weights)
+    return (loss, _metrics(problem, stats, weights)) if return_metrics else loss
 
 
 class FusedKDLoss(nn.Module):
-    """`fused_kd_loss` as a module: options at construction, tensors at the call.
+    """Compute `fused_kd_loss` as a module: options at construction, tensors at the call.
 
         criterion = FusedKDLoss(temperature=2.0, ce_weight=1.0)
         loss = criterion(Head(h_s, W), Projected(h_t, P), labels)
@@ -212,7 +211,7 @@ class FusedKDLoss(nn.Module):
 
 
 def _metrics(problem: Problem, stats: Tensor, weights: Tensor) -> KDMetrics:
-    """Weighted means of `stats` (6, N) by `weights` (3, N), whose rows are zero for terms that do not exist."""
+    """Return means of `stats` (6, N) weighted by `weights` (3, N), whose rows are zero for terms that do not exist."""
     main = KD if problem.has_teacher else CE
 
     def mean(row: int, weight_row: int) -> Tensor:

@@ -35,7 +35,7 @@ def distillation_param_groups(
     projector_lr_multiplier: float = 5.0,
     router_lr_multiplier: float = 2.0,
 ) -> list[dict[str, Any]]:
-    """Every trainable parameter of `model` in exactly one optimizer group.
+    """Return optimizer groups that have every trainable parameter of `model` exactly once.
 
     Args:
         model: any module; frozen parameters are left out, tied ones come once.
@@ -93,7 +93,7 @@ def _part(name: str, has_student: bool) -> str:
 
 
 def _biases_and_norms(model: nn.Module) -> set[int]:
-    """Ids of the parameters without weight decay: by their own name, or by their module's class."""
+    """Return ids of the parameters without weight decay: by their own name, or by their module's class."""
     return {
         id(parameter)
         for module in model.modules()

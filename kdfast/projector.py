@@ -79,7 +79,7 @@ class LogitProjector(nn.Module):
             nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(*, Ht) → (*, Hs)."""
+        """Map (*, Ht) to (*, Hs)."""
         return F.linear(hidden, self.weight, self.bias)
 
     def extra_repr(self) -> str:

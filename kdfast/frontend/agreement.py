@@ -1,11 +1,10 @@
-"""What processes with a slice of the vocabulary each must agree on, told to each other around the checks.
+"""What processes with a slice of the vocabulary each must agree on.
 
-`compare`: that their slices are the vocabulary without a gap or an overlap; and on the CPU (on a GPU with
-KDFAST_CHECK=1) that they call alike: as many rows, the same labels, weights, sparse entries and options, hidden states
-that agree in a few places. `together`: there, what one process refuses is an error on all.
-
-On a GPU telling each other would wait for the device. So it is done once for each set of slices and kind of call, and
-remembered with the group: what changes, changes on all processes, or a group of its own is made for it.
+The first call with a set of slices, and of its kind, is compared on all processes: the slices are the vocabulary
+without a gap or an overlap, and the calls have as many rows, the same labels, weights, sparse entries and options, and
+hidden states that agree in a few places. What one process refuses then is an error on all. The group remembers it, so
+that later calls neither communicate nor wait; KDFAST_CHECK=1, on every process, compares every call. A compiled graph
+compares slices and kind of call while it is traced.
 """
 
 from __future__ import annotations
@@ -21,12 +20,22 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from kdfast.frontend.checks import can_read
-from kdfast.frontend.vocabulary import Vocabulary
+from kdfast.frontend.arguments import Arguments, Vocabulary
+from kdfast.frontend.checks import has_values
 from kdfast.inputs import Head, Options, Projected, SparseLogits, is_asked
 from kdfast.ops import autocast, collectives
 
-NO_ENTRIES = -1  # of the vocabulary, in a source without logits or a head of its own
+NO_ENTRIES = -1  # of the vocabulary, in a teacher without logits or a head of its own
+PROBES = 8  # hidden states that are compared, of each side
+KIND_OF_CALL = "the kind of call (options, the teacher's kind, dtypes, what requires grad, the scratch budget)"
+EQUAL = (  # what `_values` has a number of
+    "the number of rows of student: Head.hidden",
+    "labels or anchor_targets",
+    "token_weights or kd_token_weights",
+    "a SparseLogits' indices",
+    "a number among the options, a logit_scale or a softcap",
+)
+_known: WeakKeyDictionary[Any, dict[tuple[str, str], Vocabulary]] = WeakKeyDictionary()
 
 
 class Slice(NamedTuple):
@@ -34,159 +43,52 @@ class Slice(NamedTuple):
 
     start: int = 0  # first id
     rows: int = 0
-    claimed: int = 0  # by `vocab_start`; the same, or a DTensor's is another
+    claimed: int = 0  # start by `vocab_start`, which may contradict a DTensor's
     teacher_start: int = 0
-    teacher: int = NO_ENTRIES
+    teacher_rows: int = NO_ENTRIES
 
 
-class Call(NamedTuple):
-    """What a process calls with. Numbers, to be compared exactly, and probes, nearly."""
+def agree_on_slices(
+    group: Any, mine: Slice, kind_of_call: tuple[Any, ...], hidden: Any, refused: Exception | None
+) -> tuple[Vocabulary, bool]:
+    """Return the vocabulary that all slices make up, and whether the rest of this call is compared too.
 
-    rows: float = 0.0
-    structure: float = 0.0  # checksums: of what decides which collectives there are
-    labels: float = 0.0
-    weights: float = 0.0
-    entries: float = 0.0  # a sparse teacher's ids
-    numbers: float = 0.0
-
-
-DIFFER = {
-    "rows": "the number of rows of student: Head.hidden",
-    "structure": "the kind of call (options, the teacher's kind, dtypes, what requires grad, the scratch budget)",
-    "labels": "labels or anchor_targets",
-    "weights": "token_weights or kd_token_weights",
-    "entries": "a SparseLogits' indices",
-    "numbers": "a number among the options, a logit_scale or a softcap",
-}
-PROBES = 8  # hidden states that are compared, of each side
-_known: WeakKeyDictionary[Any, dict[tuple[Any, ...], Vocabulary]] = WeakKeyDictionary()
-
-
-def compare(
-    group: Any, mine: Slice, student: Head, teacher: Any, labels: Any, options: Options, refused: Exception | None
-) -> Vocabulary:
-    """Raises ValueError on every process for what does not fit, `refused` where that is given."""
-    hidden = student.hidden
-    if not isinstance(hidden, Tensor) or not can_read(hidden):
-        if refused is not None:
-            raise refused
-        device = hidden.device if isinstance(hidden, Tensor) else torch.device("cpu")
-        return _remembered(group.group_name, tuple(mine), _structure(student, teacher, labels, options), device)
-    call, probes = Call(), [0.0] * 2 * PROBES
-    if refused is None:
-        try:
-            call, probes = _call(student, teacher, labels, options), _probes(hidden, teacher)
-        except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-            refused = error
-    tables = collectives.exchange([refused is not None, *mine, *call, *probes], group, hidden.device)
-    _raise_together(refused, [table[0] for table in tables])
-    slices = [Slice(*map(int, table[1 : 1 + len(mine)])) for table in tables]
-    vocabulary = _vocabulary(group, mine, slices)
-    _check_alike([table[1 + len(mine) :] for table in tables])
-    return vocabulary
+    Raises `refused`, this process's own error, where it has one, and a ValueError on every process for slices that do
+    not fit. Others learn of `refused` where they compare: it is not known to what call it belongs.
+    """
+    device = hidden.device if isinstance(hidden, Tensor) else torch.device("cpu")
+    readable = isinstance(hidden, Tensor) and has_values(hidden)
+    anew = readable and os.environ.get("KDFAST_CHECK") == "1"
+    if refused is not None:
+        if anew or (readable and not _known.get(group)):
+            _exchange(refused, [*mine, 0.0], group, device)
+        raise refused
+    compare = anew or (readable and _key(tuple(mine), kind_of_call) not in _known.get(group, {}))
+    return _vocabulary(group.group_name, tuple(mine), kind_of_call, device, anew), compare
 
 
 @contextmanager
-def together(vocabulary: Vocabulary, hidden: Any) -> Iterator[None]:
-    """Where looking is free, an error on one process is one on all."""
-    if not vocabulary.group or not isinstance(hidden, Tensor) or not can_read(hidden):
+def raise_on_all_ranks(x: Arguments) -> Iterator[None]:
+    """Raise an error of the checks inside on all processes, and compare what they call with, where `x.compare`."""
+    if not x.compare:
         yield
         return
-    refused: Exception | None = None
+    group, device = collectives.named(x.vocabulary.group), x.student.hidden.device
+    values, refused = [0.0] * (len(EQUAL) + 2 * PROBES), None
     try:
         yield
+        values = [*_values(x), *_probes(x)]
     except (TypeError, ValueError) as error:
         refused = error
-    flags = collectives.exchange([refused is not None], vocabulary.group, hidden.device)
-    _raise_together(refused, [flag for (flag,) in flags])
+    try:
+        _check_alike(_exchange(refused, values, group, device))
+    except (TypeError, ValueError):
+        _known.pop(group, None)  # on all of them, so that they compare the next call again
+        raise
 
 
-def _raise_together(refused: Exception | None, flags: list[float]) -> None:
-    if refused is not None:
-        raise refused
-    if any(flags):
-        raise ValueError(
-            f"rank {flags.index(1.0)} of process_group refuses its arguments; its own error says what is wrong"
-        )
-
-
-def _remembered(name: str, mine: tuple[int, ...], structure: tuple[Any, ...], device: torch.device) -> Vocabulary:
-    group = collectives.named(name)
-    known = _known.setdefault(group, {})
-    key = (mine, structure, os.environ.get("KDFAST_SCRATCH_BYTES"))
-    if key not in known:
-        tables = collectives.exchange([*mine, _checksum(key[1:])], group, device)
-        _check_alike([[0.0, table[-1]] for table in tables])
-        known[key] = _vocabulary(group, Slice(*mine), [Slice(*map(int, table[:-1])) for table in tables])
-    return known[key]
-
-
-# a collective on numbers a graph has as constants: taken while it is traced, on all processes alike
-_remembered._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _vocabulary(group: Any, mine: Slice, slices: list[Slice]) -> Vocabulary:
-    for rank, each in enumerate(slices):
-        if each.claimed != each.start:
-            raise ValueError(
-                f"vocab_start={each.claimed} on rank {rank} with student: Head.weight a DTensor whose slice starts at "
-                f"{each.start}; leave vocab_start out"
-            )
-    heads = sorted((each.start, each.rows, rank) for rank, each in enumerate(slices))
-    end = 0
-    for first, count, rank in heads:
-        if first != end and count:
-            wrong = "overlap" if first < end else "leave a gap"
-            listed = ", ".join(f"rank {r}: {f} to {f + c - 1}" if c else f"rank {r}: none" for f, c, r in heads)
-            raise ValueError(
-                f"vocab_start: the slices {wrong} at id {min(first, end)} ({listed}); expected every id exactly once, "
-                f"from 0 on. Rank {rank}'s vocab_start should be {end}"
-            )
-        end += count
-    if end == 0:
-        raise ValueError("student: Head.weight has no rows on any process of process_group")
-    teacher, whole_teacher = _size_of("teacher", [(s, s.teacher_start, s.teacher) for s in slices], end)
-    return Vocabulary(
-        size=end,
-        start=mine.start,
-        rows=mine.rows,
-        largest=max(each.rows for each in slices),
-        group=group.group_name,
-        teacher=teacher,
-        whole_teacher=whole_teacher,
-    )
-
-
-def _size_of(name: str, parts: list[tuple[Slice, int, int]], size: int) -> tuple[int | None, bool]:
-    """Of a source's vocabulary, next to the student's `size`, and whether it is whole on every process: else it is cut
-    where the student's is, perhaps shorter at its end, or longer than the last slice. parts: the student's slice, and
-    the source's first id and entries."""
-    found = [entries for _, _, entries in parts]
-    if NO_ENTRIES in found:
-        return None, False
-    alike = len(set(found)) == 1
-    if alike and found[0] >= size:
-        return found[0], True
-    numbered = sorted((s.start, s.rows, entries, first, rank) for rank, (s, first, entries) in enumerate(parts))
-    slices = [each for each in numbered if each[1] or each[2]]
-    shorter = [i for i, (_, rows, entries, *_) in enumerate(slices) if entries < rows]
-    after_its_end = slices[shorter[0] + 1 :] if shorter else []
-    elsewhere = any(first != start for start, _, entries, first, _ in slices if entries)
-    longer = any(entries > rows for _, rows, entries, *_ in slices[:-1])
-    if elsewhere or longer or any(entries for _, _, entries, *_ in after_its_end):
-        if alike and not elsewhere:
-            return found[0], True
-        listed = ", ".join(f"rank {r} {n} from {f}, of {rows} from {start}" for start, rows, n, f, r in slices)
-        raise ValueError(
-            f"{name}: its slices have other ids than the student's (entries of its, of the student's: {listed}); "
-            "expected as many on both sides (fewer only where its vocabulary ends, more only on the last). Cut its "
-            "head or its logits where the student's head is cut, or pass them whole"
-        )
-    return max((start + entries for start, _, entries, *_ in slices if entries), default=0), False
-
-
-def _structure(student: Head, teacher: Any, labels: Any, options: Options) -> tuple[Any, ...]:
-    """What decides which collectives there are, and of what size; nothing that changes from step to step."""
+def kind_of_call(student: Head, teacher: Any, labels: Any, options: Options) -> tuple[Any, ...]:
+    """Return what decides which collectives there are, and of what size; nothing that changes from step to step."""
     grads = [student.hidden, student.weight, student.bias]
     if isinstance(teacher, Projected):
         grads += [teacher.hidden, teacher.projector_weight, teacher.projector_bias]
@@ -213,26 +115,106 @@ def _structure(student: Head, teacher: Any, labels: Any, options: Options) -> tu
     )
 
 
-def _call(student: Head, teacher: Any, labels: Any, options: Options) -> Call:
-    structure = (_structure(student, teacher, labels, options), os.environ.get("KDFAST_SCRATCH_BYTES"))
-    numbers = [getattr(options, name) for name in ("temperature", "kd_weight", "ce_weight", "anchor_weight")]
-    numbers += [options.num_items_in_batch, options.ignore_index, options.temperature_squared]
-    numbers += [*options.divergence.parameters]
-    for source in (student, teacher):
-        numbers += [source.logit_scale, source.softcap] if isinstance(source, Head) else []
-    ids = [teacher.indices] if isinstance(teacher, SparseLogits) else []
-    return Call(
-        rows=float(student.hidden.shape[:-1].numel()),
-        structure=_checksum(structure),
-        labels=_checksum(labels, options.anchor_targets),
-        weights=_checksum(options.token_weights, options.kd_token_weights),
-        entries=_checksum(*ids),
-        numbers=_checksum([n.tolist() if isinstance(n, Tensor) else n for n in numbers]),
+def _key(mine: tuple[int, ...], kind_of_call: tuple[Any, ...]) -> tuple[str, str]:
+    return repr(mine), repr((kind_of_call, os.environ.get("KDFAST_SCRATCH_BYTES")))
+
+
+def _vocabulary(
+    name: str, mine: tuple[int, ...], kind_of_call: tuple[Any, ...], device: torch.device, anew: bool
+) -> Vocabulary:
+    """Return the vocabulary of the slices in the group of that name, remembered, or exchanged where it is `anew`."""
+    group = collectives.named(name)
+    known, key = _known.setdefault(group, {}), _key(mine, kind_of_call)
+    if anew or key not in known:
+        tables = _exchange(None, [*mine, _checksum(key[1])], group, device)
+        vocabulary = _of_slices(name, Slice(*mine), [Slice(*map(int, table[:-1])) for table in tables])
+        for rank, table in enumerate(tables):
+            if table[-1] != tables[0][-1]:
+                _refuse(KIND_OF_CALL, rank)
+        known[key] = vocabulary
+    return known[key]
+
+
+# a collective on numbers a graph has as constants: taken while it is traced, on all processes alike
+_vocabulary._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _of_slices(name: str, mine: Slice, slices: list[Slice]) -> Vocabulary:
+    """Return the vocabulary of all ranks' slices. Raises ValueError where they are none."""
+    for rank, each in enumerate(slices):
+        if each.claimed != each.start:
+            raise ValueError(
+                f"vocab_start={each.claimed} on rank {rank} with student: Head.weight a DTensor whose slice starts at "
+                f"{each.start}; leave vocab_start out"
+            )
+    heads = sorted((each.start, each.rows, rank) for rank, each in enumerate(slices))
+    end = 0
+    for first, count, rank in heads:
+        if first != end and count:
+            wrong = "overlap" if first < end else "leave a gap"
+            listed = ", ".join(f"rank {r}: {f} to {f + c - 1}" if c else f"rank {r}: none" for f, c, r in heads)
+            raise ValueError(
+                f"vocab_start: the slices {wrong} at id {min(first, end)} ({listed}); expected every id exactly once, "
+                f"from 0 on. Rank {rank}'s vocab_start should be {end}"
+            )
+        end += count
+    if end == 0:
+        raise ValueError("student: Head.weight has no rows on any process of process_group")
+    teacher, whole_teacher = _teacher_vocabulary(slices, end)
+    largest = max(each.rows for each in slices)
+    return Vocabulary(end, mine.start, mine.rows, largest, name, teacher, whole_teacher)
+
+
+def _teacher_vocabulary(slices: list[Slice], size: int) -> tuple[int | None, bool]:
+    """Return the size of the teacher's own vocabulary, or None without one, and whether each process has all of it.
+
+    What is not whole is cut at the ids the student's head, of `size`, is cut at. It may end before that does, or go on
+    after it on the last process.
+    """
+    if any(each.teacher_rows == NO_ENTRIES for each in slices):
+        return None, False
+    held = [(each, rank) for rank, each in enumerate(slices) if each.rows or each.teacher_rows]
+    ordered = sorted(held, key=lambda pair: (pair[0].start, pair[0].rows, pair[0].teacher_rows))
+    same_ids = all(each.teacher_start == each.start for each in slices if each.teacher_rows)
+    whole = same_ids and len({each.teacher_rows for each in slices}) == 1
+    if whole and slices[0].teacher_rows >= size:
+        return slices[0].teacher_rows, True
+    end = max((each.start + each.teacher_rows for each in slices if each.teacher_rows), default=0)
+    fitting = [min(max(end - each.start, 0), each.rows) for each, _ in ordered[:-1]]
+    fitting.append(max(end - ordered[-1][0].start, 0))
+    if same_ids and [each.teacher_rows for each, _ in ordered] == fitting:
+        return end, False
+    if whole:
+        return slices[0].teacher_rows, True
+    listed = ", ".join(
+        f"rank {rank} {each.teacher_rows} from {each.teacher_start}, of {each.rows} from {each.start}"
+        for each, rank in ordered
+    )
+    raise ValueError(
+        f"teacher: its slices have other ids than the student's (entries of its, of the student's: {listed}); "
+        "expected as many on both sides (fewer only where its vocabulary ends, more only on the last). Cut its "
+        "head or its logits where the student's head is cut, or pass them whole"
     )
 
 
+def _values(x: Arguments) -> list[float]:
+    """Return a number of each of `EQUAL`: a checksum, but for the first."""
+    options, divergence = x.options, x.options.divergence
+    numbers: list[Any] = [options.temperature, options.kd_weight, options.ce_weight, options.anchor_weight]
+    numbers += [options.num_items_in_batch, options.ignore_index, options.temperature_squared, *divergence.parameters]
+    for source in (x.student, x.teacher):
+        numbers += [source.logit_scale, source.softcap] if isinstance(source, Head) else []
+    return [
+        float(x.student.hidden.shape[:-1].numel()),
+        _checksum(x.labels, options.anchor_targets),
+        _checksum(options.token_weights, options.kd_token_weights),
+        _checksum(x.teacher.indices if isinstance(x.teacher, SparseLogits) else None),
+        _checksum([n.tolist() if isinstance(n, Tensor) else n for n in numbers]),
+    ]
+
+
 def _checksum(*values: Any) -> float:
-    """Return a checksum of tensors' values, and of the text of anything else."""
+    """Return one of tensors' values, and of the text of anything else."""
     total = 0
     for value in values:
         if isinstance(value, Tensor):
@@ -243,10 +225,10 @@ def _checksum(*values: Any) -> float:
     return float(total)
 
 
-def _probes(hidden: Tensor, teacher: Any) -> list[float]:
-    """A few hidden states of both sides, spread over the rows."""
+def _probes(x: Arguments) -> list[float]:
+    """Return a few hidden states of either side, spread over the rows."""
     found: list[float] = []
-    for tensor in (hidden, getattr(teacher, "hidden", None)):
+    for tensor in (x.student.hidden, getattr(x.teacher, "hidden", None)):
         numbers: list[float] = []
         if isinstance(tensor, Tensor):
             values = tensor.detach().reshape(-1)
@@ -256,17 +238,28 @@ def _probes(hidden: Tensor, teacher: Any) -> list[float]:
 
 
 def _check_alike(tables: list[list[float]]) -> None:
-    """Of every process the numbers of its Call, and perhaps its probes: each against the first's, alike on all."""
+    """Raise ValueError where a process's values, exactly, or probes, nearly, are not the first's."""
     for rank, table in enumerate(tables):
-        for mine, theirs, name in zip(tables[0], table, Call._fields, strict=False):
-            if mine != theirs:
-                _refuse(DIFFER[name], rank)
-        probes = [each[len(Call._fields) :] for each in (tables[0], table)]
-        for first, name in ((0, "student: Head.hidden"), (PROBES, "the teacher's hidden states")):
-            a, b = (each[first : first + PROBES] for each in probes)
-            scale = max(map(abs, a + b), default=0.0)
+        for what, first, other in zip(EQUAL, tables[0], table, strict=False):
+            if first != other:
+                _refuse(what, rank)
+        for side, what in enumerate(("student: Head.hidden", "the teacher's hidden states")):
+            begin = len(EQUAL) + side * PROBES
+            a, b = (each[begin : begin + PROBES] for each in (tables[0], table))
+            scale = max(map(abs, a + b))
             if any(abs(x - y) > 0.05 * scale for x, y in zip(a, b, strict=True)):
-                _refuse(name, rank)
+                _refuse(what, rank)
+
+
+def _exchange(refused: Exception | None, numbers: list[float], group: Any, device: torch.device) -> list[list[float]]:
+    """Return every process's numbers. Raises `refused`, this process's own error, and a ValueError on the others."""
+    tables = collectives.exchange([refused is not None, *numbers], group, device)
+    if refused is not None:
+        raise refused
+    for rank, (refuses, *_) in enumerate(tables):
+        if refuses:
+            raise ValueError(f"rank {rank} of process_group refuses its arguments; its own error says what is wrong")
+    return [table[1:] for table in tables]
 
 
 def _refuse(what: str, rank: int) -> None:

@@ -2,170 +2,154 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import inf
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kdfast.engines import operators, resolve
+from kdfast.frontend.arguments import Arguments
 from kdfast.frontend.row_weights import row_weights, scalar
-from kdfast.frontend.vocabulary import Vocabulary
-from kdfast.inputs import Head, Logits, Options, Projected, SparseLogits, Teacher, is_asked
+from kdfast.inputs import Head, Logits, Projected, SparseLogits, Teacher, is_asked
 from kdfast.ops import autocast, sparse
 from kdfast.ops.problem import Problem
 
 
-class Assembled(NamedTuple):
-    problem: Problem
-    weights: Tensor  # (3, N): of the rows in KD, CE and anchor means
-
-
-def assemble(
-    student: Head, teacher: Teacher | None, labels: Tensor | None, options: Options, vocabulary: Vocabulary
-) -> Assembled:
-    """Checked arguments → what an engine solves."""
-    student = _autocast(student)
+def build_problem(x: Arguments) -> tuple[Problem, Tensor]:
+    """Return what an engine solves, and the rows' weights (3, N) in the means of the KD, CE and anchor metrics."""
+    options, vocabulary = x.options, x.vocabulary
+    student = _autocast(x.student)
     hidden = _flat(student.hidden)
-    device, N = hidden.device, hidden.shape[0]
+    N, device = len(hidden), hidden.device
     valid_vocab = vocabulary.size if options.valid_vocab is None else options.valid_vocab
-
     engine = resolve(
         options.engine,
         device,
         student.weight.dtype,
         tokens=N,
         vocab=min(valid_vocab, vocabulary.largest),
-        teacher=isinstance(teacher, (Head, Projected)),
+        teacher=isinstance(x.teacher, (Head, Projected)),
         scratch_bytes=options.scratch_bytes or 0,
         buffers=2 if vocabulary.group else 1,
     )
-    projected: Tensor | None = None
-    if isinstance(teacher, Projected):
-        projected = _flat(teacher.hidden)
-        if teacher.projector_weight is not None:
-            projected = _project(projected, teacher.projector_weight, teacher.projector_bias, engine)
-        projected = projected.to(student.weight.dtype)
-    elif isinstance(teacher, Head):
-        teacher = _autocast(teacher)
-
-    others = (projected, teacher.hidden if isinstance(teacher, Head) else None)
-    double = any(t is not None and t.dtype == torch.float64 for t in (hidden, *others))
-    dtype = torch.float64 if double else torch.float32
-    temperature = scalar(options.temperature, device, dtype)
-    sides = _sides(teacher, student, projected, valid_vocab, temperature, dtype, vocabulary, vocabulary.teacher)
+    teacher = _teacher(x.teacher, student, valid_vocab, engine)
+    double = torch.float64 in (hidden.dtype, None if teacher.hidden is None else teacher.hidden.dtype)
+    temperature = scalar(options.temperature, device, torch.float64 if double else torch.float32)
+    if teacher.tail == "none" and not teacher.tempered:  # weights as given mean what they say at τ = 1 only
+        temperature = torch.where(temperature == 1, temperature, float("nan"))
     rows = row_weights(
-        labels,
+        x.labels,
         options,
         N,
         valid_vocab,
-        sides["temperature"],
-        has_kd=teacher is not None,
-        has_anchor=isinstance(teacher, Projected),
-        bad_kd=_out_of_vocabulary(teacher, vocabulary.size, options),
-        dtype=dtype,
-        device=device,
+        temperature,
+        has_kd=x.teacher is not None,
+        has_anchor=isinstance(x.teacher, Projected),
+        bad_kd=_out_of_vocabulary(x),
     )
 
+    kd_vocab, kd_size = vocabulary.within(valid_vocab), valid_vocab
+    if teacher.vocab is not None:  # the KD term ends where the smaller vocabulary does
+        kd_vocab = min(kd_vocab, teacher.vocab)
+        kd_size = min(kd_size, teacher.vocab if vocabulary.teacher is None else vocabulary.teacher)
     ce_term = rows.labels is not None and is_asked(options.ce_weight)
-    anchor_term = projected is not None and rows.has_anchor and is_asked(options.anchor_weight)
-    grad = torch.is_grad_enabled()
     whole = ce_term or options.return_metrics  # past the shared ids there is the cross entropy alone
+    grad = torch.is_grad_enabled()
+    projected = isinstance(x.teacher, Projected)
     problem = Problem(
         hidden=hidden,
         weight=student.weight,
         bias=student.bias,
         logit_scale=float(student.logit_scale),
         softcap=_float(student.softcap),
-        **sides,
+        teacher_hidden=teacher.hidden,
+        teacher_weight=teacher.weight,
+        teacher_bias=teacher.bias,
+        teacher_logit_scale=teacher.logit_scale,
+        teacher_softcap=teacher.softcap,
+        teacher_logits=teacher.logits,
+        teacher_rows=teacher.rows,
+        teacher_indices=teacher.indices,
+        teacher_log_probs=teacher.log_probs,
+        teacher_tail=teacher.tail,
+        teacher_tempered=teacher.tempered,
         labels=rows.labels,
-        anchor_targets=rows.anchor_targets if projected is not None else None,
+        anchor_targets=rows.anchor_targets if projected else None,
+        temperature=temperature,
         coefficients=rows.coefficients,
         active=rows.active,
         divergence_name=options.divergence.name,
         divergence_parameters=options.divergence.parameters,
         teacher_grad=options.teacher_grad,
-        valid_vocab=vocabulary.within(valid_vocab) if whole else sides["kd_vocab"],
-        vocab_size=valid_vocab if whole else sides["kd_size"],
+        valid_vocab=vocabulary.within(valid_vocab) if whole else kd_vocab,
+        kd_vocab=kd_vocab,
+        vocab_size=valid_vocab if whole else kd_size,
+        kd_size=kd_size,
         vocab_start=vocabulary.start,
         largest=vocabulary.largest,
         group=vocabulary.group,
         ce_term=ce_term,
-        anchor_term=anchor_term,
+        anchor_term=rows.has_anchor and is_asked(options.anchor_weight),
         want_metrics=options.return_metrics,
         per_row=options.reduction == "none",
         need_hidden=grad and hidden.requires_grad,
         need_weight=grad and student.weight.requires_grad,
         need_bias=grad and student.bias is not None and student.bias.requires_grad,
-        need_teacher_hidden=grad and projected is not None and projected.requires_grad,
+        need_teacher_hidden=grad and projected and teacher.hidden is not None and teacher.hidden.requires_grad,
         engine=engine,
         scratch_bytes=options.scratch_bytes or 0,
     )
-    return Assembled(problem, rows.weights)
+    return problem, rows.weights
 
 
-def _sides(
-    teacher: Teacher | None,
-    student: Head,
-    projected: Tensor | None,
-    valid_vocab: int,
-    temperature: Tensor,
-    dtype: torch.dtype,
-    vocabulary: Vocabulary,
-    own: int | None,
-) -> dict[str, Any]:
-    """The fields of Problem that say what the student is compared with, and at which temperature. own: size of the
-    teacher's vocabulary where only a slice of that is here."""
-    here = vocabulary.within(valid_vocab)
-    side: dict[str, Any] = dict.fromkeys(
-        ("teacher_hidden", "teacher_weight", "teacher_bias", "teacher_logits", "teacher_rows", "teacher_indices")
-    )
-    side |= {
-        "teacher_hidden": projected,
-        "teacher_logit_scale": float(student.logit_scale),
-        "teacher_softcap": _float(student.softcap),
-        "teacher_log_probs": None,
-        "teacher_tail": "renormalize",
-        "teacher_tempered": False,
-        "kd_vocab": here,
-        "kd_size": valid_vocab,
-        "temperature": temperature,
-    }
+class _Teacher(NamedTuple):
+    """The fields of `Problem` whose names begin with `teacher_`: those that a kind of teacher has."""
+
+    hidden: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    logits: Tensor | None = None
+    rows: Tensor | None = None
+    indices: Tensor | None = None
+    log_probs: Tensor | None = None
+    tail: str = "renormalize"
+    tempered: bool = False
+    vocab: int | None = None  # entries here of a vocabulary of its own
+
+
+def _teacher(teacher: Teacher | None, student: Head, valid_vocab: int, engine: str) -> _Teacher:
+    if isinstance(teacher, Projected):
+        hidden = _flat(teacher.hidden)
+        if teacher.projector_weight is not None:
+            hidden = _project(hidden, teacher.projector_weight, teacher.projector_bias, engine)
+        scale, softcap = float(student.logit_scale), _float(student.softcap)
+        return _Teacher(hidden.to(student.weight.dtype), logit_scale=scale, softcap=softcap)
     if isinstance(teacher, Head):
-        side |= {
-            "teacher_hidden": _flat(teacher.hidden),
-            "teacher_weight": teacher.weight,
-            "teacher_bias": teacher.bias,
-            "teacher_logit_scale": float(teacher.logit_scale),
-            "teacher_softcap": _float(teacher.softcap),
-            "kd_vocab": min(here, teacher.weight.shape[0]),
-            "kd_size": min(valid_vocab, teacher.weight.shape[0] if own is None else own),
-        }
-    elif isinstance(teacher, Logits):
-        rows = teacher.logits.shape[:-1].numel()
-        side |= {
-            "teacher_logits": teacher.logits,
-            "teacher_rows": torch.arange(rows, device=teacher.logits.device),
-            "kd_vocab": min(here, teacher.logits.shape[-1]),
-            "kd_size": min(valid_vocab, teacher.logits.shape[-1] if own is None else own),
-        }
-    elif isinstance(teacher, SparseLogits):
-        indices, log_probs = sparse.prepare(_flat(teacher.indices), _flat(teacher.log_probs), valid_vocab, dtype)
-        side |= {"teacher_indices": indices, "teacher_log_probs": log_probs}
-        side |= {"teacher_tail": teacher.tail, "teacher_tempered": teacher.tempered}
-        if teacher.tail == "none" and not teacher.tempered:  # weights as given mean what they say at τ = 1 only
-            side["temperature"] = torch.where(temperature == 1, temperature, float("nan"))
-    return side
+        head = _autocast(teacher)
+        scale, softcap, vocab = float(head.logit_scale), _float(head.softcap), head.weight.shape[0]
+        return _Teacher(_flat(head.hidden), head.weight, head.bias, scale, softcap, vocab=vocab)
+    if isinstance(teacher, Logits):
+        rows = torch.arange(teacher.logits.shape[:-1].numel(), device=teacher.logits.device)
+        return _Teacher(logits=teacher.logits, rows=rows, vocab=teacher.logits.shape[-1])
+    if isinstance(teacher, SparseLogits):
+        dtype = torch.promote_types(student.hidden.dtype, torch.float32)
+        entries = sparse.prepare(_flat(teacher.indices), _flat(teacher.log_probs), valid_vocab, dtype)
+        return _Teacher(indices=entries[0], log_probs=entries[1], tail=teacher.tail, tempered=teacher.tempered)
+    return _Teacher()
 
 
-def _out_of_vocabulary(source: Any, vocab: int, options: Options) -> Tensor | None:
-    """(N,) bool: rows of a sparse source with mass on an id the student does not have."""
-    if not isinstance(source, SparseLogits) or options.vocab == "truncate":
+def _out_of_vocabulary(x: Arguments) -> Tensor | None:
+    """Return (N,) bool: rows of a sparse teacher with mass on an id the student does not have."""
+    if not isinstance(x.teacher, SparseLogits) or x.options.vocab == "truncate":
         return None
-    indices = source.indices.long()  # as in validation
-    strange = (indices < 0) | (indices >= vocab)
-    return _flat(strange & (source.log_probs > -inf)).any(dim=-1)
+    indices = x.teacher.indices.long()  # a vocabulary past a narrower type's range would be compared modulo that
+    strange = (indices < 0) | (indices >= x.vocabulary.size)
+    return _flat(strange & (x.teacher.log_probs > -inf)).any(dim=-1)
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -182,17 +166,12 @@ def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, engine: str) -
 
 
 def _autocast(head: Head) -> Head:
-    """Inside autocast a head is computed as nn.Linear would be: in the autocast dtype (float64 is left alone)."""
+    """Return the head in the autocast dtype, as nn.Linear would compute it inside autocast (float64 stays)."""
     dtype = autocast.dtype_of(head.hidden.device)
     if dtype is None or head.hidden.dtype == torch.float64:
         return head
-    return Head(
-        head.hidden.to(dtype),
-        head.weight.to(dtype),
-        None if head.bias is None else head.bias.to(dtype),
-        logit_scale=head.logit_scale,
-        softcap=head.softcap,
-    )
+    bias = None if head.bias is None else head.bias.to(dtype)
+    return replace(head, hidden=head.hidden.to(dtype), weight=head.weight.to(dtype), bias=bias)
 
 
 def _float(value: float | None) -> float | None:

@@ -1,7 +1,7 @@
 """Checks of everything a caller passes. Every error names the argument, what came, what was expected, what to do.
 
 Names, types, shapes, devices and dtypes are checked always. Values of tensors are checked where that is free: on
-the CPU, outside a compiled graph. On a GPU they would cost a synchronisation; KDFAST_CHECK=1 asks for it.
+the CPU, outside a compiled graph. On a GPU they would cost a synchronization; KDFAST_CHECK=1 asks for it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,49 +17,50 @@ from torch import Tensor
 
 from kdfast import engines
 from kdfast.engines import unavailable
+from kdfast.frontend.arguments import Arguments
 from kdfast.inputs import Head, Logits, Options, Projected, SparseLogits, Teacher, is_asked
 from kdfast.ops import autocast
 
-if TYPE_CHECKING:
-    from kdfast.frontend.vocabulary import Vocabulary
-
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-MOST_ENTRIES = 1024  # of a sparse teacher a token: a kernel's program holds a token's entries in registers
+MOST_ENTRIES = 1024  # of a sparse teacher per token: a kernel's program holds a token's entries in registers
 LARGEST_LOG_PROB = 0.01  # a probability of one, rounded
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # numbers the loss is made of
 
 
-def check(
-    student: Head, teacher: Teacher | None, labels: Tensor | None, options: Options, vocabulary: Vocabulary
-) -> None:
-    """Raise ValueError or TypeError for the first thing that is wrong."""
+def check(x: Arguments) -> None:
+    """Raise ValueError or TypeError for the first argument that is wrong."""
+    student, teacher, options = x.student, x.teacher, x.options
     _check_names(options)
     _check_number("temperature", options.temperature, positive=True)
     for name in ("kd_weight", "ce_weight", "anchor_weight"):
         _check_number(name, getattr(options, name))
     if options.num_items_in_batch is not None:
         _check_number("num_items_in_batch", options.num_items_in_batch)
-    check_head("student", student, empty=vocabulary.group != "")
-    _check_valid_vocab(vocabulary, options)
-    leading, device = student.hidden.shape[:-1], student.hidden.device
+    check_head("student", student, empty=x.vocabulary.group != "")
+    _check_valid_vocab(options.valid_vocab, x.vocabulary.size)
     if isinstance(teacher, Projected):
         _check_projected(teacher, student)
-    else:
-        _check_distribution("teacher", teacher, student, options, vocabulary)
+    elif isinstance(teacher, Head):
+        _check_own_head(teacher, x)
+    elif isinstance(teacher, Logits):
+        _check_logits(teacher, x)
+    elif isinstance(teacher, SparseLogits):
+        _check_sparse(teacher, x)
     hidden = (source.hidden.dtype for source in (student, teacher) if isinstance(source, (Head, Projected)))
     obstacle = unavailable(options.engine, student.hidden.device, *hidden)
     if obstacle is not None:
         raise ValueError(f"engine={options.engine!r} {obstacle}")
     _check_divergence(teacher, options)
-    _check_targets("labels", labels, student, options, vocabulary)
-    _check_targets("anchor_targets", options.anchor_targets, student, options, vocabulary)
-    _check_token_weights("token_weights", options.token_weights, leading, device)
-    _check_token_weights("kd_token_weights", options.kd_token_weights, leading, device)
-    _check_terms(teacher, labels, options)
+    _check_targets("labels", x.labels, x)
+    _check_targets("anchor_targets", options.anchor_targets, x)
+    _check_token_weights("token_weights", options.token_weights, student.hidden)
+    _check_token_weights("kd_token_weights", options.kd_token_weights, student.hidden)
+    _check_terms(teacher, x.labels, options)
 
 
 def check_kinds(student: Any, teacher: Any) -> None:
+    """Raise TypeError for a student or teacher that is none of the kinds there are."""
     if not isinstance(student, Head):
         raise TypeError(f"student is {kind(student)}; expected kdfast.Head(hidden, weight, bias)")
     if teacher is not None and not isinstance(teacher, (Projected, Head, Logits, SparseLogits)):
@@ -67,7 +68,7 @@ def check_kinds(student: Any, teacher: Any) -> None:
 
 
 def same_vocabulary(one: int, other: int, valid: int | None) -> bool:
-    """Whether heads of so many rows differ by padding rows at most: `valid` rows are real."""
+    """Return whether heads of so many rows differ by padding rows at most: `valid` rows are real."""
     return one == other or (valid is not None and valid <= min(one, other))
 
 
@@ -82,28 +83,26 @@ def _check_names(options: Options) -> None:
         value = getattr(options, name)
         if not isinstance(value, str) or value not in allowed:
             raise ValueError(f"{name}={short(value)} is unknown; expected one of {', '.join(map(repr, allowed))}")
-    if not isinstance(options.ignore_index, Integral) or isinstance(options.ignore_index, bool):
+    if not _is_int(options.ignore_index):
         raise TypeError(f"ignore_index is {kind(options.ignore_index)}; expected an int, such as -100")
     if not -(2**63) <= options.ignore_index < 2**63:
         raise ValueError("ignore_index is past what 64 bits hold; expected an int that a label can be, such as -100")
     scratch = options.scratch_bytes
-    if scratch is not None and (
-        not isinstance(scratch, Integral) or isinstance(scratch, bool) or not 0 < scratch < 2**63
-    ):
+    if scratch is not None and not (_is_int(scratch) and 0 < scratch < 2**63):
         raise ValueError(
             f"scratch_bytes={short(scratch)}; expected a positive int (bytes for one chunk's logits) or None"
         )
-    for name in ("temperature_squared", "return_metrics"):  # any other would be true or false without a word
-        value = getattr(options, name)
-        if not isinstance(value, (bool, np.bool_)):
-            raise TypeError(f"{name} is {kind(value)}; expected True or False")
+    _check_flag("temperature_squared", options.temperature_squared)
+    _check_flag("return_metrics", options.return_metrics)
 
 
 def check_head(name: str, head: Head, *, empty: bool) -> None:
-    """empty: it may have no rows, as a slice of a vocabulary."""
+    """Raise for a head that is none. empty: it may have no rows, as a slice of a vocabulary."""
     _check_float_tensor(f"{name}: Head.hidden", head.hidden)
     _check_float_tensor(f"{name}: Head.weight", head.weight)
-    _check_layout(f"{name}: Head", head.hidden, head.weight, head.bias, "weight", "bias", "(V, H)", "V", empty)
+    if head.weight.dim() != 2 or (head.weight.shape[0] == 0 and not empty):
+        raise ValueError(f"{name}: Head.weight has shape {tuple(head.weight.shape)}; expected (V, H)")
+    _check_linear(f"{name}: Head", head.hidden, "(V, H)", weight=head.weight, bias=head.bias)
     for field, value in (("logit_scale", head.logit_scale), ("softcap", head.softcap)):
         if field == "softcap" and value is None:
             continue
@@ -116,6 +115,39 @@ def check_head(name: str, head: Head, *, empty: bool) -> None:
             raise ValueError(
                 f"{name}: Head.{field}={short(value)}; expected a finite number{' > 0' if field == 'softcap' else ''}"
                 f"{_of_float32(value)}"
+            )
+
+
+def _check_linear(name: str, hidden: Tensor, shape: str, **parts: Tensor | None) -> None:
+    """Raise where hidden (*, H) · weight (V, H)ᵀ + bias (V,) do not fit: widths, devices, dtypes.
+
+    parts: weight and bias by their fields' names; shape: the weight's, in letters.
+    """
+    (w, weight), (b, bias) = parts.items()
+    assert weight is not None
+    if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1] or hidden.shape[-1] == 0:
+        transposed = " Transpose the weight?" if hidden.dim() and hidden.shape[-1] == weight.shape[0] else ""
+        raise ValueError(
+            f"{name}.hidden is {tuple(hidden.shape)} and {name}.{w} is {tuple(weight.shape)}; expected (*, H) and "
+            f"{shape} with the same width.{transposed}"
+        )
+    if bias is not None:
+        _check_float_tensor(f"{name}.{b}", bias)
+        if tuple(bias.shape) != (weight.shape[0],):
+            rows = shape[1:].split(",")[0]
+            raise ValueError(f"{name}.{b} is {tuple(bias.shape)}; expected ({rows},) = ({weight.shape[0]},)")
+    for field, tensor in parts.items():
+        if tensor is None:
+            continue
+        if tensor.device != hidden.device:
+            raise ValueError(
+                f"{name}.{field} is on {tensor.device} and {name}.hidden on {hidden.device}; move them to one device"
+            )
+        double = torch.float64 in (tensor.dtype, hidden.dtype)  # which autocast leaves alone
+        if tensor.dtype != hidden.dtype and (double or autocast.dtype_of(hidden.device) is None):
+            raise ValueError(
+                f"{name}.{field} is {tensor.dtype} and {name}.hidden {hidden.dtype}; within one head dtypes must "
+                "agree: convert one, or run under torch.autocast"
             )
 
 
@@ -143,75 +175,61 @@ def _check_projected(teacher: Projected, student: Head) -> None:
             f"teacher: Projected.projector_weight is {tuple(weight.shape)}; with student width Hs={Hs} and teacher "
             f"width Ht={Ht} it must be (Hs, Ht) = ({Hs}, {Ht}), as nn.Linear({Ht}, {Hs}).weight is.{transposed}"
         )
-    fields = ("projector_weight", "projector_bias")
-    _check_layout("teacher: Projected", teacher.hidden, weight, bias, *fields, "(Hs, Ht)", "Hs")
+    _check_linear("teacher: Projected", teacher.hidden, "(Hs, Ht)", projector_weight=weight, projector_bias=bias)
     _refuse_grad("teacher: Projected.hidden", teacher.hidden, "a teacher under a projector gets no gradient")
 
 
-def _check_distribution(
-    name: str, source: Head | Logits | SparseLogits | None, student: Head, options: Options, vocabulary: Vocabulary
-) -> None:
-    """A teacher, or an anchor, that has a distribution of its own."""
-    sliced = vocabulary.group != ""
-    size = vocabulary.teacher
-    if isinstance(source, Head):
-        check_head(name, source, empty=sliced)
-        _check_same_rows(f"{name}: Head.hidden", source.hidden, student.hidden)
-        vocab = source.weight.shape[0] if size is None else size
-        _check_vocabularies(f"{name}: Head.weight", vocab, vocabulary, options)
-        for field, tensor in (("hidden", source.hidden), ("weight", source.weight), ("bias", source.bias)):
-            _refuse_grad(f"{name}: Head.{field}", tensor, "the teacher gets no gradient")
-    elif isinstance(source, Logits):
-        _check_float_tensor(f"{name}: Logits.logits", source.logits)
-        if source.logits.dim() == 0 or (source.logits.shape[-1] == 0 and not sliced):
-            raise ValueError(f"{name}: Logits.logits has shape {tuple(source.logits.shape)}; expected (*, V)")
-        _check_same_rows(f"{name}: Logits.logits", source.logits, student.hidden)
-        vocab = source.logits.shape[-1] if size is None else size
-        _check_vocabularies(f"{name}: Logits.logits", vocab, vocabulary, options)
-        _refuse_grad(f"{name}: Logits.logits", source.logits, "the teacher gets no gradient")
-    elif isinstance(source, SparseLogits):
-        _check_sparse(name, source, student, options, vocabulary)
+def _check_own_head(teacher: Head, x: Arguments) -> None:
+    check_head("teacher", teacher, empty=x.vocabulary.group != "")
+    _check_same_rows("teacher: Head.hidden", teacher.hidden, x.student.hidden)
+    _check_vocabularies("teacher: Head.weight", teacher.weight.shape[0], x)
+    for field, tensor in (("hidden", teacher.hidden), ("weight", teacher.weight), ("bias", teacher.bias)):
+        _refuse_grad(f"teacher: Head.{field}", tensor, "the teacher gets no gradient")
 
 
-def _check_vocabularies(name: str, vocab: int, vocabulary: Vocabulary, options: Options) -> None:
-    own = vocabulary.size
-    if vocab == 0:
+def _check_logits(teacher: Logits, x: Arguments) -> None:
+    logits = teacher.logits
+    _check_float_tensor("teacher: Logits.logits", logits)
+    if logits.dim() == 0 or (logits.shape[-1] == 0 and not x.vocabulary.group):
+        raise ValueError(f"teacher: Logits.logits has shape {tuple(logits.shape)}; expected (*, V)")
+    _check_same_rows("teacher: Logits.logits", logits, x.student.hidden)
+    _check_vocabularies("teacher: Logits.logits", logits.shape[-1], x)
+    _refuse_grad("teacher: Logits.logits", logits, "the teacher gets no gradient")
+
+
+def _check_vocabularies(name: str, here: int, x: Arguments) -> None:
+    """Raise where the teacher's vocabulary, of which `here` entries are here, is not the student's."""
+    theirs, ours = here if x.vocabulary.teacher is None else x.vocabulary.teacher, x.vocabulary.size
+    if theirs == 0:
         raise ValueError(f"{name} has no entries on any process of process_group; expected (*, V)")
-    if options.vocab == "truncate" or same_vocabulary(vocab, own, options.valid_vocab):
+    if x.options.vocab == "truncate" or same_vocabulary(theirs, ours, x.options.valid_vocab):
         return
     raise ValueError(
-        f"{name} has a vocabulary of {vocab} and the student's head {own}. If the larger one only adds padding rows, "
+        f"{name} has a vocabulary of {theirs} and the student's head {ours}. If the larger one only adds padding rows, "
         "pass valid_vocab=, the number of real tokens; if its first ids are the other's, pass vocab='truncate' to "
         "compare those alone"
     )
 
 
-def _check_sparse(name: str, source: SparseLogits, student: Head, options: Options, vocabulary: Vocabulary) -> None:
-    indices, log_probs, tail = source.indices, source.log_probs, source.tail
+def _check_sparse(teacher: SparseLogits, x: Arguments) -> None:
+    indices, log_probs, tail = teacher.indices, teacher.log_probs, teacher.tail
     if not isinstance(tail, str) or tail not in ("renormalize", "bucket", "none"):
         raise ValueError(
-            f"{name}: SparseLogits.tail={short(tail)} is unknown; expected 'renormalize', 'bucket' or 'none'"
+            f"teacher: SparseLogits.tail={short(tail)} is unknown; expected 'renormalize', 'bucket' or 'none'"
         )
-    if not isinstance(source.tempered, (bool, np.bool_)):
-        raise TypeError(f"{name}: SparseLogits.tempered is {kind(source.tempered)}; expected True or False")
-    if not isinstance(indices, Tensor):
-        raise TypeError(f"{name}: SparseLogits.indices is {kind(indices)}; expected an integer tensor (*, K)")
-    _check_dense(f"{name}: SparseLogits.indices", indices)
-    if indices.dtype not in INTEGERS:
-        raise TypeError(
-            f"{name}: SparseLogits.indices has dtype {indices.dtype}; expected integer token ids. Convert with .long()"
-        )
-    _check_float_tensor(f"{name}: SparseLogits.log_probs", log_probs)
+    _check_flag("teacher: SparseLogits.tempered", teacher.tempered)
+    _check_ids("teacher: SparseLogits.indices", indices, "an integer tensor (*, K)")
+    _check_float_tensor("teacher: SparseLogits.log_probs", log_probs)
     if indices.shape != log_probs.shape or indices.dim() == 0 or not 1 <= indices.shape[-1] <= MOST_ENTRIES:
         raise ValueError(
-            f"{name}: SparseLogits.indices is {tuple(indices.shape)} and .log_probs {tuple(log_probs.shape)}; expected "
-            f"(*, K) both, with K from 1 to {MOST_ENTRIES}"
+            f"teacher: SparseLogits.indices is {tuple(indices.shape)} and .log_probs {tuple(log_probs.shape)}; "
+            f"expected (*, K) both, with K from 1 to {MOST_ENTRIES}"
         )
-    _check_same_rows(f"{name}: SparseLogits.indices", indices, student.hidden)
-    _check_same_rows(f"{name}: SparseLogits.log_probs", log_probs, student.hidden)
-    _refuse_grad(f"{name}: SparseLogits.log_probs", log_probs, "the teacher gets no gradient")
-    if name == "teacher" and tail == "none" and not source.tempered:
-        tau = options.temperature
+    _check_same_rows("teacher: SparseLogits.indices", indices, x.student.hidden)
+    _check_same_rows("teacher: SparseLogits.log_probs", log_probs, x.student.hidden)
+    _refuse_grad("teacher: SparseLogits.log_probs", log_probs, "the teacher gets no gradient")
+    if tail == "none" and not teacher.tempered:
+        tau = x.options.temperature
         if isinstance(tau, Tensor):
             tau = tau.item() if can_read(tau) and tau.dim() == 0 else 1.0
         if isinstance(tau, Real) and tau != 1:
@@ -222,19 +240,19 @@ def _check_sparse(name: str, source: SparseLogits, student: Head, options: Optio
             )
     if not (can_read(indices) and can_read(log_probs)):
         return
-    V = vocabulary.size
+    V = x.vocabulary.size
     indices = indices.long()  # V past a narrower type's range would be compared modulo that
     strange = ((indices < 0) | (indices >= V)) & (log_probs > -math.inf)
-    if options.vocab != "truncate" and bool(strange.any()):
+    if x.options.vocab != "truncate" and bool(strange.any()):
         raise ValueError(
-            f"{name}: SparseLogits.indices contains {int(indices[strange].flatten()[0])}; expected ids from 0 to "
+            f"teacher: SparseLogits.indices contains {int(indices[strange].flatten()[0])}; expected ids from 0 to "
             f"{V - 1} (an entry of log-probability −inf may hold any id), or vocab='truncate' to drop the others"
         )
     if bool(log_probs.isnan().any()) or bool((log_probs == math.inf).any()):
-        raise ValueError(f"{name}: SparseLogits.log_probs contains NaN or +inf; expected log-probabilities")
+        raise ValueError("teacher: SparseLogits.log_probs contains NaN or +inf; expected log-probabilities")
     if tail != "renormalize" and bool((log_probs > LARGEST_LOG_PROB).any()):
         raise ValueError(
-            f"{name}: SparseLogits.log_probs contains {float(log_probs.max())}, more than all of the probability; "
+            f"teacher: SparseLogits.log_probs contains {float(log_probs.max())}, more than all of the probability; "
             f"tail={tail!r} takes log-probabilities, not logits: apply log_softmax over the whole vocabulary first"
         )
 
@@ -250,83 +268,48 @@ def _check_divergence(teacher: Teacher | None, options: Options) -> None:
         )
 
 
-def _check_layout(
-    name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, w: str, b: str, shape: str, rows: str,
-    empty: bool = False,
-) -> None:  # fmt: skip
-    """hidden (*, H) · weight (V, H)ᵀ + bias (V,): ranks, widths, devices and dtypes."""
-    if weight.dim() != 2 or (weight.shape[0] == 0 and not empty):
-        raise ValueError(f"{name}.{w} has shape {tuple(weight.shape)}; expected {shape}")
-    if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1] or hidden.shape[-1] == 0:
-        transposed = " Transpose the weight?" if hidden.dim() and hidden.shape[-1] == weight.shape[0] else ""
-        raise ValueError(
-            f"{name}.hidden is {tuple(hidden.shape)} and {name}.{w} is {tuple(weight.shape)}; expected (*, H) and "
-            f"{shape} with the same width.{transposed}"
-        )
-    tensors = [("hidden", hidden), (w, weight)]
-    if bias is not None:
-        _check_float_tensor(f"{name}.{b}", bias)
-        if tuple(bias.shape) != (weight.shape[0],):
-            raise ValueError(f"{name}.{b} is {tuple(bias.shape)}; expected ({rows},) = ({weight.shape[0]},)")
-        tensors.append((b, bias))
-    for field, tensor in tensors[1:]:
-        if tensor.device != hidden.device:
-            raise ValueError(
-                f"{name}.{field} is on {tensor.device} and {name}.hidden on {hidden.device}; move them to one device"
-            )
-        double = torch.float64 in (tensor.dtype, hidden.dtype)  # which autocast leaves alone
-        if tensor.dtype != hidden.dtype and (double or autocast.dtype_of(hidden.device) is None):
-            raise ValueError(
-                f"{name}.{field} is {tensor.dtype} and {name}.hidden {hidden.dtype}; within one head dtypes must "
-                "agree: convert one, or run under torch.autocast"
-            )
-
-
 def _check_same_rows(name: str, hidden: Tensor, student_hidden: Tensor) -> None:
     if hidden.dim() == 0 or hidden.shape[:-1] != student_hidden.shape[:-1]:
         raise ValueError(
             f"{name} is {tuple(hidden.shape)} and student: Head.hidden {tuple(student_hidden.shape)}; the leading "
             "shape must be the same, one row per token"
         )
-    if hidden.device != student_hidden.device:
-        raise ValueError(
-            f"{name} is on {hidden.device} and student: Head.hidden on {student_hidden.device}; move them to one device"
-        )
+    _check_same_device(name, hidden, student_hidden)
 
 
-def _check_valid_vocab(vocabulary: Vocabulary, options: Options) -> None:
-    valid, V = options.valid_vocab, vocabulary.size
-    if valid is None:
-        return
-    if not isinstance(valid, Integral) or isinstance(valid, bool):
+def _check_valid_vocab(valid: Any, V: int) -> None:
+    if valid is not None and not _is_int(valid):
         raise TypeError(f"valid_vocab is {kind(valid)}; expected an int or None")
-    if not 0 < valid <= V:
+    if valid is not None and not 0 < valid <= V:
         raise ValueError(f"valid_vocab={short(valid)}; expected 1 to the head's {V} rows")
 
 
-def _check_targets(name: str, targets: Tensor | None, student: Head, options: Options, vocabulary: Vocabulary) -> None:
+def _check_targets(name: str, targets: Tensor | None, x: Arguments) -> None:
     if targets is None:
         return
-    if not isinstance(targets, Tensor):
-        raise TypeError(f"{name} is {kind(targets)}; expected an integer tensor of token ids, or None")
-    _check_dense(name, targets)
-    if targets.dtype not in INTEGERS:
-        raise TypeError(f"{name} has dtype {targets.dtype}; expected integer token ids. Convert with .long()")
-    leading, device = student.hidden.shape[:-1], student.hidden.device
-    _check_shape_and_device(name, targets, leading, device)
+    _check_ids(name, targets, "an integer tensor of token ids, or None")
+    _check_one_per_row(name, targets, x.student.hidden)
     if not can_read(targets):
         return
-    valid = vocabulary.size if options.valid_vocab is None else options.valid_vocab
+    valid = x.vocabulary.size if x.options.valid_vocab is None else x.options.valid_vocab
     targets = targets.long()  # numbers past a narrower type's range would be compared modulo that
-    bad = ((targets < 0) | (targets >= valid)) & (targets != options.ignore_index)
+    bad = ((targets < 0) | (targets >= valid)) & (targets != x.options.ignore_index)
     if bool(bad.any()):
         raise ValueError(
             f"{name} contains {int(targets[bad].flatten()[0])}; expected ids from 0 to {valid - 1} or "
-            f"ignore_index={options.ignore_index}. Is it another tokenizer's, or a different ignore_index?"
+            f"ignore_index={x.options.ignore_index}. Is it another tokenizer's, or a different ignore_index?"
         )
 
 
-def _check_token_weights(name: str, weights: Tensor | None, leading: torch.Size, device: torch.device) -> None:
+def _check_ids(name: str, value: Any, expected: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is {kind(value)}; expected {expected}")
+    _check_dense(name, value)
+    if value.dtype not in INTEGERS:
+        raise TypeError(f"{name} has dtype {value.dtype}; expected integer token ids. Convert with .long()")
+
+
+def _check_token_weights(name: str, weights: Tensor | None, hidden: Tensor) -> None:
     if weights is None:
         return
     if not isinstance(weights, Tensor):
@@ -334,14 +317,14 @@ def _check_token_weights(name: str, weights: Tensor | None, leading: torch.Size,
     _check_dense(name, weights)
     if weights.dtype not in (*DTYPES, *INTEGERS, torch.bool):
         raise TypeError(f"{name} has dtype {weights.dtype}; expected real weights, such as float32")
-    _check_shape_and_device(name, weights, leading, device)
+    _check_one_per_row(name, weights, hidden)
     _refuse_grad(name, weights, "weights get no gradient")
     if can_read(weights) and not bool(((weights >= 0) & (weights < math.inf)).all()):
         raise ValueError(f"{name} contains a negative, infinite or NaN weight; expected finite weights ≥ 0")
 
 
 def _check_number(name: str, value: Any, *, positive: bool = False) -> None:
-    """A finite number ≥ 0 (> 0 where `positive`), or a 0-d tensor holding one."""
+    """Raise for all but a finite number ≥ 0 (> 0 where `positive`), or a 0-d tensor that holds one."""
     expected = "a finite number > 0" if positive else "a finite number ≥ 0"
     if isinstance(value, Tensor):
         _check_dense(name, value)
@@ -361,7 +344,7 @@ def _check_number(name: str, value: Any, *, positive: bool = False) -> None:
 
 
 def _check_terms(teacher: Teacher | None, labels: Tensor | None, options: Options) -> None:
-    """A term that was asked for must have something to be computed from."""
+    """Raise for a term that was asked for and has nothing to be computed from."""
     if labels is None and is_asked(options.ce_weight):
         raise ValueError(f"ce_weight={options.ce_weight} without labels; pass labels, or ce_weight=0")
     if teacher is None and labels is None:
@@ -391,7 +374,7 @@ def _check_float_tensor(name: str, value: Any) -> None:
 
 
 def _check_dense(name: str, value: Tensor) -> None:
-    """None of the kinds of tensors that many operators do not know."""
+    """Raise for the kinds of tensors that many operators do not know."""
     if value.layout != torch.strided or value.is_nested or value.is_quantized:
         what = "nested" if value.is_nested else "quantised" if value.is_quantized else str(value.layout)
         raise TypeError(
@@ -400,13 +383,20 @@ def _check_dense(name: str, value: Tensor) -> None:
         )
 
 
-def _check_shape_and_device(name: str, value: Tensor, leading: torch.Size, device: torch.device) -> None:
-    if value.shape != leading:
+def _check_one_per_row(name: str, value: Tensor, hidden: Tensor) -> None:
+    if value.shape != hidden.shape[:-1]:
         raise ValueError(
-            f"{name} is {tuple(value.shape)}; expected {tuple(leading)}, the leading shape of student: Head.hidden"
+            f"{name} is {tuple(value.shape)}; expected {tuple(hidden.shape[:-1])}, the leading shape of student: "
+            "Head.hidden"
         )
-    if value.device != device:
-        raise ValueError(f"{name} is on {value.device} and student: Head.hidden on {device}; move them to one device")
+    _check_same_device(name, value, hidden)
+
+
+def _check_same_device(name: str, value: Tensor, hidden: Tensor) -> None:
+    if value.device != hidden.device:
+        raise ValueError(
+            f"{name} is on {value.device} and student: Head.hidden on {hidden.device}; move them to one device"
+        )
 
 
 def _refuse_grad(name: str, tensor: Tensor | None, why: str) -> None:
@@ -415,27 +405,39 @@ def _refuse_grad(name: str, tensor: Tensor | None, why: str) -> None:
 
 
 def can_read(tensor: Tensor) -> bool:
-    """Whether looking at values is free, or was asked for."""
-    if torch.compiler.is_compiling() or type(tensor).__name__ == "FakeTensor":  # which has no values
-        return False
-    return tensor.device.type == "cpu" or (os.environ.get("KDFAST_CHECK") == "1" and tensor.device.type != "meta")
+    """Return whether looking at values is free, or was asked for."""
+    return has_values(tensor) and (tensor.device.type == "cpu" or os.environ.get("KDFAST_CHECK") == "1")
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Return whether there are values to look at, outside a graph that is being traced."""
+    return not (torch.compiler.is_compiling() or type(tensor).__name__ == "FakeTensor" or tensor.device.type == "meta")
+
+
+def _check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, (bool, np.bool_)):  # any other would be true or false without a word
+        raise TypeError(f"{name} is {kind(value)}; expected True or False")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _is_finite(value: Any) -> bool:
-    """In float32, which the loss is made of. Comparisons a compiled graph can make of a number that changes."""
+    """Return whether it is in float32, by comparisons that a compiled graph can make of a number that changes."""
     if isinstance(value, np.floating):  # a float16 would be compared as one, where LARGEST is infinite
         value = float(value)
     return -LARGEST <= value <= LARGEST
 
 
 def _of_float32(value: Any) -> str:
-    """What is wrong with a number that looks like one."""
+    """Return what is wrong with a number that is finite and not 0, but not in float32."""
     small, large = 0 < value < SMALLEST, LARGEST < abs(value) < math.inf
     return " in float32, which the loss is made of" if small or large else ""
 
 
 def short(value: object) -> str:
-    """For an error: at most a line."""
+    """Return at most a line of text, for an error."""
     if isinstance(value, int) and abs(value) >= 10**30:  # Python prints no more than some thousand digits
         return f"an int of {value.bit_length()} bits"
     text = repr(value)

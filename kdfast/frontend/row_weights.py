@@ -1,6 +1,6 @@
 """Masks, token weights, divisors and term weights → one coefficient per row and term.
 
-A bad value that could not be checked without a synchronisation (a label out of range, a negative weight, on a GPU
+A bad value that could not be checked without a synchronization (a label out of range, a negative weight, on a GPU
 or inside a compiled graph) becomes a NaN coefficient: the row's loss is NaN and no bad address is touched.
 """
 
@@ -35,15 +35,14 @@ def row_weights(
     has_kd: bool,
     has_anchor: bool,
     bad_kd: Tensor | None,
-    dtype: torch.dtype,
-    device: torch.device,
 ) -> RowWeights:
     """Return one coefficient per row and term.
 
-    `labels`, `options.anchor_targets` and both token weights have N elements or are None; `temperature` (); bad_kd
-    (N,) bool: rows whose teacher cannot be read.
+    `labels`, `options.anchor_targets` and both token weights have N elements or are None; `temperature` () has the
+    device and dtype of what is returned; bad_kd (N,) bool: rows whose teacher cannot be read.
     """
-    zeros = torch.zeros(N, device=device, dtype=dtype)
+    dtype = temperature.dtype
+    zeros = torch.zeros(N, device=temperature.device, dtype=dtype)
     base = zeros + 1 if options.token_weights is None else _non_negative(options.token_weights.reshape(-1).to(dtype))
     if labels is not None:
         labels, base = _targets(labels, base, options.ignore_index, valid_vocab)
@@ -84,7 +83,7 @@ def row_weights(
 
 
 def _targets(targets: Tensor, weights: Tensor, ignore_index: int, valid_vocab: int) -> tuple[Tensor, Tensor]:
-    """Targets that are safe to gather with, and weights that are 0 at ignored rows and NaN at bad ones."""
+    """Return targets that are safe to gather with, and weights that are 0 at ignored rows and NaN at bad ones."""
     targets = targets.reshape(-1).long()
     ignored = targets == ignore_index
     bad = ((targets < 0) | (targets >= valid_vocab)) & ~ignored
@@ -93,7 +92,7 @@ def _targets(targets: Tensor, weights: Tensor, ignore_index: int, valid_vocab: i
 
 
 def scalar(value: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """A number or 0-d tensor as a 0-d tensor on the device, without a synchronisation."""
+    """Return a number or 0-d tensor as a 0-d tensor on the device, without a synchronization."""
     if isinstance(value, Tensor):
         return value.detach().to(device=device, dtype=dtype, non_blocking=True)
     if torch.compiler.is_compiling():  # a product takes a number that changes as it comes, `full` compiles for each
@@ -102,7 +101,7 @@ def scalar(value: float | Tensor, device: torch.device, dtype: torch.dtype) -> T
 
 
 def _factor(value: float | Tensor, like: Tensor) -> Tensor:
-    """A term's weight or divisor as a 0-d tensor like τ."""
+    """Return a term's weight or divisor as a 0-d tensor like τ."""
     return _non_negative(scalar(value, like.device, like.dtype))
 
 

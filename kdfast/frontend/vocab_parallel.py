@@ -1,7 +1,7 @@
-"""What a caller passes → plain tensors of this process's slice of the vocabulary, and where that lies.
+"""DTensors and slices of a vocabulary → plain tensors of this process, and where its slice lies.
 
 Heads may be plain slices with `vocab_start`, or DTensors; a teacher's own head or logits are cut at the same ids, or
-whole on every process. Without a `process_group` everything is as it was.
+whole on every process. Without a `process_group` the arguments stay as they are.
 """
 
 from __future__ import annotations
@@ -14,22 +14,17 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from kdfast.frontend.agreement import NO_ENTRIES, Slice, compare
+from kdfast.frontend.agreement import NO_ENTRIES, Slice, agree_on_slices, kind_of_call
+from kdfast.frontend.arguments import Arguments, Vocabulary
 from kdfast.frontend.checks import check_head, kind
-from kdfast.frontend.vocabulary import Vocabulary
 from kdfast.inputs import Head, Logits, Options, Projected, SparseLogits, Teacher
 
 
-class Localised(NamedTuple):
-    student: Head
-    teacher: Teacher | None
-    labels: Tensor | None
-    options: Options
-    vocabulary: Vocabulary
+def localize(student: Head, teacher: Teacher | None, labels: Any, options: Options) -> Arguments:
+    """Return the arguments as plain tensors of this process.
 
-
-def localise(student: Head, teacher: Teacher | None, labels: Any, options: Options) -> Localised:
-    """Raises ValueError, TypeError for a group, a slice or processes that do not fit."""
+    Raises ValueError or TypeError for what is no group, and for slices or processes that do not fit together.
+    """
     if options.process_group is None:
         if options.vocab_start is not None:
             raise ValueError(
@@ -37,43 +32,29 @@ def localise(student: Head, teacher: Teacher | None, labels: Any, options: Optio
                 "other slices of the head, or leave vocab_start out"
             )
         rows = student.weight.shape[0] if _is_matrix(student.weight) else 0
-        return Localised(student, teacher, labels, options, Vocabulary(rows, rows=rows, largest=rows))
-    group, mesh = _group(options.process_group)
-    mine, refused = Slice(), None
+        return Arguments(student, teacher, labels, options, Vocabulary(rows, rows=rows, largest=rows))
+    sharding = _sharding(options.process_group)
+    mine, kind_here, refused = Slice(), (), None
     try:
-        student, teacher, labels, options, mine = _local(student, teacher, labels, options, group, mesh)
+        student, teacher, labels, options, mine = _local(student, teacher, labels, options, sharding)
+        kind_here = kind_of_call(student, teacher, labels, options)
     except (TypeError, ValueError) as error:
         refused = error
-    vocabulary = compare(group, mine, student, teacher, labels, options, refused)
+    vocabulary, compare = agree_on_slices(sharding.group, mine, kind_here, student.hidden, refused)
     if vocabulary.whole_teacher:
         teacher = _cut(teacher, mine.start)
-    return Localised(student, teacher, labels, options, vocabulary)
-
-
-def _group(given: Any) -> tuple[Any, DeviceMesh | None]:
-    """(the group, its mesh where that was given)."""
-    if isinstance(given, DeviceMesh):
-        if given.ndim != 1:
-            raise ValueError(
-                f"process_group is a DeviceMesh of {given.ndim} dimensions {given.mesh_dim_names}; expected the one "
-                "the vocabulary is sharded on: mesh['vocab']"
-            )
-        return given.get_group(), given
-    if not isinstance(given, torch.distributed.ProcessGroup):
-        none = torch.distributed.GroupMember.NON_GROUP_MEMBER
-        why = "this process is not in it" if type(given) is type(none) and given == none else kind(given)
-        raise TypeError(f"process_group is {why}; expected a torch.distributed.ProcessGroup or a DeviceMesh")
-    return given, None
+    return Arguments(student, teacher, labels, options, vocabulary, compare)
 
 
 def _local(
-    student: Head, teacher: Any, labels: Any, options: Options, group: Any, mesh: DeviceMesh | None
+    student: Head, teacher: Any, labels: Any, options: Options, sharding: _Sharding
 ) -> tuple[Head, Any, Any, Options, Slice]:
+    """Return the local arguments, and which slice of the vocabulary they are."""
     claimed = options.vocab_start
     if claimed is not None and (not isinstance(claimed, Integral) or isinstance(claimed, bool) or claimed < 0):
         raise ValueError(f"vocab_start={claimed!r}; expected an int ≥ 0, the id of the slice's first row")
     if _is_dtensor(student.weight):
-        start = _offset("student: Head.weight", student.weight, 0, group, mesh)
+        start = sharding.offset("student: Head.weight", student.weight, 0)
         claimed = start if claimed is None else claimed
     elif claimed is None:
         raise ValueError(
@@ -82,15 +63,121 @@ def _local(
         )
     else:
         start = int(claimed)
-    student = _local_head("student", student, group, mesh)
+    student = sharding.local_head("student", student)
     check_head("student", student, empty=True)
-    teacher, *of_teacher = _local_source("teacher", teacher, start, group, mesh)
-    labels = _replicated("labels", labels, group, mesh)
+    teacher, teacher_start, teacher_rows = _local_teacher(teacher, start, sharding)
     per_token = ("anchor_targets", "token_weights", "kd_token_weights")
-    plain = {name: _replicated(name, getattr(options, name), group, mesh) for name in per_token}
-    options = replace(options, **plain)
-    mine = Slice(start, student.weight.shape[0], int(claimed), *of_teacher)
-    return student, teacher, labels, options, mine
+    options = replace(options, **{name: sharding.replicated(name, getattr(options, name)) for name in per_token})
+    mine = Slice(start, student.weight.shape[0], int(claimed), teacher_start, teacher_rows)
+    return student, teacher, sharding.replicated("labels", labels), options, mine
+
+
+def _local_teacher(teacher: Any, start: int, sharding: _Sharding) -> tuple[Any, int, int]:
+    """Return the local teacher and its part of a vocabulary of its own: first id and number of entries."""
+    if isinstance(teacher, (Projected, SparseLogits)):
+        tensors = {field.name: getattr(teacher, field.name) for field in fields(teacher)}
+        local = {name: sharding.replicated(f"teacher: {kind(teacher)}.{name}", t) for name, t in tensors.items()}
+        return type(teacher)(**local), start, NO_ENTRIES
+    if isinstance(teacher, Head):
+        first = sharding.first_id("teacher: Head.weight", teacher.weight, 0, start)
+        teacher = sharding.local_head("teacher", teacher)
+        return teacher, first, teacher.weight.shape[0] if _is_matrix(teacher.weight) else NO_ENTRIES
+    if isinstance(teacher, Logits) and isinstance(teacher.logits, Tensor) and teacher.logits.dim():
+        last = teacher.logits.dim() - 1
+        first = sharding.first_id("teacher: Logits.logits", teacher.logits, last, start)
+        teacher = Logits(sharding.sharded("teacher: Logits.logits", teacher.logits, last))
+        return teacher, first, teacher.logits.shape[-1]
+    return sharding.replicated("teacher", teacher), start, NO_ENTRIES
+
+
+def _cut(teacher: Any, start: int) -> Any:
+    """Return a teacher that is whole on every process from this slice's first id on."""
+    if isinstance(teacher, Logits):
+        return Logits(teacher.logits[..., start:])
+    bias = None if teacher.bias is None else teacher.bias[start:]
+    return replace(teacher, weight=teacher.weight[start:], bias=bias)
+
+
+def _sharding(given: Any) -> _Sharding:
+    """Return what `process_group=` stands for."""
+    if isinstance(given, DeviceMesh):
+        if given.ndim != 1:
+            raise ValueError(
+                f"process_group is a DeviceMesh of {given.ndim} dimensions {given.mesh_dim_names}; expected the one "
+                "the vocabulary is sharded on: mesh['vocab']"
+            )
+        return _Sharding(given.get_group(), given)
+    if not isinstance(given, torch.distributed.ProcessGroup):
+        none = torch.distributed.GroupMember.NON_GROUP_MEMBER
+        why = "this process is not in it" if type(given) is type(none) and given == none else kind(given)
+        raise TypeError(f"process_group is {why}; expected a torch.distributed.ProcessGroup or a DeviceMesh")
+    return _Sharding(given, None)
+
+
+class _Sharding(NamedTuple):
+    """The processes that have a slice of the vocabulary each; DTensors on them, or on others, → local tensors."""
+
+    group: Any
+    mesh: DeviceMesh | None
+
+    def local_head(self, name: str, head: Head) -> Head:
+        return replace(
+            head,
+            hidden=self.replicated(f"{name}: Head.hidden", head.hidden),
+            weight=self.sharded(f"{name}: Head.weight", head.weight, 0),
+            bias=self.sharded(f"{name}: Head.bias", head.bias, 0),
+        )
+
+    def first_id(self, name: str, tensor: Any, dim: int, start: int) -> int:
+        """Return the id a teacher's part starts with: `start`, but for a DTensor that is cut elsewhere."""
+        if not _is_dtensor(tensor) or tensor.placements[0].is_replicate():
+            return start
+        return self.offset(name, tensor, dim)
+
+    def offset(self, name: str, tensor: Any, dim: int) -> int:
+        """Return the id at which this process's shard starts."""
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+        self._check_mesh(name, tensor)
+        placement = tensor.placements[0]
+        if not (placement.is_shard() and placement.dim in (dim, dim - tensor.dim())):
+            raise ValueError(
+                f"{name} is a DTensor placed {placement}; expected Shard({dim}), the vocabulary's dimension, on the "
+                "mesh passed as process_group"
+            )
+        _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+        return int(offset[dim])
+
+    def sharded(self, name: str, tensor: Any, dim: int) -> Any:
+        """Return the local part of a tensor that is cut along `dim`; a teacher's may be whole."""
+        if not _is_dtensor(tensor):
+            return tensor
+        if tensor.placements[0].is_replicate() and not name.startswith("student"):
+            return self.replicated(name, tensor)
+        self.offset(name, tensor, dim)
+        return tensor.to_local()
+
+    def replicated(self, name: str, tensor: Any) -> Any:
+        """Return the local copy of a tensor that every process has whole."""
+        if not _is_dtensor(tensor):
+            return tensor
+        self._check_mesh(name, tensor)
+        if not tensor.placements[0].is_replicate():
+            raise ValueError(
+                f"{name} is a DTensor placed {tensor.placements[0]}; expected Replicate(): every process of the group "
+                "takes the same rows. Redistribute it (sequence-sharded hidden states: gather them first)"
+            )
+        return tensor.to_local(grad_placements=tensor.placements)
+
+    def _check_mesh(self, name: str, tensor: Any) -> None:
+        theirs = tensor.device_mesh
+        if theirs.ndim == 1 and (theirs == self.mesh or theirs.get_group() is self.group):
+            return
+        raise ValueError(
+            f"{name} is a DTensor on {theirs}, not on the group passed as process_group. An FSDP-sharded head is "
+            "sharded over the data, not the vocabulary: unshard it (call the loss inside the module's forward, or use "
+            ".full_tensor()); for a vocabulary-parallel head pass the 1-D mesh it is sharded on"
+        )
 
 
 def _is_dtensor(value: Any) -> bool:
@@ -99,91 +186,3 @@ def _is_dtensor(value: Any) -> bool:
 
 def _is_matrix(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() == 2 and not value.is_nested  # which has no shape
-
-
-def _local_head(name: str, head: Head, group: Any, mesh: DeviceMesh | None) -> Head:
-    return replace(
-        head,
-        hidden=_replicated(f"{name}: Head.hidden", head.hidden, group, mesh),
-        weight=_sharded(f"{name}: Head.weight", head.weight, 0, group, mesh),
-        bias=_sharded(f"{name}: Head.bias", head.bias, 0, group, mesh),
-    )
-
-
-def _local_source(name: str, source: Any, start: int, group: Any, mesh: DeviceMesh | None) -> tuple[Any, int, int]:
-    """A teacher with what it has here of a vocabulary of its own: from which id on, how many entries."""
-    if isinstance(source, (Projected, SparseLogits)):
-        tensors = {field.name: getattr(source, field.name) for field in fields(source)}
-        tensors = {key: _replicated(f"{name}: {kind(source)}.{key}", t, group, mesh) for key, t in tensors.items()}
-        return type(source)(**tensors), start, NO_ENTRIES
-    if isinstance(source, Head):
-        first = _first("Head.weight", name, source.weight, 0, start, group, mesh)
-        source = _local_head(name, source, group, mesh)
-        return source, first, source.weight.shape[0] if _is_matrix(source.weight) else NO_ENTRIES
-    if isinstance(source, Logits) and isinstance(source.logits, Tensor) and source.logits.dim():
-        last = source.logits.dim() - 1
-        first = _first("Logits.logits", name, source.logits, last, start, group, mesh)
-        source = Logits(_sharded(f"{name}: Logits.logits", source.logits, last, group, mesh))
-        return source, first, source.logits.shape[-1]
-    return _replicated(name, source, group, mesh), start, NO_ENTRIES
-
-
-def _first(field: str, name: str, tensor: Any, dim: int, start: int, group: Any, mesh: DeviceMesh | None) -> int:
-    """The id a source starts with: the slice's, but for a DTensor that is cut elsewhere."""
-    if not _is_dtensor(tensor) or tensor.placements[0].is_replicate():
-        return start
-    return _offset(f"{name}: {field}", tensor, dim, group, mesh)
-
-
-def _cut(source: Any, start: int) -> Any:
-    """What is whole on every process, from this slice's first id on."""
-    if isinstance(source, Logits):
-        return Logits(source.logits[..., start:])
-    return replace(source, weight=source.weight[start:], bias=None if source.bias is None else source.bias[start:])
-
-
-def _offset(name: str, tensor: Any, dim: int, group: Any, mesh: DeviceMesh | None) -> int:
-    """The id at which this process's shard starts."""
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    _check_mesh(name, tensor, group, mesh)
-    placement = tensor.placements[0]
-    if not (placement.is_shard() and placement.dim in (dim, dim - tensor.dim())):
-        raise ValueError(
-            f"{name} is a DTensor placed {placement}; expected Shard({dim}), the vocabulary's dimension, on the mesh "
-            "passed as process_group"
-        )
-    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return int(offset[dim])
-
-
-def _check_mesh(name: str, tensor: Any, group: Any, mesh: DeviceMesh | None) -> None:
-    theirs = tensor.device_mesh
-    if theirs.ndim == 1 and (theirs == mesh or theirs.get_group() is group):
-        return
-    raise ValueError(
-        f"{name} is a DTensor on {theirs}, not on the group passed as process_group. An FSDP-sharded head is "
-        "sharded over the data, not the vocabulary: unshard it (call the loss inside the module's forward, or use "
-        ".full_tensor()); for a vocabulary-parallel head pass the 1-D mesh it is sharded on"
-    )
-
-
-def _sharded(name: str, tensor: Any, dim: int, group: Any, mesh: DeviceMesh | None) -> Any:
-    if not _is_dtensor(tensor):
-        return tensor
-    if tensor.placements[0].is_replicate() and not name.startswith("student"):
-        return _replicated(name, tensor, group, mesh)
-    _offset(name, tensor, dim, group, mesh)
-    return tensor.to_local()
-
-
-def _replicated(name: str, tensor: Any, group: Any, mesh: DeviceMesh | None) -> Any:
-    if not _is_dtensor(tensor):
-        return tensor
-    _check_mesh(name, tensor, group, mesh)
-    if not tensor.placements[0].is_replicate():
-        raise ValueError(
-            f"{name} is a DTensor placed {tensor.placements[0]}; expected Replicate(): every process of the group "
-            "takes the same rows. Redistribute it (sequence-sharded hidden states: gather them first)"
-        )
-    return tensor.to_local(grad_placements=tensor.placements)

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from kdfast import Head, Projected, fused_kd_loss
+from kdfast.frontend import agreement
 from kdfast.ops import collectives, matmul
 
 
@@ -173,7 +174,7 @@ def wrong(what):
         more["valid_vocab"] = 102
     W = W.detach()[start : start + rows].requires_grad_(what != "kind of call" or rank == 0)
     b = case.b.detach()[: rows + rank] if what == "bias of one" else None
-    ht = case.ht + rank if what == "other teacher" else case.ht
+    ht = case.ht[: len(hs)] + (rank if what == "other teacher" else 0)
     if what == "mesh of two":
         more |= {"process_group": mesh(2, 2, names=("data", "vocab")), "vocab_start": None}
     elif what in ("data mesh", "no mesh", "both starts", "placement", "teacher dtensor"):
@@ -187,9 +188,44 @@ def wrong(what):
     if what == "teacher dtensor":
         teacher = Head(ht, distribute_tensor(case.Wt.detach()[:90], both["data"], [Shard(0)]))
         more["vocab"] = "truncate"
-    result = outcome(fused_kd_loss, Head(hs, W, b), teacher, labels, engine="torch", ce_weight=0.5, **more)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KDFAST_CHECK", "1")
+        result = outcome(fused_kd_loss, Head(hs, W, b), teacher, labels, engine="torch", ce_weight=0.5, **more)
     dist.barrier(group)
     return result if isinstance(result, str) else float(result)
+
+
+def first_and_later_calls():
+    """(what a call says or None, exchanges it took) of calls one after the other, right ones and wrong ones."""
+    case, rank, group = make(), processes.rank(), processes.group()
+    start, stop = (0, 51) if rank == 0 else (51, 101)
+    other = torch.where(case.labels >= 0, (case.labels + rank) % 101, case.labels)
+    refused = torch.ones(23, requires_grad=rank == 1)
+    calls = {
+        "refused at the first": {"vocab_start": None if rank == 1 else start},
+        "refused by the checks": {"token_weights": refused},
+        "other labels": {"labels": other},
+        "right": {},
+        "again": {},
+        "another number": {"temperature": 3.0},
+        "another kind": {"reduction": "sum"},
+        "right, checked": {"check": "1"},
+        "other labels, checked": {"labels": other, "check": "1"},
+        "right once more": {},
+    }
+    agreement._known.pop(group, None)
+    found = {}
+    for name, options in calls.items():
+        options, exchanges = {"labels": case.labels, "vocab_start": start, "check": "0"} | options, []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("KDFAST_CHECK", options.pop("check"))
+            exchange = collectives.exchange
+            patch.setattr(collectives, "exchange", lambda *of, e=exchange, x=exchanges: (x.append(of), e(*of))[1])
+            W = case.W.detach()[start:stop].requires_grad_()
+            head, teacher = Head(case.hs, W), Projected(case.ht, case.P, case.p)
+            result = outcome(fused_kd_loss, head, teacher, engine="torch", process_group=group, **options)
+        found[name] = (result if isinstance(result, str) else None, len(exchanges))
+    return found
 
 
 def collectives_of(engine, n, scratch, **options):

@@ -8,8 +8,8 @@ from teachers import sources
 
 from kdfast import fused_kd_loss
 from kdfast.divergences import get_divergence
-from kdfast.frontend.build import assemble
-from kdfast.frontend.vocab_parallel import localise
+from kdfast.frontend.build import build_problem
+from kdfast.frontend.vocab_parallel import localize
 from kdfast.inputs import Options
 from kdfast.ops.problem import Problem
 
@@ -24,6 +24,5 @@ def arguments(*sources, **options):
     parameters = inspect.signature(fused_kd_loss).parameters
     given = {name: parameters[name].default for name in Options.names()} | options
     given["divergence"] = get_divergence(given["divergence"])
-    local = localise(*sources, Options(**given))
-    assembled = assemble(local.student, local.teacher, local.labels, local.options, local.vocabulary)
-    return [getattr(assembled.problem, field.name) for field in fields(Problem)]
+    problem, _ = build_problem(localize(*sources, Options(**given)))
+    return [getattr(problem, field.name) for field in fields(Problem)]

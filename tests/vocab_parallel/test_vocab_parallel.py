@@ -177,10 +177,34 @@ WRONG = {
 
 @pytest.mark.parametrize("what", WRONG)
 def test_what_does_not_fit_is_an_error_on_every_process(pool, what):
+    """With KDFAST_CHECK=1: the group may know these slices from another test."""
     ranks = 4 if what in list(WRONG)[list(WRONG).index("mesh of two") :] else 2
     for said in pool.run(ranks, meshes.wrong, what):
         with pytest.raises(ValueError, match=WRONG[what]):
             raise ValueError(said)
+
+
+def test_the_first_call_of_a_set_of_slices_is_compared_and_with_kdfast_check_every_one(pool):
+    """An error on one is an error on all, after which they compare again; a later call does not communicate."""
+    first, second = pool.run(2, meshes.first_and_later_calls)
+    refuses = "ValueError: rank 1 of process_group refuses its arguments"
+    differ = "ValueError: labels or anchor_targets is not the same on rank 0 and rank 1"
+    expected = {
+        "refused at the first": (refuses, "ValueError: vocab_start is None", 1),
+        "refused by the checks": (refuses, "ValueError: token_weights requires grad", 2),
+        "other labels": (differ, differ, 2),
+        "right": (None, None, 2),
+        "again": (None, None, 0),
+        "another number": (None, None, 0),
+        "another kind": (None, None, 2),
+        "right, checked": (None, None, 2),
+        "other labels, checked": (differ, differ, 2),
+        "right once more": (None, None, 2),
+    }
+    for name, (of_first, of_second, exchanges) in expected.items():
+        for (said, count), wanted in ((first[name], of_first), (second[name], of_second)):
+            assert count == exchanges, name
+            assert said is wanted or said.startswith(wanted), (name, said)
 
 
 class TestCollectives:
