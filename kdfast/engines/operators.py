@@ -8,17 +8,18 @@
 The arguments of the first two are the fields of `Problem`, in order, the flags which gradients are needed among
 them: a graph compiled for those flags does just that work. Fake implementations give shapes and dtypes.
 
-Tensors saved for backward are never written to, so a second backward gives the same gradients. The last two
-operators *are* the backward; their own autograd raises, because second derivatives would come out silently wrong.
+Tensors saved for backward are never written to, so a second backward gives the same gradients. `finish_gradient` and
+`fused_kd_gradients` *are* the backward; their own autograd raises, because second derivatives would come out silently
+wrong.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import fields, replace
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
@@ -33,46 +34,62 @@ ENGINES = {  # module with run(Problem, rows of an earlier Result or None) -> Re
     "triton_tiled": "kdfast.engines.triton_tiled",
 }
 
+# The fields of Problem, and what torch.library calls their types: `hidden: Tensor`, `softcap: float | None` and
+# `valid_vocab: int` are the arguments "Tensor hidden, float? softcap, SymInt valid_vocab" of an operator's schema.
+_TYPES = get_type_hints(Problem)
 _SCHEMA_TYPES = {
-    "Tensor": "Tensor",
-    "Tensor | None": "Tensor?",
-    "float": "float",
-    "float | None": "float?",
-    "list[float]": "float[]",
-    "int": "SymInt",
-    "bool": "bool",
-    "str": "str",
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    float: "float",
+    float | None: "float?",
+    list[float]: "float[]",
+    int: "SymInt",
+    bool: "bool",
+    str: "str",
 }
-_FIELDS = fields(Problem)
-_NAMES = [field.name for field in _FIELDS]
-_TENSORS = [field.name for field in _FIELDS if str(field.type).startswith("Tensor")]
-_ARGUMENTS = ", ".join(f"{_SCHEMA_TYPES[str(field.type)]} {field.name}" for field in _FIELDS)
-_DIFFERENTIABLE = (
-    "hidden",
-    "weight",
-    "bias",
-    "teacher_hidden",
-)  # need_… flags and Result fields have these names
+_ARGUMENTS = ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in _TYPES.items())
+_TENSORS = [name for name, kind in _TYPES.items() if _SCHEMA_TYPES[kind].startswith("Tensor")]
+_DIFFERENTIABLE = ("hidden", "weight", "bias", "teacher_hidden")  # need_… flags and Result fields have these names
+
+
+def _returning(tensors: int) -> str:
+    return f"({', '.join(['Tensor'] * tensors)})"
+
+
+def _values(problem: Problem) -> list[Any]:
+    return [getattr(problem, name) for name in _TYPES]
 
 
 def run(problem: Problem) -> tuple[Tensor, Tensor]:
-    """(loss, stats) of `problem` on its engine; the loss is differentiable once."""
-    result = Result(*fused_kd(*(getattr(problem, name) for name in _NAMES)))
+    """Return (loss, stats) of `problem` from its engine; the loss is differentiable once."""
+    result = Result(*fused_kd(*_values(problem)))
     return result.loss, result.stats
 
 
 def _solve(problem: Problem, rows: Tensor | None = None) -> Result:
     engine = importlib.import_module(ENGINES[problem.engine])
     device = problem.hidden.device
-    # kernels are launched on the current device, which need not be the tensors'
-    current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-    with current, autocast.disabled(device), torch.no_grad():
+    with _current(device), autocast.disabled(device), torch.no_grad():
         return engine.run(problem, rows)
 
 
-def _shapes(problem: Problem) -> Result:
-    """The Result's tensors, uninitialised: what a fake implementation returns."""
-    x, N = problem.forward_problem(), problem.hidden.shape[0]
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Make `device` the current one: kernels are launched there, and it need not be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+@torch.library.custom_op(
+    "kdfast::fused_kd", mutates_args=(), schema=f"({_ARGUMENTS}) -> {_returning(len(Result._fields))}"
+)
+def fused_kd(*arguments: Any) -> tuple[Tensor, ...]:
+    """Return the Result of Problem(*arguments)."""
+    return tuple(_solve(Problem(*arguments)))
+
+
+@fused_kd.register_fake
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    x = Problem(*arguments).forward_problem()
+    N = x.hidden.shape[0]
 
     def empty(*shape: int, wanted: bool = True, dtype: torch.dtype = x.dtype) -> Tensor:
         return torch.empty(shape if wanted else (0,), device=x.hidden.device, dtype=dtype)
@@ -90,26 +107,12 @@ def _shapes(problem: Problem) -> Result:
 
 
 @torch.library.custom_op(
-    "kdfast::fused_kd",
-    mutates_args=(),
-    schema=f"({_ARGUMENTS}) -> ({', '.join(['Tensor'] * len(Result._fields))})",
-)
-def fused_kd(*arguments: Any) -> tuple[Tensor, ...]:
-    return tuple(_solve(Problem(*arguments)))
-
-
-@fused_kd.register_fake
-def _(*arguments: Any) -> tuple[Tensor, ...]:
-    return tuple(_shapes(Problem(*arguments)))
-
-
-@torch.library.custom_op(
     "kdfast::fused_kd_gradients",
     mutates_args=(),
-    schema=f"({_ARGUMENTS}, Tensor rows, Tensor upstream) -> ({', '.join(['Tensor'] * len(_DIFFERENTIABLE))})",
+    schema=f"({_ARGUMENTS}, Tensor rows, Tensor upstream) -> {_returning(len(_DIFFERENTIABLE))}",
 )
 def fused_kd_gradients(*arguments: Any) -> tuple[Tensor, ...]:
-    """Gradients of Σₙ upstreamₙ·lossₙ, in the inputs' dtypes; empty where not needed.
+    """Return gradients of Σₙ upstreamₙ·lossₙ, in the inputs' dtypes; empty where not needed.
 
     rows: the forward's Result.rows; upstream (N,)."""
     *values, rows, upstream = arguments
@@ -129,20 +132,16 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _where_needed(x: Problem, gradient: Callable[[Tensor, str], Tensor]) -> tuple[Tensor, ...]:
-    """gradient(input, its name) of each input that needs one, empty for the others."""
+    """Return gradient(input, its name) of each input that needs one, empty for the others."""
     return tuple(
         gradient(getattr(x, name), name) if getattr(x, f"need_{name}") else x.hidden.new_empty(0)
         for name in _DIFFERENTIABLE
     )
 
 
-@torch.library.custom_op(
-    "kdfast::finish_gradient",
-    mutates_args=(),
-    schema="(Tensor saved, Tensor scale, Tensor upstream, Tensor like) -> Tensor",
-)
+@torch.library.custom_op("kdfast::finish_gradient", mutates_args=())
 def finish_gradient(saved: Tensor, scale: Tensor, upstream: Tensor, like: Tensor) -> Tensor:
-    """saved · scale · upstream in `like`'s dtype. `like` is the input itself: through it autograd sees that the
+    """Return saved · scale · upstream in `like`'s dtype. `like` is the input itself: through it autograd sees that the
     gradient depends on the inputs, and a second derivative reaches the error instead of a silent constant."""
     return _finish(saved, scale * upstream, like)
 
@@ -164,7 +163,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.needed = tuple(name for name in _DIFFERENTIABLE if getattr(x, f"need_{name}"))
     ctx.per_row = x.per_row
     if x.per_row:
-        ctx.options = [None if name in _TENSORS else getattr(x, name) for name in _NAMES]
+        without_tensors: dict[str, Any] = dict.fromkeys(_TENSORS)
+        ctx.problem = replace(x, **without_tensors)
         ctx.save_for_backward(result.rows, *(getattr(x, name) for name in _TENSORS))
     else:
         wanted = [(getattr(result, name), getattr(x, name)) for name in ctx.needed]
@@ -175,9 +175,8 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None
     gradients: dict[str, Tensor] = {}
     if upstream is not None and ctx.per_row:
         rows, *saved = ctx.saved_tensors
-        tensors = dict(zip(_TENSORS, saved, strict=True))
-        arguments = [tensors.get(name, value) for name, value in zip(_NAMES, ctx.options, strict=True)]
-        gradients = dict(zip(_DIFFERENTIABLE, fused_kd_gradients(*arguments, rows, upstream), strict=True))
+        x = replace(ctx.problem, **dict(zip(_TENSORS, saved, strict=True)))
+        gradients = dict(zip(_DIFFERENTIABLE, fused_kd_gradients(*_values(x), rows, upstream), strict=True))
     elif upstream is not None:
         scale, *saved = ctx.saved_tensors
         for name, gradient, like in zip(ctx.needed, saved[::2], saved[1::2], strict=True):
@@ -185,12 +184,12 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None
                 gradients[name] = gradient
             else:
                 gradients[name] = finish_gradient(gradient, scale, upstream, like)
-    return tuple(gradients.get(name) if name in ctx.needed else None for name in _NAMES)
+    return tuple(gradients.get(name) if name in ctx.needed else None for name in _TYPES)
 
 
 def _is_finished(gradient: Tensor, scale: Tensor, upstream: Tensor, like: Tensor) -> bool:
-    """Whether the saved gradient is the answer: `loss.backward()` in full precision. Saves a pass over dW and its
-    memory. Only where looking is free (a CPU) and nothing is being traced or differentiated again. Autograd drops
+    """Return whether the saved gradient is the answer: `loss.backward()` in full precision. It saves a pass over dW and
+    its memory. Only where looking is free (a CPU) and nothing is being traced or differentiated again. Autograd drops
     its own reference after a last backward, and clones what it still holds for another."""
     if type(upstream) is not Tensor or upstream.device.type != "cpu" or torch.is_grad_enabled():
         return False
@@ -204,23 +203,18 @@ def _no_second_derivative(ctx: Any, *_: Any) -> None:
     )
 
 
-def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    pass
-
-
 fused_kd.register_autograd(_backward, setup_context=_save)
-fused_kd_gradients.register_autograd(_no_second_derivative, setup_context=_save_nothing)
-finish_gradient.register_autograd(_no_second_derivative, setup_context=_save_nothing)
+fused_kd_gradients.register_autograd(_no_second_derivative)
+finish_gradient.register_autograd(_no_second_derivative)
 
 
 @torch.library.custom_op("kdfast::project", mutates_args=())
 def project(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """hidden (N, Ht) · weight (Hs, Ht)ᵀ + bias (Hs,), of one dtype → (N, Hs). The teacher's hidden states, which are
+    """Return hidden (N, Ht) · weight (Hs, Ht)ᵀ + bias (Hs,), of one dtype: (N, Hs). The teacher's hidden states are
     constants here: no gradient reaches them."""
     from kdfast.kernels import projector
 
-    current = torch.cuda.device(hidden.device) if hidden.is_cuda else nullcontext()
-    with current:
+    with _current(hidden.device):
         bias = None if bias is None else bias.contiguous()
         return projector.project(hidden, weight, bias, tf32=matmul.tf32(hidden.device))
 
