@@ -11,7 +11,7 @@ what autograd sees is one model, computed by every process alike, whose vocabula
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -64,67 +64,45 @@ def named(name: str) -> Any:
 
 def copy_to_group(x: Tensor, group: str) -> Tensor:
     """Return x, of which every process makes something of its own: its gradient is the sum of theirs."""
-    return _CopyToGroup.apply(x, group) if group else x
+
+    def summed(x: Tensor) -> Tensor:
+        return all_reduce(x.clone(memory_format=torch.contiguous_format), group).wait()
+
+    return _Linear.apply(x, lambda x: x.view_as(x), summed) if group else x
 
 
 def gather_from_group(slices: Tensor, group: str, start: int) -> Tensor:
     """Return (N, V) on every process from its entries (N, v), those from `start` on; v may differ."""
-    return _GatherFromGroup.apply(slices, group, start) if group else slices
+    if not group:
+        return slices
+    own = slices.shape[1]
+    sizes = [(int(first), int(count)) for first, count in exchange([start, own], group, slices.device)]
+    before = sum(count for first, count in sizes if first < start)
+    order = sorted(range(len(sizes)), key=lambda rank: sizes[rank])
+    filled = [rank for rank in order if sizes[rank][1]] or [0]
 
-
-class _CopyToGroup(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
-        return _Sum.apply(upstream, ctx.group), None
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
-        ctx.group = group
-        return all_reduce(x.clone(memory_format=torch.contiguous_format), group).wait()
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
-        return _CopyToGroup.apply(upstream, ctx.group), None
-
-
-class _GatherFromGroup(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, slices: Tensor, group: str, start: int) -> Tensor:
-        N, own = slices.shape
-        ctx.group, ctx.start = group, start
-        sizes = [(int(first), int(count)) for first, count in exchange([start, own], group, slices.device)]
-        padded = slices.new_zeros(N, max(count for _, count in sizes))
+    def gathered(slices: Tensor) -> Tensor:
+        padded = slices.new_zeros(slices.shape[0], max(count for _, count in sizes))
         padded[:, :own] = slices
         parts = all_gather(padded, group).wait()
-        before = sum(count for first, count in sizes if first < start)
-        ctx.own = slice(before, before + own)
-        order = sorted(range(len(sizes)), key=lambda rank: sizes[rank])
-        filled = [rank for rank in order if sizes[rank][1]]
-        return torch.cat([parts[rank, :, : sizes[rank][1]] for rank in filled or [0]], dim=1)
+        return torch.cat([parts[rank, :, : sizes[rank][1]] for rank in filled], dim=1)
+
+    return _Linear.apply(slices, gathered, lambda whole: whole[:, before : before + own].contiguous())
+
+
+class _Linear(torch.autograd.Function):
+    """A linear map and its adjoint, each the derivative of the other."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor], adjoint: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        ctx.function, ctx.adjoint = function, adjoint
+        return function(x)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-        return _Slice.apply(upstream, ctx.own, ctx.group, ctx.start), None, None
-
-
-class _Slice(torch.autograd.Function):
-    """The inverse of `_GatherFromGroup`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, own: slice, group: str, start: int) -> Tensor:
-        ctx.group, ctx.start = group, start
-        return x[:, own].contiguous()
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
-        return _GatherFromGroup.apply(upstream, ctx.group, ctx.start), None, None, None
+        return _Linear.apply(upstream, ctx.adjoint, ctx.function), None, None
 
 
 def _all_gather_into(*args: Any, **kwargs: Any) -> Any:
