@@ -16,7 +16,7 @@ READY_DIST := $(VENV)/.ready-dist
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long fuzz aot lint types check bench recipes peers api dist package clean
+.PHONY: help demo quick test test-all test-long fuzz aot lint types check bench recipes peers api dist package clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -24,11 +24,21 @@ help:  ## this list
 demo: $(READY)  ## a real distillation on this machine: text, tokenizer, teacher, five students, one table
 	$(BIN)/kdfast demo $(ARGS)
 
-# Triton's interpreter is one thread of Python: two workers of one thread each use two cores
-test: $(READY)  ## the tests, without those marked long
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+# A test that starts processes lies in tests/system; one that takes long elsewhere is marked slow; what draws thousands of
+# problems, or runs whole examples, is marked long and is nobody's to wait for.
+quick: $(READY)  ## every divergence, teacher and engine once: a minute
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/quick tests/loss/test_divergences.py $(ARGS)
 
-test-long: $(READY)  ## the tests that take minutes
+# Triton's interpreter is one thread of Python: two workers of one thread each use two cores
+PYTEST_ON_TWO_CORES := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+test: $(READY)  ## the tests, but for those that start processes or take long: five minutes on two cores
+	$(PYTEST_ON_TWO_CORES) --ignore tests/system -m "not slow and not long" $(ARGS)
+
+test-all: $(READY)  ## every test but those of test-long: what CI runs
+	$(PYTEST_ON_TWO_CORES) $(ARGS)
+
+test-long: $(READY)  ## thousands of random problems, 56 kills, whole examples, every row of aot: no part of test-all
 	$(BIN)/python -m pytest -m long $(ARGS)
 
 # PYTHONPATH: tests/ has what the tests share

@@ -53,6 +53,7 @@ def test_the_truth_is_autograd_in_float64(teacher):
         torch.testing.assert_close(exact.gradients["projector"], P.grad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("teacher", TEACHERS)
 def test_every_contender_that_can_run_is_right(teacher, dtype):
@@ -117,6 +118,7 @@ def test_workloads_have_names_of_their_own():
     assert {"projected", "head", "none"} == {workload.teacher for workload in WORKLOADS}
 
 
+@pytest.mark.slow
 def test_the_replayed_clock(tmp_path):
     """pytest-benchmark's statistics are of the times measured before."""
     (tmp_path / "test_it.py").write_text(

@@ -15,6 +15,7 @@ def quick(tmp_path, monkeypatch, kdfast):
     return lambda *more: kdfast("demo", "--quick", *folders, *more)
 
 
+@pytest.mark.slow
 def test_from_text_to_table_twice(tmp_path, quick):
     code, out, _ = quick()
     assert code == 0

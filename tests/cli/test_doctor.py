@@ -6,6 +6,8 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import pytest
+
 from kdfast.cli import doctor
 
 ROOT = Path(__file__).parents[2]
@@ -19,6 +21,7 @@ def test_it_names_versions_engine_and_both_kernels(kdfast):
     assert f"kdfast.kernels  {ROOT / 'kernels'}\n" in out
 
 
+@pytest.mark.slow
 def test_a_package_that_shadows_kernels_is_found(tmp_path):
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels/__init__.py").touch()
@@ -40,6 +43,7 @@ def test_a_plain_folder_and_nothing_at_all_are_fine(monkeypatch):
         assert expected in theirs
 
 
+@pytest.mark.slow
 def test_it_works_without_the_training_part():
     """With every import of the training part failing; `distill` says what to install."""
     code = (
@@ -55,6 +59,7 @@ def test_it_works_without_the_training_part():
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_nobody_reads_on():
     """As in `kdfast doctor | head -1`: no traceback, and the exit code of other programs then."""
     ours, theirs = os.pipe()

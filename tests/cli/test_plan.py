@@ -77,6 +77,7 @@ def test_what_it_cannot_plan(kdfast, arguments, message):
     assert message in err
 
 
+@pytest.mark.slow
 def test_it_works_without_the_training_part():
     code = (
         "import sys\n"

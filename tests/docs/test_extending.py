@@ -40,6 +40,7 @@ def run(root, code):
     return done.returncode, done.stderr
 
 
+@pytest.mark.slow
 def test_the_worked_examples(extended):
     check = documents.blocks(PAGE)[-1].text
     assert {"squared_hellinger", "unchunked", "triton_tiled"} <= set(re.findall(r"\w+", check))

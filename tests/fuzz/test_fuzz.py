@@ -11,6 +11,7 @@ import time
 import warnings
 
 import documents
+import own_warnings
 import pytest
 import torch
 from fuzz import child, command, counts, damage, interface
@@ -58,7 +59,7 @@ def test_how_a_command_may_end(changed, expected):
     ],
 )  # fmt: skip
 def test_a_child_is_watched(tmp_path, act, expected):
-    found = child.run(act, tmp_path / "place", seconds=0.7 if expected[0] == -1 else 20)
+    found = child.run(act, tmp_path / "place", seconds=0.7 if expected[0] == -1 else 600)
     code, out, err, forbidden = expected
     assert found.code == code
     assert out in found.out
@@ -119,8 +120,7 @@ def test_silent_acceptance_is_found(monkeypatch):
 @pytest.fixture
 def as_in_a_run():
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter|numpy")
+        own_warnings.are_errors()
         yield
 
 

@@ -2,10 +2,10 @@
 
 import importlib
 import time
-import warnings
 from pathlib import Path
 
 import interpreter  # noqa: F401  # before any kernel
+import own_warnings
 import torch
 
 
@@ -13,8 +13,7 @@ def work(kind, folder, seed, most, seconds, pipe) -> None:
     """Outcomes of `kind`'s cases from `seed` on through `pipe`, then None."""
     torch.set_num_threads(1)
     module = importlib.import_module(f"fuzz.{kind}")
-    warnings.simplefilter("error")  # but numpy's opinion of what kernels mask out, as in pyproject.toml
-    warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter|numpy")
+    own_warnings.are_errors()
     attempt = module.attempt if kind == "interface" else module.Cases(Path(folder)).attempt
     end, done = time.monotonic() + seconds, 0
     while time.monotonic() < end and (most is None or done < most):

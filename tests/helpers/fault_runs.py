@@ -9,7 +9,6 @@ import logging
 import os
 import signal
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 import server
@@ -34,12 +33,10 @@ def _run(folder, action, arguments, settings):
         return 3
 
 
-def make(folder, timeout=None, **given):
+def make(folder, **given):
     """A trainer of the same tiny models and data every time; dropout on, so that random states count."""
     from tiny_models import tiny
 
-    if timeout is not None:  # with use_cpu, TrainingArguments forgets its ddp_timeout
-        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=timeout))
     defaults = {
         "output_dir": str(folder / "run"), "recipe": "projector_fixed", "use_cpu": True, "disable_tqdm": True,
         "max_steps": 6, "per_device_train_batch_size": 2, "learning_rate": 1e-3, "logging_steps": 1,

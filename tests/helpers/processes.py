@@ -9,13 +9,13 @@ import faulthandler
 import importlib
 import tempfile
 import traceback
-import warnings
 from datetime import timedelta
 from multiprocessing.connection import wait
 
+import own_warnings
 import server
 
-SECONDS = 120  # for an answer
+SECONDS = 600  # for an answer, which takes a few
 
 
 class Processes:
@@ -48,7 +48,8 @@ class Processes:
             answers |= {pipe: _received(pipe) for pipe in ready}
             if any(wrong for wrong, _ in answers.values()):
                 seconds = 5  # the others may wait for it
-        told = [answers.get(pipe, ("no answer", None)) for pipe in pipes]
+        silent = f"no answer after {seconds} s"
+        told = [answers.get(pipe, (silent, None)) for pipe in pipes]
         wrong = [f"rank {rank}: {what}" for rank, (what, _) in enumerate(told) if what is not None]
         if len(answers) < size or any("has died" in what for what in wrong):
             self.close()
@@ -91,14 +92,12 @@ def _serve(number, most, store, pipe):
     import torch.distributed as dist
 
     global _size
-    warnings.simplefilter("error")  # but, as in pyproject.toml, numpy's opinion of what kernels mask out
-    warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter|numpy")
-    warnings.filterwarnings("ignore", "Conversion of an array", DeprecationWarning)  # Triton 3.4's interpreter
+    own_warnings.are_errors()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     shared = dist.FileStore(store, most)
-    dist.init_process_group("gloo", store=shared, rank=number, world_size=most, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", store=shared, rank=number, world_size=most, timeout=timedelta(seconds=SECONDS))
     _groups["rank"] = number
     for size in range(1, most + 1):
         _groups[size] = dist.new_group(list(range(size)))

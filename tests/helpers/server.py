@@ -70,14 +70,16 @@ def _child(file, environment, function, arguments):
     os._exit(code)  # gloo's own teardown aborts now and then
 
 
-def join(processes, seconds=60):
-    """Their exit codes, as soon as all have ended."""
+def join(processes, seconds=600):
+    """Return their exit codes, as soon as all have ended. A hundred times what they take is a hang, and an error."""
     end = time.monotonic() + seconds
     for process in processes:
         process.join(max(end - time.monotonic(), 0))
     codes = [process.exitcode for process in processes]
     for process in processes:
         process.kill()
+    if None in codes:
+        raise TimeoutError(f"after {seconds} s not all processes have ended; exit codes by rank: {codes}")
     return codes
 
 

@@ -18,7 +18,7 @@ from kdfast.engines import chunked
 
 
 def inductor(test):
-    test = pytest.mark.filterwarnings("ignore::DeprecationWarning")(test)  # its own imports
+    test = pytest.mark.slow(pytest.mark.filterwarnings("ignore::DeprecationWarning")(test))  # its own imports
     return pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")(test)
 
 
@@ -48,8 +48,14 @@ def options(i, kind):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo's look at "hidden"
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    ("engine", "kind"),
+    [
+        pytest.param(engine, kind, marks=() if engine == "torch" or kind == "projected" else pytest.mark.slow)
+        for engine in ENGINES
+        for kind in KINDS
+    ],
+)
 def test_the_same_numbers(engine, kind):
     compiled = torch.compile(fused_kd_loss, fullgraph=True, backend="aot_eager", dynamic=False)
     compare(compiled, make(torch.float32, **SMALL), kind, engine=engine, **options(ENGINES.index(engine), kind))

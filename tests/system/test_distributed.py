@@ -22,7 +22,7 @@ NOT_COMPARED = ("runtime", "per_second", "memory", "time")
 
 def launch(processes, folder):
     """distributed_runs.py in so many processes; what they said."""
-    server.join(server.start(folder, processes, server.run_file, Path(distributed_runs.__file__), folder), seconds=300)
+    server.join(server.start(folder, processes, server.run_file, Path(distributed_runs.__file__), folder))
     return "\n".join(path.read_text()[-3000:] for path in sorted(folder.glob("output-*.txt")))
 
 

@@ -46,7 +46,7 @@ def test_killed_at_random_moments(tmp_path, capsys, ranks, kills, steps):
     settings = {"max_steps": steps, "save_steps": 2, "save_total_limit": LIMIT, "ranks": ranks}
     unbroken, folder = tmp_path / "unbroken", tmp_path / "killed"
     run = folder / "run"
-    assert join(start(unbroken, fault_runs.train, **settings), 300) == [0] * ranks
+    assert join(start(unbroken, fault_runs.train, **settings)) == [0] * ranks
     begin, during_a_write, seen = time.monotonic(), 0, []
 
     for kill in range(1, kills + 1):
@@ -78,7 +78,7 @@ def test_killed_at_random_moments(tmp_path, capsys, ranks, kills, steps):
         assert len(now) >= min(LIMIT, max(now, default=0) // 2), f"seed {seed}, kill {kill}: {now}"
         seen.append(max(now, default=0))
 
-    assert join(start(folder, fault_runs.train, True, **settings), 300) == [0] * ranks, output(folder)
+    assert join(start(folder, fault_runs.train, True, **settings)) == [0] * ranks, output(folder)
     assert same_end(folder, unbroken), f"seed {seed}"
     assert len(fault_runs.losses(folder)) == steps
     assert steps_in_sight(run) == [steps, steps - 2, steps - 4]

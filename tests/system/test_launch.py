@@ -26,7 +26,7 @@ def launch_accelerate(*arguments):
     command = [sys.executable, "-m", "accelerate.commands.launch", f"--config_file={RECIPES / 'fsdp2.yaml'}"]
     command += ["--main_process_port=0", "-m", "kdfast", "distill", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -34,7 +34,7 @@ def launch(place, *arguments):
     """(exit codes, what each said) of `kdfast distill` in two processes that have of torchrun what it sets; the real
     one is in test_faults.py."""
     processes = server.start(place / "said", 2, distill, place, arguments)
-    codes = server.join(processes, seconds=300)
+    codes = server.join(processes)
     return codes, [(place / "said" / f"output-{rank}.txt").read_text() for rank in (0, 1)]
 
 

@@ -36,18 +36,14 @@ def python(*arguments, cwd=ROOT):
     return done.stdout
 
 
-def test_import_needs_torch_and_numpy_only_and_less_than_a_second():
+def test_import_needs_torch_and_numpy_only():
+    """Nor any module of torch that `import torch` leaves out: those of its compiler take a second and more."""
     code = (
-        "import sys, time, torch, numpy; before = set(sys.modules); start = time.perf_counter(); import kdfast\n"
-        "print(time.perf_counter() - start)\n"
+        "import sys, torch, numpy; before = set(sys.modules); import kdfast\n"
         "print(*{name.split('.')[0] for name in set(sys.modules) - before} - sys.stdlib_module_names)\n"
         "import kdfast.kernels; print(*kdfast.kernels.__path__)"
     )
-    for _ in range(3):  # other programs run too
-        seconds, modules, kernels = python("-c", code).splitlines()
-        if float(seconds) < 1:
-            break
-    assert float(seconds) < 1
+    modules, kernels = python("-c", code).splitlines()
     assert modules.split() == ["kdfast"]
     assert Path(kernels) == ROOT / "kernels"  # as in any checkout
     if _installed():

@@ -129,6 +129,7 @@ class Killed(BaseException):
     """As a signal would: not an Exception that someone might handle."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", ["_save_optimizer_and_scheduler", "_save_rng_state", "_write_arguments"])
 def test_a_run_killed_while_saving_leaves_no_partial_checkpoint(tiny, rows, config, monkeypatch, at):
     trainer = make(tiny, config, rows(8))
@@ -220,6 +221,7 @@ def test_a_probe_and_the_maps_of_the_hidden_loss_round_trip(tiny, tmp_path):
         load_models(tmp_path, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["compressed_head", "probe"])
 def test_solved_recipes_resume_where_they_stopped(tiny, rows, config, tmp_path, recipe):
     """The start is solved again, the weights are the checkpoint's, and the fixed teacher is the same as before."""

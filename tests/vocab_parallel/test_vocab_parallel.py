@@ -31,7 +31,7 @@ def pool():
 NUMBER = {"reference": 15, "torch": 40, "triton_chunked": 8, "triton_tiled": 8}  # of problems
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("engine", NUMBER)
 def test_random_problems(pool, engine, ranks):
     # 2e-5 in float32 as for the kernels, whose one pass this is; the single process's torch engine takes two

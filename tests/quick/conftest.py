@@ -1,0 +1,1 @@
+from training_fixtures import _tiny, config, rows  # noqa: F401
