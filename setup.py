@@ -56,7 +56,7 @@ setup(
         "kdfast.kernels",
     ],
     package_dir={"kdfast.kernels": "kernels"},
-    package_data={"kdfast": ["py.typed"], "kdfast.kernels": ["README.md"]},
+    package_data={"kdfast": ["py.typed"], "kdfast.report": ["page.html"], "kdfast.kernels": ["README.md"]},
     zip_safe=False,
     # PyTorch's CUDA build brings the Triton that belongs to it; its CPU build none, and the tests run the kernels there
     install_requires=["torch>=2.8", "numpy", "triton>=3.4; platform_system == 'Linux'"],

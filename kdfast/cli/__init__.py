@@ -1,1 +1,1 @@
-"""The command line: `kdfast distill`, `kdfast demo`, `kdfast doctor`."""
+"""The command line: `kdfast distill | cache | report | demo | doctor | plan`."""

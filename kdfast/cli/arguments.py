@@ -67,8 +67,8 @@ class CacheArguments:
         None, "folder that `kdfast cache` writes and `kdfast distill` trains from, in place of a live teacher"
     )
     cache_method: str = _key("top_k", "top_k, or sample: ids drawn at random and counted")
-    cache_top_k: int = _key(64, "ids kept of a token, at most 1024")
-    cache_samples: int = _key(64, "ids drawn for a token, at most 1024")
+    cache_top_k: int = _key(64, "ids kept per token, at most 1024")
+    cache_samples: int = _key(64, "ids drawn per token, at most 1024")
     cache_dtype: str = _key("float16", "float16 or float32, of log-probabilities")
     cache_temperatures: list[float] | None = _key(  # noqa: RUF009  (a field)
         None, "of the runs to come, besides 1; default: this configuration's"
@@ -107,23 +107,22 @@ class _Parser(HfArgumentParser):
 
 
 def parse(config: str, overrides: Sequence[str], command: Command = "distill") -> Arguments:
-    """The arguments of `kdfast COMMAND config overrides...`; UserError names the key and where it stands."""
+    """Return the arguments of `kdfast COMMAND config overrides...`; UserError names the key and where it stands."""
     return parse_mapping(config, read_yaml(config), overrides, command)
 
 
 def parse_mapping(
     source: str, content: Mapping[str, Any], overrides: Sequence[str] = (), command: Command = "distill"
 ) -> Arguments:
-    """The same for a mapping that is at hand; `source` is what an error calls it."""
-    from_mapping = _as_arguments(source, content)
-    for name, arguments in ((source, from_mapping), ("command line", overrides)):
-        _, unknown = _Parser(name).parse_known_args(arguments)
-        if unknown and name == source:  # its keys are known: one that takes a single value was given a list
-            raise UserError(f"{source}: {', '.join(unknown)} is too much: the key it is given to takes one value")
-        if unknown:
-            _refuse(name, unknown[0])
+    """Return the same for a mapping that is at hand; `source` is what an error calls it."""
     parser = _Parser(source)
-    namespace = vars(parser.parse_args([*from_mapping, *overrides]))
+    parsed, unknown = parser.parse_known_args(_as_arguments(source, content))
+    if unknown:  # its keys are known: one that takes a single value was given a list
+        raise UserError(f"{source}: {', '.join(unknown)} is too much: the key it is given to takes one value")
+    parsed, unknown = _Parser("command line").parse_known_args(overrides, parsed)
+    if unknown:
+        _refuse("command line", unknown[0])
+    namespace = vars(parsed)
     given = {key: value for key, value in namespace.items() if value != parser.get_default(key)}
     if "recipe" in given:
         given["recipe"] = current_name(given["recipe"])
@@ -142,7 +141,7 @@ def parse_mapping(
 
 
 def _check_run(source: str, given: Mapping[str, Any]) -> None:
-    """What must be there for a run, and what excludes each other, in words of keys."""
+    """Check what must be there for a run, and what excludes each other, in words of keys."""
     _one_of(source, given, "model_name_or_path", "student_config")
     recipe, cached = given["recipe"], bool(given["teacher_cache"])
     if recipe == CACHED and not cached:
@@ -162,7 +161,7 @@ def _check_run(source: str, given: Mapping[str, Any]) -> None:
 
 
 def _check_cache(source: str, given: Mapping[str, Any]) -> None:
-    """What must be there for `kdfast cache`; what else a run needs may be there."""
+    """Check what must be there for `kdfast cache`; what else a run needs may be there."""
     for key, what in (("teacher_cache", "the folder to write"), ("teacher_model_name_or_path", "a teacher")):
         if not given[key]:
             raise UserError(f"{source}: {key} is missing; name {what}")
@@ -187,7 +186,7 @@ def _check_data(source: str, given: Mapping[str, Any]) -> None:
 
 
 def format_help(command: Command) -> str:
-    """Usage and the command's own keys; TrainingArguments' 120 are named, not listed."""
+    """Return usage and the command's own keys; TrainingArguments' 120 are named, not listed."""
     parser = _Parser("command line", command)
     if command == "cache":
         hidden = {*_names(RunArguments), *_names(KDConfig)}
@@ -231,7 +230,7 @@ def _known() -> list[str]:
 
 
 def _refuse(source: str, given: str) -> NoReturn:
-    """`given` is a key or what argparse could not place."""
+    """Raise UserError for `given`, a key or what argparse could not place."""
     if source == "command line" and not given.startswith("-"):
         raise UserError(f"command line: {given!r} belongs to no key; write --key value")
     name = given.split("=")[0].lstrip("-").replace("-", "_")

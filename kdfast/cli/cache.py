@@ -24,7 +24,7 @@ from kdfast.training.recipes import CACHED
 
 
 def cache(argv: list[str]) -> int:
-    """The command; returns the exit code."""
+    """Do what the command line says; return the exit code."""
     if not argv or {"-h", "--help"} & set(argv):
         print(format_help("cache"))
         return 0 if argv else 2
@@ -36,7 +36,7 @@ def cache(argv: list[str]) -> int:
 
 
 def make_cache(arguments: Arguments) -> CacheSummary:
-    """The cache that the arguments ask for, made, completed or found.
+    """Make, complete or find the cache that the arguments ask for.
 
     Raises UserError where they cannot be run, RunFailed where it cannot be written.
     """
@@ -85,7 +85,7 @@ def make_cache(arguments: Arguments) -> CacheSummary:
 
 
 def _in_keys(message: str, method: str) -> str:
-    """What `cache_teacher` says of its arguments, in this command's names for them."""
+    """Return what `cache_teacher` says of its arguments, in this command's names for them."""
     name, is_argument, rest = message.partition("=")
     keys = {"k": "cache_top_k" if method == "top_k" else "cache_samples"}
     keys |= {name: f"cache_{name}" for name in ("method", "dtype", "temperatures")}
@@ -93,7 +93,7 @@ def _in_keys(message: str, method: str) -> str:
 
 
 def _temperatures(training: KDConfig) -> tuple[float, ...]:
-    """That of the run which the same configuration would be."""
+    """Return that of the run which the same configuration would be."""
     taus = training.resolved(CACHED).temperatures
     if len(set(taus)) > 1:
         raise ValueError(
@@ -104,6 +104,6 @@ def _temperatures(training: KDConfig) -> tuple[float, ...]:
 
 
 def _autocast(training: KDConfig):
-    """As Trainer has a live teacher run."""
+    """Return the context in which Trainer has a live teacher run."""
     dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
     return nullcontext() if dtype is None else torch.autocast(training.device.type, dtype)

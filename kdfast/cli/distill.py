@@ -21,7 +21,7 @@ from kdfast.cli.errors import RunFailed, RunTerminated, UserError
 from kdfast.cli.inputs import check_positions, load_text
 from kdfast.cli.output_dir import claim
 from kdfast.report.page import text_table, write_report
-from kdfast.report.read_runs import REPORT, SUMMARY, Run, RunsError, is_finished, read_run
+from kdfast.report.read_runs import REPORT, SUMMARY, Run, is_finished, read_run
 from kdfast.report.summary import engine_of, parameters, summarise, write_summary
 from kdfast.training import KDTrainer, NonFiniteLossError, load_student, load_teacher
 from kdfast.training.cache.read import TeacherCache
@@ -36,19 +36,18 @@ if TYPE_CHECKING:
 
 
 def distill(argv: list[str]) -> int:
-    """The command; returns the exit code."""
+    """Do what the command line says; return the exit code."""
     if not argv or {"-h", "--help"} & set(argv):
         print(format_help("distill"))
         return 0 if argv else 2
-    arguments = parse(argv[0], argv[1:])
-    run = run_distillation(arguments)
+    run = run_distillation(parse(argv[0], argv[1:]))
     print_once(text_table([run]))
     leave()
     return 0
 
 
 def run_distillation(arguments: Arguments, name: str | None = None) -> Run:
-    """One run, from its arguments to its files; or what an earlier call with the same arguments came to.
+    """Return one run, done from its arguments to its files; or what the same arguments came to before.
 
     Raises UserError where the arguments cannot be run, RunFailed where a loss is not finite or something outside the
     run stops it, RunTerminated after SIGTERM.
@@ -62,28 +61,31 @@ def run_distillation(arguments: Arguments, name: str | None = None) -> Run:
         by_first(lambda: claim(output_dir, arguments.given, arguments.run.overwrite_output_dir))
     except OSError as error:
         raise UserError(f"output_dir: {error}") from error
+    try:
+        return _run(arguments, output_dir, name)
+    except TerminatedError as error:
+        raise RunTerminated(str(error)) from error
+    except (NonFiniteLossError, RunStoppedError) as error:
+        raise RunFailed(str(error)) from error
+    except ValueError as error:  # what data, models and the trainer say of arguments that do not fit
+        raise UserError(str(error)) from error
+
+
+def _run(arguments: Arguments, output_dir: Path, name: str) -> Run:
     if is_finished(output_dir):
         print_once(f"{name}: finished already, in {output_dir}; --overwrite_output_dir true would train it again")
-        try:
-            return read_run(output_dir, name)
-        except RunsError as error:
-            raise UserError(str(error)) from error
+        return read_run(output_dir, name)
+    training = arguments.training
     if training.resume_from_checkpoint is False and get_last_checkpoint(output_dir) is not None:
         raise UserError(
             f"resume_from_checkpoint: false, and {str(output_dir)!r} holds checkpoints, which this command would go on "
             "from. Throw them away with --overwrite_output_dir true, or name another output_dir"
         )
-
-    try:
-        trainer = _trainer(arguments, name)
-        checkpoint = trainer.find_checkpoint(training.resume_from_checkpoint or True)
-        trained = checkpoint is not None and trainer.load_finished(checkpoint)
-        if not trained:
-            trainer.check_start(checkpoint)
-    except ValueError as error:  # DataError, and what the models and the trainer say of arguments that do not fit
-        raise UserError(str(error)) from error
-    except RunStoppedError as error:
-        raise RunFailed(str(error)) from error
+    trainer = _trainer(arguments, name)
+    checkpoint = trainer.find_checkpoint(training.resume_from_checkpoint or True)
+    trained = checkpoint is not None and trainer.load_finished(checkpoint)
+    if not trained:
+        trainer.check_start(checkpoint)
     if checkpoint:
         print_once(f"{name}: going on from {checkpoint}")
     transformers.utils.logging.disable_progress_bar()  # of saving, which would break into training's
@@ -105,12 +107,6 @@ def run_distillation(arguments: Arguments, name: str | None = None) -> Run:
             write_summary(output_dir / SUMMARY, summary)  # last: it says that the run is finished
 
         by_first(write)
-    except TerminatedError as error:
-        raise RunTerminated(str(error)) from error
-    except (NonFiniteLossError, RunStoppedError) as error:
-        raise RunFailed(str(error)) from error
-    except ValueError as error:  # of arguments that do not fit, where only training shows it
-        raise UserError(str(error)) from error
     except OSError as error:  # a report or summary on a full disk
         raise RunFailed(f"{error}. The same command goes on from the last checkpoint") from error
     print_once(f"{name}: model, summary.json and report.html are in {output_dir}")
@@ -118,7 +114,7 @@ def run_distillation(arguments: Arguments, name: str | None = None) -> Run:
 
 
 def _evaluation_of_now(trainer: KDTrainer) -> dict[str, float] | None:
-    """What eval_strategy had evaluated after the last step: once is enough, unless another step was the best."""
+    """Return what eval_strategy had evaluated after the last step, unless another step was the best: once is enough."""
     if trainer.args.load_best_model_at_end:
         return None
     log, step = trainer.state.log_history, trainer.state.global_step
@@ -162,7 +158,7 @@ def _trainer(arguments: Arguments, name: str) -> KDTrainer:
 def _with_cache(
     arguments: Arguments, tokenizer: PreTrainedTokenizerBase, train: Dataset, evaluation: Dataset
 ) -> tuple[Any, Any]:
-    """The blocks with the teacher's entries; those to train on as they are where a run learns from text alone."""
+    """Return the blocks with the teacher's entries; those to train on as they are if a run learns from text alone."""
     training = arguments.training
     folder = arguments.cache.teacher_cache or ""
     cache = by_first(lambda: TeacherCache(folder))  # its checksums, read once
@@ -182,12 +178,12 @@ def _with_cache(
 
 
 def _same_model(one: str, other: str) -> bool:
-    """Two names or folders."""
+    """Return whether two names or folders are the same."""
     return one == other or (Path(one).exists() and Path(other).exists() and Path(one).samefile(other))
 
 
 def _student_config(given: str | None) -> dict[str, Any] | str | None:
-    """A mapping in YAML arrives here as JSON."""
+    """Return the argument of `load_student`: a mapping in YAML arrives here as JSON."""
     if given is None or not given.lstrip().startswith("{"):
         return given
     try:
@@ -197,7 +193,7 @@ def _student_config(given: str | None) -> dict[str, Any] | str | None:
 
 
 class _LogLastStep(TrainerCallback):
-    """The last step is logged whatever logging_steps is: curves end where the run does, and tokens are all counted."""
+    """Log the last step whatever logging_steps is: curves end where the run does, and tokens are all counted."""
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step >= state.max_steps:

@@ -16,7 +16,7 @@ from kdfast.versions import PACKAGES, installed_version
 
 
 def doctor(tokens: int, vocab: int, dtype: str, scratch_bytes: int | None = None) -> int:
-    """Prints the findings, and what `auto` picks for such a loss; the exit code is 1 where something will not work."""
+    """Print the findings, and what `auto` picks for such a loss; return 1 where something will not work."""
     import kdfast
 
     for name, value in (("--tokens", tokens), ("--vocab", vocab), ("--scratch-bytes", scratch_bytes)):
@@ -52,7 +52,7 @@ def _devices() -> Iterator[tuple[torch.device, str]]:
 
 
 def _kernels() -> tuple[str, str, bool]:
-    """What `kdfast.kernels` is, what `kernels` is, and whether both are as they should be."""
+    """Return what `kdfast.kernels` is, what `kernels` is, and whether both are as they should be."""
     ours, theirs = _location("kdfast.kernels"), _location("kernels")
     try:
         expected = str(distribution("kernels").locate_file("kernels/__init__.py"))
@@ -71,7 +71,7 @@ def _kernels() -> tuple[str, str, bool]:
 
 
 def _location(name: str) -> str | None:
-    """The file of a package, the folder of one without `__init__.py`, None where there is neither."""
+    """Return the file of a package, the folder of one without `__init__.py`, None where there is neither."""
     spec = importlib.util.find_spec(name)
     if spec is None:
         return None

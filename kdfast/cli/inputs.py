@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 
 
 def load_text(arguments: Arguments) -> tuple[PreTrainedTokenizerBase, Dataset, Dataset]:
-    """(tokenizer, blocks to train on, blocks to evaluate on); the first process tokenises, the others read what it
-    kept."""
+    """Return (tokenizer, blocks to train on, blocks to evaluate on); the first process tokenizes, the others read
+    what it kept."""
     training = arguments.training
     if training.process_index > 0:
         transformers.utils.logging.disable_progress_bar()  # of loading: one is enough
     tokenizer = load_tokenizer(arguments.model)
-    with training.main_process_first(desc="tokenising"):
+    with training.main_process_first(desc="tokenizing"):
         train, evaluation = load_splits(arguments.data, tokenizer)
     return tokenizer, train, evaluation
 
 
 def load_tokenizer(models: ModelArguments) -> PreTrainedTokenizerBase:
-    """By tokenizer_name, or the student's, or the teacher's: the first that is given."""
+    """Return that of tokenizer_name, or the student's, or the teacher's: the first that is given."""
     for key in ("tokenizer_name", "model_name_or_path", "teacher_model_name_or_path"):
         if (name := getattr(models, key)) is not None:
             try:
@@ -39,31 +39,28 @@ def load_tokenizer(models: ModelArguments) -> PreTrainedTokenizerBase:
 
 
 def load_splits(data: DataArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Dataset]:
-    """(training, evaluation)."""
+    """Return (training, evaluation) blocks."""
 
-    def blocks(argument: str, documents: Dataset) -> Dataset:
-        return load_blocks(argument, documents, tokenizer, data.max_length, data.text_column)
-
-    def of_file(key: str, source: str) -> Dataset:
-        return blocks(f"{key} {source!r}", read_files(key, source))
-
-    def of_split(key: str, split: str) -> Dataset:
-        assert data.dataset_name is not None
-        documents = read_dataset(key, data.dataset_name, data.dataset_config_name, split)
-        return blocks(f"dataset_name {data.dataset_name!r}, split {split!r}", documents)
+    def blocks(key: str, value: str) -> Dataset:
+        if key.endswith("file"):
+            what, documents = f"{key} {value!r}", read_files(key, value)
+        else:
+            what = f"dataset_name {data.dataset_name!r}, split {value!r}"
+            documents = read_dataset(key, data.dataset_name or "", data.dataset_config_name, value)
+        return load_blocks(what, documents, tokenizer, data.max_length, data.text_column)
 
     if data.train_file is not None:
-        train = of_file("train_file", data.train_file)
+        train = blocks("train_file", data.train_file)
     else:
-        train = of_split("dataset_split", data.dataset_split)
-    if data.eval_file is not None:
-        return train, of_file("eval_file", data.eval_file)
-    if data.eval_dataset_split is not None:
-        return train, of_split("eval_dataset_split", data.eval_dataset_split)
+        train = blocks("dataset_split", data.dataset_split)
+    for key in ("eval_file", "eval_dataset_split"):
+        if (value := getattr(data, key)) is not None:
+            return train, blocks(key, value)
     return hold_out(train, data.eval_fraction)
 
 
 def check_positions(which: str, model: PreTrainedModel, max_length: int) -> None:
+    """Raise DataError where blocks have more tokens than the model has positions."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and max_length > limit:
         raise DataError(f"max_length={max_length} is more than the {limit} positions the {which} has; lower it")

@@ -8,20 +8,21 @@ was saved. Subcommands are imported when called: `kdfast doctor` and `kdfast pla
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import io
 import os
-import signal
 import sys
 
 from kdfast._version import __version__
-from kdfast.cli.errors import RunFailed, RunTerminated, UserError, unforeseen
+from kdfast.cli.errors import CommandError, RunTerminated, UserError, unforeseen
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 TRAINING_PART = ("transformers", "datasets", "accelerate", "tokenizers", "yaml", "matplotlib", "psutil", "tqdm")
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Do what the command line says; return the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     _print_what_can_be_printed()
     try:
@@ -32,18 +33,18 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `kdfast plan … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes as it ends
         return 128 + 13  # SIGPIPE, which Windows does not have
-    except (UserError, RunFailed) as error:
+    except CommandError as error:
         process = os.environ.get("RANK", "0")  # of a launch of several
-        print(f"kdfast: {error}" if process == "0" else f"kdfast (process {process}): {error}", file=sys.stderr)
-        return 1 if isinstance(error, RunFailed) else 2
-    except RunTerminated as error:
-        if os.environ.get("RANK", "0") == "0":  # all processes stop at the same step
+        if process == "0":
             print(f"kdfast: {error}", file=sys.stderr)
-        return 128 + signal.SIGTERM
+        elif not isinstance(error, RunTerminated):  # all processes stop at the same step
+            print(f"kdfast (process {process}): {error}", file=sys.stderr)
+        return error.exit_code
     except KeyboardInterrupt:
-        goes_on = argv[:1] in (["distill"], ["cache"], ["demo"])
-        told = "; the same command goes on from what is complete" if goes_on else ""
-        print(f"kdfast: interrupted{told}", file=sys.stderr)
+        resumes = argv[:1] in (["distill"], ["cache"], ["demo"])
+        print(
+            "kdfast: interrupted" + "; the same command goes on from what is complete" * resumes, file=sys.stderr
+        )
         return 130
     except Exception as error:
         if os.environ.get("KDFAST_TRACEBACK") == "1":
@@ -53,32 +54,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    args = _parse(argv)
-    if args.command == "doctor":
-        from kdfast.cli.doctor import doctor
-
-        return doctor(args.tokens, args.vocab, args.dtype, args.scratch_bytes)
-    if args.command == "plan":
-        from kdfast.cli.plan import plan
-
-        return plan(args)
-    if missing := [name for name in TRAINING_PART if importlib.util.find_spec(name) is None]:
-        raise UserError(f"{args.command} needs {', '.join(missing)}: pip install 'kdfast[train]'")
-    if args.command == "distill":
-        from kdfast.cli.distill import distill
-
-        return distill(argv[1:])
-    if args.command == "cache":
-        from kdfast.cli.cache import cache
-
-        return cache(argv[1:])
-    if args.command == "report":
-        from kdfast.cli.report import report
-
-        return report(args.runs, output=args.output, png=args.png, title=args.title)
-    from kdfast.cli.demo import demo
-
-    return demo(quick=args.quick, output_dir=args.output_dir, cache_dir=args.cache_dir, seed=args.seed)
+    given = vars(_parse(argv))
+    command = given.pop("command")
+    missing = [name for name in TRAINING_PART if importlib.util.find_spec(name) is None]
+    if missing and command not in ("doctor", "plan"):
+        raise UserError(f"{command} needs {', '.join(missing)}: pip install 'kdfast[train]'")
+    function = getattr(importlib.import_module(f"kdfast.cli.{command}"), command)
+    return function(argv[1:]) if command in ("distill", "cache") else function(**given)
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -88,7 +70,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--version", action="version", version=f"kdfast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    commands.add_parser("distill", help="distil a teacher into a student, as CONFIG.yaml says")
+    commands.add_parser("distill", help="distill a teacher into a student, as CONFIG.yaml says")
     commands.add_parser("cache", help="run a teacher over a text once and keep what a student learns from")
     of_report = commands.add_parser(
         "report", help="curves and a table of several runs side by side, finished or not, in one page"
@@ -111,7 +93,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     of_doctor = commands.add_parser(
         "doctor", help="versions, devices, the engine and chunk `auto` picks, what `kernels` resolves to"
     )
-    of_doctor.add_argument("--tokens", type=int, default=8192, help="N, tokens a step (default: %(default)s)")
+    of_doctor.add_argument("--tokens", type=int, default=8192, help="N, tokens per step (default: %(default)s)")
     of_doctor.add_argument("--vocab", type=int, default=50257, help="V (default: %(default)s)")
     of_doctor.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="the head's (default: %(default)s)")
     of_doctor.add_argument("--scratch-bytes", type=int, help="as in fused_kd_loss (default: the engine's)")
@@ -125,7 +107,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _print_what_can_be_printed() -> None:
-    """τ and → as question marks where the terminal, or the file that output goes to, has no such letters (Windows)."""
+    """Show τ and → as question marks where the terminal, or the file written to, lacks such letters (Windows)."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower().replace("-", "") != "utf8":
             stream.reconfigure(errors="replace")

@@ -32,7 +32,7 @@ FREE_PREFIXES = ("health", "logging_", "save_", "log_", "dataloader_", "push_to_
 
 
 def changed_settings(output_dir: Path, given: Mapping[str, Any]) -> list[str]:
-    """'key: then X, now Y' of every setting that differs from the run the folder belongs to."""
+    """Return 'key: then X, now Y' of every setting that differs from the run the folder belongs to."""
     try:
         before = json.loads((output_dir / RECORD).read_text(encoding="utf-8"))
         if not isinstance(before, dict):
@@ -55,7 +55,7 @@ def changed_settings(output_dir: Path, given: Mapping[str, Any]) -> list[str]:
 
 
 def claim(output_dir: Path, given: Mapping[str, Any], overwrite: bool) -> None:
-    """Makes the folder this run's own. Raises UserError where that would destroy something, or mix two runs."""
+    """Make the folder this run's own. Raises UserError where that would destroy something, or mix two runs."""
     record = output_dir / RECORD
     for name in (RECORD, SUMMARY, REPORT, STATE):  # a pipe would be waited for, and a folder not replaced
         if (output_dir / name).exists() and not (output_dir / name).is_file():
@@ -83,7 +83,7 @@ def _has_results(output_dir: Path) -> bool:
 
 
 def _remove_run(output_dir: Path) -> None:
-    """Results and checkpoints of a run, and no other file."""
+    """Remove results and checkpoints of a run, and no other file."""
     (output_dir / SUMMARY).unlink(missing_ok=True)  # first: what is half removed is not finished
     for path in [path for pattern in CHECKPOINTS for path in output_dir.glob(pattern)]:
         shutil.rmtree(path)

@@ -43,8 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser, dtypes: tuple[str, ...]) -> N
     parser.add_argument("--json", action="store_true", help="the same for machines")
 
 
-def plan(args: argparse.Namespace) -> int:
-    """Print the table and the advice; return the exit code."""
+def plan(**options: Any) -> int:
+    """Print the table and the advice; return the exit code. Takes what `add_arguments` declares."""
+    args = argparse.Namespace(**options)
     if args.optimizer_bytes < 0 or args.sequence_length < 1:
         raise UserError(
             f"plan: --optimizer-bytes {args.optimizer_bytes}, --sequence-length {args.sequence_length}; expected bytes "

@@ -14,7 +14,7 @@ from kdfast.report.read_runs import RunsError, find_runs
 
 
 def report(runs: Sequence[str], *, output: str, png: str | None, title: str) -> int:
-    """The command; returns the exit code."""
+    """Write the page, and pictures if asked for; return the exit code."""
     try:
         found = find_runs(runs)
     except RunsError as error:
@@ -37,7 +37,7 @@ def report(runs: Sequence[str], *, output: str, png: str | None, title: str) -> 
 
 
 def _check_replaceable(option: str, path: Path) -> None:
-    """Raises UserError where a folder is in the way, or a file that was not made here."""
+    """Raise UserError where a folder is in the way, or a file that was not made here."""
     if path.is_dir():
         raise UserError(f"{option}: {str(path)!r} is a folder; expected the name of a file")
     if path.exists() and not made_here(path):

@@ -13,7 +13,7 @@ LARGEST = 100_000  # values in a file
 
 
 def read_yaml(config: str) -> dict[str, Any]:
-    """Raises UserError, naming the file, for whatever is not `key: value` lines. Runs no code that it may name."""
+    """Return the mapping; UserError, naming the file, for what is not `key: value` lines. Runs no code it may name."""
     path = Path(config)
     try:
         if not path.is_file():
@@ -36,7 +36,7 @@ def read_yaml(config: str) -> dict[str, Any]:
 
 
 def _check_size(config: str, content: Any) -> None:
-    """Refuses what holds itself, or holds a few things so often that it is huge when it is written out."""
+    """Refuse what holds itself, or holds a few things so often that it is huge when it is written out."""
     sizes: dict[int, int] = {}  # of a list or mapping, by its id; 0 while it is being looked at
 
     def size(value: Any) -> int:

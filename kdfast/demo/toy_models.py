@@ -65,7 +65,7 @@ class SmallModels(NamedTuple):
 
 
 def small_models(folder: str | Path | None = None, *, sizes: SmallSizes | None = None) -> SmallModels:
-    """Paths to a small teacher, a fresh student and text; made when first asked for, about a minute.
+    """Return paths to a small teacher, a fresh student and text; made when first asked for, about a minute.
 
     Args:
         folder: where they are kept; None = $XDG_CACHE_HOME/kdfast/small, ~/.cache where that is not set.
@@ -102,7 +102,7 @@ def _make(path: Path, place: Path, sizes: SmallSizes) -> None:
 
 
 def small_gpt2(layers: int, width: int, context: int) -> dict[str, Any]:
-    """A GPT2Config's settings, without dropout, which only costs in so short a training."""
+    """Return a GPT2Config's settings, without dropout, which only costs in so short a training."""
     return {
         "n_layer": layers,
         "n_embd": width,
@@ -126,7 +126,7 @@ def _gpt2(layers: int, width: int, sizes: SmallSizes, end: int) -> GPT2LMHeadMod
 
 
 def _learn(model: GPT2LMHeadModel, ids: torch.Tensor, sizes: SmallSizes) -> None:
-    """Plain language modelling on random windows of `ids` (n,)."""
+    """Train by plain language modeling on random windows of `ids` (n,)."""
     steps = sizes.teacher_steps
     optimizer = torch.optim.AdamW(model.parameters(), lr=sizes.teacher_learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(

@@ -23,7 +23,7 @@ END = "<|endoftext|>"
 
 
 def library_text(files: int, excerpt: int) -> tuple[list[str], list[str]]:
-    """(at most `files` texts to train on, excerpts of the held-out ones, each about `excerpt` characters)."""
+    """Return (at most `files` texts to train on, excerpts of the held-out ones, each about `excerpt` characters)."""
     root = Path(sysconfig.get_path("stdlib"))
     skipped = {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages"}
     paths = [path for path in sorted(root.rglob("*.py")) if not skipped & set(path.relative_to(root).parts)]
@@ -38,21 +38,21 @@ def library_text(files: int, excerpt: int) -> tuple[list[str], list[str]]:
 
 
 def _middle(text: str, length: int) -> str:
-    """Whole lines from the middle, where a module is code rather than its licence and imports."""
+    """Return whole lines from the middle, where a module is code rather than its license and imports."""
     start = max(0, (len(text) - length) // 2)
     start = text.rfind("\n", 0, start) + 1
     return text[start : text.rfind("\n", 0, start + length) + 1]
 
 
 def cache_root(cache_dir: str | Path | None, name: str) -> Path:
-    """`cache_dir`, or where this user's things of that name are kept."""
+    """Return `cache_dir`, or where this user's things of that name are kept."""
     if cache_dir is not None:
         return Path(cache_dir).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kdfast" / name
 
 
 def once(path: Path, make: Callable[[Path], None]) -> None:
-    """`make(path)`, unless it is there; half of it never is. Of two that want it the second waits for the first."""
+    """Call `make(path)`, unless it is there; half of it never is. Of two callers the second waits for the first."""
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)

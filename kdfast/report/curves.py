@@ -68,7 +68,7 @@ class Curve(NamedTuple):
 
 
 def styles(runs: Sequence[Run]) -> list[Style]:
-    """One for each run; where there are more runs than colours, seeds of one thing share a colour if they can."""
+    """Return one style per run; if there are more runs than colours, seeds of one thing share a colour if they can."""
     things = list(dict.fromkeys(SEED.sub("", run.name) for run in runs))
     places, seen = [], Counter[str]()
     for run in runs:
@@ -81,7 +81,7 @@ def styles(runs: Sequence[Run]) -> list[Style]:
 
 
 def panels(runs: Sequence[Run]) -> list[tuple[Panel, list[Curve]]]:
-    """The panels that any run has a finite number for, with its curves."""
+    """Return the panels that any run has a finite number for, with its curves."""
     by_tokens = differ_in_tokens(runs)
     found = ((panel, _curves(panel, runs, by_tokens)) for panel in PANELS)
     return [(panel, curves) for panel, curves in found if curves]
@@ -100,7 +100,7 @@ def _curves(panel: Panel, runs: Sequence[Run], by_tokens: bool) -> list[Curve]:
 
 
 def differ_in_tokens(runs: Sequence[Run]) -> bool:
-    """Whether steps would compare unlike things: runs that all count tokens, and not equally many in a step."""
+    """Return whether steps would compare unlike things: runs that all count tokens, and not equally many per step."""
     rates = []
     for run in runs:
         steps, tokens = _tokens_at(run.log)
@@ -112,13 +112,13 @@ def differ_in_tokens(runs: Sequence[Run]) -> bool:
 
 
 def _tokens_at(log: Sequence[dict[str, Any]]) -> tuple[list[float], list[float]]:
-    """(steps, tokens seen by then); an evaluation's line has no tokens and lies between two that do."""
+    """Return (steps, tokens seen by then); an evaluation's line has no tokens and lies between two that do."""
     points = [(0.0, 0.0), *_points(log, "tokens_seen")]
     return [step for step, _ in points], [tokens for _, tokens in points]
 
 
 def _points(log: Sequence[dict[str, Any]], key: str) -> list[tuple[float, float]]:
-    """(step, value) where the log has one that can be drawn; perplexity is ce's where it is not logged."""
+    """Return (step, value) where the log has one that can be drawn; perplexity is ce's where it is not logged."""
     points = []
     for entry in log:
         value = entry.get(key)
@@ -132,7 +132,7 @@ def _points(log: Sequence[dict[str, Any]], key: str) -> list[tuple[float, float]
 
 
 def draw(panel: Panel, curves: Sequence[Curve], runs: Sequence[Run], form: str) -> bytes:
-    """The panel as "svg", for a page that has titles and legend, or as "png" with both."""
+    """Draw the panel as "svg", for a page that has titles and legend, or as "png" with both."""
     import matplotlib
     from matplotlib.figure import Figure  # not pyplot: no global state and no display
     from matplotlib.ticker import EngFormatter, LogFormatter
@@ -141,6 +141,7 @@ def draw(panel: Panel, curves: Sequence[Curve], runs: Sequence[Run], form: str) 
     axes = figure.add_subplot(xlabel="tokens seen" if differ_in_tokens(runs) else "optimiser step")
     looks = styles(runs)
     both = {curve.evaluated for curve in curves} == {True, False}
+    drawn = {}  # a run's evaluations, where there are any, stand for it in the legend
     for run, evaluated, x, y in curves:
         colour, dashes, marker = looks[run]
         (line,) = axes.plot(x, y, color=colour, linewidth=1.8 if evaluated else 1.2, zorder=3 if evaluated else 2)
@@ -149,6 +150,7 @@ def draw(panel: Panel, curves: Sequence[Curve], runs: Sequence[Run], form: str) 
             line.set(marker=marker, markersize=4.5, markevery=max(1, len(x) // 20))
         if both and not evaluated:
             line.set_alpha(0.45)
+        drawn[run] = line
     if panel.logarithmic:
         axes.set_yscale("log")
         for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
@@ -163,13 +165,12 @@ def draw(panel: Panel, curves: Sequence[Curve], runs: Sequence[Run], form: str) 
         axes.set_title(panel.title)
         if both:
             axes.set_xlabel(f"{axes.get_xlabel()}; thin: training, marked: evaluation")
-        drawn = sorted({curve.run for curve in curves})
-        keys = [_key(looks[run]) for run in drawn]
         # $ begins a formula, and matplotlib drops a label that begins with _
         labels = ["\u200a" + runs[run].name.replace("$", r"\$") for run in drawn]
         columns = max(1, min(4, 84 // (8 + max(map(len, labels)))))
+        lines = list(drawn.values())
         figure.legend(
-            keys, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8, handlelength=3.2
+            lines, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8, handlelength=3.2
         )
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "kdfast"}):  # the same page for the same runs
@@ -179,7 +180,7 @@ def draw(panel: Panel, curves: Sequence[Curve], runs: Sequence[Run], form: str) 
 
 
 def _settled(curves: Sequence[Curve], logarithmic: bool) -> tuple[float, float] | None:
-    """Limits around all that comes after the first fifth; None where that is too little to go by."""
+    """Return limits around all that comes after the first fifth; None where that is too little to go by."""
     start = 0.2 * max(curve.x[-1] for curve in curves)
     late = [value for curve in curves for x, value in zip(curve.x, curve.y, strict=True) if x > start]
     low, high = min(value for curve in curves for value in curve.y), max(late, default=-math.inf)
@@ -190,11 +191,3 @@ def _settled(curves: Sequence[Curve], logarithmic: bool) -> tuple[float, float] 
         return low / margin, high * margin
     margin = 0.05 * (high - low)
     return low - margin, high + margin
-
-
-def _key(look: Style) -> Any:
-    from matplotlib.lines import Line2D
-
-    key = Line2D([], [], color=look.colour, marker=look.marker, markersize=4.5, linewidth=1.8)
-    key.set_dashes(look.dashes)
-    return key

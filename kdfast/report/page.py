@@ -13,11 +13,14 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from string import Template
 from typing import Any
 
 from kdfast.report.curves import MADE_BY, PANELS, Curve, Panel, Style, differ_in_tokens, draw, panels, styles
 from kdfast.report.read_runs import Run
 from kdfast.training.durable.atomic_io import write_bytes, write_text
+
+PAGE = Path(__file__).with_name("page.html")
 
 
 def _number(digits: int, unit: float = 1.0) -> Callable[[Any], str]:
@@ -41,7 +44,7 @@ COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
 
 
 def table(runs: Sequence[Run]) -> list[list[str]]:
-    """Header and one row a run, as strings; a column that is empty for every run is left out."""
+    """Return the header and one row per run, as strings; a column that is empty for every run is left out."""
     rows = [["run", *(header for header, _, _ in COLUMNS)]]
     for run in runs:
         values = ((run.summary.get(key), form) for _, key, form in COLUMNS)
@@ -51,7 +54,7 @@ def table(runs: Sequence[Run]) -> list[list[str]]:
 
 
 def text_table(runs: Sequence[Run]) -> str:
-    """The table for a terminal: the first column to the left, numbers to the right."""
+    """Return the table for a terminal: the first column to the left, numbers to the right."""
     rows = table(runs)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
@@ -62,7 +65,7 @@ def text_table(runs: Sequence[Run]) -> str:
 
 
 def write_report(path: Path, title: str, runs: Sequence[Run], note: str = "") -> None:
-    """Writes the page to `path`, replacing what was there only when it is complete."""
+    """Write the page to `path`, replacing what was there only when it is complete."""
     figures = [_figure(panel, curves, runs) for panel, curves in panels(runs)]
     parts = [
         f"<h1>{html.escape(title)}</h1>",
@@ -80,24 +83,24 @@ def write_report(path: Path, title: str, runs: Sequence[Run], note: str = "") ->
             for run in runs
         ),
     ]
-    page = PAGE.format(title=html.escape(title), body="\n".join(filter(None, parts)), made_by=MADE_BY)
-    write_text(path, page)
+    page = Template(PAGE.read_text(encoding="utf-8"))
+    write_text(path, page.substitute(title=html.escape(title), body="\n".join(filter(None, parts)), made_by=MADE_BY))
 
 
 def made_here(path: Path) -> bool:
-    """Whether an existing file is a page or picture of this module's, which a newer one may replace."""
+    """Return whether an existing file is a page or picture of this module's, which a newer one may replace."""
     with path.open("rb") as file:
         start = file.read(1024).decode(errors="replace")
     return f'name="generator" content="{MADE_BY}"' in start or f"Software\0{MADE_BY}" in start
 
 
 def png_names() -> list[str]:
-    """Of the files that `write_pngs` may write."""
+    """Return the names of the files that `write_pngs` may write."""
     return [f"{_slug(panel)}.png" for panel in PANELS]
 
 
 def write_pngs(folder: Path, runs: Sequence[Run]) -> list[Path]:
-    """One picture of every panel that has a number in it, with title and legend, for a paper or a slide."""
+    """Write one picture of every panel that has a number in it, with title and legend, for a paper or a slide."""
     written = []
     for panel, curves in panels(runs):
         written.append(folder / f"{_slug(panel)}.png")
@@ -119,7 +122,7 @@ def _html_table(runs: Sequence[Run]) -> str:
 
 
 def _legend(runs: Sequence[Run]) -> str:
-    """Names beside the curves, kept in sight while the page scrolls; one run alone needs none."""
+    """Return the names beside the curves, kept in sight while the page scrolls; one run alone needs none."""
     lines = "<p>Thin lines are training, marked ones evaluation. Where a quantity falls from far above in the first "
     lines += "fifth of training, the axis leaves that out."
     if differ_in_tokens(runs):
@@ -140,7 +143,7 @@ MARKERS = {
 
 
 def _swatch(look: Style) -> str:
-    """The run's line as it is in the panels."""
+    """Return the run's line as it is in the panels."""
     colour, dashes, marker = look
     dashed = f' stroke-dasharray="{" ".join(str(2 * d) for d in dashes)}"' if dashes else ""
     line = f'<line x1="0" y1="6" x2="32" y2="6" stroke="{colour}" stroke-width="2"{dashed}/>'
@@ -157,7 +160,7 @@ def _figure(panel: Panel, curves: Sequence[Curve], runs: Sequence[Run]) -> str:
 
 
 def health_messages(run: Run) -> list[str]:
-    """'step N: what was wrong', each once: from the lines of the log and from the summary."""
+    """Return 'step N: what was wrong', each once: from the lines of the log and from the summary."""
     noted = [(entry.get("step"), text) for entry in run.log for text in _list(entry.get("health"))]
     noted += [(found.get("step"), found.get("message")) for found in _list(run.summary.get("health"))]
     return list(dict.fromkeys(f"step {step}: {text}" if step is not None else str(text) for step, text in noted))
@@ -174,41 +177,3 @@ def _health(runs: Sequence[Run]) -> list[str]:
             items = "".join(f"<li>{html.escape(message)}</li>" for message in messages)
             parts.append(f"<h3>{html.escape(run.name)}</h3>\n<ul>{items}</ul>")
     return ["<h2>What the health check said</h2>", *parts] if parts else []
-
-
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="generator" content="{made_by}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; }}
-body {{ margin: 2rem auto; max-width: 88rem; padding: 0 1rem; }}
-h1 {{ font-size: 1.6rem; margin: 0 0 1rem; overflow-wrap: anywhere; }}
-h2 {{ font-size: 1.2rem; margin: 2rem 0 .5rem; }}
-h3 {{ font-size: 1rem; margin: 1rem 0 .2rem; overflow-wrap: anywhere; }}
-p {{ max-width: 60rem; }}
-table {{ border-collapse: collapse; display: block; overflow-x: auto; }}
-table {{ font-size: 13.5px; font-variant-numeric: tabular-nums; }}
-th, td {{ padding: .3rem .55rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }}
-th:first-child, td:first-child {{ text-align: left; position: sticky; left: 0; background: #fff; }}
-.legend {{ position: sticky; top: 0; z-index: 1; max-height: 25vh; overflow-y: auto; background: #fff; }}
-.legend {{ display: flex; flex-wrap: wrap; gap: .15rem 1.4rem; list-style: none; margin: 0; }}
-.legend {{ padding: .5rem 0; border-bottom: 1px solid #ddd; font-size: 13.5px; }}
-.legend li {{ overflow-wrap: anywhere; }}
-.panels {{ display: grid; gap: 1.5rem; margin-top: 1rem; }}
-.panels {{ grid-template-columns: repeat(auto-fill, minmax(min(100%, 25rem), 1fr)); }}
-figure {{ margin: 0; scroll-margin-top: 27vh; }}
-figcaption {{ font-weight: 600; }}
-img {{ display: block; width: 100%; height: auto; }}
-details {{ margin: .3rem 0; overflow-wrap: anywhere; }}
-pre {{ background: #f6f6f6; padding: 1rem; overflow-x: auto; }}
-</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""

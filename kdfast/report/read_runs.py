@@ -105,12 +105,12 @@ def _is_dir(argument: str, path: Path) -> bool:
 
 
 def _natural(path: Path) -> list[Any]:
-    """seed-2 before seed-10; the pieces alternate between text and digits."""
+    """Sort seed-2 before seed-10; the pieces alternate between text and digits."""
     return [int(piece) if piece.isdecimal() else piece for piece in re.split(r"(\d+)", path.name)]
 
 
 def _names(found: Sequence[Found]) -> list[str]:
-    """Given names as they are; others after the folder, with as many parents in front as tell them apart."""
+    """Return given names as they are; others after the folder, with as many parents in front as tell them apart."""
     depths = [1] * len(found)
     while True:
         names = [run.name or "/".join(run.path.parts[-d:]) for run, d in zip(found, depths, strict=True)]
@@ -127,14 +127,14 @@ def _names(found: Sequence[Found]) -> list[str]:
 
 
 def _states(path: Path) -> list[Path]:
-    """Every trainer_state.json of a run: its own, then the checkpoints', newest first."""
+    """Return every trainer_state.json of a run: its own, then the checkpoints', newest first."""
     numbered = ((int(found[1]), p) for p in path.iterdir() if (found := re.fullmatch(r"checkpoint-(\d+)", p.name)))
     folders = [path, *(p for _, p in sorted(numbered, reverse=True))]
     return [p / STATE for p in folders if (p / STATE).is_file()]
 
 
 def _last_state(path: Path) -> dict[str, Any]:
-    """The run's own state, or the newest checkpoint's where that is further: it goes on after an earlier end."""
+    """Return the run's own state, or the newest checkpoint's where that is further: it goes on after an earlier end."""
     read = []
     for file in _states(path):
         try:

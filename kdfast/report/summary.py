@@ -23,7 +23,7 @@ EVALUATED = ("perplexity", "kd", "kl_teacher_student", "kl_teacher_projected", "
 
 
 def summarise(trainer: KDTrainer, evaluation: dict[str, float], peak: PeakMemory) -> dict[str, Any]:
-    """The summary of a trained run and of its last `evaluation`.
+    """Return the summary of a trained run and of its last `evaluation`.
 
     tokens are targets trained on, those before a resume included; seconds are those of the training steps, without
     evaluations and saving; kd is the KL the loss sees (at its temperature, without τ²), on the evaluation text.
@@ -54,7 +54,7 @@ def summarise(trainer: KDTrainer, evaluation: dict[str, float], peak: PeakMemory
 
 
 def summarise_log(log: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What `summarise` would say, as far as a log tells: of a run that is still going, or was interrupted."""
+    """Return what `summarise` would say, as far as a log shows: of a run that is still going, or was interrupted."""
     evaluation: dict[str, Any] = next((entry for entry in reversed(log) if "eval_ce" in entry), {})
     tokens = max((entry["tokens_seen"] for entry in log if "tokens_seen" in entry), default=None)
     seconds = training_seconds(log)
@@ -70,18 +70,18 @@ def summarise_log(log: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def engine_of(args: KDConfig, student: PreTrainedModel) -> str:
-    """The engine that trains `student` in batches of 1024 tokens and more."""
+    """Return the engine that trains `student` in batches of 1024 tokens and more."""
     weight = student.get_output_embeddings().weight
     return resolve(args.engine, args.device, weight.dtype, tokens=1024, vocab=weight.shape[0])
 
 
 def write_summary(path: Path, summary: dict[str, Any]) -> None:
-    """The file is complete or not there."""
+    """Write the file, which is complete or not there."""
     write_text(path, json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def training_seconds(log: Sequence[dict[str, Any]]) -> float:
-    """From the speed each line of the log notes; the log outlives an interruption, a clock would not."""
+    """Add up the training seconds from the speed each line of the log notes: the log outlives an interruption."""
     seconds, before = 0.0, 0
     for entry in log:
         if entry.get("tokens_per_second") and "tokens_seen" in entry:

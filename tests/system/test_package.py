@@ -87,6 +87,7 @@ def test_sdist_holds_what_a_wheel_is_made_of_and_no_tests(distributions):
     with tarfile.open(distributions[0]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"setup.py", "pyproject.toml", "LICENSE", "README.md", "CHANGELOG.md", "kdfast/py.typed"} <= names
+    assert "kdfast/report/page.html" in names
     assert {name.split("/")[0] for name in names if name.endswith(".py")} == {"setup.py", "kdfast", "kernels"}
 
 
@@ -98,7 +99,7 @@ def test_wheel_ships_kdfast_alone(wheel):
     sources = {path.relative_to(ROOT).as_posix(): path.read_bytes() for path in (ROOT / "kdfast").rglob("*.py")}
     kernels = {f"kdfast/kernels/{path.name}": path.read_bytes() for path in (ROOT / "kernels").glob("*.py")}
     assert shipped == sources | kernels  # nothing forgotten in setup.py's list
-    assert "kdfast/py.typed" in held
+    assert {"kdfast/py.typed", "kdfast/report/page.html"} <= held.keys()
     assert any(name.endswith("licenses/LICENSE") for name in held)
     metadata = next(content for name, content in held.items() if name.endswith("METADATA")).decode()
     assert f"Version: {_version.__version__}\n" in metadata
