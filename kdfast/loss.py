@@ -121,10 +121,8 @@ def fused_kd_loss(
             are cut at the same ids, or whole on every process; ids (labels, sparse entries) are those of the whole
             vocabulary. A DTensor without process_group, such as an FSDP-sharded head, is an error. The first call with
             a set of slices compares what the processes call with; KDFAST_CHECK=1 compares every call.
-            Collectives: of k chunks of tokens k gathers of 60 bytes per token and process (in fp32; 76 to 100 with the
-            Triton engines; and 4·K of a sparse teacher), 2k for a divergence that is no forward or reverse KL, and k
-            sums, each row of dX (and of the teacher's) once; they overlap with the other chunks' products.
-            "triton_tiled": 1 (or 2) gathers and 1 sum, and 1 more for a sparse teacher, not overlapped.
+            Collectives: for each chunk of tokens (all of them with "triton_tiled") a gather of 60 to 100 bytes per
+            token and process, two for a divergence that is neither forward nor reverse KL, and one sum of dX.
             docs/distributed.md, docs/scaling.md.
         engine: "auto", "reference" (eager, whole logits), "torch" (chunks of tokens, any device), "triton_chunked" (a
             GPU; fewest operations) or "triton_tiled" (a GPU; least memory). An explicit choice never falls back.

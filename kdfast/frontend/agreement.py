@@ -14,12 +14,14 @@ import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from kdfast.divergences import Divergence
 from kdfast.frontend.arguments import Arguments, Vocabulary
 from kdfast.frontend.checks import has_values
 from kdfast.inputs import Head, Options, Projected, SparseLogits, is_asked
@@ -28,6 +30,10 @@ from kdfast.ops import autocast, collectives
 NO_ENTRIES = -1  # of the vocabulary, in a teacher without logits or a head of its own
 PROBES = 8  # hidden states that are compared, of each side
 KIND_OF_CALL = "the kind of call (options, the teacher's kind, dtypes, what requires grad, the scratch budget)"
+OWN = (  # options that are a step's own, or a process's
+    "temperature", "kd_weight", "num_items_in_batch", "ignore_index", "temperature_squared", "process_group",
+    "vocab_start",
+)  # fmt: skip
 EQUAL = (  # what `_values` has a number of
     "the number of rows of student: Head.hidden",
     "labels or anchor_targets",
@@ -89,30 +95,27 @@ def raise_on_all_ranks(x: Arguments) -> Iterator[None]:
 
 def kind_of_call(student: Head, teacher: Any, labels: Any, options: Options) -> tuple[Any, ...]:
     """Return what decides which collectives there are, and of what size; nothing that changes from step to step."""
-    grads = [student.hidden, student.weight, student.bias]
+    found = [torch.is_grad_enabled(), str(autocast.dtype_of(student.hidden.device)), type(teacher).__name__]
+    found.append(_kind("labels", labels))
+    for source in (student, teacher, options):
+        if source is not None:
+            names = [field.name for field in fields(source) if field.name not in OWN]
+            found += [_kind(name, getattr(source, name)) for name in names]
+    trained = [student.hidden, student.weight, student.bias]
     if isinstance(teacher, Projected):
-        grads += [teacher.hidden, teacher.projector_weight, teacher.projector_bias]
-    tensors = [labels, options.token_weights, options.kd_token_weights, options.anchor_targets]
-    return (
-        *(bool(tensor.requires_grad) if isinstance(tensor, Tensor) else None for tensor in grads),
-        *(type(value).__name__ if value is not None else None for value in (teacher, *tensors)),
-        torch.is_grad_enabled(),
-        str(student.hidden.dtype),
-        str(student.weight.dtype),
-        str(autocast.dtype_of(student.hidden.device)),
-        getattr(teacher, "tail", None),
-        getattr(teacher, "tempered", None),
-        options.divergence.name,
-        options.teacher_grad,
-        options.reduction,
-        options.valid_vocab,
-        options.vocab,
-        options.engine,
-        options.scratch_bytes,
-        options.return_metrics,
-        is_asked(options.ce_weight),
-        is_asked(options.anchor_weight),
-    )
+        trained += [teacher.hidden, teacher.projector_weight, teacher.projector_bias]
+    found += [isinstance(tensor, Tensor) and bool(tensor.requires_grad) for tensor in trained]
+    return tuple(found)
+
+
+def _kind(name: str, value: Any) -> Any:
+    if name in ("ce_weight", "anchor_weight"):
+        return is_asked(value)
+    if isinstance(value, Tensor):
+        return str(value.dtype)
+    if isinstance(value, Divergence):
+        return value.name
+    return "number" if isinstance(value, float) else value
 
 
 def _key(mine: tuple[int, ...], kind_of_call: tuple[Any, ...]) -> tuple[str, str]:

@@ -51,7 +51,6 @@ def check(x: Arguments) -> None:
     obstacle = unavailable(options.engine, student.hidden.device, *hidden)
     if obstacle is not None:
         raise ValueError(f"engine={options.engine!r} {obstacle}")
-    _check_divergence(teacher, options)
     _check_targets("labels", x.labels, x)
     _check_targets("anchor_targets", options.anchor_targets, x)
     _check_token_weights("token_weights", options.token_weights, student.hidden)
@@ -238,6 +237,13 @@ def _check_sparse(teacher: SparseLogits, x: Arguments) -> None:
                 "another temperature. Pass temperature=1.0, or tempered=True for weights that are of this one, or "
                 "tail='renormalize' or 'bucket'"
             )
+    divergence = x.options.divergence.name
+    if tail != "bucket" and divergence in ("reverse_kl", "symmetric_kl"):
+        raise ValueError(
+            f"divergence={divergence!r} with teacher: SparseLogits.tail={tail!r} is infinite: the student has "
+            "probability where the teacher has none. Pass tail='bucket', or a divergence that is finite there: "
+            "forward_kl, jsd, skew_kl, skew_reverse_kl, total_variation"
+        )
     if not (can_read(indices) and can_read(log_probs)):
         return
     V = x.vocabulary.size
@@ -254,17 +260,6 @@ def _check_sparse(teacher: SparseLogits, x: Arguments) -> None:
         raise ValueError(
             f"teacher: SparseLogits.log_probs contains {float(log_probs.max())}, more than all of the probability; "
             f"tail={tail!r} takes log-probabilities, not logits: apply log_softmax over the whole vocabulary first"
-        )
-
-
-def _check_divergence(teacher: Teacher | None, options: Options) -> None:
-    if not isinstance(teacher, SparseLogits) or teacher.tail == "bucket":
-        return
-    if options.divergence.name in ("reverse_kl", "symmetric_kl"):
-        raise ValueError(
-            f"divergence={options.divergence.name!r} with teacher: SparseLogits.tail={teacher.tail!r} is infinite: the "
-            "student has probability where the teacher has none. Pass tail='bucket', or a divergence that is finite "
-            "there: forward_kl, jsd, skew_kl, skew_reverse_kl, total_variation"
         )
 
 
