@@ -16,7 +16,7 @@ from kdfast.ops.problem import AGREEMENT, ANCHOR, CE, KD, STUDENT_ENTROPY, TEACH
 
 
 def run(problem: Problem) -> tuple[Tensor, Tensor]:
-    """(loss () or (N,), stats (6, N)) of `problem`."""
+    """Return (loss () or (N,), stats (6, N)) of `problem`."""
     with autocast.disabled(problem.hidden.device):
         return _run(problem)
 
@@ -60,7 +60,7 @@ def _run(x: Problem) -> tuple[Tensor, Tensor]:
 
 
 def _no_gradient(x: Problem, terms: Container[int]) -> Tensor:
-    """0, through which what no term may lead to gets a gradient of zero, where one is asked."""
+    """Return 0, through which what no term leads to gets a gradient of zero, where one is asked."""
     asked = [x.teacher_hidden]
     if not any(term in terms for term in (KD, CE, ANCHOR)):  # else these have one, and W's is too large for a second
         asked += [x.hidden, x.weight, x.bias]
@@ -69,13 +69,13 @@ def _no_gradient(x: Problem, terms: Container[int]) -> Tensor:
 
 
 def _counted(x: Problem, z: Tensor) -> Tensor:
-    """Logits (N, V) for the KD term, detached in rows it does not count: those may hold anything, no entry at all or
-    an infinite divergence."""
+    """Return the logits (N, V) of the KD term, detached in rows it does not count: those may hold anything, no entry at
+    all or an infinite divergence."""
     return torch.where((x.coefficients[KD] != 0)[:, None], z, z.detach())
 
 
 def _teacher_logits(x: Problem, hidden: Tensor | None) -> Tensor:
-    """(N, kd_size)."""
+    """Return (N, kd_size)."""
     if x.teacher_logits is not None:
         off = ~x.active[:, None]
         given = x.dense_teacher(slice(None)).to(x.dtype)
@@ -90,7 +90,7 @@ def _teacher_logits(x: Problem, hidden: Tensor | None) -> Tensor:
 
 
 def _through_the_students_head(x: Problem, hidden: Tensor, *, fixed: bool) -> Tensor:
-    """fixed: no gradient reaches the head."""
+    """Return logits (N, vocab_size). fixed: no gradient reaches the head."""
     weight, bias = x.weight, x.bias
     if fixed:
         weight, bias = weight.detach(), None if bias is None else bias.detach()
@@ -98,11 +98,10 @@ def _through_the_students_head(x: Problem, hidden: Tensor, *, fixed: bool) -> Te
 
 
 def _sparse(x: Problem, z: Tensor) -> Tensor:
-    """(N,) divergence of a teacher given by K entries, made dense: over the vocabulary and, for a bucket, one more."""
-    assert x.teacher_indices is not None
-    assert x.teacher_log_probs is not None
+    """Return the (N,) divergence of a teacher given by K entries, made dense: over the vocabulary and, for a bucket,
+    one more."""
     nothing = torch.full_like(z, -inf, requires_grad=False).detach()
-    log_p = nothing.scatter(1, x.teacher_indices, x.teacher_log_probs)
+    log_p = nothing.scatter(1, *x.entries)
     if x.teacher_tail == "bucket":
         within = log_p > -inf
         tau = sparse.temperature(x)  # of the masses
@@ -125,7 +124,7 @@ def _sparse(x: Problem, z: Tensor) -> Tensor:
 def _logits(
     x: Problem, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, vocab: int
 ) -> Tensor:
-    """softcap·tanh(scale·(h Wᵀ + b)/softcap) over the first `vocab` entries; (N, those of all processes)."""
+    """Return softcap·tanh(scale·(h Wᵀ + b)/softcap) over the first `vocab` entries; (N, those of all processes)."""
     hidden = collectives.copy_to_group(hidden, x.group)
     z = hidden.to(x.dtype) @ weight[:vocab].to(x.dtype).T
     if bias is not None:
@@ -140,6 +139,6 @@ def _cross_entropy(z: Tensor, targets: Tensor) -> Tensor:
 
 
 def _entropy(z: Tensor) -> Tensor:
-    """−Σ p log p with 0·log 0 = 0."""
+    """Return −Σ p log p with 0·log 0 = 0."""
     log_p = z.detach().log_softmax(-1)
     return -torch.special.xlogy(log_p.exp(), log_p.exp()).sum(-1)

@@ -106,8 +106,7 @@ class TorchRows:
     def _sparse(self, rows: slice, z: Tensor, coefficient: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return (divergence (r,), coefficient·∂/∂z) of a teacher given by K entries."""
         x = self.x
-        assert x.teacher_indices is not None
-        index = x.teacher_indices[rows]
+        index = x.entries[0][rows]
         # `clamp`: a row of −inf alone, whose differences would be NaN
         z = z - z.amax(dim=-1, keepdim=True).clamp_min(torch.finfo(z.dtype).min)
         entries = z.gather(1, index)

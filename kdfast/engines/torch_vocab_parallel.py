@@ -279,8 +279,7 @@ class TorchVocabParallelRows(TorchRows):
 
     def _here(self, rows: slice) -> tuple[Tensor, Tensor]:
         """Return (r, K): the entries' addresses in the slice, a valid one where they are elsewhere; which are not."""
-        assert self.x.teacher_indices is not None
-        local = self.x.local(self.x.teacher_indices[rows])
+        local = self.x.local(self.x.entries[0][rows])
         assert local is not None
         here = (local >= 0) & (local < self.x.kd_vocab)
         return torch.where(here, local, 0), here

@@ -8,11 +8,12 @@ import torch
 
 
 def dtype_of(device: torch.device) -> torch.dtype | None:
-    """In which nn.Linear would compute; None outside autocast."""
+    """Return the dtype that nn.Linear would compute in; None outside autocast."""
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
 
 
 def disabled(device: torch.device) -> AbstractContextManager[None]:
+    """Return a context without autocast."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

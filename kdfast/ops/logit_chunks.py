@@ -18,7 +18,7 @@ CHUNK_BYTES = 128 * 2**20  # of fp32 logits
 
 @torch.no_grad()
 def logit_chunks(head: Head) -> Iterator[Tensor]:
-    """The head's logits (n, V), fp32 (float64 for float64 heads), not rounded to 16 bits, chunk by chunk over
+    """Yield the head's logits (n, V), fp32 (float64 for float64 heads), not rounded to 16 bits, chunk by chunk over
     `head.hidden`'s rows."""
     rows = max(1, CHUNK_BYTES // (4 * head.weight.shape[0]))
     wide = torch.promote_types(head.weight.dtype, torch.float32)
@@ -32,7 +32,7 @@ def logit_chunks(head: Head) -> Iterator[Tensor]:
 
 
 def mean_probabilities(head: Head, valid_vocab: int | None = None) -> Tensor:
-    """(V,) float64: the mean of softmax(logits) over the rows; ids from `valid_vocab` on have none."""
+    """Return (V,) float64: the mean of softmax(logits) over the rows; ids from `valid_vocab` on have none."""
     total = head.weight.new_zeros(head.weight.shape[0], dtype=torch.float64)
     for logits in logit_chunks(head):
         total[:valid_vocab] += logits[:, :valid_vocab].softmax(-1).sum(0)

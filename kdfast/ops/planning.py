@@ -27,6 +27,7 @@ class GradFlags(NamedTuple):
 
 
 def grad_flags(x: Problem) -> GradFlags:
+    """Return which gradients of the logits are wanted, by what needs one and by what the options let through."""
     needs_head = x.need_weight or x.need_bias
     full = x.projected and x.teacher_grad == "full"
     to_teacher = x.projected and x.teacher_grad != "none" and x.need_teacher_hidden
@@ -39,7 +40,8 @@ def grad_flags(x: Problem) -> GradFlags:
 
 
 def decorrelate(x: Problem) -> bool:
-    """Teacher rows are made orthogonal to student rows before both are rounded (`torch_rows._decorrelate`)."""
+    """Return whether teacher rows are made orthogonal to student rows before both are rounded to 16 bits
+    (`torch_rows._decorrelate`)."""
     narrow = matmul.gradient_dtype(x.weight.dtype, x.weight.device) != x.dtype
     full = x.projected and x.teacher_grad == "full"
     return narrow and full and x.need_weight and (x.need_hidden or not x.need_teacher_hidden)
@@ -53,12 +55,13 @@ ALIGNMENT = 128  # elements a row of scratch is padded to, so that products see 
 
 
 def on_cpu(device: torch.device, engine: str) -> bool:
-    """The `torch` engine on a CPU, where looking at a mask is free, and a few rows at a time stay in the cache."""
+    """Return whether this is the `torch` engine on a CPU, where looking at a mask is free, and a few rows at a time
+    stay in the cache."""
     return device.type == "cpu" and engine in ("auto", "torch")
 
 
 def row_stride(vocab: int, device: torch.device, engine: str = "auto") -> int:
-    """Elements from one row of logits to the next. A CPU's are packed."""
+    """Return the elements from one row of logits to the next. A CPU's are packed."""
     if on_cpu(device, engine):
         return vocab
     return -(-vocab // ALIGNMENT) * ALIGNMENT
@@ -75,8 +78,8 @@ def bytes_per_token(
     engine: str = "auto",
     buffers: int = 1,
 ) -> int:
-    """Scratch one token takes in a chunk: fp32 (fp64) logits of 1 or 2 sides, and gradients of them where those have
-    another dtype. dtype: the head's; buffers: chunks whose logits are there at a time."""
+    """Return the bytes of scratch that one token takes in a chunk: fp32 (fp64) logits of 1 or 2 sides, and gradients of
+    them where those have another dtype. dtype: the head's; buffers: chunks whose logits are there at a time."""
     logits = torch.float64 if dtype == torch.float64 else torch.float32
     narrow = matmul.gradient_dtype(dtype, device)
     size = buffers * sides * logits.itemsize
@@ -88,15 +91,15 @@ def bytes_per_token(
 
 
 def chunk_tokens(tokens: int, per_token: int, device: torch.device, scratch_bytes: int = 0) -> int:
-    """Tokens of a chunk: as many as the budget holds, in chunks of equal size."""
+    """Return the tokens of a chunk: as many as the budget holds, in chunks of equal size."""
     default = CPU_SCRATCH if device.type == "cpu" else max(DEVICE_SCRATCH, DEVICE_TOKENS * per_token)
     most = min(max(1, scratch_budget(scratch_bytes, default) // per_token), max(1, tokens))
     return -(-tokens // -(-tokens // most)) if tokens else 1
 
 
 def slab_width(vocab: int, bytes_per_entry: int, tile: int, scratch_bytes: int = 0) -> int:
-    """Entries of the vocabulary `triton_tiled` takes at a time: whole tiles, in slabs of about equal width.
-    bytes_per_entry: of all tokens' gradients of one logit, and of its row of dW."""
+    """Return the entries of the vocabulary that `triton_tiled` takes at a time: whole tiles, in slabs of about equal
+    width. bytes_per_entry: of all tokens' gradients of one logit, and of its row of dW."""
     tiles = -(-vocab // tile)
     slabs = -(-tiles // max(1, scratch_budget(scratch_bytes, SLAB_SCRATCH) // (bytes_per_entry * tile)))
     return -(-tiles // slabs) * tile
@@ -106,7 +109,7 @@ FLOAT16_HEADROOM = 1024.0
 
 
 def gradient_scale(x: Problem) -> Tensor:
-    """(): what gradients of the logits are divided by, a power of two; 1 where nothing can underflow.
+    """Return (): what gradients of the logits are divided by, a power of two; 1 where nothing can underflow.
 
     For 16-bit inputs the power of two at or below the largest coefficient, so that 1/N comes last. float16 holds
     nothing below 6e-8, and q − p is smaller than that for most of a large vocabulary: there gradients, of the order
@@ -121,7 +124,7 @@ def gradient_scale(x: Problem) -> Tensor:
 
 
 def scratch_budget(scratch_bytes: int, default: int) -> int:
-    """Bytes: the argument where it is not 0, else KDFAST_SCRATCH_BYTES, else the engine's default."""
+    """Return bytes: the argument where it is not 0, else KDFAST_SCRATCH_BYTES, else the engine's default."""
     if scratch_bytes:
         return scratch_bytes
     setting = os.environ.get("KDFAST_SCRATCH_BYTES")
@@ -133,11 +136,11 @@ def scratch_budget(scratch_bytes: int, default: int) -> int:
 
 
 def active_rows(hidden: Tensor, active: Tensor) -> Tensor:
-    """Inactive rows as zeros: whatever they hold, NaN included, must not reach a sum."""
+    """Return `hidden` with zeros in inactive rows: whatever they hold, NaN included, must not reach a sum."""
     return hidden.masked_fill(~active[:, None], 0)
 
 
 def total(x: Problem, stats: Tensor) -> Tensor:
-    """The loss, (N,) or (), from the terms' values in stats (6, N)."""
+    """Return the loss, (N,) or (), from the terms' values in stats (6, N)."""
     terms = torch.where(x.coefficients == 0, 0.0, x.coefficients * stats[: x.coefficients.shape[0]])
     return terms.sum(dim=0) if x.per_row else terms.sum()

@@ -83,21 +83,28 @@ class Problem:
         return self.teacher_indices is not None
 
     @property
+    def entries(self) -> tuple[Tensor, Tensor]:
+        """A sparse teacher's ids and log-probabilities, (N, K) each."""
+        assert self.teacher_indices is not None
+        assert self.teacher_log_probs is not None
+        return self.teacher_indices, self.teacher_log_probs
+
+    @property
     def has_teacher(self) -> bool:
         return self.teacher_hidden is not None or self.teacher_logits is not None or self.sparse
 
     @property
     def projected(self) -> bool:
-        """The teacher goes through the student's head."""
+        """Whether the teacher goes through the student's head."""
         return self.teacher_hidden is not None and self.teacher_weight is None
 
     @property
     def truncated(self) -> bool:
-        """Some process has entries past the KD term's."""
+        """Whether some process has entries past the KD term's."""
         return self.kd_size < self.vocab_size
 
     def local(self, ids: Tensor | None) -> Tensor | None:
-        """Ids → entries here; −1 for those of other processes."""
+        """Return the entries here of `ids`; −1 for those of other processes."""
         if ids is None or not self.group:
             return ids
         here = (ids >= self.vocab_start) & (ids < self.vocab_start + self.valid_vocab)
@@ -140,13 +147,15 @@ class Problem:
 
     @property
     def weight_gradient_dtype(self) -> torch.dtype:
-        """Of Result.weight. The tiled engine finishes a slab of dW in one product, so bf16 is rounded once, there."""
+        """The dtype of Result.weight. The tiled engine finishes a slab of dW in one product, so bf16 is rounded once,
+        there."""
         narrow = self.engine == "triton_tiled" and self.weight.dtype == torch.bfloat16
         return torch.bfloat16 if narrow else self.dtype
 
     @property
     def row_constants(self) -> int:
-        """Numbers a row that the forward leaves for a backward of per-row losses (`kdfast.kernels.online_softmax`)."""
+        """Numbers per row that the forward leaves for a backward of per-row losses
+        (`kdfast.kernels.online_softmax`)."""
         return 10 if self.engine == "triton_tiled" and self.per_row else 0
 
     @property

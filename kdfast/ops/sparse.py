@@ -1,16 +1,16 @@
-r"""A teacher given as K log-probabilities a token: the arithmetic over its entries, the same for every engine.
+r"""A teacher given as K log-probabilities per token: the arithmetic over its entries, the same for every engine.
 
 The support of a row is its K ids. Every divergence is homogeneous of degree one in (p, q), so an id without teacher
 mass contributes f(0, q) = q·f(0, 1): over everything outside the support that is f(0, 1)·(1 − Σ_support q), and the
-gradient towards its logits is one number a row times the student's softmax. An engine therefore passes over the
+gradient towards its logits is one number per row times the student's softmax. An engine therefore passes over the
 student's logits as it does for a cross entropy, and all that knows of the teacher is (rows, K) in size:
 
     tail="renormalize"  p = softmax(log_probs/τ) over the support
     tail="none"         p = exp(log_probs), whatever they sum to, at τ = 1
     tail="bucket"       K + 1 categories on both sides at τ = 1, the last one all the missing mass; both are then taken
-                        to the power 1/τ and normalised. At any τ it is zero exactly where the two agree at τ = 1.
+                        to the power 1/τ and normalized. At any τ it is zero exactly where the two agree at τ = 1.
 
-With `tempered` the log-probabilities are at τ already: those of a support are normalised as they are, and the K + 1
+With `tempered` the log-probabilities are at τ already: those of a support are normalized as they are, and the K + 1
 categories are the masses at τ.
 """
 
@@ -37,7 +37,8 @@ class Support(NamedTuple):
 
 
 def prepare(indices: Tensor, log_probs: Tensor, vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(ids (N, K) ascending in each row, log-probabilities (N, K)) of raw entries; ids from `vocab` on are left out.
+    """Return (ids (N, K) ascending in each row, log-probabilities (N, K)) of raw entries; ids from `vocab` on are left
+    out.
 
     Entries of the same id add up, and each of them then holds the sum, so that writing to their id twice writes the
     same; `counted` says which one counts. An entry of log-probability −inf is as good as none.
@@ -52,36 +53,41 @@ def prepare(indices: Tensor, log_probs: Tensor, vocab: int, dtype: torch.dtype) 
     readable = indices.device.type == "cpu" and type(indices) is Tensor and not torch.compiler.is_compiling()
     if readable and bool(first.all()):
         return indices, log_probs
-    K, reach = indices.shape[-1], 1
-    while reach < K:  # sums towards the first of each run, over windows of 1, 2, 4, … entries
+    reach = 1
+    while reach < indices.shape[-1]:  # sums towards the first of each run, over windows of 1, 2, 4, … entries
         same = indices[..., :-reach] == indices[..., reach:]
         more = torch.where(same, log_probs[..., reach:], -inf)
         log_probs = torch.cat([torch.logaddexp(log_probs[..., :-reach], more), log_probs[..., -reach:]], dim=-1)
         reach *= 2
-    position = torch.where(first, torch.arange(K, device=indices.device), 0).cummax(dim=-1).values
-    return indices, log_probs.gather(-1, position)
+    return indices, _of_the_first(first, log_probs)
 
 
 def counted(indices: Tensor) -> Tensor:
-    """(N, K) bool: the first of each run of equal ids, of ids that ascend."""
+    """Return (N, K) bool: the first of each run of equal ids, of ids that ascend."""
     first = torch.ones_like(indices, dtype=torch.bool)
     first[..., 1:] = indices[..., 1:] != indices[..., :-1]
     return first
 
 
+def _of_the_first(first: Tensor, values: Tensor) -> Tensor:
+    """Return values (N, K), each that of the first of its run."""
+    position = torch.where(first, torch.arange(first.shape[-1], device=first.device), 0).cummax(dim=-1).values
+    return values.gather(-1, position)
+
+
 def temperature(x: Problem) -> Tensor:
-    """τ' (): of the student's softmax over the vocabulary. A bucket's masses are those at τ = 1, where not tempered."""
+    """Return τ' (), that of the student's softmax over the vocabulary. A bucket's masses are those at τ = 1, where not
+    tempered."""
     return torch.ones_like(x.temperature) if x.teacher_tail == "bucket" and not x.teacher_tempered else x.temperature
 
 
 def excluded(x: Problem) -> Tensor | None:
-    """(N, K) bool: entries whose ids are not in the bucket; None where the tail is no bucket."""
-    assert x.teacher_log_probs is not None
-    return x.teacher_log_probs > -inf if x.teacher_tail == "bucket" else None
+    """Return (N, K) bool: entries whose ids are not in the bucket; None where the tail is no bucket."""
+    return x.entries[1] > -inf if x.teacher_tail == "bucket" else None
 
 
 def missing(x: Problem, log_probs: Tensor, indices: Tensor) -> Tensor:
-    """(r,): log of the mass that the entries do not hold; −inf where they are the whole vocabulary."""
+    """Return (r,): log of the mass that the entries do not hold; −inf where they are the whole vocabulary."""
     within = counted(indices) & (log_probs > -inf)
     mass = torch.where(within, log_probs, -inf).double().exp().sum(dim=-1)
     rest = (1 - mass).clamp_min(0).log().to(log_probs.dtype)
@@ -89,21 +95,18 @@ def missing(x: Problem, log_probs: Tensor, indices: Tensor) -> Tensor:
 
 
 def best(x: Problem) -> Tensor:
-    """(N,): the teacher's most probable id."""
-    assert x.teacher_log_probs is not None
-    assert x.teacher_indices is not None
-    return x.teacher_indices.gather(-1, x.teacher_log_probs.argmax(dim=-1, keepdim=True)).squeeze(-1)
+    """Return (N,): the teacher's most probable id."""
+    indices, log_probs = x.entries
+    return indices.gather(-1, log_probs.argmax(dim=-1, keepdim=True)).squeeze(-1)
 
 
 def solve(x: Problem, rows: slice, z: Tensor, norm: Tensor, rest: Tensor | None, coefficient: Tensor) -> Support:
-    """Divergence and gradients of `x`'s rows `rows`.
+    """Return divergence and gradients of `x`'s rows `rows`.
 
-    z (r, K): the student's logits at the support, less any number a row; norm (r,): log Σ_V exp(z/τ'), of logits less
+    z (r, K): the student's logits at the support, less any number per row; norm (r,): log Σ_V exp(z/τ'), of logits less
     the same number; rest (r,): likewise over what is in the bucket; τ' is `temperature(x)`; coefficient (r,).
     """
-    assert x.teacher_log_probs is not None
-    assert x.teacher_indices is not None
-    log_p, indices = x.teacher_log_probs[rows], x.teacher_indices[rows]
+    indices, log_p = (each[rows] for each in x.entries)
     if rest is not None:
         return _bucket(x, log_p, indices, z, norm, rest, coefficient)
     divergence, first = x.divergence, counted(indices)
@@ -124,12 +127,12 @@ def solve(x: Problem, rows: slice, z: Tensor, norm: Tensor, rest: Tensor | None,
         total = torch.zeros_like(total)
     factor = coefficient / x.temperature
     inside = factor[:, None] * (a_q - q * total[:, None])
-    return _masked(Support(value, inside, factor * (nothing - total)), coefficient)
+    return _support(value, inside, factor * (nothing - total), coefficient)
 
 
 def between_passes(x: Problem, rows: slice, z: Tensor, constants: Iterable[Tensor], scale: Tensor) -> Support:
-    """`solve` over `scale`, where maxima and log-sum-exps are at hand: m_s, log_s of the student and m_t, log_t of the
-    bucket, (r,) each, of (z − m)/τ'. z (r, K): the student's logits at the support."""
+    """Return what `solve` does, over `scale`, where maxima and log-sum-exps are at hand: m_s, log_s of the student and
+    m_t, log_t of the bucket, (r,) each, of (z − m)/τ'. z (r, K): the student's logits at the support."""
     m_s, log_s, m_t, log_t = constants
     rest = (m_t - m_s) / temperature(x) + log_t if x.teacher_tail == "bucket" else None
     return solve(x, rows, z - m_s[:, None], log_s, rest, x.coefficients[KD, rows] / scale)
@@ -154,26 +157,21 @@ def _bucket(
     gradient = gradient * (coefficient / x.temperature)[:, None]
     outside = gradient[:, -1]
     # the others of a run say what its first one does, and an entry without mass is in the bucket
-    position = torch.where(counted(indices), torch.arange(indices.shape[-1], device=z.device), 0).cummax(dim=-1).values
-    inside = gradient[:, :-1].gather(-1, position)
+    inside = _of_the_first(counted(indices), gradient[:, :-1])
     in_bucket = torch.where(outside[:, None] == 0, 0, outside[:, None] * (z - rest[:, None]).exp())
     inside = torch.where(log_p > -inf, inside, in_bucket)
-    return _masked(Support(f.sum(dim=-1), inside, outside), coefficient)
+    return _support(f.sum(dim=-1), inside, outside, coefficient)
 
 
 @lru_cache
 def _without_teacher(divergence: Divergence) -> tuple[float, float]:
-    """f(0, 1) of `Divergence.terms`, and the multiple of q − p that `terms` has added to the definition."""
+    """Return f(0, 1) of `Divergence.terms`, and the multiple of q − p that `terms` has added to the definition."""
     one = torch.ones((), dtype=torch.float64, device="cpu")  # whatever the default device is: it is read here
     nothing = float(divergence.terms(0 * one, one, -inf * one).f)
     return nothing, nothing - float(divergence.pointwise(-inf * one, 0 * one))
 
 
-def _masked(support: Support, coefficient: Tensor) -> Support:
-    """A row the KD term does not count may hold anything."""
+def _support(value: Tensor, inside: Tensor, outside: Tensor, coefficient: Tensor) -> Support:
+    """Return the Support without gradients where a row's coefficient is 0, as such a row may hold anything."""
     counts = coefficient != 0
-    return Support(
-        support.value,
-        torch.where(counts[:, None], support.inside, 0),
-        torch.where(counts, support.outside, 0),
-    )
+    return Support(value, torch.where(counts[:, None], inside, 0), torch.where(counts, outside, 0))
