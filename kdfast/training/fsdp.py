@@ -1,4 +1,4 @@
-"""FSDP2 through accelerate: what it has to be told of a `DistillationModel`, and shards on their way to and from disk.
+"""FSDP2 through accelerate: what it has to know of a `DistillationModel`, and shards on their way to and from disk.
 
 The loss is computed in the root's forward from the heads' weights, and no head's own forward ever runs. So the root
 has to own the heads, a tied embedding with them, the projector and the maps of the hidden-state loss: FSDP gathers
@@ -21,8 +21,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, save_fsdp_optimizer
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME
 
@@ -32,7 +33,7 @@ COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def turn_on_for_cpus(accelerator: Accelerator, plugin_args: dict[str, Any] | None) -> None:
-    """accelerate has FSDP on accelerators only and would quietly run DDP on CPUs, where a launch is tried out."""
+    """Turn FSDP on for CPUs, where a launch is tried out: accelerate has it on accelerators only, and would run DDP."""
     asked = plugin_args is not None or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if asked and accelerator.distributed_type == DistributedType.MULTI_CPU:
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(**plugin_args or {})
@@ -85,7 +86,7 @@ def check_plugin(plugin: FullyShardedDataParallelPlugin) -> None:
 
 
 def set_mixed_precision(accelerator: Accelerator) -> None:
-    """Gathered and computed in 16 bits, reduced in fp32, and the loss and its metrics stay as they are.
+    """Gather and compute in 16 bits, reduce in fp32, and leave the loss and its metrics as they are.
 
     accelerate's own policy would round gradients before they are summed over the processes, the schedules' weights on
     the way in, and loss and token counts on the way out.
@@ -97,7 +98,7 @@ def set_mixed_precision(accelerator: Accelerator) -> None:
 
 
 def place_teacher(model: DistillationModel, accelerator: Accelerator, shard: bool) -> None:
-    """Before anything is solved or sharded."""
+    """Keep the teacher whole beside the module tree, or in it to be sharded. Called before anything is solved."""
     teacher = model.teacher
     if teacher is None:
         return
@@ -120,7 +121,7 @@ def check_dtypes(model: DistillationModel) -> None:
 
 @contextmanager
 def root_owns_the_heads(model: DistillationModel) -> Iterator[None]:
-    """While accelerate shards: an embedding that is the head too must not become a group of its own."""
+    """Keep accelerate, while it shards, from making a group of its own of an embedding that is the head too."""
     check_dtypes(model)
     student = model.student
     tied = student.get_input_embeddings().weight is student.get_output_embeddings().weight
@@ -133,7 +134,7 @@ def root_owns_the_heads(model: DistillationModel) -> Iterator[None]:
 
 
 def full_state(model: nn.Module) -> dict[str, Tensor]:
-    """What `state_dict` would hold of an unsharded model, on the CPU of the first process; empty on the others.
+    """Return `state_dict` as of an unsharded model, on the CPU of the first process; empty on the others.
 
     Called by all; whole tensors exist one at a time on a device. Tied weights stay one tensor.
     """
@@ -159,37 +160,29 @@ def save_optimizer_and_scheduler(trainer: Trainer, folder: str) -> None:
         torch.save(trainer.lr_scheduler.state_dict(), Path(folder) / SCHEDULER_NAME)
 
 
-@torch.no_grad()
 def load_full_state(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """`module.load_state_dict(state)`, whether the module is sharded or not; `state` is whole in every process."""
-    targets = _sharded_state(module)
-    if not any(isinstance(target, DTensor) for target in targets.values()):
+    """Load `state`, which is whole in every process, into a module, whether that is sharded or not."""
+    if any(isinstance(value, DTensor) for value in _sharded_state(module).values()):
+        set_model_state_dict(module, {**state}, options=StateDictOptions(full_state_dict=True))
+    else:
         module.load_state_dict(state)
-        return
-    if differing := sorted(targets.keys() ^ state.keys()):
-        raise RuntimeError(f"{type(module).__name__}: missing or unexpected in the state: {', '.join(differing)}")
-    for name, target in targets.items():
-        value = state[name].to(target.device, target.dtype)
-        if isinstance(target, DTensor):
-            value = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
-        target.copy_(value)
 
 
 def reshard(model: nn.Module) -> None:
-    """Without a backward pass after it, a forward leaves the root's weights gathered."""
+    """Free the root's gathered weights, which a forward without a backward pass after it leaves."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def _sharded_state(module: nn.Module) -> dict[str, Tensor]:
-    """The tensors themselves, so that tied ones are the same object."""
+    """Return the tensors themselves, so that tied ones are the same object."""
     reshard(module)
     return module.state_dict(keep_vars=True)
 
 
 def finite_everywhere(named: Iterable[tuple[str, Tensor]], accelerator: Accelerator) -> list[tuple[str, Tensor]]:
-    """For every parameter a 0-d tensor: 1, or NaN where a shard of it, on whatever process, is not finite."""
+    """Return for every parameter a 0-d tensor: 1, or NaN where a shard of it, on any process, is not finite."""
     names, shards = zip(*((name, p.to_local() if isinstance(p, DTensor) else p) for name, p in named), strict=True)
     bad = torch.stack([(~torch.isfinite(shard.detach())).any() for shard in shards]).float()
     bad = bad.to(accelerator.device)  # NCCL takes nothing on a CPU, where a model is before it is sharded

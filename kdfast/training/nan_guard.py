@@ -37,9 +37,9 @@ class NonFiniteGuard:
 
     Args:
         device: where the losses are.
-        last_checkpoint: gives the path of the last checkpoint saved, or None; asked only for the message.
-        most_skips: None = the first bad step stops the run. Otherwise the caller asks `skip` at the end of every
-            step, and so many bad ones in a row stop it.
+        last_checkpoint: returns the path of the last checkpoint saved, or None; called only for the message.
+        most_skips: None = the first bad step stops the run. Otherwise the caller calls `skip` at the end of every
+            step, and this many bad ones in a row stop it.
         report: called with the step and a sentence before the run is stopped.
     """
 
@@ -63,25 +63,25 @@ class NonFiniteGuard:
         self._first_bad = torch.zeros_like(self._current)  # step 0: none so far
 
     def watch_loss(self, step: int, loss: Tensor, ce: Tensor, kd: Tensor, kd_weight: float, temperature: float) -> None:
-        """Before the backward pass of step `step` (from 1); 0-d tensors on the device."""
+        """Note 0-d tensors on the device, before the backward pass of step `step` (from 1)."""
         zero = self._current.new_zeros(())
         values = (zero + step, loss, ce, kd, zero + kd_weight, zero + temperature, zero)
         self._current = torch.stack([value.detach().to(zero) for value in values])
         self._record(loss)
 
     def watch_gradient(self, norm: Tensor) -> None:
-        """After the backward pass of the step last given to `watch_loss`, before the optimizer acts."""
+        """Note the norm after the backward pass of the step last given to `watch_loss`, before the optimizer acts."""
         self._current[-1] = norm.detach()
         self._record(norm)
 
     def watch_gradients(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
-        """Before clipping, which by a norm of NaN makes every gradient NaN: remembers each one's norm."""
+        """Note each gradient's norm, before clipping, which makes every gradient NaN if one is."""
         named = [(name, p.grad) for name, p in parameters if p.grad is not None]
         norms = torch._foreach_norm([grad for _, grad in named]) if named else []
         self._gradients = [name for name, _ in named], norms
 
     def skip(self, step: int, reduce: Callable[[Tensor], Tensor]) -> str | None:
-        """At the end of step `step`: what is wrong with it, and it has to be left out; or None. Synchronises.
+        """Return at the end of step `step` why it has to be left out, or None. Synchronises.
 
         `reduce` sums over the processes: what is bad on one is left out on all.
         """
@@ -100,7 +100,7 @@ class NonFiniteGuard:
         return what
 
     def read_skips(self) -> tuple[int, int]:
-        """(steps left out, all steps) since this was asked last."""
+        """Return (steps left out, all steps) since the last call."""
         skipped, steps = self._since_read
         self._since_read = [0, 0]
         return skipped, steps
@@ -112,7 +112,7 @@ class NonFiniteGuard:
             self._stop(step, what, ADVICE)
 
     def _describe(self) -> tuple[int, str]:
-        """The first bad step, 0 if there is none, and what is wrong with it."""
+        """Return the first bad step, 0 if there is none, and what is wrong with it."""
         bad = dict(zip(FIELDS, self._first_bad.tolist(), strict=True))
         step, norm = round(bad.pop("step")), bad.pop("gradient norm")
         what = f"loss is {bad['loss']}"
@@ -124,7 +124,7 @@ class NonFiniteGuard:
         return step, f"the {what} ({values})"
 
     def check_weights(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
-        """Before every save: raise as `check` does, or if a parameter is not finite."""
+        """Raise as `check` does, or if a parameter is not finite. Called before every save."""
         self.check()
         named = [(name, p.detach()) for name, p in parameters]
         finite = torch.stack([torch.isfinite(p).all() for _, p in named]).tolist()

@@ -7,7 +7,6 @@ student alone and appear only when complete, and a stop at the first loss that i
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -334,7 +333,7 @@ class KDTrainer(DurableTrainer):
         return norm
 
     def _leave_out(self, model: nn.Module, what: str) -> None:
-        """An optimizer does nothing without gradients; and nothing of the step is in the log."""
+        """Take the step's gradients, without which an optimizer does nothing, and its part of the log away."""
         if not self._scaled:
             model.zero_grad(set_to_none=True)
         assert self._before_step is not None
@@ -345,12 +344,12 @@ class KDTrainer(DurableTrainer):
 
     @property
     def _scaled(self) -> bool:
-        """A gradient scaler leaves steps out by itself, and lowers its scale for that: inf is nothing bad there."""
+        """Return whether a gradient scaler leaves steps out by itself: inf is nothing bad there."""
         return getattr(self.accelerator, "scaler", None) is not None
 
     @property
     def health(self) -> HealthCallback | None:
-        """The callback whose `findings` say what went wrong; None under `health=False`."""
+        """Return the callback whose `findings` say what went wrong; None under `health=False`."""
         callbacks = self.callback_handler.callbacks
         return next((callback for callback in callbacks if isinstance(callback, HealthCallback)), None)
 
@@ -364,12 +363,13 @@ class KDTrainer(DurableTrainer):
         return {"kd_weight": self.kd_weight_schedule(progress), "temperature": self.temperature_schedule(progress)}
 
     def _on_device(self, weights: dict[str, float]) -> dict[str, Tensor]:
-        """0-d tensors made on the device: no synchronisation, and a compiled graph stays the same."""
+        """Return 0-d tensors made on the device: no synchronisation, and a compiled graph stays the same."""
         return {name: torch.full((), value, device=self.args.device) for name, value in weights.items()}
 
     # Logging
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as Trainer does, with what the class lists besides."""
         if "loss" in logs:  # a line of training, not of evaluation or of the end
             self._guard.check()
             logs |= self._learning_rates
@@ -405,7 +405,7 @@ class KDTrainer(DurableTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """As in Trainer, but token-weighted means over the whole set, without logits."""
+        """Evaluate as Trainer does, but by token-weighted means over the whole set, without logits."""
         self._evaluation = EvaluationMeter(self.args.device)
         with self._meter.paused():
             output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
@@ -424,6 +424,7 @@ class KDTrainer(DurableTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, None, None]:
+        """Return the loss of a batch; its metrics go to the evaluation's."""
         inputs = self._without_repeats(self._prepare_inputs(inputs))
         with torch.no_grad(), self.compute_loss_context_manager():
             output = model(**inputs, **self._on_device(self._weights_in_force()), with_fidelity=True)
@@ -431,7 +432,7 @@ class KDTrainer(DurableTrainer):
         return output.loss, None, None
 
     def _without_repeats(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The last batch of several processes is filled up with samples already seen; their labels go."""
+        """Mask the labels of samples already seen, with which the last batch of several processes is filled up."""
         state, n_processes = self.accelerator.gradient_state, self.accelerator.num_processes
         if n_processes == 1 or not state.end_of_dataloader or state.remainder <= 0 or "labels" not in inputs:
             return inputs
@@ -441,6 +442,7 @@ class KDTrainer(DurableTrainer):
         return {**inputs, "labels": labels.masked_fill(~kept, IGNORE_INDEX)}
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Raise NotImplementedError: there are no logits."""
         raise NotImplementedError(
             "predict would return logits, which are never made here; use evaluate, or the student itself "
             "(trainer.model.student)"
@@ -470,13 +472,13 @@ def _share_starts(model: DistillationModel, starts: list[Start], device: torch.d
     All have solved, so that none waits; but other devices or thread counts round differently, and the rank that a
     threshold finds may jump by that. The teacher is taken to be the same everywhere.
     """
-    solved: list[Any] = [starts, copy.deepcopy(model.compressed_head)]
-    if solved[1] is not None:
-        solved[1].cpu()
+    if model.compressed_head is not None:
+        model.compressed_head.cpu()
+    solved: list[Any] = [starts, model.compressed_head]
     distributed.broadcast_object_list(solved, src=0, device=device)
-    starts, compressed = solved
-    if distributed.get_rank() != 0:
-        model.compressed_head = None if compressed is None else compressed.to(device)
+    starts, model.compressed_head = solved
+    if model.compressed_head is not None:
+        model.compressed_head.to(device)
     parts = (model.student, model.logit_projector, model.hidden_loss)
     processes.broadcast((p for part in parts if part is not None for p in part.parameters()), device)
     if model.vocab_weights is not None:

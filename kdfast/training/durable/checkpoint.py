@@ -28,7 +28,7 @@ PARTS = ("logit_projector", "hidden_loss")  # of the model, beside the student; 
 
 
 def save_models(folder: Path, model: DistillationModel, state: dict[str, Tensor] | None = None) -> None:
-    """Student and other trained parts into `folder`. `state` replaces `model.state_dict()` (gathered from shards)."""
+    """Write student and other trained parts. `state` replaces `model.state_dict()` (gathered from shards)."""
 
     def part(prefix: str) -> dict[str, Tensor] | None:
         if state is None:
@@ -44,7 +44,7 @@ def save_models(folder: Path, model: DistillationModel, state: dict[str, Tensor]
 
 
 def load_models(folder: Path, model: DistillationModel) -> None:
-    """The inverse of `save_models`, in place. Raises ValueError where a file or a weight is missing."""
+    """Load in place what `save_models` wrote. Raises ValueError where a file or a weight is missing."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"{str(folder)!r} is not a checkpoint: it has no config.json")
     with _without_bars():
@@ -104,7 +104,7 @@ def recover(run: Path) -> None:
 
 @contextmanager
 def _without_bars() -> Iterator[None]:
-    """A progress bar per saved file would break into the one of the run."""
+    """Turn off the progress bar per saved file, which would break into the one of the run."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

@@ -1,10 +1,10 @@
-"""SHA256SUMS: the last file of a checkpoint or shard, which tells a complete one from a damaged one.
+"""SHA256SUMS: the last file of a checkpoint or shard, by which a damaged one is known.
 
     <SHA-256 in hex>  model.safetensors    a line for each file, as sha256sum writes it
     # 9 files                              the end: a list that was cut short is seen
 
 `sha256sum -c SHA256SUMS` checks it without kdfast. A parser would not notice a flipped bit among the weights. Files
-that are not listed are no business of ours: someone may keep notes beside a checkpoint.
+that are not listed may be there: notes beside a checkpoint do not matter.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def write(folder: Path) -> None:
 
 
 def find_damage(folder: Path) -> str | None:
-    """What is wrong with a folder, with the file's name; None where it is as it was written."""
+    """Return what is wrong with a folder, with the file's name; None where it is as it was written."""
     if (folder / NAME).exists() and not (folder / NAME).is_file():
         return f"{NAME} is no file"
     try:
@@ -67,7 +67,7 @@ def _compare(path: Path, expected: str) -> str | None:
 
 
 def _is_no_file(path: Path) -> bool:
-    """A pipe or a device, which whoever opens it would wait for."""
+    """Return whether it is a pipe or a device: opening it would wait."""
     return path.exists() and not path.is_file() and not path.is_dir()
 
 

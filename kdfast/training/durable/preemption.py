@@ -20,7 +20,7 @@ from torch import Tensor
 class Termination:
     """A context in which SIGTERM asks for a stop; `is_due` after every step says when.
 
-    Only where SIGTERM has its default effect: a handler of the user's own stays in place. After the context a signal
+    It acts where SIGTERM has its default effect: a handler of the user's own stays in place. After the context a signal
     that came too late to be acted upon has its default effect.
     """
 
@@ -47,7 +47,7 @@ class Termination:
         self._asked = True
 
     def is_due(self) -> bool:
-        """Whether to stop now: the same in all processes, which must all ask after every step."""
+        """Return whether to stop now: the same in all processes, which must all call it after every step."""
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if not distributed or torch.distributed.get_world_size() == 1:
             return self._asked
@@ -60,7 +60,7 @@ class Termination:
         return asked.item() > 0
 
     def _sum(self) -> tuple[Tensor, torch.Event | None]:
-        """How many processes are asked to stop, on its way to the host."""
+        """Return how many processes are asked to stop, on its way to the host."""
         flag = torch.full((), float(self._asked), device=self._device)
         torch.distributed.all_reduce(flag)
         if self._device.type == "cpu":

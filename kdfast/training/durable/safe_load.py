@@ -1,8 +1,8 @@
 """No file of a checkpoint runs code when it is read.
 
 Weights are safetensors. What Trainer keeps besides (optimizer, scheduler, scaler, random states) are pickles, which it
-reads with `weights_only=True`: tensors, numbers and containers, and nothing that could be called. Here they are looked
-at before anything is loaded, so that an error names the file. Tensors' data is not read for that.
+reads with `weights_only=True`: tensors, numbers and containers, and nothing that could be called. Here they are read
+the same way before anything is loaded, without the tensors' data, so that an error names the file.
 
 A sharded optimizer is read by torch without that protection: its .metadata may name the few classes that it is made of
 and nothing else, and what it points at beside tensors, a pickle for each item, is read here as the others are.
@@ -13,7 +13,6 @@ from __future__ import annotations
 import io
 import pickle
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,27 +39,19 @@ _GLOBAL = re.compile(r"GLOBAL\s+([\w.]+)")
 
 
 def find_refused(folder: Path) -> str | None:
-    """The first pickle below `folder` that is not plain data, and what is wrong with it; or None."""
+    """Return the first pickle below `folder` that is not plain data, and what is wrong with it; or None."""
     for path in sorted(folder.rglob("*")):
         if path.is_symlink() and path.is_dir():
             return f"{path.name} is a link to another folder, where nothing is looked at"
-        reads = _read_sharded if path.name.endswith(METADATA) else _read if path.suffix in SUFFIXES else None
-        if reads is not None and (reason := _refuse(path, reads)):
-            return f"{path.name} {reason}"
+        try:
+            if path.name.endswith(METADATA):
+                _read_sharded(path)
+            elif path.suffix in SUFFIXES:
+                with safe_globals():
+                    torch.load(path, map_location="meta", mmap=True, weights_only=True)
+        except Exception as error:  # of many classes: unpickling, the zip format, the file system
+            return f"{path.name} {explain(error)}"
     return None
-
-
-def _refuse(path: Path, read: Callable[[Path], object]) -> str | None:
-    try:
-        read(path)
-    except Exception as error:  # of many classes: unpickling, the zip format, the file system
-        return explain(error)
-    return None
-
-
-def _read(path: Path) -> None:
-    with safe_globals():
-        torch.load(path, map_location="meta", mmap=True, weights_only=True)
 
 
 def _read_sharded(path: Path) -> None:
@@ -88,7 +79,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def explain(error: Exception) -> str:
-    """What `torch.load(weights_only=True)` found; its own text advises to turn that off."""
+    """Return what `torch.load(weights_only=True)` found; its own text advises to turn that off."""
     if named := _GLOBAL.search(str(error)):
         return f"would run {named[1]} when read; expected tensors, numbers and containers alone"
     if isinstance(error, pickle.UnpicklingError):
