@@ -6,10 +6,11 @@ a type is checked in one place, the last one given wins, and `learning_rate: 5e-
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
 import json
+import shutil
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, NoReturn
@@ -32,8 +33,6 @@ def _key(default: Any, help: str) -> Any:
 
 @dataclass
 class ModelArguments:
-    _argument_group_name = "models"
-
     model_name_or_path: str | None = _key(None, "the student to go on training: a name or a folder")
     student_config: str | None = _key(
         None, "a fresh student: a config.json, a folder with one, or a mapping with model_type and its settings"
@@ -46,8 +45,6 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    _argument_group_name = "data"
-
     train_file: str | None = _key(None, "a file, folder or glob: text, JSON, JSON lines, CSV or parquet")
     eval_file: str | None = _key(None, "the same for evaluation; default: part of the training blocks, held out")
     dataset_name: str | None = _key(None, "a data set of the hub or a local folder, in place of train_file")
@@ -61,8 +58,6 @@ class DataArguments:
 
 @dataclass
 class CacheArguments:
-    _argument_group_name = "teacher cache"
-
     teacher_cache: str | None = _key(
         None, "folder that `kdfast cache` writes and `kdfast distill` trains from, in place of a live teacher"
     )
@@ -78,12 +73,17 @@ class CacheArguments:
 
 @dataclass
 class RunArguments:
-    _argument_group_name = "run"
-
     overwrite_output_dir: bool = _key(False, "throw away the run that output_dir holds and start anew")
 
 
-ARGUMENT_CLASSES: tuple[Any, ...] = (ModelArguments, DataArguments, CacheArguments, RunArguments, KDConfig)
+# and what a help page calls them
+ARGUMENT_CLASSES: dict[Any, str] = {
+    ModelArguments: "models",
+    DataArguments: "data",
+    CacheArguments: "teacher cache",
+    RunArguments: "run",
+    KDConfig: "training",
+}
 
 
 class Arguments(NamedTuple):
@@ -98,8 +98,8 @@ class Arguments(NamedTuple):
 class _Parser(HfArgumentParser):
     """Raises what argparse would print with the usage of 150 options, and accepts no abbreviated keys."""
 
-    def __init__(self, source: str, command: str = "distill") -> None:
-        super().__init__(ARGUMENT_CLASSES, prog=f"kdfast {command} CONFIG.yaml", allow_abbrev=False)
+    def __init__(self, source: str) -> None:
+        super().__init__(list(ARGUMENT_CLASSES), allow_abbrev=False, add_help=False)
         self.source = source
 
     def error(self, message: str) -> NoReturn:
@@ -186,22 +186,27 @@ def _check_data(source: str, given: Mapping[str, Any]) -> None:
 
 
 def format_help(command: Command) -> str:
-    """Return usage and the command's own keys; TrainingArguments' 120 are named, not listed."""
-    parser = _Parser("command line", command)
+    """Return the usage and a line for each of the command's own keys; TrainingArguments' 120 are named, not listed."""
+    lines = [f"usage: kdfast {command} CONFIG.yaml [--key value ...]"]
+    trainers = {f.name for f in dataclasses.fields(TrainingArguments)} - {"output_dir"}
+    width = max(60, shutil.get_terminal_size().columns - 2)
+    for cls, title in ARGUMENT_CLASSES.items():
+        if command == "cache" and cls in (RunArguments, KDConfig):
+            continue
+        lines += ["", f"{title}:"]
+        for f in dataclasses.fields(cls):
+            if f.init and f.name not in trainers:
+                given = "" if f.default in (None, dataclasses.MISSING) else f" [{f.default}]"
+                line = f"--{f.name:26} {f.metadata.get('help', '')}{given}"
+                lines.append(textwrap.fill(line, width, initial_indent="  ", subsequent_indent=" " * 31))
     if command == "cache":
-        hidden = {*_names(RunArguments), *_names(KDConfig)}
-        parser.epilog = (
+        more = (
             "The other keys of kdfast distill are keys too, so that one file serves both. What counts of them here: "
             "temperature, valid_vocab, seed, bf16, fp16, use_cpu, per_device_eval_batch_size."
         )
     else:
-        hidden = {f.name for f in dataclasses.fields(TrainingArguments)} - {"output_dir"}
-        parser.epilog = "Every name of transformers.TrainingArguments is a key too."
-    for action in parser._actions:
-        if action.dest in hidden:
-            action.help = argparse.SUPPRESS
-    parser.usage = "%(prog)s [--key value ...]"
-    return parser.format_help()
+        more = "Every name of transformers.TrainingArguments is a key too."
+    return "\n".join([*lines, "", textwrap.fill(more, width)])
 
 
 def _as_arguments(source: str, content: Mapping[str, Any]) -> list[str]:
