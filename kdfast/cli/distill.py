@@ -25,10 +25,10 @@ from kdfast.report.read_runs import REPORT, SUMMARY, Run, is_finished, read_run
 from kdfast.report.summary import engine_of, parameters, summarise, write_summary
 from kdfast.training import KDTrainer, NonFiniteLossError, load_student, load_teacher
 from kdfast.training.cache.read import TeacherCache
+from kdfast.training.callbacks import show_progress
 from kdfast.training.durable.errors import RunStoppedError, TerminatedError
 from kdfast.training.durable.processes import by_first, leave, print_once
-from kdfast.training.memory import PeakMemory
-from kdfast.training.progress import show_progress
+from kdfast.training.metrics import PeakMemory
 from kdfast.training.recipes import CACHED
 
 if TYPE_CHECKING:

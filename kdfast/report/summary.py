@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from kdfast.engines import resolve
 from kdfast.training.config import KDConfig
 from kdfast.training.durable.atomic_io import write_text
-from kdfast.training.memory import PeakMemory
+from kdfast.training.metrics import PeakMemory
 from kdfast.training.trainer import KDTrainer
 from kdfast.versions import versions
 

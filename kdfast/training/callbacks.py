@@ -1,6 +1,6 @@
-"""`HealthCallback`: says in words what is wrong with a run, as soon as its log shows it.
+"""Callbacks: `HealthCallback` says in words what is wrong with a run, `DistillationProgress` is its progress bar.
 
-It reads the lines that are logged anyway, so it costs no synchronisation and knows what a person would know who
+Health reads the lines that are logged anyway, so it costs no synchronisation and knows what a person would know who
 looked at the log all the time. Most of all it looks at what a low KL hides: a projected teacher that has become the
 student.
 """
@@ -14,12 +14,26 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tqdm.auto import tqdm
-from transformers import TrainerCallback, TrainerState
-from transformers.trainer_callback import ExportableState
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer_callback import ExportableState, ProgressCallback
 
-from kdfast.training.diagnostics import HealthThresholds, Signs
+from kdfast.training.diagnostics import HealthThresholds, Log
 
 logger = logging.getLogger(__name__)
+
+# (key of the log, label, format)
+BEHIND_THE_BAR = (
+    ("loss", "loss", ".3f"),
+    ("kd", "KL", ".3g"),
+    ("kd_weight", "weight", ".2f"),
+    ("tokens_per_second", "tok/s", ",.0f"),
+)
+OF_AN_EVALUATION = (
+    ("eval_ce", "CE", ".4f"),
+    ("eval_perplexity", "perplexity", ".2f"),
+    ("eval_kl_teacher_student", "KL(true‖student)", ".4f"),
+    ("eval_kl_teacher_projected", "KL(true‖projected)", ".4f"),
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +61,7 @@ class HealthCallback(TrainerCallback, ExportableState):
     def _start(self, vocabulary: int = 1) -> None:
         self.findings: list[Finding] = []
         self._open: dict[str, int] = {}  # kinds that hold: looks since the last one that saw it
-        self._signs = Signs(self.thresholds, vocabulary)
+        self._log = Log(self.thresholds, vocabulary)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         config = getattr(model, "config", None)
@@ -82,7 +96,7 @@ class HealthCallback(TrainerCallback, ExportableState):
         return {"args": {"thresholds": asdict(self.thresholds)}, "attributes": {"said": said}}
 
     def _read(self, line: Mapping[str, Any], step: int, max_steps: int) -> list[Finding]:
-        return self._note(step, self._signs.read(line, step / max_steps if max_steps > 0 else 0.0))
+        return self._note(step, self._log.read(line, step / max_steps if max_steps > 0 else 0.0))
 
     def _note(self, step: int, found: Mapping[str, str | None]) -> list[Finding]:
         new = [Finding(step, kind, text) for kind, text in found.items() if text and kind not in self._open]
@@ -99,3 +113,52 @@ class HealthCallback(TrainerCallback, ExportableState):
 def _say(finding: Finding) -> None:
     with tqdm.external_write_mode(file=sys.stderr):  # above a progress bar, if there is one
         logger.warning("step %d: %s", finding.step, finding.message)
+
+
+class DistillationProgress(ProgressCallback):
+    """Show loss, KL, KD weight and speed behind the bar, and evaluations as lines above it.
+
+    In place of the Trainer's own, which prints every log as a dictionary.
+    """
+
+    def __init__(self, description: str = "") -> None:
+        super().__init__()
+        self.description = description
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.current_step = state.global_step  # not 0 after a resume
+        if state.is_world_process_zero:
+            interactive = sys.stderr.isatty()
+            self.training_bar = tqdm(
+                total=state.max_steps,
+                initial=state.global_step,
+                desc=self.description,
+                unit="step",
+                dynamic_ncols=interactive,
+                mininterval=0.1 if interactive else 20,  # a log file needs fewer lines
+            )
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
+        if self.prediction_bar is not None:
+            self.prediction_bar.leave = False
+            self.prediction_bar.set_description_str(f"{self.description} evaluating", refresh=False)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or self.training_bar is None or logs is None:
+            return
+        if behind := _format(BEHIND_THE_BAR, logs):
+            self.training_bar.set_postfix_str(behind, refresh=False)
+        if evaluation := _format(OF_AN_EVALUATION, logs):
+            self.training_bar.write(f"{self.description} step {state.global_step}: {evaluation}")
+
+
+def show_progress(trainer: Trainer, description: str = "") -> None:
+    """Put the bar in the place of the Trainer's, unless `disable_tqdm` asked for none."""
+    if not trainer.args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(DistillationProgress(description))
+
+
+def _format(fields: tuple[tuple[str, str, str], ...], logs: dict[str, Any]) -> str:
+    return ", ".join(f"{label} {logs[key]:{form}}" for key, label, form in fields if key in logs)

@@ -1,14 +1,15 @@
 """Signs of a run that goes wrong, read from its log lines: numbers in, sentences out; nothing else is touched.
 
-A sign is judged when a line tells something about it, and then it is there (a sentence) or it is not (None). Which
-numbers count as wrong is `HealthThresholds`; docs/log.md says where its defaults come from.
+`Log` reads the lines and keeps what was. A sign is a row of `SIGNS`: when a line tells something about it, and a
+function of the log that gives whether it is there, and the sentence that says so. Which numbers count as wrong is
+`HealthThresholds`; docs/log.md says where its defaults come from.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from statistics import fmean, median
@@ -53,7 +54,7 @@ class HealthThresholds:
 
     @classmethod
     def of(cls, given: HealthThresholds | Mapping[str, Any] | None) -> HealthThresholds:
-        """The defaults with what is given in their place. Raises ValueError naming what is unknown or wrong."""
+        """Return the defaults with what is given in their place. Raise ValueError naming what is unknown or wrong."""
         if isinstance(given, HealthThresholds):
             return given
         known = [field.name for field in fields(cls)]
@@ -62,217 +63,226 @@ class HealthThresholds:
         return cls(**(given or {}))
 
 
-class _Projected(NamedTuple):
-    """What one line tells of student and projected teacher."""
+class Projected(NamedTuple):
+    """What one line, or the mean of several, tells of student and projected teacher."""
 
     kd: float  # τ²·KL, as the loss sees it
     ce: float
     ce_projected: float
 
 
-class Signs:
-    """Reads the lines of one run in their order."""
+class Log:
+    """The lines of one run, read in their order.
 
-    def __init__(self, thresholds: HealthThresholds, vocabulary: int = 1) -> None:
-        self._limits = thresholds
-        self._guessing = math.log(vocabulary)
-        self._first = True
-        self._losses: deque[tuple[float, float]] = deque(maxlen=HISTORY)  # without the KD term; τ²·KL
+    Attributes, of the last line: `raw`, as it came; `line`, its finite numbers, without "eval_"; `text`, "training",
+    "evaluation" or ""; `progress`, the share of the run done; `first`, whether it is the first with a loss;
+    `projected`, what there is to judge of a projected teacher, and `noise`, nats of cross entropy that mean nothing in
+    it. `ces_projected` are the cross entropies judged so far.
+    """
+
+    projected: Projected | None
+
+    def __init__(self, limits: HealthThresholds, vocabulary: int = 1) -> None:
+        self.limits, self.guessing = limits, math.log(vocabulary)
+        self.ces_projected: deque[float] = deque(maxlen=HISTORY)  # smoothed; of evaluation as soon as there is one
+        self._started = self._evaluated = False
         self._temperature: float | None = None
-        self._projected: deque[_Projected] = deque(maxlen=thresholds.window)
-        self._evaluated = False  # evaluation says more of the projected teacher than training: heard once, it decides
-        self._ces_projected: deque[float] = deque(maxlen=HISTORY)  # smoothed; of evaluation as soon as there is one
-        self._noise: deque[float] = deque(maxlen=HISTORY)  # steps of the projected CE from line to line of training
+        self._losses: deque[tuple[float, float]] = deque(maxlen=HISTORY)  # without the KD term; τ²·KL
+        self._window: deque[Projected] = deque(maxlen=limits.window)
+        self._steps: deque[float] = deque(maxlen=HISTORY)  # of the projected CE, from line to line of training
 
     def read(self, line: Mapping[str, Any], progress: float) -> dict[str, str | None]:
-        """Kind → sentence, or None where the sign is judged and not there. `progress` is the share of the run done."""
+        """Return kind → sentence, or None where the sign is judged and not there; `progress`: share of the run done."""
         numbers = {k: float(v) for k, v in line.items() if isinstance(v, int | float) and math.isfinite(v)}
-        found = _non_finite(line)
-        if "loss" in line:
-            found |= self._training(numbers, progress)
-        elif "eval_ce" in line:
-            found |= self._evaluation({k.removeprefix("eval_"): v for k, v in numbers.items()}, progress)
-        return found
+        self.raw, self.line, self.progress = line, numbers, progress
+        self.text = "training" if "loss" in line else "evaluation" if "eval_ce" in line else ""
+        if self.text == "evaluation":
+            self.line = {name.removeprefix("eval_"): value for name, value in numbers.items()}
+        self.first, self.projected, self.noise = False, None, 0.0
+        if self.trains("loss"):
+            self._read_loss()
+        if self._temperature is not None and progress > self.limits.projected_after:
+            self._read_projected(self._temperature)
+        judged = {kind: says(self) for kind, (is_judged, says) in SIGNS.items() if is_judged(self)}
+        return {kind: sentence if there else None for kind, (there, sentence) in judged.items()}
 
-    def _training(self, line: dict[str, float], progress: float) -> dict[str, str | None]:
-        found: dict[str, str | None] = {}
-        if self._first and "loss" in line:
-            self._first = False
-            found["initial_loss"] = self._initial_loss(line)
-        if "kd" in line and progress > self._limits.kl_after:
-            found["kl"] = self._kl(line, progress)
-        if "ce" in line:
-            found |= self._perplexity(line, progress, "training")
-        found |= self._course(line)
-        if {"kd", "ce", "ce_projected", "temperature"} <= line.keys() and progress > self._limits.projected_after:
-            if self._projected:
-                self._noise.append(abs(line["ce_projected"] - self._projected[-1].ce_projected))
-            self._projected.append(_Projected(_nats(line), line["ce"], line["ce_projected"]))
-            if not self._evaluated and len(self._projected) == self._limits.window:
-                mean = _Projected(*map(fmean, zip(*self._projected, strict=True)))
-                found |= self._teacher(mean, progress, NOISE * fmean(self._noise))
-        return found
+    def trains(self, name: str) -> bool:
+        """Whether it is a line of training that has that number."""
+        return self.text == "training" and name in self.line
 
-    def _evaluation(self, line: dict[str, float], progress: float) -> dict[str, str | None]:
-        found = self._perplexity(line, progress, "evaluation") if "ce" in line else {}
-        if not {"kd", "ce", "ce_projected"} <= line.keys() or self._temperature is None:
-            return found
-        if progress <= self._limits.projected_after:
-            return found
-        now = _Projected(self._temperature**2 * line["kd"], line["ce"], line["ce_projected"])
-        if not self._evaluated:
-            self._evaluated = True
-            self._ces_projected.clear()
-        found |= self._teacher(now, progress)
-        if {"kl_teacher_student", "kl_teacher_projected"} <= line.keys():
-            student, projected = line["kl_teacher_student"], line["kl_teacher_projected"]
-            found["follows"] = self._follows_by_kl(now, student, projected)
-        return found
+    @property
+    def nats(self) -> float:
+        """τ²·KL of a line of training."""
+        return self.line.get("temperature", 0.0) ** 2 * self.line.get("kd", 0.0)
 
-    def _initial_loss(self, line: dict[str, float]) -> str | None:
-        limit = max(self._limits.initial_loss, 1.05 * self._guessing)
-        ce, kd = line.get("ce", math.inf), 0.0
-        if "ce_projected" in line:  # a teacher that does not move is far away at first, and that is no fault
-            kd = line.get("kd_weight", 0.0) * _nats(line)
-        if (loss := min(line["loss"], ce + kd)) <= limit:
-            return None
-        said = f"the loss starts at {loss:.4g}, above {limit:.4g}"
-        if ce > limit:
-            return f"{said}. Do labels and tokenizer belong to the student?"
-        return (
-            f"{said}: {kd:.4g} of it is the KD term, to a projected teacher. Do both models take the same token ids? A "
-            "ramped KD weight (kd_ramp=0.2) starts lower; no student was better for it"
-        )
+    @property
+    def losses(self) -> list[float]:
+        """The losses so far, if this line has one, under the KD weight of now: a ramp alone raises no loss."""
+        weight = self.line.get("kd_weight", 0.0)
+        return [rest + weight * kd for rest, kd in self._losses] if self.trains("loss") else []
 
-    def _kl(self, line: dict[str, float], progress: float) -> str | None:
-        if line["kd"] <= self._limits.kl:
-            return None
-        return (
-            f"the KL that the loss sees is {line['kd']:.4g} after {progress:.0%} of the run, above "
-            f"{self._limits.kl:g}: student and teacher are still far apart. Do both models take the same token ids? "
-            f"Raise {_rates(line)}"
-        )
+    @property
+    def rates(self) -> str:
+        """Learning rates of what is trained: a projector's where the line tells of one."""
+        projected = {"ce_projected", "eval_ce_projected"} & self.raw.keys()
+        return "learning_rate or projector_lr" if projected else "learning_rate"
 
-    def _perplexity(self, line: dict[str, float], progress: float, text: str) -> dict[str, str | None]:
-        ce = line["ce"]
-        if progress <= self._limits.perplexity_after:
-            return {}
-        if ce <= math.log(self._limits.perplexity):
-            return {"perplexity": None}
-        perplexity = math.exp(ce) if ce < 700 else math.inf
-        return {
-            "perplexity": f"perplexity on {text} text is {perplexity:,.0f} after {progress:.0%} of the run, above "
-            f"{self._limits.perplexity:,.0f}: the student hardly learns. Check tokenizer and data, raise "
-            f"learning_rate{_or_less_kd(line)}"
-        }
+    @property
+    def or_less_kd(self) -> str:
+        return ", or lower kd_weight" if "kd" in self.line else ""
 
-    def _course(self, line: dict[str, float]) -> dict[str, str | None]:
-        """Rising and oscillating. Losses are compared under the KD weight of now: a ramp alone raises no loss."""
-        if "loss" not in line:
-            return {}
-        temperature, weight = line.get("temperature"), line.get("kd_weight", 0.0)
-        if temperature is not None and temperature != self._temperature:
+    @property
+    def bad(self) -> list[str]:
+        """Names of the losses that are not finite."""
+        tested = (name for name in ("loss", "eval_loss", "eval_ce") if isinstance(self.raw.get(name), int | float))
+        return [name for name in tested if not math.isfinite(self.raw[name])]
+
+    def _read_loss(self) -> None:
+        self.first, self._started = not self._started, True
+        temperature = self.line.get("temperature", self._temperature)
+        if temperature != self._temperature:
             self._losses.clear()  # KL at another temperature is another number
-            self._projected.clear()
+            self._window.clear()
             self._temperature = temperature
-        kd = _nats(line)
-        self._losses.append((line["loss"] - weight * kd, kd))
-        losses = [rest + weight * kd for rest, kd in self._losses]
-        found: dict[str, str | None] = {}
-        if len(losses) > self._limits.window:
-            found["rising"] = self._rising(losses, line)
-        if len(losses) >= self._limits.oscillation_window:
-            found["oscillating"] = self._oscillating(losses[-int(self._limits.oscillation_window) :])
-        return found
+        self._losses.append((self.line["loss"] - self.line.get("kd_weight", 0.0) * self.nats, self.nats))
 
-    def _rising(self, losses: list[float], line: dict[str, float]) -> str | None:
-        n = int(self._limits.window)
-        smooth = [fmean(losses[i - n : i]) for i in range(n, len(losses) + 1)]
-        noise = fmean(abs(b - a) for a, b in pairwise(losses))
-        now, lowest = smooth[-1], min(smooth)
-        if now - lowest <= max(self._limits.rising * abs(lowest), NOISE * noise):
-            return None
-        return (
-            f"the loss rises: {now:.4g} over the last {n} log lines, {lowest:.4g} at its lowest. Lower "
-            f"{_rates(line)}, clip more (max_grad_norm){_or_less_kd(line)}"
-        )
-
-    def _oscillating(self, losses: list[float]) -> str | None:
-        steps = [b - a for a, b in pairwise(losses)]
-        turns = sum(a * b < 0 for a, b in pairwise(steps))
-        swing, level = median(map(abs, steps)), abs(fmean(losses))
-        # noise turns at two places of three as well: it is the swing that tells
-        if turns < 0.6 * (len(steps) - 1) or swing <= self._limits.oscillation * level:
-            return None
-        return (
-            f"the loss oscillates: {turns} turns in {len(losses)} log lines, by {swing:.3g} from line to line at a "
-            f"mean of {level:.4g}. Lower learning_rate, or take larger batches (gradient_accumulation_steps)"
-        )
-
-    def _teacher(self, now: _Projected, progress: float, noise: float = 0.0) -> dict[str, str | None]:
-        """The projected teacher, judged by cross entropies."""
-        self._ces_projected.append(now.ce_projected)
-        found: dict[str, str | None] = {"follows": None, "misleads": None, "decays": self._decays(noise)}
-        gained, values = now.ce - now.ce_projected, f"{now.ce_projected:.4g} to the student's {now.ce:.4g}"
-        if now.kd < self._limits.follower_nats:
-            if gained < self._limits.follower_margin:
-                found["follows"] = (
-                    f"the projected teacher follows the student: its own cross entropy is {values}, and τ²·KL between "
-                    f"them only {now.kd:.3g}. {_REMEDY}"
-                )
-        elif gained < -self._limits.misleading_margin and progress > self._limits.misleading_after:
-            found["misleads"] = (
-                f"the projected teacher is worse than the student: its own cross entropy is {values} (τ²·KL "
-                f"{now.kd:.3g}), and the KD term draws the student there. Train the projector (anchor_weight=1, a "
-                "higher projector_lr), or lower kd_weight"
-            )
-        return found
-
-    def _follows_by_kl(self, now: _Projected, student: float, projected: float) -> str | None:
-        limits = self._limits
-        other = now.kd >= limits.follower_nats and now.ce_projected > now.ce + limits.misleading_margin
-        if other or now.kd >= limits.follower_kd * student or projected <= limits.follower_ratio * student:
-            return None
-        return (
-            f"the projected teacher follows the student: KL(true ‖ projected) is {projected:.4g} and KL(true ‖ "
-            f"student) {student:.4g}, while τ²·KL between the two is only {now.kd:.3g}. {_REMEDY}"
-        )
-
-    def _decays(self, noise: float) -> str | None:
-        now, lowest = self._ces_projected[-1], min(self._ces_projected)
-        if now - lowest <= max(self._limits.decay, noise):
-            return None
-        return (
-            f"the projected teacher gets worse: its own cross entropy is {now:.4g} and was {lowest:.4g} "
-            "before: the head below it moves on, or the KD term drags it. Lower projector_lr or learning_rate, or "
-            "anchor it (teacher_grad='none', anchor_weight=1)"
-        )
+    def _read_projected(self, temperature: float) -> None:
+        """Evaluation says more of the projected teacher than training: once there is one, it alone decides."""
+        names = ("kd", "ce", "ce_projected", *(["temperature"] if self.text == "training" else []))
+        if not self.text or not set(names) <= self.line.keys():
+            return
+        kd, ce, ce_projected = (self.line[name] for name in names[:3])
+        now = Projected(temperature**2 * kd, ce, ce_projected)
+        if self.text == "evaluation":
+            if not self._evaluated:
+                self.ces_projected.clear()
+            self.projected, self._evaluated = now, True
+        else:
+            if self._window:
+                self._steps.append(abs(ce_projected - self._window[-1].ce_projected))
+            self._window.append(now)
+            if not self._evaluated and len(self._window) == self.limits.window:
+                self.projected = Projected(*map(fmean, zip(*self._window, strict=True)))
+                self.noise = NOISE * fmean(self._steps)
+        if self.projected is not None:
+            self.ces_projected.append(self.projected.ce_projected)
 
 
-_REMEDY = (
-    "A low KL is no evidence of learning here: compare with recipe='lm_only'. Take the teacher's own head where it has "
-    "the student's vocabulary (recipe='auto', or 'teacher_head')"
-)
+Sign = tuple[bool, str]  # whether it is there; the sentence
 
 
-def _rates(line: Mapping[str, Any]) -> str:
-    """Learning rates of what is trained: a projector's where the line tells of one."""
-    return "learning_rate or projector_lr" if {"ce_projected", "eval_ce_projected"} & line.keys() else "learning_rate"
+def _non_finite(log: Log) -> Sign:
+    """Look at what is logged alone; a step that was left out is reported by what left it out."""
+    ramp = ", ramp the KD weight (kd_ramp=0.2)" if {"kd", "eval_kd"} & log.raw.keys() else ""
+    return bool(log.bad), "".join(f"{name} is {log.raw[name]}. Lower {log.rates}{ramp}" for name in log.bad[:1])
 
 
-def _or_less_kd(line: Mapping[str, float]) -> str:
-    return ", or lower kd_weight" if "kd" in line else ""
+def _initial_loss(log: Log) -> Sign:
+    line, limit = log.line, max(log.limits.initial_loss, 1.05 * log.guessing)
+    ce, kd = line.get("ce", math.inf), 0.0
+    if "ce_projected" in line:  # a teacher that does not move is far away at first, and that is no fault
+        kd = line.get("kd_weight", 0.0) * log.nats
+    loss = min(line["loss"], ce + kd)
+    said = f"the loss starts at {loss:.4g}, above {limit:.4g}"
+    if ce > limit:
+        return loss > limit, f"{said}. Do labels and tokenizer belong to the student?"
+    return loss > limit, (
+        f"{said}: {kd:.4g} of it is the KD term, to a projected teacher. Do both models take the same token ids? A "
+        "ramped KD weight (kd_ramp=0.2) starts lower; no student was better for it"
+    )
 
 
-def _nats(line: Mapping[str, float]) -> float:
-    """τ²·KL of a line of training."""
-    return line.get("temperature", 0.0) ** 2 * line.get("kd", 0.0)
+def _kl(log: Log) -> Sign:
+    return log.line["kd"] > log.limits.kl, (
+        f"the KL that the loss sees is {log.line['kd']:.4g} after {log.progress:.0%} of the run, above "
+        f"{log.limits.kl:g}: student and teacher are still far apart. Do both models take the same token ids? "
+        f"Raise {log.rates}"
+    )
 
 
-def _non_finite(line: Mapping[str, Any]) -> dict[str, str | None]:
-    """Only what is logged; a step that was left out is reported by whoever left it out."""
-    tested = [name for name in ("loss", "eval_loss", "eval_ce") if isinstance(line.get(name), int | float)]
-    if bad := [name for name in tested if not math.isfinite(line[name])]:
-        ramp = ", ramp the KD weight (kd_ramp=0.2)" if {"kd", "eval_kd"} & line.keys() else ""
-        return {"non_finite": f"{bad[0]} is {line[bad[0]]}. Lower {_rates(line)}{ramp}"}
-    return {"non_finite": None} if "loss" in tested and not line.get("skipped_steps") else {}
+def _perplexity(log: Log) -> Sign:
+    ce = log.line["ce"]
+    return ce > math.log(log.limits.perplexity), (
+        f"perplexity on {log.text} text is {math.exp(ce) if ce < 700 else math.inf:,.0f} after {log.progress:.0%} of "
+        f"the run, above {log.limits.perplexity:,.0f}: the student hardly learns. Check tokenizer and data, raise "
+        f"learning_rate{log.or_less_kd}"
+    )
+
+
+def _rising(log: Log) -> Sign:
+    losses, n = log.losses, int(log.limits.window)
+    smooth = [fmean(losses[i - n : i]) for i in range(n, len(losses) + 1)]
+    noise = fmean(abs(b - a) for a, b in pairwise(losses))
+    now, lowest = smooth[-1], min(smooth)
+    return now - lowest > max(log.limits.rising * abs(lowest), NOISE * noise), (
+        f"the loss rises: {now:.4g} over the last {n} log lines, {lowest:.4g} at its lowest. Lower "
+        f"{log.rates}, clip more (max_grad_norm){log.or_less_kd}"
+    )
+
+
+def _oscillating(log: Log) -> Sign:
+    losses = log.losses[-int(log.limits.oscillation_window) :]
+    steps = [b - a for a, b in pairwise(losses)]
+    turns = sum(a * b < 0 for a, b in pairwise(steps))
+    swing, level = median(map(abs, steps)), abs(fmean(losses))
+    # noise turns at two places of three as well: it is the swing that tells
+    return turns >= 0.6 * (len(steps) - 1) and swing > log.limits.oscillation * level, (
+        f"the loss oscillates: {turns} turns in {len(losses)} log lines, by {swing:.3g} from line to line at a "
+        f"mean of {level:.4g}. Lower learning_rate, or take larger batches (gradient_accumulation_steps)"
+    )
+
+
+def _follows(log: Log) -> Sign:
+    """By the KL to the true teacher where evaluation has it, else by cross entropies."""
+    now, limits = log.projected, log.limits
+    assert now is not None
+    near = now.kd < limits.follower_nats
+    student, projected = (log.line.get(f"kl_teacher_{which}") for which in ("student", "projected"))
+    if log.text == "evaluation" and student is not None and projected is not None:
+        other = not near and now.ce_projected > now.ce + limits.misleading_margin
+        follows = now.kd < limits.follower_kd * student and projected > limits.follower_ratio * student and not other
+        seen = f"KL(true ‖ projected) is {projected:.4g} and KL(true ‖ student) {student:.4g}, while"
+    else:
+        follows = near and now.ce - now.ce_projected < limits.follower_margin
+        seen = f"its own cross entropy is {now.ce_projected:.4g} to the student's {now.ce:.4g}, and"
+    return follows, (
+        f"the projected teacher follows the student: {seen} τ²·KL between the two is only {now.kd:.3g}. A low KL is no "
+        "evidence of learning here: compare with recipe='lm_only'. Take the teacher's own head where it has the "
+        "student's vocabulary (recipe='auto', or 'teacher_head')"
+    )
+
+
+def _misleads(log: Log) -> Sign:
+    now, limits = log.projected, log.limits
+    assert now is not None
+    far = now.kd >= limits.follower_nats and log.progress > limits.misleading_after
+    return far and now.ce - now.ce_projected < -limits.misleading_margin, (
+        f"the projected teacher is worse than the student: its own cross entropy is {now.ce_projected:.4g} to the "
+        f"student's {now.ce:.4g} (τ²·KL {now.kd:.3g}), and the KD term draws the student there. Train the projector "
+        "(anchor_weight=1, a higher projector_lr), or lower kd_weight"
+    )
+
+
+def _decays(log: Log) -> Sign:
+    now, lowest = log.ces_projected[-1], min(log.ces_projected)
+    return now - lowest > max(log.limits.decay, log.noise), (
+        f"the projected teacher gets worse: its own cross entropy is {now:.4g} and was {lowest:.4g} before: the head "
+        "below it moves on, or the KD term drags it. Lower projector_lr or learning_rate, or anchor it "
+        "(teacher_grad='none', anchor_weight=1)"
+    )
+
+
+# kind → whether the last line tells something about it; what it tells
+SIGNS: dict[str, tuple[Callable[[Log], bool], Callable[[Log], Sign]]] = {
+    "non_finite": (lambda log: bool(log.bad) or ("loss" in log.raw and not log.raw.get("skipped_steps")), _non_finite),
+    "initial_loss": (lambda log: log.first, _initial_loss),
+    "kl": (lambda log: log.trains("kd") and log.progress > log.limits.kl_after, _kl),
+    "perplexity": (
+        lambda log: log.text != "" and "ce" in log.line and log.progress > log.limits.perplexity_after, _perplexity,
+    ),
+    "rising": (lambda log: len(log.losses) > log.limits.window, _rising),
+    "oscillating": (lambda log: len(log.losses) >= log.limits.oscillation_window, _oscillating),
+    "follows": (lambda log: log.projected is not None, _follows),
+    "misleads": (lambda log: log.projected is not None, _misleads),
+    "decays": (lambda log: log.projected is not None, _decays),
+}  # fmt: skip

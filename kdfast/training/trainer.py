@@ -31,8 +31,7 @@ from kdfast.training.durable import processes, resume
 from kdfast.training.durable.trainer import DurableTrainer
 from kdfast.training.hf import IGNORE_INDEX, shift_labels
 from kdfast.training.initialization import Start
-from kdfast.training.memory import memory_bytes
-from kdfast.training.metrics import EvaluationMeter, TrainingMeter
+from kdfast.training.metrics import EvaluationMeter, TrainingMeter, memory_bytes
 from kdfast.training.model import DistillationModel
 from kdfast.training.nan_guard import NonFiniteGuard
 from kdfast.training.recipes import AUTO, FROM_CACHE, Choice, choose_recipe

@@ -7,8 +7,8 @@ import psutil
 import pytest
 import torch
 
-from kdfast.training import memory
-from kdfast.training.memory import PeakMemory, memory_bytes
+from kdfast.training import metrics
+from kdfast.training.metrics import PeakMemory, memory_bytes
 
 CPU = torch.device("cpu")
 STATUS = "VmPeak:\t  900 kB\nVmHWM:\t  300 kB\nVmRSS:\t  200 kB\n"
@@ -31,7 +31,7 @@ def test_linux_has_a_peak_that_starts_anew(monkeypatch):
         def read_text(self):
             return {"/proc/self/status": STATUS}[self.name]
 
-    monkeypatch.setattr(memory, "Path", File)
+    monkeypatch.setattr(metrics, "Path", File)
     peak = PeakMemory(CPU)
     assert peak.what == "process"
     assert written == [("/proc/self/clear_refs", "5")]
@@ -40,7 +40,7 @@ def test_linux_has_a_peak_that_starts_anew(monkeypatch):
 
 def test_without_linux_or_windows_counters(monkeypatch):
     resource = pytest.importorskip("resource")
-    monkeypatch.setattr(memory, "Path", lambda _: namedtuple("Nowhere", "write_text")(_refuse))
+    monkeypatch.setattr(metrics, "Path", lambda _: namedtuple("Nowhere", "write_text")(_refuse))
     peak = PeakMemory(CPU)
     assert peak.what == "process, since its start"
     monkeypatch.setattr(resource, "getrusage", lambda who: namedtuple("usage", "ru_maxrss")(77))
