@@ -8,20 +8,20 @@ from typing import Any
 
 from truth import worst_gradients
 
-from kdfast.report.curves import COLOURS, STYLES
+from kdfast.report.curves import COLORS, STYLES
 
-NAMES = {  # a contender has one colour and one marker in every panel
+NAMES = {  # a contender has one color and one marker in every panel
     "floor B (our products)": "black",
-    "kdfast torch": COLOURS[0],
-    "kdfast triton_chunked": COLOURS[0],
-    "kdfast triton_tiled": COLOURS[5],
-    "eager": COLOURS[1],
-    "eager, torch.compile": COLOURS[4],
-    "TRL ChunkedDivergence": COLOURS[2],
-    "Liger chunked JSD (beta=0)": COLOURS[3],
-    "Liger Triton JSD (beta=0)": COLOURS[3],
-    "torchtune chunked KL": COLOURS[7],
-    "fla fused KL": COLOURS[6],
+    "kdfast torch": COLORS[0],
+    "kdfast triton_chunked": COLORS[0],
+    "kdfast triton_tiled": COLORS[5],
+    "eager": COLORS[1],
+    "eager, torch.compile": COLORS[4],
+    "TRL ChunkedDivergence": COLORS[2],
+    "Liger chunked JSD (beta=0)": COLORS[3],
+    "Liger Triton JSD (beta=0)": COLORS[3],
+    "torchtune chunked KL": COLORS[7],
+    "fla fused KL": COLORS[6],
 }
 
 

@@ -1,7 +1,7 @@
 """`kdfast cache CONFIG.yaml`: the teacher over the training and evaluation text, once, kept in `teacher_cache`.
 
 The configuration may be that of `kdfast distill`, which then trains from the cache and loads no teacher. The same
-command again goes on where an interrupted one stopped, and leaves a complete cache alone.
+command again resumes an interrupted one, and leaves a complete cache alone.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """`kdfast distill CONFIG.yaml`: tokenizer, data, models, training, evaluation, and the files that say what came of it.
 
 Into output_dir go the student with its tokenizer (plain `from_pretrained` reads it), the projector beside it,
-summary.json, report.html, and while training checkpoint-N folders. The same command again goes on where an
-interrupted run stopped, and leaves a finished one alone.
+summary.json, report.html, and while training checkpoint-N folders. The same command again resumes an interrupted run
+and leaves a finished one alone.
 """
 
 from __future__ import annotations

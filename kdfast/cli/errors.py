@@ -22,7 +22,7 @@ class UserError(CommandError):
 
 
 class RunFailed(CommandError):
-    """A run that began well and cannot go on."""
+    """A run that began well and cannot continue."""
 
 
 class RunTerminated(CommandError):
@@ -32,7 +32,7 @@ class RunTerminated(CommandError):
 
 
 def unforeseen(error: Exception) -> str:
-    """Return one line for an error that nobody has thought of: kdfast's, or a library's about a value nobody checks."""
+    """Return one line for an error that was not foreseen: kdfast's, or a library's about an unchecked value."""
     ours = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).is_relative_to(OURS)]
     where = f" in {Path(ours[-1].filename).name}, line {ours[-1].lineno}" if ours else ""
     text = " ".join(str(error).split())

@@ -1,8 +1,9 @@
 """`kdfast distill | cache | report | demo | doctor | plan`.
 
-Exit codes: 0 done, 1 the run failed (a loss that is not finite, a full disk, a process that died, an error that nobody
-foresaw), 2 the request cannot be run, 130 interrupted, 141 nobody reads on, 143 terminated after a checkpoint
-was saved. Subcommands are imported when called: `kdfast doctor` and `kdfast plan` work without the training part.
+Exit codes: 0 done, 1 the run failed (a loss that is not finite, a full disk, a process that died, an error that was
+not foreseen), 2 the request cannot be run, 130 interrupted, 141 the output is no longer read, 143 terminated after a
+checkpoint was saved. Subcommands are imported when called: `kdfast doctor` and `kdfast plan` work without the training
+part.
 """
 
 from __future__ import annotations

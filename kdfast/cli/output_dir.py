@@ -1,4 +1,4 @@
-"""What an output_dir holds before a run: nothing, an interrupted run to go on with, a finished one, or strange files.
+"""What an output_dir holds before a run: nothing, an interrupted run to resume, a finished one, or strange files.
 
 `kdfast.json` is written first and says which run the folder belongs to; `summary.json` is written last and says that
 the run is finished. Between them lie checkpoints, which appear only when complete. Nothing of an earlier run is

@@ -39,7 +39,7 @@ class SmallSizes:
     excerpt: int = 2000  # characters of a held-out file
     vocabulary: int = 2048
     context: int = 128
-    batch: int = 4  # blocks a step
+    batch: int = 4  # blocks per step
     teacher_layers: int = 2
     teacher_width: int = 192
     teacher_steps: int = 800

@@ -1,6 +1,6 @@
 """Curves of runs side by side: which quantities have a panel, and how one is drawn.
 
-A run has one colour, one dash and one marker in every panel. Lines of training are thin; evaluations, where there are
+A run has one color, one dash and one marker in every panel. Lines of training are thin; evaluations, where there are
 any, are thick and marked, and training is pale behind them. matplotlib draws, without a display.
 """
 
@@ -17,9 +17,9 @@ import numpy as np
 
 from kdfast.report.read_runs import Run
 
-# Okabe and Ito's colours, which stay apart for colour-blind readers
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-# (dashes, marker), the next one each time the colours are used up; matplotlib's and SVG's unit is the line's width
+# Okabe and Ito's colors, which stay apart for color-blind readers
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+# (dashes, marker), the next one each time the colors are used up; matplotlib's and SVG's unit is the line's width
 STYLES = (((), "o"), ((4, 1.5), "s"), ((1, 1.2), "^"), ((5, 1.5, 1, 1.5), "D"))
 SEED = re.compile(r"(^|[-_./ ])(seed|s)[-_= ]?\d+(?=$|[-_./ ])|[-_./ ]\d+$", re.IGNORECASE)  # in a run's name
 MADE_BY = "kdfast report"  # in every file, so that one of ours is known from a user's own
@@ -55,7 +55,7 @@ PANELS = (
 
 
 class Style(NamedTuple):
-    colour: str
+    color: str
     dashes: tuple[float, ...]
     marker: str
 
@@ -68,16 +68,16 @@ class Curve(NamedTuple):
 
 
 def styles(runs: Sequence[Run]) -> list[Style]:
-    """Return one style per run; if there are more runs than colours, seeds of one thing share a colour if they can."""
+    """Return one style per run; if there are more runs than colors, seeds of one thing share a color if they can."""
     things = list(dict.fromkeys(SEED.sub("", run.name) for run in runs))
     places, seen = [], Counter[str]()
     for run in runs:
         thing = SEED.sub("", run.name)
         places.append((seen[thing], things.index(thing)))
         seen[thing] += 1
-    if len(runs) <= len(COLOURS) or len(things) > len(COLOURS) or max(seen.values()) > len(STYLES):
-        places = [divmod(i, len(COLOURS)) for i in range(len(runs))]
-    return [Style(COLOURS[colour], *STYLES[row % len(STYLES)]) for row, colour in places]
+    if len(runs) <= len(COLORS) or len(things) > len(COLORS) or max(seen.values()) > len(STYLES):
+        places = [divmod(i, len(COLORS)) for i in range(len(runs))]
+    return [Style(COLORS[color], *STYLES[row % len(STYLES)]) for row, color in places]
 
 
 def panels(runs: Sequence[Run]) -> list[tuple[Panel, list[Curve]]]:
@@ -138,13 +138,13 @@ def draw(panel: Panel, curves: Sequence[Curve], runs: Sequence[Run], form: str) 
     from matplotlib.ticker import EngFormatter, LogFormatter
 
     figure = Figure(figsize=(4.8, 2.9) if form == "svg" else (7.2, 4.8), layout="constrained")
-    axes = figure.add_subplot(xlabel="tokens seen" if differ_in_tokens(runs) else "optimiser step")
+    axes = figure.add_subplot(xlabel="tokens seen" if differ_in_tokens(runs) else "optimizer step")
     looks = styles(runs)
     both = {curve.evaluated for curve in curves} == {True, False}
     drawn = {}  # a run's evaluations, where there are any, stand for it in the legend
     for run, evaluated, x, y in curves:
-        colour, dashes, marker = looks[run]
-        (line,) = axes.plot(x, y, color=colour, linewidth=1.8 if evaluated else 1.2, zorder=3 if evaluated else 2)
+        color, dashes, marker = looks[run]
+        (line,) = axes.plot(x, y, color=color, linewidth=1.8 if evaluated else 1.2, zorder=3 if evaluated else 2)
         line.set_dashes(dashes)
         if evaluated or len(x) == 1:  # a line of one point is nothing to see without
             line.set(marker=marker, markersize=4.5, markevery=max(1, len(x) // 20))

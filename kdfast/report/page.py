@@ -67,24 +67,22 @@ def text_table(runs: Sequence[Run]) -> str:
 def write_report(path: Path, title: str, runs: Sequence[Run], note: str = "") -> None:
     """Write the page to `path`, replacing what was there only when it is complete."""
     figures = [_figure(panel, curves, runs) for panel, curves in panels(runs)]
-    parts = [
-        f"<h1>{html.escape(title)}</h1>",
-        f"<p>{html.escape(note)}</p>" if note else "",
-        _html_table(runs),
-        "<p>KL(true‖…) uses the teacher's own head on evaluation text at temperature 1. The KL the loss sees is not "
-        "evidence of learning where the teacher goes through a projector that is trained: a projected teacher that "
-        "imitates the student makes it small. Its fidelity is KL(true‖projected).</p>",
-        *_health(runs),
-        *(["<h2>Curves</h2>", _legend(runs), '<div class="panels">', *figures, "</div>"] if figures else ()),
-        "<h2>Settings and results</h2>",
-        *(
-            f"<details><summary>{html.escape(run.name)}</summary><pre>"
-            f"{html.escape(json.dumps(run.summary, indent=2, ensure_ascii=False))}</pre></details>"
-            for run in runs
-        ),
-    ]
-    page = Template(PAGE.read_text(encoding="utf-8"))
-    write_text(path, page.substitute(title=html.escape(title), body="\n".join(filter(None, parts)), made_by=MADE_BY))
+    curves = ["<h2>Curves</h2>", _legend(runs), '<div class="panels">', *figures, "</div>"] if figures else []
+    settings = (
+        f"<details><summary>{html.escape(run.name)}</summary><pre>"
+        f"{html.escape(json.dumps(run.summary, indent=2, ensure_ascii=False))}</pre></details>"
+        for run in runs
+    )
+    page = Template(PAGE.read_text(encoding="utf-8")).substitute(
+        made_by=MADE_BY,
+        title=html.escape(title),
+        note=f"<p>{html.escape(note)}</p>" if note else "",
+        table=_html_table(runs),
+        health="\n".join(_health(runs)),
+        curves="\n".join(curves),
+        settings="\n".join(settings),
+    )
+    write_text(path, page)
 
 
 def made_here(path: Path) -> bool:
@@ -144,10 +142,10 @@ MARKERS = {
 
 def _swatch(look: Style) -> str:
     """Return the run's line as it is in the panels."""
-    colour, dashes, marker = look
+    color, dashes, marker = look
     dashed = f' stroke-dasharray="{" ".join(str(2 * d) for d in dashes)}"' if dashes else ""
-    line = f'<line x1="0" y1="6" x2="32" y2="6" stroke="{colour}" stroke-width="2"{dashed}/>'
-    return f'<svg width="32" height="12" aria-hidden="true">{line}{MARKERS[marker].format(colour)}</svg>'
+    line = f'<line x1="0" y1="6" x2="32" y2="6" stroke="{color}" stroke-width="2"{dashed}/>'
+    return f'<svg width="32" height="12" aria-hidden="true">{line}{MARKERS[marker].format(color)}</svg>'
 
 
 def _figure(panel: Panel, curves: Sequence[Curve], runs: Sequence[Run]) -> str:

@@ -134,7 +134,7 @@ def _states(path: Path) -> list[Path]:
 
 
 def _last_state(path: Path) -> dict[str, Any]:
-    """Return the run's own state, or the newest checkpoint's where that is further: it goes on after an earlier end."""
+    """Return the run's own state, or the newest checkpoint's where that is further: a run trained past its end."""
     read = []
     for file in _states(path):
         try:

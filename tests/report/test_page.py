@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from kdfast.report.curves import COLOURS, PANELS, differ_in_tokens, panels, styles
+from kdfast.report.curves import COLORS, PANELS, differ_in_tokens, panels, styles
 from kdfast.report.page import made_here, png_names, table, text_table, write_pngs, write_report
 from kdfast.report.read_runs import Run
 
@@ -112,19 +112,19 @@ def test_runs_that_differ_in_tokens_per_step_are_drawn_over_tokens():
     assert differ_in_tokens([small, large, Run("without a log", [], {})])
 
 
-def test_no_two_of_many_runs_look_the_same_and_seeds_share_a_colour():
+def test_no_two_of_many_runs_look_the_same_and_seeds_share_a_color():
     def looks(names):
         return dict(zip(names, styles([Run(name, [], {}) for name in names]), strict=True))
 
-    many = looks([f"run {i}x" for i in range(4 * len(COLOURS))])
+    many = looks([f"run {i}x" for i in range(4 * len(COLORS))])
     assert len(set(many.values())) == len(many)
     recipes = ("lm_only", "run4", "run5", "true_head")
     for form in ("{0}-seed{1}", "{0}_s{1}", "{0}-{1}", "seed{1}/{0}", "{0}/seed_{1}"):
         seeds = looks([form.format(recipe, seed) for recipe in recipes for seed in range(3)])
         assert len(set(seeds.values())) == 12, form
-        assert {len({seeds[form.format(r, s)].colour for s in range(3)}) for r in recipes} == {1}, form
-    few = looks(["lr-1", "lr-2", "lr-3"])  # a colour for each as long as there are enough
-    assert len({look.colour for look in few.values()}) == 3
+        assert {len({seeds[form.format(r, s)].color for s in range(3)}) for r in recipes} == {1}, form
+    few = looks(["lr-1", "lr-2", "lr-3"])  # a color for each as long as there are enough
+    assert len({look.color for look in few.values()}) == 3
 
 
 def test_pictures_are_those_of_the_panels_with_numbers(tmp_path):
@@ -182,7 +182,7 @@ def test_text_table_is_aligned():
     assert lines[1] == "-" * len(lines[0])
 
 
-@pytest.mark.parametrize("count", [1, 2, 9])  # nine is one more than there are colours
+@pytest.mark.parametrize("count", [1, 2, 9])  # nine is one more than there are colors
 def test_any_number_of_runs(tmp_path, count):
     write_report(tmp_path / "report.html", "t", [Run(f"run {i}", ONE_PANEL, SUMMARY) for i in range(count)])
     text = (tmp_path / "report.html").read_text()
