@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader, RandomSampler
 from transformers import PreTrainedModel, TrainerCallback, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
@@ -238,15 +239,15 @@ class KDTrainer(DurableTrainer):
     def _calibration_batches(self) -> Iterator[dict[str, Any]]:
         """Yield batches of training text, not from the loader, which a run goes through in order."""
         dataset: Any = self.train_dataset
-        size = self.args.per_device_train_batch_size
-        collate = self._get_collator_with_removed_columns(self.data_collator, description="calibration")
-        if hasattr(dataset, "__len__"):
-            order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
-            rows: Iterator[Any] = (dataset[i] for i in order)
-        else:
-            rows = iter(dataset)
-        while batch := list(itertools.islice(rows, size)):
-            yield self._prepare_inputs(collate(batch))
+        order = torch.Generator().manual_seed(0)
+        loader = DataLoader(
+            dataset,
+            self.args.per_device_train_batch_size,
+            sampler=RandomSampler(dataset, generator=order) if hasattr(dataset, "__len__") else None,
+            collate_fn=self._get_collator_with_removed_columns(self.data_collator, description="calibration"),
+            generator=torch.Generator(),  # of its own, so that the run's random states stay as they are
+        )
+        yield from map(self._prepare_inputs, loader)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Create the optimizer, with a learning rate for each part of the model."""

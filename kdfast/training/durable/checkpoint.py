@@ -79,9 +79,9 @@ def rotate(run: Path, limit: int | None, best: str | None) -> None:
         delete(path)
 
 
-def keep_alone(best: Path) -> None:
-    """Delete all checkpoints but the best one."""
-    for path in sort_checkpoints(str(best.parent)):
+def keep_alone(run: Path, best: Path) -> None:
+    """Delete all checkpoints of a run but the best one."""
+    for path in sort_checkpoints(str(run)):
         if not Path(path).samefile(best):
             delete(Path(path))
 

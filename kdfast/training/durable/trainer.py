@@ -59,7 +59,7 @@ class DurableTrainer(Trainer):
         if limit == 1 and (best := self.state.best_model_checkpoint) is not None and Path(best).is_dir():
             self._newest = best
             if self.args.should_save:
-                checkpoint.keep_alone(Path(best))
+                checkpoint.keep_alone(self._run, Path(best))
         return output
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
