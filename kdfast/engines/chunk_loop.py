@@ -3,7 +3,7 @@
 For each chunk of m tokens, with student and projected rows stacked (they share W):
 
     logits            Z  (2m, V) = [h_s; h_p] · Wᵀ        one product, fp32                      2u
-    rows              G  (2m, V) = dL/dZ                  in Z's memory where the dtype is the same
+    row_solver        G  (2m, V) = dL/dZ                  in Z's memory where the dtype is the same
     weight_gradient   dW (V, H) += Gᵀ · [h_s; h_p]        one product, accumulated in fp32       2u
     input_gradients   dX (2m, H) = G · W                  one product                            2u
 
@@ -26,18 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kdfast.ops import matmul
-from kdfast.ops.planning import (
-    active_rows,
-    bytes_per_token,
-    chunk_tokens,
-    decorrelate,
-    grad_flags,
-    gradient_scale,
-    on_cpu,
-    row_stride,
-    total,
-)
+from kdfast.ops import matmul, planning
 from kdfast.ops.problem import PER_TOKEN, Problem, Result
 
 
@@ -77,10 +66,10 @@ class ChunkLoop:
 
     def __init__(self, x: Problem, row_classes: Mapping[str, str]) -> None:
         (N, H), V, device = x.hidden.shape, x.valid_vocab, x.hidden.device
-        self.x, self.wanted, self.scale = x, grad_flags(x), gradient_scale(x)
+        self.x, self.wanted, self.scale = x, planning.grad_flags(x), planning.gradient_scale(x)
         self.weight = x.weight[:V]
         self.stats = torch.zeros((6, N), device=device, dtype=x.dtype)
-        self.rows = resolve_name(row_classes[x.engine])(x, self.scale, self.wanted, self.stats)
+        self.row_solver = resolve_name(row_classes[x.engine])(x, self.scale, self.wanted, self.stats)
 
         def gradient(needed: bool, *shape: int) -> Tensor:
             return torch.zeros(shape if needed else (0,), device=device, dtype=x.dtype)
@@ -92,7 +81,7 @@ class ChunkLoop:
         self.teacher_input = x.need_teacher_hidden and (self.wanted.teacher or self.wanted.anchor)
 
         self.sides = 2 if x.teacher_hidden is not None else 1
-        per_token = bytes_per_token(
+        per_token = planning.bytes_per_token(
             device,
             x.weight.dtype,
             x.largest if x.group else V,  # chunks are the same on all processes
@@ -102,8 +91,8 @@ class ChunkLoop:
             engine=x.engine,
             buffers=2 if x.group else 1,
         )
-        self.tokens = m = chunk_tokens(N, per_token, device, x.scratch_bytes)
-        stride, narrow = row_stride(V, device, x.engine), matmul.gradient_dtype(x.weight.dtype, device)
+        self.tokens = m = planning.chunk_tokens(N, per_token, device, x.scratch_bytes)
+        stride, narrow = planning.row_stride(V, device, x.engine), matmul.gradient_dtype(x.weight.dtype, device)
 
         def scratch(rows: int, dtype: torch.dtype, wanted: bool = True) -> Tensor | None:
             return torch.empty(rows, stride, device=device, dtype=dtype)[:, :V] if wanted else None
@@ -112,7 +101,7 @@ class ChunkLoop:
         self.planes = [scratch(self.sides * m, x.dtype) for _ in range(overlapping)]
         self.narrow = scratch(self.sides * m, narrow, narrow != x.dtype and any(self.wanted))
         self.anchor_plane = scratch(m, narrow, self.wanted.anchor_apart)
-        self.decorrelation = self.stats.new_empty(m) if decorrelate(x) else None
+        self.decorrelation = self.stats.new_empty(m) if planning.decorrelate(x) else None
 
     def chunks(self) -> Iterator[slice]:
         """Yield each chunk's tokens."""
@@ -124,10 +113,10 @@ class ChunkLoop:
         """Multiply the chunk's hidden states with the heads."""
         x, planes, m = self.x, self.planes[buffer], rows.stop - rows.start
         assert planes is not None
-        dropped = on_cpu(x.hidden.device, x.engine)  # the inactive rows, by `on_active_rows`
+        dropped = planning.on_cpu(x.hidden.device, x.engine)  # the inactive rows, by `on_active_rows`
 
         def taken(hidden: Tensor) -> Tensor:
-            return hidden[rows] if dropped else active_rows(hidden[rows], x.active[rows])
+            return hidden[rows] if dropped else planning.active_rows(hidden[rows], x.active[rows])
 
         gradients = (planes if self.narrow is None else self.narrow)[: self.sides * m]
         student, teacher = taken(x.hidden), None if x.teacher_hidden is None else taken(x.teacher_hidden)
@@ -191,13 +180,13 @@ class ChunkLoop:
     def result(self) -> Result:
         """Return loss, statistics and gradients, all chunks having been taken."""
         gradients = (self.d_hidden, self.d_weight, self.d_bias, self.d_teacher)
-        return Result(total(self.x, self.stats), self.stats, *gradients, self.scale, self.stats.new_empty(0))
+        return Result(planning.total(self.x, self.stats), self.stats, *gradients, self.scale, self.stats.new_empty(0))
 
 
 def on_active_rows(x: Problem, run: Callable[[Problem], Result]) -> Result:
     """Return `run(x)`; on a CPU, where looking is free, of the rows that count for something alone, and zeros for the
     others, which a GPU multiplies by zero."""
-    if not on_cpu(x.hidden.device, x.engine):
+    if not planning.on_cpu(x.hidden.device, x.engine):
         return run(x)
     N, index = x.hidden.shape[0], x.active.nonzero().squeeze(1)
     if index.numel() == N:

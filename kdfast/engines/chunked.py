@@ -29,7 +29,7 @@ def _run_chunks(x: Problem) -> Result:
     loop = ChunkLoop(x, ROWS)
     for rows in loop.chunks():
         chunk = loop.logits(rows)
-        loop.rows(rows, chunk.z_s, chunk.z_t, loop.buffers(chunk))
+        loop.row_solver(rows, chunk.z_s, chunk.z_t, loop.buffers(chunk))
         loop.weight_gradient(chunk)
         loop.store(rows, loop.input_gradients(chunk))
     return loop.result()

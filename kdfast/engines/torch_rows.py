@@ -22,6 +22,7 @@ from kdfast.ops.planning import GradFlags, on_cpu
 from kdfast.ops.problem import AGREEMENT, ANCHOR, CE, KD, STUDENT_ENTROPY, TEACHER_ENTROPY, Problem
 
 CPU_BLOCK = 1 << 17  # logits a CPU works on at a time (512 KB in fp32), so that they stay in its cache
+ENTROPY = {CE: STUDENT_ENTROPY, ANCHOR: TEACHER_ENTROPY}  # of the logits that a cross entropy is taken of
 
 
 class TorchRows:
@@ -29,6 +30,7 @@ class TorchRows:
 
     def __init__(self, x: Problem, scale: Tensor, wanted: GradFlags, stats: Tensor) -> None:
         self.x, self.scale, self.wanted, self.stats = x, scale, wanted, stats
+        self.targets = {CE: x.labels if x.use_ce else None, ANCHOR: x.anchor_targets if x.use_anchor else None}
 
     def __call__(self, rows: slice, z_s: Tensor, z_t: Tensor | None, out: GradientBuffers) -> None:
         for part, within in self.blocks(rows):
@@ -61,7 +63,7 @@ class TorchRows:
 
     def _solve(self, rows: slice, z_s: Tensor, z_t: Tensor | None, out: GradientBuffers) -> None:
         x, wanted, stats = self.x, self.wanted, self.stats
-        kd, ce, anchor = self.coefficients(rows)
+        kd = self.coefficients(rows)[KD]
         slopes = self.transform(z_s, z_t)
         z_t = self.teacher_logits(rows, z_t)
         grad_s: Tensor | None = None
@@ -76,17 +78,10 @@ class TorchRows:
             best = sparse.best(x)[rows] if z_t is None else z_t.argmax(dim=-1)
             stats[AGREEMENT, rows] = (shared.argmax(dim=-1) == best).to(stats.dtype)
         if x.use_ce or x.want_metrics:
-            targets = x.labels if x.use_ce else None
-            grad = self._at_temperature_one(
-                rows, z_s, targets, ce, (STUDENT_ENTROPY, CE), gradient=wanted.student and x.ce_term
-            )
-            grad_s = add_shared(grad, grad_s)
+            grad_s = add_shared(self._cross_entropy(rows, z_s, CE, wanted.student and x.ce_term), grad_s)
         if z_t is not None and (x.use_anchor or x.want_metrics):
-            targets = x.anchor_targets if x.use_anchor else None
-            grad_a = self._at_temperature_one(
-                rows, z_t, targets, anchor, (TEACHER_ENTROPY, ANCHOR), gradient=wanted.anchor
-            )
-        self.write(out, grad_s, grad_t, grad_a, *slopes)
+            grad_a = self._cross_entropy(rows, z_t, ANCHOR, wanted.anchor)
+        self.write(out, (grad_s, grad_t, grad_a), slopes)
 
     def _divergence(self, z_s: Tensor, z_t: Tensor, coefficient: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return (divergence (r,), coefficient·∂/∂z_s, coefficient·∂/∂z_t)."""
@@ -128,43 +123,30 @@ class TorchRows:
             softmax = torch.exp(scaled.sub_(rest[:, None]), out=softmax)
         return found.value, times(softmax, found.outside[:, None]).scatter_(1, index, found.inside)
 
-    def _at_temperature_one(
-        self,
-        rows: slice,
-        z: Tensor,
-        targets: Tensor | None,
-        coefficient: Tensor,
-        statistics: tuple[int, int],  # where entropy and cross entropy go
-        *,
-        gradient: bool,
-    ) -> Tensor | None:
-        """Fill the statistics; return coefficient·(softmax − onehot) (r, V) where there are targets (N,) and it is
-        wanted."""
-        entropy, cross_entropy = statistics
+    def _cross_entropy(self, rows: slice, z: Tensor, term: int, gradient: bool) -> Tensor | None:
+        """Fill the statistics at τ = 1 of the logits that `term`, CE or ANCHOR, is taken of; return
+        coefficient·(softmax − onehot) (r, V) where that is wanted."""
         log_q = z.log_softmax(dim=-1)
+        targets = self.targets[term]
         index = None if targets is None else targets[rows, None]
         if index is not None:
-            self.stats[cross_entropy, rows] = -log_q.gather(1, index).squeeze(1)
+            self.stats[term, rows] = -log_q.gather(1, index).squeeze(1)
         if not (self.x.want_metrics or gradient):
             return None
         q = log_q.exp()
         if self.x.want_metrics:
-            self.stats[entropy, rows] = -weighted(q, log_q).sum(dim=-1)
+            self.stats[ENTROPY[term], rows] = -weighted(q, log_q).sum(dim=-1)
         if not gradient or index is None:
             return None
+        coefficient = self.coefficients(rows)[term]
         return q.mul_(coefficient).scatter_add_(1, index, -coefficient)
 
     def write(
-        self,
-        out: GradientBuffers,
-        grad_s: Tensor | None,
-        grad_t: Tensor | None,
-        grad_a: Tensor | None,
-        slope_s: Tensor | None,
-        slope_t: Tensor | None,
+        self, out: GradientBuffers, gradients: tuple[Tensor | None, ...], slopes: tuple[Tensor | None, ...]
     ) -> None:
-        """Write gradients towards some rows' logits, of student, teacher and anchor (r, ≤ V), into their buffers."""
-        x = self.x
+        """Write gradients towards some rows' logits, of student, teacher and anchor (r, ≤ V), into their buffers.
+        slopes: of student and teacher, as `transform` returns them."""
+        (grad_s, grad_t, grad_a), (slope_s, slope_t), x = gradients, slopes, self.x
         _chain(grad_s, slope_s, x.logit_scale)
         _chain(grad_t, slope_t, x.teacher_logit_scale)
         _chain(grad_a, slope_t, x.teacher_logit_scale)

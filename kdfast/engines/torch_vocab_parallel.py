@@ -19,13 +19,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kdfast.divergences import ForwardKL, ReverseKL, difference, log_ratio, weighted
 from kdfast.engines.chunk_loop import GradientBuffers
-from kdfast.engines.torch_rows import TorchRows, add_shared, center, slope_of, times
+from kdfast.engines.torch_rows import ENTROPY, TorchRows, add_shared, center, slope_of, times
 from kdfast.ops import sparse
 from kdfast.ops.planning import GradFlags
-from kdfast.ops.problem import AGREEMENT, ANCHOR, CE, KD, STUDENT_ENTROPY, TEACHER_ENTROPY, Problem
+from kdfast.ops.problem import AGREEMENT, ANCHOR, CE, KD, Problem
 
 LOWEST = -1e30  # below any logit, yet finite: the maximum of nothing
 
@@ -104,7 +105,7 @@ class TorchVocabParallelRows(TorchRows):
         self.kl = isinstance(x.divergence, (ForwardKL, ReverseKL))
         self.forward_kl = isinstance(x.divergence, ForwardKL)
         self.second_pass = self.teacher and not self.kl
-        self.labels, self.anchor_targets = x.local(x.labels), x.local(x.anchor_targets)
+        self.targets = {term: x.local(targets) for term, targets in self.targets.items()}
 
     # first pass
 
@@ -120,14 +121,14 @@ class TorchVocabParallelRows(TorchRows):
         self.transform(z_s, z_t)
         z_t = self.teacher_logits(rows, z_t)
         shared = z_s[:, : x.kd_vocab]
-        student, x_s, e_s = self._side(rows, shared, z_s, self.labels if x.use_ce else None)
+        student, x_s, e_s = self._side(rows, shared, z_s, CE)
         zero = z_s.new_zeros(z_s.shape[0])
         state = State(student, Side(*[zero] * 7), zero, zero, z_s.new_empty(0, z_s.shape[0]))
         if x.sparse:
             return self._sparse_state(rows, shared, state)
         if z_t is None:
             return state
-        teacher, x_t, e_t = self._side(rows, z_t, z_t, self.anchor_targets if x.use_anchor else None)
+        teacher, x_t, e_t = self._side(rows, z_t, z_t, ANCHOR)
         if not self.kl:
             return state._replace(teacher=teacher)
         (x_b, e_b), (x_o, e_o) = ((x_t, e_t), (x_s, e_s)) if self.forward_kl else ((x_s, e_s), (x_t, e_t))
@@ -135,9 +136,9 @@ class TorchVocabParallelRows(TorchRows):
         G, D = weighted(e_b, u).sum(dim=-1), difference(e_b, e_o, u).sum(dim=-1)
         return state._replace(teacher=teacher, G=G, D=D)
 
-    def _side(self, rows: slice, z: Tensor, z_1: Tensor, targets: Tensor | None) -> tuple[Side, Tensor, Tensor]:
-        """Return a side's numbers of logits z (r, v), at τ = 1 of z_1 (r, ≥ v); x and e of z. targets (N,): local."""
-        metrics = self.x.want_metrics
+    def _side(self, rows: slice, z: Tensor, z_1: Tensor, term: int) -> tuple[Side, Tensor, Tensor]:
+        """Return a side's numbers of logits z (r, v), at τ = 1 of z_1 (r, ≥ v) for `term`, CE or ANCHOR; x, e of z."""
+        metrics, targets = self.x.want_metrics, self.targets[term]
         m, S, x, e = _exponentials(z, self.tau)
         zero = torch.zeros_like(m)
         side = Side(m, S, _argmax(z) + self.x.vocab_start if metrics else zero, m, zero, zero, zero)
@@ -160,7 +161,7 @@ class TorchVocabParallelRows(TorchRows):
         log_s, log_t = student.S.log(), teacher.S.log()
         m_1, log_1 = student.m, log_s
         if x.use_ce or x.want_metrics:
-            m_1, log_1 = self._merge_at_one(rows, of.student, STUDENT_ENTROPY, CE if x.use_ce else None)
+            m_1, log_1 = self._merge_at_one(rows, of.student, CE)
         zero = torch.zeros_like(log_s)
         constants = Constants(
             m_s=student.m, log_s=log_s, m_t=teacher.m, log_t=log_t, gap=log_t - log_s, A_p=zero, A_q=zero, m_1=m_1,
@@ -174,7 +175,7 @@ class TorchVocabParallelRows(TorchRows):
             stats[KD, rows] = found.value
             return constants._replace(inside=found.inside.t(), outside=found.outside)
         if self.teacher and (x.use_anchor or x.want_metrics):
-            _, log_t1 = self._merge_at_one(rows, of.teacher, TEACHER_ENTROPY, ANCHOR if x.use_anchor else None)
+            _, log_t1 = self._merge_at_one(rows, of.teacher, ANCHOR)
             constants = constants._replace(log_t1=log_t1)
         if not self.teacher or not self.kl:
             return constants
@@ -183,17 +184,16 @@ class TorchVocabParallelRows(TorchRows):
         stats[KD, rows] = value
         return constants._replace(gap=-rise, A_p=value) if self.forward_kl else constants._replace(gap=rise, A_q=value)
 
-    def _merge_at_one(self, rows: slice, side: Side, entropy: int, term: int | None) -> tuple[Tensor, Tensor]:
-        """Return (maximum, log Σ exp) at τ = 1 of all slices; fill the statistics, the cross entropy's where `term`
-        says which it is."""
-        all_ = _merged(side.m_1, side.S_1, torch.ones_like(self.tau))
-        log = all_.S.log()
+    def _merge_at_one(self, rows: slice, side: Side, term: int) -> tuple[Tensor, Tensor]:
+        """Return (maximum, log Σ exp) at τ = 1 of all slices; fill the statistics of `term`, CE or ANCHOR."""
+        whole = _merged(side.m_1, side.S_1, torch.ones_like(self.tau))
+        log = whole.S.log()
         if self.x.want_metrics:
-            E = _scaled(all_.r, side.E_1 + all_.move * side.S_1).sum(dim=0)
-            self.stats[entropy, rows] = log - E / all_.S
-        if term is not None:
-            self.stats[term, rows] = log - (side.target.sum(dim=0) - all_.m)
-        return all_.m, log
+            E = _scaled(whole.r, side.E_1 + whole.move * side.S_1).sum(dim=0)
+            self.stats[ENTROPY[term], rows] = log - E / whole.S
+        if self.targets[term] is not None:
+            self.stats[term, rows] = log - (side.target.sum(dim=0) - whole.m)
+        return whole.m, log
 
     # second pass
 
@@ -225,9 +225,8 @@ class TorchVocabParallelRows(TorchRows):
         self, rows: slice, z_s: Tensor, z_t: Tensor | None, constants: Constants, out: GradientBuffers
     ) -> None:
         x, wanted = self.x, self.wanted
-        kd, ce, anchor = self.coefficients(rows)
-        slope_s = slope_of(z_s, x.softcap)
-        slope_t = None if z_t is None else slope_of(z_t, x.teacher_softcap)
+        kd = self.coefficients(rows)[KD]
+        slopes = slope_of(z_s, x.softcap), None if z_t is None else slope_of(z_t, x.teacher_softcap)
         z_t = self.teacher_logits(rows, z_t)
         grad_s: Tensor | None = None
         grad_t: Tensor | None = None
@@ -243,11 +242,20 @@ class TorchVocabParallelRows(TorchRows):
             if wanted.teacher:
                 grad_t = times(center(a_p, p, divergence.centred_p, constants.A_p), factor)
         if wanted.student and x.ce_term:
-            whole = _cross_entropy_gradient(z_s, constants.m_1, constants.log_1, self.labels, rows, ce)
-            grad_s = add_shared(whole, grad_s)
+            grad_s = add_shared(self._softmax_less_onehot(rows, z_s, constants.m_1, constants.log_1, CE), grad_s)
         if z_t is not None and wanted.anchor:
-            grad_a = _cross_entropy_gradient(z_t, constants.m_t, constants.log_t1, self.anchor_targets, rows, anchor)
-        self.write(out, grad_s, grad_t, grad_a, slope_s, slope_t)
+            grad_a = self._softmax_less_onehot(rows, z_t, constants.m_t, constants.log_t1, ANCHOR)
+        self.write(out, (grad_s, grad_t, grad_a), slopes)
+
+    def _softmax_less_onehot(self, rows: slice, z: Tensor, m: Tensor, log: Tensor, term: int) -> Tensor:
+        """Return coefficient·(softmax − onehot) of the CE or ANCHOR term."""
+        coefficient, targets = self.coefficients(rows)[term], self.targets[term]
+        assert targets is not None
+        grad = (z - m[:, None]).sub_(log[:, None]).exp_().mul_(coefficient)
+        index, here = targets[rows, None].clamp_min(0), targets[rows, None] >= 0
+        if grad.shape[1]:
+            grad.scatter_add_(1, index, torch.where(here, -coefficient, 0.0))
+        return grad
 
     def _probabilities(self, z_s: Tensor, z_t: Tensor, constants: Constants) -> tuple[Tensor, Tensor, Tensor]:
         """Return (p, q, g = log p − log q) at τ."""
@@ -262,60 +270,35 @@ class TorchVocabParallelRows(TorchRows):
 
     def _sparse_state(self, rows: slice, z: Tensor, state: State) -> State:
         """Return `state` with the logits at the entries and, where there is one, the bucket."""
-        index, here = self._here(rows)
+        index = self._entries_here(rows)
         entries = torch.zeros_like(index, dtype=z.dtype)
         if z.shape[1]:
-            entries = torch.where(here, z.gather(1, index), 0)
+            entries = torch.where(index < z.shape[1], z.gather(1, index.clamp_max(z.shape[1] - 1)), 0)
         state = state._replace(entries=entries.t())
         excluded = sparse.excluded(self.x)
         if excluded is None:
             return state
-        if z.shape[1]:
-            # an entry without mass keeps its logit: its id is written with what some other entry there would write
-            within = torch.where(excluded[rows], -inf, entries)
-            z = scatter_here(z.clone(), index, here, within)
-        m, S, _, _ = _exponentials(z, self.tau)
+        # an entry without mass keeps its logit: its id is written with what some other entry there would write
+        m, S, _, _ = _exponentials(_scattered(z, index, torch.where(excluded[rows], -inf, entries)), self.tau)
         return state._replace(teacher=state.teacher._replace(m=m, S=S))
 
-    def _here(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """Return (r, K): the entries' addresses in the slice, a valid one where they are elsewhere; which are not."""
+    def _entries_here(self, rows: slice) -> Tensor:
+        """Return (r, K): the entries' addresses in the slice; one past its end where they are elsewhere."""
         local = self.x.local(self.x.entries[0][rows])
         assert local is not None
-        here = (local >= 0) & (local < self.x.kd_vocab)
-        return torch.where(here, local, 0), here
+        return torch.where((local >= 0) & (local < self.x.kd_vocab), local, self.x.kd_vocab)
 
     def _sparse_gradient(self, rows: slice, z: Tensor, constants: Constants) -> Tensor:
         bucket = self.x.teacher_tail == "bucket"
         m, log = (constants.m_t, constants.log_t) if bucket else (constants.m_s, constants.log_s)
         softmax = ((z - m[:, None]) / self.tau - log[:, None]).exp_()
         grad = times(softmax, constants.outside[:, None])
-        if not grad.shape[1]:
-            return grad
-        index, here = self._here(rows)
-        return scatter_here(grad, index, here, constants.inside.t())
+        return _scattered(grad, self._entries_here(rows), constants.inside.t())
 
 
-def scatter_here(z: Tensor, index: Tensor, here: Tensor, values: Tensor) -> Tensor:
-    """Set z[n, index_nk] = values_nk where here_nk, in place. Those form one run in each row, and equal addresses hold
-    equal values: the others write once more what the nearest of the run does, or what is there, where it is empty."""
-    K = index.shape[1]
-    first = here.to(torch.int64).argmax(dim=1, keepdim=True)
-    last = first + here.sum(dim=1, keepdim=True) - 1
-    position = torch.arange(K, device=z.device).clamp(first, last.clamp_min(first))
-    index, values = index.gather(1, position), values.gather(1, position)
-    return z.scatter_(1, index, torch.where(last >= first, values, z.gather(1, index)))
-
-
-def _cross_entropy_gradient(
-    z: Tensor, m: Tensor, log: Tensor, targets: Tensor | None, rows: slice, coefficient: Tensor
-) -> Tensor:
-    """Return coefficient·(softmax − onehot). targets (N,): local."""
-    grad = (z - m[:, None]).sub_(log[:, None]).exp_().mul_(coefficient)
-    assert targets is not None
-    index, here = targets[rows, None].clamp_min(0), targets[rows, None] >= 0
-    if grad.shape[1]:
-        grad.scatter_add_(1, index, torch.where(here, -coefficient, 0.0))
-    return grad
+def _scattered(z: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    """Return z (r, v) with values_nk at index_nk; an index v writes nowhere. Equal indices have equal values."""
+    return pad(z, (0, 1)).scatter_(1, index, values)[:, :-1]
 
 
 def _maximum(z: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ A softmax over the whole vocabulary needs something of every slice. For each chu
 
 No collective is waited for where it starts: while the numbers of a chunk are on their way, the one before has its
 gradients and products taken; while the terms are, and the sums of dX, the next chunk's logits. That takes two chunks'
-logits at a time, in half the chunk each.
+logits at a time, in half the chunk solver.
 
 A row is R·15·4 bytes gathered (with K more numbers for a sparse teacher's entries) and 2·H·4 of each side's dX summed;
 its logits in the slices of all would be 2·V·4. docs/scaling.md counts them.
@@ -71,17 +71,17 @@ class _Waiting(NamedTuple):
 def run_chunks(x: Problem) -> Result:
     """Return loss, statistics and scaled gradients of `x`, of whose vocabulary a slice is here."""
     loop = ChunkLoop(x, ROWS)
-    each: VocabParallelRows = loop.rows
+    solver: VocabParallelRows = loop.row_solver
     waiting: _Waiting | None = None
     sums: list[tuple[slice, Pending]] = []  # dX under way
     for i, rows in enumerate(loop.chunks()):
         chunk = loop.logits(rows, i % 2)
-        states = collectives.all_gather(each.update(rows, chunk.z_s, chunk.z_t), x.group)
+        states = collectives.all_gather(solver.update(rows, chunk.z_s, chunk.z_t), x.group)
         _finish(loop, waiting, sums)
-        constants = each.merge(rows, states.wait())
+        constants = solver.merge(rows, states.wait())
         terms: Pending | None = None
-        if each.second_pass:
-            terms = collectives.all_gather(each.terms(rows, chunk.z_s, chunk.z_t, constants), x.group)
+        if solver.second_pass:
+            terms = collectives.all_gather(solver.terms(rows, chunk.z_s, chunk.z_t, constants), x.group)
         waiting = _Waiting(chunk, constants, terms)
     _finish(loop, waiting, sums)
     for rows, d_inputs in sums:
@@ -93,12 +93,12 @@ def _finish(loop: ChunkLoop, waiting: _Waiting | None, sums: list[tuple[slice, P
     """Take a chunk's gradients; store dX of the one before it."""
     if waiting is None:
         return
-    each, chunk, constants = loop.rows, waiting.chunk, waiting.constants
+    solver, chunk, constants = loop.row_solver, waiting.chunk, waiting.constants
     if waiting.terms is not None:
-        constants = each.merge_terms(chunk.rows, waiting.terms.wait(), constants)
+        constants = solver.merge_terms(chunk.rows, waiting.terms.wait(), constants)
     if not any(loop.wanted):
         return
-    each.gradients(chunk.rows, chunk.z_s, chunk.z_t, constants, loop.buffers(chunk))
+    solver.gradients(chunk.rows, chunk.z_s, chunk.z_t, constants, loop.buffers(chunk))
     loop.weight_gradient(chunk)
     d_inputs = loop.input_gradients(chunk)
     while sums:
