@@ -78,7 +78,10 @@ DYNAMIC = [("eager", "torch", kind) for kind in KINDS if kind != "hidden"] + [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("backend", "engine", "kind"), DYNAMIC)
+@pytest.mark.parametrize(
+    ("backend", "engine", "kind"),
+    [pytest.param(*case, marks=() if case[2] in ("projected", "head") else pytest.mark.slow) for case in DYNAMIC],
+)
 def test_compiled_once_for_any_number_of_tokens_and_any_tensor_weight(backend, engine, kind):
     compiled = torch.compile(fused_kd_loss, fullgraph=True, backend=backend, dynamic=True)
     for n in (6, 9, 4):

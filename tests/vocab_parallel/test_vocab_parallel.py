@@ -138,6 +138,7 @@ def test_second_backward(pool, reduction):
             torch.testing.assert_close(both, 2 * first, rtol=1e-12, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["torch", "triton_tiled"])
 def test_compiled_in_one_graph(pool, engine):
     for (eager, eager_gradients), (compiled, compiled_gradients) in pool.run(2, meshes.compiled, engine):
