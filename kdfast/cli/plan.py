@@ -54,49 +54,54 @@ def plan(**options: Any) -> int:
     memory = parse_size("--memory", args.memory) if args.memory else None
     shape, resident, per_token, note = _problem(args)
     left = None if memory is None else memory - sum(resident.values())
-    rows: dict[str, dict[str, Any]] = {}
+    methods = []
     for name in METHODS:
         if (total := total_bytes(name, shape)) is not None:
             most = None if left is None else largest_tokens(name, shape, left, bytes_per_token=per_token)
             peak = total - shape.inputs - shape.gradients
-            rows[name] = {"peak_bytes": peak, "total_bytes": total, "largest_tokens": most}
+            methods.append({"method": name, "peak_bytes": peak, "total_bytes": total, "largest_tokens": most})
     own = portion(shape)
     available = 1 << 100 if left is None else left - shape.tokens * per_token
     fitting = fitting_portion(shape, available)
     larger = larger_portions(shape, available) if fitting == own and own.engine != "triton_tiled" else []
+    found = {
+        "shape": {**vars(shape), "dtype": args.dtype},
+        "inputs_bytes": shape.inputs,
+        "gradients_bytes": shape.gradients,
+        "memory_bytes": memory,
+        "resident": resident,
+        "resident_bytes_per_token": per_token,
+        "methods": methods,
+        "auto": own.engine,
+        "portion": vars(own),
+        "fitting": fitting and vars(fitting),
+        "larger": [vars(one) for one in larger],
+        "measured": False,
+    }
     if args.json:
-        found = {
-            "shape": {**vars(shape), "dtype": args.dtype},
-            "inputs_bytes": shape.inputs,
-            "gradients_bytes": shape.gradients,
-            "memory_bytes": memory,
-            "resident": resident,
-            "resident_bytes_per_token": per_token,
-            "methods": [{"method": name, **row} for name, row in rows.items()],
-            "auto": own.engine,
-            "portion": vars(own),
-            "fitting": fitting and vars(fitting),
-            "larger": [vars(one) for one in larger],
-            "measured": False,
-        }
         print(json.dumps(found, indent=1))
-        return 0
-    width = "no teacher" if shape.teacher == "none" else f"Ht={shape.teacher_width}, " + (
-        "projected" if shape.teacher == "projected" else "its own head"
-    )  # fmt: skip
-    print(f"N={shape.tokens} V={shape.vocab} Hs={shape.student_width} {width}, {args.dtype} on {shape.device}")
-    print(f"inputs {_size(shape.inputs)}, gradients {_size(shape.gradients)}{note}")
-    for what, size in resident.items():
+    else:
+        _print(found, note)
+        print("\n" + "\n".join(_advice(shape.tokens, own, fitting, larger, None if memory is None else available)))
+        print(NOTES)
+    return 0
+
+
+def _print(found: dict[str, Any], note: str) -> None:
+    """Print the table."""
+    x, memory, per_token = found["shape"], found["memory_bytes"], found["resident_bytes_per_token"]
+    kind = {"projected": "Ht={}, projected", "head": "Ht={}, its own head", "none": "no teacher"}[x["teacher"]]
+    width = kind.format(x["teacher_width"])
+    print(f"N={x['tokens']} V={x['vocab']} Hs={x['student_width']} {width}, {x['dtype']} on {x['device']}")
+    print(f"inputs {_size(found['inputs_bytes'])}, gradients {_size(found['gradients_bytes'])}{note}")
+    for what, size in found["resident"].items():
         print(f"{what}: {_size(size)}")
     if per_token:
-        print(f"student's activations: {_size(shape.tokens * per_token)}, {per_token / 1024:.0f} KiB per token")
+        print(f"student's activations: {_size(x['tokens'] * per_token)}, {per_token / 1024:.0f} KiB per token")
     print(f"\n{'':16}{'peak':>11}{'total':>11}" + ("" if memory is None else f"{'largest N':>12} of {_size(memory)}"))
-    for name, row in rows.items():
+    for row in found["methods"]:
         fits = "" if memory is None else f"{row['largest_tokens']:12}"
-        print(f"{name:16}{_size(row['peak_bytes']):>11}{_size(row['total_bytes']):>11}{fits}")
-    print("\n" + "\n".join(_advice(shape, own, fitting, larger, None if memory is None else available)))
-    print(NOTES)
-    return 0
+        print(f"{row['method']:16}{_size(row['peak_bytes']):>11}{_size(row['total_bytes']):>11}{fits}")
 
 
 def parse_size(argument: str, text: str) -> int:
@@ -109,9 +114,41 @@ def parse_size(argument: str, text: str) -> int:
 
 
 def _problem(args: argparse.Namespace) -> tuple[Shape, dict[str, int], int, str]:
-    """Return the shape, {what else is resident: bytes}, bytes that each token adds, and a note; by names or widths."""
-    widths = [args.student_width, args.teacher_width, args.vocab]
-    resident, per_token, note = {"given with --resident": parse_size("--resident", args.resident)}, 0, ""
+    """Return the shape, {what else is resident: bytes}, bytes that each token adds, and a note."""
+    student, teacher = _models(args)
+    resident = {
+        "given with --resident": parse_size("--resident", args.resident),
+        "student's parameters, fp32": 4 * student.parameters,
+        "their gradients, fp32": 4 * student.parameters,
+        "optimizer state": args.optimizer_bytes * student.parameters,
+        "autocast's copies of weights": student.autocast_bytes,
+    }
+    note = ""
+    if teacher is not None:
+        # a head of its own is an input of the loss, counted there
+        head = teacher.width * teacher.vocab if args.kind == "head" and not teacher.head_tied else 0
+        resident["teacher's parameters, 16 bits"] = 2 * (teacher.parameters - head)
+        if teacher.vocab != student.vocab:
+            note = f"\nthe teacher's vocabulary is {teacher.vocab}: planned for the student's (vocab='truncate')"
+    try:
+        shape = Shape(
+            tokens=args.tokens,
+            vocab=student.vocab,
+            student_width=student.width,
+            teacher_width=0 if teacher is None else teacher.width,
+            dtype=getattr(torch, args.dtype),
+            device=args.device,
+            teacher="none" if teacher is None else args.kind,
+            scratch_bytes=args.scratch_bytes,
+        )
+    except ValueError as error:
+        raise UserError(f"plan: {error}") from error
+    return shape, {what: size for what, size in resident.items() if size > 0}, student.activation_bytes, note
+
+
+def _models(args: argparse.Namespace) -> tuple[Model, Model | None]:
+    """Return student and teacher, by name; or by their widths, of no parameters."""
+    widths = (args.student_width, args.teacher_width, args.vocab)
     if args.student is None:
         if args.student_width is None or args.vocab is None:
             raise UserError(
@@ -120,47 +157,14 @@ def _problem(args: argparse.Namespace) -> tuple[Shape, dict[str, int], int, str]
             )
         if args.teacher is not None:
             raise UserError(f"plan: --teacher {args.teacher} with --student-width; expected --teacher-width beside it")
-    else:
-        if any(width is not None for width in widths):
-            raise UserError(
-                "plan: --student with --student-width, --teacher-width or --vocab; expected one or the other"
-            )
-        student = _model(args.student, "--student", args)
-        teacher = None if args.teacher is None else _model(args.teacher, "--teacher", args)
-        widths = [student.width, None if teacher is None else teacher.width, student.vocab]
-        resident |= {
-            "student's parameters, fp32": 4 * student.parameters,
-            "their gradients, fp32": 4 * student.parameters,
-            "optimizer state": args.optimizer_bytes * student.parameters,
-            "autocast's copies of weights": student.autocast_bytes,
-        }
-        if teacher is not None:
-            # a head of its own is an input of the loss, counted there
-            head = teacher.width * teacher.vocab if args.kind == "head" and not teacher.head_tied else 0
-            resident["teacher's parameters, 16 bits"] = 2 * (teacher.parameters - head)
-            if teacher.vocab != student.vocab:
-                note = f"\nthe teacher's vocabulary is {teacher.vocab}: planned for the student's (vocab='truncate')"
-        per_token = student.activation_bytes
+        teacher = None if args.teacher_width is None else Model(args.teacher_width, args.vocab)
+        return Model(args.student_width, args.vocab), teacher
+    if any(width is not None for width in widths):
+        raise UserError("plan: --student with --student-width, --teacher-width or --vocab; expected one or the other")
+    kept = {"sequence_length": args.sequence_length, "checkpointing": args.gradient_checkpointing}
     try:
-        shape = Shape(
-            tokens=args.tokens,
-            vocab=widths[2],
-            student_width=widths[0],
-            teacher_width=widths[1] or 0,
-            dtype=getattr(torch, args.dtype),
-            device=args.device,
-            teacher="none" if widths[1] is None else args.kind,
-            scratch_bytes=args.scratch_bytes,
-        )
-    except ValueError as error:
-        raise UserError(f"plan: {error}") from error
-    return shape, {what: size for what, size in resident.items() if size}, per_token, note
-
-
-def _model(name: str, option: str, args: argparse.Namespace) -> Model:
-    try:
-        length = args.sequence_length if option == "--student" else 0
-        return describe(name, option, sequence_length=length, checkpointing=args.gradient_checkpointing)
+        student = describe(args.student, "--student", **kept)
+        return student, None if args.teacher is None else describe(args.teacher, "--teacher")
     except ModuleNotFoundError as error:
         raise UserError(
             "plan: --student needs transformers: pip install 'kdfast[train]', or give --student-width, "
@@ -171,14 +175,14 @@ def _model(name: str, option: str, args: argparse.Namespace) -> Model:
 
 
 def _advice(
-    shape: Shape, own: Portion, fitting: Portion | None, larger: list[Portion], available: int | None
+    tokens: int, own: Portion, fitting: Portion | None, larger: list[Portion], available: int | None
 ) -> list[str]:
     """Say which engine `auto` takes, and with which scratch N fits. available: bytes for this N, None = not known."""
     of = "slabs" if own.engine == "triton_tiled" else "chunks"
     scratch = f"{_size(own.scratch_bytes)} of scratch" if own.scratch_bytes else "the default scratch"
     lines = [f"auto takes {own.engine}: {own.passes} {of} with {scratch}, {_size(own.total_bytes)} in all."]
     if fitting is None:
-        lines.append(f"N={shape.tokens} does not fit in the {_size(max(0, available or 0))} that are left, whatever "
+        lines.append(f"N={tokens} does not fit in the {_size(max(0, available or 0))} that are left, whatever "
                      "scratch it gets: take fewer tokens a step (gradient accumulation).")  # fmt: skip
     elif fitting != own:
         lines.append(f"It does not fit. KDFAST_SCRATCH_BYTES={fitting.scratch_bytes} (or scratch_bytes=) makes it "

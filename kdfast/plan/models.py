@@ -25,8 +25,8 @@ BY_WIDTHS = "--student-width, --teacher-width and --vocab instead"
 class Model:
     width: int
     vocab: int  # rows of the head
-    parameters: int  # a tied embedding once
-    head_tied: bool
+    parameters: int = 0  # a tied embedding once
+    head_tied: bool = True
     activation_bytes: int = 0  # per token, kept for the backward
     autocast_bytes: int = 0  # bf16 copies of weights
 
