@@ -1,10 +1,10 @@
-"""What processes with a slice of the vocabulary each must agree on.
+"""What the processes that share a vocabulary must agree on.
 
-The first call with a set of slices, and of its kind, is compared on all processes: the slices are the vocabulary
+The first call with a set of slices, and of its kind, is compared on all processes: the slices make up the vocabulary
 without a gap or an overlap, and the calls have as many rows, the same labels, weights, sparse entries and options, and
-hidden states that agree in a few places. What one process refuses then is an error on all. The group remembers it, so
-that later calls neither communicate nor wait; KDFAST_CHECK=1, on every process, compares every call. A compiled graph
-compares slices and kind of call while it is traced.
+hidden states that agree in a few places. An argument that one process refuses then is an error on all of them. The
+group remembers the comparison, so later calls neither communicate nor wait; KDFAST_CHECK=1, on every process, compares
+every call. A compiled graph compares slices and kind of call while it is traced.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from kdfast.ops import autocast, collectives
 NO_ENTRIES = -1  # of the vocabulary, in a teacher without logits or a head of its own
 PROBES = 8  # hidden states that are compared, of each side
 KIND_OF_CALL = "the kind of call (options, the teacher's kind, dtypes, what requires grad, the scratch budget)"
-OWN = (  # options that are a step's own, or a process's
+VARYING = (  # options that differ from step to step, or between processes
     "temperature", "kd_weight", "num_items_in_batch", "ignore_index", "temperature_squared", "process_group",
     "vocab_start",
 )  # fmt: skip
-EQUAL = (  # what `_values` has a number of
+EQUAL = (  # what `_values` has one number for
     "the number of rows of student: Head.hidden",
     "labels or anchor_targets",
     "token_weights or kd_token_weights",
@@ -59,8 +59,8 @@ def agree_on_slices(
 ) -> tuple[Vocabulary, bool]:
     """Return the vocabulary that all slices make up, and whether the rest of this call is compared too.
 
-    Raises `refused`, this process's own error, where it has one, and a ValueError on every process for slices that do
-    not fit. Others learn of `refused` where they compare: it is not known to what call it belongs.
+    Raises a ValueError on every process for slices that do not fit, and `refused`, this process's own error, if there
+    is one. The others learn of that if they compare: with KDFAST_CHECK=1, or while the group knows no slices yet.
     """
     device = hidden.device if isinstance(hidden, Tensor) else torch.device("cpu")
     readable = isinstance(hidden, Tensor) and has_values(hidden)
@@ -75,7 +75,7 @@ def agree_on_slices(
 
 @contextmanager
 def raise_on_all_ranks(x: Arguments) -> Iterator[None]:
-    """Raise an error of the checks inside on all processes, and compare what they call with, where `x.compare`."""
+    """Where `x.compare`: raise an error of the checks inside on all processes, then compare what they call with."""
     if not x.compare:
         yield
         return
@@ -99,7 +99,7 @@ def kind_of_call(student: Head, teacher: Any, labels: Any, options: Options) -> 
     found.append(_kind("labels", labels))
     for source in (student, teacher, options):
         if source is not None:
-            names = [field.name for field in fields(source) if field.name not in OWN]
+            names = [field.name for field in fields(source) if field.name not in VARYING]
             found += [_kind(name, getattr(source, name)) for name in names]
     trained = [student.hidden, student.weight, student.bias]
     if isinstance(teacher, Projected):
@@ -125,7 +125,7 @@ def _key(mine: tuple[int, ...], kind_of_call: tuple[Any, ...]) -> tuple[str, str
 def _vocabulary(
     name: str, mine: tuple[int, ...], kind_of_call: tuple[Any, ...], device: torch.device, anew: bool
 ) -> Vocabulary:
-    """Return the vocabulary of the slices in the group of that name, remembered, or exchanged where it is `anew`."""
+    """Return the vocabulary of the named group's slices: the remembered one, or, if `anew`, one exchanged again."""
     group = collectives.named(name)
     known, key = _known.setdefault(group, {}), _key(mine, kind_of_call)
     if anew or key not in known:
@@ -143,7 +143,7 @@ _vocabulary._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _of_slices(name: str, mine: Slice, slices: list[Slice]) -> Vocabulary:
-    """Return the vocabulary of all ranks' slices. Raises ValueError where they are none."""
+    """Return the vocabulary that the ranks' slices make up. Raises ValueError where they overlap or leave a gap."""
     for rank, each in enumerate(slices):
         if each.claimed != each.start:
             raise ValueError(
@@ -217,7 +217,7 @@ def _values(x: Arguments) -> list[float]:
 
 
 def _checksum(*values: Any) -> float:
-    """Return one of tensors' values, and of the text of anything else."""
+    """Return a checksum of the values of tensors and the text of anything else."""
     total = 0
     for value in values:
         if isinstance(value, Tensor):

@@ -26,9 +26,11 @@ class Vocabulary(NamedTuple):
 
 
 class Arguments(NamedTuple):
+    """What `fused_kd_loss` was called with, on this process."""
+
     student: Head
     teacher: Teacher | None
     labels: Tensor | None
     options: Options
     vocabulary: Vocabulary
-    compare: bool = False  # with those of the group's other processes
+    compare: bool = False  # this call with those of the group's other processes

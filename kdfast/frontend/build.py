@@ -23,7 +23,7 @@ def build_problem(x: Arguments) -> tuple[Problem, Tensor]:
     options, vocabulary = x.options, x.vocabulary
     student = _autocast(x.student)
     hidden = _flat(student.hidden)
-    N, device = len(hidden), hidden.device
+    N, device = hidden.shape[0], hidden.device
     valid_vocab = vocabulary.size if options.valid_vocab is None else options.valid_vocab
     engine = resolve(
         options.engine,

@@ -59,7 +59,7 @@ def check(x: Arguments) -> None:
 
 
 def check_kinds(student: Any, teacher: Any) -> None:
-    """Raise TypeError for a student or teacher that is none of the kinds there are."""
+    """Raise TypeError for a student or teacher of an unknown kind."""
     if not isinstance(student, Head):
         raise TypeError(f"student is {kind(student)}; expected kdfast.Head(hidden, weight, bias)")
     if teacher is not None and not isinstance(teacher, (Projected, Head, Logits, SparseLogits)):
@@ -96,7 +96,7 @@ def _check_names(options: Options) -> None:
 
 
 def check_head(name: str, head: Head, *, empty: bool) -> None:
-    """Raise for a head that is none. empty: it may have no rows, as a slice of a vocabulary."""
+    """Raise for a head whose tensors or numbers do not fit. empty: it may have no rows, as a slice of a vocabulary."""
     _check_float_tensor(f"{name}: Head.hidden", head.hidden)
     _check_float_tensor(f"{name}: Head.weight", head.weight)
     if head.weight.dim() != 2 or (head.weight.shape[0] == 0 and not empty):

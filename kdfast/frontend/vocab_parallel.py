@@ -23,7 +23,7 @@ from kdfast.inputs import Head, Logits, Options, Projected, SparseLogits, Teache
 def localize(student: Head, teacher: Teacher | None, labels: Any, options: Options) -> Arguments:
     """Return the arguments as plain tensors of this process.
 
-    Raises ValueError or TypeError for what is no group, and for slices or processes that do not fit together.
+    Raises TypeError or ValueError for a process_group that is not one, and for slices that do not fit together.
     """
     if options.process_group is None:
         if options.vocab_start is not None:
