@@ -15,7 +15,7 @@ from kdfast.cli.arguments import Arguments, format_help, parse
 from kdfast.cli.errors import RunFailed, UserError
 from kdfast.cli.inputs import check_positions, load_text
 from kdfast.training import KDConfig, load_teacher
-from kdfast.training.cache.layout import CacheSummary, is_complete
+from kdfast.training.cache.description import CacheSummary, is_complete
 from kdfast.training.cache.read import TeacherCache
 from kdfast.training.cache.write import cache_teacher
 from kdfast.training.durable.errors import first_line

@@ -38,7 +38,7 @@ OF_AN_EVALUATION = (
 
 @dataclass(frozen=True)
 class Finding:
-    """What `HealthCallback` said: at which step, of which kind, in which words."""
+    """Hold what `HealthCallback` said: at which step, of which kind, in which words."""
 
     step: int
     kind: str  # non_finite, initial_loss, kl, perplexity, rising, oscillating, follows, misleads or decays
@@ -46,7 +46,7 @@ class Finding:
 
 
 class HealthCallback(TrainerCallback, ExportableState):
-    """Looks at every log line; `findings` has what was said so far, those before a resume included.
+    """Look at every log line; `findings` has what was said so far, before a resume too.
 
     A kind is said once, as a warning, and again only where it came back after `window` looks that did not see it.
 
@@ -74,13 +74,13 @@ class HealthCallback(TrainerCallback, ExportableState):
                 _say(finding)
 
     def report_non_finite(self, step: int, what: str, *, aloud: bool) -> None:
-        """From whoever stopped the run or left a step out, before any log line can tell. Said if `aloud`."""
+        """Note what stopped the run or left a step out, before any log line can tell; say it if `aloud`."""
         for finding in self._note(step, {"non_finite": what}):
             if aloud:
                 _say(finding)
 
     def restore(self, state: TrainerState, vocabulary: int = 1) -> None:
-        """As it was when `state` was saved: what is logged is read again, and what was said is not said again."""
+        """Return to `state`, as it was saved: what is logged is read again, and what was said is not said again."""
         self._start(vocabulary)
         for line in state.log_history:
             self._read(line, int(line.get("step", 0)), state.max_steps)

@@ -39,7 +39,7 @@ def _from_recipe(help: str) -> Any:
 
 @dataclass
 class KDConfig(TrainingArguments):
-    """`TrainingArguments` with the settings of a distillation.
+    """Extend `TrainingArguments` by the settings of a distillation.
 
     Changed defaults: `logging_nan_inf_filter=False` (a NaN is never averaged away) and
     `ddp_find_unused_parameters=False`; and `metric_for_best_model="ce"` and the like know that less is better.
@@ -119,7 +119,7 @@ class KDConfig(TrainingArguments):
         super().__post_init__()
 
     def resolved(self, recipe: str | None = None) -> Recipe:
-        """The recipe with every explicit value in it. Values it has no use for are left out, with a log line.
+        """Return the recipe with every explicit value in it; those it has no use for are left out, with a log line.
 
         Under "auto" the recipe depends on the models: give the name that `choose_recipe` found.
         """

@@ -3,7 +3,7 @@
     head(model, backbone(model)(input_ids).last_hidden_state)  →  Head, with model(input_ids).logits never made
 
 Families scale and cap their logits in their own ways (`logit_scale`, `logits_scaling`, `final_logit_softcapping`, …).
-A factor nobody knows of would silently train on wrong logits, so `check_model` compares head and model once, on a few
+An unknown factor would silently train on wrong logits, so `check_model` compares head and model once, on a few
 tokens and at a size of logits where a cap shows. That is the only place where logits are ever made: (1, 4, V).
 
 Code that a model repository brings along is never run (`trust_remote_code` stays off), nor what a pickled weight file
@@ -39,18 +39,18 @@ OUTSIDE_TO_DICT = ("rope_theta", "rope_scaling", "attn_implementation")  # setti
 
 
 def backbone(model: PreTrainedModel) -> nn.Module:
-    """The part that makes the last hidden states, final norm included."""
+    """Return the part that makes the last hidden states, final norm included."""
     return model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
 
 
 def head(model: PreTrainedModel, hidden: Tensor) -> Head:
-    """The model's own head over `hidden` (*, H)."""
+    """Return the model's own head over `hidden` (*, H)."""
     linear, config = model.get_output_embeddings(), model.config.get_text_config()
     return Head(hidden, linear.weight, linear.bias, logit_scale=_logit_scale(config), softcap=_softcap(config))
 
 
 def head_shape(model: PreTrainedModel) -> tuple[int, int]:
-    """(V, H)."""
+    """Return (V, H)."""
     vocab, width = model.get_output_embeddings().weight.shape
     return vocab, width
 
@@ -98,7 +98,7 @@ def check_model(model: PreTrainedModel, role: str) -> None:
 
 @torch.no_grad()
 def _compare_logits(model: PreTrainedModel, name: str) -> None:
-    """model(ids).logits against ours, the backbone's last hidden states scaled to logits of size CHECK_PEAK."""
+    """Compare model(ids).logits with ours, the last hidden states scaled to logits of size CHECK_PEAK."""
     seen: list[Tensor] = []
 
     def enlarge(module: nn.Module, args: Any, output: Any) -> Any:
@@ -144,7 +144,7 @@ def _logits(head: Head) -> Tensor:
 
 
 def _logit_scale(config: Any) -> float:
-    """The factor on the logits. Cohere, Falcon-H1 and others multiply, Granite divides."""
+    """Return the factor on the logits. Cohere, Falcon-H1 and others multiply, Granite divides."""
     scale = 1.0
     for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):
         scale *= getattr(config, name, None) or 1.0
@@ -153,17 +153,17 @@ def _logit_scale(config: Any) -> float:
 
 
 def _softcap(config: Any) -> float | None:
-    """The cap on the logits: Gemma's and NanoChat's, or RecurrentGemma's name for it."""
+    """Return the cap on the logits: Gemma's and NanoChat's, or RecurrentGemma's name for it."""
     return getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
 
 
 def _is_adapter(linear: nn.Module) -> bool:
-    """PEFT's layers: LoRA and its kin wrap a base_layer, a copy trained whole sits in modules_to_save."""
+    """Return whether it is PEFT's: LoRA and its kin wrap a base_layer, a copy trained whole sits in modules_to_save."""
     return hasattr(linear, "base_layer") or hasattr(linear, "modules_to_save")
 
 
 def shift_labels(labels: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """targets[:, t] = labels[:, t + 1]: what the hidden state at t has to predict.
+    """Return targets[:, t] = labels[:, t + 1], what the hidden state at t has to predict: the one place of the shift.
 
     A target is −100 (counts for nothing) at the last position, where the label is −100, and where either the
     position or the one it predicts is padding.
@@ -188,7 +188,7 @@ def load_student(
     tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: torch.dtype | str = torch.float32,
 ) -> PreTrainedModel:
-    """A causal language model to train.
+    """Load or build a causal language model to train.
 
     Args:
         model_name_or_path: a folder, or a name on the hub.
@@ -221,7 +221,7 @@ def load_teacher(
     tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: torch.dtype | str = "auto",
 ) -> PreTrainedModel:
-    """A teacher in eval mode, frozen.
+    """Load a teacher, frozen and in eval mode.
 
     Args:
         model_name_or_path: a folder, or a name on the hub.

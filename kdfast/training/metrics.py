@@ -26,7 +26,7 @@ LOGGED = {name: "ce_projected" if name == "anchor" else name for name in KDMetri
 
 
 class TokenMeans:
-    """Sums of value·tokens and of tokens, per name. Adding never synchronises; reading does, once.
+    """Sum value·tokens and tokens, per name. Adding never synchronises; reading does, once.
 
     A value that is None or NaN counts for nothing: it was not computed in that batch. (A loss that *became* NaN is
     the guard's business.)
@@ -47,7 +47,7 @@ class TokenMeans:
         self._sums += torch.stack([torch.where(weights == 0, 0.0, row * weights), weights])
 
     def read(self, reduce: Reduce) -> tuple[dict[str, float], int]:
-        """(means of the names that have one, the largest number of tokens behind one); starts afresh."""
+        """Return the means of the names that have one, and the most tokens behind one; start afresh."""
         sums, tokens = reduce(self._sums).tolist()
         self._sums = torch.zeros_like(self._sums)
         means = {name: s / n for name, s, n in zip(self.names, sums, tokens, strict=True) if n > 0}
@@ -55,7 +55,7 @@ class TokenMeans:
 
 
 class TrainingMeter:
-    """Metrics and speed between two log lines, and the tokens of the run so far."""
+    """Collect metrics and speed between two log lines, and count the tokens of the run."""
 
     def __init__(self, device: torch.device) -> None:
         self._means = TokenMeans(LOGGED.values(), device)
@@ -63,7 +63,7 @@ class TrainingMeter:
         self._since = math.nan
 
     def start(self) -> None:
-        """The clock runs from the first batch on."""
+        """Start the clock, at the first batch."""
         if math.isnan(self._since):
             self._since = time.perf_counter()
 
@@ -72,7 +72,7 @@ class TrainingMeter:
         self._tokens += metrics.tokens
 
     def read(self, reduce: Reduce) -> dict[str, float]:
-        """The log line's metrics and tokens_per_second since the last one."""
+        """Return the log line's metrics, and tokens_per_second since the last one."""
         means, tokens = self._means.read(reduce)
         now = time.perf_counter()
         means["tokens_per_second"] = tokens / max(now - self._since, 1e-9)
@@ -80,7 +80,7 @@ class TrainingMeter:
         return means
 
     def mark(self) -> tuple[Tensor, Tensor]:
-        """What has been added so far, for `rewind`."""
+        """Return what has been added so far, for `rewind`."""
         return self._means._sums.clone(), self._tokens.clone()
 
     def rewind(self, mark: tuple[Tensor, Tensor]) -> None:
@@ -88,14 +88,14 @@ class TrainingMeter:
         self._means._sums, self._tokens = mark
 
     def count_tokens(self, reduce: Reduce) -> int:
-        """Tokens since the last count."""
+        """Return the tokens since the last count."""
         tokens = round(reduce(self._tokens).item())
         self._tokens = torch.zeros_like(self._tokens)
         return tokens
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Evaluating and saving are not training: their time is left out of tokens_per_second."""
+        """Leave the time within out of tokens_per_second: evaluating and saving are not training."""
         start = time.perf_counter()
         try:
             yield
@@ -104,7 +104,7 @@ class TrainingMeter:
 
 
 class EvaluationMeter:
-    """Metrics of a whole evaluation set."""
+    """Collect the metrics of a whole evaluation set."""
 
     NAMES = ("loss", *LOGGED.values(), "kl_teacher_student", "kl_teacher_projected")
 
@@ -118,7 +118,7 @@ class EvaluationMeter:
         self._means.add(values, output.metrics.tokens)
 
     def read(self, reduce: Reduce) -> dict[str, float]:
-        """The means there are, `perplexity` and `tokens`."""
+        """Return the means there are, `perplexity` and `tokens`."""
         means, tokens = self._means.read(reduce)
         if "ce" in means:
             means["perplexity"] = math.exp(means["ce"]) if means["ce"] < 700 else math.inf
@@ -126,6 +126,7 @@ class EvaluationMeter:
 
 
 def named(metrics: KDMetrics) -> dict[str, Tensor]:
+    """Return the metrics under their names in logs."""
     return {name: getattr(metrics, field) for field, name in LOGGED.items()}
 
 
@@ -140,7 +141,7 @@ def memory_bytes(device: torch.device) -> int:
 
 
 class PeakMemory:
-    """The most memory in use since this was made: the allocator's on a GPU, the whole process's elsewhere."""
+    """Measure the most memory in use from now on: the allocator's on a GPU, the whole process's elsewhere."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -157,6 +158,7 @@ class PeakMemory:
             self.what = "process, since its start"
 
     def read(self) -> int:
+        """Return the bytes in use at the most."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         if self.what == "process":

@@ -68,11 +68,7 @@ class DistillationModel(nn.Module):
         if recipe == AUTO:
             recipe = choose_recipe(student, teacher, valid_vocab).recipe
         self.recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
-        self.loss_options: dict[str, Any] = {
-            "engine": engine,
-            "scratch_bytes": scratch_bytes,
-            "valid_vocab": valid_vocab,
-        }
+        self.loss_options = {"engine": engine, "scratch_bytes": scratch_bytes, "valid_vocab": valid_vocab}
         if check_heads:
             check_model(student, "student")
             if teacher is not None:

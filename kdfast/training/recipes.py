@@ -47,7 +47,7 @@ StudentStart = Literal["own", "svd"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that is in force in a run. `KDConfig.resolved()` makes one; fields are named as there."""
+    """Hold all that is in force in a run. `KDConfig.resolved()` makes one; fields are named as there."""
 
     name: str
     teacher: TeacherKind
@@ -117,7 +117,7 @@ ALIASES = {
 
 
 class RecipeTable(dict[str, Recipe]):
-    """Recipes by name; `RECIPES[name]` takes a former name too."""
+    """Map names to recipes; `RECIPES[name]` takes a former name too."""
 
     def __missing__(self, name: str) -> Recipe:
         return self[ALIASES[name]]

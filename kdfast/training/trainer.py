@@ -24,8 +24,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from kdfast.param_groups import distillation_param_groups
 from kdfast.schedules import Schedule
 from kdfast.training import fsdp
-from kdfast.training.cache.compatibility import check_datasets
-from kdfast.training.cache.read import cached_blocks
+from kdfast.training.cache.read import cached_blocks, check_datasets
 from kdfast.training.callbacks import HealthCallback
 from kdfast.training.config import KDConfig
 from kdfast.training.durable import processes, resume

@@ -20,10 +20,9 @@ from kdfast import Head, fused_kd_loss
 from kdfast.schedules import Linear
 from kdfast.training import DistillationModel, KDConfig, KDTrainer, TeacherCache, cache_teacher
 from kdfast.training.cache import CachedBlocks, CacheError
-from kdfast.training.cache import rows as cache_rows
 from kdfast.training.cache import write as cache_write
 from kdfast.training.cache.description import Description, Split
-from kdfast.training.cache.entries import Drawn, TopK, draw, top_k
+from kdfast.training.cache.entries import Drawn, TopK, decode, draw, encode_drawn, encode_top_k, table, top_k
 from kdfast.training.teachers import CachedEntries
 
 V, T = 67, 12
@@ -115,9 +114,9 @@ class TestRows:
     def test_the_last_id_of_a_vocabulary(self, vocab, dtype):
         last = torch.tensor([[vocab - 1, 0, vocab - 2, 1]])
         entries = TopK(last, torch.zeros(1, 4), torch.zeros(1, 2))
-        row = cache_rows.encode_top_k(entries, describe(vocab=vocab))
+        row = encode_top_k(entries, describe(vocab=vocab))
         assert row["indices"].dtype == dtype
-        back = cache_rows.decode(cache_rows.table([row]), describe(vocab=vocab), 2.0)
+        back = decode(table([row]), describe(vocab=vocab), 2.0)
         assert back["teacher_indices"].tolist() == last.tolist()
 
     @pytest.mark.parametrize("n", [255, 256, 1024])
@@ -125,7 +124,7 @@ class TestRows:
         """Counts up to n, where uint8 ends, and rows with different numbers of ids."""
         description = describe(method="sample", k=n)
         entries = Drawn(torch.tensor([5, 1, 2]), torch.tensor([n, n - 1, 1]), torch.tensor([1, 2]))
-        back = cache_rows.decode(cache_rows.table([cache_rows.encode_drawn(entries, description)]), description, 2.0)
+        back = decode(table([encode_drawn(entries, description)]), description, 2.0)
         assert back["teacher_indices"][:, :2].tolist() == [[5, 0], [1, 2]]
         expected = [[0.0, -math.inf], [math.log((n - 1) / n), -math.log(n)]]
         torch.testing.assert_close(back["teacher_log_probs"][:, :2], torch.tensor(expected))

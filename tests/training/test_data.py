@@ -6,7 +6,7 @@ import pytest
 from byte_tokenizer import make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from kdfast.training.data.text import DataError, hold_out, load_blocks, read_dataset, read_files
+from kdfast.training.data.text import DataError, _pieces, hold_out, load_blocks, read_dataset, read_files
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,7 @@ def test_a_long_document_is_cut_without_loss(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr("kdfast.training.data.text.LONGEST_PIECE", 10)  # lines shorter, as long, longer
     text = "abc\n" * 7 + "0123456789" * 3 + "\n" + "123456789\n" * 2 + "end"
     (tmp_path / "a.txt").write_text(text)
-    assert all(len(piece) <= 10 for piece in text._pieces(text))
+    assert all(len(piece) <= 10 for piece in _pieces(text))
     blocks = load_blocks("train_file", read_files("train_file", str(tmp_path / "a.txt")), tokenizer, max_length=1)
     assert read_back(tokenizer, blocks) == text + "<end>"
 

@@ -1,6 +1,10 @@
-"""cache.json: which teacher, tokenizer and data a cache is of, and how its entries were taken.
+"""What a cache is of, what lies where in its folder, and whether it is what was written.
 
-It is written first; what a cache is asked for again, or is trained from, has to agree with it.
+cache.json              teacher, tokenizer, data, and how entries were taken: written first; what a cache is asked for
+                        again, or is trained from, has to agree with it
+train-00000/ …          shards: a data set each (`datasets.load_from_disk` reads one), shard.json and SHA256SUMS
+summary.json            sizes and speed; written last: with it the cache is complete
+.lock                   held while the cache is being made
 """
 
 from __future__ import annotations
@@ -18,9 +22,13 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdfast._version import __version__
+from kdfast.training.durable import checksums
 from kdfast.training.durable.atomic_io import write_text
 
 NAME = "cache.json"
+SUMMARY = "summary.json"
+MARK = "shard.json"  # in a shard: which one of which cache it is
+LOCK = ".lock"
 FORMAT = 1
 SAMPLE_OF_A_TENSOR = 1024  # elements that a fingerprint of weights reads of each
 
@@ -64,7 +72,7 @@ class Description:
 
     @property
     def bytes_per_token(self) -> float:
-        """Of top-k entries, before anything around them; drawn ids are at most this."""
+        """Bytes of top-k entries, before anything around them; drawn ids are at most this."""
         id_bytes = np.dtype(id_type(self.vocab)).itemsize
         if self.method == "top_k":
             return self.k * (id_bytes + np.dtype(self.dtype).itemsize) + 4 * (1 + len(self.temperatures))
@@ -74,14 +82,14 @@ class Description:
         write_text(folder / NAME, json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
 
     def mark(self, split: str, shard: int) -> str:
-        """What a shard carries, by which it is known for this one of a cache of this description."""
+        """Return what a shard carries, by which it is known for this one of a cache of this description."""
         content = {name: value for name, value in asdict(self).items() if name != "version"}
         sum = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         return json.dumps({"split": split, "shard": shard, "cache_sha256": sum}) + "\n"
 
     @classmethod
     def read(cls, folder: Path) -> Description:
-        """Raises CacheError where there is none, or none that can be understood."""
+        """Return the description of the cache in `folder`. Raise CacheError where there is none that can be read."""
         path = folder / NAME
         try:
             if path.exists() and not path.is_file():  # a pipe would be waited for
@@ -113,12 +121,77 @@ class Description:
             ) from error
 
     def differences(self, other: Description) -> list[str]:
-        """'name: then X, now Y' of every field that decides what is in a cache."""
+        """Return 'name: then X, now Y' of every field that decides what is in a cache, where the two differ."""
         return [
             f"{field.name}: then {getattr(self, field.name)!r}, now {getattr(other, field.name)!r}"
             for field in fields(self)
             if field.name != "version" and getattr(self, field.name) != getattr(other, field.name)
         ]
+
+
+@dataclass(frozen=True)
+class CacheSummary:
+    tokens: int
+    bytes: int  # of all files
+    bytes_per_token: float
+    tokens_written: int  # by the call that finished it, which may have resumed an earlier one
+    seconds: float  # for those
+    tokens_per_second: float | None
+
+    def __str__(self) -> str:
+        speed = "" if self.tokens_per_second is None else f", {self.tokens_per_second:,.0f} tokens/s"
+        return f"{self.tokens:,} tokens, {self.bytes / 1e6:,.1f} MB, {self.bytes_per_token:.1f} bytes a token{speed}"
+
+
+def is_complete(folder: Path) -> bool:
+    """Return whether the cache in `folder` was finished."""
+    return (folder / SUMMARY).is_file()
+
+
+def read_summary(folder: Path) -> CacheSummary:
+    """Return the summary of a finished cache. Raise CacheError where it is damaged."""
+    try:
+        summary = CacheSummary(**json.loads((folder / SUMMARY).read_text(encoding="utf-8")))
+        str(summary)  # of anything but numbers a TypeError or ValueError
+        return summary
+    except (OSError, ValueError, TypeError) as error:
+        raise CacheError(
+            f"{str(folder / SUMMARY)!r} is damaged ({error}); remove it, and `kdfast cache` writes it again"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The rows `sequences` of a split, in a folder of their own."""
+
+    split: str
+    number: int
+    sequences: range
+    tokens: int
+    folder: Path
+
+    def find_damage(self, description: Description) -> str | None:
+        """Return what is wrong with it, or None.
+
+        Its own checksums do not tell it from another one in its place, nor whether cache.json is what it was.
+        """
+        if damage := checksums.find_damage(self.folder):
+            return damage
+        try:
+            mark = (self.folder / MARK).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            mark = ""
+        if mark != description.mark(self.split, self.number):
+            return f"by its {MARK} it is another shard, or of a cache with another {NAME} than this folder's"
+        return None
+
+
+def shards(folder: Path, description: Description, split: str) -> Iterator[Shard]:
+    """Yield the shards of a split, whether they are there or not."""
+    whole, size = description.splits[split], description.shard_sequences
+    for number, first in enumerate(range(0, whole.sequences, size)):
+        sequences = range(first, min(first + size, whole.sequences))
+        yield Shard(split, number, sequences, len(sequences) * whole.length, folder / f"{split}-{number:05d}")
 
 
 def id_type(vocab: int) -> str:
@@ -130,7 +203,7 @@ def count_type(n: int) -> str:
 
 
 def ids_of(dataset: Any, name: str = "dataset") -> Iterator[np.ndarray]:
-    """input_ids (T,) of every row, in order. Raises ValueError where a row has none; `name` is the argument's."""
+    """Yield input_ids (T,) of every row, in order. Raise ValueError where a row has none; `name` is the argument's."""
     missing = f"{name}: no input_ids; expected rows of token ids, as a tokenizer gives them"
     if isinstance(dataset, Dataset):  # this column alone, some rows at a time
         if "input_ids" not in dataset.column_names:
@@ -146,7 +219,7 @@ def ids_of(dataset: Any, name: str = "dataset") -> Iterator[np.ndarray]:
 
 
 def describe_split(dataset: Any, name: str = "dataset") -> Split:
-    """Its size and the hash of its tokens. Raises ValueError naming the argument: no rows, or of different lengths."""
+    """Return its size and the hash of its tokens. Raise ValueError where rows are missing or of different lengths."""
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty; expected rows with input_ids")
     sum, lengths = hashlib.sha256(), set()
@@ -163,6 +236,7 @@ def describe_split(dataset: Any, name: str = "dataset") -> Split:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """Return the hash of the tokens and their ids; "" where there is no tokenizer."""
     if tokenizer is None:
         return ""
     tokens = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
@@ -171,9 +245,9 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase | None) -> str:
 
 @torch.no_grad()
 def teacher_fingerprint(teacher: PreTrainedModel) -> str:
-    """Of the whole configuration's architecture and of some elements of each tensor; seconds, whatever its size."""
+    """Return the hash of the configuration and of some elements of each tensor; seconds, whatever the model's size."""
     config = teacher.config.to_diff_dict()
-    config.pop("transformers_version", None)  # of whoever reads it
+    config.pop("transformers_version", None)  # of the one that reads it
     sum = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in sorted(teacher.state_dict().items()):
         flat = tensor.detach().reshape(-1)

@@ -1,19 +1,30 @@
 """What is kept of a teacher's distribution: its k most likely ids, or ids drawn from it, and the mass of the others.
 
-Logits exist for a chunk of tokens at a time. Nothing here is rounded but by fp32.
+Logits exist for a chunk of tokens at a time, and are rounded by fp32 alone. On the disk a sequence is a row:
+
+top_k   indices (T·k) uint16, or int32 for more than 65536 ids;  log_probs (T·k) float16 or float32;
+        log_tails (T·(1 + temperatures)) float32
+sample  indices (all) likewise;  counts (all) uint8, or uint16 for more than 255 draws;  distinct (T) uint16
+
+float16 keeps eleven bits: a log-probability of −0.01 to 5e-6, one of −10 to 4e-3, so probabilities are kept to 0.4%
+where they are 5e-5 and to better where they are larger. What that takes from their sum is given back when they are
+used: the tail has its own fp32 number, and the entries are normalised to the rest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import inf
+from math import inf, log
 from typing import NamedTuple
 
+import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from kdfast.inputs import Head
 from kdfast.ops.logit_chunks import logit_chunks
+from kdfast.training.cache.description import Description, count_type, id_type
 
 
 class TopK(NamedTuple):
@@ -32,7 +43,7 @@ class Drawn(NamedTuple):
 
 @torch.no_grad()
 def top_k(head: Head, k: int, temperatures: Sequence[float] = (), valid_vocab: int | None = None) -> TopK:
-    """The k most likely ids of `head` (*, H) and the mass that is left at τ = 1 and at every temperature."""
+    """Return the k most likely ids of `head` (*, H) and the mass that is left at τ = 1 and at every temperature."""
     taus = (1.0, *temperatures)
     found = []
     for logits in logit_chunks(head):
@@ -49,7 +60,7 @@ def top_k(head: Head, k: int, temperatures: Sequence[float] = (), valid_vocab: i
 
 @torch.no_grad()
 def draw(head: Head, n: int, temperature: float, generator: torch.Generator, valid_vocab: int | None = None) -> Drawn:
-    """n ids for each row of `head` (N, H), with replacement, from softmax(z/τ).
+    """Draw n ids for each row of `head` (N, H), with replacement, from softmax(z/τ).
 
     counts/n are weights whose expectation is that softmax. Source: Anshumann et al. 2025, arXiv:2503.16870
     """
@@ -69,3 +80,69 @@ def draw(head: Head, n: int, temperature: float, generator: torch.Generator, val
 
 def _possible(logits: Tensor, valid_vocab: int | None) -> Tensor:
     return logits if valid_vocab is None else logits[:, :valid_vocab]
+
+
+def encode_top_k(entries: TopK, description: Description) -> dict[str, np.ndarray]:
+    """Return the row of one sequence's entries, (T, …) each."""
+    return {
+        "indices": _flat(entries.indices, id_type(description.vocab)),
+        "log_probs": _flat(entries.log_probs, description.dtype),
+        "log_tails": _flat(entries.log_tails, "float32"),
+    }
+
+
+def encode_drawn(entries: Drawn, description: Description) -> dict[str, np.ndarray]:
+    """Return the row of one sequence's drawn ids."""
+    return {
+        "indices": _flat(entries.indices, id_type(description.vocab)),
+        "counts": _flat(entries.counts, count_type(description.k)),
+        "distinct": _flat(entries.distinct, "uint16"),
+    }
+
+
+def table(rows: list[dict[str, np.ndarray]]) -> pa.Table:
+    """Return a table of rows as the functions above make them."""
+    return pa.table({name: _lists([row[name] for row in rows]) for name in rows[0]})
+
+
+def decode(row: pa.Table, description: Description, temperature: float) -> dict[str, Tensor]:
+    """Return what `DistillationModel` takes besides tokens, of a table's one row:
+
+    teacher_indices    (T, K) int32
+    teacher_log_probs  (T, K) top_k: at τ = 1, as it was kept; sample: log(counts/n), −inf beyond a token's ids
+    teacher_log_tails  (T, 2) fp32: at τ = 1 and at `temperature`; top_k alone
+    """
+    columns = {name: _values(row, name) for name in row.column_names}
+    if description.method == "sample":
+        return _drawn(columns, description.k)
+    indices = columns["indices"].astype("int32").reshape(-1, description.k)
+    tails = columns["log_tails"].reshape(len(indices), -1)
+    at = (1.0, *description.temperatures).index(temperature)
+    return {
+        "teacher_indices": torch.from_numpy(indices),
+        "teacher_log_probs": torch.from_numpy(columns["log_probs"].reshape(indices.shape).copy()),
+        "teacher_log_tails": torch.from_numpy(tails[:, [0, at]].copy()),
+    }
+
+
+def _drawn(columns: dict[str, np.ndarray], n: int) -> dict[str, Tensor]:
+    distinct = columns["distinct"].astype("int64")
+    held = np.arange(n)[None] < distinct[:, None]
+    indices, log_probs = np.zeros(held.shape, "int32"), np.full(held.shape, -inf, "float32")
+    indices[held] = columns["indices"]
+    log_probs[held] = np.log(columns["counts"].astype("float32")) - log(n)
+    return {"teacher_indices": torch.from_numpy(indices), "teacher_log_probs": torch.from_numpy(log_probs)}
+
+
+def _lists(arrays: list[np.ndarray]) -> pa.Array:
+    offsets = np.cumsum([0, *map(len, arrays)])
+    values = pa.array(np.concatenate(arrays))
+    return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), values)
+
+
+def _values(row: pa.Table, name: str) -> np.ndarray:
+    return row.column(name).combine_chunks().flatten().to_numpy(zero_copy_only=False)
+
+
+def _flat(tensor: Tensor, dtype: str) -> np.ndarray:
+    return tensor.detach().cpu().numpy().astype(dtype).reshape(-1)

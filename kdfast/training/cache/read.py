@@ -1,7 +1,8 @@
-"""`TeacherCache`: a complete cache, and data sets that add its entries to the rows they belong to."""
+"""`TeacherCache`: a complete cache, data sets that add its entries to the rows they belong to, and whether they fit."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,26 @@ from torch.utils import data
 from transformers import PreTrainedTokenizerBase
 
 from kdfast.frontend.checks import same_vocabulary
-from kdfast.training.cache import rows
-from kdfast.training.cache.description import CacheError, Description, describe_split, tokenizer_fingerprint
-from kdfast.training.cache.layout import SUMMARY, CacheSummary, is_complete, read_summary, shards
+from kdfast.schedules import Schedule
+from kdfast.training.cache.description import (
+    SUMMARY,
+    CacheError,
+    CacheSummary,
+    Description,
+    describe_split,
+    is_complete,
+    read_summary,
+    shards,
+    tokenizer_fingerprint,
+)
+from kdfast.training.cache.entries import decode
 from kdfast.training.durable.errors import first_line
+from kdfast.training.hf import head_shape
+from kdfast.training.model import DistillationModel
 
 
 class TeacherCache:
-    """What `cache_teacher` has written to `folder`.
+    """Read what `cache_teacher` has written to `folder`.
 
         cache = TeacherCache("caches/gpt2-medium")
         train = cache.dataset("train", blocks, temperature=2.0)
@@ -50,7 +63,7 @@ class TeacherCache:
 
     @property
     def temperatures(self) -> tuple[float, ...]:
-        """Those that a KD term may be at."""
+        """Temperatures that a KD term may be at."""
         return (1.0,) * (self.description.method == "top_k") + self.description.temperatures
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -74,7 +87,7 @@ class TeacherCache:
             )
 
     def dataset(self, split: str, dataset: Any, *, temperature: float = 2.0) -> CachedBlocks:
-        """The rows of `dataset` with the teacher's entries.
+        """Return the rows of `dataset` with the teacher's entries.
 
         Args:
             split: as it was called when the cache was made.
@@ -114,7 +127,7 @@ class TeacherCache:
 
 
 def cached_blocks(dataset: Any) -> list[CachedBlocks]:
-    """Those that `dataset` is, or is made of."""
+    """Return the cached blocks that `dataset` is, or is made of."""
     if isinstance(dataset, data.ConcatDataset):
         return [found for one in dataset.datasets for found in cached_blocks(one)]
     if isinstance(dataset, data.Subset):
@@ -123,7 +136,7 @@ def cached_blocks(dataset: Any) -> list[CachedBlocks]:
 
 
 class CachedBlocks(data.Dataset):
-    """Rows of `dataset`, each with teacher_indices, teacher_log_probs and, of top-k entries, teacher_log_tails: what
+    """Add to the rows of `dataset` teacher_indices, teacher_log_probs and, of top-k entries, teacher_log_tails: what
     `DistillationModel.forward` takes under the recipe "cached", and `CachedEntries` turns into a `SparseLogits`.
 
     `TeacherCache.dataset` makes it, of the cache's entries at one temperature.
@@ -138,5 +151,38 @@ class CachedBlocks(data.Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        entries: dict[str, Tensor] = rows.decode(self.entries[index], self.description, self.temperature)
+        entries: dict[str, Tensor] = decode(self.entries[index], self.description, self.temperature)
         return {**self.dataset[index], **entries}
+
+
+def check_datasets(model: DistillationModel, datasets: Mapping[str, Any], temperature: Schedule | None) -> None:
+    """Raise CacheError naming the argument whose cached entries do not fit `model` or its recipe.
+
+    Args:
+        datasets: argument → data set, or a mapping of data sets.
+        temperature: a schedule in the recipe's place, or None.
+    """
+    recipe = model.recipe
+    for argument, dataset in datasets.items():
+        if isinstance(dataset, dict):
+            check_datasets(model, {f"{argument}[{name!r}]": one for name, one in dataset.items()}, temperature)
+            continue
+        for blocks in cached_blocks(dataset):
+            blocks.cache.check_vocabulary(head_shape(model.student)[0], model.valid_vocab)
+            if recipe.teacher != "cached":
+                continue
+            if temperature is not None:
+                raise CacheError(
+                    f"temperature_schedule is given, and {argument} has a teacher's entries for "
+                    f"temperature={blocks.temperature:g}; leave it out"
+                )
+            if set(recipe.temperatures) != {blocks.temperature}:
+                raise CacheError(
+                    f"{argument} has a teacher's entries for temperature={blocks.temperature:g}, and the run is at "
+                    f"{', '.join(f'{tau:g}' for tau in recipe.temperatures)}; expected the same, throughout the run"
+                )
+            if blocks.description.method == "sample" and recipe.divergence in ("reverse_kl", "symmetric_kl"):
+                raise CacheError(
+                    f"divergence={recipe.divergence!r} and {argument} has ids drawn at random, against which it is "
+                    "infinite; expected another divergence, or a cache made with cache_method: top_k"
+                )

@@ -1,6 +1,6 @@
 """`cache_teacher`: the teacher over a data set, once, into shards that appear only when they are complete.
 
-A killed `cache_teacher` goes on after the last complete shard, and what it writes is what it would have written.
+A killed `cache_teacher` resumes after the last complete shard, and what it writes is what it would have written.
 """
 
 from __future__ import annotations
@@ -21,26 +21,33 @@ from datasets.utils import disable_progress_bars, enable_progress_bars
 from datasets.utils.tqdm import are_progress_bars_disabled
 from filelock import FileLock, Timeout
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, default_data_collator
 
 from kdfast.frontend.checks import MOST_ENTRIES, kind
 from kdfast.ops import autocast
-from kdfast.training.cache import rows
 from kdfast.training.cache.description import (
+    LOCK,
+    MARK,
     NAME,
+    SUMMARY,
     CacheError,
+    CacheSummary,
     Description,
+    Shard,
     describe_split,
+    is_complete,
+    read_summary,
+    shards,
     teacher_fingerprint,
     tokenizer_fingerprint,
 )
-from kdfast.training.cache.entries import TopK, draw, top_k
-from kdfast.training.cache.layout import LOCK, MARK, SUMMARY, CacheSummary, Shard, is_complete, read_summary, shards
+from kdfast.training.cache.entries import TopK, draw, encode_drawn, encode_top_k, table, top_k
 from kdfast.training.durable import atomic_io, checksums, processes
 from kdfast.training.durable.atomic_io import write_text
 from kdfast.training.hf import backbone, check_model, head, head_shape
 
 SHARD_TOKENS = 2**20
+INPUTS = ("input_ids", "attention_mask", "position_ids")
 SEEDS = 2**32  # a sequence's own: the run's times this, and its place in the split
 
 
@@ -129,7 +136,7 @@ def cache_teacher(
 
 
 def _claim(folder: Path, description: Description, lock: FileLock) -> bool:
-    """Make the folder this cache's own, or find that it is. Whether it is complete; else the lock is held."""
+    """Make the folder this cache's own, or find that it is; return whether it is complete. Else the lock is held."""
     if folder.exists() and not folder.is_dir():
         raise CacheError(f"{str(folder)!r} is a file; name a new folder for the cache")
     if not is_complete(folder):
@@ -163,24 +170,22 @@ def _claim(folder: Path, description: Description, lock: FileLock) -> bool:
 def _write_share(
     teacher: PreTrainedModel, splits: Mapping[str, Any], folder: Path, description: Description, batch_size: int
 ) -> int:
-    """This process's shards, those that are not there yet; how many tokens they have."""
-    work = [(shard, splits[split]) for split in splits for shard in shards(folder, description, split)]
-    mine = work[processes.index() :: processes.count()]
-    lengths = {split: told.length for split, told in description.splits.items()}
-    written, total = 0, sum(len(shard.sequences) * lengths[shard.split] for shard, _ in mine)
+    """Write this process's shards, those that are not there yet; return how many tokens they have."""
+    mine = [shard for split in splits for shard in shards(folder, description, split)]
+    mine = mine[processes.index() :: processes.count()]
+    written, total = 0, sum(shard.tokens for shard in mine)
     teacher.eval()
     with tqdm(total=total, unit=" tokens", unit_scale=True, desc="caching", disable=None) as progress:
-        for shard, dataset in mine:
-            length = lengths[shard.split]
+        for shard in mine:
             if shard.folder.exists() and not shard.find_damage(description):
-                progress.update(len(shard.sequences) * length)
+                progress.update(shard.tokens)
                 continue
-            encoded = []
-            for row in _rows(teacher, dataset, shard.sequences, description, batch_size):
-                encoded.append(row)
-                progress.update(length)
-            _write_shard(shard, rows.table(encoded), shard.mark(description))
-            written += len(shard.sequences) * length
+            rows = []
+            for row in _rows(teacher, splits[shard.split], shard.sequences, description, batch_size):
+                rows.append(row)
+                progress.update(description.splits[shard.split].length)
+            _write_shard(shard, table(rows), description.mark(shard.split, shard.number))
+            written += shard.tokens
     return written
 
 
@@ -188,41 +193,39 @@ def _write_share(
 def _rows(
     teacher: PreTrainedModel, dataset: Any, within: range, description: Description, batch_size: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    device = teacher.get_output_embeddings().weight.device
+    """Yield the encoded rows of a data set's sequences `within`."""
+    device, dtype = teacher.get_output_embeddings().weight.device, _dtype(teacher)
     for start in range(within.start, within.stop, batch_size):
         batch = [dataset[i] for i in range(start, min(start + batch_size, within.stop))]
-        inputs = {
-            key: torch.as_tensor(np.stack([np.asarray(row[key]) for row in batch]), device=device)
-            for key in ("input_ids", "attention_mask", "position_ids")
-            if key in batch[0]
-        }
+        batch = [{name: row[name] for name in INPUTS if name in row} for row in batch]
+        inputs = {name: value.to(device) for name, value in default_data_collator(batch).items()}
         own = head(teacher, backbone(teacher)(**inputs, use_cache=False).last_hidden_state)
-        dtype = _dtype(teacher)
         bias = None if own.bias is None else own.bias.to(dtype)
         whole = replace(own, hidden=own.hidden.to(dtype), weight=own.weight.to(dtype), bias=bias)
         if description.method == "top_k":
             largest = top_k(whole, description.k, description.temperatures, description.valid_vocab)
             for entries in zip(*(part.cpu() for part in largest), strict=True):
-                yield rows.encode_top_k(TopK(*entries), description)
+                yield encode_top_k(TopK(*entries), description)
             continue
         for i, hidden in enumerate(whole.hidden):
             generator = torch.Generator(device).manual_seed((description.seed * SEEDS + start + i) % 2**63)
             (tau,) = description.temperatures
             found = draw(replace(whole, hidden=hidden), description.k, tau, generator, description.valid_vocab)
-            yield rows.encode_drawn(found, description)
+            yield encode_drawn(found, description)
 
 
 def _dtype(teacher: PreTrainedModel) -> torch.dtype:
+    """Return the dtype that the teacher computes in here: its own, or the caller's autocast's."""
     weight = teacher.get_output_embeddings().weight
     return autocast.dtype_of(weight.device) or weight.dtype
 
 
-def _write_shard(shard: Shard, table: Any, mark: str) -> None:
+def _write_shard(shard: Shard, rows: Any, mark: str) -> None:
     staged = atomic_io.staging(shard.folder)
     shown = not are_progress_bars_disabled()
     disable_progress_bars()  # of datasets: one a shard
     try:
-        Dataset(table).save_to_disk(staged, num_shards=1)
+        Dataset(rows).save_to_disk(staged, num_shards=1)
         write_text(staged / MARK, mark)
         checksums.write(staged)
         atomic_io.publish(staged, shard.folder, replace=True)
@@ -239,7 +242,7 @@ def _finish(folder: Path, tokens: int, written: int, seconds: float) -> CacheSum
     summary = CacheSummary(tokens, size, size / tokens, written, seconds, written / seconds if written else None)
     write_text(folder / SUMMARY, json.dumps(asdict(summary), indent=2) + "\n")
     with contextlib.suppress(OSError):  # Windows', of a file that is open
-        (folder / LOCK).unlink()  # whoever comes now finds the cache complete
+        (folder / LOCK).unlink()  # the next call finds the cache complete
     return summary
 
 

@@ -1,7 +1,7 @@
 """Text to fixed-length blocks of token ids, through the `datasets` library and its cache.
 
 A source is a file, a glob, a folder, or a data set's name. JSON, JSON lines, CSV and parquet give one document per
-row (`text_column`); every other file is plain text and one document, with its line breaks. Documents are tokenised
+row (`text_column`); every other file is plain text and one document, with its line breaks. Documents are tokenized
 without special tokens, each is closed by the end-of-text token, and the stream is cut into blocks of `max_length`;
 nothing is padded, so every position of a block is trained on, and a block may begin inside a document. `labels` are
 the `input_ids`; nothing is shifted here. What is left over at the end of every 1000 documents, less than one block,
@@ -37,7 +37,7 @@ class DataError(ValueError):
 def load_blocks(
     argument: str, documents: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, text_column: str = "text"
 ) -> Dataset:
-    """Documents to blocks: columns `input_ids` and `labels`, `max_length` ids each.
+    """Pack documents into blocks: columns `input_ids` and `labels`, `max_length` ids each.
 
     `argument` is what an error names: the argument the documents came from, with its value.
     """
@@ -80,7 +80,7 @@ def load_blocks(
 
 
 def read_files(argument: str, source: str) -> Dataset:
-    """The documents of a file, a folder (files of a known kind, at any depth) or a glob, in sorted order."""
+    """Return the documents of a file, a folder (files of a known kind, at any depth) or a glob, in sorted order."""
     from datasets import load_dataset
 
     try:
@@ -115,14 +115,14 @@ def _files(path: Path) -> list[Path]:
 
 
 def _holds_rows(path: Path) -> bool:
-    """Whether JSON begins as rows do: where it begins with null, pyarrow's reader is ended by SIGSEGV."""
+    """Return whether JSON begins as rows do: where it begins with null, pyarrow's reader is ended by SIGSEGV."""
     with path.open("rb") as file:
         start = file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()
     return start[:1] in (b"{", b"[", b"")
 
 
 def read_dataset(argument: str, name: str, config: str | None = None, split: str = "train") -> Dataset:
-    """The documents of one split of a named data set, from the hub or a local folder."""
+    """Return the documents of one split of a named data set, from the hub or a local folder."""
     from datasets import load_dataset
 
     try:
@@ -132,19 +132,19 @@ def read_dataset(argument: str, name: str, config: str | None = None, split: str
 
 
 def hold_out(blocks: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
-    """(training, evaluation): the last `fraction` of the blocks, at least one, is held out."""
+    """Return (training, evaluation): the last `fraction` of the blocks, at least one, is held out."""
     n_eval = max(1, int(len(blocks) * fraction))
     if n_eval >= len(blocks):
         raise DataError(
             f"eval_fraction={fraction} leaves nothing to train on: there are {len(blocks)} block(s), and {n_eval} "
             "would be held out. Give more text, lower max_length, or name an eval_file."
         )
-    n_train = len(blocks) - n_eval
-    return blocks.select(range(n_train)), blocks.select(range(n_train, len(blocks)))
+    parts = blocks.train_test_split(test_size=n_eval, shuffle=False)
+    return parts["train"], parts["test"]
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """`text` in pieces of at most LONGEST_PIECE characters, cut at a line's end where there is one."""
+    """Yield `text` in pieces of at most LONGEST_PIECE characters, cut at a line's end where there is one."""
     start = 0
     while start < len(text):
         stop = start + LONGEST_PIECE
