@@ -2,13 +2,13 @@
 
     kdfast::fused_kd            loss, statistics, and gradients taken in the forward where they are wanted
     kdfast::fused_kd_gradients  the gradients alone, for a vector of upstream gradients (reduction="none")
-    kdfast::finish_gradient     saved gradient · scale · upstream gradient → the input's dtype
+    kdfast::finalize_gradient   saved gradient · scale · upstream gradient → the input's dtype
     kdfast::project             the projector of the tiled engine, hidden · Pᵀ + p
 
 The arguments of the first two are the fields of `Problem`, in order, the flags which gradients are needed among
 them: a graph compiled for those flags does just that work. Fake implementations give shapes and dtypes.
 
-Tensors saved for backward are never written to, so a second backward gives the same gradients. `finish_gradient` and
+Tensors saved for backward are never written to, so a second backward gives the same gradients. `finalize_gradient` and
 `fused_kd_gradients` *are* the backward; their own autograd raises, because second derivatives would come out silently
 wrong.
 """
@@ -122,7 +122,7 @@ def fused_kd_gradients(*arguments: Any) -> tuple[Tensor, ...]:
     if not any(grad_flags(x)):  # a projector whose gradient was asked to be zero, and nothing else
         return _where_needed(x, lambda like, name: like.new_zeros(like.shape))
     result = _solve(x, rows if rows.numel() else None)
-    return _where_needed(x, lambda like, name: _finish(getattr(result, name), result.scale, like))
+    return _where_needed(x, lambda like, name: _finalize(getattr(result, name), result.scale, like))
 
 
 @fused_kd_gradients.register_fake
@@ -139,19 +139,19 @@ def _where_needed(x: Problem, gradient: Callable[[Tensor, str], Tensor]) -> tupl
     )
 
 
-@torch.library.custom_op("kdfast::finish_gradient", mutates_args=())
-def finish_gradient(saved: Tensor, scale: Tensor, upstream: Tensor, like: Tensor) -> Tensor:
+@torch.library.custom_op("kdfast::finalize_gradient", mutates_args=())
+def finalize_gradient(saved: Tensor, scale: Tensor, upstream: Tensor, like: Tensor) -> Tensor:
     """Return saved · scale · upstream in `like`'s dtype. `like` is the input itself: through it autograd sees that the
     gradient depends on the inputs, and a second derivative reaches the error instead of a silent constant."""
-    return _finish(saved, scale * upstream, like)
+    return _finalize(saved, scale * upstream, like)
 
 
-@finish_gradient.register_fake
+@finalize_gradient.register_fake
 def _(saved: Tensor, scale: Tensor, upstream: Tensor, like: Tensor) -> Tensor:
     return torch.empty_like(saved, dtype=like.dtype)
 
 
-def _finish(gradient: Tensor, factor: Tensor, like: Tensor) -> Tensor:
+def _finalize(gradient: Tensor, factor: Tensor, like: Tensor) -> Tensor:
     out = torch.empty_like(gradient, dtype=like.dtype)
     return torch.mul(gradient, factor, out=out)
 
@@ -180,14 +180,14 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None
     elif upstream is not None:
         scale, *saved = ctx.saved_tensors
         for name, gradient, like in zip(ctx.needed, saved[::2], saved[1::2], strict=True):
-            if _is_finished(gradient, scale, upstream, like):
+            if _is_final(gradient, scale, upstream, like):
                 gradients[name] = gradient
             else:
-                gradients[name] = finish_gradient(gradient, scale, upstream, like)
+                gradients[name] = finalize_gradient(gradient, scale, upstream, like)
     return tuple(gradients.get(name) if name in ctx.needed else None for name in _TYPES)
 
 
-def _is_finished(gradient: Tensor, scale: Tensor, upstream: Tensor, like: Tensor) -> bool:
+def _is_final(gradient: Tensor, scale: Tensor, upstream: Tensor, like: Tensor) -> bool:
     """Return whether the saved gradient is the answer: `loss.backward()` in full precision. It saves a pass over dW and
     its memory. Only where looking is free (a CPU) and nothing is being traced or differentiated again. Autograd drops
     its own reference after a last backward, and clones what it still holds for another."""
@@ -205,7 +205,7 @@ def _no_second_derivative(ctx: Any, *_: Any) -> None:
 
 fused_kd.register_autograd(_backward, setup_context=_save)
 fused_kd_gradients.register_autograd(_no_second_derivative)
-finish_gradient.register_autograd(_no_second_derivative)
+finalize_gradient.register_autograd(_no_second_derivative)
 
 
 @torch.library.custom_op("kdfast::project", mutates_args=())

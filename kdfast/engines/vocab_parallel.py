@@ -77,19 +77,19 @@ def run_chunks(x: Problem) -> Result:
     for i, rows in enumerate(loop.chunks()):
         chunk = loop.logits(rows, i % 2)
         states = collectives.all_gather(solver.update(rows, chunk.z_s, chunk.z_t), x.group)
-        _finish(loop, waiting, sums)
+        _finalize(loop, waiting, sums)
         constants = solver.merge(rows, states.wait())
         terms: Pending | None = None
         if solver.second_pass:
             terms = collectives.all_gather(solver.terms(rows, chunk.z_s, chunk.z_t, constants), x.group)
         waiting = _Waiting(chunk, constants, terms)
-    _finish(loop, waiting, sums)
+    _finalize(loop, waiting, sums)
     for rows, d_inputs in sums:
         loop.store(rows, d_inputs.wait())
     return loop.result()
 
 
-def _finish(loop: ChunkLoop, waiting: _Waiting | None, sums: list[tuple[slice, Pending]]) -> None:
+def _finalize(loop: ChunkLoop, waiting: _Waiting | None, sums: list[tuple[slice, Pending]]) -> None:
     """Take a chunk's gradients; store dX of the one before it."""
     if waiting is None:
         return

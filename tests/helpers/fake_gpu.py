@@ -66,8 +66,8 @@ class _Unrolled(torch.autograd.Function):
         return operators._backward(ctx, *upstream)
 
 
-def _finish_gradient(saved, scale, upstream, like):
-    return operators._finish(saved, scale * upstream, like)
+def _finalize_gradient(saved, scale, upstream, like):
+    return operators._finalize(saved, scale * upstream, like)
 
 
 class _NotLaunched:
@@ -92,7 +92,7 @@ PRODUCTS = {
 }
 
 
-BOUNDARY = [(operators, "fused_kd", _Unrolled.apply), (operators, "finish_gradient", _finish_gradient)]
+BOUNDARY = [(operators, "fused_kd", _Unrolled.apply), (operators, "finalize_gradient", _finalize_gradient)]
 KERNELS = [
     (row_kernel, "row_kernel"),
     (tiled_forward, "statistics_kernel"),
