@@ -218,7 +218,8 @@ class KDTrainer(DurableTrainer):
             with fsdp.root_owns_the_heads(self.model):
                 self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
             self.model_wrapped = self.model
-        return super().evaluate(*args, **kwargs)
+        with self.naming_lost_processes():
+            return super().evaluate(*args, **kwargs)
 
     def _solve_starts(self) -> None:
         """Solve once, and the same in every process; a resumed run's weights are loaded over what is solved here."""
@@ -478,8 +479,6 @@ def _share_starts(model: DistillationModel, starts: list[Start], device: torch.d
     starts, model.compressed_head = solved
     if model.compressed_head is not None:
         model.compressed_head.to(device)
-    parts = (model.student, model.logit_projector, model.hidden_loss)
-    processes.broadcast((p for part in parts if part is not None for p in part.parameters()), device)
-    if model.vocab_weights is not None:
-        processes.broadcast([model.vocab_weights], device)
+    weights: list[Tensor] = [p for name, p in model.named_parameters() if not name.startswith("teacher.")]
+    processes.broadcast([*weights, *([] if model.vocab_weights is None else [model.vocab_weights])], device)
     return starts

@@ -62,11 +62,6 @@ class DurableTrainer(Trainer):
                 checkpoint.keep_alone(self._run, Path(best))
         return output
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate as Trainer does; a lost process is named."""
-        with self.naming_lost_processes():
-            return super().evaluate(*args, **kwargs)
-
     def check_start(self, checkpoint: str | Path | None) -> None:
         """Raise ValueError where training cannot start, or resume from a checkpoint, before anything takes long."""
         if self.is_fsdp_enabled:
@@ -248,8 +243,8 @@ class _BetweenSteps(TrainerCallback):
             raise errors.terminated(state.global_step, saved, resumable=not args.save_only_model)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if "train_loss" in (logs or {}):  # the end, where Trainer would delete all but the best, file by file
-            args.save_total_limit = None
+        if {"train_loss", "train_runtime"} <= (logs or {}).keys():
+            args.save_total_limit = None  # Trainer would delete all but the best now, file by file
 
 
 @contextmanager
