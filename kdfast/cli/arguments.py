@@ -11,7 +11,7 @@ import difflib
 import json
 import shutil
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, NoReturn
 
@@ -126,8 +126,8 @@ def parse_mapping(
     given = {key: value for key, value in namespace.items() if value != parser.get_default(key)}
     if "recipe" in given:
         given["recipe"] = current_name(given["recipe"])
-    _check_data(source, namespace)
-    (_check_run if command == "distill" else _check_cache)(source, namespace)
+    if problem := next(_problems(namespace, command), None):
+        raise UserError(f"{source}: {problem}")
     resume = namespace["resume_from_checkpoint"]  # a path to transformers, which true and false are not
     namespace["resume_from_checkpoint"] = {"true": True, "false": False}.get(str(resume).lower(), resume)
     try:
@@ -140,49 +140,38 @@ def parse_mapping(
     return Arguments(model, data, cache, run, training, given)
 
 
-def _check_run(source: str, given: Mapping[str, Any]) -> None:
-    """Check what must be there for a run, and what excludes each other, in words of keys."""
-    _one_of(source, given, "model_name_or_path", "student_config")
+def _problems(given: Mapping[str, Any], command: Command) -> Iterator[str]:
+    """Yield what is missing for `command` or excludes each other, in words of keys."""
+    pairs = [("train_file", "dataset_name"), ("model_name_or_path", "student_config")]
+    for one, other in pairs if command == "distill" else pairs[:1]:
+        if (given[one] is None) == (given[other] is None):
+            found = "neither" if given[one] is None else "both"
+            yield f"{found} of {one} and {other} given; expected exactly one of the two"
+    if given["eval_file"] is not None and given["eval_dataset_split"] is not None:
+        yield "both of eval_file and eval_dataset_split given; expected one or neither"
+    if given["eval_dataset_split"] is not None and given["dataset_name"] is None:
+        yield "eval_dataset_split given without dataset_name; name an eval_file instead"
+    if given["max_length"] < 2:
+        yield f"max_length={given['max_length']}; expected at least 2 tokens"
+    if not 0 < given["eval_fraction"] < 1:
+        yield f"eval_fraction={given['eval_fraction']}; expected a number between 0 and 1"
+    if command == "cache":  # what else a run needs may be there
+        for key, what in (("teacher_cache", "the folder to write"), ("teacher_model_name_or_path", "a teacher")):
+            if not given[key]:
+                yield f"{key} is missing; name {what}"
+        return
     recipe, cached = given["recipe"], bool(given["teacher_cache"])
     if recipe == CACHED and not cached:
-        raise UserError(f"{source}: recipe {recipe!r} needs teacher_cache, a folder that `kdfast cache` wrote")
+        yield f"recipe {recipe!r} needs teacher_cache, a folder that `kdfast cache` wrote"
     if cached and recipe not in (AUTO, CACHED, LM_ONLY):
-        raise UserError(
-            f"{source}: recipe {recipe!r} needs a live teacher, and teacher_cache is given; leave out one of them "
+        yield (
+            f"recipe {recipe!r} needs a live teacher, and teacher_cache is given; leave out one of them "
             f"(with a cache: recipe {CACHED}, or {LM_ONLY} to compare)"
         )
     if not cached and given["teacher_model_name_or_path"] is None and recipe != LM_ONLY:
-        raise UserError(
-            f"{source}: recipe {recipe!r} needs teacher_model_name_or_path, or teacher_cache; lm_only alone goes "
-            "without"
-        )
+        yield f"recipe {recipe!r} needs teacher_model_name_or_path, or teacher_cache; lm_only alone goes without"
     if not given["output_dir"]:
-        raise UserError(f"{source}: output_dir is missing; name the folder for the results")
-
-
-def _check_cache(source: str, given: Mapping[str, Any]) -> None:
-    """Check what must be there for `kdfast cache`; what else a run needs may be there."""
-    for key, what in (("teacher_cache", "the folder to write"), ("teacher_model_name_or_path", "a teacher")):
-        if not given[key]:
-            raise UserError(f"{source}: {key} is missing; name {what}")
-
-
-def _one_of(source: str, given: Mapping[str, Any], one: str, other: str) -> None:
-    if (given[one] is None) == (given[other] is None):
-        found = "neither" if given[one] is None else "both"
-        raise UserError(f"{source}: {found} of {one} and {other} given; expected exactly one of the two")
-
-
-def _check_data(source: str, given: Mapping[str, Any]) -> None:
-    _one_of(source, given, "train_file", "dataset_name")
-    if given["eval_file"] is not None and given["eval_dataset_split"] is not None:
-        raise UserError(f"{source}: both of eval_file and eval_dataset_split given; expected one or neither")
-    if given["eval_dataset_split"] is not None and given["dataset_name"] is None:
-        raise UserError(f"{source}: eval_dataset_split given without dataset_name; name an eval_file instead")
-    if given["max_length"] < 2:
-        raise UserError(f"{source}: max_length={given['max_length']}; expected at least 2 tokens")
-    if not 0 < given["eval_fraction"] < 1:
-        raise UserError(f"{source}: eval_fraction={given['eval_fraction']}; expected a number between 0 and 1")
+        yield "output_dir is missing; name the folder for the results"
 
 
 def format_help(command: Command) -> str:

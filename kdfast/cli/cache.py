@@ -44,10 +44,6 @@ def make_cache(arguments: Arguments) -> CacheSummary:
     assert asked.teacher_cache is not None  # parse saw to it
     assert models.teacher_model_name_or_path is not None
     folder = Path(asked.teacher_cache)
-
-    def tell(text: str) -> None:
-        print_once(f"{folder}: {text}")
-
     try:
         tokenizer, train, evaluation = load_text(arguments)
         teacher = load_teacher(models.teacher_model_name_or_path, tokenizer=tokenizer, dtype=models.teacher_dtype)
@@ -69,11 +65,11 @@ def make_cache(arguments: Arguments) -> CacheSummary:
                 batch_size=training.per_device_eval_batch_size,
                 shard_tokens=asked.cache_shard_tokens,
                 name=models.teacher_model_name_or_path,
-                tell=tell,
+                tell=lambda text: print_once(f"{folder}: {text}"),
             )
         if complete:
             by_first(lambda: TeacherCache(folder).summary)  # its checksums
-            tell("complete already; remove the folder to make it again")
+            print_once(f"{folder}: complete already; remove the folder to make it again")
     except ValueError as error:
         raise UserError(_in_keys(str(error), asked.cache_method)) from error
     except OSError as error:

@@ -22,7 +22,7 @@ from kdfast.cli.inputs import check_positions, load_text
 from kdfast.cli.output_dir import claim
 from kdfast.report.page import text_table, write_report
 from kdfast.report.read_runs import REPORT, SUMMARY, Run, is_finished, read_run
-from kdfast.report.summary import engine_of, parameters, summarise, write_summary
+from kdfast.report.summary import engine_of, summarise, write_summary
 from kdfast.training import KDTrainer, NonFiniteLossError, load_student, load_teacher
 from kdfast.training.cache.read import TeacherCache
 from kdfast.training.callbacks import show_progress
@@ -140,7 +140,7 @@ def _trainer(arguments: Arguments, name: str) -> KDTrainer:
     loaded = {"student": student} if teacher is None else {"student": student, "teacher": teacher}
     for which, model in loaded.items():
         check_positions(which, model, arguments.data.max_length)
-    sizes = ", ".join(f"{which} {parameters(model) / 1e6:.1f}M parameters" for which, model in loaded.items())
+    sizes = ", ".join(f"{which} {model.num_parameters() / 1e6:.1f}M parameters" for which, model in loaded.items())
     blocks = f"{len(train)} blocks of {arguments.data.max_length} tokens to train on, {len(evaluation)} to evaluate on"
     engine = engine_of(training, student)
     print_once(f"{name}: recipe {training.recipe}; {sizes}; {blocks}; engine {engine} on {training.device}")

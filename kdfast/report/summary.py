@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from kdfast.engines import resolve
@@ -43,8 +42,8 @@ def summarise(trainer: KDTrainer, evaluation: dict[str, float], peak: PeakMemory
         "peak_memory_of": peak.what,
         "engine": engine_of(trainer.args, model.student),
         "device": peak.device_name,
-        "student_parameters": parameters(model.student),
-        "teacher_parameters": None if model.teacher is None else parameters(model.teacher),
+        "student_parameters": model.student.num_parameters(),
+        "teacher_parameters": None if model.teacher is None else model.teacher.num_parameters(),
         "seed": trainer.args.seed,
         "starts": [start._asdict() for start in trainer.starts],
         "health": [dataclasses.asdict(finding) for finding in trainer.health.findings] if trainer.health else [],
@@ -88,7 +87,3 @@ def training_seconds(log: Sequence[dict[str, Any]]) -> float:
             seconds += (entry["tokens_seen"] - before) / entry["tokens_per_second"]
             before = entry["tokens_seen"]
     return seconds
-
-
-def parameters(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
