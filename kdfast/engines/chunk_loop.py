@@ -94,13 +94,13 @@ class ChunkLoop:
         self.tokens = m = planning.chunk_tokens(N, per_token, device, x.scratch_bytes)
         stride, narrow = planning.row_stride(V, device, x.engine), matmul.gradient_dtype(x.weight.dtype, device)
 
-        def scratch(rows: int, dtype: torch.dtype, wanted: bool = True) -> Tensor | None:
-            return torch.empty(rows, stride, device=device, dtype=dtype)[:, :V] if wanted else None
+        def scratch(rows: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty(rows, stride, device=device, dtype=dtype)[:, :V]
 
         overlapping = 2 if x.group and m < N else 1  # chunks whose logits are there at a time
         self.planes = [scratch(self.sides * m, x.dtype) for _ in range(overlapping)]
-        self.narrow = scratch(self.sides * m, narrow, narrow != x.dtype and any(self.wanted))
-        self.anchor_plane = scratch(m, narrow, self.wanted.anchor_apart)
+        self.narrow = scratch(self.sides * m, narrow) if narrow != x.dtype and any(self.wanted) else None
+        self.anchor_plane = scratch(m, narrow) if self.wanted.anchor_apart else None
         self.decorrelation = self.stats.new_empty(m) if planning.decorrelate(x) else None
 
     def chunks(self) -> Iterator[slice]:
@@ -112,7 +112,6 @@ class ChunkLoop:
     def logits(self, rows: slice, buffer: int = 0) -> Chunk:
         """Multiply the chunk's hidden states with the heads."""
         x, planes, m = self.x, self.planes[buffer], rows.stop - rows.start
-        assert planes is not None
         dropped = planning.on_cpu(x.hidden.device, x.engine)  # the inactive rows, by `on_active_rows`
 
         def taken(hidden: Tensor) -> Tensor:

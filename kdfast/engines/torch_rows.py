@@ -33,16 +33,19 @@ class TorchRows:
         self.targets = {CE: x.labels if x.use_ce else None, ANCHOR: x.anchor_targets if x.use_anchor else None}
 
     def __call__(self, rows: slice, z_s: Tensor, z_t: Tensor | None, out: GradientBuffers) -> None:
-        for part, within in self.blocks(rows):
-            self._solve(part, z_s[within], None if z_t is None else z_t[within], out.part(within))
+        for part, within, student, teacher in self.blocks(rows, z_s, z_t):
+            self._solve(part, student, teacher, out.part(within))
 
-    def blocks(self, rows: slice) -> Iterator[tuple[slice, slice]]:
-        """Yield some of a chunk's rows at a time: of x, and counted from the chunk's first."""
+    def blocks(
+        self, rows: slice, z_s: Tensor, z_t: Tensor | None
+    ) -> Iterator[tuple[slice, slice, Tensor, Tensor | None]]:
+        """Yield some of a chunk's rows at a time: of x, counted from the chunk's first, and both sides' logits."""
         x, m = self.x, rows.stop - rows.start
         size = max(1, CPU_BLOCK // max(1, x.valid_vocab)) if on_cpu(x.hidden.device, x.engine) else m
         for first in range(0, m, max(1, size)):
             last = min(first + size, m)
-            yield slice(rows.start + first, rows.start + last), slice(first, last)
+            part = slice(rows.start + first, rows.start + last)
+            yield part, slice(first, last), z_s[first:last], None if z_t is None else z_t[first:last]
 
     def coefficients(self, rows: slice) -> Tensor:
         """Return (3, r, 1): of the terms' gradients."""

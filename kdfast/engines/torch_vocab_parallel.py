@@ -110,10 +110,7 @@ class TorchVocabParallelRows(TorchRows):
     # first pass
 
     def update(self, rows: slice, z_s: Tensor, z_t: Tensor | None) -> Tensor:
-        states = [
-            self._state(part, z_s[within], None if z_t is None else z_t[within]).packed()
-            for part, within in self.blocks(rows)
-        ]
+        states = [self._state(part, s, t).packed() for part, _, s, t in self.blocks(rows, z_s, z_t)]
         return torch.cat(states, dim=1)
 
     def _state(self, rows: slice, z_s: Tensor, z_t: Tensor | None) -> State:
@@ -200,10 +197,10 @@ class TorchVocabParallelRows(TorchRows):
     def terms(self, rows: slice, z_s: Tensor, z_t: Tensor | None, constants: Constants) -> Tensor:
         """Return Σf, Σa_p, Σa_q (3, r)."""
         found = []
-        for part, within in self.blocks(rows):
-            given = self.teacher_logits(part, None if z_t is None else z_t[within])
+        for part, within, student, teacher in self.blocks(rows, z_s, z_t):
+            given = self.teacher_logits(part, teacher)
             assert given is not None
-            p, q, g = self._probabilities(z_s[within], given, constants.part(within))
+            p, q, g = self._probabilities(student, given, constants.part(within))
             found.append(torch.stack([each.sum(dim=-1) for each in self.x.divergence.terms(p, q, g)]))
         return torch.cat(found, dim=1)
 
@@ -217,9 +214,8 @@ class TorchVocabParallelRows(TorchRows):
     def gradients(
         self, rows: slice, z_s: Tensor, z_t: Tensor | None, constants: Constants, out: GradientBuffers
     ) -> None:
-        for part, within in self.blocks(rows):
-            teacher = None if z_t is None else z_t[within]
-            self._gradients(part, z_s[within], teacher, constants.part(within), out.part(within))
+        for part, within, student, teacher in self.blocks(rows, z_s, z_t):
+            self._gradients(part, student, teacher, constants.part(within), out.part(within))
 
     def _gradients(
         self, rows: slice, z_s: Tensor, z_t: Tensor | None, constants: Constants, out: GradientBuffers
