@@ -24,8 +24,8 @@ help:  ## this list
 demo: $(READY)  ## a real distillation on this machine: text, tokenizer, teacher, five students, one table
 	$(BIN)/kdfast demo $(ARGS)
 
-# A test that starts processes lies in tests/system; one that takes long elsewhere is marked slow; what draws thousands of
-# problems, or runs whole examples, is marked long and is nobody's to wait for.
+# Tests that start processes lie in tests/system; others that take long are marked slow. What tries at random for minutes
+# is marked long: worth a night, and no part of test-all.
 quick: $(READY)  ## every divergence, teacher and engine once: a minute
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/quick tests/loss/test_divergences.py $(ARGS)
 
@@ -35,10 +35,10 @@ PYTEST_ON_TWO_CORES := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist wor
 test: $(READY)  ## the tests, but for those that start processes or take long: five minutes on two cores
 	$(PYTEST_ON_TWO_CORES) --ignore tests/system -m "not slow and not long" $(ARGS)
 
-test-all: $(READY)  ## every test but those of test-long: what CI runs
+test-all: $(READY)  ## every test but the random ones of test-long, what CI runs: twenty minutes on two cores
 	$(PYTEST_ON_TWO_CORES) $(ARGS)
 
-test-long: $(READY)  ## thousands of random problems, 56 kills, whole examples, every row of aot: no part of test-all
+test-long: $(READY)  ## not in test-all: thousands of random problems, minutes of fuzzing and of random kills, every row of aot
 	$(BIN)/python -m pytest -m long $(ARGS)
 
 # PYTHONPATH: tests/ has what the tests share

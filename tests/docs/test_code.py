@@ -102,7 +102,7 @@ def test_code(page):
     _run(page)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("page", _pages_with_code(long=True))
 def test_long_code(page):
     _run(page)

@@ -48,7 +48,7 @@ def test_the_worked_examples(extended):
     assert code == 0, said
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_the_check_finds_a_wrong_gradient(extended):
     file = extended / "kernels/divergences.py"
     right = "-0.5 * p * d, 0.5 * q * d"

@@ -1,6 +1,6 @@
 """Every example for three steps: it runs, and its loss is the one of whole logits on its text, with labels one on.
 
-Whole runs, whose docstrings promise a falling cross entropy, are marked long.
+Whole runs, whose docstrings promise a falling cross entropy, are marked slow.
 """
 
 import ast
@@ -307,7 +307,7 @@ def test_says_what_to_install(name, example, monkeypatch):
         example(name)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_whole(name, tmp_path_factory):
     """As typed, with nothing on the command line: the small models are made by the first and shared by the others."""

@@ -6,7 +6,7 @@ In README.md and docs/**/*.md
     ```text after it          is what it prints, or the error it ends with ("ValueError: …"); … stands for anything
     ```sh                     commands, each looked at on its own
     <!-- run: …code… -->      code that readers do not see, run where it stands: small models, random tensors
-    <!-- long -->             the code of this file takes longer: `make test-long` runs it
+    <!-- long -->             the code of this file takes longer: `make test-all` runs it, `make test` does not
     <!-- needs: MODULE -->    before code for a package that may not be installed: left out then, as the test says
     <!-- file: PATH -->       before what a file of that name holds (test_extending.py writes it)
     <!-- not run: why -->     before a python block that cannot be tried here

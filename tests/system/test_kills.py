@@ -27,10 +27,17 @@ def hidden(run):
     return [path.name for path in run.glob(".checkpoint-*")]
 
 
-def wait_for(condition, processes):
+def wait_for(condition, processes, seconds=600):
     """Until it holds or a process has ended."""
+    end = time.monotonic() + seconds
     while not condition() and all(process.is_alive() for process in processes):
+        assert time.monotonic() < end, f"nothing has come of it in {seconds} s"
         time.sleep(0.001)
+
+
+def unhurried(trainer):
+    """Before every step, so that no machine is fast enough to end the run before its last kill."""
+    time.sleep(0.05)
 
 
 def started(folder, starts):
@@ -51,7 +58,7 @@ def test_killed_at_random_moments(tmp_path, capsys, ranks, kills, steps):
 
     for kill in range(1, kills + 1):
         newest = max(steps_in_sight(run), default=None)
-        processes = start(folder, fault_runs.train, True, **settings)
+        processes = start(folder, fault_runs.train, True, unhurried, **settings)
         wait_for(lambda kill=kill: started(folder, kill), processes)
         further = (newest or 0) + chance.choice((0, 2, 2, 4, 8))
         wait_for(lambda further=further: max(steps_in_sight(run), default=0) >= further, processes)
