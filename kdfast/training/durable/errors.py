@@ -55,13 +55,6 @@ class DamagedCheckpointError(RunStoppedError):
     """A checkpoint to resume from is damaged, incomplete or holds code."""
 
 
-def terminated(step: int, saved: str, *, resumable: bool) -> TerminatedError:
-    """Return the error of a run that was stopped after `saved` was."""
-    advice = how_to_resume(saved) if resumable else "It cannot be gone on from: save_only_model"
-    text = f"step {step}: SIGTERM was received and {saved} was saved. The run was stopped. {advice}"
-    return TerminatedError(text, saved)
-
-
 def kept(checkpoint: str | None) -> str:
     """Return how a message ends: the last complete checkpoint, and what to do."""
     if checkpoint is None:

@@ -11,14 +11,18 @@ from __future__ import annotations
 
 import signal
 import threading
+from pathlib import Path
 from types import FrameType
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback
+
+from kdfast.training.durable.errors import TerminatedError, how_to_resume
 
 
-class Termination:
-    """A context in which SIGTERM asks for a stop; `is_due` after every step says when.
+class Termination(TrainerCallback):
+    """Saves a checkpoint and raises TerminatedError after a SIGTERM in its context.
 
     It acts where SIGTERM has its default effect: a handler of the user's own stays in place. After the context a signal
     that came too late to be acted upon has its default effect.
@@ -45,6 +49,22 @@ class Termination:
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.is_due():
+            self._stopping = True
+            control.should_save, control.should_evaluate = True, False  # there is little time left
+
+    on_epoch_end = on_step_end
+
+    def on_save(self, args, state, control, **kwargs):
+        if self._stopping:
+            step = state.global_step
+            saved = str(Path(args.output_dir) / f"checkpoint-{step}")
+            advice = "It cannot be gone on from: save_only_model" if args.save_only_model else how_to_resume(saved)
+            raise TerminatedError(
+                f"step {step}: SIGTERM was received and {saved} was saved. The run was stopped. {advice}", saved
+            )
 
     def is_due(self) -> bool:
         """Return whether to stop now: the same in all processes, which must all call it after every step."""

@@ -58,7 +58,7 @@ def find_problem(folder: Path) -> str | None:
 
 
 def _find_lacking(folder: Path) -> str | None:
-    """Checksums say that files are as they were, not that all are there, or that a run wrote them."""
+    """Return what is missing: checksums say that files are as they were, not that all are there."""
     path = folder / TRAINER_STATE_NAME
     if not path.is_file():
         return f"it has no {path.name}"

@@ -27,7 +27,10 @@ READERS = ("_load_optimizer_and_scheduler", "_load_scaler", "_load_rng_state")
 
 
 class DurableTrainer(Trainer):
-    """Raises TerminatedError, LostProcessError, CheckpointWriteError and DamagedCheckpointError."""
+    """`Trainer` with runs that can be resumed.
+
+    Raises TerminatedError, LostProcessError, CheckpointWriteError and DamagedCheckpointError.
+    """
 
     model: DistillationModel
 
@@ -46,14 +49,15 @@ class DurableTrainer(Trainer):
         found = self._newest = self.checkpoint_to_load(resume_from_checkpoint)
         self._recover()
         limit = self.args.save_total_limit
-        termination = Termination(self.args.device)
-        callback = _BetweenSteps(self, termination)
-        self.add_callback(callback)
+        termination, mended = Termination(self.args.device), _MendedState(self)
+        self.add_callback(mended)
+        self.add_callback(termination)  # the last, so that what another one wants at its step does not count
         try:
             with termination, self.naming_lost_processes(), resume.naming_failed_reads(found, READERS):
                 output = super().train(found, trial, ignore_keys_for_eval)
         finally:
-            self.remove_callback(callback)
+            self.remove_callback(termination)
+            self.remove_callback(mended)
             self.args.save_total_limit = limit
             self._found = None  # what was read for this run may change by the next
         if limit == 1 and (best := self.state.best_model_checkpoint) is not None and Path(best).is_dir():
@@ -195,7 +199,7 @@ class DurableTrainer(Trainer):
 
     @property
     def _reads(self) -> bool:
-        """Whether this process looks at checkpoints: one of a node does."""
+        """Return whether this process looks at checkpoints: one of a node does."""
         return self.args.local_process_index == 0
 
     def _recover(self) -> None:
@@ -214,13 +218,11 @@ class DurableTrainer(Trainer):
         return next((str(folder) for folder in resume.checkpoints(self._run)), None)
 
 
-class _BetweenSteps(TrainerCallback):
-    """Saves and stops on SIGTERM, and mends what Trainer makes of the state of a resumed and of an ended run."""
+class _MendedState(TrainerCallback):
+    """Mends what Trainer makes of the state of a resumed and of an ended run."""
 
-    def __init__(self, trainer: DurableTrainer, termination: Termination) -> None:
+    def __init__(self, trainer: DurableTrainer) -> None:
         self.trainer = trainer
-        self.termination = termination
-        self.stopping = False
 
     def on_train_begin(self, args, state, control, **kwargs):
         best = resume.best_checkpoint(state, Path(args.output_dir))
@@ -229,18 +231,6 @@ class _BetweenSteps(TrainerCallback):
         for callback in (*self.trainer.callback_handler.callbacks, control):  # Trainer saves none that it did not load
             if isinstance(callback, ExportableState):
                 state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.termination.is_due():
-            self.stopping = True
-            control.should_save, control.should_evaluate = True, False  # there is little time left
-
-    on_epoch_end = on_step_end
-
-    def on_save(self, args, state, control, **kwargs):
-        if self.stopping:
-            saved = str(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-            raise errors.terminated(state.global_step, saved, resumable=not args.save_only_model)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if {"train_loss", "train_runtime"} <= (logs or {}).keys():
