@@ -8,12 +8,12 @@ states, what a low rank loses is therefore close to
 
 svd    the best E (V, r) and P (r, Ht) of all: D^½ (W_t − 1·w̄ᵀ) C^½ = U S Vᵀ, E = D^-½ U_r S_r, P = V_rᵀ C^-½.
        Source: Eckart and Young 1936, in the metric of the data, as in Hsu et al. 2022, arXiv:2207.00112
-lstsq  the best P for a given E, the student's embedding: (Eᵀ D E) P = Eᵀ D W_t, both centred. C drops out.
+lstsq  the best P for a given E, the student's embedding: (Eᵀ D E) P = Eᵀ D W_t, both centered. C drops out.
        The unweighted case is the pseudo-inverse start of DSKDv2 (Zhang et al. 2025, arXiv:2504.11426)
 
 Only (Ht, Ht) and (Hs, Ht) matrices are made: sums over V in float64, a few thousand rows of the heads at a time. A
 head's bias is one more column of it, over a hidden state of 1, and comes out as the projector's bias. Under a softcap
-constants are seen, so nothing is centred.
+constants are seen, so nothing is centered.
 """
 
 from __future__ import annotations
@@ -148,8 +148,8 @@ def solve_lstsq(
             for b in (teacher.bias, student.bias)
         )
         bias = theirs - ours / ratio
-    centred = teacher.softcap is None and student.softcap is None
-    embedding, target = _Matrix(student.weight, None, centred), _Matrix(teacher.weight, bias, centred)
+    centered = teacher.softcap is None and student.softcap is None
+    embedding, target = _Matrix(student.weight, None, centered), _Matrix(teacher.weight, bias, centered)
     gram, _ = _products(embedding, embedding, weights)
     cross, _ = _products(embedding, target, weights)
     gram.diagonal().add_(ridge * gram.diagonal().mean())
@@ -206,7 +206,7 @@ def _vocab_weights(head: Head, given: Tensor | None, valid_vocab: int | None) ->
 
 
 def _products(one: _Matrix, other: _Matrix, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (Aᵀ D B, mean of A) of two matrices of V rows, float64; means are subtracted where `one` is centred."""
+    """Return (Aᵀ D B, mean of A) of two matrices of V rows, float64; means are subtracted where `one` is centered."""
     total = torch.zeros(one.width, other.width, dtype=torch.float64, device=weights.device)
     sums = [torch.zeros(m.width, dtype=torch.float64, device=weights.device) for m in (one, other)]
     for ids in _slices(len(weights)):
@@ -215,7 +215,7 @@ def _products(one: _Matrix, other: _Matrix, weights: Tensor) -> tuple[Tensor, Te
         total += weighted.T @ b
         sums[0] += weighted.sum(0)
         sums[1] += (b * d).sum(0)
-    if not one.centred:
+    if not one.centered:
         return total, torch.zeros_like(sums[0])
     return total - torch.outer(sums[0], sums[1]), sums[0]  # the weights sum to 1
 
@@ -225,7 +225,7 @@ class _Matrix(NamedTuple):
 
     weight: Tensor
     bias: Tensor | None
-    centred: bool
+    centered: bool
 
     @property
     def width(self) -> int:

@@ -371,7 +371,7 @@ def _check_float_tensor(name: str, value: Any) -> None:
 def _check_dense(name: str, value: Tensor) -> None:
     """Raise for the kinds of tensors that many operators do not know."""
     if value.layout != torch.strided or value.is_nested or value.is_quantized:
-        what = "nested" if value.is_nested else "quantised" if value.is_quantized else str(value.layout)
+        what = "nested" if value.is_nested else "quantized" if value.is_quantized else str(value.layout)
         raise TypeError(
             f"{name} is a {what} tensor; expected a plain, dense one. Convert with .to_dense(), .dequantize() or "
             "torch.nested.to_padded_tensor"

@@ -1,5 +1,6 @@
 """What a process does in tests of vocabulary parallelism on device meshes: each function is one rank's part."""
 
+import gc
 from functools import cache
 
 import communication
@@ -226,6 +227,20 @@ def first_and_later_calls():
             result = outcome(fused_kd_loss, head, teacher, engine="torch", process_group=group, **options)
         found[name] = (result if isinstance(result, str) else None, len(exchanges))
     return found
+
+
+def groups_remembered():
+    """How many groups are known while there is a new one that a call was made with, and when it is gone."""
+    case, rank, group = make(), processes.rank(), dist.new_group([0, 1, 2, 3])
+    start, stop = [0, 30, 60, 90, 101][rank : rank + 2]
+    head = Head(case.hs, case.W.detach()[start:stop])
+    fused_kd_loss(head, None, case.labels, ce_weight=1.0, engine="torch", process_group=group, vocab_start=start)
+    known = len(agreement._known)
+    dist.barrier(group)
+    dist.destroy_process_group(group)
+    del group
+    gc.collect()
+    return known, len(agreement._known)
 
 
 def collectives_of(engine, n, scratch, **options):

@@ -208,6 +208,11 @@ def test_the_first_call_of_a_set_of_slices_is_compared_and_with_kdfast_check_eve
             assert said is wanted or said.startswith(wanted), (name, said)
 
 
+def test_a_group_that_is_gone_is_forgotten(pool):
+    for there, gone in pool.run(4, meshes.groups_remembered):
+        assert gone == there - 1
+
+
 class TestCollectives:
     """How many, how large, and when they are waited for; N=24 rows, in float32."""
 
