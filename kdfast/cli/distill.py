@@ -59,7 +59,7 @@ def run_distillation(arguments: Arguments, name: str | None = None) -> Run:
     name = name or output_dir.name
     try:
         by_first(lambda: claim(output_dir, arguments.given, arguments.run.overwrite_output_dir))
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the latter of a name that no file can have
         raise UserError(f"output_dir: {error}") from error
     try:
         return _run(arguments, output_dir, name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from math import inf
 from typing import Any
 
 import torch
@@ -108,9 +109,10 @@ def parse_size(argument: str, text: str) -> int:
     """Return the bytes of "24GiB", "24G", "512 MiB" or "1e9". G is GiB, GB is 10⁹."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?(?:e[0-9]+)?)\s*([a-z]*)\s*", text.lower())
     unit = match and (match[2] + "ib" if match[2] in ("k", "m", "g", "t") else match[2])
-    if match is None or unit not in UNITS:
+    size = float(match[1]) * UNITS.get(unit or "", inf) if match else inf
+    if not size < inf:
         raise UserError(f"plan: {argument} {text!r}; expected a number and a unit, such as 24GiB, 512MiB or 80GB")
-    return int(float(match[1]) * UNITS[unit])
+    return int(size)
 
 
 def _problem(args: argparse.Namespace) -> tuple[Shape, dict[str, int], int, str]:

@@ -67,6 +67,8 @@ def test_a_cpu(kdfast):
         ([*WIDTHS, "--teacher", "gpt2"], "--teacher-width"),
         ([*WIDTHS, "--tokens", "0"], "tokens=0"),
         ([*WIDTHS, "--memory", "lots"], "such as 24GiB"),
+        ([*WIDTHS, "--memory", "1e400"], "such as 24GiB"),
+        ([*WIDTHS, "--resident", "0 parsec"], "--resident"),
         ([*WIDTHS, "--optimizer-bytes", "-1"], "--optimizer-bytes -1"),
         (["--student", "nobody/has-this"], "--student-width"),
     ],

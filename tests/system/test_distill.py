@@ -190,6 +190,9 @@ def test_an_output_dir_that_cannot_be_made_is_named(place, kdfast):
     code, _, err = kdfast("distill", "config.yaml", "--output_dir", "text.txt/out")
     assert code == 2
     assert "kdfast: output_dir: [Errno 20] Not a directory" in err
+    code, _, err = kdfast("distill", "config.yaml", "--output_dir", "a\0b")
+    assert code == 2
+    assert "kdfast: output_dir: embedded null byte" in err
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(place, kdfast, teacher):
