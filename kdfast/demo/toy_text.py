@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
 from kdfast.training.data.text import DataError
@@ -66,17 +66,14 @@ def once(path: Path, make: Callable[[Path], None]) -> None:
 
 
 def write_files(path: Path, texts: list[str]) -> None:
+    """Write a file for each text."""
     for i, text in enumerate(texts):
         (path / f"{i:05}.py").write_text(text, encoding="utf-8")
 
 
 def train_tokenizer(path: Path, texts: list[str], vocabulary: int) -> None:
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
-    )
-    bpe.train_from_iterator(texts, trainer)
-    PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END, eos_token=END).save_pretrained(path)
+    """Train a byte-level BPE of so many tokens and save it where `AutoTokenizer` reads it."""
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts, vocabulary, min_frequency=0, show_progress=False, special_tokens=[END])
+    # transformers takes what this wraps
+    PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token=END, eos_token=END).save_pretrained(path)
