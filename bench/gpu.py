@@ -105,7 +105,7 @@ def time_kernels(workload: Workload, rounds: int) -> dict[str, Row]:
         runs[label] = partial(getattr(module, launcher), *arguments, **options)
         written = options["grad_s"] if backward else None
         tokens, vocab = workload.tokens, workload.vocab
-        logits = 2 * (arguments[2].numel() if reads else tokens * vocab if written is None else written.numel())
+        logits = 2 * (arguments[0].z_s.numel() if reads else tokens * vocab if written is None else written.numel())
         moved = logits * (4 * bool(reads) + (0 if written is None else written.element_size()))
         operations = 0 if reads else 2 * logits * workload.student_width
         rows[label] = {"reads": reads, "bytes": moved, "operations": operations}

@@ -1,7 +1,7 @@
-"""Which configuration a launch uses: the table's, or, with KDFAST_AUTOTUNE=1, the fastest found on this GPU.
+"""Choose a launch's configuration: the table's or, with KDFAST_AUTOTUNE=1, the fastest found on this GPU.
 
 The search starts at the table's row and moves one field a step at a time, from the best so far, until nothing is 2%
-better; what does not compile or does not fit is skipped. It runs once a kernel and row of the table, on the first
+better; what does not compile or does not fit is skipped. It runs once per kernel and row of the table, on the first
 launch that meets it, prints the row to put into `kernels/block_sizes.py`, and is used until the process ends;
 nothing is written anywhere. A new row counts after `make aot` and the tests have passed with it.
 """
@@ -36,8 +36,8 @@ _found: dict[tuple[Any, ...], Config] = {}
 
 
 def choose(kernel: str, operand: Tensor, N: int, launch: Callable[[Any], Any], widths: Sequence[int] = ()) -> Any:
-    """The configuration of `kernel` (a field of the table's rows) for N tokens, operands like `operand` and, of a
-    kernel that multiplies, the widths it sums over.
+    """Return the configuration of `kernel` (a field of the table's rows) for N tokens, operands like `operand` and, of
+    a kernel that multiplies, the widths it sums over.
 
     launch(config) does the work once, and doing it again must change nothing."""
     row = row_of(operand.device, operand.element_size(), N)
@@ -59,7 +59,7 @@ def choose(kernel: str, operand: Tensor, N: int, launch: Callable[[Any], Any], w
 
 
 def neighbours(config: Config) -> Iterator[Config]:
-    """One field one step up or down."""
+    """Yield the configurations with one field one step up or down."""
     for name, steps in STEPS.items():
         value = getattr(config, name, None)
         if value in steps:
@@ -74,7 +74,7 @@ def _milliseconds(run: Callable[[], Any]) -> float:
 def search(
     start: Config, launch: Callable[[Any], Any], time: Callable[[Callable[[], Any]], float] = _milliseconds
 ) -> Any:
-    """The fastest configuration reached from `start`; time(run) is how long run() takes."""
+    """Return the fastest configuration reached from `start`; time(run) is how long run() takes."""
     tried: dict[Config, float] = {}
 
     def measure(config: Config) -> float:

@@ -1,4 +1,4 @@
-"""Block sizes: one table, for each architecture, operand width and band of N the tiles of every kernel.
+"""Block sizes: one table of every kernel's tiles for each architecture, operand width and band of N.
 
 How the rows were chosen: by compiling, not yet by timing. `make aot` compiles every row for its chip and holds it to no
 spills, the chip's shared memory and its best tensor-core instruction; among what passes, the largest tile that keeps
@@ -20,16 +20,16 @@ FEW = 64  # tokens: up to here a smaller block of rows wastes less
 
 @dataclass(frozen=True)
 class RowConfig:
-    """Of the row kernel."""
+    """Block sizes of the row kernels."""
 
-    rows: int  # a program
+    rows: int  # per program
     block: int  # logits of a row at a time
     warps: int
 
 
 @dataclass(frozen=True)
 class TileConfig:
-    """Of a kernel that multiplies: tokens × vocabulary × width of a tile."""
+    """Block sizes of a kernel that multiplies: tokens × vocabulary × width of a tile."""
 
     block_n: int
     block_v: int
@@ -44,7 +44,7 @@ class TileConfig:
 
 @dataclass(frozen=True)
 class Row:
-    """Of the table: one configuration a kernel, and why."""
+    """One row of the table: a configuration per kernel, and why."""
 
     rows: RowConfig
     lean: TileConfig  # statistics kernel, without softcap, bias, metrics and anchor
@@ -168,48 +168,34 @@ AMD_FP32 = replace(
     FP32, rows=AMD_ROWS, why="fp32 operands: v_mfma_f32 exists, at a quarter of the 16-bit rate"
 )
 
-# (architecture, bytes an operand, band of N) → row. float64 shares the 4-byte rows' tiles.
-TABLE: dict[tuple[str, int, str], Row] = {
-    ("sm_80", 2, "many"): SM_80,
-    ("sm_80", 2, "few"): SM_80_FEW,
-    ("sm_80", 4, "many"): FP32,
-    ("sm_80", 4, "few"): FP32,
-    ("sm_86", 2, "many"): SM_80,
-    ("sm_86", 2, "few"): SM_80_FEW,
-    ("sm_86", 4, "many"): FP32,
-    ("sm_86", 4, "few"): FP32,
-    ("sm_89", 2, "many"): SM_80,
-    ("sm_89", 2, "few"): SM_80_FEW,
-    ("sm_89", 4, "many"): FP32,
-    ("sm_89", 4, "few"): FP32,
-    ("sm_90", 2, "many"): SM_90,
-    ("sm_90", 2, "few"): SM_90_FEW,
-    ("sm_90", 4, "many"): FP32,
-    ("sm_90", 4, "few"): FP32,
-    ("sm_100", 2, "many"): SM_100,
-    ("sm_100", 2, "few"): SM_100,
-    ("sm_100", 4, "many"): SM_100_FP32,
-    ("sm_100", 4, "few"): SM_100_FP32,
-    ("sm_120", 2, "many"): SM_120,
-    ("sm_120", 2, "few"): SM_120_FEW,
-    ("sm_120", 4, "many"): SM_120_FP32,
-    ("sm_120", 4, "few"): SM_120_FP32,
-    ("gfx942", 2, "many"): GFX942,
-    ("gfx942", 2, "few"): GFX942_FEW,
-    ("gfx942", 4, "many"): AMD_FP32,
-    ("gfx942", 4, "few"): AMD_FP32,
+# architecture → rows for 16-bit operands and many tokens, 16-bit operands and few, fp32 operands (float64 shares them)
+SM_8X = (SM_80, SM_80_FEW, FP32)
+PRESETS = {
+    "sm_80": SM_8X,
+    "sm_86": SM_8X,
+    "sm_89": SM_8X,
+    "sm_90": (SM_90, SM_90_FEW, FP32),
+    "sm_100": (SM_100, SM_100, SM_100_FP32),
+    "sm_120": (SM_120, SM_120_FEW, SM_120_FP32),
+    "gfx942": (GFX942, GFX942_FEW, AMD_FP32),
 }
-ARCHITECTURES = tuple(dict.fromkeys(architecture for architecture, _, _ in TABLE))
+# (architecture, bytes per operand, band of N) → row
+TABLE: dict[tuple[str, int, str], Row] = {
+    (architecture, size, band): row
+    for architecture, (many, few, fp32) in PRESETS.items()
+    for size, band, row in ((2, "many", many), (2, "few", few), (4, "many", fp32), (4, "few", fp32))
+}
+ARCHITECTURES = tuple(PRESETS)
 MULTIPLIES_FLOAT64 = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5)  # tl.dot; torch 2.8 has Triton 3.4
 
 
 def interpreting() -> bool:
-    """Kernels run in Triton's interpreter (TRITON_INTERPRET=1 when they were imported)."""
+    """Return whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 when they were imported)."""
     return triton.knobs.runtime.interpret
 
 
 def architecture(device: torch.device) -> str:
-    """"sm_90", "gfx942", …; "interpreter" for CPU tensors."""
+    """Return "sm_90", "gfx942", …; "interpreter" for CPU tensors."""
     if device.type == "cpu":
         return "interpreter"
     if torch.version.hip is not None:
@@ -219,8 +205,8 @@ def architecture(device: torch.device) -> str:
 
 
 def known_architecture(device: torch.device) -> str | None:
-    """The architecture whose rows `device` uses: its own, or the closest older one of the same generation (sm_103 runs
-    sm_100's, sm_87 sm_86's); None where there is none."""
+    """Return the architecture whose rows `device` uses: its own, or the closest older one of the same generation
+    (sm_103 runs sm_100's, sm_87 sm_86's); None where there is none."""
     name = architecture(device)
     if name == "interpreter" or name in ARCHITECTURES:
         return name
@@ -231,22 +217,22 @@ def known_architecture(device: torch.device) -> str | None:
 
 
 def key_of(device: torch.device, itemsize: int, N: int) -> tuple[str, int, str]:
-    """Of the table, for operands of `itemsize` bytes and N tokens."""
+    """Return the key in the table for operands of `itemsize` bytes and N tokens."""
     name = known_architecture(device)
     assert name is not None, architecture(device)
     return name, min(itemsize, 4), "few" if N <= FEW else "many"
 
 
 def row_of(device: torch.device, itemsize: int, N: int) -> Row:
-    """The table's row for operands of `itemsize` bytes and N tokens."""
+    """Return the table's row for operands of `itemsize` bytes and N tokens."""
     key = key_of(device, itemsize, N)
     return INTERPRETER if key[0] == "interpreter" else TABLE[key]
 
 
 def splits_of(row_blocks: int, tiles: int, device: torch.device) -> int:
-    """Programs that share a row block's vocabulary: enough to fill the chip in whole waves, no more than needed.
+    """Return how many programs share a row block's vocabulary: enough to fill the chip in whole waves, and no more.
 
-    The time of a launch is waves × tiles a program; the fewest splits within 2% of the shortest."""
+    The time of a launch is waves × tiles per program; the fewest splits within 2% of the shortest."""
     if device.type == "cpu":
         return min(2, tiles)
     return _splits(row_blocks, tiles, torch.cuda.get_device_properties(device).multi_processor_count)

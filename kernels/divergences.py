@@ -1,14 +1,15 @@
-"""Divergences on the device: one entry each, shared by the row kernel and the tiled kernels.
+"""Divergences on the device: one function each, shared by the row kernel and the tiled kernels.
 
-With p the teacher's and q the student's probability of an entry and g = log p − log q, an entry is a function that
-returns (f, a_p, a_q): the summand, arranged so that it keeps its digits when p ≈ q, and its derivatives towards log p
-and log q. The gradient towards logits at τ is (a − softmax·Σa)/τ. What they mean, and their sources, stand in
-`kdfast.divergences`; the tests hold each entry against the definition there.
+With p the teacher's and q the student's probability of a token and g = log p − log q, each returns (f, a_p, a_q): the
+summand, arranged so that it keeps its digits when p ≈ q, and its derivatives towards log p and log q. The gradient
+towards logits at τ is (a − softmax·Σa)/τ. `kdfast.divergences` has the definitions and their sources; the tests hold
+each function against the definition there.
 
 To add one: its function, a branch in `terms`, a line in `ENTRIES`.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import triton
 import triton.language as tl
@@ -67,7 +68,7 @@ def total_variation(p, q, g):
 
 @triton.jit
 def terms(DIVERGENCE: tl.constexpr, p, q, g, parameter):
-    """(f, a_p, a_q) of the divergence of that name. parameter: its only number, or 0."""
+    """Return (f, a_p, a_q) of the divergence of that name. parameter: its only number, or 0."""
     if DIVERGENCE == "forward_kl":
         f, a_p, a_q = forward_kl(p, q, g)
     elif DIVERGENCE == "reverse_kl":
@@ -86,12 +87,14 @@ def terms(DIVERGENCE: tl.constexpr, p, q, g, parameter):
     return f, a_p, a_q
 
 
-class Entry(NamedTuple):
-    """What the kernels must know of a divergence besides `terms`."""
+@dataclass(frozen=True)
+class Entry:
+    """What the kernels know of a divergence besides `terms`, as one compile-time argument."""
 
-    base: str = ""  # "t" or "s": KL whose expectation is under that side; one pass over the logits suffices
+    base: str = ""  # "t" or "s": a KL whose expectation is under that side; one pass over the logits suffices
     centred_p: bool = False  # Σ a_p is zero by construction
     centred_q: bool = False  # Σ a_q is
+    name: str = ""
 
 
 ENTRIES = {
@@ -103,3 +106,9 @@ ENTRIES = {
     "skew_reverse_kl": Entry(),
     "total_variation": Entry(),
 }
+
+
+@lru_cache
+def entry_of(name: str) -> Entry:
+    """Return the entry of the divergence of that name, or of the "sparse" teacher that the kernels see in part only."""
+    return replace(ENTRIES.get(name, Entry()), name=name)

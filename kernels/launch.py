@@ -1,20 +1,83 @@
-"""What the launchers are told, in two pieces: the heads that make logits, and the loss that is taken of them."""
+"""What launchers take, in two pieces: the heads that make logits, and the loss that is taken of them.
+
+Each turns itself into kernel arguments: NamedTuples of tensors and sizes, and frozen dataclasses of compile-time flags.
+"""
 
 from __future__ import annotations
 
+from collections import namedtuple
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kdfast.kernels.block_sizes import TileConfig, architecture
-from kdfast.kernels.divergences import ENTRIES, Entry
+from kdfast.kernels.divergences import Entry, entry_of
+
+# Kernel arguments:
+Matrix = namedtuple("Matrix", "pointer row column")  # with its strides
+# what logits are products of: hidden (N, Hs), teacher_hidden (N, Hs) or (N, Ht), weight (V, Hs), teacher_weight
+# (V, Ht), of which the teacher's may have no pointer; biases (V,) or None
+Operands = namedtuple("Operands", "hidden teacher_hidden weight teacher_weight bias teacher_bias")
+Given = namedtuple("Given", "logits offsets")  # dense teacher logits the caller made, their rows' offsets; or None
+LossTensors = namedtuple("LossTensors", "labels targets active coefficients temperature scale")  # fields of `Term`
+
+
+class Gradients(NamedTuple):
+    """Kernel argument: where gradients of logits go, (rows, columns) each, None = not wanted."""
+
+    student: Tensor | None
+    teacher: Tensor | None  # the KD part, and the anchor's where that has no plane of its own
+    anchor: Tensor | None
+    stride: int  # of rows, the student's and the teacher's
+    anchor_stride: int
+
+    @classmethod
+    def of(cls, student: Tensor | None, teacher: Tensor | None, anchor: Tensor | None) -> Gradients:
+        """Build it from tensors of which student's and teacher's have one stride."""
+        planes = (student if student is not None else teacher, anchor)
+        return cls(student, teacher, anchor, *(0 if plane is None else plane.stride(0) for plane in planes))
+
+
+@dataclass(frozen=True)
+class HeadFlags:
+    """Compile-time argument."""
+
+    softcap_s: bool = False
+    softcap_t: bool = False
+    truncated: bool = False  # the KD term ends before the student's vocabulary does
+    given_stride: int = 0  # of the entries of given logits
+    even_s: bool = True  # Hs is a multiple of a tile's BLOCK_H
+    even_t: bool = True
+    precision: str = "ieee"
+
+
+@dataclass(frozen=True)
+class StatisticsFlags:
+    """Compile-time argument: which statistics are wanted."""
+
+    teacher: bool  # there are two sides of logits
+    ce: bool
+    anchor: bool
+    metrics: bool
+    decorrelate: bool
+
+
+@dataclass(frozen=True)
+class GradientFlags:
+    """Compile-time argument: which gradients are wanted."""
+
+    student: bool
+    ce: bool
+    teacher: bool
+    anchor: bool
+    decorrelate: bool
 
 
 @dataclass(frozen=True, eq=False)
 class Heads:
-    """Logits: softcap·tanh(logit_scale·(h Wᵀ + b)/softcap) of student and teacher."""
+    """Logits softcap·tanh(logit_scale·(h Wᵀ + b)/softcap) of student and teacher."""
 
     hidden: Tensor  # (N, Hs)
     weight: Tensor  # (V, Hs)
@@ -35,50 +98,47 @@ class Heads:
 
     @property
     def own(self) -> bool:
+        """Whether the teacher has a head of its own."""
         return self.teacher_weight is not None
 
     @property
     def teacher(self) -> bool:
-        """There are two sides of logits."""
+        """Whether there are two sides of logits."""
         return self.teacher_hidden is not None or self.teacher_logits is not None
 
     def student_alone(self) -> Heads:
+        """Return the heads without a teacher."""
         return replace(self, teacher_hidden=None, teacher_weight=None, teacher_bias=None, teacher_logits=None)
-
-    def given(self) -> tuple[Tensor | None, Tensor | None, int]:
-        """Kernel arguments: logits, where their rows lie, and the stride of their entries."""
-        logits = self.teacher_logits
-        return logits, self.offsets, 0 if logits is None else logits.stride(-1)
 
     @property
     def intricate(self) -> bool:
-        """More work per logit than a product and a sum: the "full" rows of the configuration table."""
+        """Whether a logit takes more than a product and a sum: the "full" rows of the table of block sizes."""
         extras = (self.softcap, self.teacher_softcap, self.bias, self.teacher_bias)
         return any(extra is not None for extra in extras)
 
-    def pointers(self) -> tuple[Any, ...]:
-        """Kernel arguments: tensors with their strides, then the biases."""
-        matrices = (self.hidden, self.teacher_hidden, self.weight, self.teacher_weight)
-        pairs = [(None, 0, 0) if t is None else (readable(t), t.stride(0), t.stride(1)) for t in matrices]
-        return (*pairs[0], *pairs[1], *pairs[2], *pairs[3], self.bias, self.teacher_bias)
+    def operands(self) -> Operands:
+        hidden, teacher, weight, own = map(matrix, (self.hidden, self.teacher_hidden, self.weight, self.teacher_weight))
+        return Operands(hidden, teacher, weight, own, self.bias, self.teacher_bias)
+
+    def given(self) -> Given:
+        return Given(self.teacher_logits, self.offsets)
 
     def widths(self) -> tuple[int, int]:
-        """Hs, Ht."""
+        """Return Hs and Ht."""
         width = self.hidden.shape[1]
         return width, self.teacher_hidden.shape[1] if self.own else width
 
     def scalars(self) -> tuple[float, float, float, float]:
         return (self.logit_scale, self.softcap or 1.0, self.teacher_logit_scale, self.teacher_softcap or 1.0)
 
-    def flags(self, config: TileConfig) -> dict[str, Any]:
-        Hs, Ht = self.widths()
-        return {
-            "SOFTCAP_S": self.softcap is not None,
-            "SOFTCAP_T": self.teacher_softcap is not None,
-            "EVEN_S": Hs % config.block_h == 0,
-            "EVEN_T": Ht % config.block_h == 0,
-            "PRECISION": "tf32" if self.tf32 else "ieee",
-        }
+    def flags(self, config: TileConfig | None = None) -> HeadFlags:
+        """Return the flags of a kernel that reads logits or, with tiles of a configuration, multiplies."""
+        given_stride = 0 if self.teacher_logits is None else self.teacher_logits.stride(-1)
+        flags = HeadFlags(self.softcap is not None, self.teacher_softcap is not None, self.truncated, given_stride)
+        if config is None:
+            return flags
+        even_s, even_t = (width % config.block_h == 0 for width in self.widths())
+        return replace(flags, even_s=even_s, even_t=even_t, precision=precision(self.tf32))
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,24 +169,35 @@ class Term:
 
     @property
     def entry(self) -> Entry:
-        return Entry() if self.sparse else ENTRIES[self.divergence]
+        return entry_of(self.divergence)
 
-    def excluded(self) -> tuple[Tensor | None, int]:
-        """Kernel arguments."""
-        return self.bits, 0 if self.bits is None else self.bits.stride(0)
+    def tensors(self) -> LossTensors:
+        return LossTensors(self.labels, self.targets, self.active, self.coefficients, self.temperature, self.scale)
 
-    def divergence_flags(self) -> dict[str, Any]:
-        entry = self.entry
-        return {
-            "DIVERGENCE": self.divergence,
-            "BASE": entry.base,
-            "CENTRED_P": entry.centred_p,
-            "CENTRED_Q": entry.centred_q,
-        }
+    def excluded(self) -> Matrix:
+        """Return the bits as a kernel argument."""
+        return matrix(self.bits)
+
+    def statistics_flags(self, teacher: bool, decorrelate: bool) -> StatisticsFlags:
+        ce, anchor = self.labels is not None, self.targets is not None
+        return StatisticsFlags(teacher, ce, anchor, self.metrics, decorrelate)
+
+    def gradient_flags(self, student: bool, decorrelate: bool) -> GradientFlags:
+        return GradientFlags(student, self.ce_gradient, self.teacher_gradient, self.anchor_gradient, decorrelate)
+
+
+def matrix(operand: Tensor | None) -> Matrix:
+    """Return a tensor of two dimensions, or none, as a kernel argument."""
+    return Matrix(None, 0, 0) if operand is None else Matrix(readable(operand), *operand.stride())
+
+
+def precision(tf32: bool) -> str:
+    """Return the precision of fp32 products as Triton names it."""
+    return "tf32" if tf32 else "ieee"
 
 
 def readable(operand: Tensor) -> Tensor:
-    """The interpreter has no bf16 product; widened there."""
+    """Return the operand, in the interpreter, which has no bf16 product, widened."""
     if operand.dtype == torch.bfloat16 and architecture(operand.device) == "interpreter":
         return torch.empty_strided(operand.shape, operand.stride(), dtype=torch.float32).copy_(operand)
     return operand

@@ -1,7 +1,7 @@
 """A sparse teacher's entries on the device: which bits of the vocabulary they are, their logits, their gradients.
 
-indices (N, K) int64, ascending in a row. Each kernel reads K numbers a token and nothing of size N × V, but for the one
-bit an entry of the vocabulary that `bits` makes: a thirty-second of the logits.
+indices (N, K) int64, ascending in a row. Each kernel reads K numbers per token and nothing of size N × V, but for the
+one bit per entry of the vocabulary that `bits` makes: a thirty-second of the logits.
 """
 
 import torch
@@ -27,7 +27,7 @@ def bits_kernel(
 
 
 def bits(indices: Tensor, chosen: Tensor, vocab: int) -> Tensor:
-    """(N, words) int32 with the bits of the chosen (N, K) ids set. (Whatever the order of its atomics, the same.)"""
+    """Return (N, words) int32 with the bits of the chosen (N, K) ids set, whatever the order of its atomics."""
     (N, K), words = indices.shape, triton.cdiv(vocab, 32)
     out = indices.new_zeros(N, words, dtype=torch.int32)
     if N:
@@ -63,9 +63,9 @@ def support_logits_kernel(
 
 
 def support_logits(x: Tensor, weight: Tensor, indices: Tensor, out: Tensor) -> Tensor:
-    """out (N, K) = x_n · weight[indices_nk].  x (N, H), weight (V, H), out fp32 (fp64), in which products are summed.
+    """Fill and return out (N, K) = x_n · weight[indices_nk].  x (N, H), weight (V, H); out fp32 (fp64), as sums are.
 
-    Reads K rows of weight a token: 2·K·H bytes in 16 bits, mostly from L2."""
+    Reads K rows of weight per token: 2·K·H bytes in 16 bits, mostly from L2."""
     (N, K), H = indices.shape, x.shape[1]
     if N:
         R = _rows(indices)
@@ -92,7 +92,7 @@ def write_kernel(
 
 
 def write(plane: Tensor, indices: Tensor, values: Tensor, first: int = 0) -> None:
-    """plane[n, indices_nk − first] = values_nk, where that is a column of plane.  plane (N, width), values (N, K)."""
+    """Set plane[n, indices_nk − first] = values_nk, where plane (N, width) has that column; values (N, K)."""
     N, K = indices.shape
     if N:
         R = _rows(indices)
@@ -107,5 +107,5 @@ def _block(K: int) -> int:
 
 
 def _rows(indices: Tensor) -> int:
-    """Of a program: the interpreter pays per operation."""
+    """Return the rows of a program: the interpreter pays per operation."""
     return 16 if indices.device.type == "cpu" else 1

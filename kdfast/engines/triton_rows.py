@@ -1,20 +1,24 @@
-"""The row work of the `triton_chunked` engine: `row_kernel.py`, one launch a chunk, two for a sparse teacher."""
+"""The row work of the `triton_chunked` engine: `row_kernel.py`, one launch per chunk, two for a sparse teacher.
+
+Here too: a Problem as the kernels' launchers take it, for all engines that launch them.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from torch import Tensor
 
 from kdfast.engines import triton_sparse
 from kdfast.engines.chunk_loop import GradientBuffers
-from kdfast.engines.triton_arguments import heads_of, term_of
 from kdfast.kernels import topk_teacher
-from kdfast.kernels.column_sums import add_column_sums
-from kdfast.kernels.online_softmax import ROWS
-from kdfast.kernels.row_kernel import solve_rows
-from kdfast.ops.planning import GradFlags
+from kdfast.kernels.launch import Heads, Term
+from kdfast.kernels.logit_gradients import add_column_sums
+from kdfast.kernels.online_softmax import CONSTANTS, SIDE, STATE
+from kdfast.kernels.row_kernel import Chunk, row_gradients, row_states, solve_rows
+from kdfast.kernels.tiled_forward import combine
+from kdfast.ops import matmul, sparse
+from kdfast.ops.planning import GradFlags, grad_flags
 from kdfast.ops.problem import Problem
 
 
@@ -26,36 +30,61 @@ class TritonRows:
         self.heads, self.term = heads_of(x), term_of(x, scale)
 
     def __call__(self, rows: slice, z_s: Tensor, z_t: Tensor | None, out: GradientBuffers) -> None:
+        # the chunk loop's scratch: whole padded rows
+        chunk = Chunk(self.heads, self.term, z_s, z_t, width=z_s.stride(0), start=rows.start)
         if self.x.sparse:
-            self._sparse(rows, z_s, out.student)
+            self._sparse(rows, chunk, out.student)
         else:
-            grads = {"grad_s": out.student, "grad_t": out.teacher, "grad_a": out.anchor, "mix": out.decorrelation}
-            solve_rows(self.heads, self.term, z_s, z_t, **self._chunk(rows, z_s), **grads)
+            solve_rows(
+                chunk,
+                stats=self.stats,
+                grad_s=out.student,
+                grad_t=out.teacher,
+                grad_a=out.anchor,
+                decorrelation=out.decorrelation,
+            )
         bias_gradients(out, self.wanted)
 
-    def _sparse(self, rows: slice, z: Tensor, grad: Tensor | None) -> None:
-        x = self.x
+    def _sparse(self, rows: slice, chunk: Chunk, grad: Tensor | None) -> None:
+        x, z = self.x, chunk.z_s
         assert x.teacher_indices is not None
         at = triton_sparse.entries(x, rows, z.gather(1, triton_sparse.addresses(x, rows)))
-        constants = z.new_empty(ROWS.value, z.shape[0])
-        phase = {"z_s": z, "z_t": None, **self._chunk(rows, z)}
-        term = replace(self.term, bits=triton_sparse.bits(x, rows))
-        solve_rows(self.heads, term, **phase, grad_s=None, phase="statistics", rows=constants)
+        states = z.new_empty(1, count_of_states(x), z.shape[0])
+        with_bits = replace(chunk, term=replace(self.term, bits=triton_sparse.bits(x, rows)))
+        row_states(with_bits, states, decorrelate=False)
+        constants = combine_states(x, self.term, rows, states, stats=self.stats, decorrelate=False)
         found = triton_sparse.solve(x, rows, at, constants, self.scale)
         triton_sparse.record(x, rows, found, self.stats)
         if grad is None:
             return
-        outside = triton_sparse.outside(x, found, constants)
-        solve_rows(self.heads, self.term, **phase, grad_s=grad, phase="gradients", rows=outside)
+        row_gradients(chunk, constants=triton_sparse.outside(x, found, constants), grad_s=grad)
         inside = triton_sparse.inside(x, rows, at, found, constants, self.scale, grad.dtype)
         topk_teacher.write(grad, at.indices, inside)
 
-    def _chunk(self, rows: slice, z: Tensor) -> dict[str, Any]:
-        # the chunk loop's scratch: whole padded rows
-        return {"width": z.stride(0), "start": rows.start, "stats": self.stats}
+
+def count_of_states(x: Problem) -> int:
+    """Return how many numbers per row `row_states` leaves."""
+    return STATE.value + (SIDE.value if x.truncated else 0)
+
+
+def combine_states(x: Problem, term: Term, rows: slice, states: Tensor, *, stats: Tensor, decorrelate: bool) -> Tensor:
+    """Return the rows' constants and decorrelation (10, m), from states (slices, ≥ numbers, m); fill `stats[:, rows]`.
+    """
+    constants = states.new_empty(CONSTANTS.value + 1, states.shape[-1])
+    beyond = states[:, STATE.value :] if x.truncated else None  # the student's side alone
+    teacher = x.teacher_hidden is not None or x.teacher_logits is not None or x.teacher_tail == "bucket"
+    parts, out = states[:, : STATE.value], {"stats": stats[:, rows], "constants": constants}
+    combine(term_of_rows(term, rows), parts, beyond, **out, decorrelate=decorrelate, teacher=teacher)
+    return constants
+
+
+def term_of_rows(term: Term, rows: slice) -> Term:
+    """Return the loss of some of the rows, as `combine` takes it."""
+    return replace(term, active=term.active[rows], coefficients=term.coefficients[:, rows])
 
 
 def bias_gradients(out: GradientBuffers, wanted: GradFlags) -> None:
+    """Add to `out.bias` what a chunk's gradients give it."""
     if out.bias is None:
         return
     if out.student is not None:
@@ -63,3 +92,46 @@ def bias_gradients(out: GradientBuffers, wanted: GradFlags) -> None:
         add_column_sums(out.student, weights, out.bias)
     if wanted.teacher_to_weight and out.teacher is not None:
         add_column_sums(out.teacher, None, out.bias)
+
+
+def heads_of(x: Problem) -> Heads:
+    """Return the heads that make the problem's logits, as the kernels' launchers take them."""
+    bias = None if x.bias is None else x.bias.contiguous()
+    own_bias = None if x.teacher_bias is None else x.teacher_bias.contiguous()
+    return Heads(
+        hidden=x.hidden,
+        weight=x.weight,
+        bias=bias,
+        logit_scale=x.logit_scale,
+        softcap=x.softcap,
+        teacher_hidden=x.teacher_hidden,
+        teacher_weight=x.teacher_weight,
+        teacher_bias=bias if x.projected else own_bias,
+        teacher_logit_scale=x.teacher_logit_scale,
+        teacher_softcap=x.teacher_softcap,
+        teacher_logits=x.teacher_logits,
+        offsets=None if x.teacher_logits is None else x.dense_teacher_offsets(),
+        vocab=x.valid_vocab,
+        kd_vocab=x.kd_vocab,
+        tf32=matmul.tf32(x.hidden.device),
+        truncated=x.truncated,
+    )
+
+
+def term_of(x: Problem, scale: Tensor) -> Term:
+    """Return the loss that is taken of the logits, as the kernels' launchers take it; scale () divides gradients."""
+    want = grad_flags(x)  # with per-row losses too: what the statistics must know of a later backward
+    return Term(
+        divergence="sparse" if x.sparse else x.divergence_name,
+        parameter=x.divergence_parameters[0] if x.divergence_parameters else 0.0,
+        temperature=sparse.temperature(x) if x.sparse else x.temperature,
+        coefficients=x.coefficients,
+        scale=scale,
+        active=x.active,
+        labels=x.local(x.labels) if x.use_ce else None,
+        targets=x.local(x.anchor_targets) if x.use_anchor else None,
+        ce_gradient=want.student and x.ce_term,
+        teacher_gradient=want.teacher,
+        anchor_gradient=want.anchor,
+        metrics=x.want_metrics,
+    )

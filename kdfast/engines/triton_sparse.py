@@ -1,6 +1,6 @@
-"""Between the kernels' two phases, for a teacher given by K entries a row: arithmetic on (rows, K) in plain torch.
+"""Between statistics and gradients, for a teacher given by K entries per row: arithmetic on (rows, K) in plain torch.
 
-constants (≥ 9, r) are the rows' constants of `kernels/online_softmax.py`: the student's maximum and log-sum-exp, in the
+constants (≥ 9, r) are the `RowConstants` of `kernels/online_softmax.py`: the student's maximum and log-sum-exp, in the
 teacher's place the bucket's, and log Σ at τ = 1.
 """
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kdfast.engines.torch_rows import add_bias_and_transform, slope_of
 from kdfast.kernels import topk_teacher
+from kdfast.kernels.online_softmax import CONSTANTS, RowConstants
 from kdfast.ops import sparse
 from kdfast.ops.problem import AGREEMENT, CE, KD, Problem
 
@@ -26,12 +27,12 @@ class Entries(NamedTuple):
 
 
 def addresses(x: Problem, rows: slice) -> Tensor:
-    """(r, K): the entries in the slice of the vocabulary that is here; 0 for the others."""
+    """Return (r, K): the entries in the slice of the vocabulary that is here; 0 for the others."""
     return _local(x, rows).clamp_min(0) if x.group else _local(x, rows)
 
 
 def _local(x: Problem, rows: slice) -> Tensor:
-    """(r, K): the entries in the slice; −1 for the others."""
+    """Return (r, K): the entries in the slice; −1 for the others."""
     assert x.teacher_indices is not None
     local = x.local(x.teacher_indices[rows])
     assert local is not None
@@ -39,7 +40,7 @@ def _local(x: Problem, rows: slice) -> Tensor:
 
 
 def entries(x: Problem, rows: slice, products: Tensor) -> Entries:
-    """products (r, K): h·Wᵀ at the entries; overwritten."""
+    """Return the entries from products (r, K), h·Wᵀ there; products are overwritten."""
     assert x.teacher_indices is not None
     bias = None if x.bias is None or not x.valid_vocab else x.bias[addresses(x, rows)]
     slope = add_bias_and_transform(products, bias, x.logit_scale, x.softcap)
@@ -47,18 +48,18 @@ def entries(x: Problem, rows: slice, products: Tensor) -> Entries:
 
 
 def own(x: Problem, rows: slice, z: Tensor) -> Tensor:
-    """z (r, K) at the entries that are here, 0 at the others."""
+    """Return z (r, K) at the entries that are here, 0 at the others."""
     return torch.where(_local(x, rows) >= 0, z, 0)
 
 
 def entries_of(x: Problem, rows: slice, z: Tensor) -> Entries:
-    """Of the student's logits there, (r, K)."""
+    """Return the entries from the student's logits z (r, K) there."""
     assert x.teacher_indices is not None
     return Entries(x.teacher_indices[rows], z, slope_of(z, x.softcap))
 
 
 def bits(x: Problem, rows: slice) -> Tensor | None:
-    """(r, words): the vocabulary's entries that are not in the bucket; None where the tail is no bucket."""
+    """Return (r, words): the vocabulary's entries that are not in the bucket; None where the tail is no bucket."""
     excluded = sparse.excluded(x)
     if excluded is None or x.teacher_indices is None:
         return None
@@ -69,7 +70,7 @@ def bits(x: Problem, rows: slice) -> Tensor | None:
 
 
 def solve(x: Problem, rows: slice, at: Entries, constants: Tensor, scale: Tensor) -> sparse.Support:
-    """Divergence and gradients over `scale`."""
+    """Return divergence and gradients over `scale`."""
     return sparse.between_passes(x, rows, at.z, constants[:4], scale)
 
 
@@ -83,21 +84,24 @@ def record(x: Problem, rows: slice, found: sparse.Support, stats: Tensor) -> Non
 
 
 def outside(x: Problem, found: sparse.Support, constants: Tensor) -> Tensor:
-    """The rows' constants as the gradients of a sparse teacher read them: whose softmax, and how much of it."""
+    """Return the rows' constants as the gradients of a sparse teacher read them: whose softmax, and how much of it."""
     constants = constants.clone()
+    row = RowConstants(*constants[: CONSTANTS.value])
     if x.teacher_tail != "bucket":
-        constants[2:4] = constants[:2]
-    constants[5] = found.outside
+        row.m_t.copy_(row.m_s)
+        row.log_S_t.copy_(row.log_S_s)
+    row.A_p.copy_(found.outside)
     return constants
 
 
 def inside(
     x: Problem, rows: slice, at: Entries, found: sparse.Support, constants: Tensor, scale: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """(r, K): gradients towards h·Wᵀ at the entries, the cross entropy's part included, in `dtype`."""
+    """Return (r, K): gradients towards h·Wᵀ at the entries, the cross entropy's part included, in `dtype`."""
     grad = found.inside
     if x.ce_term and x.labels is not None:
-        softmax = (at.z - constants[0][:, None] - constants[7][:, None]).exp()
+        row = RowConstants(*constants[: CONSTANTS.value])
+        softmax = (at.z - row.m_s[:, None] - row.log_S1_s[:, None]).exp()
         onehot = (at.indices == x.labels[rows][:, None]).to(grad.dtype)
         coefficient = (x.coefficients[CE, rows] / scale)[:, None]
         grad = grad + torch.where(coefficient == 0, 0, coefficient * (softmax - onehot))

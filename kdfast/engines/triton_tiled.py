@@ -25,34 +25,34 @@ import torch
 from torch import Tensor
 
 from kdfast.engines import triton_sparse
-from kdfast.engines.triton_arguments import heads_of, term_of
-from kdfast.engines.triton_vocab_parallel import STATE, number_from
+from kdfast.engines.triton_rows import heads_of, term_of
+from kdfast.engines.triton_vocab_parallel import number_from
 from kdfast.kernels import topk_teacher
 from kdfast.kernels.block_sizes import row_of
-from kdfast.kernels.column_sums import add_column_sums
 from kdfast.kernels.launch import Heads, Term
-from kdfast.kernels.online_softmax import ROWS, TERMS
+from kdfast.kernels.logit_gradients import add_column_sums
+from kdfast.kernels.online_softmax import CONSTANTS, STATE, TERMS
 from kdfast.kernels.tiled_backward import slab_gradients
-from kdfast.kernels.tiled_forward import combine, config_of, fold, statistics
+from kdfast.kernels.tiled_forward import combine, config_of, partial_states, statistics
 from kdfast.ops import collectives, matmul
 from kdfast.ops.planning import active_rows, decorrelate, grad_flags, gradient_scale, slab_width, total
 from kdfast.ops.problem import Problem, Result
 
 
 def run(x: Problem, rows: Tensor | None = None) -> Result:
-    """Loss, statistics and scaled gradients of `x`. rows: an earlier Result's, whose statistics are then not needed."""
+    """Return loss, statistics and scaled gradients of `x`. rows: an earlier Result's, whose statistics are kept."""
     N, H = x.hidden.shape
     scale = gradient_scale(x)
     heads, term = heads_of(x), term_of(x, scale)
     stats = torch.zeros((6, N), device=x.hidden.device, dtype=x.dtype)
     fresh = rows is None
     if rows is None:
-        rows = stats.new_empty(ROWS.value + 1, N)
+        rows = stats.new_empty(CONSTANTS.value + 1, N)
         bits = triton_sparse.bits(x, slice(None)) if x.sparse else None
         if x.group:
             _statistics_of_all(x, heads, replace(term, bits=bits), stats, rows)
         else:
-            statistics(heads, replace(term, bits=bits), stats=stats, rows=rows, mix=decorrelate(x))
+            statistics(heads, replace(term, bits=bits), stats=stats, constants=rows, decorrelate=decorrelate(x))
     kept = rows if x.row_constants else stats.new_empty(0)
     values: Tensor | None = None
     if x.sparse:
@@ -71,35 +71,35 @@ def run(x: Problem, rows: Tensor | None = None) -> Result:
 def _statistics_of_all(x: Problem, heads: Heads, term: Term, stats: Tensor, rows: Tensor) -> None:
     """`statistics` where each process has a slice of the vocabulary: their partial states are gathered, and merged by
     all alike. One gather, two where a second pass is needed."""
-    N, mix = x.hidden.shape[0], decorrelate(x)
+    N, how = x.hidden.shape[0], {"decorrelate": decorrelate(x)}
     second = heads.teacher and term.entry.base == ""
     if N == 0:
         return
-    config = config_of(heads, term, lambda c: fold(heads, term, mix=mix, config=c))
-    out = {"stats": stats, "rows": rows, "mix": mix}
+    config = config_of(heads, term, lambda c: partial_states(heads, term, **how, config=c))
+    out = {"stats": stats, "constants": rows, **how}
 
     def merged(parts: Tensor, term: Term, teacher: bool, second: bool = False) -> Tensor:
-        """(state, N) of this process's splits, of which others may have fewer or more."""
-        state = stats.new_empty(TERMS.value if second else STATE, N)
+        """Return (state, N) of this process's splits, of which others may have fewer or more."""
+        state = stats.new_empty(TERMS.value if second else STATE.value, N)
         combine(term, parts, None, **out, teacher=teacher, second=second, merged=state)
         return state
 
-    parts, beyond = fold(heads, term, mix=mix, config=config)
+    parts, beyond = partial_states(heads, term, **how, config=config)
     states = [merged(parts, term, heads.teacher)]
     number_from(x, states[0])
     if beyond is not None:
         states.append(merged(beyond, replace(term, bits=None), teacher=False))
     both = collectives.all_gather(torch.stack(states), x.group).wait()
-    beyond = None if beyond is None else both[:, 1].contiguous()
-    combine(term, both[:, 0].contiguous(), beyond, **out, teacher=heads.teacher)
+    combine(term, both[:, 0], None if beyond is None else both[:, 1], **out, teacher=heads.teacher)
     if second:
-        sums = merged(fold(heads, term, mix=mix, config=config, rows=rows)[0], term, True, second=True)
+        parts, _ = partial_states(heads, term, **how, config=config, constants=rows)
+        sums = merged(parts, term, True, second=True)
         combine(term, collectives.all_gather(sums, x.group).wait(), None, **out, teacher=True, second=True)
 
 
 def _sparse(x: Problem, rows: Tensor, scale: Tensor, stats: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What the gradients of a sparse teacher need: the rows' constants, and the gradients at its entries (N, K). stats:
-    given where the statistics have just been taken, to be completed."""
+    """Return what the gradients of a sparse teacher need: the rows' constants, and the gradients at its entries (N, K).
+    stats: given where the statistics have just been taken, to be completed."""
     assert x.teacher_indices is not None
     every = slice(None)
     products = x.coefficients.new_zeros(x.teacher_indices.shape)
@@ -120,9 +120,9 @@ def _gradients(
     x: Problem, heads: Heads, term: Term, rows: Tensor, entries: Tensor | None, d_hidden: Tensor, d_weight: Tensor,
     d_bias: Tensor, d_teacher: Tensor,
 ) -> None:  # fmt: skip
-    """entries (N, K): gradients at a sparse teacher's entries."""
+    """Fill d_*; entries (N, K): gradients at a sparse teacher's entries."""
     (N, _), V = x.hidden.shape, x.valid_vocab
-    want, mix = grad_flags(x), rows[-1] if decorrelate(x) else None
+    want, decorrelation = grad_flags(x), rows[-1] if decorrelate(x) else None
     if not x.kd_vocab:  # the teacher's vocabulary has ended before this slice
         heads = heads.student_alone()
     teacher = want.teacher or want.anchor
@@ -133,7 +133,7 @@ def _gradients(
     per_entry = N * (sides + want.anchor_apart) * dtype.itemsize + x.need_weight * x.hidden.shape[1] * x.dtype.itemsize
     width = slab_width(max(1, V), per_entry, tile, x.scratch_bytes)
     planes = torch.empty(sides + want.anchor_apart, N, width, device=x.hidden.device, dtype=dtype)
-    inputs = _inputs(x, mix) if x.need_weight else None
+    inputs = _inputs(x, decorrelation) if x.need_weight else None
     to_weight = slice(0, 2 * N if want.teacher_to_weight else N)
     teacher_input = x.need_teacher_hidden and teacher
     to_input = slice(N if want.student and not x.need_hidden else 0, sides * N if teacher_input else N)
@@ -145,12 +145,12 @@ def _gradients(
         slab_gradients(
             heads,
             term,
-            rows=rows,
+            constants=rows,
             first=first,
             grad_s=slab[0] if want.student else None,
             grad_t=slab[int(want.student)] if teacher else None,
             grad_a=slab[-1] if want.anchor_apart else None,
-            mix=mix is not None,
+            decorrelate=decorrelation is not None,
         )
         if entries is not None and x.teacher_indices is not None:
             topk_teacher.write(slab[0], x.teacher_indices, entries, x.vocab_start + first)
@@ -158,7 +158,7 @@ def _gradients(
         if inputs is not None:
             matmul.whole_weight_gradient(g[to_weight], inputs[to_weight], d_weight[ids])
         if x.need_bias:
-            add_column_sums(g[:N], None if mix is None else 1 - mix, d_bias[ids])
+            add_column_sums(g[:N], None if decorrelation is None else 1 - decorrelation, d_bias[ids])
             if want.teacher_to_weight:
                 add_column_sums(g[N:], None, d_bias[ids])
         if want.anchor_apart:
@@ -166,8 +166,8 @@ def _gradients(
         if d_inputs.numel():
             matmul.add_input_gradient(g[to_input], x.weight[ids], d_inputs)
 
-    if teacher_input and mix is not None and x.need_hidden:
-        d_inputs[-N:].addcmul_(mix[:, None], d_inputs[:N], value=-1)
+    if teacher_input and decorrelation is not None and x.need_hidden:
+        d_inputs[-N:].addcmul_(decorrelation[:, None], d_inputs[:N], value=-1)
     if x.group and d_inputs.numel():
         collectives.all_reduce(d_inputs, x.group).wait()
     if x.need_hidden:
@@ -176,15 +176,16 @@ def _gradients(
         d_teacher.copy_(d_inputs[-N:])
 
 
-def _inputs(x: Problem, mix: Tensor | None) -> Tensor:
-    """[h_s − mix·h_p; h_p] (2N, H), what dW is taken of; h_s alone where the teacher has its own head."""
+def _inputs(x: Problem, decorrelation: Tensor | None) -> Tensor:
+    """Return what dW is taken of, [h_s − decorrelation·h_p; h_p] (2N, H); h_s alone where the teacher has its own head.
+    """
     student = active_rows(x.hidden, x.active)
     if not x.projected or x.teacher_hidden is None:
         return student
     teacher = active_rows(x.teacher_hidden, x.active)
-    if mix is None:
+    if decorrelation is None:
         return torch.cat([student, teacher])
-    mixed = torch.addcmul(student.to(x.dtype), teacher.to(x.dtype), mix[:, None], value=-1)
+    mixed = torch.addcmul(student.to(x.dtype), teacher.to(x.dtype), decorrelation[:, None], value=-1)
     return torch.cat([mixed.to(student.dtype), teacher])
 
 

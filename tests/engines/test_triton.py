@@ -15,9 +15,9 @@ from near_convergence import near_convergence, solve
 from kdfast import JSD, Head, Projected, fused_kd_loss
 from kdfast.kernels import block_sizes
 from kdfast.kernels.block_sizes import Row, RowConfig, TileConfig
-from kdfast.kernels.column_sums import add_column_sums
 from kdfast.kernels.launch import Heads, Term
-from kdfast.kernels.row_kernel import solve_rows
+from kdfast.kernels.logit_gradients import add_column_sums
+from kdfast.kernels.row_kernel import Chunk, solve_rows
 from kdfast.kernels.tiled_backward import slab_gradients
 from kdfast.kernels.tiled_forward import statistics
 from kdfast.ops import matmul
@@ -201,9 +201,8 @@ def test_row_kernel_beyond_two_billion_elements():
         stats = torch.zeros(6, n)
         t = term(n)
         heads = Heads(z_s, z_s, None, 1.0, None, None, None, None, 1.0, None, None, None, v, v, False)
-        solve_rows(
-            heads, t, z_s, z_t, width=v, start=0, stats=stats, grad_s=grad_s, grad_t=grad_t, config=RowConfig(2, 32, 4)
-        )
+        chunk = Chunk(heads, t, z_s, z_t, width=v, start=0)
+        solve_rows(chunk, stats=stats, grad_s=grad_s, grad_t=grad_t, config=RowConfig(2, 32, 4))
         sums = torch.zeros(v)
         add_column_sums(grad_s, None, sums)
         results.append((stats, grad_s.clone(), grad_t.clone(), sums))
@@ -222,14 +221,15 @@ def test_tiled_kernels_beyond_two_billion_elements():
         for tensor, values in zip(which, tensors, strict=True):
             tensor.copy_(values)
         heads = Heads(which[0], which[2], None, 1.0, None, which[1], None, None, 1.0, None, None, None, v, v, False)
-        t, stats, rows = term(n), torch.zeros(6, n), torch.empty(10, n)
-        statistics(heads, t, stats=stats, rows=rows, mix=False, config=config)
+        t, stats, constants = term(n), torch.zeros(6, n), torch.empty(10, n)
+        statistics(heads, t, stats=stats, constants=constants, decorrelate=False, config=config)
         room = 96  # whole tiles of 32
         planes = [far_apart(n, room, FAR) if which is far else torch.empty(n, room).half() for _ in range(2)]
         planes = [plane[:, :v] for plane in planes]
         slab_gradients(
-            heads, t, rows=rows, first=0, grad_s=planes[0], grad_t=planes[1], grad_a=None, mix=False, config=config
-        )
+            heads, t, constants=constants, first=0, grad_s=planes[0], grad_t=planes[1], grad_a=None, decorrelate=False,
+            config=config,
+        )  # fmt: skip
         results.append((stats, *(plane.clone() for plane in planes)))
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)

@@ -95,6 +95,9 @@ PRODUCTS = {
 BOUNDARY = [(operators, "fused_kd", _Unrolled.apply), (operators, "finalize_gradient", _finalize_gradient)]
 KERNELS = [
     (row_kernel, "row_kernel"),
+    (row_kernel, "states_kernel"),
+    (row_kernel, "terms_kernel"),
+    (row_kernel, "row_gradients_kernel"),
     (tiled_forward, "statistics_kernel"),
     (tiled_forward, "combine_kernel"),
     (tiled_backward, "gradients_kernel"),

@@ -41,10 +41,10 @@ from triton.runtime.jit import JITFunction
 
 from kdfast.kernels import topk_teacher
 from kdfast.kernels.block_sizes import TABLE
-from kdfast.kernels.column_sums import add_column_sums
 from kdfast.kernels.launch import Heads, Term
+from kdfast.kernels.logit_gradients import add_column_sums
 from kdfast.kernels.projector import project
-from kdfast.kernels.row_kernel import solve_rows
+from kdfast.kernels.row_kernel import Chunk, row_gradients, row_states, row_terms, solve_rows
 from kdfast.kernels.tiled_backward import slab_gradients
 from kdfast.kernels.tiled_forward import combine, statistics
 
@@ -126,48 +126,50 @@ def term_of(N: int, divergence: str, *, labels: bool, heavy: bool, bits: torch.T
 def row_cases(arch: str, V: int) -> Iterator[Case]:
     z_s, z_t = scratch(2 * CHUNK, V).split(CHUNK)
     grad_s, grad_t, grad_a = scratch(3 * CHUNK, V, torch.bfloat16).split(CHUNK)
-    solve = partial(
-        solve_rows, width=PADDED, start=0, stats=meta(6, TOKENS), config=TABLE[arch, 4, "many"].rows
-    )
+    how = {"config": TABLE[arch, 4, "many"].rows}
+    solve = partial(solve_rows, stats=meta(6, TOKENS), **how)
     extra = meta(V, dtype=torch.bfloat16)
     full = partial(heads_of, V, TOKENS, torch.bfloat16, extra=extra, softcap=30.0)
-    everything = {"grad_s": grad_s, "grad_t": grad_t, "grad_a": grad_a, "mix": meta(CHUNK)}
+    both = {"grad_s": grad_s, "grad_t": grad_t, "decorrelation": meta(CHUNK)}
+    everything = {**both, "grad_a": grad_a}
+
+    def chunk(heads: Heads, term: Term, z_t: torch.Tensor | None = z_t) -> Chunk:
+        return Chunk(heads, term, z_s, z_t, width=PADDED, start=0)
+
+    lean = heads_of(V, TOKENS, torch.bfloat16)
     for divergence in ("forward_kl", "jsd"):
-        term = term_of(TOKENS, divergence, labels=True, heavy=True)
-        most = partial(solve, full(), term, z_s, z_t, **everything)
-        yield Case("row_kernel", f"{divergence}, everything, V={V}", most)
+        most = chunk(full(), term_of(TOKENS, divergence, labels=True, heavy=True))
+        yield Case("row_kernel", f"{divergence}, everything, V={V}", partial(solve, most, **everything))
+        few = "16 bytes: ptxas keeps to 128 registers, for two programs a multiprocessor"
+        few = few if divergence == "jsd" and arch in ("sm_80", "sm_86", "sm_89", "sm_90") else None
+        usual = chunk(lean, term_of(TOKENS, divergence, labels=True, heavy=False))
+        yield Case("row_kernel", f"{divergence}, CE, V={V}", partial(solve, usual, **both), allow_stack=few)
     term = term_of(TOKENS, "forward_kl", labels=True, heavy=False)
-    nothing = heads_of(V, TOKENS, torch.bfloat16, teacher=False)
-    yield Case("row_kernel", f"cross entropy alone, V={V}", partial(solve, nothing, term, z_s, None, grad_s=None))
+    alone = chunk(heads_of(V, TOKENS, torch.bfloat16, teacher=False), term, None)
+    yield Case("row_kernel", f"cross entropy alone, V={V}", partial(solve, alone, grad_s=None))
     if V == PADDED:
         return
     given = full(given=meta(TOKENS, V, dtype=torch.bfloat16), shared=V - 257)
-    term = term_of(TOKENS, "skew_kl", labels=True, heavy=False)
-    launch = partial(solve, given, term, z_s, None, grad_s=grad_s)
+    launch = partial(solve, chunk(given, term_of(TOKENS, "skew_kl", labels=True, heavy=False), None), grad_s=grad_s)
     few = "16–48 bytes: ptxas keeps to 128 registers, for two programs a multiprocessor"
     few = few if arch in ("sm_100", "sm_120") else None
     yield Case("row_kernel", "skew_kl, given logits, truncated", launch, allow_stack=few)
-    yield from sliced_cases(arch, solve, full, z_s, z_t, everything)
-    rows, bucket = meta(9, CHUNK), meta(TOKENS, -(-V // 32), dtype=torch.int32)
-    sparse = partial(solve, full(teacher=False), term_of(TOKENS, "sparse", labels=True, heavy=False, bits=bucket))
-    for phase, grad in (("statistics", None), ("gradients", grad_s)):
-        launch = partial(sparse, z_s, None, grad_s=grad, phase=phase, rows=rows)
-        yield Case("row_kernel", f"sparse, {phase}", launch)
 
-
-def sliced_cases(
-    arch: str, solve: Callable[..., Any], full: Callable[..., Heads], z_s: torch.Tensor, z_t: torch.Tensor,
-    everything: dict[str, Any],
-) -> Iterator[Case]:  # fmt: skip
-    """The row kernel's phases where each process has a slice of the vocabulary."""
-    rows, states, nothing = meta(10, CHUNK), meta(25, CHUNK), {"grad_s": None, "mixes": True}
+    # one slice of the vocabulary: what processes do between their collectives
+    constants, states, decorrelate = meta(10, CHUNK), meta(25, CHUNK), {"decorrelate": True, **how}
     for divergence in ("forward_kl", "jsd"):
-        run = partial(solve, full(), term_of(TOKENS, divergence, labels=True, heavy=True), z_s, z_t, rows=rows)
-        yield Case("row_kernel", f"{divergence}, fold", partial(run, phase="fold", states=states, **nothing))
-        yield Case("row_kernel", f"{divergence}, gradients", partial(run, phase="gradients", **everything))
+        x = chunk(full(), term_of(TOKENS, divergence, labels=True, heavy=True))
+        yield Case("states_kernel", divergence, partial(row_states, x, states, **decorrelate))
+        launch = partial(row_gradients, x, constants=constants, **everything, **how)
+        yield Case("row_gradients_kernel", divergence, launch)
     few = "8 bytes: ptxas keeps to 128 registers, for two programs a multiprocessor" if arch == "sm_90" else None
-    terms = partial(run, phase="terms", states=states, **nothing)
-    yield Case("row_kernel", "jsd, terms", terms, allow_stack=few)
+    launch = partial(row_terms, x, states, constants=constants, **decorrelate)
+    yield Case("terms_kernel", "jsd", launch, allow_stack=few)
+
+    bits = meta(TOKENS, -(-V // 32), dtype=torch.int32)
+    x = chunk(full(teacher=False), term_of(TOKENS, "sparse", labels=True, heavy=False, bits=bits), None)
+    yield Case("states_kernel", "sparse", partial(row_states, x, states, decorrelate=False, **how))
+    yield Case("row_gradients_kernel", "sparse", partial(row_gradients, x, constants=constants, grad_s=grad_s, **how))
 
 
 def support_cases(V: int) -> Iterator[Case]:
@@ -196,19 +198,19 @@ def tile_cases(
     Hs, even, odd = 768, 1024, 1000
     bias = meta(V, dtype=dtype)
     planes = meta(3, N, SLAB, dtype=dtype)
-    stats, rows = meta(6, N), meta(10, N)
+    stats, constants = meta(6, N), meta(10, N)
 
     def launches(divergence: str, heavy: bool, plain: bool, Ht: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
         extras = {"extra": bias, "softcap": 30.0} if heavy else {}
         heads = heads_of(V, N, dtype, own=Ht if heavy and divergence == "jsd" else None, tf32=tf32, **extras)
         term = term_of(N, divergence, labels=heavy or plain, heavy=heavy)
-        mix = heavy or plain
+        decorrelate = heavy or plain
         grad_a = planes[2] if heavy else None
         return (
-            partial(statistics, heads, term, stats=stats, rows=rows, mix=mix),
+            partial(statistics, heads, term, stats=stats, constants=constants, decorrelate=decorrelate),
             partial(
-                slab_gradients, heads, term, rows=rows, first=0, grad_s=planes[0], grad_t=planes[1], grad_a=grad_a,
-                mix=mix,
+                slab_gradients, heads, term, constants=constants, first=0, grad_s=planes[0], grad_t=planes[1],
+                grad_a=grad_a, decorrelate=decorrelate,
             ),
         )  # fmt: skip
 
@@ -224,9 +226,10 @@ def tile_cases(
             ),
         }  # fmt: skip
         for name, (heads, term) in others.items():
-            of_statistics = partial(statistics, heads, term, stats=stats, rows=rows, mix=False)
+            rest = {"constants": constants, "decorrelate": False}
+            of_statistics = partial(statistics, heads, term, stats=stats, **rest)
             of_gradients = partial(
-                slab_gradients, heads, term, rows=rows, first=0, grad_s=planes[0], grad_t=None, grad_a=None, mix=False
+                slab_gradients, heads, term, first=0, grad_s=planes[0], grad_t=None, grad_a=None, **rest
             )
             yield Case("statistics_kernel", f"{name}, {label}", of_statistics, tensor_core)
             yield Case("combine_kernel", f"{name}, {label}", of_statistics)
@@ -243,7 +246,9 @@ def tile_cases(
         yield Case("combine_kernel", name, of_statistics)
         if flags == "everything" and Ht == even:  # of one process's splits, where the vocabulary lies in slices
             term = term_of(N, divergence, labels=True, heavy=True)
-            merge = partial(combine, term, meta(4, 19, N), None, stats=stats, rows=rows, mix=True, teacher=True)
+            merge = partial(
+                combine, term, meta(4, 19, N), None, stats=stats, constants=constants, decorrelate=True, teacher=True
+            )
             yield Case("combine_kernel", f"merged, {name}", partial(merge, merged=meta(19, N)))
         if (divergence, flags) in (("forward_kl", "nothing else"), ("jsd", "everything")):
             yield Case("gradients_kernel", name, of_gradients, tensor_core)

@@ -12,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 KERNELS = {
-    "row_kernel", "column_sums_kernel", "statistics_kernel", "combine_kernel", "gradients_kernel", "projection_kernel",
+    "row_kernel", "states_kernel", "terms_kernel", "row_gradients_kernel", "column_sums_kernel",
+    "statistics_kernel", "combine_kernel", "gradients_kernel", "projection_kernel",
     "bits_kernel", "support_logits_kernel", "write_kernel",
 }  # fmt: skip
 

@@ -18,7 +18,7 @@ from processes import Processes
 from teachers import ENGINES, KINDS, loss_of
 
 from kdfast import fused_kd_loss
-from kdfast.kernels.online_softmax import PAIR, SIDE
+from kdfast.kernels.online_softmax import STATE
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +234,7 @@ class TestCollectives:
 
     def test_statistics_of_a_row(self, pool):
         """Fifteen numbers, nineteen of the kernels: three chunks of eight rows."""
-        for engine, numbers in (("torch", 15), ("triton_chunked", 2 * SIDE.value + PAIR.value)):
+        for engine, numbers in (("torch", 15), ("triton_chunked", STATE.value)):
             scratch = 8 * 2 * 2 * 4 * (128 if engine == "triton_chunked" else 51)
             for _, calls in pool.run(2, meshes.collectives_of, engine, 24, scratch):
                 gathered = [size for kind, size, _ in calls if kind == "all_gather"]
