@@ -1,6 +1,6 @@
 """Callbacks: `HealthCallback` says in words what is wrong with a run, `DistillationProgress` is its progress bar.
 
-Health reads the lines that are logged anyway, so it costs no synchronisation and knows what a person would know who
+Health reads the lines that are logged anyway, so it costs no synchronization and knows what a person would who
 looked at the log all the time. Most of all it looks at what a low KL hides: a projected teacher that has become the
 student.
 """

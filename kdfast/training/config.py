@@ -94,7 +94,7 @@ class KDConfig(TrainingArguments):
     )
     non_finite: str = field(
         default="stop",
-        metadata={"help": "A loss or gradient that is not finite: stop the run, or skip the step (a synchronisation)."},
+        metadata={"help": "A loss or gradient that is not finite: stop the run, or skip the step (a synchronization)."},
     )
     max_skipped_steps: int = field(
         default=10, metadata={"help": "With non_finite=skip: so many steps in a row stop the run nevertheless."}

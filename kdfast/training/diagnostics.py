@@ -63,7 +63,7 @@ class HealthThresholds:
         return cls(**(given or {}))
 
 
-class Projected(NamedTuple):
+class Compared(NamedTuple):
     """What one line, or the mean of several, tells of student and projected teacher."""
 
     kd: float  # τ²·KL, as the loss sees it
@@ -80,7 +80,7 @@ class Log:
     it. `ces_projected` are the cross entropies judged so far.
     """
 
-    projected: Projected | None
+    projected: Compared | None
 
     def __init__(self, limits: HealthThresholds, vocabulary: int = 1) -> None:
         self.limits, self.guessing = limits, math.log(vocabulary)
@@ -88,7 +88,7 @@ class Log:
         self._started = self._evaluated = False
         self._temperature: float | None = None
         self._losses: deque[tuple[float, float]] = deque(maxlen=HISTORY)  # without the KD term; τ²·KL
-        self._window: deque[Projected] = deque(maxlen=limits.window)
+        self._window: deque[Compared] = deque(maxlen=limits.window)
         self._steps: deque[float] = deque(maxlen=HISTORY)  # of the projected CE, from line to line of training
 
     def read(self, line: Mapping[str, Any], progress: float) -> dict[str, str | None]:
@@ -152,7 +152,7 @@ class Log:
         if not self.text or not set(names) <= self.line.keys():
             return
         kd, ce, ce_projected = (self.line[name] for name in names[:3])
-        now = Projected(temperature**2 * kd, ce, ce_projected)
+        now = Compared(temperature**2 * kd, ce, ce_projected)
         if self.text == "evaluation":
             if not self._evaluated:
                 self.ces_projected.clear()
@@ -162,7 +162,7 @@ class Log:
                 self._steps.append(abs(ce_projected - self._window[-1].ce_projected))
             self._window.append(now)
             if not self._evaluated and len(self._window) == self.limits.window:
-                self.projected = Projected(*map(fmean, zip(*self._window, strict=True)))
+                self.projected = Compared(*map(fmean, zip(*self._window, strict=True)))
                 self.noise = NOISE * fmean(self._steps)
         if self.projected is not None:
             self.ces_projected.append(self.projected.ce_projected)

@@ -26,7 +26,7 @@ LOGGED = {name: "ce_projected" if name == "anchor" else name for name in KDMetri
 
 
 class TokenMeans:
-    """Sum value·tokens and tokens, per name. Adding never synchronises; reading does, once.
+    """Sum value·tokens and tokens, per name. Adding never synchronizes; reading does, once.
 
     A value that is None or NaN counts for nothing: it was not computed in that batch. (A loss that *became* NaN is
     the guard's business.)

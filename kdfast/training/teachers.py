@@ -76,7 +76,7 @@ class Batch(NamedTuple):
     options: dict[str, Any]  # of `fused_kd_loss`: engine, scratch_bytes, valid_vocab, num_items_in_batch
 
 
-class Terms(NamedTuple):
+class KDTerms(NamedTuple):
     """What `fused_kd_loss` takes beside the recipe's numbers."""
 
     teacher: Teacher | None
@@ -95,37 +95,37 @@ class NoTeacher:
         """Build what is trained on the teacher's side, in fp32 at least; None where nothing is."""
         return None
 
-    def terms(self, batch: Batch, part: nn.Module | None) -> Terms:
+    def terms(self, batch: Batch, part: nn.Module | None) -> KDTerms:
         """Return the teacher of one batch; `part` is the model's projector or compressed head."""
-        return Terms(None, batch.options)
+        return KDTerms(None, batch.options)
 
 
 class OwnHead(NoTeacher):
     """Learn from the teacher's own head."""
 
-    def terms(self, batch: Batch, part: nn.Module | None) -> Terms:
-        return Terms(batch.own, batch.options)
+    def terms(self, batch: Batch, part: nn.Module | None) -> KDTerms:
+        return KDTerms(batch.own, batch.options)
 
 
 class Cached(NoTeacher):
     """Learn from what the teacher's own head once said."""
 
-    def terms(self, batch: Batch, part: nn.Module | None) -> Terms:
+    def terms(self, batch: Batch, part: nn.Module | None) -> KDTerms:
         if batch.cached is None:
             raise ValueError(
                 "teacher_indices is None; recipe 'cached' learns from a teacher cache: train on "
                 "TeacherCache(folder).dataset(split, blocks, temperature=…), whose rows have it"
             )
-        return Terms(batch.cached.at(batch.temperature), batch.options)
+        return KDTerms(batch.cached.at(batch.temperature), batch.options)
 
 
 class Compressed(NoTeacher):
     """Learn from the teacher's head as two thin factors; from the whole one where no rank is near enough."""
 
-    def terms(self, batch: Batch, part: nn.Module | None) -> Terms:
+    def terms(self, batch: Batch, part: nn.Module | None) -> KDTerms:
         assert batch.own is not None
         surrogate = None if part is None else part(batch.own.hidden)
-        return Terms(surrogate or batch.own, batch.options, surrogate)
+        return KDTerms(surrogate or batch.own, batch.options, surrogate)
 
 
 class ThroughProjector(NoTeacher):
@@ -145,14 +145,14 @@ class ThroughProjector(NoTeacher):
     def _build(self, teacher_width: int, weight: Tensor, options: dict[str, Any]) -> LogitProjector:
         return LogitProjector(teacher_width, weight.shape[1], **options)
 
-    def terms(self, batch: Batch, part: nn.Module | None) -> Terms:
+    def terms(self, batch: Batch, part: nn.Module | None) -> KDTerms:
         assert batch.own is not None
         assert isinstance(part, LogitProjector)
         hidden = batch.own.hidden.to(part.weight.dtype)
         surrogate = replace(batch.student, hidden=part(hidden).to(batch.student.hidden.dtype))
         recipe = self.recipe
         options = {**batch.options, "teacher_grad": recipe.teacher_grad, "anchor_weight": recipe.anchor_weight}
-        return Terms(Projected(hidden, part.weight, part.bias), options, _detached(surrogate))
+        return KDTerms(Projected(hidden, part.weight, part.bias), options, _detached(surrogate))
 
 
 class ThroughProbe(ThroughProjector):
@@ -161,7 +161,7 @@ class ThroughProbe(ThroughProjector):
     def _build(self, teacher_width: int, weight: Tensor, options: dict[str, Any]) -> LogitProjector:
         return Probe(teacher_width, weight, **options)
 
-    def terms(self, batch: Batch, part: nn.Module | None) -> Terms:
+    def terms(self, batch: Batch, part: nn.Module | None) -> KDTerms:
         assert batch.own is not None
         assert isinstance(part, Probe)
         student = batch.student
@@ -170,7 +170,7 @@ class ThroughProbe(ThroughProjector):
         anchor_loss = fused_kd_loss(surrogate, None, batch.targets, ce_weight=1.0, **batch.options)
         assert isinstance(anchor_loss, Tensor)
         surrogate = _detached(surrogate)
-        return Terms(surrogate, batch.options, surrogate, anchor_loss)
+        return KDTerms(surrogate, batch.options, surrogate, anchor_loss)
 
 
 KINDS: dict[str, type[NoTeacher]] = {  # by `Recipe.teacher`
@@ -223,7 +223,7 @@ class HiddenStateLoss(nn.Module):
 
     which is 1 − the correlation of the two: between 0 and 2 whatever a layer's scale, so one weight serves all models.
     Student layer l of Ls is compared with teacher layer round(l·Lt/Ls). Source: Jiao et al. 2020, arXiv:1909.10351
-    (TinyBERT), with the normalisation of patient KD, Sun et al. 2019, arXiv:1908.09355.
+    (TinyBERT), with the normalization of patient KD, Sun et al. 2019, arXiv:1908.09355.
 
     Args:
         student_layers, teacher_layers: Ls, Lt.
@@ -248,12 +248,12 @@ class HiddenStateLoss(nn.Module):
         counted = targets != IGNORE_INDEX
         total = torch.zeros((), device=targets.device)
         for (i, j), linear in zip(self.pairs, self.maps, strict=True):
-            ours, theirs = _standardised(linear(student[i])), _standardised(teacher[j].detach())
+            ours, theirs = _standardized(linear(student[i])), _standardized(teacher[j].detach())
             total = total + ((ours - theirs).square().mean(-1) / 2 * counted).sum()
         divisor = counted.sum().clamp_min(1) if items is None else items
         return total / (divisor * len(self.pairs))
 
 
-def _standardised(x: Tensor) -> Tensor:
+def _standardized(x: Tensor) -> Tensor:
     """Return `x` of mean 0 and variance 1 per row, in fp32, or float64 as it came."""
     return F.layer_norm(x.to(torch.promote_types(x.dtype, torch.float32)), x.shape[-1:])

@@ -61,7 +61,7 @@ class Description:
     vocab: int  # ids the teacher's head has
     valid_vocab: int | None
     method: str  # "top_k" | "sample"
-    k: int  # ids kept of a token, or drawn for it
+    k: int  # ids kept per token, or drawn for it
     temperatures: tuple[float, ...]  # besides 1: at which the tail's mass is kept; the one that ids are drawn at
     dtype: str  # of log-probabilities
     seed: int  # of ids that are drawn

@@ -8,7 +8,7 @@ sample  indices (all) likewise;  counts (all) uint8, or uint16 for more than 255
 
 float16 keeps eleven bits: a log-probability of −0.01 to 5e-6, one of −10 to 4e-3, so probabilities are kept to 0.4%
 where they are 5e-5 and to better where they are larger. What that takes from their sum is given back when they are
-used: the tail has its own fp32 number, and the entries are normalised to the rest.
+used: the tail has its own fp32 number, and the entries are normalized to the rest.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def decode(row: pa.Table, description: Description, temperature: float) -> dict[
     """Return what `DistillationModel` takes besides tokens, of a table's one row:
 
     teacher_indices    (T, K) int32
-    teacher_log_probs  (T, K) top_k: at τ = 1, as it was kept; sample: log(counts/n), −inf beyond a token's ids
+    teacher_log_probs  (T, K) top_k: at τ = 1, as it was kept; sample: log(counts/n), −inf beyond the ids of a token
     teacher_log_tails  (T, 2) fp32: at τ = 1 and at `temperature`; top_k alone
     """
     columns = {name: _values(row, name) for name in row.column_names}

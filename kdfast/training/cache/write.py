@@ -70,7 +70,7 @@ def cache_teacher(
 ) -> CacheSummary:
     """Keep of the teacher's distribution, for every token of `splits`, what a student is trained on.
 
-    Where `torch.distributed` is initialised, all processes call it, and each writes its share of the shards.
+    Where `torch.distributed` is initialized, all processes call it, and each writes its share of the shards.
 
     Args:
         teacher: a causal `PreTrainedModel`, on the device it is to run on. It runs in its own dtype, or under the
@@ -88,12 +88,12 @@ def cache_teacher(
         batch_size: sequences at once; results do not depend on how often the work was interrupted.
         shard_tokens: about how many go into one shard.
         name: what the teacher is called in the cache; None = as it was loaded.
-        tell: takes lines for whoever looks on.
+        tell: called with lines that say what is done.
 
     Raises:
         ValueError: an argument that does not fit, naming it. CacheError, one of those: `folder` holds something else,
             what differs is named; or another call is at work on it.
-        OSError: as on a full disk. What is complete stays, and the same call goes on from it.
+        OSError: as on a full disk. What is complete stays, and the same call resumes from it.
     """
     folder = Path(folder)
     check_model(teacher, "teacher")
@@ -102,7 +102,7 @@ def cache_teacher(
     _check_counts(batch_size=batch_size, shard_tokens=shard_tokens)
     if not splits:
         raise ValueError("splits is empty; expected {name: data set}, such as {'train': …, 'eval': …}")
-    told = {split: describe_split(dataset, f"splits[{split!r}]") for split, dataset in splits.items()}
+    described = {split: describe_split(dataset, f"splits[{split!r}]") for split, dataset in splits.items()}
     description = Description(
         teacher=name or str(teacher.name_or_path),
         teacher_sha256=teacher_fingerprint(teacher),
@@ -116,14 +116,14 @@ def cache_teacher(
         temperatures=tuple(float(tau) for tau in temperatures if tau != 1 or method == "sample"),
         dtype=dtype,
         seed=seed,
-        shard_sequences=max(1, shard_tokens // max(split.length for split in told.values())),
-        splits=told,
+        shard_sequences=max(1, shard_tokens // max(split.length for split in described.values())),
+        splits=described,
     )
     lock = FileLock(folder / LOCK)  # the first process's
     try:
         if processes.by_first(lambda: _claim(folder, description, lock)):
             return read_summary(folder)
-        tokens = sum(split.tokens for split in told.values())
+        tokens = sum(split.tokens for split in described.values())
         at_most = "at most " if method == "sample" else ""
         tell(f"{tokens:,} tokens, {at_most}{description.bytes_per_token:.0f} bytes each: {at_most}"
              f"{tokens * description.bytes_per_token / 1e6:,.1f} MB")  # fmt: skip
