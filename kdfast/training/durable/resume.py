@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin, gather_object
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import TrainerState
@@ -26,7 +27,6 @@ from transformers.trainer import TRAINER_STATE_NAME
 from kdfast.training.durable import checksums, safe_load
 from kdfast.training.durable.atomic_io import flush
 from kdfast.training.durable.errors import DamagedCheckpointError, RunStoppedError, first_line, is_lost_peer
-from kdfast.training.durable.processes import index
 
 logger = logging.getLogger(__name__)
 
@@ -73,9 +73,10 @@ def _find_lacking(folder: Path) -> str | None:
     return None
 
 
-def common_problem(folder: Path, reads: bool) -> str | None:
-    """Return in all processes what `find_problem` finds in those that read."""
-    return next((found for found in gather_object([find_problem(folder) if reads else None]) if found), None)
+def common_problem(folder: Path) -> str | None:
+    """Return in all processes what `find_problem` finds in one process of each node."""
+    found = gather_object([find_problem(folder) if PartialState().is_local_main_process else None])
+    return next(filter(None, found), None)
 
 
 def best_checkpoint(state: TrainerState, run: Path) -> Path | None:
@@ -135,26 +136,26 @@ def naming_failed_reads(folder: str | None, readers: Sequence[str] = ()) -> Iter
         ) from error
 
 
-def choose(given: str | bool, run: Path, *, reads: bool, renames: bool) -> str | None:
+def choose(given: str | bool, run: Path, *, renames: bool) -> str | None:
     """Return the checkpoint to resume from, the same in all processes; None where True finds none at all.
 
     Args:
         given: a path, or True for the newest complete one in `run`.
-        reads, renames: whether this process reads the files, and renames damaged ones.
+        renames: whether this process renames damaged ones.
 
     Raises:
         ValueError: there is no such folder.
         DamagedCheckpointError: the one that was named is damaged, or all there are.
     """
     if not isinstance(given, bool):
-        return _named(Path(given), reads)
+        return _named(Path(given))
     damaged: list[tuple[Path, str]] = []
     for name in gather_object([[path.name for path in checkpoints(run)]])[0]:
         folder = run / name
-        if (found := common_problem(folder, reads)) is None:
+        if (found := common_problem(folder)) is None:
             for other, why in damaged:
                 aside = _free_name(other)
-                if index() == 0:
+                if PartialState().is_main_process:
                     logger.warning(
                         f"{other} is passed over: {why}. The run goes on from {folder}; it is kept as {aside.name}"
                     )
@@ -172,10 +173,10 @@ def choose(given: str | bool, run: Path, *, reads: bool, renames: bool) -> str |
     return None
 
 
-def _named(folder: Path, reads: bool) -> str:
+def _named(folder: Path) -> str:
     if not all(gather_object([folder.is_dir()])):
         raise ValueError(f"resume_from_checkpoint={str(folder)!r}: no such folder; expected a checkpoint-N")
-    if (found := common_problem(folder, reads)) is None:
+    if (found := common_problem(folder)) is None:
         return str(folder)
     others = (path for path in checkpoints(folder.parent) if path != folder)
     other = next((str(path) for path in others if find_problem(path) is None), None)

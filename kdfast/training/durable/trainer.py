@@ -83,7 +83,7 @@ class DurableTrainer(Trainer):
         """
         self._recover()
         with self.naming_lost_processes():
-            self._found = resume.choose(given, self._run, reads=self._reads, renames=self.args.should_save)
+            self._found = resume.choose(given, self._run, renames=self.args.should_save)
         return self._found
 
     def checkpoint_to_load(self, given: str | bool | None) -> str | None:
@@ -102,7 +102,7 @@ class DurableTrainer(Trainer):
         best = resume.best_checkpoint(self.state, self._run)
         assert best is not None
         with self.naming_lost_processes():
-            found = resume.common_problem(best, self._reads)
+            found = resume.common_problem(best)
         if found:
             raise errors.DamagedCheckpointError(
                 f"the best model, {best}, cannot be loaded: {found if best.is_dir() else 'there is no such folder'}. "
@@ -196,11 +196,6 @@ class DurableTrainer(Trainer):
     @property
     def _run(self) -> Path:
         return Path(str(self.args.output_dir))
-
-    @property
-    def _reads(self) -> bool:
-        """Return whether this process looks at checkpoints: one of a node does."""
-        return self.args.local_process_index == 0
 
     def _recover(self) -> None:
         if self.args.should_save:
