@@ -140,8 +140,8 @@ def row_cases(arch: str, V: int) -> Iterator[Case]:
     for divergence in ("forward_kl", "jsd"):
         most = chunk(full(), term_of(TOKENS, divergence, labels=True, heavy=True))
         yield Case("row_kernel", f"{divergence}, everything, V={V}", partial(solve, most, **everything))
-        few = "16 bytes: ptxas keeps to 128 registers, for two programs a multiprocessor"
-        few = few if divergence == "jsd" and arch in ("sm_80", "sm_86", "sm_89", "sm_90") else None
+        few = "8–16 bytes: ptxas keeps to 128 registers, for two programs a multiprocessor"
+        few = few if divergence == "jsd" and arch != "gfx942" else None
         usual = chunk(lean, term_of(TOKENS, divergence, labels=True, heavy=False))
         yield Case("row_kernel", f"{divergence}, CE, V={V}", partial(solve, usual, **both), allow_stack=few)
     term = term_of(TOKENS, "forward_kl", labels=True, heavy=False)
