@@ -8,6 +8,7 @@ A distillation field left at None comes from the recipe; `resolved()` gives what
 import json
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from numbers import Real
 from typing import Any, get_args
@@ -31,6 +32,27 @@ logger = logging.getLogger(__name__)
 
 # evaluation metrics of which less is better, for metric_for_best_model ("…loss" is known to TrainingArguments)
 LESS_IS_BETTER = ("ce", "perplexity", "kd", "kl_teacher_student", "kl_teacher_projected", "ce_projected")
+
+# what is expected of numbers → whether it holds, and of which fields
+NUMBERS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
+    "a number ≥ 0": (lambda x: x >= 0, (
+        "kd_weight", "kd_ramp_start", "ce_weight", "anchor_weight", "projector_lr", "projector_lr_multiplier",
+        "router_lr_multiplier", "hidden_weight",
+    )),
+    "a number > 0": (lambda x: x > 0, ("temperature", "compressed_kl")),
+    "a fraction of the run in [0, 1]": (lambda x: 0 <= x <= 1, ("kd_ramp",)),
+    "an int > 0": (lambda x: x > 0 and x == int(x), (
+        "scratch_bytes", "valid_vocab", "compressed_rank", "calibration_tokens", "max_skipped_steps",
+    )),
+    "an int ≥ 0": (lambda x: x >= 0 and x == int(x), ("projector_resolve_steps",)),
+}  # fmt: skip
+CHOICES = {
+    "teacher_grad": ("full", "projector", "none"),
+    "projector_init": get_args(ProjectorStart),
+    "student_init": get_args(StudentStart),
+    "engine": engines.NAMES,
+    "non_finite": ("stop", "skip"),
+}
 
 
 def _from_recipe(help: str) -> Any:
@@ -141,18 +163,11 @@ class KDConfig(TrainingArguments):
     def _check(self) -> None:
         if self.recipe != AUTO:
             self.recipe = get_recipe(self.recipe).name
-        at_least_zero = (
-            "kd_weight", "kd_ramp_start", "ce_weight", "anchor_weight", "projector_lr",
-            "projector_lr_multiplier", "router_lr_multiplier", "hidden_weight",
-        )  # fmt: skip
-        for name in at_least_zero:
-            self._check_number(name, "a number ≥ 0", lambda x: x >= 0)
-        for name in ("temperature", "compressed_kl"):
-            self._check_number(name, "a number > 0", lambda x: x > 0)
-        self._check_number("kd_ramp", "a fraction of the run in [0, 1]", lambda x: 0 <= x <= 1)
-        for name in ("scratch_bytes", "valid_vocab", "compressed_rank", "calibration_tokens", "max_skipped_steps"):
-            self._check_number(name, "an int > 0", lambda x: x > 0 and x == int(x))
-        self._check_number("projector_resolve_steps", "an int ≥ 0", lambda x: x >= 0 and x == int(x))
+        for expected, (holds, names) in NUMBERS.items():
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not (_is_number(value) and holds(value)):
+                    raise ValueError(f"{name}={value!r}; expected {expected}, or None")
         if self.temperature_steps is not None:
             steps = self.temperature_steps
             if not isinstance(steps, list | tuple) or not all(_is_number(x) and x > 0 for x in steps) or not steps:
@@ -163,14 +178,7 @@ class KDConfig(TrainingArguments):
             if not isinstance(self.divergence, str):
                 raise ValueError(f"divergence={self.divergence!r}; expected a name, such as 'forward_kl'")
             get_divergence(self.divergence)
-        choices = {
-            "teacher_grad": ("full", "projector", "none"),
-            "projector_init": get_args(ProjectorStart),
-            "student_init": get_args(StudentStart),
-            "engine": engines.NAMES,
-            "non_finite": ("stop", "skip"),
-        }
-        for name, allowed in choices.items():
+        for name, allowed in CHOICES.items():
             value = getattr(self, name)
             if value is not None and value not in allowed:
                 raise ValueError(f"{name}={value!r}; expected one of {', '.join(allowed)}")
@@ -195,11 +203,6 @@ class KDConfig(TrainingArguments):
             HealthThresholds.of(self.health_thresholds)
         except ValueError as error:
             raise ValueError(f"health_thresholds={given!r}: {error}") from error
-
-    def _check_number(self, name: str, expected: str, holds: Any) -> None:
-        value = getattr(self, name)
-        if value is not None and not (_is_number(value) and holds(value)):
-            raise ValueError(f"{name}={value!r}; expected {expected}, or None")
 
 
 def _is_number(value: Any) -> bool:
