@@ -6,11 +6,10 @@ a type is checked in one place, the last one given wins, and `learning_rate: 5e-
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import json
-import shutil
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, NoReturn
@@ -20,7 +19,6 @@ from transformers import HfArgumentParser, TrainingArguments
 from kdfast.cli.errors import UserError
 from kdfast.cli.yaml_file import read_yaml
 from kdfast.training import KDConfig
-from kdfast.training.durable.errors import first_line
 from kdfast.training.recipes import AUTO, CACHED, current_name
 
 Command = Literal["distill", "cache"]
@@ -84,6 +82,11 @@ ARGUMENT_CLASSES: dict[Any, str] = {
     RunArguments: "run",
     KDConfig: "training",
 }
+EPILOGS = {
+    "distill": "Every name of transformers.TrainingArguments is a key too.",
+    "cache": "The other keys of kdfast distill are keys too, so that one file serves both. What counts of them here: "
+    "temperature, valid_vocab, seed, bf16, fp16, use_cpu, per_device_eval_batch_size.",
+}
 
 
 class Arguments(NamedTuple):
@@ -106,6 +109,14 @@ class _Parser(HfArgumentParser):
         raise UserError(f"{self.source}: {message.removeprefix('argument ')}")
 
 
+def parse_argv(argv: Sequence[str], command: Command) -> Arguments:
+    """Return the arguments of `kdfast COMMAND *argv`, or print the help and exit, as argparse does."""
+    if not argv or {"-h", "--help"} & set(argv):
+        print(format_help(command), end="")
+        raise SystemExit(0 if argv else 2)
+    return parse(argv[0], argv[1:], command)
+
+
 def parse(config: str, overrides: Sequence[str], command: Command = "distill") -> Arguments:
     """Return the arguments of `kdfast COMMAND config overrides...`; UserError names the key and where it stands."""
     return parse_mapping(config, read_yaml(config), overrides, command)
@@ -116,118 +127,89 @@ def parse_mapping(
 ) -> Arguments:
     """Return the same for a mapping that is at hand; `source` is what an error calls it."""
     parser = _Parser(source)
-    parsed, unknown = parser.parse_known_args(_as_arguments(source, content))
-    if unknown:  # its keys are known: one that takes a single value was given a list
-        raise UserError(f"{source}: {', '.join(unknown)} is too much: the key it is given to takes one value")
-    parsed, unknown = _Parser("command line").parse_known_args(overrides, parsed)
+    defaults = vars(parser.parse_args([]))
+    unknown = [f"--{key}" for key in content if key not in defaults]
+    if not unknown:
+        parsed, unknown = parser.parse_known_args(_as_arguments(content))
+    if not unknown:
+        parser.source = "command line"
+        parsed, unknown = parser.parse_known_args(overrides, parsed)
     if unknown:
-        _refuse("command line", unknown[0])
-    namespace = vars(parsed)
-    given = {key: value for key, value in namespace.items() if value != parser.get_default(key)}
+        parser.error(_explain(unknown[0], list(defaults)))
+    values = vars(parsed)
+    given = {key: value for key, value in values.items() if value != defaults[key]}
     if "recipe" in given:
         given["recipe"] = current_name(given["recipe"])
-    if problem := next(_problems(namespace, command), None):
+    if problem := next(_problems(values, command), None):
         raise UserError(f"{source}: {problem}")
-    resume = namespace["resume_from_checkpoint"]  # a path to transformers, which true and false are not
-    namespace["resume_from_checkpoint"] = {"true": True, "false": False}.get(str(resume).lower(), resume)
+    resume = values["resume_from_checkpoint"]  # a path to transformers, which true and false are not
+    values["resume_from_checkpoint"] = {"true": True, "false": False}.get(str(resume).lower(), resume)
     try:
-        parts = [cls(**{key: namespace[key] for key in _names(cls)}) for cls in ARGUMENT_CLASSES]
-    except (ValueError, ImportError) as error:  # what KDConfig and TrainingArguments make of the values
-        raise UserError(f"{source}: {error}") from error
-    except Exception as error:  # of many classes: not all values are checked there before they are used
-        raise UserError(f"{source}: {type(error).__name__}: {first_line(error)}") from error
-    model, data, cache, run, training = parts
-    return Arguments(model, data, cache, run, training, given)
+        return Arguments(*parser.parse_dict(values), given)  # type: ignore[call-arg]
+    except Exception as error:  # of many classes: TrainingArguments uses some values before it checks them
+        kind = "" if isinstance(error, ValueError | ImportError) else f"{type(error).__name__}: "
+        raise UserError(f"{source}: {kind}{error}") from error
 
 
 def _problems(given: Mapping[str, Any], command: Command) -> Iterator[str]:
     """Yield what is missing for `command` or excludes each other, in words of keys."""
-    pairs = [("train_file", "dataset_name"), ("model_name_or_path", "student_config")]
-    for one, other in pairs if command == "distill" else pairs[:1]:
+    distills = command == "distill"
+    for one, other in [("train_file", "dataset_name"), ("model_name_or_path", "student_config")][: 1 + distills]:
         if (given[one] is None) == (given[other] is None):
             found = "neither" if given[one] is None else "both"
             yield f"{found} of {one} and {other} given; expected exactly one of the two"
-    if given["eval_file"] is not None and given["eval_dataset_split"] is not None:
-        yield "both of eval_file and eval_dataset_split given; expected one or neither"
-    if given["eval_dataset_split"] is not None and given["dataset_name"] is None:
-        yield "eval_dataset_split given without dataset_name; name an eval_file instead"
+    for key in ["output_dir"] if distills else ["teacher_cache", "teacher_model_name_or_path"]:
+        if not given[key]:
+            yield f"{key} is missing; kdfast {command} needs it"
+    if (split := given["eval_dataset_split"]) is not None and (given["eval_file"] or not given["dataset_name"]):
+        yield f"eval_dataset_split={split!r}; expected a dataset_name with it, and no eval_file"
     if given["max_length"] < 2:
         yield f"max_length={given['max_length']}; expected at least 2 tokens"
     if not 0 < given["eval_fraction"] < 1:
         yield f"eval_fraction={given['eval_fraction']}; expected a number between 0 and 1"
-    if command == "cache":  # what else a run needs may be there
-        for key, what in (("teacher_cache", "the folder to write"), ("teacher_model_name_or_path", "a teacher")):
-            if not given[key]:
-                yield f"{key} is missing; name {what}"
-        return
-    recipe, cached = given["recipe"], bool(given["teacher_cache"])
-    if recipe == CACHED and not cached:
-        yield f"recipe {recipe!r} needs teacher_cache, a folder that `kdfast cache` wrote"
-    if cached and recipe not in (AUTO, CACHED, LM_ONLY):
+    recipe, live, cached = given["recipe"], given["teacher_model_name_or_path"], given["teacher_cache"]
+    fits = {LM_ONLY: True, CACHED: cached, AUTO: live or cached}.get(recipe, live and not cached)
+    if distills and not fits:
         yield (
-            f"recipe {recipe!r} needs a live teacher, and teacher_cache is given; leave out one of them "
-            f"(with a cache: recipe {CACHED}, or {LM_ONLY} to compare)"
+            f"recipe {recipe!r} with teacher_model_name_or_path={live!r} and teacher_cache={cached!r}; expected a "
+            f"cache for {CACHED}, either for {AUTO}, a live teacher and no cache for every other one but {LM_ONLY}"
         )
-    if not cached and given["teacher_model_name_or_path"] is None and recipe != LM_ONLY:
-        yield f"recipe {recipe!r} needs teacher_model_name_or_path, or teacher_cache; lm_only alone goes without"
-    if not given["output_dir"]:
-        yield "output_dir is missing; name the folder for the results"
 
 
 def format_help(command: Command) -> str:
     """Return the usage and a line for each of the command's own keys; TrainingArguments' 120 are named, not listed."""
-    lines = [f"usage: kdfast {command} CONFIG.yaml [--key value ...]"]
+    parser = argparse.ArgumentParser(
+        usage=f"kdfast {command} CONFIG.yaml [--key value ...]",
+        epilog=EPILOGS[command],
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34),
+        add_help=False,
+    )
     trainers = {f.name for f in dataclasses.fields(TrainingArguments)} - {"output_dir"}
-    width = max(60, shutil.get_terminal_size().columns - 2)
     for cls, title in ARGUMENT_CLASSES.items():
         if command == "cache" and cls in (RunArguments, KDConfig):
             continue
-        lines += ["", f"{title}:"]
+        group = parser.add_argument_group(title)
         for f in dataclasses.fields(cls):
             if f.init and f.name not in trainers:
-                given = "" if f.default in (None, dataclasses.MISSING) else f" [{f.default}]"
-                line = f"--{f.name:26} {f.metadata.get('help', '')}{given}"
-                lines.append(textwrap.fill(line, width, initial_indent="  ", subsequent_indent=" " * 31))
-    if command == "cache":
-        more = (
-            "The other keys of kdfast distill are keys too, so that one file serves both. What counts of them here: "
-            "temperature, valid_vocab, seed, bf16, fp16, use_cpu, per_device_eval_batch_size."
-        )
-    else:
-        more = "Every name of transformers.TrainingArguments is a key too."
-    return "\n".join([*lines, "", textwrap.fill(more, width)])
+                default = "" if f.default in (None, dataclasses.MISSING) else f" [{f.default}]"
+                group.add_argument(f"--{f.name}", metavar="", help=f"{f.metadata['help']}{default}".replace("%", "%%"))
+    return parser.format_help()
 
 
-def _as_arguments(source: str, content: Mapping[str, Any]) -> list[str]:
+def _as_arguments(content: Mapping[str, Any]) -> list[str]:
     arguments = []
-    known = _known()
     for key, value in content.items():
-        if key not in known:
-            _refuse(source, str(key))
-        if value is None:  # `key:` with nothing behind it: the default
-            continue
         if isinstance(value, list):
             arguments += [f"--{key}", *map(str, value)]
-        elif isinstance(value, dict):
-            arguments.append(f"--{key}={json.dumps(value)}")
-        else:
-            arguments.append(f"--{key}={value}")
+        elif value is not None:  # `key:` with nothing behind it: the default
+            arguments.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
     return arguments
 
 
-def _names(cls: type) -> list[str]:
-    return [f.name for f in dataclasses.fields(cls) if f.init]
-
-
-def _known() -> list[str]:
-    return [name for cls in ARGUMENT_CLASSES for name in _names(cls)]
-
-
-def _refuse(source: str, given: str) -> NoReturn:
-    """Raise UserError for `given`, a key or what argparse could not place."""
-    if source == "command line" and not given.startswith("-"):
-        raise UserError(f"command line: {given!r} belongs to no key; write --key value")
-    name = given.split("=")[0].lstrip("-").replace("-", "_")
-    known = _known()
+def _explain(argument: str, known: Sequence[str]) -> str:
+    """Return what is wrong with an argument that belongs to no key, or to an unknown one."""
+    if not argument.startswith("-"):
+        return f"{argument!r} belongs to no key; expected --key value, and one value where the key takes no list"
+    name = argument.split("=")[0].lstrip("-").replace("-", "_")
     near = [key for key in known if key.startswith(name)] or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    raise UserError(f"{source}: unknown key {name!r}{f'; did you mean {near[0]!r}?' if near else ''}")
+    return f"unknown key {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")

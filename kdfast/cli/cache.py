@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from kdfast.cli.arguments import Arguments, format_help, parse
+from kdfast.cli.arguments import Arguments, parse_argv
 from kdfast.cli.errors import RunFailed, UserError
 from kdfast.cli.inputs import check_positions, load_text
 from kdfast.training import KDConfig, load_teacher
@@ -25,10 +25,7 @@ from kdfast.training.recipes import CACHED
 
 def cache(argv: list[str]) -> int:
     """Do what the command line says; return the exit code."""
-    if not argv or {"-h", "--help"} & set(argv):
-        print(format_help("cache"))
-        return 0 if argv else 2
-    arguments = parse(argv[0], argv[1:], command="cache")
+    arguments = parse_argv(argv, "cache")
     summary = make_cache(arguments)
     print_once(f"{arguments.cache.teacher_cache}: {summary}")
     leave()

@@ -16,7 +16,7 @@ import transformers
 from transformers import PreTrainedTokenizerBase, TrainerCallback, default_data_collator, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from kdfast.cli.arguments import LM_ONLY, Arguments, format_help, parse
+from kdfast.cli.arguments import LM_ONLY, Arguments, parse_argv
 from kdfast.cli.errors import RunFailed, RunTerminated, UserError
 from kdfast.cli.inputs import check_positions, load_text
 from kdfast.cli.output_dir import claim
@@ -37,10 +37,7 @@ if TYPE_CHECKING:
 
 def distill(argv: list[str]) -> int:
     """Do what the command line says; return the exit code."""
-    if not argv or {"-h", "--help"} & set(argv):
-        print(format_help("distill"))
-        return 0 if argv else 2
-    run = run_distillation(parse(argv[0], argv[1:]))
+    run = run_distillation(parse_argv(argv, "distill"))
     print_once(text_table([run]))
     leave()
     return 0

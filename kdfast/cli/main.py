@@ -35,23 +35,21 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes as it ends
         return 128 + 13  # SIGPIPE, which Windows does not have
     except CommandError as error:
-        process = os.environ.get("RANK", "0")  # of a launch of several
-        if process == "0":
-            print(f"kdfast: {error}", file=sys.stderr)
-        elif not isinstance(error, RunTerminated):  # all processes stop at the same step
-            print(f"kdfast (process {process}): {error}", file=sys.stderr)
-        return error.exit_code
+        return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
-        resumes = argv[:1] in (["distill"], ["cache"], ["demo"])
-        print(
-            "kdfast: interrupted" + "; the same command goes on from what is complete" * resumes, file=sys.stderr
-        )
-        return 130
+        return _fail("interrupted; the same command goes on from what is complete", 130)
     except Exception as error:
         if os.environ.get("KDFAST_TRACEBACK") == "1":
             raise
-        print(f"kdfast: {unforeseen(error)}", file=sys.stderr)
-        return 1
+        return _fail(unforeseen(error), 1)
+
+
+def _fail(message: str, code: int) -> int:
+    """Print one line and return the exit code. A stop that all processes of a launch make is said by the first."""
+    process = os.environ.get("RANK", "0")
+    if process == "0" or code != RunTerminated.exit_code:
+        print(f"kdfast: {message}" if process == "0" else f"kdfast (process {process}): {message}", file=sys.stderr)
+    return code
 
 
 def _run(argv: list[str]) -> int:

@@ -59,7 +59,7 @@ def test_a_mapping_as_student_config_survives(config):
         ("qqqq: x", "unknown key 'qqqq'$"),
         ("2: x", "unknown key '2'"),
         ("temperature: warm", "--temperature: invalid float value: 'warm'"),
-        ("max_steps: [1, 2]", "2 is too much: the key it is given to takes one value"),
+        ("max_steps: [1, 2]", "'2' belongs to no key; expected --key value, and one value where the key takes no list"),
         ("bf16: perhaps", "--bf16"),
     ],
 )
@@ -75,19 +75,19 @@ def test_a_file_that_is_not_there_or_not_text_is_named(tmp_path):
     with pytest.raises(UserError, match=r"gone\.yaml: no such file"):
         parse(str(tmp_path / "gone.yaml"), [])
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x81")
-    with pytest.raises(UserError, match=r"binary\.yaml: not a text file"):
+    with pytest.raises(UserError, match=r"binary\.yaml: not valid YAML: 'utf-8' codec can't decode byte 0xff"):
         parse(str(tmp_path / "binary.yaml"), [])
     with pytest.raises(UserError, match="x: File name too long"):
         parse("x" * 300, [])
 
 
 def test_aliases_that_never_end(config):
-    for text in ("student_config: &a {b: *a}", "temperature_steps: &a [1, *a]"):
-        with pytest.raises(UserError, match="a value holds itself"):
-            parse(config(text), [])
+    """Nor any others: they are not taken."""
     lines = [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]  # 9 to the power of 11
-    with pytest.raises(UserError, match="holds 141,705,097,296 values with its aliases"):
-        parse(config("\n".join(["a0: &a0 [x]", *lines, "temperature_steps: *a11"])), [])
+    many = "\n".join(["a0: &a0 [x]", *lines, "temperature_steps: *a11"])
+    for text in ("student_config: &a {b: *a}", "temperature_steps: &a [1, *a]", many, "seed: &a 1\nmax_steps: *a"):
+        with pytest.raises(UserError, match=r"not valid YAML: an alias \(\*\) is not taken; .* line [12], column"):
+            parse(config(text), [])
 
 
 @pytest.mark.parametrize("text", ["[" * 5000, "recipe: " + "{" * 3000, "seed: !!timestamp 2001-99-99", "<<: *a"])
@@ -122,8 +122,12 @@ def test_what_is_wrong_with_an_override_is_said(config, overrides, expected):
         ({"model_name_or_path": "m"}, "both of model_name_or_path and student_config"),
         ({"train_file": None}, "neither of train_file and dataset_name"),
         ({"dataset_name": "d"}, "both of train_file and dataset_name"),
-        ({"eval_dataset_split": "test"}, "eval_dataset_split given without dataset_name"),
-        ({"recipe": "projector_fixed"}, "recipe 'projector_fixed' needs teacher_model_name_or_path"),
+        ({"eval_dataset_split": "test"}, "eval_dataset_split='test'; expected a dataset_name with it, and no eval_fi"),
+        (
+            {"train_file": None, "dataset_name": "d", "eval_dataset_split": "test", "eval_file": "e"},
+            "eval_dataset_split='test'; expected a dataset_name",
+        ),
+        ({"recipe": "projector_fixed"}, "recipe 'projector_fixed' with teacher_model_name_or_path=None and"),
         ({"output_dir": None}, "output_dir is missing"),
         ({"max_length": 1}, "max_length=1"),
         ({"eval_fraction": 1.5}, r"eval_fraction=1\.5"),

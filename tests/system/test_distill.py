@@ -357,11 +357,12 @@ def test_a_full_disk_is_exit_code_1(place, kdfast, monkeypatch):
     assert "kdfast: [Errno 28] No space left on device: 'out/summary.json'. The same command goes on" in err
 
 
-def test_help_and_no_config(kdfast):
-    code, out, _ = kdfast("distill", "--help")
-    assert code == 0
-    assert "--teacher_model_name_or_path" in out
-    assert kdfast("distill")[0] == 2
+def test_help_and_no_config(kdfast, capsys):
+    for argv, code in ((["--help"], 0), ([], 2)):
+        with pytest.raises(SystemExit) as done:
+            kdfast("distill", *argv)
+        assert done.value.code == code
+        assert "--teacher_model_name_or_path" in capsys.readouterr().out
 
 
 def test_the_bar_shows_loss_kl_weight_and_speed(place, kdfast):
