@@ -25,8 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kdfast.frontend.checks import same_vocabulary
-from kdfast.inputs import Head
+from kdfast.inputs import Head, same_vocabulary
 from kdfast.ops.logit_chunks import mean_probabilities
 
 ROWS = 4096  # of the heads at a time

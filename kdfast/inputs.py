@@ -12,12 +12,14 @@ teacher width, `K` entries kept per token.
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass, fields
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from kdfast.divergences import Divergence
+
+MOST_ENTRIES = 1024  # of a sparse teacher per token: a kernel's program holds a token's entries in registers
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,28 +103,21 @@ def is_asked(weight: float | Tensor) -> bool:
     return isinstance(weight, Tensor) or weight != 0
 
 
-class LossKeywords(TypedDict, total=False):
-    """The keywords of `fused_kd_loss` but `return_metrics`, typed as in its signature: for type checkers."""
+def same_vocabulary(one: int, other: int, valid: int | None) -> bool:
+    """Return whether heads of so many rows differ by padding rows at most: `valid` rows are real."""
+    return one == other or (valid is not None and valid <= min(one, other))
 
-    temperature: float | Tensor
-    divergence: str | Divergence
-    kd_weight: float | Tensor
-    ce_weight: float | Tensor
-    anchor_weight: float | Tensor
-    anchor_targets: Tensor | None
-    teacher_grad: Literal["full", "projector", "none"]
-    token_weights: Tensor | None
-    kd_token_weights: Tensor | None
-    ignore_index: int
-    reduction: Literal["mean", "sum", "none"]
-    num_items_in_batch: int | Tensor | None
-    temperature_squared: bool
-    valid_vocab: int | None
-    vocab: Literal["error", "truncate"]
-    process_group: Any
-    vocab_start: int | None
-    engine: str
-    scratch_bytes: int | None
+
+def short(value: object) -> str:
+    """Return at most a line of text, for an error."""
+    if isinstance(value, int) and abs(value) >= 10**30:  # Python prints no more than some thousand digits
+        return f"an int of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def kind(value: object) -> str:
+    return "None" if value is None else type(value).__name__
 
 
 @dataclass(frozen=True, eq=False)

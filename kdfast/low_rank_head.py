@@ -152,6 +152,5 @@ def kl_and_agreement(surrogate: Head, whole: Head, **options: Any) -> tuple[floa
 
     options: engine, scratch_bytes, valid_vocab.
     """
-    result = fused_kd_loss(surrogate, whole, temperature=1.0, return_metrics=True, **options)
-    assert isinstance(result, tuple)
-    return result[0].item(), result[1].agreement.item()
+    kl, metrics = fused_kd_loss(surrogate, whole, temperature=1.0, return_metrics=True, **options)
+    return kl.item(), metrics.agreement.item()

@@ -9,12 +9,12 @@ every call. A compiled graph compares slices and kind of call while it is traced
 
 from __future__ import annotations
 
-import math
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from operator import eq
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -29,18 +29,12 @@ from kdfast.ops import autocast, collectives
 
 NO_ENTRIES = -1  # of the vocabulary, in a teacher without logits or a head of its own
 PROBES = 8  # hidden states that are compared, of each side
+PROBED = ("student: Head.hidden", "the teacher's hidden states")
 KIND_OF_CALL = "the kind of call (options, the teacher's kind, dtypes, what requires grad, the scratch budget)"
 VARYING = (  # options that differ from step to step, or between processes
     "temperature", "kd_weight", "num_items_in_batch", "ignore_index", "temperature_squared", "process_group",
     "vocab_start",
 )  # fmt: skip
-EQUAL = (  # what `_values` has one number for
-    "the number of rows of student: Head.hidden",
-    "labels or anchor_targets",
-    "token_weights or kd_token_weights",
-    "a SparseLogits' indices",
-    "a number among the options, a logit_scale or a softcap",
-)
 _known: WeakKeyDictionary[Any, dict[tuple[str, str], Vocabulary]] = WeakKeyDictionary()
 
 
@@ -67,7 +61,7 @@ def agree_on_slices(
     anew = readable and os.environ.get("KDFAST_CHECK") == "1"
     if refused is not None:
         if anew or (readable and not _known.get(group)):
-            _exchange(refused, [*mine, 0.0], group, device)
+            _exchange(refused, None, group, device)
         raise refused
     compare = anew or (readable and _key(tuple(mine), kind_of_call) not in _known.get(group, {}))
     return _vocabulary(group.group_name, tuple(mine), kind_of_call, device, anew), compare
@@ -80,10 +74,11 @@ def raise_on_all_ranks(x: Arguments) -> Iterator[None]:
         yield
         return
     group, device = collectives.named(x.vocabulary.group), x.student.hidden.device
-    values, refused = [0.0] * (len(EQUAL) + 2 * PROBES), None
+    values: dict[str, Any] = {}
+    refused = None
     try:
         yield
-        values = [*_values(x), *_probes(x)]
+        values = _values(x)
     except (TypeError, ValueError) as error:
         refused = error
     try:
@@ -129,10 +124,10 @@ def _vocabulary(
     group = collectives.named(name)
     known, key = _known.setdefault(group, {}), _key(mine, kind_of_call)
     if anew or key not in known:
-        tables = _exchange(None, [*mine, _checksum(key[1])], group, device)
-        vocabulary = _of_slices(name, Slice(*mine), [Slice(*map(int, table[:-1])) for table in tables])
-        for rank, table in enumerate(tables):
-            if table[-1] != tables[0][-1]:
+        slices, kinds = zip(*_exchange(None, (Slice(*mine), key[1]), group, device), strict=True)
+        vocabulary = _of_slices(name, Slice(*mine), slices)
+        for rank, kind in enumerate(kinds):
+            if kind != kinds[0]:
                 _refuse(KIND_OF_CALL, rank)
         known[key] = vocabulary
     return known[key]
@@ -142,7 +137,7 @@ def _vocabulary(
 _vocabulary._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _of_slices(name: str, mine: Slice, slices: list[Slice]) -> Vocabulary:
+def _of_slices(name: str, mine: Slice, slices: Sequence[Slice]) -> Vocabulary:
     """Return the vocabulary that the ranks' slices make up. Raises ValueError where they overlap or leave a gap."""
     for rank, each in enumerate(slices):
         if each.claimed != each.start:
@@ -168,7 +163,7 @@ def _of_slices(name: str, mine: Slice, slices: list[Slice]) -> Vocabulary:
     return Vocabulary(end, mine.start, mine.rows, largest, name, teacher, whole_teacher)
 
 
-def _teacher_vocabulary(slices: list[Slice], size: int) -> tuple[int | None, bool]:
+def _teacher_vocabulary(slices: Sequence[Slice], size: int) -> tuple[int | None, bool]:
     """Return the size of the teacher's own vocabulary, or None without one, and whether each process has all of it.
 
     What is not whole is cut at the ids the student's head, of `size`, is cut at. It may end before that does, or go on
@@ -200,69 +195,65 @@ def _teacher_vocabulary(slices: list[Slice], size: int) -> tuple[int | None, boo
     )
 
 
-def _values(x: Arguments) -> list[float]:
-    """Return a number of each of `EQUAL`: a checksum, but for the first."""
-    options, divergence = x.options, x.options.divergence
+def _values(x: Arguments) -> dict[str, Any]:
+    """Return what must be the same on all processes, by what an error calls it: tensors as checksums, `PROBED` hidden
+    states as a few of them."""
+    options = x.options
     numbers: list[Any] = [options.temperature, options.kd_weight, options.ce_weight, options.anchor_weight]
-    numbers += [options.num_items_in_batch, options.ignore_index, options.temperature_squared, *divergence.parameters]
+    numbers += [options.num_items_in_batch, options.ignore_index, options.temperature_squared]
     for source in (x.student, x.teacher):
         numbers += [source.logit_scale, source.softcap] if isinstance(source, Head) else []
-    return [
-        float(x.student.hidden.shape[:-1].numel()),
-        _checksum(x.labels, options.anchor_targets),
-        _checksum(options.token_weights, options.kd_token_weights),
-        _checksum(x.teacher.indices if isinstance(x.teacher, SparseLogits) else None),
-        _checksum([n.tolist() if isinstance(n, Tensor) else n for n in numbers]),
-    ]
+    numbers += options.divergence.parameters
+    return {
+        "the number of rows of student: Head.hidden": x.student.hidden.shape[:-1].numel(),
+        "labels or anchor_targets": (_checksum(x.labels), _checksum(options.anchor_targets)),
+        "token_weights or kd_token_weights": (
+            _checksum(options.token_weights),
+            _checksum(options.kd_token_weights),
+        ),
+        "a SparseLogits' indices": _checksum(x.teacher.indices if isinstance(x.teacher, SparseLogits) else None),
+        "a number among the options, a logit_scale or a softcap": repr(
+            [number.tolist() if isinstance(number, Tensor) else number for number in numbers]
+        ),
+        PROBED[0]: _probes(x.student.hidden),
+        PROBED[1]: _probes(getattr(x.teacher, "hidden", None)),
+    }
 
 
-def _checksum(*values: Any) -> float:
-    """Return a checksum of the values of tensors and the text of anything else."""
-    total = 0
-    for value in values:
-        if isinstance(value, Tensor):
-            data = value.detach().cpu().double().numpy().tobytes()
-        else:
-            data = repr(value).encode()
-        total = zlib.crc32(data, total)
-    return float(total)
+def _checksum(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else zlib.crc32(tensor.detach().cpu().double().numpy().tobytes())
 
 
-def _probes(x: Arguments) -> list[float]:
-    """Return a few hidden states of either side, spread over the rows."""
-    found: list[float] = []
-    for tensor in (x.student.hidden, getattr(x.teacher, "hidden", None)):
-        numbers: list[float] = []
-        if isinstance(tensor, Tensor):
-            values = tensor.detach().reshape(-1)
-            numbers = values[:: max(1, values.numel() // PROBES)][:PROBES].tolist()
-        found += [value if math.isfinite(value) else 0.0 for value in numbers] + [0.0] * (PROBES - len(numbers))
-    return found
+def _probes(hidden: Tensor | None) -> list[float]:
+    """Return a few hidden states, spread over the rows; 0 in place of what is not finite."""
+    if hidden is None:
+        return []
+    values = hidden.detach().reshape(-1)
+    return values[:: max(1, values.numel() // PROBES)][:PROBES].double().nan_to_num(0.0, 0.0, 0.0).tolist()
 
 
-def _check_alike(tables: list[list[float]]) -> None:
-    """Raise ValueError where a process's values, exactly, or probes, nearly, are not the first's."""
+def _check_alike(tables: list[dict[str, Any]]) -> None:
+    """Raise ValueError where a process's values, exactly, or hidden states, nearly, are not the first's."""
     for rank, table in enumerate(tables):
-        for what, first, other in zip(EQUAL, tables[0], table, strict=False):
-            if first != other:
-                _refuse(what, rank)
-        for side, what in enumerate(("student: Head.hidden", "the teacher's hidden states")):
-            begin = len(EQUAL) + side * PROBES
-            a, b = (each[begin : begin + PROBES] for each in (tables[0], table))
-            scale = max(map(abs, a + b))
-            if any(abs(x - y) > 0.05 * scale for x, y in zip(a, b, strict=True)):
+        for what, first in tables[0].items():
+            if not (_near if what in PROBED else eq)(first, table[what]):
                 _refuse(what, rank)
 
 
-def _exchange(refused: Exception | None, numbers: list[float], group: Any, device: torch.device) -> list[list[float]]:
-    """Return every process's numbers. Raises `refused`, this process's own error, and a ValueError on the others."""
-    tables = collectives.exchange([refused is not None, *numbers], group, device)
+def _near(first: list[float], other: list[float]) -> bool:
+    scale = max(map(abs, first + other), default=0.0)
+    return all(abs(a - b) <= 0.05 * scale for a, b in zip(first, other, strict=False))
+
+
+def _exchange(refused: Exception | None, values: Any, group: Any, device: torch.device) -> list[Any]:
+    """Return every process's values. Raises `refused`, this process's own error, and a ValueError on the others."""
+    answers = collectives.exchange((refused is not None, values), group, device)
     if refused is not None:
         raise refused
-    for rank, (refuses, *_) in enumerate(tables):
+    for rank, (refuses, _) in enumerate(answers):
         if refuses:
             raise ValueError(f"rank {rank} of process_group refuses its arguments; its own error says what is wrong")
-    return [table[1:] for table in tables]
+    return [values for _, values in answers]
 
 
 def _refuse(what: str, rank: int) -> None:

@@ -18,12 +18,24 @@ from torch import Tensor
 from kdfast import engines
 from kdfast.engines import unavailable
 from kdfast.frontend.arguments import Arguments
-from kdfast.inputs import Head, Logits, Options, Projected, SparseLogits, Teacher, is_asked
+from kdfast.inputs import (
+    MOST_ENTRIES,
+    Head,
+    Logits,
+    Options,
+    Projected,
+    SparseLogits,
+    Teacher,
+    is_asked,
+    kind,
+    same_vocabulary,
+    short,
+)
 from kdfast.ops import autocast
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-MOST_ENTRIES = 1024  # of a sparse teacher per token: a kernel's program holds a token's entries in registers
 LARGEST_LOG_PROB = 0.01  # a probability of one, rounded
+IDS = "integer token ids. Convert with .long()"
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # numbers the loss is made of
 
@@ -64,11 +76,6 @@ def check_kinds(student: Any, teacher: Any) -> None:
         raise TypeError(f"student is {kind(student)}; expected kdfast.Head(hidden, weight, bias)")
     if teacher is not None and not isinstance(teacher, (Projected, Head, Logits, SparseLogits)):
         raise TypeError(f"teacher is {kind(teacher)}; expected kdfast.Projected, Head, Logits, SparseLogits or None")
-
-
-def same_vocabulary(one: int, other: int, valid: int | None) -> bool:
-    """Return whether heads of so many rows differ by padding rows at most: `valid` rows are real."""
-    return one == other or (valid is not None and valid <= min(one, other))
 
 
 def _check_names(options: Options) -> None:
@@ -217,7 +224,7 @@ def _check_sparse(teacher: SparseLogits, x: Arguments) -> None:
             f"teacher: SparseLogits.tail={short(tail)} is unknown; expected 'renormalize', 'bucket' or 'none'"
         )
     _check_flag("teacher: SparseLogits.tempered", teacher.tempered)
-    _check_ids("teacher: SparseLogits.indices", indices, "an integer tensor (*, K)")
+    _check_tensor("teacher: SparseLogits.indices", indices, INTEGERS, "an integer tensor (*, K)", IDS)
     _check_float_tensor("teacher: SparseLogits.log_probs", log_probs)
     if indices.shape != log_probs.shape or indices.dim() == 0 or not 1 <= indices.shape[-1] <= MOST_ENTRIES:
         raise ValueError(
@@ -282,7 +289,7 @@ def _check_valid_vocab(valid: Any, V: int) -> None:
 def _check_targets(name: str, targets: Tensor | None, x: Arguments) -> None:
     if targets is None:
         return
-    _check_ids(name, targets, "an integer tensor of token ids, or None")
+    _check_tensor(name, targets, INTEGERS, "an integer tensor of token ids, or None", IDS)
     _check_one_per_row(name, targets, x.student.hidden)
     if not can_read(targets):
         return
@@ -296,22 +303,11 @@ def _check_targets(name: str, targets: Tensor | None, x: Arguments) -> None:
         )
 
 
-def _check_ids(name: str, value: Any, expected: str) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is {kind(value)}; expected {expected}")
-    _check_dense(name, value)
-    if value.dtype not in INTEGERS:
-        raise TypeError(f"{name} has dtype {value.dtype}; expected integer token ids. Convert with .long()")
-
-
 def _check_token_weights(name: str, weights: Tensor | None, hidden: Tensor) -> None:
     if weights is None:
         return
-    if not isinstance(weights, Tensor):
-        raise TypeError(f"{name} is {kind(weights)}; expected a tensor with one weight per token, or None")
-    _check_dense(name, weights)
-    if weights.dtype not in (*DTYPES, *INTEGERS, torch.bool):
-        raise TypeError(f"{name} has dtype {weights.dtype}; expected real weights, such as float32")
+    dtypes = (*DTYPES, *INTEGERS, torch.bool)
+    _check_tensor(name, weights, dtypes, "a tensor with one weight per token, or None", "real weights, such as float32")
     _check_one_per_row(name, weights, hidden)
     _refuse_grad(name, weights, "weights get no gradient")
     if can_read(weights) and not bool(((weights >= 0) & (weights < math.inf)).all()):
@@ -355,17 +351,21 @@ def _check_terms(teacher: Teacher | None, labels: Tensor | None, options: Option
 
 
 def _check_float_tensor(name: str, value: Any) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is {kind(value)}; expected a tensor")
     if type(value).__name__ == "DTensor":
         raise TypeError(
             f"{name} is a DTensor; expected a plain tensor. An FSDP-sharded head must be unsharded first "
             "(call the loss inside the module's forward, or use .full_tensor()); a vocabulary-parallel head needs "
             "process_group=, the mesh it is sharded on"
         )
+    _check_tensor(name, value, DTYPES, "a tensor", "float32, bfloat16, float16 or float64")
+
+
+def _check_tensor(name: str, value: Any, dtypes: tuple[torch.dtype, ...], expected: str, of_dtype: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is {kind(value)}; expected {expected}")
     _check_dense(name, value)
-    if value.dtype not in DTYPES:
-        raise TypeError(f"{name} has dtype {value.dtype}; expected float32, bfloat16, float16 or float64")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name} has dtype {value.dtype}; expected {of_dtype}")
 
 
 def _check_dense(name: str, value: Tensor) -> None:
@@ -429,15 +429,3 @@ def _of_float32(value: Any) -> str:
     """Return what is wrong with a number that is finite and not 0, but not in float32."""
     small, large = 0 < value < SMALLEST, LARGEST < abs(value) < math.inf
     return " in float32, which the loss is made of" if small or large else ""
-
-
-def short(value: object) -> str:
-    """Return at most a line of text, for an error."""
-    if isinstance(value, int) and abs(value) >= 10**30:  # Python prints no more than some thousand digits
-        return f"an int of {value.bit_length()} bits"
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}…"
-
-
-def kind(value: object) -> str:
-    return "None" if value is None else type(value).__name__

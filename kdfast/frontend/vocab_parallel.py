@@ -16,8 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from kdfast.frontend.agreement import NO_ENTRIES, Slice, agree_on_slices, kind_of_call
 from kdfast.frontend.arguments import Arguments, Vocabulary
-from kdfast.frontend.checks import check_head, kind
-from kdfast.inputs import Head, Logits, Options, Projected, SparseLogits, Teacher
+from kdfast.frontend.checks import check_head
+from kdfast.inputs import Head, Logits, Options, Projected, SparseLogits, Teacher, kind
 
 
 def localize(student: Head, teacher: Teacher | None, labels: Any, options: Options) -> Arguments:

@@ -2,7 +2,7 @@
 
     all_gather   each process's x → (R, *x.shape) on all, in the order of ranks
     all_reduce   Σ over processes, in place
-    exchange     a few numbers of each process, read on the host
+    exchange     a small object of each process, on the host
 
 `all_gather` and `all_reduce` return at once; `wait` makes the result usable (on a GPU for the current stream, the host
 goes on). `gather_from_group` and `copy_to_group` are the differentiable pair that the reference engine is built with:
@@ -11,7 +11,8 @@ what autograd sees is one model, computed by every process alike, whose vocabula
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -43,13 +44,13 @@ def all_reduce(x: Tensor, group: str) -> Pending:
     return Pending(x, dist.all_reduce(x, group=named(group), async_op=True))
 
 
-def exchange(numbers: Sequence[float], group: Any, device: torch.device) -> list[list[float]]:
-    """Return each process's numbers, as many on all, and wait for them. group: a ProcessGroup or its name."""
+def exchange(value: Any, group: Any, device: torch.device) -> list[Any]:
+    """Return each process's value, whatever can be pickled, and wait for them. group: a ProcessGroup or its name."""
     group = named(group) if isinstance(group, str) else group
-    mine = torch.tensor(numbers, dtype=torch.float64, device=device)
-    out = mine.new_empty(dist.get_world_size(group), len(numbers))
-    _all_gather_into(out.view(-1), mine, group=group)
-    return out.tolist()
+    found: list[Any] = [None] * dist.get_world_size(group)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # NCCL sends from the current one
+        dist.all_gather_object(found, value, group=group)
+    return found
 
 
 def size(group: str) -> int:
@@ -76,7 +77,7 @@ def gather_from_group(slices: Tensor, group: str, start: int) -> Tensor:
     if not group:
         return slices
     own = slices.shape[1]
-    sizes = [(int(first), int(count)) for first, count in exchange([start, own], group, slices.device)]
+    sizes = exchange((start, own), group, slices.device)
     before = sum(count for first, count in sizes if first < start)
     order = sorted(range(len(sizes)), key=lambda rank: sizes[rank])
     filled = [rank for rank in order if sizes[rank][1]] or [0]

@@ -24,8 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from kdfast.frontend.checks import short
-from kdfast.inputs import Head
+from kdfast.inputs import Head, short
 from kdfast.training.durable.errors import first_line
 from kdfast.training.durable.safe_load import explain
 

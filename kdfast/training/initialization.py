@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kdfast.closed_form import Projection, solve_lstsq, solve_svd, vocab_frequencies
-from kdfast.frontend.checks import same_vocabulary
+from kdfast.inputs import same_vocabulary
 from kdfast.low_rank_head import (
     HELD_OUT,
     CompressedHead,

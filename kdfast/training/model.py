@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kdfast.closed_form import solve_lstsq
-from kdfast.frontend.checks import same_vocabulary
-from kdfast.inputs import Head
+from kdfast.inputs import Head, same_vocabulary
 from kdfast.loss import KDMetrics, fused_kd_loss
 from kdfast.low_rank_head import CompressedHead
 from kdfast.training.hf import IGNORE_INDEX, backbone, check_model, head, head_shape, shift_labels

@@ -27,7 +27,7 @@ from typing import Literal, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from kdfast.frontend.checks import same_vocabulary
+from kdfast.inputs import same_vocabulary
 from kdfast.projector import ProjectorInit
 from kdfast.schedules import Constant, Piecewise, Ramp, Schedule
 from kdfast.training.hf import head_shape

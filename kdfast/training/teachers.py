@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kdfast.frontend.checks import same_vocabulary
-from kdfast.inputs import Head, Projected, SparseLogits, Teacher
+from kdfast.inputs import Head, Projected, SparseLogits, Teacher, same_vocabulary
 from kdfast.loss import fused_kd_loss
 from kdfast.projector import LogitProjector
 from kdfast.training.hf import IGNORE_INDEX, head_shape

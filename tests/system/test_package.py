@@ -1,7 +1,6 @@
 """What `import kdfast` costs, and that kernels/ hides nobody's package, in a checkout and in a wheel."""
 
 import importlib.metadata
-import inspect
 import re
 import shutil
 import subprocess
@@ -12,9 +11,7 @@ from pathlib import Path
 
 import pytest
 
-import kdfast
 from kdfast import _version
-from kdfast.inputs import LossKeywords
 
 ROOT = Path(__file__).parents[2]
 SOURCES = (
@@ -144,14 +141,6 @@ def test_version_is_one():
     assert python("-m", "kdfast", "--version").strip() == f"kdfast {_version.__version__}"
     if _installed():
         assert importlib.metadata.version("kdfast") == _version.__version__
-
-
-def test_types_say_what_the_signature_says():
-    """For type checkers the loss's keywords are written twice; mypy holds their types together, not their names."""
-    keywords = inspect.signature(kdfast.fused_kd_loss).parameters.values()
-    ours = {parameter.name: parameter.annotation for parameter in keywords if parameter.kind is parameter.KEYWORD_ONLY}
-    assert ours.pop("return_metrics") == "bool"
-    assert ours == {name: hint.__forward_arg__ for name, hint in LossKeywords.__annotations__.items()}
 
 
 def _installed() -> bool:

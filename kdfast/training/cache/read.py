@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import data
 from transformers import PreTrainedTokenizerBase
 
-from kdfast.frontend.checks import same_vocabulary
+from kdfast.inputs import same_vocabulary
 from kdfast.schedules import Schedule
 from kdfast.training.cache.description import (
     SUMMARY,

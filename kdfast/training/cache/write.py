@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, default_data_collator
 
-from kdfast.frontend.checks import MOST_ENTRIES, kind
+from kdfast.inputs import MOST_ENTRIES, kind
 from kdfast.ops import autocast
 from kdfast.training.cache.description import (
     LOCK,
