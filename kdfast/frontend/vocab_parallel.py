@@ -53,22 +53,18 @@ def _local(
     claimed = options.vocab_start
     if claimed is not None and (not isinstance(claimed, Integral) or isinstance(claimed, bool) or claimed < 0):
         raise ValueError(f"vocab_start={claimed!r}; expected an int ≥ 0, the id of the slice's first row")
-    if _is_dtensor(student.weight):
-        start = sharding.offset("student: Head.weight", student.weight, 0)
-        claimed = start if claimed is None else claimed
-    elif claimed is None:
+    student, start = sharding.local_head("student", student, claimed)
+    if start is None:
         raise ValueError(
             "vocab_start is None with a plain student: Head.weight; expected the id of the slice's first row, or a "
             "DTensor weight sharded on dim 0 of the mesh passed as process_group"
         )
-    else:
-        start = int(claimed)
-    student = sharding.local_head("student", student)
+    start = int(start)
     check_head("student", student, empty=True)
-    teacher, teacher_start, teacher_rows = _local_teacher(teacher, start, sharding)
+    teacher, *teacher_slice = _local_teacher(teacher, start, sharding)
     per_token = ("anchor_targets", "token_weights", "kd_token_weights")
     options = replace(options, **{name: sharding.replicated(name, getattr(options, name)) for name in per_token})
-    mine = Slice(start, student.weight.shape[0], int(claimed), teacher_start, teacher_rows)
+    mine = Slice(start, student.weight.shape[0], start if claimed is None else int(claimed), *teacher_slice)
     return student, teacher, sharding.replicated("labels", labels), options, mine
 
 
@@ -79,14 +75,12 @@ def _local_teacher(teacher: Any, start: int, sharding: _Sharding) -> tuple[Any, 
         local = {name: sharding.replicated(f"teacher: {kind(teacher)}.{name}", t) for name, t in tensors.items()}
         return type(teacher)(**local), start, NO_ENTRIES
     if isinstance(teacher, Head):
-        first = sharding.first_id("teacher: Head.weight", teacher.weight, 0, start)
-        teacher = sharding.local_head("teacher", teacher)
+        teacher, first = sharding.local_head("teacher", teacher, start)
         return teacher, first, teacher.weight.shape[0] if _is_matrix(teacher.weight) else NO_ENTRIES
     if isinstance(teacher, Logits) and isinstance(teacher.logits, Tensor) and teacher.logits.dim():
         last = teacher.logits.dim() - 1
-        first = sharding.first_id("teacher: Logits.logits", teacher.logits, last, start)
-        teacher = Logits(sharding.sharded("teacher: Logits.logits", teacher.logits, last))
-        return teacher, first, teacher.logits.shape[-1]
+        logits, first = sharding.sharded("teacher: Logits.logits", teacher.logits, last, start)
+        return Logits(logits), first, logits.shape[-1]
     return sharding.replicated("teacher", teacher), start, NO_ENTRIES
 
 
@@ -120,42 +114,31 @@ class _Sharding(NamedTuple):
     group: Any
     mesh: DeviceMesh | None
 
-    def local_head(self, name: str, head: Head) -> Head:
-        return replace(
-            head,
-            hidden=self.replicated(f"{name}: Head.hidden", head.hidden),
-            weight=self.sharded(f"{name}: Head.weight", head.weight, 0),
-            bias=self.sharded(f"{name}: Head.bias", head.bias, 0),
-        )
+    def local_head(self, name: str, head: Head, start: Any) -> tuple[Head, Any]:
+        """Return the local head, and the id it starts at, as for `sharded`."""
+        weight, first = self.sharded(f"{name}: Head.weight", head.weight, 0, start)
+        bias, _ = self.sharded(f"{name}: Head.bias", head.bias, 0, start)
+        hidden = self.replicated(f"{name}: Head.hidden", head.hidden)
+        return replace(head, hidden=hidden, weight=weight, bias=bias), first
 
-    def first_id(self, name: str, tensor: Any, dim: int, start: int) -> int:
-        """Return the id a teacher's part starts with: `start`, but for a DTensor that is cut elsewhere."""
-        if not _is_dtensor(tensor) or tensor.placements[0].is_replicate():
-            return start
-        return self.offset(name, tensor, dim)
-
-    def offset(self, name: str, tensor: Any, dim: int) -> int:
-        """Return the id at which this process's shard starts."""
+    def sharded(self, name: str, tensor: Any, dim: int, start: Any) -> tuple[Any, Any]:
+        """Return the local part of a tensor that is cut along `dim`, and the id it starts at: `start`, but for a
+        DTensor that is cut elsewhere. A teacher's may be whole."""
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-        self._check_mesh(name, tensor)
+        if not _is_dtensor(tensor):
+            return tensor, start
         placement = tensor.placements[0]
+        if placement.is_replicate() and not name.startswith("student"):
+            return self.replicated(name, tensor), start
+        self._check_mesh(name, tensor)
         if not (placement.is_shard() and placement.dim in (dim, dim - tensor.dim())):
             raise ValueError(
                 f"{name} is a DTensor placed {placement}; expected Shard({dim}), the vocabulary's dimension, on the "
                 "mesh passed as process_group"
             )
         _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-        return int(offset[dim])
-
-    def sharded(self, name: str, tensor: Any, dim: int) -> Any:
-        """Return the local part of a tensor that is cut along `dim`; a teacher's may be whole."""
-        if not _is_dtensor(tensor):
-            return tensor
-        if tensor.placements[0].is_replicate() and not name.startswith("student"):
-            return self.replicated(name, tensor)
-        self.offset(name, tensor, dim)
-        return tensor.to_local()
+        return tensor.to_local(), int(offset[dim])
 
     def replicated(self, name: str, tensor: Any) -> Any:
         """Return the local copy of a tensor that every process has whole."""
