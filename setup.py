@@ -21,6 +21,8 @@ TRAIN = [
     "tokenizers",
     "pyyaml",
     "matplotlib",
+    "pandas",
+    "jinja2",
     "psutil",
     "tqdm",
 ]

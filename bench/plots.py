@@ -8,8 +8,9 @@ from typing import Any
 
 from truth import worst_gradients
 
-from kdfast.report.curves import COLORS, STYLES
-
+# Okabe and Ito's colors, which stay apart for color-blind readers
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+STYLES = (((), "o"), ((4, 1.5), "s"), ((1, 1.2), "^"), ((5, 1.5, 1, 1.5), "D"))  # (dashes, marker)
 NAMES = {  # a contender has one color and one marker in every panel
     "floor B (our products)": "black",
     "kdfast torch": COLORS[0],

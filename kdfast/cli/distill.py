@@ -21,8 +21,8 @@ from kdfast.cli.errors import RunFailed, RunTerminated, UserError
 from kdfast.cli.inputs import check_positions, load_text
 from kdfast.cli.output_dir import claim
 from kdfast.report.page import text_table, write_report
-from kdfast.report.read_runs import REPORT, SUMMARY, Run, is_finished, read_run
-from kdfast.report.summary import engine_of, summarise, write_summary
+from kdfast.report.read_runs import REPORT, SUMMARY, Run, is_finished, log_table, read_run
+from kdfast.report.summary import engine_of, summarize, write_summary
 from kdfast.training import KDTrainer, NonFiniteLossError, load_student, load_teacher
 from kdfast.training.cache.read import TeacherCache
 from kdfast.training.callbacks import show_progress
@@ -95,8 +95,8 @@ def _run(arguments: Arguments, output_dir: Path, name: str) -> Run:
             trainer.train(resume_from_checkpoint=checkpoint)
         evaluation = _evaluation_of_now(trainer) or trainer.evaluate()
         trainer.save_model()
-        summary = summarise(trainer, evaluation, peak)
-        run = Run(name, trainer.state.log_history, summary)
+        summary = summarize(trainer, evaluation, peak)
+        run = Run(name, log_table(trainer.state.log_history), summary)
 
         def write() -> None:
             trainer.save_state()

@@ -1,28 +1,32 @@
-"""Curves of runs side by side: which quantities have a panel, and how one is drawn.
+"""Curves of runs side by side: which quantities have a panel, and how one is drawn by matplotlib, without a display.
 
-A run has one color, one dash and one marker in every panel. Lines of training are thin; evaluations, where there are
-any, are thick and marked, and training is pale behind them. matplotlib draws, without a display.
+A run has one color and one dash in every panel. Lines of training are thin; evaluations, where there are any, are
+thick and marked, and training is pale behind them.
 """
 
 from __future__ import annotations
 
 import io
-import math
 import re
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from kdfast.report.read_runs import Run
 
-# Okabe and Ito's colors, which stay apart for color-blind readers
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-# (dashes, marker), the next one each time the colors are used up; matplotlib's and SVG's unit is the line's width
-STYLES = (((), "o"), ((4, 1.5), "s"), ((1, 1.2), "^"), ((5, 1.5, 1, 1.5), "D"))
-SEED = re.compile(r"(^|[-_./ ])(seed|s)[-_= ]?\d+(?=$|[-_./ ])|[-_./ ]\d+$", re.IGNORECASE)  # in a run's name
 MADE_BY = "kdfast report"  # in every file, so that one of ours is known from a user's own
+DASHES = ("-", "--", ":", "-.")  # the next one each time the style's colors are used up
+STYLE: list[Any] = [
+    "tableau-colorblind10",
+    {
+        "axes.grid": True, "axes.spines.right": False, "axes.spines.top": False, "grid.color": "#e4e4e4",
+        "legend.fontsize": 8, "legend.frameon": False, "legend.handlelength": 3,
+        "svg.hashsalt": "kdfast",  # the same picture for the same runs
+        "text.parse_math": False,  # a $ in a name begins no formula
+    },
+]  # fmt: skip
 
 
 class Panel(NamedTuple):
@@ -31,6 +35,11 @@ class Panel(NamedTuple):
     logarithmic: bool = False
     scale: float = 1.0
     falls: bool = False  # from far above: the axis ends where most of that is over
+
+    @property
+    def file(self) -> str:
+        """Return the name of the picture, without its suffix."""
+        return re.sub(r"[^a-z0-9]+", "-", self.title.lower().replace("'", "")).strip("-")
 
 
 PANELS = (
@@ -54,140 +63,74 @@ PANELS = (
 )
 
 
-class Style(NamedTuple):
-    color: str
-    dashes: tuple[float, ...]
-    marker: str
-
-
 class Curve(NamedTuple):
     run: int  # its place among the runs, which is its style
     evaluated: bool
-    x: list[float]
-    y: list[float]
-
-
-def styles(runs: Sequence[Run]) -> list[Style]:
-    """Return one style per run; if there are more runs than colors, seeds of one thing share a color if they can."""
-    things = list(dict.fromkeys(SEED.sub("", run.name) for run in runs))
-    places, seen = [], Counter[str]()
-    for run in runs:
-        thing = SEED.sub("", run.name)
-        places.append((seen[thing], things.index(thing)))
-        seen[thing] += 1
-    if len(runs) <= len(COLORS) or len(things) > len(COLORS) or max(seen.values()) > len(STYLES):
-        places = [divmod(i, len(COLORS)) for i in range(len(runs))]
-    return [Style(COLORS[color], *STYLES[row % len(STYLES)]) for row, color in places]
-
-
-def panels(runs: Sequence[Run]) -> list[tuple[Panel, list[Curve]]]:
-    """Return the panels that any run has a finite number for, with its curves."""
-    by_tokens = differ_in_tokens(runs)
-    found = ((panel, _curves(panel, runs, by_tokens)) for panel in PANELS)
-    return [(panel, curves) for panel, curves in found if curves]
-
-
-def _curves(panel: Panel, runs: Sequence[Run], by_tokens: bool) -> list[Curve]:
-    found = []
-    for i, run in enumerate(runs):
-        for prefix in ("", "eval_"):
-            logged = (_points(run.log, prefix + key) for key in panel.keys)
-            if points := next(filter(None, logged), None):
-                steps, values = zip(*points, strict=True)
-                x = np.interp(steps, *_tokens_at(run.log)).tolist() if by_tokens else list(steps)
-                found.append(Curve(i, prefix != "", x, [value * panel.scale for value in values]))
-    return found
+    points: pd.Series  # by step, or by tokens
 
 
 def differ_in_tokens(runs: Sequence[Run]) -> bool:
     """Return whether steps would compare unlike things: runs that all count tokens, and not equally many per step."""
-    rates = []
-    for run in runs:
-        steps, tokens = _tokens_at(run.log)
-        if any("loss" in entry or "eval_loss" in entry for entry in run.log):
-            if not tokens[-1]:
-                return False
-            rates.append(tokens[-1] / steps[-1])
-    return bool(rates) and max(rates) > 1.05 * min(rates)  # masked and padded rows make small differences
+    logs = [run.log for run in runs if not run.log.empty]
+    rates = [log["tokens_seen"].max() / log.index[-1] if "tokens_seen" in log else np.nan for log in logs]
+    return bool(rates) and bool(np.max(rates) > 1.05 * np.min(rates))  # masked and padded rows differ a little
 
 
-def _tokens_at(log: Sequence[dict[str, Any]]) -> tuple[list[float], list[float]]:
-    """Return (steps, tokens seen by then); an evaluation's line has no tokens and lies between two that do."""
-    points = [(0.0, 0.0), *_points(log, "tokens_seen")]
-    return [step for step, _ in points], [tokens for _, tokens in points]
+def panels(runs: Sequence[Run]) -> list[tuple[Panel, list[Curve]]]:
+    """Return the panels that any run has a finite number for, with its curves."""
+    logs = [run.log for run in runs]
+    if differ_in_tokens(runs):  # an evaluation's line has no tokens and lies between two that do
+        logs = [log if log.empty else log.set_index(log["tokens_seen"].interpolate("index").fillna(0)) for log in logs]
+    found = [(panel, _curves(panel, logs)) for panel in PANELS]
+    return [(panel, curves) for panel, curves in found if curves]
 
 
-def _points(log: Sequence[dict[str, Any]], key: str) -> list[tuple[float, float]]:
-    """Return (step, value) where the log has one that can be drawn; perplexity is ce's where it is not logged."""
-    points = []
-    for entry in log:
-        value = entry.get(key)
-        if value is None and key.endswith("perplexity"):
-            ce = entry.get(key.replace("perplexity", "ce"))
-            value = math.exp(ce) if isinstance(ce, int | float) and ce < 700 else None
-        step = entry.get("step")
-        if isinstance(value, int | float) and abs(value) < 1e100 and isinstance(step, int | float):
-            points.append((step, value))  # neither NaN nor what overflows an axis
-    return points
+def _curves(panel: Panel, logs: Sequence[pd.DataFrame]) -> list[Curve]:
+    curves = []
+    for i, log in enumerate(logs):
+        for prefix in ("", "eval_"):
+            if key := next((prefix + key for key in panel.keys if prefix + key in log), None):
+                curves.append(Curve(i, prefix != "", log[key].dropna() * panel.scale))
+    return curves
 
 
 def draw(panel: Panel, curves: Sequence[Curve], runs: Sequence[Run], form: str) -> bytes:
-    """Draw the panel as "svg", for a page that has titles and legend, or as "png" with both."""
-    import matplotlib
+    """Draw the panel as "svg", for a page that has titles, or as "png" with its own; several runs have a legend."""
+    import matplotlib.style
+    from cycler import cycler
     from matplotlib.figure import Figure  # not pyplot: no global state and no display
     from matplotlib.ticker import EngFormatter, LogFormatter
 
-    figure = Figure(figsize=(4.8, 2.9) if form == "svg" else (7.2, 4.8), layout="constrained")
-    axes = figure.add_subplot(xlabel="tokens seen" if differ_in_tokens(runs) else "optimizer step")
-    looks = styles(runs)
-    both = {curve.evaluated for curve in curves} == {True, False}
-    drawn = {}  # a run's evaluations, where there are any, stand for it in the legend
-    for run, evaluated, x, y in curves:
-        color, dashes, marker = looks[run]
-        (line,) = axes.plot(x, y, color=color, linewidth=1.8 if evaluated else 1.2, zorder=3 if evaluated else 2)
-        line.set_dashes(dashes)
-        if evaluated or len(x) == 1:  # a line of one point is nothing to see without
-            line.set(marker=marker, markersize=4.5, markevery=max(1, len(x) // 20))
-        if both and not evaluated:
-            line.set_alpha(0.45)
-        drawn[run] = line
-    if panel.logarithmic:
-        axes.set_yscale("log")
-        for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.8)))
-    if panel.falls and (limits := _settled(curves, panel.logarithmic)):
-        axes.set_ylim(limits)
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.grid(color="#e4e4e4", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=9)
-    if form == "png":
-        axes.set_title(panel.title)
-        if both:
-            axes.set_xlabel(f"{axes.get_xlabel()}; thin: training, marked: evaluation")
-        # $ begins a formula, and matplotlib drops a label that begins with _
-        labels = ["\u200a" + runs[run].name.replace("$", r"\$") for run in drawn]
-        columns = max(1, min(4, 84 // (8 + max(map(len, labels)))))
-        lines = list(drawn.values())
-        figure.legend(
-            lines, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8, handlelength=3.2
-        )
-    buffer = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "kdfast"}):  # the same page for the same runs
+    with matplotlib.style.context(STYLE):
+        looks = list(cycler(linestyle=DASHES) * matplotlib.rcParams["axes.prop_cycle"])
+        figure = Figure(figsize=(6, 3.6 + 0.05 * len(runs)), layout="constrained")
+        axes = figure.add_subplot(xlabel="tokens seen" if differ_in_tokens(runs) else "optimizer step")
+        both = {curve.evaluated for curve in curves} == {True, False}
+        drawn = {}  # a run's evaluations, where there are any, stand for it in the legend
+        for run, evaluated, points in curves:
+            (drawn[run],) = axes.plot(
+                points.index, points, linewidth=1.8 if evaluated else 1.2, **looks[run % len(looks)]
+            )
+            if evaluated or len(points) == 1:  # a line of one point is nothing to see without
+                drawn[run].set(marker="o", markersize=4, zorder=3)
+            elif both:
+                drawn[run].set_alpha(0.45)
+        if panel.falls:
+            values = pd.concat([curve.points for curve in curves])
+            late = values[values.index >= 0.2 * values.index.max()]
+            axes.dataLim.intervaly = values.min(), late.max()
+        if panel.logarithmic:
+            axes.set_yscale("log")
+            for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+                formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.8)))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        if form == "png":
+            axes.set_title(panel.title)
+        if len(runs) > 1:  # matplotlib drops a label that begins with _
+            labels = ["\u200a" + runs[run].name for run in drawn]
+            columns = max(1, min(4, 84 // (10 + max(map(len, labels)))))
+            figure.legend(list(drawn.values()), labels, loc="outside lower center", ncols=columns)
+        buffer = io.BytesIO()
         metadata = {"Date": None} if form == "svg" else {"Software": MADE_BY}
-        figure.savefig(buffer, format=form, metadata=metadata, dpi=150)
+        figure.savefig(buffer, format=form, metadata=metadata, dpi=180)
     return buffer.getvalue()
-
-
-def _settled(curves: Sequence[Curve], logarithmic: bool) -> tuple[float, float] | None:
-    """Return limits around all that comes after the first fifth; None where that is too little to go by."""
-    start = 0.2 * max(curve.x[-1] for curve in curves)
-    late = [value for curve in curves for x, value in zip(curve.x, curve.y, strict=True) if x > start]
-    low, high = min(value for curve in curves for value in curve.y), max(late, default=-math.inf)
-    if max(len(curve.x) for curve in curves) < 10 or low >= high:
-        return None
-    if logarithmic:
-        margin = (high / low) ** 0.05
-        return low / margin, high * margin
-    margin = 0.05 * (high - low)
-    return low - margin, high + margin

@@ -10,15 +10,19 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kdfast.report.summary import summarise_log
+import numpy as np
+import pandas as pd
 
 # in the folder of a run of ours: which run it is, written first; what came of it, written last; the page
 RECORD, SUMMARY, REPORT = "kdfast.json", "summary.json", "report.html"
 STATE = "trainer_state.json"  # transformers', in every run and checkpoint
+
+# of an evaluation, whose keys have the prefix eval_; the student's ce keeps it
+EVALUATED = ("perplexity", "kd", "kl_teacher_student", "kl_teacher_projected", "ce_projected", "agreement")
 
 
 class RunsError(ValueError):
@@ -26,16 +30,11 @@ class RunsError(ValueError):
 
 
 class Run(NamedTuple):
-    """What a report is made of."""
+    """What a report is made of: the log is a `log_table`, the summary what summary.json holds."""
 
     name: str
-    log: Sequence[dict[str, Any]]  # of trainer_state.json: entries with "step" and any of the keys in curves.PANELS
+    log: pd.DataFrame
     summary: dict[str, Any]
-
-
-class Found(NamedTuple):
-    path: Path
-    name: str | None  # None: after its folder
 
 
 def is_finished(path: Path) -> bool:
@@ -43,65 +42,95 @@ def is_finished(path: Path) -> bool:
     return (path / SUMMARY).is_file()
 
 
+def log_table(history: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """Return the numbers of a trainer's log_history by step, NaN where a line has none that can be drawn."""
+    lines = [{k: v for k, v in line.items() if isinstance(v, int | float) and abs(v) < 1e100} for line in history]
+    log = pd.DataFrame([line for line in lines if "step" in line] or {"step": []}, dtype=float).set_index("step")
+    for prefix in ("", "eval_"):
+        if f"{prefix}ce" in log and f"{prefix}perplexity" not in log:
+            log[f"{prefix}perplexity"] = np.exp(log[f"{prefix}ce"].where(log[f"{prefix}ce"] < 200))
+    return log
+
+
+def summarize_log(log: pd.DataFrame, evaluation: Mapping[str, float] | None = None) -> dict[str, Any]:
+    """Return what came of a run: of its last `evaluation` (None = the log's) and of the training steps logged so far.
+
+    tokens are targets trained on; seconds those of the training steps, without evaluations and saving, added up from
+    the speed of each line, which outlives an interruption; None where a number does not apply.
+    """
+    if evaluation is None:
+        evaluated = log[log["eval_ce"].notna()].iloc[-1].dropna() if "eval_ce" in log else {}
+        evaluation = {str(key): value for key, value in evaluated.items()}
+    most = log.max()
+    speed = log.reindex(columns=["tokens_seen", "tokens_per_second"]).dropna()
+    seconds = float((speed["tokens_seen"].diff().fillna(speed["tokens_seen"]) / speed["tokens_per_second"]).sum())
+    tokens = int(most["tokens_seen"]) if "tokens_seen" in most else None
+    return {
+        "eval_ce": evaluation.get("eval_ce"),
+        **{name: evaluation.get(f"eval_{name}") for name in EVALUATED},
+        "tokens": tokens,
+        "seconds": seconds or None,
+        "tokens_per_second": tokens / seconds if tokens and seconds else None,
+        "steps": None if log.empty else int(log.index.max()),
+        "peak_memory_bytes": int(most["memory_bytes"]) if "memory_bytes" in most else None,
+    }
+
+
 def find_runs(arguments: Sequence[str]) -> list[Run]:
     """Return the runs of `PATH`s and `NAME=PATH`s, each once, under names of their own.
 
     Raises RunsError where there is none, where one cannot be read, or where two were given the same name.
     """
-    found = dict.fromkeys(run for argument in arguments for run in _find(argument))
-    return [read_run(run.path, name) for run, name in zip(found, _names(list(found)), strict=True)]
+    found = list(dict.fromkeys(run for argument in arguments for run in _find(argument)))
+    short = Counter(name or path.name for path, name in found)
+    base = os.path.commonpath([path.parent for path, _ in found])
+    names = [name or (path.name if short[path.name] == 1 else str(path.relative_to(base))) for path, name in found]
+    if clash := next((name for name, times in Counter(names).items() if times > 1), None):
+        raise RunsError(f"RUN: two runs are called {clash!r}; give them names of their own, NAME=PATH")
+    return [read_run(path, name) for (path, _), name in zip(found, names, strict=True)]
 
 
 def read_run(path: Path, name: str | None = None) -> Run:
     """Return one run's log, with its summary or, where it is unfinished, what the log says."""
     state = _last_state(path)
-    log = state.get("log_history")
-    if not isinstance(log, list) or not all(isinstance(entry, dict) for entry in log):
-        raise RunsError(
-            f"{str(path)!r}: {STATE} has no log_history; expected the file transformers.Trainer writes"
-        )
+    history = state.get("log_history")
+    if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
+        raise RunsError(f"{str(path)!r}: {STATE} has no log_history; expected the file transformers.Trainer writes")
+    log = log_table(history)
     if is_finished(path):
         return Run(name or path.name, log, _read(path / SUMMARY))
-    summary = summarise_log(log)
-    if (path / RECORD).is_file():
-        summary = {"recipe": _read(path / RECORD).get("recipe"), **summary}
+    ours = (path / RECORD).is_file()
+    summary: dict[str, Any] = {}
     step, end = state.get("global_step") or 0, state.get("max_steps") or 0
-    if (path / RECORD).is_file() or step < end:  # ours is finished when its summary is there
-        summary = {"unfinished": f"step {step} of {end}", **summary}
-    return Run(name or path.name, log, summary)
+    if ours or step < end:  # ours is finished when its summary is there
+        summary["unfinished"] = f"step {step} of {end}"
+    if ours:
+        summary["recipe"] = _read(path / RECORD).get("recipe")
+    noted = [(line.get("step"), line["health"]) for line in history if isinstance(line.get("health"), list)]
+    health = [{"step": step, "message": message} for step, messages in noted for message in messages]
+    return Run(name or path.name, log, {**summary, **summarize_log(log), "health": health})
 
 
-def _find(argument: str) -> list[Found]:
-    name: str | None = None
-    path = Path(argument).expanduser()
-    if "=" in argument and not _is_dir(argument, path):
-        name, _, rest = argument.partition("=")
-        path = Path(rest).expanduser()
-        if not name or not rest:
-            raise RunsError(f"RUN {argument!r}: expected PATH or NAME=PATH")
-    path = Path(os.path.abspath(path))  # "." has a name then, and a symbolic link keeps its own
-    if not _is_dir(argument, path):
-        what = "is a file; give the folder it lies in" if path.exists() else "does not exist"
+def _find(argument: str) -> list[tuple[Path, str | None]]:
+    """Return the folders of the runs that an argument stands for, and the names it gives them."""
+    name, equals, rest = argument.partition("=")
+    if not equals or os.path.isdir(os.path.expanduser(argument)):
+        name, rest = "", argument
+    elif not name or not rest:
+        raise RunsError(f"RUN {argument!r}: expected PATH or NAME=PATH")
+    path = Path(os.path.abspath(os.path.expanduser(rest)))  # "." has a name then, and a symbolic link keeps its own
+    if not os.path.isdir(path):
+        what = "is a file; give the folder it lies in" if os.path.exists(path) else "does not exist"
         raise RunsError(f"RUN {argument!r}: {str(path)!r} {what}")
-    try:
-        if _states(path):
-            return [Found(path, name)]
-        inside = [child for child in sorted(path.iterdir(), key=_natural) if child.is_dir() and _states(child)]
-    except OSError as error:
-        raise RunsError(f"RUN {argument!r}: cannot be read: {error}") from error
+    if _states(path):
+        return [(path, name or None)]
+    inside = sorted((child for child in path.glob("*") if _states(child)), key=_natural)
     if not inside:
         raise RunsError(
             f"RUN {argument!r}: no {STATE} in {str(path)!r}, in a checkpoint-N there, or in a run one level "
             "below. A run has one from its first checkpoint on (save_steps)"
         )
-    return [Found(child, f"{name}/{child.name}" if name else None) for child in inside]
-
-
-def _is_dir(argument: str, path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except OSError as error:  # a name that is too long
-        raise RunsError(f"RUN {argument!r}: {error.strerror}") from error
+    return [(child, f"{name}/{child.name}" if name else None) for child in inside]
 
 
 def _natural(path: Path) -> list[Any]:
@@ -109,28 +138,11 @@ def _natural(path: Path) -> list[Any]:
     return [int(piece) if piece.isdecimal() else piece for piece in re.split(r"(\d+)", path.name)]
 
 
-def _names(found: Sequence[Found]) -> list[str]:
-    """Return given names as they are; others after the folder, with as many parents in front as tell them apart."""
-    depths = [1] * len(found)
-    while True:
-        names = [run.name or "/".join(run.path.parts[-d:]) for run, d in zip(found, depths, strict=True)]
-        count = Counter(names)
-        longer = [i for i, run in enumerate(found) if count[names[i]] > 1 and not run.name]
-        longer = [i for i in longer if depths[i] < len(found[i].path.parts) - 1]
-        if not longer:
-            break
-        for i in longer:
-            depths[i] += 1
-    if clash := next((name for name in names if count[name] > 1), None):
-        raise RunsError(f"RUN: two runs are called {clash!r}; give them names of their own, NAME=PATH")
-    return names
-
-
 def _states(path: Path) -> list[Path]:
     """Return every trainer_state.json of a run: its own, then the checkpoints', newest first."""
-    numbered = ((int(found[1]), p) for p in path.iterdir() if (found := re.fullmatch(r"checkpoint-(\d+)", p.name)))
-    folders = [path, *(p for _, p in sorted(numbered, reverse=True))]
-    return [p / STATE for p in folders if (p / STATE).is_file()]
+    saved = [file for file in path.glob(f"checkpoint-*/{STATE}") if re.fullmatch(r".*-\d+", file.parent.name)]
+    saved.sort(key=lambda file: _natural(file.parent), reverse=True)
+    return [path / STATE, *saved] if os.path.isfile(path / STATE) else saved
 
 
 def _last_state(path: Path) -> dict[str, Any]:

@@ -64,12 +64,13 @@ def test_a_real_run_finished_and_interrupted(place, kdfast):
 def test_of_an_unfinished_run_the_newest_checkpoint_counts(here):
     write(here / "run/kdfast.json", {"recipe": "run4"})
     for step in (2, 10, 9):
-        state(here / f"run/checkpoint-{step}", step, 50, [*LOG, {"step": step, "loss": 1.0}])
+        state(here / f"run/checkpoint-{step}", step, 50, [*LOG, {"step": step, "loss": 1.0, "health": ["it rises"]}])
     (run,) = find_runs(["run"])
-    assert run.log[-1]["step"] == 10
+    assert run.log.index[-1] == 10
     expected = {
         "unfinished": "step 10 of 50", "recipe": "run4", "eval_ce": 2.5, "perplexity": 12.18, "tokens": 20,
         "seconds": 3.0, "steps": 10, "peak_memory_bytes": 2**30, "kd": None,
+        "health": [{"step": 10, "message": "it rises"}],
     }  # fmt: skip
     assert {key: run.summary[key] for key in expected} == expected
     state(here / "run/checkpoint-50", 50, 50)  # the last evaluation is still to come
@@ -99,8 +100,8 @@ def test_a_folder_of_runs_stands_for_them_in_natural_order(here):
 def test_names_that_clash_get_their_parents_in_front(here):
     for path in ("x/a/run5", "y/a/run5", "y/b/run5", "alone"):
         finished(here / path)
-    assert names("x/a", "y/a", "y/b", "alone") == ["x/a/run5", "y/a/run5", "b/run5", "alone"]
-    assert names("x/a/run5", "run5=y/a/run5") == ["a/run5", "run5"]  # a name that was given stays
+    assert names("x/a", "y/a", "y/b", "alone") == ["x/a/run5", "y/a/run5", "y/b/run5", "alone"]
+    assert names("x/a/run5", "run5=y/a/run5") == ["x/a/run5", "run5"]  # a name that was given stays
     finished(here / "a=b")
     assert names("a=b") == ["a=b"]  # a folder that is there
 
