@@ -34,7 +34,7 @@ def eager_compiled(x: Shape) -> Phases:
 
 def reference(x: Shape) -> Phases:
     """Count whole logits in fp32 (fp64)."""
-    w, cast = x.wide, x.narrow
+    w, cast = x.wide, x.dtype.itemsize == 2
     L, A = x.tokens * x.vocab * w, x.tokens * x.student_width * w
     W = x.vocab * x.student_width * w  # in fp32: of W's gradient, and for 16-bit inputs of a copy that autograd keeps
     rows = ROW * x.tokens

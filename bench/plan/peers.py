@@ -108,9 +108,9 @@ def linear_cross_entropy(x: Shape) -> Phases | None:
         return None
     cpu, s, Hs = x.device == "cpu", x.dtype.itemsize, x.student_width
     chunk = _power_of_two(ceil(x.tokens / ceil(x.vocab / Hs)))
-    accurate = cpu and x.narrow
+    accurate = cpu and s == 2
     chunk = max(1, min(x.tokens, chunk if accurate else chunk // 2))
-    wide = 4 if x.narrow and (cpu or x.dtype == torch.bfloat16) else s
+    wide = 4 if s == 2 and (cpu or x.dtype == torch.bfloat16) else s
     L = chunk * x.vocab * wide
     phases = {
         "logits": x.gradients + L + chunk * x.vocab * (s if wide != s else 0) + 3 * chunk * Hs * wide,
@@ -124,7 +124,7 @@ def linear_cross_entropy(x: Shape) -> Phases | None:
 
 def cce(x: Shape) -> Phases | None:
     """Count apple/ml-cross-entropy's: 16-bit hidden states, a GPU."""
-    if x.teacher != "none" or x.device == "cpu" or not x.narrow:
+    if x.teacher != "none" or x.device == "cpu" or x.dtype.itemsize != 2:
         return None
     # log-sum-exp, loss and locks a token; mean logits, their order (sorted as int64 first) and locks a vocabulary entry
     return {"kernel": x.gradients + 12 * x.tokens + 12 * x.vocab, "order": x.hidden + 8 * x.tokens + 24 * x.vocab}

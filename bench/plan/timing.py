@@ -85,7 +85,7 @@ def predicted_seconds(method: str, shape: Shape, gpu: str | Gpu) -> float | None
     if shape.teacher == "projected":
         every += 4 * shape.tokens * shape.student_width * shape.teacher_width  # the projector and its gradient
     fp32, triton = made.fp32 * mean, made.triton * mean
-    rate = device.products if shape.narrow else device.fp32_products
+    rate = device.products if shape.dtype.itemsize == 2 else device.fp32_products
     seconds = (every - fp32 - triton) / rate + fp32 / device.fp32_products + triton / (TRITON_PRODUCTS * rate)
     moved, instructions = row_work(method, shape)
     return seconds + max(moved / device.copies, instructions / device.lanes)

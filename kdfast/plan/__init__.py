@@ -3,7 +3,6 @@
 Formulas alone: nothing here allocates, needs a GPU, or imports transformers (but `models`, on request).
 """
 
-from kdfast.plan.memory import METHODS, largest_tokens, peak_bytes, total_bytes
-from kdfast.plan.shape import Shape
+from kdfast.plan.memory import METHODS, Shape, largest_tokens, peak_bytes, total_bytes
 
 __all__ = ["METHODS", "Shape", "largest_tokens", "peak_bytes", "total_bytes"]

@@ -1,4 +1,4 @@
-"""Live bytes of eager PyTorch and of our engines, phase by phase, and what follows: peak, total, largest N.
+"""Live bytes of eager PyTorch and of our engines, phase by phase, and what follows: peak, total, largest N, scratch.
 
 A formula returns {phase: bytes} above the inputs, with the gradients that stay; the highest phase counts. Comments
 say L = N·V·s, W = V·Hs·s, A = N·Hs·s for s bytes of the inputs' dtype, m tokens of a chunk, w bytes of fp32 (fp64).
@@ -9,63 +9,96 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from math import ceil
+from typing import Literal
 
 import torch
 
+from kdfast.engines import preferred
 from kdfast.engines.torch_rows import CPU_BLOCK
 from kdfast.ops import matmul, planning
 from kdfast.ops.planning import bytes_per_token, chunk_tokens, row_stride
-from kdfast.plan.shape import Shape
 
 Phases = dict[str, int]
-Formula = Callable[[Shape], Phases | None]
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 TILE = 128  # entries that a slab's width is rounded up to, at most (kdfast.kernels.block_sizes)
 ROW = 60  # bytes per token: coefficients, statistics, masks, labels
 ROW_WORK = {True: 6, False: 2}  # planes that plain torch's row work holds: p, q, g, f, ∂f/∂p, ∂f/∂q; or log q, q
 
 
-def peak_bytes(method: str, shape: Shape) -> int | None:
-    """Return the highest live bytes of one forward and backward of `shape`, above inputs and gradients that stay.
+@dataclass(frozen=True)
+class Shape:
+    """Describe one forward and backward of the loss. Raises ValueError naming the field.
 
-    Gradients start as None; forward KL (or the cross entropy alone); PyTorch's own allocations.
-    None: `method` does not do this teacher, dtype or device. Raises ValueError for an unknown method.
-    """
-    if method not in METHODS:
-        raise ValueError(f"method={method!r}; expected one of {', '.join(METHODS)}")
-    return highest(METHODS[method], shape)
-
-
-def highest(formula: Formula, shape: Shape) -> int | None:
-    """Return the bytes of the highest phase, less the gradients that stay; None where there are no phases."""
-    phases = formula(shape)
-    return None if phases is None else max(0, max(phases.values()) - shape.gradients)
-
-
-def total_bytes(method: str, shape: Shape) -> int | None:
-    """Return the bytes of inputs and gradients of `shape` and of the peak above them; `method` as in `peak_bytes`."""
-    peak = peak_bytes(method, shape)
-    return None if peak is None else shape.inputs + shape.gradients + peak
-
-
-def largest_tokens(method: str, shape: Shape, available_bytes: int, *, bytes_per_token: int = 0) -> int:
-    """Return the most tokens for which inputs, gradients and peak of `shape` fit into available_bytes; 0 where none do.
-
-    bytes_per_token: of what else grows with the tokens, such as activations kept for backward. `method` is as in
-    `peak_bytes`. Memory does not grow with every token (chunks are of equal size; a tiled engine's slab is wider for
-    fewer tokens): the answer is the largest power of two that fits, and what a bisection finds above it.
+    teacher: "projected", through the student's head: gradients to hidden states, W and the projector (no bias);
+    "head", the teacher's own: gradients to the student's hidden states and W; "none": cross entropy alone.
     """
 
-    def needed(tokens: int) -> int:
-        total = total_bytes(method, replace(shape, tokens=tokens))
-        return available_bytes + 1 if total is None else total + tokens * bytes_per_token
+    tokens: int  # N
+    vocab: int  # V
+    student_width: int  # Hs
+    teacher_width: int  # Ht; of no account where there is no teacher
+    dtype: torch.dtype = torch.bfloat16  # of hidden states and weights, both models'
+    device: Literal["cuda", "cpu"] = "cuda"
+    teacher: Literal["projected", "head", "none"] = "projected"
+    scratch_bytes: int = 0  # as in fused_kd_loss; 0 = KDFAST_SCRATCH_BYTES or the engine's default
 
-    most = max(0, available_bytes) // (shape.student_width * shape.dtype.itemsize)  # whose hidden states alone fit
-    powers = (1 << power for power in range(most.bit_length(), -1, -1))
-    few = next((tokens for tokens in powers if needed(tokens) <= available_bytes), 0)
-    return few + bisect_right(range(few + 1, 2 * few), available_bytes, key=needed)
+    def __post_init__(self) -> None:
+        positive = ("tokens", "vocab", "student_width", "teacher_width")[: 3 if self.teacher == "none" else 4]
+        expected = {name: (getattr(self, name) > 0, "a positive number") for name in positive} | {
+            "dtype": (self.dtype in DTYPES, f"one of {', '.join(map(str, DTYPES))}"),
+            "device": (self.device in ("cuda", "cpu"), "'cuda' (any GPU) or 'cpu'"),
+            "teacher": (self.teacher in ("projected", "head", "none"), "'projected', 'head' or 'none'"),
+            "scratch_bytes": (self.scratch_bytes >= 0, "bytes, or 0 for the engine's default"),
+        }
+        for name, (right, expectation) in expected.items():
+            if not right:
+                raise ValueError(f"Shape: {name}={getattr(self, name)!r}; expected {expectation}")
+
+    @property
+    def sides(self) -> int:
+        """How many sides have logits: 2, or 1 without a teacher."""
+        return 1 if self.teacher == "none" else 2
+
+    @property
+    def wide(self) -> int:
+        """Bytes of a number as our engines accumulate it: 4, or 8 for float64."""
+        return max(4, self.dtype.itemsize)
+
+    @property
+    def logits(self) -> int:
+        """Bytes of one side's logits (N, V) in the inputs' dtype."""
+        return self.tokens * self.vocab * self.dtype.itemsize
+
+    @property
+    def hidden(self) -> int:
+        """Bytes of (N, Hs), the student's hidden states."""
+        return self.tokens * self.student_width * self.dtype.itemsize
+
+    @property
+    def weight(self) -> int:
+        """Bytes of W (V, Hs)."""
+        return self.vocab * self.student_width * self.dtype.itemsize
+
+    @property
+    def projector(self) -> int:
+        """Bytes of P (Hs, Ht); 0 where there is none."""
+        return self.student_width * self.teacher_width * self.dtype.itemsize if self.teacher == "projected" else 0
+
+    @property
+    def inputs(self) -> int:
+        """Bytes of hidden states, W, P or the teacher's W, and labels."""
+        rows = {"none": 0, "projected": self.tokens, "head": self.tokens + self.vocab}[self.teacher]
+        teacher = rows * self.teacher_width * self.dtype.itemsize
+        return self.gradients + teacher + 8 * self.tokens
+
+    @property
+    def gradients(self) -> int:
+        """Bytes of the gradients that stay."""
+        return self.hidden + self.weight + self.projector
 
 
 def eager(x: Shape) -> Phases:
@@ -115,7 +148,7 @@ def chunked(x: Shape, engine: str) -> Phases | None:
         rows = min(m, max(1, CPU_BLOCK // V)) if cpu else m
         blocks = ROW_WORK[x.sides == 2] * rows * V * w
     widened = 0  # 16-bit operands on a CPU, a block of the vocabulary at a time
-    if cpu and x.narrow:
+    if cpu and s == 2:
         width = max(Hs, x.teacher_width if x.teacher == "head" else 0)
         widened = min(V, matmul.VOCAB_BLOCK) * width * w + stacked * w
     rounded = pairs * m * V * 2 if cpu and x.dtype == torch.bfloat16 else 0  # G in bf16, for dX
@@ -148,7 +181,7 @@ def tiled(x: Shape) -> Phases | None:
         # gradients of a slab; rows of both sides, in one piece; dX of both in fp32; dW of the slab before it is rounded
         "slab": always + planes + stacked + pairs * wide + min(width, V) * Hs * w,
         # for 16-bit gradients [h_s − mix·h_p; h_p] is made, in fp32
-        "stack": always + planes + (stacked + 3 * wide if projected and x.narrow else 2 * stacked),
+        "stack": always + planes + (stacked + 3 * wide if projected and s == 2 else 2 * stacked),
         "finish": always + stacked + x.weight,
     }
 
@@ -159,9 +192,82 @@ def slab_width(x: Shape) -> int:
     return planning.slab_width(x.vocab, gradients + x.student_width * x.wide, TILE, x.scratch_bytes)
 
 
+Formula = Callable[[Shape], Phases | None]
 METHODS: dict[str, Formula] = {
     "eager": eager,
     "torch": partial(chunked, engine="torch"),
     "triton_chunked": partial(chunked, engine="triton_chunked"),
     "triton_tiled": tiled,
 }
+
+
+def peak_bytes(method: str, shape: Shape) -> int | None:
+    """Return the highest live bytes of one forward and backward of `shape`, above inputs and gradients that stay.
+
+    Gradients start as None; forward KL (or the cross entropy alone); PyTorch's own allocations.
+    None: `method` does not do this teacher, dtype or device. Raises ValueError for an unknown method.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method={method!r}; expected one of {', '.join(METHODS)}")
+    return highest(METHODS[method], shape)
+
+
+def highest(formula: Formula, shape: Shape) -> int | None:
+    """Return the bytes of the highest phase, less the gradients that stay; None where there are no phases."""
+    phases = formula(shape)
+    return None if phases is None else max(0, max(phases.values()) - shape.gradients)
+
+
+def total_bytes(method: str, shape: Shape) -> int | None:
+    """Return the bytes of inputs and gradients of `shape` and of the peak above them; `method` as in `peak_bytes`."""
+    peak = peak_bytes(method, shape)
+    return None if peak is None else shape.inputs + shape.gradients + peak
+
+
+def largest_tokens(method: str, shape: Shape, available_bytes: int) -> int:
+    """Return the most tokens for which inputs, gradients and peak of `shape` fit into available_bytes; 0 where none do.
+
+    `method` is as in `peak_bytes`. Memory does not grow with every token (chunks are of equal size; a tiled engine's
+    slab is wider for fewer tokens): the answer is the largest power of two that fits, and what a bisection finds above.
+    """
+
+    def needed(tokens: int) -> int:
+        total = total_bytes(method, replace(shape, tokens=tokens))
+        return available_bytes + 1 if total is None else total
+
+    most = max(0, available_bytes) // (shape.student_width * shape.dtype.itemsize)  # whose hidden states alone fit
+    powers = (1 << power for power in range(most.bit_length(), -1, -1))
+    few = next((tokens for tokens in powers if needed(tokens) <= available_bytes), 0)
+    return few + bisect_right(range(few + 1, 2 * few), available_bytes, key=needed)
+
+
+@dataclass(frozen=True)
+class Portion:
+    """How an engine divides its work."""
+
+    engine: str
+    scratch_bytes: int  # 0 = the engine's default
+    passes: int  # chunks, each of which reads and writes dW; slabs, each of which reads and writes dX
+    total_bytes: int  # with inputs and gradients
+
+
+def portion(shape: Shape) -> Portion:
+    """Return that of the engine `auto` takes with the shape's scratch, on a GPU that Triton has block sizes for."""
+    sizes = {"tokens": shape.tokens, "vocab": shape.vocab, "teacher": shape.sides == 2}
+    choice = preferred(torch.device(shape.device), shape.dtype, **sizes, scratch_bytes=shape.scratch_bytes)
+    passes = shape.vocab / slab_width(shape) if choice.tokens is None else shape.tokens / choice.tokens
+    total = total_bytes(choice.engine, shape)
+    assert total is not None
+    return Portion(choice.engine, shape.scratch_bytes, ceil(passes), total)
+
+
+def fitting_portion(shape: Shape, available_bytes: float) -> Portion | None:
+    """Return the first portion that fits as the scratch is halved, from the shape's own on; None if none fits.
+
+    `auto` turns to triton_tiled by itself where the scratch holds fewer than 256 tokens of logits."""
+    per_token = bytes_per_token(torch.device(shape.device), shape.dtype, shape.vocab, sides=shape.sides)
+    tokens, found = chunk_of(shape, "auto"), portion(shape)
+    while found.total_bytes > available_bytes and tokens > 1:
+        tokens //= 2
+        found = portion(replace(shape, scratch_bytes=tokens * per_token))
+    return found if found.total_bytes <= available_bytes else None

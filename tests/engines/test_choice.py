@@ -8,7 +8,7 @@ import torch
 from kdfast import engines
 from kdfast.engines import choose, preferred
 from kdfast.plan import Shape
-from kdfast.plan.advice import portion
+from kdfast.plan.memory import portion
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 MIB = 1 << 20

@@ -182,7 +182,7 @@ def _another(chance: random.Random) -> tuple[list[str], list[str]]:
               "text.txt", "gone", "x" * 300, "a\0b", ".", "H200", "float16", "cpu", "head", "projected"]  # fmt: skip
     options = {
         "plan": ["--student", "--teacher", "--student-width", "--teacher-width", "--vocab", "--kind", "--tokens", "--dtype", "--device", "--memory",
-                 "--resident", "--scratch-bytes", "--optimizer-bytes", "--sequence-length", "--gradient-checkpointing", "--json", "--x"],
+                 "--resident", "--scratch-bytes", "--optimizer-bytes", "--json", "--x"],
         "doctor": ["--tokens", "--vocab", "--dtype", "--scratch-bytes", "--x"],
         "report": ["--output", "--png", "--title", "--x", "teacher", "text.txt", "gone", "a=b", "=", "a=", "=teacher", ".", "/proc/self", "a\0b", "x" * 300],
         "x": ["--version", "-h"],

@@ -10,6 +10,7 @@ from plan.cases import CPU_SIZES, GPU_SIZES, TEACHERS, case, gradients, run, sha
 from kdfast.engines import triton_tiled
 from kdfast.ops import planning
 from kdfast.plan import METHODS, Shape, largest_tokens, memory, peak_bytes, total_bytes
+from kdfast.plan.memory import fitting_portion, portion
 
 # its dW, in bf16, is rounded through a temporary in C++ that no operator returns: bench/test_plan.py sees that one too
 ROUNDED = CPU_SIZES[1]
@@ -22,7 +23,7 @@ def test_on_a_cpu(method, monkeypatch):
         inputs = case(shape)
         peak = highest_on_a_cpu(inputs, lambda inputs: run(method, inputs)) - gradients(inputs)
         predicted = peak_bytes(method, shape)
-        if method == "torch" and shape.narrow and (shape.tokens, shape.vocab) == ROUNDED[:2]:
+        if method == "torch" and shape.dtype == torch.bfloat16 and (shape.tokens, shape.vocab) == ROUNDED[:2]:
             assert peak < predicted <= peak + shape.vocab * shape.student_width * 4, shape
         else:
             assert predicted == pytest.approx(peak, rel=0.02), shape
@@ -64,7 +65,6 @@ def test_the_largest_number_of_tokens(method):
         assert total_bytes(method, replace(shape, tokens=most + 1)) > memory
         assert largest_tokens(method, shape, shape.weight) == 0
         assert largest_tokens(method, shape, -1) == 0
-        assert largest_tokens(method, shape, memory, bytes_per_token=1 << 20) < most
     assert largest_tokens("triton_tiled", replace(shape, device="cpu"), memory) == 0
 
 
@@ -72,6 +72,18 @@ def test_few_tokens_take_no_more_than_many():
     """A tiled engine's slab is the wider, the fewer tokens there are; its dW, in fp32 before it is rounded, counts."""
     shape = Shape(8192, 128256, 4096, 4096)
     assert total_bytes("triton_tiled", replace(shape, tokens=200)) < total_bytes("triton_tiled", shape)
+
+
+def test_scratch_that_fits():
+    shape = Shape(8192, 50257, 768, 1024)
+    default = portion(shape)
+    assert (default.engine, default.passes) == ("triton_chunked", 8)
+    assert fitting_portion(shape, default.total_bytes) == default
+    less = fitting_portion(shape, default.total_bytes - (200 << 20))
+    assert less.engine == "triton_chunked"
+    assert less.passes > 8
+    assert fitting_portion(shape, 460 << 20).engine == "triton_tiled"
+    assert fitting_portion(shape, 200 << 20) is None
 
 
 def test_the_slab_is_the_engines():
