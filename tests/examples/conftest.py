@@ -16,7 +16,7 @@ NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory):
-    """(teacher, student, text, held-out text): what --use takes; random models over bytes, and two of our own files."""
+    """(teacher, student, text, held-out text): what --use takes; random models over bytes, and a text that stays."""
     place = tmp_path_factory.mktemp("small")
     tokenizer = make_tokenizer()
     ends = {"bos_token_id": 256, "eos_token_id": 256, "vocab_size": 257, "n_positions": 128}
@@ -25,8 +25,10 @@ def small(tmp_path_factory):
         config = GPT2Config(n_layer=layers, n_embd=width, n_head=2, initializer_range=0.2, **ends, **NO_DROPOUT)
         GPT2LMHeadModel(config).save_pretrained(place / name)
         tokenizer.save_pretrained(place / name)
-    for name, source in (("train.txt", "kdfast/loss.py"), ("eval.txt", "kdfast/inputs.py")):
-        (place / name).write_text((ROOT / source).read_text(encoding="utf-8"), encoding="utf-8")
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    quoted = text[:8000].replace("\n\n", '\n\n"""')  # two_vocabularies.py puts its new token at quotes
+    (place / "train.txt").write_text(quoted, encoding="utf-8")
+    (place / "eval.txt").write_text(text[8000:], encoding="utf-8")
     return tuple(str(place / name) for name in ("teacher", "student", "train.txt", "eval.txt"))
 
 
