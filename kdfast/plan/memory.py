@@ -22,7 +22,6 @@ from kdfast.ops import matmul, planning
 from kdfast.ops.planning import bytes_per_token, chunk_tokens, row_stride
 
 Phases = dict[str, int]
-
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 TILE = 128  # entries that a slab's width is rounded up to, at most (kdfast.kernels.block_sizes)
 ROW = 60  # bytes per token: coefficients, statistics, masks, labels
@@ -60,44 +59,44 @@ class Shape:
 
     @property
     def sides(self) -> int:
-        """How many sides have logits: 2, or 1 without a teacher."""
+        """Return how many sides have logits: 2, or 1 without a teacher."""
         return 1 if self.teacher == "none" else 2
 
     @property
     def wide(self) -> int:
-        """Bytes of a number as our engines accumulate it: 4, or 8 for float64."""
+        """Return the bytes of a number as our engines accumulate it: 4, or 8 for float64."""
         return max(4, self.dtype.itemsize)
 
     @property
     def logits(self) -> int:
-        """Bytes of one side's logits (N, V) in the inputs' dtype."""
+        """Return the bytes of one side's logits (N, V) in the inputs' dtype."""
         return self.tokens * self.vocab * self.dtype.itemsize
 
     @property
     def hidden(self) -> int:
-        """Bytes of (N, Hs), the student's hidden states."""
+        """Return the bytes of (N, Hs), the student's hidden states."""
         return self.tokens * self.student_width * self.dtype.itemsize
 
     @property
     def weight(self) -> int:
-        """Bytes of W (V, Hs)."""
+        """Return the bytes of W (V, Hs)."""
         return self.vocab * self.student_width * self.dtype.itemsize
 
     @property
     def projector(self) -> int:
-        """Bytes of P (Hs, Ht); 0 where there is none."""
+        """Return the bytes of P (Hs, Ht); 0 where there is none."""
         return self.student_width * self.teacher_width * self.dtype.itemsize if self.teacher == "projected" else 0
 
     @property
     def inputs(self) -> int:
-        """Bytes of hidden states, W, P or the teacher's W, and labels."""
+        """Return the bytes of hidden states, W, P or the teacher's W, and labels."""
         rows = {"none": 0, "projected": self.tokens, "head": self.tokens + self.vocab}[self.teacher]
         teacher = rows * self.teacher_width * self.dtype.itemsize
         return self.gradients + teacher + 8 * self.tokens
 
     @property
     def gradients(self) -> int:
-        """Bytes of the gradients that stay."""
+        """Return the bytes of the gradients that stay."""
         return self.hidden + self.weight + self.projector
 
 
@@ -252,7 +251,7 @@ class Portion:
 
 
 def portion(shape: Shape) -> Portion:
-    """Return that of the engine `auto` takes with the shape's scratch, on a GPU that Triton has block sizes for."""
+    """Return how the engine that `auto` takes divides the shape's work, on a GPU that Triton has block sizes for."""
     sizes = {"tokens": shape.tokens, "vocab": shape.vocab, "teacher": shape.sides == 2}
     choice = preferred(torch.device(shape.device), shape.dtype, **sizes, scratch_bytes=shape.scratch_bytes)
     passes = shape.vocab / slab_width(shape) if choice.tokens is None else shape.tokens / choice.tokens
