@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from kdfast.cli.demo import run_settings
 from kdfast.demo.toy_models import small_gpt2
-from kdfast.demo.toy_text import library_text, once, train_tokenizer, write_files
+from kdfast.demo.toy_text import PREPARED, library_text
+from kdfast.demo.toy_text import prepare as prepare_text
 from kdfast.report.read_runs import Run, is_finished, read_run
 
 VOCABULARY = 4096
@@ -45,11 +46,9 @@ CASES = {case.name: case for case in (Case(width, pretrained) for pretrained in 
 
 def prepare(root: Path, cases: Iterable[Case], *, quick: bool = False) -> None:
     """Text, tokenizer, teacher and the pretrained students of `cases` under `root`, unless they are there."""
-    train, evaluation = library_text(60 if quick else 10_000, EXCERPT)
+    train, evaluation = library_text(500_000 if quick else 10**9, EXCERPT)
     root.mkdir(parents=True, exist_ok=True)
-    once(root / "train", lambda path: write_files(path, train))
-    once(root / "eval", lambda path: write_files(path, evaluation))
-    once(root / "tokenizer", lambda path: train_tokenizer(path, train, VOCABULARY))
+    prepare_text(root, train, evaluation, VOCABULARY)
     scale = 128 if quick else 1
     teacher = settings(root, **TEACHER, steps=TEACHER_STEPS // scale, batch=TEACHER_BATCH, learning_rate=2e-3, seed=0)
     run(root / "teacher", {"recipe": "lm_only", **teacher})
@@ -76,9 +75,7 @@ def settings(
 ) -> dict[str, Any]:
     return {
         "student_config": {"model_type": "gpt2", **small_gpt2(layers, width, CONTEXT)},
-        "tokenizer_name": str(root / "tokenizer"),
-        "train_file": str(root / "train"),
-        "eval_file": str(root / "eval"),
+        **{key: str(root / name) for key, name in PREPARED.items()},
         "max_length": CONTEXT,
         "per_device_train_batch_size": batch,
         "per_device_eval_batch_size": 16,

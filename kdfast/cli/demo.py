@@ -12,7 +12,7 @@ import yaml
 from kdfast.cli.arguments import parse
 from kdfast.cli.distill import run_distillation
 from kdfast.cli.errors import UserError
-from kdfast.demo.demo import QUICK, Sizes, run_demo
+from kdfast.demo.demo import FULL, QUICK, run_demo
 from kdfast.report.read_runs import Run
 from kdfast.training.data.text import DataError
 
@@ -22,7 +22,7 @@ def demo(*, quick: bool, output_dir: str, cache_dir: str | None, seed: int) -> i
     datasets.disable_progress_bars()  # of loading and tokenizing, seconds here; training has its own
     transformers.utils.logging.disable_progress_bar()
     try:
-        run_demo(run_settings, QUICK if quick else Sizes(), output_dir, cache_dir, seed)
+        run_demo(run_settings, QUICK if quick else FULL, output_dir, cache_dir, seed)
     except DataError as error:
         raise UserError(str(error)) from error
     return 0

@@ -8,9 +8,7 @@ while: what a student gains from it can be seen within a minute. Everything lies
 
 from __future__ import annotations
 
-import bisect
 import hashlib
-import itertools
 import platform
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -30,7 +28,7 @@ CONTENT = 1  # another number where other files come of the same sizes
 
 @dataclass(frozen=True)
 class SmallSizes:
-    """Sizes of the models that `small_models` makes, their text and their training.
+    """Sizes of the models that `small_models` and `kdfast demo` make, of their text and their training.
 
     The defaults take 71 seconds of one CPU core, the teacher's training most of it.
     """
@@ -43,9 +41,10 @@ class SmallSizes:
     teacher_layers: int = 2
     teacher_width: int = 192
     teacher_steps: int = 800
-    teacher_learning_rate: float = 3e-3
     student_layers: int = 2
     student_width: int = 96
+    student_steps: int = 0  # of the demo's students
+    learning_rate: float = 3e-3
 
 
 class SmallModels(NamedTuple):
@@ -83,9 +82,7 @@ def small_models(folder: str | Path | None = None, *, sizes: SmallSizes | None =
 
 def _make(path: Path, place: Path, sizes: SmallSizes) -> None:
     print(f"Making a small teacher, once, about a minute; it is kept in {place}", flush=True)
-    files, evaluation = library_text(10_000, sizes.excerpt)
-    ends = list(itertools.accumulate(map(len, files)))
-    train = files[: bisect.bisect_left(ends, sizes.characters) + 1]
+    train, evaluation = library_text(sizes.characters, sizes.excerpt)
     for name, texts in (("train.txt", train), ("eval.txt", evaluation)):
         (path / name).write_text(END.join(texts), encoding="utf-8")
     for name in ("teacher", "student"):
@@ -103,35 +100,22 @@ def _make(path: Path, place: Path, sizes: SmallSizes) -> None:
 
 def small_gpt2(layers: int, width: int, context: int) -> dict[str, Any]:
     """Return a GPT2Config's settings, without dropout, which only costs in so short a training."""
-    return {
-        "n_layer": layers,
-        "n_embd": width,
-        "n_head": max(1, width // 64),
-        "n_positions": context,
-        "resid_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "attn_pdrop": 0.0,
-    }
+    heads = max(1, width // 64)
+    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return {"n_layer": layers, "n_embd": width, "n_head": heads, "n_positions": context, **dropout}
 
 
 def _gpt2(layers: int, width: int, sizes: SmallSizes, end: int) -> GPT2LMHeadModel:
-    config = GPT2Config(
-        **small_gpt2(layers, width, sizes.context),
-        vocab_size=sizes.vocabulary,
-        initializer_range=width**-0.5,  # GPT-2's own 0.02 is for wider models, and slow to leave
-        bos_token_id=end,
-        eos_token_id=end,
-    )
-    return GPT2LMHeadModel(config)
+    settings = {**small_gpt2(layers, width, sizes.context), "bos_token_id": end, "eos_token_id": end}
+    # GPT-2's own initializer_range, 0.02, is for wider models, and slow to leave
+    return GPT2LMHeadModel(GPT2Config(**settings, vocab_size=sizes.vocabulary, initializer_range=width**-0.5))
 
 
 def _learn(model: GPT2LMHeadModel, ids: torch.Tensor, sizes: SmallSizes) -> None:
     """Train by plain language modeling on random windows of `ids` (n,)."""
     steps = sizes.teacher_steps
-    optimizer = torch.optim.AdamW(model.parameters(), lr=sizes.teacher_learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, sizes.teacher_learning_rate, total_steps=steps, pct_start=0.1
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=sizes.learning_rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, sizes.learning_rate, total_steps=steps, pct_start=0.1)
     bar = tqdm(range(steps), desc="small teacher", mininterval=1.0)
     for _ in bar:
         starts = torch.randint(len(ids) - sizes.context, (sizes.batch,)).tolist()

@@ -5,6 +5,8 @@ Tests and character tables are left out, duplicates too; one file in twenty is h
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import os
 import random
 import sysconfig
@@ -20,10 +22,14 @@ from kdfast.training.durable import atomic_io
 
 HELD_OUT = 20  # every twentieth file is for evaluation
 END = "<|endoftext|>"
+PREPARED = {"tokenizer_name": "tokenizer", "train_file": "train", "eval_file": "eval"}  # setting: place in a folder
 
 
-def library_text(files: int, excerpt: int) -> tuple[list[str], list[str]]:
-    """Return (at most `files` texts to train on, excerpts of the held-out ones, each about `excerpt` characters)."""
+def library_text(characters: int, excerpt: int) -> tuple[list[str], list[str]]:
+    """Return (texts to train on, excerpts of the held-out ones, each about `excerpt` characters).
+
+    Texts are as many as there are, or as it takes to have so many `characters`. Raises DataError where there are few.
+    """
     root = Path(sysconfig.get_path("stdlib"))
     skipped = {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages"}
     paths = [path for path in sorted(root.rglob("*.py")) if not skipped & set(path.relative_to(root).parts)]
@@ -31,10 +37,11 @@ def library_text(files: int, excerpt: int) -> tuple[list[str], list[str]]:
     texts = list(dict.fromkeys(text for text in read if text.strip()))  # none twice, on both sides of the split
     random.Random(0).shuffle(texts)  # small samples see all of the library
     held_out = [_middle(text, excerpt) for text in texts[::HELD_OUT]]
-    train = [text for i, text in enumerate(texts) if i % HELD_OUT][:files]
+    train = [text for i, text in enumerate(texts) if i % HELD_OUT]
     if len(train) < 50:
         raise DataError(f"the text here is Python's own library, and {str(root)!r} holds {len(train)} files of it")
-    return train, held_out
+    ends = list(itertools.accumulate(map(len, train)))
+    return train[: bisect.bisect_left(ends, characters) + 1], held_out
 
 
 def _middle(text: str, length: int) -> str:
@@ -65,10 +72,16 @@ def once(path: Path, make: Callable[[Path], None]) -> None:
             atomic_io.publish(staged, path, replace=False)
 
 
-def write_files(path: Path, texts: list[str]) -> None:
-    """Write a file for each text."""
-    for i, text in enumerate(texts):
-        (path / f"{i:05}.py").write_text(text, encoding="utf-8")
+def prepare(folder: Path, train: list[str], evaluation: list[str], vocabulary: int) -> None:
+    """Write each text to a file, in folder/train or folder/eval, and train folder/tokenizer, unless they are there."""
+
+    def write(path: Path, texts: list[str]) -> None:
+        for i, text in enumerate(texts):
+            (path / f"{i:05}.py").write_text(text, encoding="utf-8")
+
+    once(folder / "train", lambda path: write(path, train))
+    once(folder / "eval", lambda path: write(path, evaluation))
+    once(folder / "tokenizer", lambda path: train_tokenizer(path, train, vocabulary))
 
 
 def train_tokenizer(path: Path, texts: list[str], vocabulary: int) -> None:

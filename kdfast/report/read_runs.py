@@ -92,7 +92,9 @@ def find_runs(arguments: Sequence[str]) -> list[Run]:
 
 def read_run(path: Path, name: str | None = None) -> Run:
     """Return one run's log, with its summary or, where it is unfinished, what the log says."""
-    state = _last_state(path)
+    files = _states(path)[:1] if is_finished(path) else _states(path)
+    # a run trained past its end has a checkpoint further than its own state
+    state = max((_read(file) for file in files), key=lambda state: state.get("global_step") or 0, default={})
     history = state.get("log_history")
     if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
         raise RunsError(f"{str(path)!r}: {STATE} has no log_history; expected the file transformers.Trainer writes")
@@ -139,32 +141,15 @@ def _natural(path: Path) -> list[Any]:
 
 
 def _states(path: Path) -> list[Path]:
-    """Return every trainer_state.json of a run: its own, then the checkpoints', newest first."""
-    saved = [file for file in path.glob(f"checkpoint-*/{STATE}") if re.fullmatch(r".*-\d+", file.parent.name)]
-    saved.sort(key=lambda file: _natural(file.parent), reverse=True)
-    return [path / STATE, *saved] if os.path.isfile(path / STATE) else saved
-
-
-def _last_state(path: Path) -> dict[str, Any]:
-    """Return the run's own state, or the newest checkpoint's where that is further: a run trained past its end."""
-    read = []
-    for file in _states(path):
-        try:
-            read.append(_read(file))
-        except FileNotFoundError:  # a run that is still going has replaced this checkpoint
-            continue
-        if file.parent != path or is_finished(path):
-            break
-    if not read:
-        raise RunsError(f"{str(path)!r}: its checkpoints are gone, removed while they were read; try again")
-    return max(read, key=lambda state: state.get("global_step") or 0)
+    """Return the trainer_state.json of a run and that of its newest checkpoint, as far as they are there."""
+    saved = [file for file in path.glob(f"checkpoint-*/{STATE}") if re.fullmatch(r"checkpoint-\d+", file.parent.name)]
+    newest = sorted(saved, key=lambda file: _natural(file.parent))[-1:]
+    return [path / STATE, *newest] if os.path.isfile(path / STATE) else newest
 
 
 def _read(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise
     except (OSError, ValueError) as error:  # JSON's and Unicode's errors are ValueErrors
         raise RunsError(f"{str(file)!r} cannot be read: {error}") from error
     if not isinstance(content, dict):

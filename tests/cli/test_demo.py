@@ -50,17 +50,19 @@ def test_an_interrupted_demo_goes_on_in_its_folder(tmp_path):
 
 
 def test_text_is_split_by_files_and_bounded():
-    sizes = demo.Sizes()
-    train, evaluation = library_text(sizes.files, sizes.excerpt)
+    sizes = demo.FULL
+    train, evaluation = library_text(sizes.characters, sizes.excerpt)
     assert len(train) > 10 * len(evaluation) > 100
     assert not any(excerpt in text for excerpt in evaluation if len(excerpt) > 200 for text in train)
     assert all(len(excerpt) <= sizes.excerpt for excerpt in evaluation)
-    assert library_text(sizes.files, sizes.excerpt) == (train, evaluation)
-    assert library_text(demo.QUICK.files, demo.QUICK.excerpt)[0] == train[: demo.QUICK.files]
+    assert library_text(sizes.characters, sizes.excerpt) == (train, evaluation)
+    few = library_text(demo.QUICK.characters, demo.QUICK.excerpt)[0]
+    assert few == train[: len(few)]
+    assert sum(map(len, few[:-1])) < demo.QUICK.characters <= sum(map(len, few))
 
 
 def test_the_teacher_is_kept_under_all_it_depends_on():
     key = demo._key(demo.QUICK, 0, ["a", "b"])
     assert key == demo._key(demo.QUICK, 0, ["a", "b"])
     other_seed, other_text = demo._key(demo.QUICK, 1, ["a", "b"]), demo._key(demo.QUICK, 0, ["ab"])
-    assert len({key, other_seed, other_text, demo._key(demo.Sizes(), 0, ["a", "b"])}) == 4
+    assert len({key, other_seed, other_text, demo._key(demo.FULL, 0, ["a", "b"])}) == 4

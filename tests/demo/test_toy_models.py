@@ -13,7 +13,7 @@ from kdfast.training import small_models
 
 TINY = SmallSizes(
     characters=50_000, excerpt=50, vocabulary=300, context=16, batch=8, teacher_layers=1, teacher_width=32,
-    teacher_steps=40, teacher_learning_rate=1e-2, student_layers=1, student_width=16,
+    teacher_steps=40, learning_rate=1e-2, student_layers=1, student_width=16,
 )  # fmt: skip
 
 
