@@ -6,7 +6,6 @@ command again resumes an interrupted one, and leaves a complete cache alone.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ import torch
 from kdfast.cli.arguments import Arguments, parse_argv
 from kdfast.cli.errors import RunFailed, UserError
 from kdfast.cli.inputs import check_positions, load_text
-from kdfast.training import KDConfig, load_teacher
+from kdfast.training import load_teacher
 from kdfast.training.cache.description import CacheSummary, is_complete
 from kdfast.training.cache.read import TeacherCache
 from kdfast.training.cache.write import cache_teacher
@@ -41,20 +40,22 @@ def make_cache(arguments: Arguments) -> CacheSummary:
     assert asked.teacher_cache is not None  # parse saw to it
     assert models.teacher_model_name_or_path is not None
     folder = Path(asked.teacher_cache)
+    count = "cache_top_k" if asked.cache_method == "top_k" else "cache_samples"
+    autocast = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None  # as for a live teacher
     try:
         tokenizer, train, evaluation = load_text(arguments)
         teacher = load_teacher(models.teacher_model_name_or_path, tokenizer=tokenizer, dtype=models.teacher_dtype)
         check_positions("teacher", teacher, arguments.data.max_length)
         teacher.to(training.device)  # type: ignore[arg-type]
         complete = is_complete(folder)
-        with _autocast(training):
+        with torch.autocast(training.device.type, autocast, enabled=autocast is not None):
             summary = cache_teacher(
                 teacher,
                 {"train": train, "eval": evaluation},
                 folder,
                 method=asked.cache_method,  # type: ignore[arg-type]  # checked there
-                k=asked.cache_top_k if asked.cache_method == "top_k" else asked.cache_samples,
-                temperatures=asked.cache_temperatures or _temperatures(training),
+                k=getattr(asked, count),
+                temperatures=asked.cache_temperatures or sorted(set(training.resolved(CACHED).temperatures)),
                 dtype=asked.cache_dtype,  # type: ignore[arg-type]
                 tokenizer=tokenizer,
                 valid_vocab=training.valid_vocab,
@@ -67,36 +68,13 @@ def make_cache(arguments: Arguments) -> CacheSummary:
         if complete:
             by_first(lambda: TeacherCache(folder).summary)  # its checksums
             print_once(f"{folder}: complete already; remove the folder to make it again")
-    except ValueError as error:
-        raise UserError(_in_keys(str(error), asked.cache_method)) from error
+    except ValueError as error:  # which names cache_teacher's arguments: here they are keys
+        name, _, rest = str(error).partition("=")
+        keys = {"k": count, **{name: f"cache_{name}" for name in ("method", "dtype", "temperatures")}}
+        raise UserError(f"{keys[name]}={rest}" if name in keys else str(error)) from error
     except OSError as error:
         raise RunFailed(
             f"{folder}: {first_line(error)}. Once that is mended (a full disk: make room), the same command goes on "
             "from the last complete shard"
         ) from error
     return summary
-
-
-def _in_keys(message: str, method: str) -> str:
-    """Return what `cache_teacher` says of its arguments, in this command's names for them."""
-    name, is_argument, rest = message.partition("=")
-    keys = {"k": "cache_top_k" if method == "top_k" else "cache_samples"}
-    keys |= {name: f"cache_{name}" for name in ("method", "dtype", "temperatures")}
-    return f"{keys[name]}={rest}" if is_argument and name in keys else message
-
-
-def _temperatures(training: KDConfig) -> tuple[float, ...]:
-    """Return that of the run which the same configuration would be."""
-    taus = training.resolved(CACHED).temperatures
-    if len(set(taus)) > 1:
-        raise ValueError(
-            f"temperature_steps={list(taus)}, and a run learns from a cache at one temperature; give temperature in "
-            "its place, or cache_temperatures for runs to come"
-        )
-    return taus[:1]
-
-
-def _autocast(training: KDConfig):
-    """Return the context in which Trainer has a live teacher run."""
-    dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
-    return nullcontext() if dtype is None else torch.autocast(training.device.type, dtype)

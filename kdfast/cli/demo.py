@@ -32,4 +32,4 @@ def run_settings(name: str, parent: Path, settings: dict[str, Any]) -> Run:
     """Write parent/name.yaml and do what `kdfast distill` does with it, into parent/name."""
     config = parent / f"{name}.yaml"
     config.write_text(yaml.safe_dump({**settings, "output_dir": str(parent / name)}, sort_keys=False))
-    return run_distillation(parse(str(config), []), name)
+    return run_distillation(parse(str(config), []))

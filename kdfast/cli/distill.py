@@ -19,7 +19,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from kdfast.cli.arguments import LM_ONLY, Arguments, parse_argv
 from kdfast.cli.errors import RunFailed, RunTerminated, UserError
 from kdfast.cli.inputs import check_positions, load_text
-from kdfast.cli.output_dir import claim
+from kdfast.cli.output_dir import REMEDY, claim
 from kdfast.report.page import text_table, write_report
 from kdfast.report.read_runs import REPORT, SUMMARY, Run, is_finished, log_table, read_run
 from kdfast.report.summary import engine_of, summarize, write_summary
@@ -43,7 +43,7 @@ def distill(argv: list[str]) -> int:
     return 0
 
 
-def run_distillation(arguments: Arguments, name: str | None = None) -> Run:
+def run_distillation(arguments: Arguments) -> Run:
     """Return one run, done from its arguments to its files; or what the same arguments came to before.
 
     Raises UserError where the arguments cannot be run, RunFailed where a loss is not finite or something outside the
@@ -53,30 +53,31 @@ def run_distillation(arguments: Arguments, name: str | None = None) -> Run:
     training.device  # noqa: B018  # asking for it connects the processes
     assert training.output_dir is not None  # parse saw to it
     output_dir = Path(training.output_dir)
-    name = name or output_dir.name
     try:
         by_first(lambda: claim(output_dir, arguments.given, arguments.run.overwrite_output_dir))
     except (OSError, ValueError) as error:  # the latter of a name that no file can have
         raise UserError(f"output_dir: {error}") from error
     try:
-        return _run(arguments, output_dir, name)
+        return _run(arguments, output_dir)
     except TerminatedError as error:
         raise RunTerminated(str(error)) from error
     except (NonFiniteLossError, RunStoppedError) as error:
         raise RunFailed(str(error)) from error
     except ValueError as error:  # what data, models and the trainer say of arguments that do not fit
         raise UserError(str(error)) from error
+    except OSError as error:  # a report or summary on a full disk
+        raise RunFailed(f"{error}. The same command goes on from the last checkpoint") from error
 
 
-def _run(arguments: Arguments, output_dir: Path, name: str) -> Run:
+def _run(arguments: Arguments, output_dir: Path) -> Run:
+    name, training = output_dir.name, arguments.training
     if is_finished(output_dir):
         print_once(f"{name}: finished already, in {output_dir}; --overwrite_output_dir true would train it again")
         return read_run(output_dir, name)
-    training = arguments.training
     if training.resume_from_checkpoint is False and get_last_checkpoint(output_dir) is not None:
         raise UserError(
             f"resume_from_checkpoint: false, and {str(output_dir)!r} holds checkpoints, which this command would go on "
-            "from. Throw them away with --overwrite_output_dir true, or name another output_dir"
+            f"from. {REMEDY}"
         )
     trainer = _trainer(arguments, name)
     checkpoint = trainer.find_checkpoint(training.resume_from_checkpoint or True)
@@ -90,32 +91,22 @@ def _run(arguments: Arguments, output_dir: Path, name: str) -> Run:
     trainer.add_callback(_LogLastStep())
 
     peak = PeakMemory(training.device)
-    try:
-        if not trained:
-            trainer.train(resume_from_checkpoint=checkpoint)
-        evaluation = _evaluation_of_now(trainer) or trainer.evaluate()
-        trainer.save_model()
-        summary = summarize(trainer, evaluation, peak)
-        run = Run(name, log_table(trainer.state.log_history), summary)
+    if not trained:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    log, step, best = trainer.state.log_history, trainer.state.global_step, training.load_best_model_at_end
+    evaluated = [entry for entry in log if "eval_ce" in entry and entry["step"] == step and not best]
+    evaluation = evaluated[-1] if evaluated else trainer.evaluate()  # eval_strategy had the last step evaluated
+    trainer.save_model()
+    run = Run(name, log_table(trainer.state.log_history), summarize(trainer, evaluation, peak))
 
-        def write() -> None:
-            trainer.save_state()
-            write_report(output_dir / REPORT, f"{name}: recipe {summary['recipe']}", [run])
-            write_summary(output_dir / SUMMARY, summary)  # last: it says that the run is finished
+    def write() -> None:
+        trainer.save_state()
+        write_report(output_dir / REPORT, f"{name}: recipe {run.summary['recipe']}", [run])
+        write_summary(output_dir / SUMMARY, run.summary)  # last: it says that the run is finished
 
-        by_first(write)
-    except OSError as error:  # a report or summary on a full disk
-        raise RunFailed(f"{error}. The same command goes on from the last checkpoint") from error
+    by_first(write)
     print_once(f"{name}: model, summary.json and report.html are in {output_dir}")
     return run
-
-
-def _evaluation_of_now(trainer: KDTrainer) -> dict[str, float] | None:
-    """Return what eval_strategy had evaluated after the last step, unless another step was the best: once is enough."""
-    if trainer.args.load_best_model_at_end:
-        return None
-    log, step = trainer.state.log_history, trainer.state.global_step
-    return next((entry for entry in reversed(log) if "eval_ce" in entry and entry["step"] == step), None)
 
 
 def _trainer(arguments: Arguments, name: str) -> KDTrainer:
@@ -129,12 +120,11 @@ def _trainer(arguments: Arguments, name: str) -> KDTrainer:
         tokenizer=tokenizer,
         dtype=models.dtype,
     )
-    teacher = None
+    loaded = {"student": student}
     if arguments.cache.teacher_cache:
         train, evaluation = _with_cache(arguments, tokenizer, train, evaluation)
-    elif models.teacher_model_name_or_path is not None:
-        teacher = load_teacher(models.teacher_model_name_or_path, tokenizer=tokenizer, dtype=models.teacher_dtype)
-    loaded = {"student": student} if teacher is None else {"student": student, "teacher": teacher}
+    elif (teacher := models.teacher_model_name_or_path) is not None:
+        loaded["teacher"] = load_teacher(teacher, tokenizer=tokenizer, dtype=models.teacher_dtype)
     for which, model in loaded.items():
         check_positions(which, model, arguments.data.max_length)
     sizes = ", ".join(f"{which} {model.num_parameters() / 1e6:.1f}M parameters" for which, model in loaded.items())
@@ -144,7 +134,7 @@ def _trainer(arguments: Arguments, name: str) -> KDTrainer:
     return KDTrainer(
         student,
         training,
-        teacher=teacher,
+        teacher=loaded.get("teacher"),
         train_dataset=train,
         eval_dataset=evaluation,
         processing_class=tokenizer,
@@ -156,12 +146,11 @@ def _with_cache(
     arguments: Arguments, tokenizer: PreTrainedTokenizerBase, train: Dataset, evaluation: Dataset
 ) -> tuple[Any, Any]:
     """Return the blocks with the teacher's entries; those to train on as they are if a run learns from text alone."""
-    training = arguments.training
-    folder = arguments.cache.teacher_cache or ""
+    training, folder = arguments.training, arguments.cache.teacher_cache or ""
     cache = by_first(lambda: TeacherCache(folder))  # its checksums, read once
     cache.check_tokenizer(tokenizer)
     then, now = cache.description.teacher, arguments.model.teacher_model_name_or_path
-    if now is not None and not _same_model(then, now):
+    if now is not None and Path(now).resolve() != Path(then).resolve():
         raise ValueError(
             f"teacher_model_name_or_path={now!r}, and {str(cache.folder)!r} is a cache of {then!r}. Name that one, or "
             "none, or make a cache of this one"
@@ -172,11 +161,6 @@ def _with_cache(
         return train, evaluation
     evaluation = cache.dataset("eval", evaluation, temperature=tau)
     return train if alone else cache.dataset("train", train, temperature=tau), evaluation
-
-
-def _same_model(one: str, other: str) -> bool:
-    """Return whether two names or folders are the same."""
-    return one == other or (Path(one).exists() and Path(other).exists() and Path(one).samefile(other))
 
 
 def _student_config(given: str | None) -> dict[str, Any] | str | None:

@@ -41,7 +41,8 @@ def load_tokenizer(models: ModelArguments) -> PreTrainedTokenizerBase:
 def load_splits(data: DataArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Dataset]:
     """Return (training, evaluation) blocks."""
 
-    def blocks(key: str, value: str) -> Dataset:
+    def blocks(key: str) -> Dataset:
+        value = getattr(data, key)
         if key.endswith("file"):
             what, documents = f"{key} {value!r}", read_files(key, value)
         else:
@@ -49,13 +50,10 @@ def load_splits(data: DataArguments, tokenizer: PreTrainedTokenizerBase) -> tupl
             documents = read_dataset(key, data.dataset_name or "", data.dataset_config_name, value)
         return load_blocks(what, documents, tokenizer, data.max_length, data.text_column)
 
-    if data.train_file is not None:
-        train = blocks("train_file", data.train_file)
-    else:
-        train = blocks("dataset_split", data.dataset_split)
+    train = blocks("train_file" if data.train_file is not None else "dataset_split")
     for key in ("eval_file", "eval_dataset_split"):
-        if (value := getattr(data, key)) is not None:
-            return train, blocks(key, value)
+        if getattr(data, key) is not None:
+            return train, blocks(key)
     return hold_out(train, data.eval_fraction)
 
 

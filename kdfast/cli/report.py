@@ -15,32 +15,23 @@ from kdfast.report.read_runs import RunsError, find_runs
 
 def report(runs: Sequence[str], *, output: str, png: str | None, title: str) -> int:
     """Write the page, and pictures if asked for; return the exit code."""
+    page, pictures = Path(output).expanduser(), None if png is None else Path(png).expanduser()
+    written = {page: "--output"} | ({pictures / name: "--png" for name in png_names()} if pictures else {})
     try:
         found = find_runs(runs)
-    except RunsError as error:
-        raise UserError(str(error)) from error
-    page, pictures = Path(output).expanduser(), None if png is None else Path(png).expanduser()
-    try:
-        _check_replaceable("--output", page)
-        if pictures is not None:
-            pictures.mkdir(parents=True, exist_ok=True)
-            for name in png_names():
-                _check_replaceable("--png", pictures / name)
-        page.parent.mkdir(parents=True, exist_ok=True)
+        for path, option in written.items():
+            if path.is_dir():
+                raise UserError(f"{option}: {str(path)!r} is a folder; expected the name of a file")
+            if path.exists() and not made_here(path):
+                raise UserError(f"{option}: {str(path)!r} is not of kdfast report, and stays; name another or move it")
+        for path in written:  # after all have been looked at
+            path.parent.mkdir(parents=True, exist_ok=True)
         write_report(page, title, found)
         print(f"{text_table(found)}\n\n{len(found)} run{'s' * (len(found) > 1)} in {page}")
         if pictures is not None:
             print(f"{len(write_pngs(pictures, found))} pictures in {pictures}")
+    except RunsError as error:
+        raise UserError(str(error)) from error
     except OSError as error:
         raise UserError(f"the report cannot be written: {error}") from error
     return 0
-
-
-def _check_replaceable(option: str, path: Path) -> None:
-    """Raise UserError where a folder is in the way, or a file that was not made here."""
-    if path.is_dir():
-        raise UserError(f"{option}: {str(path)!r} is a folder; expected the name of a file")
-    if path.exists() and not made_here(path):
-        raise UserError(
-            f"{option}: {str(path)!r} is not of kdfast report, and stays; name another or move it"
-        )

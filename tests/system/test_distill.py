@@ -137,7 +137,7 @@ def test_an_interrupted_run_ends_as_an_unbroken_one(place, kdfast, recipe, check
 
 
 def test_a_record_that_cannot_be_read_is_named(place, kdfast):
-    """Whether this run is that one cannot be told: nothing is trained over."""
+    """Whether this run is that one cannot be known: nothing is trained over."""
     (place / "out").mkdir()
     (place / "out/summary.json").write_text("{}")
     for content in (b"{", b"[]", b"\xff"):
