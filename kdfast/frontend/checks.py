@@ -44,7 +44,7 @@ def check(x: Arguments) -> None:
     """Raise ValueError or TypeError for the first argument that is wrong."""
     student, teacher, options = x.student, x.teacher, x.options
     _check_names(options)
-    _check_number("temperature", options.temperature, positive=True)
+    _check_number("temperature", options.temperature, " > 0")
     for name in ("kd_weight", "ce_weight", "anchor_weight"):
         _check_number(name, getattr(options, name))
     if options.num_items_in_batch is not None:
@@ -109,7 +109,8 @@ def check_head(name: str, head: Head, *, empty: bool) -> None:
     if head.weight.dim() != 2 or (head.weight.shape[0] == 0 and not empty):
         raise ValueError(f"{name}: Head.weight has shape {tuple(head.weight.shape)}; expected (V, H)")
     _check_linear(f"{name}: Head", head.hidden, "(V, H)", weight=head.weight, bias=head.bias)
-    for field, value in (("logit_scale", head.logit_scale), ("softcap", head.softcap)):
+    numbers = {"logit_scale": (head.logit_scale, ""), "softcap": (head.softcap, " > 0")}
+    for field, (value, bound) in numbers.items():
         if field == "softcap" and value is None:
             continue
         if not isinstance(value, Real) or isinstance(value, bool):
@@ -117,11 +118,7 @@ def check_head(name: str, head: Head, *, empty: bool) -> None:
                 f"{name}: Head.{field} is {kind(value)}; expected a number. A trained scale belongs on the hidden "
                 "states: multiply them by it"
             )
-        if not _is_finite(value) or (field == "softcap" and value < SMALLEST):
-            raise ValueError(
-                f"{name}: Head.{field}={short(value)}; expected a finite number{' > 0' if field == 'softcap' else ''}"
-                f"{_of_float32(value)}"
-            )
+        _check_range(f"{name}: Head.{field}", value, bound)
 
 
 def _check_linear(name: str, hidden: Tensor, shape: str, **parts: Tensor | None) -> None:
@@ -145,10 +142,7 @@ def _check_linear(name: str, hidden: Tensor, shape: str, **parts: Tensor | None)
     for field, tensor in parts.items():
         if tensor is None:
             continue
-        if tensor.device != hidden.device:
-            raise ValueError(
-                f"{name}.{field} is on {tensor.device} and {name}.hidden on {hidden.device}; move them to one device"
-            )
+        _check_same_device(f"{name}.{field}", tensor, hidden, f"{name}.hidden")
         double = torch.float64 in (tensor.dtype, hidden.dtype)  # which autocast leaves alone
         if tensor.dtype != hidden.dtype and (double or autocast.dtype_of(hidden.device) is None):
             raise ValueError(
@@ -314,24 +308,34 @@ def _check_token_weights(name: str, weights: Tensor | None, hidden: Tensor) -> N
         raise ValueError(f"{name} contains a negative, infinite or NaN weight; expected finite weights ≥ 0")
 
 
-def _check_number(name: str, value: Any, *, positive: bool = False) -> None:
-    """Raise for all but a finite number ≥ 0 (> 0 where `positive`), or a 0-d tensor that holds one."""
-    expected = "a finite number > 0" if positive else "a finite number ≥ 0"
+def _check_number(name: str, value: Any, bound: str = " ≥ 0") -> None:
+    """Raise for all but a finite number within `bound`, or a 0-d tensor that holds one."""
     if isinstance(value, Tensor):
         _check_dense(name, value)
         if value.dim() != 0 or value.dtype not in (*DTYPES, *INTEGERS) or value.device.type == "meta":
             raise ValueError(
-                f"{name} is a tensor of shape {tuple(value.shape)}, {value.dtype} on {value.device}; expected "
-                f"{expected} or a 0-d tensor"
+                f"{name} is a tensor of shape {tuple(value.shape)}, {value.dtype} on {value.device}; expected a finite "
+                f"number{bound} or a 0-d tensor"
             )
         _refuse_grad(name, value, f"{name} gets no gradient")
         if not can_read(value):
             return
         value = value.item()
     elif not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"{name} is {kind(value)}; expected {expected} or a 0-d tensor")
-    if not _is_finite(value) or value < 0 or (value < SMALLEST and (positive or value != 0)):
-        raise ValueError(f"{name}={short(value)}; expected {expected}{_of_float32(value)}")
+        raise TypeError(f"{name} is {kind(value)}; expected a finite number{bound} or a 0-d tensor")
+    _check_range(name, value, bound)
+
+
+def _check_range(name: str, given: Any, bound: str) -> None:
+    """Raise for a number that is not finite, not in float32 or outside `bound`, which is "", " ≥ 0" or " > 0"; by
+    comparisons that a compiled graph can make of a number that changes."""
+    # a float16 would be compared as one, where LARGEST is infinite
+    value = float(given) if isinstance(given, np.floating) else given
+    inside = not bound or value >= SMALLEST or (bound == " ≥ 0" and value == 0)
+    if not (inside and -LARGEST <= value <= LARGEST):
+        finite = 0 < value < SMALLEST or LARGEST < abs(value) < math.inf
+        why = " in float32, which the loss is made of" if finite else ""
+        raise ValueError(f"{name}={short(given)}; expected a finite number{bound}{why}")
 
 
 def _check_terms(teacher: Teacher | None, labels: Tensor | None, options: Options) -> None:
@@ -387,11 +391,9 @@ def _check_one_per_row(name: str, value: Tensor, hidden: Tensor) -> None:
     _check_same_device(name, value, hidden)
 
 
-def _check_same_device(name: str, value: Tensor, hidden: Tensor) -> None:
+def _check_same_device(name: str, value: Tensor, hidden: Tensor, other: str = "student: Head.hidden") -> None:
     if value.device != hidden.device:
-        raise ValueError(
-            f"{name} is on {value.device} and student: Head.hidden on {hidden.device}; move them to one device"
-        )
+        raise ValueError(f"{name} is on {value.device} and {other} on {hidden.device}; move them to one device")
 
 
 def _refuse_grad(name: str, tensor: Tensor | None, why: str) -> None:
@@ -416,16 +418,3 @@ def _check_flag(name: str, value: Any) -> None:
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _is_finite(value: Any) -> bool:
-    """Return whether it is in float32, by comparisons that a compiled graph can make of a number that changes."""
-    if isinstance(value, np.floating):  # a float16 would be compared as one, where LARGEST is infinite
-        value = float(value)
-    return -LARGEST <= value <= LARGEST
-
-
-def _of_float32(value: Any) -> str:
-    """Return what is wrong with a number that is finite and not 0, but not in float32."""
-    small, large = 0 < value < SMALLEST, LARGEST < abs(value) < math.inf
-    return " in float32, which the loss is made of" if small or large else ""
