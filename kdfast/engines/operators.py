@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, get_type_hints
 
@@ -68,14 +67,9 @@ def run(problem: Problem) -> tuple[Tensor, Tensor]:
 
 def _solve(problem: Problem, rows: Tensor | None = None) -> Result:
     engine = importlib.import_module(ENGINES[problem.engine])
-    device = problem.hidden.device
-    with _current(device), autocast.disabled(device), torch.no_grad():
+    # kernels are launched on the current device, which need not be the tensors'
+    with torch.cuda.device_of(problem.hidden), autocast.disabled(problem.hidden.device), torch.no_grad():
         return engine.run(problem, rows)
-
-
-def _current(device: torch.device) -> AbstractContextManager[Any]:
-    """Make `device` the current one: kernels are launched there, and it need not be the tensors'."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @torch.library.custom_op(
@@ -214,7 +208,7 @@ def project(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     constants here: no gradient reaches them."""
     from kdfast.kernels import projector
 
-    with _current(hidden.device):
+    with torch.cuda.device_of(hidden):
         bias = None if bias is None else bias.contiguous()
         return projector.project(hidden, weight, bias, tf32=matmul.tf32(hidden.device))
 
