@@ -85,37 +85,32 @@ unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def resolve(engine: str, device: torch.device, dtype: torch.dtype, **sizes: Any) -> str:
-    """Return the engine that `engine` stands for; sizes as for `preferred`. An explicit choice is never replaced."""
+    """Return the engine that `engine` stands for; sizes as for `choose`. An explicit choice is never replaced."""
     return choose(device, dtype, **sizes).engine if engine == "auto" else engine
 
 
-def choose(device: torch.device, dtype: torch.dtype, **sizes: Any) -> EngineChoice:
-    """Return what `engine="auto"` runs here: the preferred engine, or torch where that cannot run. Sizes as for
-    `preferred`."""
-    choice = preferred(device, dtype, **sizes)
-    problem = unavailable(choice.engine, device)
-    if problem is None:
-        return choice
-    return EngineChoice("torch", _chunk(device, dtype, **sizes), f"{choice.engine} {problem}")
-
-
-def preferred(device: torch.device, dtype: torch.dtype, *, tokens: int, **sizes: Any) -> EngineChoice:
-    """Return what `engine="auto"` runs where every engine can, whether such a device is here or not: for `tokens` rows
-    over `vocab` entries, the head's dtype, with a `teacher` or none, in `scratch_bytes`, of `buffers` chunks at a time.
-    """
-    chunk = _chunk(device, dtype, tokens=tokens, **sizes)
+def choose(
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    tokens: int,
+    vocab: int,
+    teacher: bool = True,
+    scratch_bytes: int = 0,
+    buffers: int = 1,
+    anywhere: bool = False,
+) -> EngineChoice:
+    """Return what `engine="auto"` runs for `tokens` rows over `vocab` entries, the head's dtype, with a `teacher` or
+    none, in `scratch_bytes`, of `buffers` chunks at a time: torch where the preferred engine cannot run here.
+    anywhere: take it that each can, whether such a device is here or not."""
+    per_token = bytes_per_token(device, dtype, vocab, sides=1 + teacher, buffers=buffers)
+    chunk = chunk_tokens(tokens, per_token, device, scratch_bytes)
     if device.type != "cuda":
         return EngineChoice("torch", chunk, f"Triton needs a GPU; this is {device.type}")
     if dtype == torch.float64:
         return EngineChoice("torch", chunk, "float64")
+    choice = EngineChoice("triton_chunked", chunk, "6u operations against the tiled engine's 8u")
     if chunk < min(MIN_TOKENS, tokens):
-        return EngineChoice("triton_tiled", None, f"the scratch budget holds the logits of {chunk} tokens only")
-    return EngineChoice("triton_chunked", chunk, "6u operations against the tiled engine's 8u")
-
-
-def _chunk(
-    device: torch.device, dtype: torch.dtype, *, tokens: int, vocab: int, teacher: bool = True, scratch_bytes: int = 0,
-    buffers: int = 1,
-) -> int:  # fmt: skip
-    per_token = bytes_per_token(device, dtype, vocab, sides=1 + teacher, buffers=buffers)
-    return chunk_tokens(tokens, per_token, device, scratch_bytes)
+        choice = EngineChoice("triton_tiled", None, f"the scratch budget holds the logits of {chunk} tokens only")
+    obstacle = None if anywhere else unavailable(choice.engine, device)
+    return choice if obstacle is None else EngineChoice("torch", chunk, f"{choice.engine} {obstacle}")

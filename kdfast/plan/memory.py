@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 
-from kdfast.engines import preferred
+from kdfast.engines import choose
 from kdfast.engines.torch_rows import CPU_BLOCK
 from kdfast.ops import matmul, planning
 from kdfast.ops.planning import bytes_per_token, chunk_tokens, row_stride
@@ -252,8 +252,15 @@ class Portion:
 
 def portion(shape: Shape) -> Portion:
     """Return how the engine that `auto` takes divides the shape's work, on a GPU that Triton has block sizes for."""
-    sizes = {"tokens": shape.tokens, "vocab": shape.vocab, "teacher": shape.sides == 2}
-    choice = preferred(torch.device(shape.device), shape.dtype, **sizes, scratch_bytes=shape.scratch_bytes)
+    choice = choose(
+        torch.device(shape.device),
+        shape.dtype,
+        tokens=shape.tokens,
+        vocab=shape.vocab,
+        teacher=shape.sides == 2,
+        scratch_bytes=shape.scratch_bytes,
+        anywhere=True,
+    )
     passes = shape.vocab / slab_width(shape) if choice.tokens is None else shape.tokens / choice.tokens
     total = total_bytes(choice.engine, shape)
     assert total is not None

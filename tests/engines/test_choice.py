@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kdfast import engines
-from kdfast.engines import choose, preferred
+from kdfast.engines import choose
 from kdfast.plan import Shape
 from kdfast.plan.memory import portion
 
@@ -34,7 +34,8 @@ MIB = 1 << 20
 def test_auto(device, dtype, tokens, teacher, scratch, engine, chunk, monkeypatch):
     """The planner says so too."""
     monkeypatch.delenv("KDFAST_SCRATCH_BYTES", raising=False)
-    found = preferred(torch.device(device), dtype, tokens=tokens, vocab=50257, teacher=teacher, scratch_bytes=scratch)
+    sizes = {"tokens": tokens, "vocab": 50257, "teacher": teacher, "scratch_bytes": scratch}
+    found = choose(torch.device(device), dtype, **sizes, anywhere=True)
     assert (found.engine, found.tokens) == (engine, chunk)
     planned = portion(Shape(tokens, 50257, 768, 1024, dtype, device, "projected" if teacher else "none", scratch))
     assert planned.engine == engine
@@ -44,7 +45,7 @@ def test_auto(device, dtype, tokens, teacher, scratch, engine, chunk, monkeypatc
 
 def test_where_triton_cannot_run_it_is_torch_and_says_why():
     sizes = {"tokens": 8192, "vocab": 50257}
-    assert choose(CPU, torch.float32, **sizes) == preferred(CPU, torch.float32, **sizes)
+    assert choose(CPU, torch.float32, **sizes) == choose(CPU, torch.float32, **sizes, anywhere=True)
     with mock.patch.object(engines, "unavailable", return_value=None):
         best = choose(CUDA, torch.bfloat16, **sizes)
     assert best.engine == "triton_chunked"
