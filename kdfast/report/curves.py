@@ -72,7 +72,7 @@ class Curve(NamedTuple):
 def differ_in_tokens(runs: Sequence[Run]) -> bool:
     """Return whether steps would compare unlike things: runs that all count tokens, and not equally many per step."""
     logs = [run.log for run in runs if not run.log.empty]
-    rates = [log["tokens_seen"].max() / log.index[-1] if "tokens_seen" in log else np.nan for log in logs]
+    rates = [log["tokens_seen"].max() / max(log.index[-1], 1) if "tokens_seen" in log else np.nan for log in logs]
     return bool(rates) and bool(np.max(rates) > 1.05 * np.min(rates))  # masked and padded rows differ a little
 
 
@@ -81,17 +81,15 @@ def panels(runs: Sequence[Run]) -> list[tuple[Panel, list[Curve]]]:
     logs = [run.log for run in runs]
     if differ_in_tokens(runs):  # an evaluation's line has no tokens and lies between two that do
         logs = [log if log.empty else log.set_index(log["tokens_seen"].interpolate("index").fillna(0)) for log in logs]
-    found = [(panel, _curves(panel, logs)) for panel in PANELS]
-    return [(panel, curves) for panel, curves in found if curves]
-
-
-def _curves(panel: Panel, logs: Sequence[pd.DataFrame]) -> list[Curve]:
-    curves = []
-    for i, log in enumerate(logs):
-        for prefix in ("", "eval_"):
-            if key := next((prefix + key for key in panel.keys if prefix + key in log), None):
-                curves.append(Curve(i, prefix != "", log[key].dropna() * panel.scale))
-    return curves
+    found = []
+    for panel in PANELS:
+        curves = []
+        for run, log in enumerate(logs):
+            for prefix in ("", "eval_"):
+                if key := next((prefix + key for key in panel.keys if prefix + key in log), None):
+                    curves.append(Curve(run, prefix != "", log[key].dropna() * panel.scale))
+        found += [(panel, curves)] if curves else []
+    return found
 
 
 def draw(panel: Panel, curves: Sequence[Curve], runs: Sequence[Run], form: str) -> bytes:

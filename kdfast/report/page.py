@@ -29,6 +29,7 @@ COLUMNS = {  # header: key of the summary, digits, unit
     "KL(true‖projected)": ("kl_teacher_projected", 4, 1),
     "KL the loss sees": ("kd", 4, 1),
     "tokens": ("tokens", 0, 1),
+    "steps": ("steps", 0, 1),
     "tokens/s": ("tokens_per_second", 0, 1),
     "seconds": ("seconds", 1, 1),
     "peak MiB": ("peak_memory_bytes", 0, 2**20),
@@ -50,7 +51,8 @@ def _cell(value: Any, digits: int, unit: int) -> str:
 
 def text_table(runs: Sequence[Run]) -> str:
     """Return the table for a terminal: the first column to the left, numbers to the right."""
-    return table(runs).to_string()
+    cells = table(runs)
+    return cells.to_string(col_space=[len(header) + 1 for header in cells])
 
 
 def write_report(path: Path, title: str, runs: Sequence[Run], note: str = "") -> None:

@@ -63,6 +63,7 @@ def summarize_log(log: pd.DataFrame, evaluation: Mapping[str, float] | None = No
         evaluation = {str(key): value for key, value in evaluated.items()}
     most = log.max()
     speed = log.reindex(columns=["tokens_seen", "tokens_per_second"]).dropna()
+    speed = speed[speed["tokens_per_second"] > 0]
     seconds = float((speed["tokens_seen"].diff().fillna(speed["tokens_seen"]) / speed["tokens_per_second"]).sum())
     tokens = int(most["tokens_seen"]) if "tokens_seen" in most else None
     return {
