@@ -33,9 +33,7 @@ def _key(default: Any, help: str) -> Any:
 @dataclass
 class ModelArguments:
     model_name_or_path: str | None = _key(None, "the student to go on training: a name or a folder")
-    student_config: str | None = _key(
-        None, "a fresh student: a config.json, a folder with one, or a mapping with model_type and its settings"
-    )
+    student_config: str | None = _key(None, "a fresh student: a config.json, its folder, or a mapping with model_type")
     teacher_model_name_or_path: str | None = _key(None, "the teacher; recipe lm_only needs none")
     tokenizer_name: str | None = _key(None, "default: the student's, or else the teacher's")
     dtype: str = _key("float32", "dtype of the student's weights; bf16: true gives mixed precision on top of float32")
@@ -57,16 +55,12 @@ class DataArguments:
 
 @dataclass
 class CacheArguments:
-    teacher_cache: str | None = _key(
-        None, "folder that `kdfast cache` writes and `kdfast distill` trains from, in place of a live teacher"
-    )
+    teacher_cache: str | None = _key(None, "folder that `kdfast cache` writes, to train from without a live teacher")
     cache_method: str = _key("top_k", "top_k, or sample: ids drawn at random and counted")
     cache_top_k: int = _key(64, "ids kept per token, at most 1024")
     cache_samples: int = _key(64, "ids drawn per token, at most 1024")
     cache_dtype: str = _key("float16", "float16 or float32, of log-probabilities")
-    cache_temperatures: list[float] | None = _key(  # noqa: RUF009  (a field)
-        None, "of the runs to come, besides 1; default: this configuration's"
-    )
+    cache_temperatures: list[float] | None = _key(None, "of the runs to come, besides 1; default: temperature")  # noqa: RUF009
     cache_shard_tokens: int = _key(2**20, "about how many tokens go into a shard")
 
 
@@ -104,8 +98,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
-            raise yaml.MarkedYAMLError(problem="an alias (*) is not taken; write the value out", problem_mark=mark)
+            raise yaml.YAMLError(f"the alias *{self.peek_event().anchor} is not taken; write the value out")
         return super().compose_node(parent, index)
 
 

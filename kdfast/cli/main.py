@@ -19,6 +19,14 @@ from kdfast._version import __version__
 from kdfast.cli.errors import CommandError, RunTerminated, UserError, unforeseen
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
+COMMANDS = {
+    "distill": "distill a teacher into a student, as CONFIG.yaml says",
+    "cache": "run a teacher over a text once and keep what a student learns from",
+    "report": "curves and a table of several runs side by side, finished or not, in one page",
+    "demo": "a real distillation on this machine, from its own text to one table",
+    "doctor": "versions, devices, the engine and chunk `auto` picks, what `kernels` resolves to",
+    "plan": "memory and largest N of a loss, for eager and every engine",
+}
 TRAINING_PART = ("transformers", "datasets", "accelerate", "tokenizers", "yaml", "matplotlib", "psutil", "tqdm")
 
 
@@ -68,40 +76,27 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         description="Knowledge distillation of large-vocabulary language models whose logits don't fit.",
     )
     parser.add_argument("--version", action="version", version=f"kdfast {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    commands.add_parser("distill", help="distill a teacher into a student, as CONFIG.yaml says")
-    commands.add_parser("cache", help="run a teacher over a text once and keep what a student learns from")
-    of_report = commands.add_parser(
-        "report", help="curves and a table of several runs side by side, finished or not, in one page"
-    )
-    of_report.add_argument(
-        "runs", nargs="+", metavar="RUN", help="output_dir of a run, or a folder of such; NAME=RUN gives it a name"
-    )
-    of_report.add_argument("--output", default="report.html", metavar="FILE", help="the page (default: %(default)s)")
-    of_report.add_argument("--png", metavar="DIR", help="also one picture for each panel, into this folder")
-    of_report.add_argument("--title", default="kdfast report", help="of the page (default: %(default)s)")
-    of_demo = commands.add_parser("demo", help="a real distillation on this machine, from its own text to one table")
-    of_demo.add_argument("--quick", action="store_true", help="toy sizes: seconds, and numbers that mean nothing")
-    of_demo.add_argument(
-        "--output-dir",
-        default="runs/demo",
-        help="results go here, or beside it where an earlier demo is finished (default: %(default)s)",
-    )
-    of_demo.add_argument("--cache-dir", help="the teacher is kept here (default: $XDG_CACHE_HOME/kdfast/demo)")
-    of_demo.add_argument("--seed", type=int, default=0)
-    of_doctor = commands.add_parser(
-        "doctor", help="versions, devices, the engine and chunk `auto` picks, what `kernels` resolves to"
-    )
-    of_doctor.add_argument("--tokens", type=int, default=8192, help="N, tokens per step (default: %(default)s)")
-    of_doctor.add_argument("--vocab", type=int, default=50257, help="V (default: %(default)s)")
-    of_doctor.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="the head's (default: %(default)s)")
-    of_doctor.add_argument("--scratch-bytes", type=int, help="as in fused_kd_loss (default: the engine's)")
-    of_plan = commands.add_parser("plan", help="memory and largest N of a loss, for eager and every engine")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
+    commands = {name: subparsers.add_parser(name, help=what) for name, what in COMMANDS.items()}
+    report, demo, doctor = (commands[name].add_argument for name in ("report", "demo", "doctor"))
+    report("runs", nargs="+", metavar="RUN", help="output_dir of a run, or a folder of such; NAME=RUN gives it a name")
+    report("--output", default="report.html", metavar="FILE", help="the page (default: %(default)s)")
+    report("--png", metavar="DIR", help="also one picture for each panel, into this folder")
+    report("--title", default="kdfast report", help="of the page (default: %(default)s)")
+    demo("--quick", action="store_true", help="toy sizes: seconds, and numbers that mean nothing")
+    where = "results go here, or beside it where an earlier demo is finished (default: %(default)s)"
+    demo("--output-dir", default="runs/demo", help=where)
+    demo("--cache-dir", help="the teacher is kept here (default: $XDG_CACHE_HOME/kdfast/demo)")
+    demo("--seed", type=int, default=0)
+    doctor("--tokens", type=int, default=8192, help="N, tokens per step (default: %(default)s)")
+    doctor("--vocab", type=int, default=50257, help="V (default: %(default)s)")
+    doctor("--dtype", choices=DTYPES, default="bfloat16", help="the head's (default: %(default)s)")
+    doctor("--scratch-bytes", type=int, help="as in fused_kd_loss (default: the engine's)")
     if argv[:1] == ["plan"]:
         from kdfast.cli import plan
 
-        plan.add_arguments(of_plan, DTYPES)
-    # these keys are declared by dataclasses that need transformers: what follows is parsed there
+        plan.add_arguments(commands["plan"], DTYPES)
+    # the keys of these two are declared by dataclasses that need transformers: what follows is parsed there
     return parser.parse_args(argv[:1] if argv[:1] in (["distill"], ["cache"]) else argv)
 
 

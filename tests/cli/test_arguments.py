@@ -86,7 +86,7 @@ def test_aliases_that_never_end(config):
     lines = [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]  # 9 to the power of 11
     many = "\n".join(["a0: &a0 [x]", *lines, "temperature_steps: *a11"])
     for text in ("student_config: &a {b: *a}", "temperature_steps: &a [1, *a]", many, "seed: &a 1\nmax_steps: *a"):
-        with pytest.raises(UserError, match=r"not valid YAML: an alias \(\*\) is not taken; .* line [12], column"):
+        with pytest.raises(UserError, match=r"not valid YAML: the alias \*\w+ is not taken; write the value out"):
             parse(config(text), [])
 
 
