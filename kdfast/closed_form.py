@@ -18,7 +18,6 @@ constants are seen, so nothing is centered.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor
 
 from kdfast.inputs import Head, same_vocabulary
+from kdfast.ops import matmul
 from kdfast.ops.logit_chunks import mean_probabilities
 
 ROWS = 4096  # of the heads at a time
@@ -79,7 +79,7 @@ class Factors:
         rank = min(rank, len(self.singular_values))
         matrix, into = self._matrix, self._into[:, :rank]
         dtype = torch.promote_types(matrix.weight.dtype, torch.float32)
-        rows = [((matrix.rows(ids) - self._mean) @ into).to(dtype) for ids in _slices(len(matrix.weight))]
+        rows = [((matrix.rows(ids) - self._mean) @ into).to(dtype) for ids in matmul.blocks(len(matrix.weight), ROWS)]
         return LowRankStart(torch.cat(rows), _projection(self._from[:rank], matrix))
 
 
@@ -208,7 +208,7 @@ def _products(one: _Matrix, other: _Matrix, weights: Tensor) -> tuple[Tensor, Te
     """Return (Aᵀ D B, mean of A) of two matrices of V rows, float64; means are subtracted where `one` is centered."""
     total = torch.zeros(one.width, other.width, dtype=torch.float64, device=weights.device)
     sums = [torch.zeros(m.width, dtype=torch.float64, device=weights.device) for m in (one, other)]
-    for ids in _slices(len(weights)):
+    for ids in matmul.blocks(len(weights), ROWS):
         a, b, d = one.rows(ids), other.rows(ids), weights[ids, None]
         weighted = a * d
         total += weighted.T @ b
@@ -233,11 +233,6 @@ class _Matrix(NamedTuple):
     def rows(self, ids: slice) -> Tensor:
         rows = self.weight[ids].detach().double()
         return rows if self.bias is None else torch.cat([rows, self.bias[ids].detach().double()[:, None]], 1)
-
-
-def _slices(vocab: int) -> Iterator[slice]:
-    for begin in range(0, vocab, ROWS):
-        yield slice(begin, min(begin + ROWS, vocab))
 
 
 def _rotation(width: int, like: Tensor) -> Tensor:

@@ -130,14 +130,19 @@ class JSD(Divergence):
 
 
 @dataclass(frozen=True)
-class SkewKL(Divergence):
-    """KL(p‖m) with m = α p + (1−α) q: a forward KL that is at most −log α. Ko et al. 2024, arXiv:2402.03898."""
-
+class _Skew(Divergence):
     alpha: float = 0.1
-    name: ClassVar[str] = "skew_kl"
 
     def __post_init__(self) -> None:
-        _check_alpha(self, self.alpha)
+        if not 0.0 <= self.alpha < 1.0:
+            raise ValueError(f"{type(self).__name__}(alpha={self.alpha}): alpha must lie in [0, 1)")
+
+
+@dataclass(frozen=True)
+class SkewKL(_Skew):
+    """KL(p‖m) with m = α p + (1−α) q: a forward KL that is at most −log α. Ko et al. 2024, arXiv:2402.03898."""
+
+    name: ClassVar[str] = "skew_kl"
 
     def pointwise(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         return _kl(log_p, _log_mixture(log_p, log_q, self.alpha))
@@ -154,14 +159,10 @@ class SkewKL(Divergence):
 
 
 @dataclass(frozen=True)
-class SkewReverseKL(Divergence):
+class SkewReverseKL(_Skew):
     """KL(q‖m) with m = (1−α) p + α q: a reverse KL that is at most −log α. Ko et al. 2024, arXiv:2402.03898."""
 
-    alpha: float = 0.1
     name: ClassVar[str] = "skew_reverse_kl"
-
-    def __post_init__(self) -> None:
-        _check_alpha(self, self.alpha)
 
     def pointwise(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         return SkewKL(self.alpha).pointwise(log_q, log_p)
@@ -211,7 +212,7 @@ def get_divergence(divergence: str | Divergence, parameters: Sequence[float] = (
         )
     if isinstance(divergence, JSD) and divergence.beta in (0.0, 1.0):
         return ForwardKL() if divergence.beta == 0.0 else ReverseKL()
-    if isinstance(divergence, (SkewKL, SkewReverseKL)) and divergence.alpha == 0.0:
+    if isinstance(divergence, _Skew) and divergence.alpha == 0.0:
         return ForwardKL() if isinstance(divergence, SkewKL) else ReverseKL()
     return divergence
 
@@ -243,11 +244,6 @@ def _log_mixture(log_p: Tensor, log_q: Tensor, weight: float) -> Tensor:
     empty = log_p.isneginf() & log_q.isneginf()
     log_p, log_q = log_p.masked_fill(empty, 0.0), log_q.masked_fill(empty, 0.0)
     return torch.logaddexp(log_p + log(weight), log_q + log(1 - weight))
-
-
-def _check_alpha(divergence: Divergence, alpha: float) -> None:
-    if not 0.0 <= alpha < 1.0:
-        raise ValueError(f"{type(divergence).__name__}(alpha={alpha}): alpha must lie in [0, 1)")
 
 
 def _swap(terms: Terms) -> Terms:

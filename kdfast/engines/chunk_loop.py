@@ -104,10 +104,8 @@ class ChunkLoop:
         self.decorrelation = self.stats.new_empty(m) if planning.decorrelate(x) else None
 
     def chunks(self) -> Iterator[slice]:
-        """Yield each chunk's tokens."""
-        N = self.x.hidden.shape[0]
-        for start in range(0, N, self.tokens):
-            yield slice(start, min(start + self.tokens, N))
+        """Return each chunk's tokens."""
+        return matmul.blocks(self.x.hidden.shape[0], self.tokens)
 
     def logits(self, rows: slice, buffer: int = 0) -> Chunk:
         """Multiply the chunk's hidden states with the heads."""

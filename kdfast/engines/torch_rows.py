@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kdfast.divergences import log_ratio, weighted
 from kdfast.engines.chunk_loop import GradientBuffers
-from kdfast.ops import sparse
+from kdfast.ops import matmul, sparse
 from kdfast.ops.planning import GradFlags, on_cpu
 from kdfast.ops.problem import AGREEMENT, ANCHOR, CE, KD, STUDENT_ENTROPY, TEACHER_ENTROPY, Problem
 
@@ -42,10 +42,9 @@ class TorchRows:
         """Yield some of a chunk's rows at a time: of x, counted from the chunk's first, and both sides' logits."""
         x, m = self.x, rows.stop - rows.start
         size = max(1, CPU_BLOCK // max(1, x.valid_vocab)) if on_cpu(x.hidden.device, x.engine) else m
-        for first in range(0, m, max(1, size)):
-            last = min(first + size, m)
-            part = slice(rows.start + first, rows.start + last)
-            yield part, slice(first, last), z_s[first:last], None if z_t is None else z_t[first:last]
+        for within in matmul.blocks(m, max(1, size)):
+            part = slice(rows.start + within.start, rows.start + within.stop)
+            yield part, within, z_s[within], None if z_t is None else z_t[within]
 
     def coefficients(self, rows: slice) -> Tensor:
         """Return (3, r, 1): of the terms' gradients."""

@@ -63,7 +63,7 @@ def row_weights(
             anchor if has_anchor else zeros,
         ]
     )
-    tau = _positive(temperature)
+    tau = torch.where(temperature <= 0, NAN, temperature)
     kd_factor = tau * tau if options.temperature_squared else torch.ones_like(tau)
     factors = torch.stack(
         [
@@ -107,7 +107,3 @@ def _factor(value: float | Tensor, like: Tensor) -> Tensor:
 
 def _non_negative(x: Tensor) -> Tensor:
     return torch.where(x < 0, NAN, x)
-
-
-def _positive(x: Tensor) -> Tensor:
-    return torch.where(x <= 0, NAN, x)

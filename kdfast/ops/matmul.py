@@ -44,7 +44,7 @@ def logits(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     if x.is_cuda and out.dtype == torch.float32 and x.dtype == weight.dtype:
         return torch.ops.aten.mm.dtype_out(x, weight.t(), out.dtype, out=out)
     x = x.to(out.dtype)
-    for block in _blocks(weight.shape[0]):
+    for block in blocks(weight.shape[0]):
         torch.mm(x, weight[block].to(out.dtype).t(), out=out[:, block])
     return out
 
@@ -56,7 +56,7 @@ def input_gradient(g: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     if weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return torch.mm(g.to(torch.bfloat16), weight).to(dtype)
     out = torch.zeros(g.shape[0], weight.shape[1], dtype=dtype, device=g.device)
-    for block in _blocks(weight.shape[0]):
+    for block in blocks(weight.shape[0]):
         out.addmm_(g[:, block].to(dtype), weight[block].to(dtype))
     return out
 
@@ -74,7 +74,7 @@ def weight_gradient(g: Tensor, x: Tensor, accumulator: Tensor) -> Tensor:
     x = x.to(g.dtype)
     if _accumulates(g, accumulator):
         return _accumulate(accumulator, g.t(), x)
-    for block in _blocks(accumulator.shape[0]):
+    for block in blocks(accumulator.shape[0]):
         accumulator[block] += _product(g[:, block].t(), x, accumulator.dtype)
     return accumulator
 
@@ -106,6 +106,7 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mm(a, b).to(dtype)
 
 
-def _blocks(vocab: int) -> Iterator[slice]:
-    for start in range(0, vocab, VOCAB_BLOCK):
-        yield slice(start, min(start + VOCAB_BLOCK, vocab))
+def blocks(total: int, size: int = VOCAB_BLOCK) -> Iterator[slice]:
+    """Yield slices of at most `size` that make up range(total), in order."""
+    for start in range(0, total, size):
+        yield slice(start, min(start + size, total))
