@@ -65,7 +65,7 @@ def write_report(path: Path, title: str, runs: Sequence[Run], note: str = "") ->
         title=title,
         note=note,
         table=cells,
-        health={run.name: messages for run in runs if (messages := health_messages(run))},
+        runs=runs,
         by_tokens=differ_in_tokens(runs),
         figures=[_figure(panel, curves, runs) for panel, curves in panels(runs)],
         settings={run.name: json.dumps(run.summary, indent=2, ensure_ascii=False) for run in runs},
@@ -99,10 +99,3 @@ def write_pngs(folder: Path, runs: Sequence[Run]) -> list[Path]:
     for path, picture in pictures.items():
         write_bytes(path, picture)
     return list(pictures)
-
-
-def health_messages(run: Run) -> list[str]:
-    """Return 'step N: what was wrong' of each finding."""
-    health = run.summary.get("health")
-    found = [finding for finding in health if isinstance(finding, dict)] if isinstance(health, list) else []
-    return [f"step {finding.get('step')}: {finding.get('message')}" for finding in found]
