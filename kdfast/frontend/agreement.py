@@ -124,11 +124,9 @@ def _vocabulary(
     group = collectives.named(name)
     known, key = _known.setdefault(group, {}), _key(mine, kind_of_call)
     if anew or key not in known:
-        slices, kinds = zip(*_exchange(None, (Slice(*mine), key[1]), group, device), strict=True)
+        slices, kinds = zip(*_exchange(None, (Slice(*mine), {KIND_OF_CALL: key[1]}), group, device), strict=True)
         vocabulary = _of_slices(name, Slice(*mine), slices)
-        for rank, kind in enumerate(kinds):
-            if kind != kinds[0]:
-                _refuse(KIND_OF_CALL, rank)
+        _check_alike(kinds)
         known[key] = vocabulary
     return known[key]
 
@@ -171,15 +169,14 @@ def _teacher_vocabulary(slices: Sequence[Slice], size: int) -> tuple[int | None,
     """
     if any(each.teacher_rows == NO_ENTRIES for each in slices):
         return None, False
-    held = [(each, rank) for rank, each in enumerate(slices) if each.rows or each.teacher_rows]
-    ordered = sorted(held, key=lambda pair: (pair[0].start, pair[0].rows, pair[0].teacher_rows))
+    ordered = sorted((each, rank) for rank, each in enumerate(slices) if each.rows or each.teacher_rows)
     same_ids = all(each.teacher_start == each.start for each in slices if each.teacher_rows)
     whole = same_ids and len({each.teacher_rows for each in slices}) == 1
     if whole and slices[0].teacher_rows >= size:
         return slices[0].teacher_rows, True
     end = max((each.start + each.teacher_rows for each in slices if each.teacher_rows), default=0)
-    fitting = [min(max(end - each.start, 0), each.rows) for each, _ in ordered[:-1]]
-    fitting.append(max(end - ordered[-1][0].start, 0))
+    fitting = [min(max(end - each.start, 0), each.rows) for each, _ in ordered]
+    fitting[-1] = max(end - ordered[-1][0].start, 0)
     if same_ids and [each.teacher_rows for each, _ in ordered] == fitting:
         return end, False
     if whole:
@@ -232,12 +229,16 @@ def _probes(hidden: Tensor | None) -> list[float]:
     return values[:: max(1, values.numel() // PROBES)][:PROBES].double().nan_to_num(0.0, 0.0, 0.0).tolist()
 
 
-def _check_alike(tables: list[dict[str, Any]]) -> None:
+def _check_alike(tables: Sequence[dict[str, Any]]) -> None:
     """Raise ValueError where a process's values, exactly, or hidden states, nearly, are not the first's."""
     for rank, table in enumerate(tables):
         for what, first in tables[0].items():
             if not (_near if what in PROBED else eq)(first, table[what]):
-                _refuse(what, rank)
+                raise ValueError(
+                    f"{what} is not the same on rank 0 and rank {rank} of process_group; every process of a "
+                    "vocabulary-parallel group makes the same call with the same rows (data parallelism is another "
+                    "group's)"
+                )
 
 
 def _near(first: list[float], other: list[float]) -> bool:
@@ -254,10 +255,3 @@ def _exchange(refused: Exception | None, values: Any, group: Any, device: torch.
         if refuses:
             raise ValueError(f"rank {rank} of process_group refuses its arguments; its own error says what is wrong")
     return [values for _, values in answers]
-
-
-def _refuse(what: str, rank: int) -> None:
-    raise ValueError(
-        f"{what} is not the same on rank 0 and rank {rank} of process_group; every process of a vocabulary-parallel "
-        "group makes the same call with the same rows (data parallelism is another group's)"
-    )
