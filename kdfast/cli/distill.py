@@ -28,7 +28,6 @@ from kdfast.training.cache.read import TeacherCache
 from kdfast.training.callbacks import show_progress
 from kdfast.training.durable.errors import RunStoppedError, TerminatedError
 from kdfast.training.durable.processes import by_first, leave, print_once
-from kdfast.training.metrics import PeakMemory
 from kdfast.training.recipes import CACHED
 
 if TYPE_CHECKING:
@@ -90,14 +89,15 @@ def _run(arguments: Arguments, output_dir: Path) -> Run:
     show_progress(trainer, name)
     trainer.add_callback(_LogLastStep())
 
-    peak = PeakMemory(training.device)
+    if training.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(training.device)
     if not trained:
         trainer.train(resume_from_checkpoint=checkpoint)
     log, step, best = trainer.state.log_history, trainer.state.global_step, training.load_best_model_at_end
     evaluated = [entry for entry in log if "eval_ce" in entry and entry["step"] == step and not best]
     evaluation = evaluated[-1] if evaluated else trainer.evaluate()  # eval_strategy had the last step evaluated
     trainer.save_model()
-    run = Run(name, log_table(trainer.state.log_history), summarize(trainer, evaluation, peak))
+    run = Run(name, log_table(trainer.state.log_history), summarize(trainer, evaluation))
 
     def write() -> None:
         trainer.save_state()

@@ -7,28 +7,27 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from kdfast.engines import resolve
 from kdfast.report.read_runs import log_table, summarize_log
 from kdfast.training.config import KDConfig
 from kdfast.training.durable.atomic_io import write_text
-from kdfast.training.metrics import PeakMemory
 from kdfast.training.trainer import KDTrainer
 from kdfast.versions import versions
 
 
-def summarize(trainer: KDTrainer, evaluation: dict[str, float], peak: PeakMemory) -> dict[str, Any]:
+def summarize(trainer: KDTrainer, evaluation: dict[str, float]) -> dict[str, Any]:
     """Return the summary of a trained run and of its last `evaluation`; `summarize_log` says what came of it."""
-    model = trainer.model
+    model, device = trainer.model, trainer.args.device
+    on_gpu = device.type == "cuda"
     return {
         "recipe": model.recipe.name,
         **summarize_log(log_table(trainer.state.log_history), evaluation),
         "eval_tokens": evaluation.get("eval_tokens"),
-        "peak_memory_bytes": peak.read(),
-        "peak_memory_of": peak.what,
         "engine": engine_of(trainer.args, model.student),
-        "device": peak.device_name,
+        "device": torch.cuda.get_device_name(device) if on_gpu else f"{device.type}, {torch.get_num_threads()} threads",
         "student_parameters": model.student.num_parameters(),
         "teacher_parameters": None if model.teacher is None else model.teacher.num_parameters(),
         "seed": trainer.args.seed,

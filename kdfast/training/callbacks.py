@@ -126,23 +126,11 @@ class DistillationProgress(ProgressCallback):
         self.description = description
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.current_step = state.global_step  # not 0 after a resume
-        if state.is_world_process_zero:
-            interactive = sys.stderr.isatty()
-            self.training_bar = tqdm(
-                total=state.max_steps,
-                initial=state.global_step,
-                desc=self.description,
-                unit="step",
-                dynamic_ncols=interactive,
-                mininterval=0.1 if interactive else 20,  # a log file needs fewer lines
-            )
-
-    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
-        super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
-        if self.prediction_bar is not None:
-            self.prediction_bar.leave = False
-            self.prediction_bar.set_description_str(f"{self.description} evaluating", refresh=False)
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description_str(self.description, refresh=False)
+            if not sys.stderr.isatty():
+                self.training_bar.mininterval = 20  # a log file needs fewer lines
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or self.training_bar is None or logs is None:

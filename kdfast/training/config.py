@@ -18,15 +18,7 @@ from transformers import TrainingArguments
 from kdfast import engines
 from kdfast.divergences import DIVERGENCES, get_divergence
 from kdfast.training.diagnostics import HealthThresholds
-from kdfast.training.recipes import (
-    AUTO,
-    RECIPES,
-    UNUSED,
-    ProjectorStart,
-    Recipe,
-    StudentStart,
-    get_recipe,
-)
+from kdfast.training.recipes import AUTO, RECIPES, UNUSED, ProjectorStart, Recipe, StudentStart, get_recipe
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +47,12 @@ CHOICES = {
 }
 
 
+def _field(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
 def _from_recipe(help: str) -> Any:
-    return field(default=None, metadata={"help": f"{help} None = from the recipe."})
+    return _field(None, f"{help} None = from the recipe.")
 
 
 @dataclass
@@ -69,67 +65,38 @@ class KDConfig(TrainingArguments):
     Raises ValueError naming the field, what came and what was expected.
     """
 
-    recipe: str = field(
-        default=AUTO, metadata={"help": f"{', '.join(RECIPES)}; auto takes the best measured one for the models given."}
-    )
+    recipe: str = _field(AUTO, f"{', '.join(RECIPES)}; auto takes the best measured one for the models given.")
     temperature: float | None = _from_recipe("τ > 0 of the KD term.")
-    temperature_steps: list[float] | None = _from_recipe(
-        "In place of temperature: one value after the other in equal parts of the run, such as 3 2 1.5."
-    )
+    temperature_steps: list[float] | None = _from_recipe("Instead: a value for each equal part of the run, as 3 2 1.5.")
     divergence: str | None = _from_recipe(f"{', '.join(DIVERGENCES)}.")
     kd_weight: float | None = _from_recipe("Multiplies τ²·KL; the value after the ramp.")
     kd_ramp: float | None = _from_recipe("Fraction of the run over which the KD weight ramps up; 0 = constant.")
     kd_ramp_start: float | None = _from_recipe("KD weight at the start of the ramp.")
     ce_weight: float | None = _from_recipe("Multiplies the language-model loss.")
-    student_init: str | None = _from_recipe(
-        "A fresh student's embedding: own (as the model draws it) or svd (solved from the teacher's head)."
-    )
+    student_init: str | None = _from_recipe("A fresh student's embedding: own, or svd, solved from the teacher's.")
     compressed_rank: int | None = _from_recipe("Rank of a compressed teacher's head.")
     compressed_kl: float | None = _from_recipe("Instead: the smallest rank whose KL to the whole head is at most this.")
     anchor_weight: float | None = _from_recipe("Multiplies the projected teacher's own cross entropy on the labels.")
     teacher_grad: str | None = _from_recipe("Where the KD gradient goes on the teacher's side: full, projector, none.")
-    projector_init: str | None = _from_recipe(
-        "default (as nn.Linear), normal (std 0.01, zero bias), or solved: svd, lstsq."
-    )
-    projector_resolve_steps: int | None = _from_recipe(
-        "The projector is solved again every so many steps, and not trained; 0 = never."
-    )
+    projector_init: str | None = _from_recipe("default (nn.Linear's), normal (std 0.01), or solved: svd, lstsq.")
+    projector_resolve_steps: int | None = _from_recipe("Steps between solves of an untrained projector; 0 = never.")
     projector_lr: float | None = _from_recipe("The projector's learning rate, in place of the multiplier.")
     projector_lr_multiplier: float | None = _from_recipe("The projector's learning rate over learning_rate.")
     router_lr_multiplier: float | None = _from_recipe("The routers' learning rate over learning_rate.")
     hidden_weight: float | None = _from_recipe("Multiplies the layer-wise hidden-state loss.")
-    calibration_tokens: int | None = field(
-        default=None,
-        metadata={"help": "Tokens of training text that solved starts read; None = 16 times the teacher's width."},
-    )
-    engine: str = field(default="auto", metadata={"help": "Engine of the loss; auto picks by device."})
-    scratch_bytes: int | None = field(
-        default=None, metadata={"help": "Memory for one chunk's logits; None = the engine's default."}
-    )
-    valid_vocab: int | None = field(
-        default=None, metadata={"help": "Ids from here on are padding rows of the embedding; None = there are none."}
-    )
+    calibration_tokens: int | None = _field(None, "Tokens read to solve starts; None = 16 × the teacher's width.")
+    engine: str = _field("auto", "Engine of the loss; auto picks by device.")
+    scratch_bytes: int | None = _field(None, "Memory for one chunk's logits; None = the engine's default.")
+    valid_vocab: int | None = _field(None, "Ids from here on are padding rows of the embedding; None = there are none.")
 
-    shard_teacher: bool = field(
-        default=False,
-        metadata={"help": "Under FSDP: shard the teacher as the student is, in place of a whole copy a process."},
-    )
-    non_finite: str = field(
-        default="stop",
-        metadata={"help": "A loss or gradient that is not finite: stop the run, or skip the step (a synchronization)."},
-    )
-    max_skipped_steps: int = field(
-        default=10, metadata={"help": "With non_finite=skip: so many steps in a row stop the run nevertheless."}
-    )
-    health: bool = field(default=True, metadata={"help": "Watch the log and say in words what goes wrong."})
-    health_thresholds: dict | str | None = field(
-        default=None, metadata={"help": "Thresholds of that in place of the defaults, as JSON: see HealthThresholds."}
-    )
+    shard_teacher: bool = _field(False, "Under FSDP: shard the teacher too, in place of a whole copy per process.")
+    non_finite: str = _field("stop", "At a loss or gradient that is not finite: stop, or skip the step (synchronizes).")
+    max_skipped_steps: int = _field(10, "With non_finite=skip: so many steps in a row stop the run nevertheless.")
+    health: bool = _field(True, "Watch the log and say in words what goes wrong.")
+    health_thresholds: dict | str | None = _field(None, "HealthThresholds that differ from the defaults, as JSON.")
 
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN and inf losses in the log."})
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Search for parameters without a gradient under DDP."}
-    )
+    logging_nan_inf_filter: bool = _field(False, "Hide NaN and inf losses in the log.")
+    ddp_find_unused_parameters: bool | None = _field(False, "Search for parameters without a gradient under DDP.")
 
     def __post_init__(self) -> None:
         self._check()
@@ -147,18 +114,13 @@ class KDConfig(TrainingArguments):
         """
         if recipe is None and self.recipe == AUTO:
             raise ValueError("recipe='auto' depends on the models; give resolved() a name, as choose_recipe finds it")
-        return self._with_explicit_values(get_recipe(recipe or self.recipe))
-
-    def _with_explicit_values(self, recipe: Recipe) -> Recipe:
-        given = {f.name: getattr(self, f.name) for f in fields(Recipe) if hasattr(self, f.name)}
-        given = {name: value for name, value in given.items() if value is not None}
-        unused = [name for name in given if name in UNUSED[recipe.teacher]]
-        if unused:
-            logger.warning("recipe=%r has no use for %s: left out", recipe.name, ", ".join(unused))
-        used = {name: value for name, value in given.items() if name not in unused}
-        if "temperature_steps" in used:
-            used["temperature_steps"] = tuple(used["temperature_steps"])
-        return replace(recipe, **used)
+        found = get_recipe(recipe or self.recipe)
+        given = {f.name: value for f in fields(Recipe) if (value := getattr(self, f.name, None)) is not None}
+        if unused := [name for name in given if name in UNUSED[found.teacher]]:
+            logger.warning("recipe=%r has no use for %s: left out", found.name, ", ".join(unused))
+        if "temperature_steps" in given:
+            given["temperature_steps"] = tuple(given["temperature_steps"])
+        return replace(found, **{name: value for name, value in given.items() if name not in unused})
 
     def _check(self) -> None:
         if self.recipe != AUTO:

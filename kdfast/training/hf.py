@@ -14,6 +14,8 @@ argument.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -207,8 +209,10 @@ def load_student(
         model = _from_pretrained("model_name_or_path", model_name_or_path, dtype)
     else:
         assert student_config is not None
-        wanted = _torch_dtype(dtype)
-        model = _from_config(_config(student_config, tokenizer))
+        wanted = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)
+        if not isinstance(wanted, torch.dtype):
+            raise ValueError(f"dtype={dtype!r}; expected a torch dtype such as 'float32' or 'bfloat16'")
+        model = _fresh(student_config, tokenizer)
         model.to(wanted)  # type: ignore[arg-type]  # transformers' annotation of it is lost in a wrapper
     _check_tokenizer("model_name_or_path" if student_config is None else "student_config", model, tokenizer)
     return model
@@ -235,11 +239,13 @@ def load_teacher(
 
 
 def _from_pretrained(argument: str, name: str | Path, dtype: torch.dtype | str) -> PreTrainedModel:
-    path = Path(name).expanduser()
+    path, subject = Path(name).expanduser(), f"{argument}={str(name)!r}"
     local = path.is_dir()
     if not local and (path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1):
-        raise ValueError(f"{argument}={str(name)!r}: there is no such folder; expected one that save_pretrained wrote")
-    try:
+        raise ValueError(f"{subject}: there is no such folder; expected one that save_pretrained wrote")
+    where = "in that folder" if local else "as a folder, nor on the hub or in its cache"
+    expected = "Expected a causal language model as save_pretrained writes it"
+    with _explained(f"{subject} could not be loaded {where}", expected):
         return AutoModelForCausalLM.from_pretrained(
             path if local else str(name),
             dtype=dtype,
@@ -247,53 +253,44 @@ def _from_pretrained(argument: str, name: str | Path, dtype: torch.dtype | str) 
             weights_only=True,
             local_files_only=local,
         )
+
+
+@contextmanager
+def _explained(failure: str, expected: str) -> Iterator[None]:
+    """Raise ValueError for whatever transformers raises, which uses unchecked what stands in a config.json."""
+    try:
+        yield
     except (SafetensorError, UnpicklingError) as error:
         raise ValueError(
-            f"{argument}={str(name)!r}: its weights file {explain(error)}. Expected a whole model.safetensors, or a "
+            f"{failure}: its weights file {explain(error)}. Expected a whole model.safetensors, or a "
             "pytorch_model.bin of tensors alone; download or copy it again"
         ) from error
-    except Exception as error:  # of many classes: what stands in a config.json is used unchecked
-        where = "in that folder" if local else "as a folder, nor on the hub or in its cache"
-        raise ValueError(
-            f"{argument}={str(name)!r} could not be loaded {where}: {first_line(error)}. Expected a causal language "
-            "model as save_pretrained writes it"
-        ) from error
+    except Exception as error:  # of many classes
+        raise ValueError(f"{failure}: {type(error).__name__}: {first_line(error)}. {expected}") from error
 
 
-def _from_config(config: PreTrainedConfig) -> PreTrainedModel:
+def _fresh(source: str | Path | dict[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel:
+    """Return the model of a configuration, its weights drawn."""
+    given: dict[str, Any] = source if isinstance(source, dict) else {}
+    config = _config_from_dict(given) if isinstance(source, dict) else _config_from_file(source)
+    if tokenizer is not None:
+        derived = {"vocab_size": len(tokenizer), **{name: getattr(tokenizer, name) for name in SPECIAL_IDS}}
+        for name in derived.keys() - given.keys():
+            setattr(config, name, derived[name])
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     if isinstance(layers, int) and layers > MOST_LAYERS:  # hours, and all of the memory, before it could fail
         raise ValueError(f"student_config: {short(layers)} layers; expected {MOST_LAYERS} at most")
-    try:
+    failure = f"student_config of model_type {config.model_type!r}: no model can be made of it"
+    with _explained(failure, "Expected sizes that go together, and fit into memory"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # of many classes: sizes that do not go together, or do not fit into memory
-        raise ValueError(
-            f"student_config of model_type {config.model_type!r}: no model can be made of it: "
-            f"{type(error).__name__}: {first_line(error)}"
-        ) from error
 
 
-def _config(source: str | Path | dict[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedConfig:
-    given: dict[str, Any] = {}
-    if isinstance(source, dict):
-        given = dict(source)
-        config = _config_from_dict(given)
-    else:
-        path = Path(source).expanduser()
-        if not path.exists():
-            raise ValueError(
-                f"student_config={str(source)!r}: there is no such file; expected a config.json or a folder"
-            )
-        try:
-            config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-        except Exception as error:  # of many classes, as above
-            raise ValueError(f"student_config={str(source)!r} could not be read: {first_line(error)}.") from error
-    if tokenizer is not None:
-        derived = {"vocab_size": len(tokenizer), **{name: getattr(tokenizer, name) for name in SPECIAL_IDS}}
-        for name, value in derived.items():
-            if name not in given:
-                setattr(config, name, value)
-    return config
+def _config_from_file(source: str | Path) -> PreTrainedConfig:
+    path, subject = Path(source).expanduser(), f"student_config={str(source)!r}"
+    if not path.exists():
+        raise ValueError(f"{subject}: there is no such file; expected a config.json or a folder")
+    with _explained(f"{subject} could not be read", "Expected a config.json as save_pretrained writes it"):
+        return AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
 
 
 def _config_from_dict(settings: dict[str, Any]) -> PreTrainedConfig:
@@ -312,10 +309,8 @@ def _config_from_dict(settings: dict[str, Any]) -> PreTrainedConfig:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"student_config: {key!r} is not a setting of model_type {model_type!r}{hint}")
-    try:
+    with _explained(f"student_config of model_type {model_type!r}", "Expected settings as that type takes them"):
         return AutoConfig.for_model(model_type, **settings)
-    except Exception as error:  # transformers' own checks of types and values, in several classes
-        raise ValueError(f"student_config of model_type {model_type!r}: {first_line(error)}.") from error
 
 
 def _check_tokenizer(argument: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -329,12 +324,3 @@ def _check_tokenizer(argument: str, model: PreTrainedModel, tokenizer: PreTraine
             f"{argument}: the model has {rows} token embeddings and the tokenizer {len(tokenizer)} tokens with ids up "
             f"to {largest}; they do not belong together. Give the model's own tokenizer, or resize its token embeddings"
         )
-
-
-def _torch_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    found = getattr(torch, dtype, None)
-    if not isinstance(found, torch.dtype):
-        raise ValueError(f"dtype={dtype!r}; expected a torch dtype such as 'float32' or 'bfloat16'")
-    return found

@@ -6,11 +6,9 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 
 import psutil
 import torch
@@ -138,40 +136,3 @@ def memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return psutil.Process().memory_info().rss
-
-
-class PeakMemory:
-    """Measure the most memory in use from now on: the allocator's on a GPU, the whole process's elsewhere."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        if device.type == "cuda":
-            self.what = "device allocator"
-            self.device_name = torch.cuda.get_device_name(device)
-            torch.cuda.reset_peak_memory_stats(device)
-            return
-        self.what = "process"
-        self.device_name = f"{device.type}, {torch.get_num_threads()} threads"
-        try:
-            Path("/proc/self/clear_refs").write_text("5")  # Linux: sets the peak to what is in use now
-        except OSError:
-            self.what = "process, since its start"
-
-    def read(self) -> int:
-        """Return the bytes in use at the most."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        if self.what == "process":
-            for line in Path("/proc/self/status").read_text().splitlines():
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
-        return _peak_since_start()
-
-
-def _peak_since_start() -> int:
-    try:
-        import resource
-    except ImportError:  # Windows
-        return psutil.Process().memory_info().peak_wset
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

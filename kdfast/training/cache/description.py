@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,17 @@ SAMPLE_OF_A_TENSOR = 1024  # elements that a fingerprint of weights reads of eac
 
 class CacheError(ValueError):
     """A teacher cache that is damaged, incomplete, or of something else than it is used for."""
+
+
+@contextmanager
+def _damaged(path: Path, remedy: str) -> Iterator[None]:
+    """Raise CacheError naming `path` where what it holds is not what was written."""
+    try:
+        yield
+    except CacheError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CacheError(f"{str(path)!r} is damaged ({type(error).__name__}: {error}); {remedy}") from error
 
 
 @dataclass(frozen=True)
@@ -91,8 +103,10 @@ class Description:
     def read(cls, folder: Path) -> Description:
         """Return the description of the cache in `folder`. Raise CacheError where there is none that can be read."""
         path = folder / NAME
-        try:
-            if path.exists() and not path.is_file():  # a pipe would be waited for
+        if not path.exists():
+            raise CacheError(f"{str(folder)!r} is no teacher cache: it has no {NAME}. `kdfast cache` makes one")
+        with _damaged(path, "make the cache again, in another folder"):
+            if not path.is_file():  # a pipe would be waited for
                 raise ValueError("it is no file")
             given = json.loads(path.read_text(encoding="utf-8"))
             if given["format"] != FORMAT:
@@ -109,16 +123,6 @@ class Description:
             if not all(type(size) is int and size > 0 for size in sizes):
                 raise ValueError("vocab, k, shard_sequences, or a split's sequences or tokens, is no positive number")
             return read
-        except FileNotFoundError as error:
-            raise CacheError(
-                f"{str(folder)!r} is no teacher cache: it has no {NAME}. `kdfast cache` makes one"
-            ) from error
-        except CacheError:
-            raise
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CacheError(
-                f"{str(path)!r} is damaged ({type(error).__name__}: {error}); make the cache again, in another folder"
-            ) from error
 
     def differences(self, other: Description) -> list[str]:
         """Return 'name: then X, now Y' of every field that decides what is in a cache, where the two differ."""
@@ -150,14 +154,10 @@ def is_complete(folder: Path) -> bool:
 
 def read_summary(folder: Path) -> CacheSummary:
     """Return the summary of a finished cache. Raise CacheError where it is damaged."""
-    try:
+    with _damaged(folder / SUMMARY, "remove it, and `kdfast cache` writes it again"):
         summary = CacheSummary(**json.loads((folder / SUMMARY).read_text(encoding="utf-8")))
         str(summary)  # of anything but numbers a TypeError or ValueError
         return summary
-    except (OSError, ValueError, TypeError) as error:
-        raise CacheError(
-            f"{str(folder / SUMMARY)!r} is damaged ({error}); remove it, and `kdfast cache` writes it again"
-        ) from error
 
 
 @dataclass(frozen=True)
@@ -204,18 +204,12 @@ def count_type(n: int) -> str:
 
 def ids_of(dataset: Any, name: str = "dataset") -> Iterator[np.ndarray]:
     """Yield input_ids (T,) of every row, in order. Raise ValueError where a row has none; `name` is the argument's."""
-    missing = f"{name}: no input_ids; expected rows of token ids, as a tokenizer gives them"
-    if isinstance(dataset, Dataset):  # this column alone, some rows at a time
-        if "input_ids" not in dataset.column_names:
-            raise ValueError(missing)
-        columns = dataset.select_columns(["input_ids"]).with_format("numpy").iter(batch_size=1000)
-        rows = (ids for batch in columns for ids in batch["input_ids"])
-    else:
-        if len(dataset) and "input_ids" not in dataset[0]:
-            raise ValueError(missing)
-        rows = (dataset[i]["input_ids"] for i in range(len(dataset)))
-    for ids in rows:
-        yield np.asarray(ids, dtype=np.int64)
+    if len(dataset) and "input_ids" not in dataset[0]:
+        raise ValueError(f"{name}: no input_ids; expected rows of token ids, as a tokenizer gives them")
+    if isinstance(dataset, Dataset):
+        dataset = dataset.select_columns(["input_ids"]).with_format("numpy")
+    for i in range(len(dataset)):
+        yield np.asarray(dataset[i]["input_ids"], dtype=np.int64)
 
 
 def describe_split(dataset: Any, name: str = "dataset") -> Split:

@@ -64,55 +64,44 @@ def draw(head: Head, n: int, temperature: float, generator: torch.Generator, val
 
     counts/n are weights whose expectation is that softmax. Source: Anshumann et al. 2025, arXiv:2503.16870
     """
-    indices, counts, distinct = [], [], []
+    found = []
     for logits in logit_chunks(head):
         p = (_possible(logits, valid_vocab) / temperature).softmax(-1)
         ids = torch.multinomial(p, n, replacement=True, generator=generator).sort(dim=-1).values
-        first = torch.ones_like(ids, dtype=torch.bool)
-        first[:, 1:] = ids[:, 1:] != ids[:, :-1]
-        starts = first.flatten().nonzero().squeeze(-1)
-        ends = torch.cat([starts[1:], starts.new_tensor([ids.numel()])])
-        indices.append(ids[first])
-        counts.append(ends - starts)
-        distinct.append(first.sum(-1))
-    return Drawn(torch.cat(indices), torch.cat(counts), torch.cat(distinct))
+        rows, vocab = torch.arange(len(ids), device=ids.device), p.shape[1]
+        pairs, counts = torch.unique_consecutive(rows[:, None] * vocab + ids, return_counts=True)
+        found.append((pairs % vocab, counts, torch.bincount(pairs // vocab, minlength=len(ids))))
+    return Drawn(*map(torch.cat, zip(*found, strict=True)))
 
 
 def _possible(logits: Tensor, valid_vocab: int | None) -> Tensor:
     return logits if valid_vocab is None else logits[:, :valid_vocab]
 
 
-def encode_top_k(entries: TopK, description: Description) -> dict[str, np.ndarray]:
+def encode(entries: TopK | Drawn, description: Description) -> dict[str, np.ndarray]:
     """Return the row of one sequence's entries, (T, …) each."""
-    return {
-        "indices": _flat(entries.indices, id_type(description.vocab)),
-        "log_probs": _flat(entries.log_probs, description.dtype),
-        "log_tails": _flat(entries.log_tails, "float32"),
+    dtypes = {
+        "indices": id_type(description.vocab),
+        "log_probs": description.dtype,
+        "log_tails": "float32",
+        "counts": count_type(description.k),
+        "distinct": "uint16",
     }
-
-
-def encode_drawn(entries: Drawn, description: Description) -> dict[str, np.ndarray]:
-    """Return the row of one sequence's drawn ids."""
-    return {
-        "indices": _flat(entries.indices, id_type(description.vocab)),
-        "counts": _flat(entries.counts, count_type(description.k)),
-        "distinct": _flat(entries.distinct, "uint16"),
-    }
+    return {name: part.cpu().numpy().astype(dtypes[name]).reshape(-1) for name, part in entries._asdict().items()}
 
 
 def table(rows: list[dict[str, np.ndarray]]) -> pa.Table:
-    """Return a table of rows as the functions above make them."""
+    """Return a table of rows as `encode` makes them."""
     return pa.table({name: _lists([row[name] for row in rows]) for name in rows[0]})
 
 
-def decode(row: pa.Table, description: Description, temperature: float) -> dict[str, Tensor]:
-    """Return what `DistillationModel` takes besides tokens, of a table's one row:
+def decode(columns: dict[str, np.ndarray], description: Description, temperature: float) -> dict[str, Tensor]:
+    """Return what `DistillationModel` takes besides tokens, of one row:
 
     teacher_indices    (T, K) int32
     teacher_log_probs  (T, K) top_k: at τ = 1, as it was kept; sample: log(counts/n), −inf beyond the ids of a token
     teacher_log_tails  (T, 2) fp32: at τ = 1 and at `temperature`; top_k alone
     """
-    columns = {name: _values(row, name) for name in row.column_names}
     if description.method == "sample":
         return _drawn(columns, description.k)
     indices = columns["indices"].astype("int32").reshape(-1, description.k)
@@ -138,11 +127,3 @@ def _lists(arrays: list[np.ndarray]) -> pa.Array:
     offsets = np.cumsum([0, *map(len, arrays)])
     values = pa.array(np.concatenate(arrays))
     return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), values)
-
-
-def _values(row: pa.Table, name: str) -> np.ndarray:
-    return row.column(name).combine_chunks().flatten().to_numpy(zero_copy_only=False)
-
-
-def _flat(tensor: Tensor, dtype: str) -> np.ndarray:
-    return tensor.detach().cpu().numpy().astype(dtype).reshape(-1)

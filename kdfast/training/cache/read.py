@@ -145,7 +145,7 @@ class CachedBlocks(data.Dataset):
     def __init__(self, cache: TeacherCache, dataset: Any, entries: Dataset, temperature: float) -> None:
         self.cache, self.dataset, self.temperature = cache, dataset, temperature
         self.description = cache.description
-        self.entries = entries.with_format("arrow")
+        self.entries = entries.with_format("numpy", dtype=None)  # as they were kept
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -171,15 +171,11 @@ def check_datasets(model: DistillationModel, datasets: Mapping[str, Any], temper
             blocks.cache.check_vocabulary(head_shape(model.student)[0], model.valid_vocab)
             if recipe.teacher != "cached":
                 continue
-            if temperature is not None:
-                raise CacheError(
-                    f"temperature_schedule is given, and {argument} has a teacher's entries for "
-                    f"temperature={blocks.temperature:g}; leave it out"
-                )
-            if set(recipe.temperatures) != {blocks.temperature}:
+            if temperature is not None or set(recipe.temperatures) != {blocks.temperature}:
+                run = ", ".join(f"{tau:g}" for tau in recipe.temperatures)
                 raise CacheError(
                     f"{argument} has a teacher's entries for temperature={blocks.temperature:g}, and the run is at "
-                    f"{', '.join(f'{tau:g}' for tau in recipe.temperatures)}; expected the same, throughout the run"
+                    f"{run if temperature is None else 'a temperature_schedule'}; expected the same, throughout the run"
                 )
             if blocks.description.method == "sample" and recipe.divergence in ("reverse_kl", "symmetric_kl"):
                 raise CacheError(

@@ -41,7 +41,7 @@ from kdfast.training.cache.description import (
     teacher_fingerprint,
     tokenizer_fingerprint,
 )
-from kdfast.training.cache.entries import TopK, draw, encode_drawn, encode_top_k, table, top_k
+from kdfast.training.cache.entries import TopK, draw, encode, table, top_k
 from kdfast.training.durable import atomic_io, checksums, processes
 from kdfast.training.durable.atomic_io import write_text
 from kdfast.training.hf import backbone, check_model, head, head_shape
@@ -99,7 +99,9 @@ def cache_teacher(
     check_model(teacher, "teacher")
     vocab, _ = head_shape(teacher)
     _check(method, k, temperatures, dtype, vocab if valid_vocab is None else min(vocab, valid_vocab))
-    _check_counts(batch_size=batch_size, shard_tokens=shard_tokens)
+    for argument, count in {"batch_size": batch_size, "shard_tokens": shard_tokens}.items():
+        if not _is_count(count):
+            raise ValueError(f"{argument}={count!r} ({kind(count)}); expected an int of at least 1")
     if not splits:
         raise ValueError("splits is empty; expected {name: data set}, such as {'train': …, 'eval': …}")
     described = {split: describe_split(dataset, f"splits[{split!r}]") for split, dataset in splits.items()}
@@ -205,13 +207,13 @@ def _rows(
         if description.method == "top_k":
             largest = top_k(whole, description.k, description.temperatures, description.valid_vocab)
             for entries in zip(*(part.cpu() for part in largest), strict=True):
-                yield encode_top_k(TopK(*entries), description)
+                yield encode(TopK(*entries), description)
             continue
         for i, hidden in enumerate(whole.hidden):
             generator = torch.Generator(device).manual_seed((description.seed * SEEDS + start + i) % 2**63)
             (tau,) = description.temperatures
             found = draw(replace(whole, hidden=hidden), description.k, tau, generator, description.valid_vocab)
-            yield encode_drawn(found, description)
+            yield encode(found, description)
 
 
 def _dtype(teacher: PreTrainedModel) -> torch.dtype:
@@ -252,7 +254,7 @@ def _check(method: str, k: int, temperatures: Sequence[float], dtype: str, vocab
     if dtype not in ("float16", "float32"):
         raise ValueError(f"dtype={dtype!r}; expected 'float16' or 'float32'")
     most = min(MOST_ENTRIES, vocab) if method == "top_k" else MOST_ENTRIES
-    if not isinstance(k, Integral) or isinstance(k, bool) or not 1 <= k <= most:
+    if not _is_count(k) or k > most:
         raise ValueError(f"k={k}; expected 1 to {most}, with {vocab} ids in the teacher's vocabulary")
     if not all(tau > 0 for tau in temperatures):
         raise ValueError(f"temperatures={tuple(temperatures)}; expected numbers > 0")
@@ -260,7 +262,5 @@ def _check(method: str, k: int, temperatures: Sequence[float], dtype: str, vocab
         raise ValueError(f"temperatures={tuple(temperatures)}; expected one for method='sample', which draws ids at it")
 
 
-def _check_counts(**counts: int) -> None:
-    for name, count in counts.items():
-        if not isinstance(count, Integral) or isinstance(count, bool) or count < 1:
-            raise ValueError(f"{name}={count!r} ({kind(count)}); expected an int of at least 1")
+def _is_count(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
