@@ -103,7 +103,7 @@ def time_kernels(workload: Workload, rounds: int) -> dict[str, Row]:
         inputs.clear()
         arguments, options = launch.call_args_list[0]
         runs[label] = partial(getattr(module, launcher), *arguments, **options)
-        written = options["grad_s"] if backward else None
+        written = arguments[1 if reads else 2].student if backward else None  # `launch.Gradients`
         tokens, vocab = workload.tokens, workload.vocab
         logits = 2 * (arguments[0].z_s.numel() if reads else tokens * vocab if written is None else written.numel())
         moved = logits * (4 * bool(reads) + (0 if written is None else written.element_size()))

@@ -87,13 +87,9 @@ SM_90_FEW = Row(
     given=TileConfig(64, 64, 64, 4, 3, 4),
     why="wgmma takes 64 rows at least; one warpgroup, two programs a multiprocessor. Not timed",
 )
-SM_100 = Row(
-    ROWS,
-    lean=TileConfig(128, 64, 64, 8, 3, 4),
-    full=TileConfig(128, 64, 64, 8, 3, 4),
-    gradients=TileConfig(128, 128, 64, 8, 3, 8),
-    projection=TileConfig(128, 128, 64, 8, 3),
-    odd=TileConfig(128, 32, 32, 8, 3, 2),
+SM_100 = replace(
+    SM_90,
+    lean=SM_90.full,
     given=TileConfig(128, 64, 64, 8, 3, 8),
     why="tcgen05 takes 128 rows; accumulators leave tensor memory a part at a time; 128 columns spill 16–64 bytes with "
     "a cross entropy, four parts 40 with given logits, eight 24 with everything else. Not timed",
@@ -137,13 +133,12 @@ GFX942 = Row(
     odd=TileConfig(64, 64, 32, 4, 2, 2),
     why="512 registers a thread, of which half are accumulators'; 64 KB of LDS. Not timed",
 )
-GFX942_FEW = Row(
-    AMD_ROWS,
-    lean=TileConfig(64, 64, 32, 4, 2, 2),
-    full=TileConfig(64, 64, 32, 4, 2, 2),
+GFX942_FEW = replace(
+    GFX942,
+    lean=GFX942.odd,
+    full=GFX942.odd,
     gradients=TileConfig(64, 64, 32, 4, 2, 4),
     projection=TileConfig(64, 64, 32, 4, 2),
-    odd=TileConfig(64, 64, 32, 4, 2, 2),
     why="one row block of 64. Not timed",
 )
 FP32 = Row(
@@ -164,16 +159,10 @@ SM_120_FP32 = replace(
     odd=TileConfig(64, 32, 16, 8, 2, 2),
     why=f"{FP32.why}; one part of an odd width spills 8 bytes, four of a gradient 16 without a second side",
 )
-AMD_FP32 = replace(
-    FP32, rows=AMD_ROWS, why="fp32 operands: v_mfma_f32 exists, at a quarter of the 16-bit rate"
-)
+AMD_FP32 = replace(FP32, rows=AMD_ROWS, why="fp32 operands: v_mfma_f32 exists, at a quarter of the 16-bit rate")
 
 # architecture → rows for 16-bit operands and many tokens, 16-bit operands and few, fp32 operands (float64 shares them)
-SM_8X = (SM_80, SM_80_FEW, FP32)
-PRESETS = {
-    "sm_80": SM_8X,
-    "sm_86": SM_8X,
-    "sm_89": SM_8X,
+PRESETS = dict.fromkeys(("sm_80", "sm_86", "sm_89"), (SM_80, SM_80_FEW, FP32)) | {
     "sm_90": (SM_90, SM_90_FEW, FP32),
     "sm_100": (SM_100, SM_100, SM_100_FP32),
     "sm_120": (SM_120, SM_120_FEW, SM_120_FP32),

@@ -100,11 +100,7 @@ class Entry:
 ENTRIES = {
     "forward_kl": Entry(base="t", centred_q=True),
     "reverse_kl": Entry(base="s", centred_p=True),
-    "symmetric_kl": Entry(),
-    "jsd": Entry(),
-    "skew_kl": Entry(),
-    "skew_reverse_kl": Entry(),
-    "total_variation": Entry(),
+    **dict.fromkeys(("symmetric_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation"), Entry()),
 }
 
 

@@ -23,6 +23,8 @@ Operands = namedtuple("Operands", "hidden teacher_hidden weight teacher_weight b
 Given = namedtuple("Given", "logits offsets")  # dense teacher logits the caller made, their rows' offsets; or None
 LossTensors = namedtuple("LossTensors", "labels targets active coefficients temperature scale")  # fields of `Term`
 
+PRECISION = {True: "tf32", False: "ieee"}  # of fp32 products, as Triton names it
+
 
 class Gradients(NamedTuple):
     """Kernel argument: where gradients of logits go, (rows, columns) each, None = not wanted."""
@@ -30,14 +32,19 @@ class Gradients(NamedTuple):
     student: Tensor | None
     teacher: Tensor | None  # the KD part, and the anchor's where that has no plane of its own
     anchor: Tensor | None
+    decorrelation: Tensor | None  # (rows,); given = the teacher's is made orthogonal to the student's
     stride: int  # of rows, the student's and the teacher's
     anchor_stride: int
 
     @classmethod
-    def of(cls, student: Tensor | None, teacher: Tensor | None, anchor: Tensor | None) -> Gradients:
+    def of(
+        cls, student: Tensor | None, teacher: Tensor | None = None, anchor: Tensor | None = None,
+        decorrelation: Tensor | None = None,
+    ) -> Gradients:  # fmt: skip
         """Build it from tensors of which student's and teacher's have one stride."""
-        planes = (student if student is not None else teacher, anchor)
-        return cls(student, teacher, anchor, *(0 if plane is None else plane.stride(0) for plane in planes))
+        planes = (teacher if student is None else student, anchor)
+        strides = (0 if plane is None else plane.stride(0) for plane in planes)
+        return cls(student, teacher, anchor, decorrelation, *strides)
 
 
 @dataclass(frozen=True)
@@ -97,11 +104,6 @@ class Heads:
     truncated: bool = False  # there is a rest; where the vocabulary lies in slices, in some slice
 
     @property
-    def own(self) -> bool:
-        """Whether the teacher has a head of its own."""
-        return self.teacher_weight is not None
-
-    @property
     def teacher(self) -> bool:
         """Whether there are two sides of logits."""
         return self.teacher_hidden is not None or self.teacher_logits is not None
@@ -125,8 +127,8 @@ class Heads:
 
     def widths(self) -> tuple[int, int]:
         """Return Hs and Ht."""
-        width = self.hidden.shape[1]
-        return width, self.teacher_hidden.shape[1] if self.own else width
+        teacher = self.hidden if self.teacher_hidden is None or self.teacher_weight is None else self.teacher_hidden
+        return self.hidden.shape[1], teacher.shape[1]
 
     def scalars(self) -> tuple[float, float, float, float]:
         return (self.logit_scale, self.softcap or 1.0, self.teacher_logit_scale, self.teacher_softcap or 1.0)
@@ -138,7 +140,7 @@ class Heads:
         if config is None:
             return flags
         even_s, even_t = (width % config.block_h == 0 for width in self.widths())
-        return replace(flags, even_s=even_s, even_t=even_t, precision=precision(self.tf32))
+        return replace(flags, even_s=even_s, even_t=even_t, precision=PRECISION[self.tf32])
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,10 +176,6 @@ class Term:
     def tensors(self) -> LossTensors:
         return LossTensors(self.labels, self.targets, self.active, self.coefficients, self.temperature, self.scale)
 
-    def excluded(self) -> Matrix:
-        """Return the bits as a kernel argument."""
-        return matrix(self.bits)
-
     def statistics_flags(self, teacher: bool, decorrelate: bool) -> StatisticsFlags:
         ce, anchor = self.labels is not None, self.targets is not None
         return StatisticsFlags(teacher, ce, anchor, self.metrics, decorrelate)
@@ -189,11 +187,6 @@ class Term:
 def matrix(operand: Tensor | None) -> Matrix:
     """Return a tensor of two dimensions, or none, as a kernel argument."""
     return Matrix(None, 0, 0) if operand is None else Matrix(readable(operand), *operand.stride())
-
-
-def precision(tf32: bool) -> str:
-    """Return the precision of fp32 products as Triton names it."""
-    return "tf32" if tf32 else "ieee"
 
 
 def readable(operand: Tensor) -> Tensor:

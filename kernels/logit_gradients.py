@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kdfast.kernels.divergences import terms
-from kdfast.kernels.online_softmax import probabilities
+from kdfast.kernels.online_softmax import load_tensors, probabilities
 
 Coefficients = namedtuple("Coefficients", "kd ce anchor")  # of a program's rows, [R] each, over the gradients' scale
 
@@ -22,11 +22,8 @@ Coefficients = namedtuple("Coefficients", "kd ce anchor")  # of a program's rows
 @triton.jit
 def load_coefficients(pointers, stride, mask, scale):
     """Return the `Coefficients` of the rows at `pointers` [R]."""
-    return Coefficients(
-        tl.load(pointers, mask=mask, other=0) / scale,
-        tl.load(pointers + stride, mask=mask, other=0) / scale,
-        tl.load(pointers + 2 * stride, mask=mask, other=0) / scale,
-    )
+    kd, ce, anchor = load_tensors(pointers, stride, mask, 3)
+    return Coefficients(kd / scale, ce / scale, anchor / scale)
 
 
 @triton.jit
@@ -41,8 +38,7 @@ def gradients(
     have: A_p·exp(x − log S), with the constants in the teacher's place."""
     NAME: tl.constexpr = DIVERGENCE.name
     grad_s = tl.zeros_like(z_s)
-    grad_t = grad_s
-    grad_a = grad_s
+    grad_t, grad_a = grad_s, grad_s
     if DIVERGENCE.name == "sparse":
         if GRAD.student:
             outside = constants.A_p[:, None]

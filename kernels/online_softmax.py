@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 
 from kdfast.kernels.divergences import terms
-from kdfast.kernels.math import difference, log1p, sums, tanh, weighted
+from kdfast.kernels.math import added, difference, log1p, sums, tanh, weighted
 
 # Below any logit, yet finite: differences of two such maxima are 0, not NaN.
 LOWEST: tl.constexpr = tl.constexpr(-1e30)
@@ -123,8 +123,9 @@ def rescale_side(side, m, inv_tau, AT_ONE: tl.constexpr):
 
 
 @triton.jit
-def rescale_pair(pair, S_b, base, other, DIVERGENCE: tl.constexpr, DECORRELATE: tl.constexpr):
-    """Return the state after the two sides' moves; S_b [R] is the base's S before its move."""
+def rescale_pair(pair, S_s, S_t, move_s, move_t, DIVERGENCE: tl.constexpr, DECORRELATE: tl.constexpr):
+    """Return the state after the two sides' moves; S [R] is a side's before its move."""
+    S_b, base, other = (S_t, move_t, move_s) if DIVERGENCE.base == "t" else (S_s, move_s, move_t)
     G, D, S2, P, Q, U, R = pair
     r_b, r_o = base.r, other.r
     delta = base.by - other.by
@@ -174,19 +175,17 @@ def update_side(side, z, v, targets, inv_tau, AT_ONE: tl.constexpr, ENTROPY: tl.
 
 
 @triton.jit
-def update_pair(pair, S_b, base, other, DIVERGENCE: tl.constexpr, DECORRELATE: tl.constexpr):
-    """Return the state with both sides' `Block`s added; S_b [R] is the base's S before them."""
-    pair = rescale_pair(pair, S_b, base.move, other.move, DIVERGENCE, DECORRELATE)
+def update_pair(pair, S_s, S_t, block_s, block_t, DIVERGENCE: tl.constexpr, DECORRELATE: tl.constexpr):
+    """Return the state with both sides' `Block`s added; S [R] is a side's before them."""
+    pair = rescale_pair(pair, S_s, S_t, block_s.move, block_t.move, DIVERGENCE, DECORRELATE)
+    base, other = (block_t, block_s) if DIVERGENCE.base == "t" else (block_s, block_t)
     u = base.x - other.x
     w = difference(base.e, other.e, u)
     eu = weighted(base.e, u)
     if DECORRELATE:
         of_student = eu if DIVERGENCE.base == "s" else w
         more = sums((eu, w, base.e * base.e, base.e * w, of_student * of_student, base.e * eu, eu * w))
-        return Pair(
-            pair.G + more[0], pair.D + more[1], pair.S2 + more[2], pair.P + more[3], pair.Q + more[4],
-            pair.U + more[5], pair.R + more[6],
-        )  # fmt: skip
+        return Pair(*added(pair, more))
     else:
         more_G, more_D = sums((eu, w))
         return Pair(pair.G + more_G, pair.D + more_D, pair.S2, pair.P, pair.Q, pair.U, pair.R)
@@ -206,10 +205,8 @@ def update(
         teacher, block_t = update_side(
             teacher, z_t, v, loss.targets, inv_tau, WANT.anchor or WANT.metrics, WANT.metrics, WANT.anchor and TARGETS
         )
-        if DIVERGENCE.base == "t":
-            pair = update_pair(pair, S_t, block_t, block_s, DIVERGENCE, WANT.decorrelate)
-        elif DIVERGENCE.base == "s":
-            pair = update_pair(pair, S_s, block_s, block_t, DIVERGENCE, WANT.decorrelate)
+        if DIVERGENCE.base != "":
+            pair = update_pair(pair, S_s, S_t, block_s, block_t, DIVERGENCE, WANT.decorrelate)
     return student, teacher, pair
 
 
@@ -243,11 +240,9 @@ def finalize(student, teacher, pair, DIVERGENCE: tl.constexpr, TEACHER: tl.const
         rise = tl.where(tl.abs(d) < 0.5, log1p(d), tl.log(S_o) - tl.log(S_b))  # log S_o − log S_b
         value = pair.G / S_b + rise
         if DIVERGENCE.base == "t":
-            gap = -rise
-            A_p = value
+            gap, A_p = -rise, value
         else:
-            gap = rise
-            A_q = value
+            gap, A_q = rise, value
         if DECORRELATE:
             c = rise - value
             ratio = S_o / S_b

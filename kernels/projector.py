@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kdfast.kernels.autotune import choose
 from kdfast.kernels.block_sizes import TileConfig
-from kdfast.kernels.launch import HeadFlags, Matrix, Operands, matrix, precision
+from kdfast.kernels.launch import PRECISION, HeadFlags, Matrix, Operands, matrix
 from kdfast.kernels.tiles import tile
 
 
@@ -43,7 +43,7 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None, *, tf32: bool, confi
         config = choose("projection", weight, N, lambda c: project(x, weight, bias, tf32=tf32, config=c), [Ht])
     projection_kernel[(triton.cdiv(N, config.block_n), triton.cdiv(Hs, config.block_v))](
         matrix(x), matrix(weight), bias, out, out.stride(0), N, Hs, Ht,
-        HEADS=HeadFlags(even_s=Ht % config.block_h == 0, precision=precision(tf32)), DOUBLE=x.dtype == torch.float64,
+        HEADS=HeadFlags(even_s=Ht % config.block_h == 0, precision=PRECISION[tf32]), DOUBLE=x.dtype == torch.float64,
         **config.blocks(), num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return out

@@ -34,20 +34,22 @@ from torch import Tensor
 from kdfast.kernels import online_softmax as online
 from kdfast.kernels.autotune import choose
 from kdfast.kernels.block_sizes import RowConfig, row_of
-from kdfast.kernels.launch import Gradients, Heads, Term
+from kdfast.kernels.launch import Gradients, Heads, Term, matrix
 from kdfast.kernels.logit_gradients import gradients, load_coefficients, store_gradients
 from kdfast.kernels.tiles import given_logits
 
 # Kernel argument, the chunk's logits and what turns products into them: student (m, V); teacher (m, ≥ kd_V), or None
 # where not computed; `launch.Given`; biases (V,) or None; width: what may be read and written of a row, ≥ V
 Logits = namedtuple("Logits", "student teacher stride given bias_s bias_t V kd_V width")
-# The rows of one program: r [R] of the chunk, n [R] of all tokens, inside [R]; offset, given_offset [R, 1] to the rows'
-# first logits; zero [R], of the dtype in which everything is computed; lanes [1, BLOCK]
-Rows = namedtuple("Rows", "r n inside offset given_offset scales zero lanes")
+# The rows of one program: r [R] of the chunk, n [R] of all tokens, inside [R], active [R]; offset, given_offset [R, 1]
+# to the rows' first logits; zero [R], of the dtype in which everything is computed; lanes [1, BLOCK]
+Rows = namedtuple("Rows", "r n inside active offset given_offset scales zero lanes")
 
 
 @triton.jit
-def open_rows(logits, start, m, scale_s, softcap_s, scale_t, softcap_t, R: tl.constexpr, BLOCK: tl.constexpr):
+def open_rows(
+    logits, tensors, start, m, scale_s, softcap_s, scale_t, softcap_t, R: tl.constexpr, BLOCK: tl.constexpr
+):
     """Return the program's `Rows`. (Triton 3.4 returns no tuple that has None in it, so `Logits` goes beside it.)"""
     dtype: tl.constexpr = logits.student.dtype.element_ty
     r = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
@@ -58,19 +60,15 @@ def open_rows(logits, start, m, scale_s, softcap_s, scale_t, softcap_t, R: tl.co
     if logits.given.logits is not None:
         given_offset = tl.load(logits.given.offsets + n, mask=inside, other=0)[:, None]
     scales = online.scales_of(scale_s, softcap_s, scale_t, softcap_t, dtype)
-    return Rows(r, n, inside, offset, given_offset, scales, tl.zeros([R], dtype), tl.arange(0, BLOCK)[None, :])
+    active = tl.load(tensors.active + n, mask=inside, other=0) != 0
+    return Rows(r, n, inside, active, offset, given_offset, scales, tl.zeros([R], dtype), tl.arange(0, BLOCK)[None, :])
 
 
 @triton.jit
-def load_active(tensors, rows):
-    return tl.load(tensors.active + rows.n, mask=rows.inside, other=0) != 0
-
-
-@triton.jit
-def _logits(z_ptr, bias_ptr, inside, v, width, V, scale, softcap, SOFTCAP: tl.constexpr):
+def _logits(z_ptr, bias_ptr, rows, v, width, V, scale, softcap, SOFTCAP: tl.constexpr):
     """Return a block [R, BLOCK] of rows' logits, −inf from V on, and their slope towards the raw products."""
     # a mask that ends where 16 elements do keeps the loads wide; what lies between V and width is never used
-    z = tl.load(z_ptr + v, mask=inside[:, None] & (v < width), other=0)
+    z = tl.load(z_ptr + rows.offset + v, mask=rows.inside[:, None] & (v < width), other=0)
     if bias_ptr is not None:
         z += tl.load(bias_ptr + v, mask=v < V, other=0).to(z.dtype)
     z, slope = online.transform(z, scale, softcap, SOFTCAP)
@@ -80,10 +78,8 @@ def _logits(z_ptr, bias_ptr, inside, v, width, V, scale, softcap, SOFTCAP: tl.co
 @triton.jit
 def student_logits(logits, rows, v, V, HEADS: tl.constexpr):
     """Return a block of the student's logits, −inf from V on, and their slope."""
-    return _logits(
-        logits.student + rows.offset, logits.bias_s, rows.inside, v, logits.width, V,
-        rows.scales.scale_s, rows.scales.softcap_s, HEADS.softcap_s,
-    )  # fmt: skip
+    x = rows.scales
+    return _logits(logits.student, logits.bias_s, rows, v, logits.width, V, x.scale_s, x.softcap_s, HEADS.softcap_s)
 
 
 @triton.jit
@@ -95,19 +91,19 @@ def teacher_logits(logits, rows, v, HEADS: tl.constexpr):
         z = given_logits(given_ptr, HEADS.given_stride, rows.inside[:, None], v, logits.kd_V, dtype)
         slope = tl.zeros_like(z)
     else:
+        x, V = rows.scales, logits.kd_V
         z, slope = _logits(
-            logits.teacher + rows.offset, logits.bias_t, rows.inside, v, logits.width, logits.kd_V,
-            rows.scales.scale_t, rows.scales.softcap_t, HEADS.softcap_t,
-        )  # fmt: skip
+            logits.teacher, logits.bias_t, rows, v, logits.width, V, x.scale_t, x.softcap_t, HEADS.softcap_t
+        )
     return z, slope
 
 
 @triton.jit
-def _with_target(side, z_ptr, bias_ptr, inside, targets, scale, softcap, SOFTCAP: tl.constexpr):
-    """Return the side's state with its target's logit; z_ptr [R, 1], targets [R]."""
+def _with_target(side, z_ptr, bias_ptr, rows, targets, scale, softcap, SOFTCAP: tl.constexpr):
+    """Return the side's state with its target's logit; targets [R]."""
     one = targets[:, None]
-    here = inside[:, None] & (one >= 0)  # a target may be in another process's slice of the vocabulary
-    z = tl.load(z_ptr + one, mask=here, other=0)
+    here = rows.inside[:, None] & (one >= 0)  # a target may be in another process's slice of the vocabulary
+    z = tl.load(z_ptr + rows.offset + one, mask=here, other=0)
     if bias_ptr is not None:
         z += tl.load(bias_ptr + one, mask=here, other=0).to(z.dtype)
     z, _ = online.transform(z, scale, softcap, SOFTCAP)
@@ -152,15 +148,11 @@ def with_targets(student, teacher, logits, rows, loss, HEADS: tl.constexpr, WANT
     """Return both sides with their targets' logits, where these are wanted."""
     x = rows.scales
     if WANT.ce:
-        z_ptr, bias_ptr = logits.student + rows.offset, logits.bias_s
-        student = _with_target(
-            student, z_ptr, bias_ptr, rows.inside, loss.labels, x.scale_s, x.softcap_s, HEADS.softcap_s
-        )
+        z_ptr, bias_ptr = logits.student, logits.bias_s
+        student = _with_target(student, z_ptr, bias_ptr, rows, loss.labels, x.scale_s, x.softcap_s, HEADS.softcap_s)
     if WANT.anchor:
-        z_ptr, bias_ptr = logits.teacher + rows.offset, logits.bias_t
-        teacher = _with_target(
-            teacher, z_ptr, bias_ptr, rows.inside, loss.targets, x.scale_t, x.softcap_t, HEADS.softcap_t
-        )
+        z_ptr, bias_ptr = logits.teacher, logits.bias_t
+        teacher = _with_target(teacher, z_ptr, bias_ptr, rows, loss.targets, x.scale_t, x.softcap_t, HEADS.softcap_t)
     return student, teacher
 
 
@@ -181,7 +173,7 @@ def terms_pass(
 
 @triton.jit
 def gradients_pass(
-    logits, rows, loss, constants, decorrelation, coefficients, active, grads,
+    logits, rows, loss, constants, decorrelation, coefficients, grads,
     HEADS: tl.constexpr, DIVERGENCE: tl.constexpr, GRAD: tl.constexpr, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients of the whole vocabulary's logits."""
@@ -199,7 +191,7 @@ def gradients_pass(
         if IN_PLACE:
             tl.debug_barrier()  # the block has been read by every thread before any of it is written
         mask = rows.inside[:, None] & (v < logits.width)
-        store_gradients(grads, rows.r[:, None], v, grad_s, grad_t, grad_a, active[:, None], mask, GRAD)
+        store_gradients(grads, rows.r[:, None], v, grad_s, grad_t, grad_a, rows.active[:, None], mask, GRAD)
 
 
 @triton.jit
@@ -223,18 +215,16 @@ def row_kernel(
     logits, tensors, stride_c, start, m,
     scale_s: "fp64", softcap_s: "fp64", scale_t: "fp64", softcap_t: "fp64", parameter: "fp64",
     stats_ptr, stride_stats,  # (6, N): divergence, CE, anchor, student entropy, teacher entropy, agreement
-    grads, decorrelation_ptr,  # (m,) or None
+    grads,  # `launch.Gradients`
     HEADS: tl.constexpr, DIVERGENCE: tl.constexpr, WANT: tl.constexpr, GRAD: tl.constexpr, IN_PLACE: tl.constexpr,
     R: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Statistics, losses and gradients in one launch. logits `Logits`; tensors `launch.LossTensors`; grads
-    `launch.Gradients`."""
-    rows = open_rows(logits, start, m, scale_s, softcap_s, scale_t, softcap_t, R, BLOCK)
-    active = load_active(tensors, rows)
-    if tl.max(active.to(tl.int32), axis=0) == 0:
+    """Statistics, losses and gradients in one launch. logits `Logits`; tensors `launch.LossTensors`."""
+    rows = open_rows(logits, tensors, start, m, scale_s, softcap_s, scale_t, softcap_t, R, BLOCK)
+    if tl.max(rows.active.to(tl.int32), axis=0) == 0:
         zero_gradients(logits, rows, grads, R, BLOCK, GRAD)
-        if decorrelation_ptr is not None:
-            store_zeros(decorrelation_ptr, m, rows, 1)
+        if grads.decorrelation is not None:
+            store_zeros(grads.decorrelation, m, rows, 1)
         return
     loss = online.load_loss(tensors, parameter, rows.n, rows.inside, rows.zero.dtype)
     coefficients = load_coefficients(tensors.coefficients + rows.n, stride_c, rows.inside, tl.load(tensors.scale))
@@ -249,7 +239,7 @@ def row_kernel(
         total = terms_pass(logits, rows, loss, constants, HEADS, DIVERGENCE, WANT, BLOCK)
         value, constants, dots = online.finalize_terms(total, constants)
 
-    counts = rows.inside & active  # an inactive row's statistics stay 0
+    counts = rows.inside & rows.active  # an inactive row's statistics stay 0
     if WANT.teacher:
         tl.store(stats_ptr + rows.n, value, mask=counts)
     ce = online.store_statistics(stats_ptr + rows.n, stride_stats, counts, student, teacher, DIVERGENCE, WANT)
@@ -259,12 +249,11 @@ def row_kernel(
         if GRAD.decorrelate:
             ce = ce if GRAD.ce else rows.zero
             decorrelation = online.decorrelation_of(dots, ce, coefficients.kd, coefficients.ce, loss.inv_tau)
-            decorrelation = tl.where(active, decorrelation, 0)
-            tl.store(decorrelation_ptr + rows.r, decorrelation, mask=rows.inside)
+            decorrelation = tl.where(rows.active, decorrelation, 0)
+            tl.store(grads.decorrelation + rows.r, decorrelation, mask=rows.inside)
         gradients_pass(
-            logits, rows, loss, constants, decorrelation, coefficients, active, grads,
-            HEADS, DIVERGENCE, GRAD, IN_PLACE, BLOCK,
-        )  # fmt: skip
+            logits, rows, loss, constants, decorrelation, coefficients, grads, HEADS, DIVERGENCE, GRAD, IN_PLACE, BLOCK
+        )
 
 
 @triton.jit(do_not_specialize=["stride_c", "start", "m"])
@@ -276,8 +265,8 @@ def states_kernel(
     HEADS: tl.constexpr, DIVERGENCE: tl.constexpr, WANT: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The statistics of the vocabulary that is here, before what is only known with the rest of it."""
-    rows = open_rows(logits, start, m, scale_s, softcap_s, scale_t, softcap_t, R, BLOCK)
-    if tl.max(load_active(tensors, rows).to(tl.int32), axis=0) == 0:
+    rows = open_rows(logits, tensors, start, m, scale_s, softcap_s, scale_t, softcap_t, R, BLOCK)
+    if tl.max(rows.active.to(tl.int32), axis=0) == 0:
         store_zeros(states_ptr, m, rows, online.STATE + (online.SIDE if HEADS.truncated else 0))
         return
     loss = online.load_loss(tensors, parameter, rows.n, rows.inside, rows.zero.dtype)
@@ -290,9 +279,7 @@ def states_kernel(
         beyond = beyond_pass(online.empty_side(rows.zero), logits, rows, loss, HEADS, WANT, BLOCK)
         online.store_tensors(states_ptr + online.STATE * m, m, beyond, rows.inside)
     student, teacher = with_targets(student, teacher, logits, rows, loss, HEADS, WANT)
-    online.store_tensors(states_ptr, m, student, rows.inside)
-    online.store_tensors(states_ptr + online.SIDE * m, m, teacher, rows.inside)
-    online.store_tensors(states_ptr + 2 * online.SIDE * m, m, pair, rows.inside)
+    online.store_tensors(states_ptr, m, student + teacher + pair, rows.inside)
 
 
 @triton.jit(do_not_specialize=["stride_c", "start", "m"])
@@ -304,8 +291,8 @@ def terms_kernel(
     HEADS: tl.constexpr, DIVERGENCE: tl.constexpr, WANT: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The second pass over the vocabulary that is here."""
-    rows = open_rows(logits, start, m, scale_s, softcap_s, scale_t, softcap_t, R, BLOCK)
-    if tl.max(load_active(tensors, rows).to(tl.int32), axis=0) == 0:
+    rows = open_rows(logits, tensors, start, m, scale_s, softcap_s, scale_t, softcap_t, R, BLOCK)
+    if tl.max(rows.active.to(tl.int32), axis=0) == 0:
         store_zeros(sums_ptr, m, rows, online.TERMS)
         return
     loss = online.load_loss(tensors, parameter, rows.n, rows.inside, rows.zero.dtype)
@@ -319,14 +306,13 @@ def row_gradients_kernel(
     logits, tensors, stride_c, start, m,
     scale_s: "fp64", softcap_s: "fp64", scale_t: "fp64", softcap_t: "fp64", parameter: "fp64",
     constants_ptr,  # (9, m)
-    grads, decorrelation_ptr,  # (m,) or None
+    grads,  # `launch.Gradients`
     HEADS: tl.constexpr, DIVERGENCE: tl.constexpr, GRAD: tl.constexpr, IN_PLACE: tl.constexpr,
     R: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradients from the rows' constants."""
-    rows = open_rows(logits, start, m, scale_s, softcap_s, scale_t, softcap_t, R, BLOCK)
-    active = load_active(tensors, rows)
-    if tl.max(active.to(tl.int32), axis=0) == 0:
+    rows = open_rows(logits, tensors, start, m, scale_s, softcap_s, scale_t, softcap_t, R, BLOCK)
+    if tl.max(rows.active.to(tl.int32), axis=0) == 0:
         zero_gradients(logits, rows, grads, R, BLOCK, GRAD)
         return
     loss = online.load_loss(tensors, parameter, rows.n, rows.inside, rows.zero.dtype)
@@ -334,11 +320,10 @@ def row_gradients_kernel(
     constants = online.RowConstants(*online.load_tensors(constants_ptr + rows.r, m, rows.inside, online.CONSTANTS))
     decorrelation = rows.zero
     if GRAD.decorrelate:
-        decorrelation = tl.load(decorrelation_ptr + rows.r, mask=rows.inside, other=0)
+        decorrelation = tl.load(grads.decorrelation + rows.r, mask=rows.inside, other=0)
     gradients_pass(
-        logits, rows, loss, constants, decorrelation, coefficients, active, grads,
-        HEADS, DIVERGENCE, GRAD, IN_PLACE, BLOCK,
-    )  # fmt: skip
+        logits, rows, loss, constants, decorrelation, coefficients, grads, HEADS, DIVERGENCE, GRAD, IN_PLACE, BLOCK
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -381,36 +366,23 @@ def _launch(
     launch(config or choose("rows", z_s, m, launch))
 
 
-def _gradients(
-    chunk: Chunk, grad_s: Tensor | None, grad_t: Tensor | None, grad_a: Tensor | None, decorrelation: Tensor | None
-) -> tuple[Gradients, dict[str, Any]]:
-    """Return the kernel argument, and the options of a launch that writes gradients."""
-    grads = Gradients.of(grad_s, grad_t, grad_a)
-    in_place = any(grad is not None and grad.dtype == chunk.z_s.dtype for grad in grads[:2])
-    flags = chunk.term.gradient_flags(grad_s is not None, decorrelation is not None)
-    return grads, {"GRAD": flags, "IN_PLACE": in_place, "once": in_place}
+def _options(chunk: Chunk, grads: Gradients) -> dict[str, Any]:
+    """Return the options of a launch that writes gradients."""
+    in_place = any(grad is not None and grad.dtype == chunk.z_s.dtype for grad in (grads.student, grads.teacher))
+    flags = chunk.term.gradient_flags(grads.student is not None, grads.decorrelation is not None)
+    return {"GRAD": flags, "IN_PLACE": in_place, "once": in_place}
 
 
-def solve_rows(
-    chunk: Chunk,
-    *,
-    stats: Tensor,  # (6, N), written where computed
-    grad_s: Tensor | None,  # (m, V)
-    grad_t: Tensor | None = None,  # (m, V): KD part, and the anchor's unless grad_a is given
-    grad_a: Tensor | None = None,  # (m, V)
-    decorrelation: Tensor | None = None,  # (m,); given = grad_t is made orthogonal to grad_s
-    config: RowConfig | None = None,
-) -> None:
-    """Take statistics, losses and gradients in one launch."""
-    grads, options = _gradients(chunk, grad_s, grad_t, grad_a, decorrelation)
-    want = chunk.term.statistics_flags(chunk.teacher, decorrelation is not None)
-    _launch(row_kernel, chunk, stats, stats.stride(0), grads, decorrelation, WANT=want, **options, config=config)
+def solve_rows(chunk: Chunk, grads: Gradients, *, stats: Tensor, config: RowConfig | None = None) -> None:
+    """Take statistics, losses and gradients in one launch; stats (6, N) is written where computed."""
+    want = chunk.term.statistics_flags(chunk.teacher, grads.decorrelation is not None)
+    _launch(row_kernel, chunk, stats, stats.stride(0), grads, WANT=want, **_options(chunk, grads), config=config)
 
 
 def row_states(chunk: Chunk, states: Tensor, *, decorrelate: bool, config: RowConfig | None = None) -> None:
     """Fill states (19, m), or (25, m) where the vocabulary is truncated, with the statistics of what is here."""
     want = chunk.term.statistics_flags(chunk.teacher, decorrelate)
-    _launch(states_kernel, chunk, chunk.term.excluded(), states, WANT=want, config=config)
+    _launch(states_kernel, chunk, matrix(chunk.term.bits), states, WANT=want, config=config)
 
 
 def row_terms(
@@ -421,18 +393,7 @@ def row_terms(
     _launch(terms_kernel, chunk, constants, sums, WANT=want, config=config)
 
 
-def row_gradients(
-    chunk: Chunk,
-    *,
-    constants: Tensor,  # (≥ 9, m)
-    grad_s: Tensor | None,  # as for `solve_rows`
-    grad_t: Tensor | None = None,
-    grad_a: Tensor | None = None,
-    decorrelation: Tensor | None = None,
-    config: RowConfig | None = None,
-) -> None:
-    """Take gradients from the rows' constants."""
-    if grad_s is None and grad_t is None:
-        return
-    grads, options = _gradients(chunk, grad_s, grad_t, grad_a, decorrelation)
-    _launch(row_gradients_kernel, chunk, constants, grads, decorrelation, **options, config=config)
+def row_gradients(chunk: Chunk, grads: Gradients, *, constants: Tensor, config: RowConfig | None = None) -> None:
+    """Take gradients from the rows' constants (≥ 9, m)."""
+    if grads.student is not None or grads.teacher is not None:
+        _launch(row_gradients_kernel, chunk, constants, grads, **_options(chunk, grads), config=config)

@@ -13,7 +13,7 @@ from kdfast.kernels.autotune import choose
 from kdfast.kernels.block_sizes import TileConfig
 from kdfast.kernels.launch import Gradients, Heads, Term
 from kdfast.kernels.logit_gradients import gradients, load_coefficients, store_gradients
-from kdfast.kernels.online_softmax import CONSTANTS, Loss, RowConstants, load_tensors, scales_of
+from kdfast.kernels.online_softmax import CONSTANTS, RowConstants, load_loss, load_tensors, scales_of
 from kdfast.kernels.tiles import both_logits, parts, tile
 
 GROUP = 8  # row blocks that walk a stretch of the vocabulary together, so that tiles of W are read from L2
@@ -39,16 +39,11 @@ def gradients_kernel(
     n = (group * GROUP + within % rows_here) * BLOCK_N + tl.arange(0, BLOCK_N)
     start = (within // rows_here) * BLOCK_V  # in the slab
     inside = n < N
-    labels, targets = n, n
-    if tensors.labels is not None:
-        labels = tl.load(tensors.labels + n, mask=inside, other=0).to(tl.int32)
-    if tensors.targets is not None:
-        targets = tl.load(tensors.targets + n, mask=inside, other=0).to(tl.int32)
+    loss = load_loss(tensors, parameter, n, inside, dtype)
     products_s, products_t = tile(
         operands, n, first + start + tl.arange(0, BLOCK_V), N, V, kd_V, Hs, Ht, HEADS, dtype, BLOCK_N, BLOCK_V, BLOCK_H
     )
 
-    loss = Loss(labels, targets, 1 / tl.load(tensors.temperature), tl.full([1, 1], parameter, dtype))
     coefficients = load_coefficients(tensors.coefficients + n, stride_c, inside, tl.load(tensors.scale))
     constants = RowConstants(*load_tensors(constants_ptr + n, N, inside, CONSTANTS))
     decorrelation = tl.load(constants_ptr + CONSTANTS * N.to(tl.int64) + n, mask=inside, other=0)
@@ -75,36 +70,27 @@ def gradients_kernel(
 
 
 def slab_gradients(
-    heads: Heads,
-    term: Term,
-    *,
-    constants: Tensor,  # (10, N) from `statistics`
-    first: int,  # the slab's first id
-    grad_s: Tensor | None,  # (N, width), all of one stride; rows have room for whole tiles
-    grad_t: Tensor | None,  # KD part, and the anchor's unless grad_a is given
-    grad_a: Tensor | None,
-    decorrelate: bool,
+    heads: Heads, term: Term, grads: Gradients, *, constants: Tensor, first: int, decorrelate: bool,
     config: TileConfig | None = None,
-) -> None:
-    """Write the gradients towards h·Wᵀ + b of ids first … first + width, over `term.scale`."""
-    some = grad_s if grad_s is not None else grad_t
+) -> None:  # fmt: skip
+    """Write the gradients towards h·Wᵀ + b of ids first … first + width, over `term.scale`.
+
+    grads (N, width), all of one stride, with room for whole tiles in a row; constants (10, N) from `statistics`."""
+    some = grads.teacher if grads.student is None else grads.student
     assert some is not None
     N, width = some.shape
     if N == 0:
         return
-    tensors = term.tensors()
-    if not term.ce_gradient:
-        tensors = tensors._replace(labels=None)
-    if not term.anchor_gradient:
-        tensors = tensors._replace(targets=None)
+    labels, targets = term.labels if term.ce_gradient else None, term.targets if term.anchor_gradient else None
+    tensors = term.tensors()._replace(labels=labels, targets=targets)
+    flags = term.gradient_flags(grads.student is not None, decorrelate)
 
     def launch(config: TileConfig) -> None:
         gradients_kernel[(triton.cdiv(N, config.block_n) * triton.cdiv(width, config.block_v),)](
-            heads.operands(), heads.given(), tensors, term.coefficients.stride(0), constants,
-            Gradients.of(grad_s, grad_t, grad_a),
+            heads.operands(), heads.given(), tensors, term.coefficients.stride(0), constants, grads,
             N, heads.vocab, heads.kd_vocab, *heads.widths(), first, width, *heads.scalars(), term.parameter,
-            HEADS=heads.flags(config), DIVERGENCE=term.entry, GRAD=term.gradient_flags(grad_s is not None, decorrelate),
-            GROUP=GROUP, PARTS=config.parts, **config.blocks(), num_warps=config.warps, num_stages=config.stages,
+            HEADS=heads.flags(config), DIVERGENCE=term.entry, GRAD=flags, GROUP=GROUP,
+             PARTS=config.parts, **config.blocks(), num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
 
     launch(config or choose("gradients", heads.weight, N, launch, widths=heads.widths()))

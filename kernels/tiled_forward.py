@@ -23,7 +23,7 @@ from torch import Tensor
 from kdfast.kernels import online_softmax as online
 from kdfast.kernels.autotune import choose
 from kdfast.kernels.block_sizes import TileConfig, splits_of
-from kdfast.kernels.launch import Heads, Term
+from kdfast.kernels.launch import Heads, Term, matrix
 from kdfast.kernels.math import added
 from kdfast.kernels.tiles import both_logits, parts, tile
 
@@ -84,11 +84,10 @@ def statistics_kernel(
     out = out_ptr + n + split * stride * (online.TERMS if SECOND else online.STATE)
     if SECOND:
         online.store_tensors(out, stride, total, inside)
+    elif WANT.teacher or bits_ptr is not None:
+        online.store_tensors(out, stride, student + teacher + pair, inside)
     else:
         online.store_tensors(out, stride, student, inside)
-        if WANT.teacher or bits_ptr is not None:
-            online.store_tensors(out + online.SIDE * stride, stride, teacher, inside)
-            online.store_tensors(out + 2 * online.SIDE * stride, stride, pair, inside)
 
 
 @triton.jit
@@ -155,18 +154,12 @@ def combine_kernel(
                 S_t, S_to = teacher.S, other.S
                 teacher, move_t, move_to = _merge_sides(teacher, other, inv_tau)
                 other = online.Pair(*online.load_tensors(p + 2 * online.SIDE * stride, stride, inside, online.PAIR))
-                if DIVERGENCE.base == "t":
-                    a = online.rescale_pair(pair, S_t, move_t, move_s, DIVERGENCE, WANT.decorrelate)
-                    b = online.rescale_pair(other, S_to, move_to, move_so, DIVERGENCE, WANT.decorrelate)
-                    pair = online.Pair(*added(a, b))
-                elif DIVERGENCE.base == "s":
-                    a = online.rescale_pair(pair, S_s, move_s, move_t, DIVERGENCE, WANT.decorrelate)
-                    b = online.rescale_pair(other, S_so, move_so, move_to, DIVERGENCE, WANT.decorrelate)
+                if DIVERGENCE.base != "":
+                    a = online.rescale_pair(pair, S_s, S_t, move_s, move_t, DIVERGENCE, WANT.decorrelate)
+                    b = online.rescale_pair(other, S_so, S_to, move_so, move_to, DIVERGENCE, WANT.decorrelate)
                     pair = online.Pair(*added(a, b))
         if merged_ptr is not None:
-            online.store_tensors(merged_ptr + n, N, student, inside)
-            online.store_tensors(merged_ptr + online.SIDE * stride + n, N, teacher, inside)
-            online.store_tensors(merged_ptr + 2 * online.SIDE * stride + n, N, pair, inside)
+            online.store_tensors(merged_ptr + n, stride, student + teacher + pair, inside)
             return
         value, constants, dots = online.finalize(student, teacher, pair, DIVERGENCE, WANT.teacher, WANT.decorrelate)
         if beyond_ptr is not None:
@@ -219,15 +212,10 @@ def config_of(heads: Heads, term: Term, launch: Callable[[TileConfig], Any]) -> 
 
 
 def partial_states(
-    heads: Heads,
-    term: Term,
-    *,
-    decorrelate: bool,
-    config: TileConfig,
-    constants: Tensor | None = None,  # (10, N): given = this is the second pass
+    heads: Heads, term: Term, *, decorrelate: bool, config: TileConfig, constants: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return (splits, state, N) partial states of the shared vocabulary, in the second pass its terms; and of the
-    student's side of what lies beyond, None where nothing does."""
+    """Return (splits, state, N) partial states of the shared vocabulary, and of the student's side of what lies beyond,
+    None where nothing does. constants (10, N): given = this is the second pass, which returns its terms alone."""
     shared = _partial_states(heads, term, constants, config, decorrelate, 0, heads.kd_vocab)
     if not heads.truncated or constants is not None:
         return shared, None
@@ -248,7 +236,7 @@ def _partial_states(
     partial = term.coefficients.new_empty(splits, online.TERMS.value if second else online.STATE.value, N)
     tensors = term.tensors()._replace(labels=None, targets=None) if second else term.tensors()
     statistics_kernel[(row_blocks, splits)](
-        heads.operands(), heads.given(), term.excluded(), tensors, constants, partial,
+        heads.operands(), heads.given(), matrix(term.bits), tensors, constants, partial,
         N, end, *heads.widths(), per_split, begin, *heads.scalars(), term.parameter,
         HEADS=heads.flags(config), DIVERGENCE=term.entry, WANT=term.statistics_flags(heads.teacher, decorrelate),
         SECOND=second, PARTS=config.parts, **config.blocks(), num_warps=config.warps, num_stages=config.stages,
@@ -257,18 +245,14 @@ def _partial_states(
 
 
 def combine(
-    term: Term,
-    parts: Tensor,  # (splits, state, N), rows one after the other
-    beyond: Tensor | None,  # (splits, ≥ side, N)
-    *,
-    stats: Tensor,  # (6, N)
-    constants: Tensor,  # (10, N)
-    decorrelate: bool,
-    teacher: bool,  # there are two sides of logits
-    second: bool = False,
-    merged: Tensor | None = None,  # (state, N); given = the merged state goes there, and no further
-) -> None:
-    """Merge partial states in order, of this process's splits or of all processes'; fill stats and constants."""
+    term: Term, parts: Tensor, beyond: Tensor | None, *, stats: Tensor, constants: Tensor, decorrelate: bool,
+    teacher: bool, second: bool = False, merged: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Merge partial states in order, of this process's splits or of all processes'; fill stats (6, N) and constants
+    (10, N).
+
+    parts (splits, state, N), beyond (splits, ≥ side, N), rows one after the other; teacher: there are two sides of
+    logits; merged (state, N): given = the merged state goes there, and no further."""
     N = constants.shape[1]
     assert parts.stride()[1:] == (N, 1)
     assert beyond is None or beyond.stride()[1:] == (N, 1)

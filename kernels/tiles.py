@@ -29,8 +29,6 @@ def tile(
     """Return the products h·Wᵀ of student and teacher, [BLOCK_N, BLOCK_V] each; 0 for a teacher that is not there.
 
     operands `launch.Operands`; n (BLOCK_N,), v (BLOCK_V,) int32; V, V_t tokens that may be read of W and Wt."""
-    EVEN_S: tl.constexpr = HEADS.even_s
-    EVEN_T: tl.constexpr = HEADS.even_t
     PRECISION: tl.constexpr = HEADS.precision
     hidden, weight = operands.hidden, operands.weight
     teacher_hidden, teacher_weight = operands.teacher_hidden, operands.teacher_weight
@@ -43,32 +41,24 @@ def tile(
     acc_t = tl.zeros([BLOCK_N, BLOCK_V], dtype)
     if teacher_hidden.pointer is not None:
         xt = teacher_hidden.pointer + n_safe[:, None] * teacher_hidden.row + h[None, :] * teacher_hidden.column
-    if teacher_hidden.pointer is not None and teacher_weight.pointer is None:
-        for start in range(0, Hs, BLOCK_H):
-            left = Hs - start
-            b = _operand(w, h[:, None], left, EVEN_S, dtype)
-            a = _operand(xs, h[None, :], left, EVEN_S, dtype)
-            acc_s = tl.dot(a, b, acc_s, input_precision=PRECISION, out_dtype=dtype)
-            a = _operand(xt, h[None, :], left, EVEN_S, dtype)
+    for start in range(0, Hs, BLOCK_H):
+        left = Hs - start
+        b = _operand(w, h[:, None], left, HEADS.even_s, dtype)
+        a = _operand(xs, h[None, :], left, HEADS.even_s, dtype)
+        acc_s = tl.dot(a, b, acc_s, input_precision=PRECISION, out_dtype=dtype)
+        xs += BLOCK_H * hidden.column
+        w += BLOCK_H * weight.column
+        if teacher_hidden.pointer is not None and teacher_weight.pointer is None:
+            a = _operand(xt, h[None, :], left, HEADS.even_s, dtype)
             acc_t = tl.dot(a, b, acc_t, input_precision=PRECISION, out_dtype=dtype)
-            xs += BLOCK_H * hidden.column
             xt += BLOCK_H * teacher_hidden.column
-            w += BLOCK_H * weight.column
-    else:
-        for start in range(0, Hs, BLOCK_H):
-            left = Hs - start
-            a = _operand(xs, h[None, :], left, EVEN_S, dtype)
-            b = _operand(w, h[:, None], left, EVEN_S, dtype)
-            acc_s = tl.dot(a, b, acc_s, input_precision=PRECISION, out_dtype=dtype)
-            xs += BLOCK_H * hidden.column
-            w += BLOCK_H * weight.column
     if teacher_weight.pointer is not None:
         wt_safe = tl.minimum(v, V_t - 1).to(tl.int64)
         wt = teacher_weight.pointer + wt_safe[None, :] * teacher_weight.row + h[:, None] * teacher_weight.column
         for start in range(0, Ht, BLOCK_H):
             left = Ht - start
-            a = _operand(xt, h[None, :], left, EVEN_T, dtype)
-            b = _operand(wt, h[:, None], left, EVEN_T, dtype)
+            a = _operand(xt, h[None, :], left, HEADS.even_t, dtype)
+            b = _operand(wt, h[:, None], left, HEADS.even_t, dtype)
             acc_t = tl.dot(a, b, acc_t, input_precision=PRECISION, out_dtype=dtype)
             xt += BLOCK_H * teacher_hidden.column
             wt += BLOCK_H * teacher_weight.column

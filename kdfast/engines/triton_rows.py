@@ -12,7 +12,7 @@ from torch import Tensor
 from kdfast.engines import triton_sparse
 from kdfast.engines.chunk_loop import GradientBuffers
 from kdfast.kernels import topk_teacher
-from kdfast.kernels.launch import Heads, Term
+from kdfast.kernels.launch import Gradients, Heads, Term
 from kdfast.kernels.logit_gradients import add_column_sums
 from kdfast.kernels.online_softmax import CONSTANTS, SIDE, STATE
 from kdfast.kernels.row_kernel import Chunk, row_gradients, row_states, solve_rows
@@ -35,14 +35,7 @@ class TritonRows:
         if self.x.sparse:
             self._sparse(rows, chunk, out.student)
         else:
-            solve_rows(
-                chunk,
-                stats=self.stats,
-                grad_s=out.student,
-                grad_t=out.teacher,
-                grad_a=out.anchor,
-                decorrelation=out.decorrelation,
-            )
+            solve_rows(chunk, Gradients.of(*out[:4]), stats=self.stats)
         bias_gradients(out, self.wanted)
 
     def _sparse(self, rows: slice, chunk: Chunk, grad: Tensor | None) -> None:
@@ -57,7 +50,7 @@ class TritonRows:
         triton_sparse.record(x, rows, found, self.stats)
         if grad is None:
             return
-        row_gradients(chunk, constants=triton_sparse.outside(x, found, constants), grad_s=grad)
+        row_gradients(chunk, Gradients.of(grad), constants=triton_sparse.outside(x, found, constants))
         inside = triton_sparse.inside(x, rows, at, found, constants, self.scale, grad.dtype)
         topk_teacher.write(grad, at.indices, inside)
 

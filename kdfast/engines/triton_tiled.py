@@ -29,7 +29,7 @@ from kdfast.engines.triton_rows import heads_of, term_of
 from kdfast.engines.triton_vocab_parallel import number_from
 from kdfast.kernels import topk_teacher
 from kdfast.kernels.block_sizes import row_of
-from kdfast.kernels.launch import Heads, Term
+from kdfast.kernels.launch import Gradients, Heads, Term
 from kdfast.kernels.logit_gradients import add_column_sums
 from kdfast.kernels.online_softmax import CONSTANTS, STATE, TERMS
 from kdfast.kernels.tiled_backward import slab_gradients
@@ -142,16 +142,12 @@ def _gradients(
     for first in range(0, V, width):
         ids = slice(first, min(first + width, V))
         slab = planes[..., : ids.stop - first]
-        slab_gradients(
-            heads,
-            term,
-            constants=rows,
-            first=first,
-            grad_s=slab[0] if want.student else None,
-            grad_t=slab[int(want.student)] if teacher else None,
-            grad_a=slab[-1] if want.anchor_apart else None,
-            decorrelate=decorrelation is not None,
+        grads = Gradients.of(
+            slab[0] if want.student else None,
+            slab[int(want.student)] if teacher else None,
+            slab[-1] if want.anchor_apart else None,
         )
+        slab_gradients(heads, term, grads, constants=rows, first=first, decorrelate=decorrelation is not None)
         if entries is not None and x.teacher_indices is not None:
             topk_teacher.write(slab[0], x.teacher_indices, entries, x.vocab_start + first)
         g = planes[:sides].flatten(0, 1)[:, : ids.stop - first]

@@ -22,7 +22,7 @@ from kdfast.engines.triton_rows import (
     term_of_rows,
 )
 from kdfast.kernels import topk_teacher
-from kdfast.kernels.launch import Term
+from kdfast.kernels.launch import Gradients, Term
 from kdfast.kernels.online_softmax import LOWEST, SIDE, STATE, TERMS, Side
 from kdfast.kernels.row_kernel import Chunk, row_gradients, row_states, row_terms
 from kdfast.kernels.tiled_forward import combine
@@ -93,14 +93,7 @@ class TritonVocabParallelRows:
             out.decorrelation.copy_(constants.rows[-1])
         if not self.x.valid_vocab:
             return
-        row_gradients(
-            self._chunk(rows, z_s, z_t, self.term),
-            constants=constants.rows,
-            grad_s=out.student,
-            grad_t=out.teacher,
-            grad_a=out.anchor,
-            decorrelation=out.decorrelation,
-        )
+        row_gradients(self._chunk(rows, z_s, z_t, self.term), Gradients.of(*out[:4]), constants=constants.rows)
         if constants.inside is not None and out.student is not None and self.x.teacher_indices is not None:
             topk_teacher.write(out.student, self.x.teacher_indices[rows], constants.inside, self.x.vocab_start)
         bias_gradients(out, self.wanted)

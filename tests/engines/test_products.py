@@ -61,10 +61,9 @@ def recorded():
             note(heads, 0, heads.vocab)
         return statistics(heads, term, **how)
 
-    def counted_gradients(heads, term, *, first, **how):
-        planes = (how[name] for name in ("grad_s", "grad_t", "grad_a"))
-        note(heads, first, first + next(plane.shape[1] for plane in planes if plane is not None))
-        return slab_gradients(heads, term, first=first, **how)
+    def counted_gradients(heads, term, grads, *, first, **how):
+        note(heads, first, first + next(plane.shape[1] for plane in grads if plane is not None))
+        return slab_gradients(heads, term, grads, first=first, **how)
 
     with pytest.MonkeyPatch.context() as patch, recorder.products() as calls:
         patch.setattr(triton_tiled, "statistics", counted_statistics)

@@ -15,7 +15,7 @@ from near_convergence import near_convergence, solve
 from kdfast import JSD, Head, Projected, fused_kd_loss
 from kdfast.kernels import block_sizes
 from kdfast.kernels.block_sizes import Row, RowConfig, TileConfig
-from kdfast.kernels.launch import Heads, Term
+from kdfast.kernels.launch import Gradients, Heads, Term
 from kdfast.kernels.logit_gradients import add_column_sums
 from kdfast.kernels.row_kernel import Chunk, solve_rows
 from kdfast.kernels.tiled_backward import slab_gradients
@@ -202,7 +202,7 @@ def test_row_kernel_beyond_two_billion_elements():
         t = term(n)
         heads = Heads(z_s, z_s, None, 1.0, None, None, None, None, 1.0, None, None, None, v, v, False)
         chunk = Chunk(heads, t, z_s, z_t, width=v, start=0)
-        solve_rows(chunk, stats=stats, grad_s=grad_s, grad_t=grad_t, config=RowConfig(2, 32, 4))
+        solve_rows(chunk, Gradients.of(grad_s, grad_t), stats=stats, config=RowConfig(2, 32, 4))
         sums = torch.zeros(v)
         add_column_sums(grad_s, None, sums)
         results.append((stats, grad_s.clone(), grad_t.clone(), sums))
@@ -227,9 +227,8 @@ def test_tiled_kernels_beyond_two_billion_elements():
         planes = [far_apart(n, room, FAR) if which is far else torch.empty(n, room).half() for _ in range(2)]
         planes = [plane[:, :v] for plane in planes]
         slab_gradients(
-            heads, t, constants=constants, first=0, grad_s=planes[0], grad_t=planes[1], grad_a=None, decorrelate=False,
-            config=config,
-        )  # fmt: skip
+            heads, t, Gradients.of(*planes), constants=constants, first=0, decorrelate=False, config=config
+        )
         results.append((stats, *(plane.clone() for plane in planes)))
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)

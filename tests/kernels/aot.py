@@ -41,7 +41,7 @@ from triton.runtime.jit import JITFunction
 
 from kdfast.kernels import topk_teacher
 from kdfast.kernels.block_sizes import TABLE
-from kdfast.kernels.launch import Heads, Term
+from kdfast.kernels.launch import Gradients, Heads, Term
 from kdfast.kernels.logit_gradients import add_column_sums
 from kdfast.kernels.projector import project
 from kdfast.kernels.row_kernel import Chunk, row_gradients, row_states, row_terms, solve_rows
@@ -130,8 +130,8 @@ def row_cases(arch: str, V: int) -> Iterator[Case]:
     solve = partial(solve_rows, stats=meta(6, TOKENS), **how)
     extra = meta(V, dtype=torch.bfloat16)
     full = partial(heads_of, V, TOKENS, torch.bfloat16, extra=extra, softcap=30.0)
-    both = {"grad_s": grad_s, "grad_t": grad_t, "decorrelation": meta(CHUNK)}
-    everything = {**both, "grad_a": grad_a}
+    both = Gradients.of(grad_s, grad_t, decorrelation=meta(CHUNK))
+    everything = Gradients.of(grad_s, grad_t, grad_a, meta(CHUNK))
 
     def chunk(heads: Heads, term: Term, z_t: torch.Tensor | None = z_t) -> Chunk:
         return Chunk(heads, term, z_s, z_t, width=PADDED, start=0)
@@ -139,18 +139,19 @@ def row_cases(arch: str, V: int) -> Iterator[Case]:
     lean = heads_of(V, TOKENS, torch.bfloat16)
     for divergence in ("forward_kl", "jsd"):
         most = chunk(full(), term_of(TOKENS, divergence, labels=True, heavy=True))
-        yield Case("row_kernel", f"{divergence}, everything, V={V}", partial(solve, most, **everything))
+        yield Case("row_kernel", f"{divergence}, everything, V={V}", partial(solve, most, everything))
         few = "8–16 bytes: ptxas keeps to 128 registers, for two programs a multiprocessor"
         few = few if divergence == "jsd" and arch != "gfx942" else None
         usual = chunk(lean, term_of(TOKENS, divergence, labels=True, heavy=False))
-        yield Case("row_kernel", f"{divergence}, CE, V={V}", partial(solve, usual, **both), allow_stack=few)
+        yield Case("row_kernel", f"{divergence}, CE, V={V}", partial(solve, usual, both), allow_stack=few)
     term = term_of(TOKENS, "forward_kl", labels=True, heavy=False)
     alone = chunk(heads_of(V, TOKENS, torch.bfloat16, teacher=False), term, None)
-    yield Case("row_kernel", f"cross entropy alone, V={V}", partial(solve, alone, grad_s=None))
+    yield Case("row_kernel", f"cross entropy alone, V={V}", partial(solve, alone, Gradients.of(None)))
     if V == PADDED:
         return
     given = full(given=meta(TOKENS, V, dtype=torch.bfloat16), shared=V - 257)
-    launch = partial(solve, chunk(given, term_of(TOKENS, "skew_kl", labels=True, heavy=False), None), grad_s=grad_s)
+    x = chunk(given, term_of(TOKENS, "skew_kl", labels=True, heavy=False), None)
+    launch = partial(solve, x, Gradients.of(grad_s))
     few = "16–48 bytes: ptxas keeps to 128 registers, for two programs a multiprocessor"
     few = few if arch in ("sm_100", "sm_120") else None
     yield Case("row_kernel", "skew_kl, given logits, truncated", launch, allow_stack=few)
@@ -160,7 +161,7 @@ def row_cases(arch: str, V: int) -> Iterator[Case]:
     for divergence in ("forward_kl", "jsd"):
         x = chunk(full(), term_of(TOKENS, divergence, labels=True, heavy=True))
         yield Case("states_kernel", divergence, partial(row_states, x, states, **decorrelate))
-        launch = partial(row_gradients, x, constants=constants, **everything, **how)
+        launch = partial(row_gradients, x, everything, constants=constants, **how)
         yield Case("row_gradients_kernel", divergence, launch)
     few = "8 bytes: ptxas keeps to 128 registers, for two programs a multiprocessor" if arch == "sm_90" else None
     launch = partial(row_terms, x, states, constants=constants, **decorrelate)
@@ -169,7 +170,8 @@ def row_cases(arch: str, V: int) -> Iterator[Case]:
     bits = meta(TOKENS, -(-V // 32), dtype=torch.int32)
     x = chunk(full(teacher=False), term_of(TOKENS, "sparse", labels=True, heavy=False, bits=bits), None)
     yield Case("states_kernel", "sparse", partial(row_states, x, states, decorrelate=False, **how))
-    yield Case("row_gradients_kernel", "sparse", partial(row_gradients, x, constants=constants, grad_s=grad_s, **how))
+    launch = partial(row_gradients, x, Gradients.of(grad_s), constants=constants, **how)
+    yield Case("row_gradients_kernel", "sparse", launch)
 
 
 def support_cases(V: int) -> Iterator[Case]:
@@ -205,14 +207,11 @@ def tile_cases(
         heads = heads_of(V, N, dtype, own=Ht if heavy and divergence == "jsd" else None, tf32=tf32, **extras)
         term = term_of(N, divergence, labels=heavy or plain, heavy=heavy)
         decorrelate = heavy or plain
-        grad_a = planes[2] if heavy else None
+        grads = Gradients.of(*planes[: 3 if heavy else 2])
         return (
             partial(statistics, heads, term, stats=stats, constants=constants, decorrelate=decorrelate),
-            partial(
-                slab_gradients, heads, term, constants=constants, first=0, grad_s=planes[0], grad_t=planes[1],
-                grad_a=grad_a, decorrelate=decorrelate,
-            ),
-        )  # fmt: skip
+            partial(slab_gradients, heads, term, grads, constants=constants, first=0, decorrelate=decorrelate),
+        )
 
     if V != PADDED and not tf32:
         bits = meta(N, -(-V // 32), dtype=torch.int32)
@@ -228,9 +227,7 @@ def tile_cases(
         for name, (heads, term) in others.items():
             rest = {"constants": constants, "decorrelate": False}
             of_statistics = partial(statistics, heads, term, stats=stats, **rest)
-            of_gradients = partial(
-                slab_gradients, heads, term, first=0, grad_s=planes[0], grad_t=None, grad_a=None, **rest
-            )
+            of_gradients = partial(slab_gradients, heads, term, Gradients.of(planes[0]), first=0, **rest)
             yield Case("statistics_kernel", f"{name}, {label}", of_statistics, tensor_core)
             yield Case("combine_kernel", f"{name}, {label}", of_statistics)
             yield Case("gradients_kernel", f"{name}, {label}", of_gradients, tensor_core)
