@@ -89,8 +89,8 @@ def slab_gradients(
         gradients_kernel[(triton.cdiv(N, config.block_n) * triton.cdiv(width, config.block_v),)](
             heads.operands(), heads.given(), tensors, term.coefficients.stride(0), constants, grads,
             N, heads.vocab, heads.kd_vocab, *heads.widths(), first, width, *heads.scalars(), term.parameter,
-            HEADS=heads.flags(config), DIVERGENCE=term.entry, GRAD=flags, GROUP=GROUP,
-             PARTS=config.parts, **config.blocks(), num_warps=config.warps, num_stages=config.stages,
+            HEADS=heads.flags(config), DIVERGENCE=term.entry, GRAD=flags,
+            GROUP=GROUP, PARTS=config.parts, **config.blocks(), num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
 
     launch(config or choose("gradients", heads.weight, N, launch, widths=heads.widths()))

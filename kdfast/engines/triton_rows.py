@@ -35,7 +35,8 @@ class TritonRows:
         if self.x.sparse:
             self._sparse(rows, chunk, out.student)
         else:
-            solve_rows(chunk, Gradients.of(*out[:4]), stats=self.stats)
+            grads = Gradients.of(out.student, out.teacher, out.anchor, out.decorrelation)
+            solve_rows(chunk, grads, stats=self.stats)
         bias_gradients(out, self.wanted)
 
     def _sparse(self, rows: slice, chunk: Chunk, grad: Tensor | None) -> None:

@@ -93,7 +93,8 @@ class TritonVocabParallelRows:
             out.decorrelation.copy_(constants.rows[-1])
         if not self.x.valid_vocab:
             return
-        row_gradients(self._chunk(rows, z_s, z_t, self.term), Gradients.of(*out[:4]), constants=constants.rows)
+        grads = Gradients.of(out.student, out.teacher, out.anchor, out.decorrelation)
+        row_gradients(self._chunk(rows, z_s, z_t, self.term), grads, constants=constants.rows)
         if constants.inside is not None and out.student is not None and self.x.teacher_indices is not None:
             topk_teacher.write(out.student, self.x.teacher_indices[rows], constants.inside, self.x.vocab_start)
         bias_gradients(out, self.wanted)
