@@ -71,6 +71,12 @@ def _halves(x):
 
 
 @triton.jit
+def _quarters(x):
+    a, b = _halves(x)
+    return _halves(a) + _halves(b)
+
+
+@triton.jit
 def parts(x, PARTS: tl.constexpr):
     """Return the columns of x in PARTS equal stretches, in order: what follows a product needs a dozen registers for
     every column it has in hand, and a whole tile's worth of them would spill. Takes no data from its thread."""
@@ -79,16 +85,11 @@ def parts(x, PARTS: tl.constexpr):
     elif PARTS == 2:
         return _halves(x)
     elif PARTS == 4:
-        a, b = _halves(x)
-        a0, a1 = _halves(a)
-        b0, b1 = _halves(b)
-        return (a0, a1, b0, b1)
+        return _quarters(x)
     else:
         tl.static_assert(PARTS == 8)
         a, b = _halves(x)
-        a0, a1, a2, a3 = parts(a, 4)
-        b0, b1, b2, b3 = parts(b, 4)
-        return (a0, a1, a2, a3, b0, b1, b2, b3)
+        return _quarters(a) + _quarters(b)
 
 
 @triton.jit
