@@ -12,7 +12,7 @@ is sharded as the student is.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -179,12 +179,3 @@ def _sharded_state(module: nn.Module) -> dict[str, Tensor]:
     """Return the tensors themselves, so that tied ones are the same object."""
     reshard(module)
     return module.state_dict(keep_vars=True)
-
-
-def finite_everywhere(named: Iterable[tuple[str, Tensor]], accelerator: Accelerator) -> list[tuple[str, Tensor]]:
-    """Return for every parameter a 0-d tensor: 1, or NaN where a shard of it, on any process, is not finite."""
-    names, shards = zip(*((name, p.to_local() if isinstance(p, DTensor) else p) for name, p in named), strict=True)
-    bad = torch.stack([(~torch.isfinite(shard.detach())).any() for shard in shards]).float()
-    bad = bad.to(accelerator.device)  # NCCL takes nothing on a CPU, where a model is before it is sharded
-    marks = torch.where(accelerator.reduce(bad, reduction="sum") > 0, torch.nan, 1.0)
-    return list(zip(names, marks.unbind(), strict=True))

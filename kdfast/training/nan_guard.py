@@ -8,10 +8,11 @@ out it has to be known in time: that costs the synchronisation, and a pass over 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 FIELDS = ("step", "loss", "ce", "kd", "kd_weight", "temperature", "gradient norm")
 ADVICE = (
@@ -33,13 +34,13 @@ class NonFiniteLossError(RuntimeError):
 
 
 class NonFiniteGuard:
-    """Watches one run.
+    """Watch one run.
 
     Args:
         device: where the losses are.
         last_checkpoint: returns the path of the last checkpoint saved, or None; called only for the message.
-        most_skips: None = the first bad step stops the run. Otherwise the caller calls `skip` at the end of every
-            step, and this many bad ones in a row stop it.
+        most_skips: 0 = the first bad step stops the run. Otherwise the caller calls `skip` at the end of every step,
+            and this many bad ones in a row stop it.
         report: called with the step and a sentence before the run is stopped.
     """
 
@@ -48,17 +49,16 @@ class NonFiniteGuard:
         device: torch.device,
         last_checkpoint: Callable[[], str | None],
         *,
-        most_skips: int | None = None,
-        report: Callable[[int, str], None] | None = None,
+        most_skips: int = 0,
+        report: Callable[[int, str], None] = lambda step, what: None,
     ) -> None:
         self._last_checkpoint = last_checkpoint
         self._report = report
-        self._most_skips = most_skips
-        self.skips = most_skips is not None
+        self.most_skips = most_skips
         self._in_a_row = 0
         self._since_read = [0, 0]  # steps left out, steps
-        self._gradients: tuple[Sequence[str], Sequence[Tensor]] = ((), ())
-        self._every_step = device.type == "cpu" and not self.skips
+        self._gradients: dict[str, Tensor] = {}  # the norm of each
+        self._every_step = device.type == "cpu" and not most_skips
         self._current = torch.zeros(len(FIELDS), device=device)
         self._first_bad = torch.zeros_like(self._current)  # step 0: none so far
 
@@ -76,9 +76,9 @@ class NonFiniteGuard:
 
     def watch_gradients(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Note each gradient's norm, before clipping, which makes every gradient NaN if one is."""
-        named = [(name, p.grad) for name, p in parameters if p.grad is not None]
-        norms = torch._foreach_norm([grad for _, grad in named]) if named else []
-        self._gradients = [name for name, _ in named], norms
+        gradients = {name: p.grad for name, p in parameters if p.grad is not None}
+        norms = torch._foreach_norm([*gradients.values()]) if gradients else []
+        self._gradients = dict(zip(gradients, norms, strict=True))
 
     def skip(self, step: int, reduce: Callable[[Tensor], Tensor]) -> str | None:
         """Return at the end of step `step` why it has to be left out, or None. Synchronises.
@@ -94,9 +94,8 @@ class NonFiniteGuard:
         self._in_a_row += 1
         what = self._describe()[1] if self._first_bad[0] != 0 else "the loss of another process is not finite"
         self._first_bad = torch.zeros_like(self._first_bad)
-        assert self._most_skips is not None
-        if self._in_a_row >= self._most_skips:
-            self._stop(step, f"{what}; it is step {self._in_a_row} in a row that had to be left out", ADVICE)
+        if self._in_a_row >= self.most_skips:
+            self._stop(step, f"{what}; it is step {self._in_a_row} in a row that had to be left out")
         return what
 
     def read_skips(self) -> tuple[int, int]:
@@ -109,7 +108,7 @@ class NonFiniteGuard:
         """Raise NonFiniteLossError if a step so far was bad. Synchronises."""
         step, what = self._describe()
         if step:
-            self._stop(step, what, ADVICE)
+            self._stop(step, what)
 
     def _describe(self) -> tuple[int, str]:
         """Return the first bad step, 0 if there is none, and what is wrong with it."""
@@ -117,18 +116,21 @@ class NonFiniteGuard:
         step, norm = round(bad.pop("step")), bad.pop("gradient norm")
         what = f"loss is {bad['loss']}"
         if math.isfinite(bad["loss"]):
-            names = (name for name, value in zip(*self._gradients, strict=True) if not torch.isfinite(value).all())
-            first = next(names, None)
+            first = next((name for name, value in self._gradients.items() if not torch.isfinite(value).all()), None)
             what = f"gradient norm is {norm}" + (f", first that of {first}" if first else "")
         values = ", ".join(f"{name} {value:.6g}" for name, value in bad.items())
         return step, f"the {what} ({values})"
 
-    def check_weights(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
-        """Raise as `check` does, or if a parameter is not finite. Called before every save."""
+    def check_weights(self, parameters: Iterable[tuple[str, Tensor]], reduce: Callable[[Tensor], Tensor]) -> None:
+        """Raise as `check` does, or if a parameter, or a shard of it in any process, is not finite.
+
+        Called before every save by all processes; `reduce` as of `skip`.
+        """
         self.check()
-        named = [(name, p.detach()) for name, p in parameters]
-        finite = torch.stack([torch.isfinite(p).all() for _, p in named]).tolist()
-        bad = [name for (name, _), good in zip(named, finite, strict=True) if not good]
+        shards = {name: p.to_local() if isinstance(p, DTensor) else p for name, p in parameters}
+        marks = torch.stack([~torch.isfinite(shard.detach()).all() for shard in shards.values()]).float()
+        found = reduce(marks.to(self._current.device)).tolist()  # there: NCCL takes nothing on a CPU
+        bad = [name for name, mark in zip(shards, found, strict=True) if mark]
         if bad:
             step = round(self._current[0].item())
             self._stop(step, f"{len(bad)} parameter(s) hold NaN or infinity, first {bad[0]}", "Lower learning_rate.")
@@ -139,9 +141,8 @@ class NonFiniteGuard:
         if self._every_step:
             self.check()
 
-    def _stop(self, step: int, what: str, advice: str) -> None:
-        if self._report is not None:
-            self._report(step, f"{what}; the run was stopped")
+    def _stop(self, step: int, what: str, advice: str = ADVICE) -> None:
+        self._report(step, f"{what}; the run was stopped")
         checkpoint = self._last_checkpoint()
         kept = f"The last good checkpoint is {checkpoint}." if checkpoint else "No checkpoint had been saved yet."
         message = f"step {step}: {what}. The run was stopped, and nothing of it was saved. {kept} {advice}"

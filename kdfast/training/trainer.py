@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import PreTrainedModel, TrainerCallback, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import EvalLoopOutput
 
 from kdfast.param_groups import distillation_param_groups
 from kdfast.schedules import Schedule
@@ -165,8 +165,8 @@ class KDTrainer(DurableTrainer):
         self._guard = NonFiniteGuard(
             self.args.device,
             self.last_checkpoint,
-            most_skips=self.args.max_skipped_steps if self.args.non_finite == "skip" else None,
-            report=lambda step, what: self._report_non_finite(step, what, aloud=False),  # the error says it
+            most_skips=self.args.max_skipped_steps if self.args.non_finite == "skip" else 0,
+            report=self._report_non_finite,
         )
         self._before_step: tuple[Any, Any] | None = None  # logged loss and meter, for a step that is left out
         self._weights: dict[str, float] = {}  # kd_weight and temperature of the last batch
@@ -174,22 +174,16 @@ class KDTrainer(DurableTrainer):
 
     # Training
 
-    def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
-    ) -> TrainOutput:
-        """Train as Trainer does, from a checkpoint that is complete; True takes the newest."""
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Solve the starts before a run, and keep the heads together while the model is sharded."""
         self._start_run()
-        resume_from_checkpoint = self.checkpoint_to_load(resume_from_checkpoint)  # before what takes long
-        self.check_start(resume_from_checkpoint)
         self._solve_starts()
         if self.model_wrapped is self.model and self.accelerator.num_processes > 1 and not self.is_fsdp_enabled:
             # accelerate took an evaluation before the run for the model's preparation, and would leave out DDP
             self.model._is_accelerate_prepared = False  # type: ignore[assignment]
         with fsdp.root_owns_the_heads(self.model) if self.is_fsdp_enabled else nullcontext():
-            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            yield
 
     def load_finished(self, folder: str | Path) -> bool:
         """Load the model and state of a run that ended with the checkpoint `folder`; return whether it had.
@@ -275,7 +269,7 @@ class KDTrainer(DurableTrainer):
     ) -> Any:
         """Return the loss of one micro-batch, divided by the targets of the whole step."""
         self._meter.start()
-        if self._guard.skips and self._before_step is None:
+        if self._guard.most_skips and self._before_step is None:
             self._before_step = (self._tr_loss.clone(), self._meter.mark())
         self._weights = self._weights_in_force()
         groups = self.optimizer.param_groups if self.optimizer is not None else []
@@ -315,7 +309,7 @@ class KDTrainer(DurableTrainer):
         """Take one micro-batch forward and backward, as Trainer does."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         in_pieces = self._scaled or self.is_fsdp_enabled
-        if self._guard.skips and self.accelerator.sync_gradients and not in_pieces:
+        if self._guard.most_skips and self.accelerator.sync_gradients and not in_pieces:
             self._guard.watch_gradients(model.named_parameters())  # before clipping, which spreads a NaN
         return loss
 
@@ -324,9 +318,8 @@ class KDTrainer(DurableTrainer):
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if isinstance(norm, Tensor) and not self._scaled:
             self._guard.watch_gradient(norm)
-        if self._guard.skips:
-            bad = self._guard.skip(self.state.global_step + 1, self._reduce)
-            if bad is not None:
+        if self._guard.most_skips:
+            if bad := self._guard.skip(self.state.global_step + 1, self._reduce):
                 self._leave_out(model, bad)
                 norm = None  # not logged
             self._before_step = None
@@ -353,7 +346,7 @@ class KDTrainer(DurableTrainer):
         callbacks = self.callback_handler.callbacks
         return next((callback for callback in callbacks if isinstance(callback, HealthCallback)), None)
 
-    def _report_non_finite(self, step: int, what: str, *, aloud: bool) -> None:
+    def _report_non_finite(self, step: int, what: str, *, aloud: bool = False) -> None:
         if self.health is not None:
             self.health.report_non_finite(step, what, aloud=aloud and self.is_world_process_zero())
 
@@ -379,7 +372,7 @@ class KDTrainer(DurableTrainer):
             self._count_tokens()
             logs["tokens_seen"] = self.state.num_input_tokens_seen
             logs["memory_bytes"] = memory_bytes(self.args.device)
-            if self._guard.skips:
+            if self._guard.most_skips:
                 skipped, steps = self._guard.read_skips()
                 logs["skipped_steps"] = skipped
                 logs["loss"] *= steps / max(steps - skipped, 1)  # Trainer's is the mean over all steps
@@ -397,32 +390,21 @@ class KDTrainer(DurableTrainer):
 
     # Evaluation
 
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Evaluate as Trainer does, but by token-weighted means over the whole set, without logits."""
         self._evaluation = EvaluationMeter(self.args.device)
         with self._meter.paused():
-            output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+            output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs["metric_key_prefix"]  # as `evaluate` passes it
         metrics = dict(output.metrics or {})
-        metrics.pop(f"{metric_key_prefix}_loss", None)  # Trainer's: a mean over samples
-        means = self._evaluation.read(self._reduce)
-        metrics |= {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
+        metrics.pop(f"{prefix}_loss", None)  # Trainer's: a mean over samples
+        metrics |= {f"{prefix}_{name}": value for name, value in self._evaluation.read(self._reduce).items()}
         if self.is_fsdp_enabled:
             fsdp.reshard(self.model)
         return output._replace(metrics=metrics)
 
     def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> tuple[Tensor | None, None, None]:
         """Return the loss of a batch; its metrics go to the evaluation's."""
         inputs = self._without_repeats(self._prepare_inputs(inputs))
@@ -454,10 +436,8 @@ class KDTrainer(DurableTrainer):
     def saving(self) -> Iterator[None]:
         """Save nothing that is not finite, and leave the time out of tokens_per_second."""
         with self._meter.paused():
-            trained: Any = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
-            if self.is_fsdp_enabled:
-                trained = fsdp.finite_everywhere(trained, self.accelerator)
-            self._guard.check_weights(trained)
+            trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+            self._guard.check_weights(trained, self._reduce)
             self._count_tokens()
             yield
 

@@ -287,7 +287,7 @@ def test_a_process_that_is_lost_before_the_model_is_saved(tmp_path, monkeypatch)
     """Under FSDP the look at the weights is a communication too."""
     trainer = fault_runs.make(tmp_path)
 
-    def lose(named):
+    def lose(named, reduce):
         raise RuntimeError("[gloo] Connection closed by peer")
 
     monkeypatch.setattr(errors, "is_lost_peer", lambda error: True)  # as in a run of several

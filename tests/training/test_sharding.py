@@ -6,7 +6,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from kdfast.training import DistillationModel, KDTrainer, fsdp
+from kdfast.training import DistillationModel, KDTrainer, NonFiniteLossError, fsdp
+from kdfast.training.nan_guard import NonFiniteGuard
 
 
 @pytest.fixture(autouse=True)
@@ -70,13 +71,19 @@ def test_other_parallelism_is_refused(tiny, config):
 
 def test_what_is_summed_is_on_the_accelerator():
     """NCCL takes nothing else, and before it is sharded a model may be on the CPU."""
-    summed = []
-    accelerator = SimpleNamespace(
-        device=torch.device("meta"), reduce=lambda tensor, reduction: (summed.append(tensor.device.type), tensor)[1]
+    guard, summed = NonFiniteGuard(torch.device("cpu"), lambda: None), []
+    guard._current = guard._current.to("meta")
+    guard.check_weights(
+        [("a", torch.ones(2)), ("b", torch.ones(3))],
+        lambda marks: (summed.append(marks.device.type), torch.zeros(2))[1],
     )
-    marks = fsdp.finite_everywhere([("a", torch.ones(2)), ("b", torch.ones(3))], accelerator)
-    assert [name for name, _ in marks] == ["a", "b"]
     assert summed == ["meta"]
+
+
+def test_a_weight_that_is_bad_in_another_process_is_named():
+    guard = NonFiniteGuard(torch.device("cpu"), lambda: None)
+    with pytest.raises(NonFiniteLossError, match=r"1 parameter\(s\) hold NaN or infinity, first b"):
+        guard.check_weights([("a", torch.ones(2)), ("b", torch.ones(3))], lambda marks: torch.tensor([0.0, 1.0]))
 
 
 def test_weights_of_two_dtypes_are_refused_before_anything_takes_long(tiny, config):

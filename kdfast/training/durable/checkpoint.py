@@ -9,7 +9,6 @@ Weights are safetensors throughout, so reading runs no code. How a folder appear
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,10 +16,10 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import logging as transformers_logging
 
 from kdfast.training.durable.atomic_io import INCOMPLETE, REPLACED, delete, discard
+from kdfast.training.durable.resume import checkpoints, step_of
 from kdfast.training.fsdp import load_full_state
 from kdfast.training.model import DistillationModel
 
@@ -66,30 +65,17 @@ def _file(folder: Path, part: str) -> Path:
     return folder / f"{part}.safetensors"
 
 
-def rotate(run: Path, limit: int | None, best: str | None) -> None:
-    """Delete the oldest checkpoints beyond `limit`, but not the newest nor the best.
+def rotate(run: Path, limit: int | None, best: str | None, *, ended: bool = False) -> None:
+    """Delete the oldest checkpoints beyond `limit`, but not the best one, nor the newest of a run that goes on.
 
-    As transformers' rotate_checkpoints, which deletes file by file under the checkpoint's name.
+    As transformers does, which deletes file by file under the checkpoint's name.
     """
     if not limit or limit < 0:
         return
-    visible = [Path(path) for path in sort_checkpoints(str(run), use_mtime=True)]
-    spare = [path for path in visible[:-1] if best is None or path != Path(best)]
+    visible = sorted(checkpoints(run), key=lambda folder: (folder.stat().st_mtime, step_of(folder)))
+    spare = [path for path in (visible if ended else visible[:-1]) if best is None or path != Path(best)]
     for path in spare[: max(len(visible) - limit, 0)]:
         delete(path)
-
-
-def keep_alone(run: Path, best: Path) -> None:
-    """Delete all checkpoints of a run but the best one."""
-    for path in sort_checkpoints(str(run)):
-        if not Path(path).samefile(best):
-            delete(Path(path))
-
-
-def discard_while_written(staged: Path) -> None:
-    """Remove what is half written, as far as it can be while other processes may still write."""
-    for _ in range(3):  # a file that appears meanwhile stops the removal
-        shutil.rmtree(staged, ignore_errors=True)
 
 
 def recover(run: Path) -> None:

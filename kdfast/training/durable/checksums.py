@@ -32,16 +32,15 @@ def write(folder: Path) -> None:
 
 def find_damage(folder: Path) -> str | None:
     """Return what is wrong with a folder, with the file's name; None where it is as it was written."""
-    if (folder / NAME).exists() and not (folder / NAME).is_file():
-        return f"{NAME} is no file"
+    special = (path for path in folder.rglob("*") if path.exists() and not path.is_file() and not path.is_dir())
+    if pipe := next(special, None):  # opening it would wait
+        return f"{pipe.name} is no file"
     try:
         text = (folder / NAME).read_text(encoding="utf-8")
     except FileNotFoundError:
         return f"it has no {NAME}, which is written last: it is not complete"
     except (OSError, UnicodeDecodeError) as error:
         return f"{NAME} cannot be read ({error})"
-    if pipe := next((path for path in folder.rglob("*") if _is_no_file(path)), None):
-        return f"{pipe.name} is no file"
     *lines, end = text.splitlines(keepends=True) or [""]
     listed = [match.groups() for line in lines if (match := _LINE.fullmatch(line.rstrip("\n")))]
     if len(listed) != len(lines) or end != _end(len(lines)):
@@ -52,8 +51,6 @@ def find_damage(folder: Path) -> str | None:
 
 
 def _compare(path: Path, expected: str) -> str | None:
-    if path.is_dir():
-        return f"{path.name} is no file"
     try:
         sum = _sha256(path)
     except FileNotFoundError:
@@ -64,11 +61,6 @@ def _compare(path: Path, expected: str) -> str | None:
         return None
     size = path.stat().st_size
     return f"{path.name} ({size} bytes) is damaged: its SHA-256 is {sum[:12]}…, expected {expected[:12]}… by {NAME}"
-
-
-def _is_no_file(path: Path) -> bool:
-    """Return whether it is a pipe or a device: opening it would wait."""
-    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def _sha256(path: Path) -> str:

@@ -6,6 +6,7 @@ and says what happened where a process died or the disk is full: errors.py has t
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -39,22 +40,27 @@ class DurableTrainer(Trainer):
 
     # Training
 
-    def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
-    ) -> TrainOutput:
+    def training(self) -> AbstractContextManager[None]:
+        """Return a context around every run, in all processes; a subclass prepares there what is to be trained."""
+        return nullcontext()
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train as Trainer does, from a checkpoint that is complete; True takes the newest."""
         found = self._newest = self.checkpoint_to_load(resume_from_checkpoint)
+        self.check_start(found)
         self._recover()
         limit = self.args.save_total_limit
         termination, mended = Termination(self.args.device), _MendedState(self)
         self.add_callback(mended)
         self.add_callback(termination)  # the last, so that what another one wants at its step does not count
         try:
-            with termination, self.naming_lost_processes(), resume.naming_failed_reads(found, READERS):
-                output = super().train(found, trial, ignore_keys_for_eval)
+            with (
+                self.training(),
+                termination,
+                self.naming_lost_processes(),
+                resume.naming_failed_reads(found, READERS),
+            ):
+                output = super().train(found, *args, **kwargs)
         finally:
             self.remove_callback(termination)
             self.remove_callback(mended)
@@ -62,8 +68,7 @@ class DurableTrainer(Trainer):
             self._found = None  # what was read for this run may change by the next
         if limit == 1 and (best := self.state.best_model_checkpoint) is not None and Path(best).is_dir():
             self._newest = best
-            if self.args.should_save:
-                checkpoint.keep_alone(self._run, Path(best))
+            self._rotate(ended=True)
         return output
 
     def check_start(self, checkpoint: str | Path | None) -> None:
@@ -154,9 +159,13 @@ class DurableTrainer(Trainer):
         self._newest = str(final)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
-        if self.args.should_save:
-            checkpoint.rotate(self._run, self.args.save_total_limit, self.state.best_model_checkpoint)
+        self._rotate()
         self.accelerator.wait_for_everyone()
+
+    def _rotate(self, *, ended: bool = False) -> None:
+        if self.args.should_save:
+            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+            checkpoint.rotate(self._run, limit, best, ended=ended)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_fsdp_enabled:
@@ -188,7 +197,8 @@ class DurableTrainer(Trainer):
             # other processes may still write; where this one does not write the student, it clears up what was made
             # anew after the one that does had gone
             if self.args.should_save or not (written / "config.json").exists():
-                checkpoint.discard_while_written(staged)
+                for _ in range(3):  # a file that appears meanwhile stops the removal
+                    shutil.rmtree(staged, ignore_errors=True)
             raise
 
     # What the errors name
