@@ -14,18 +14,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, save_fsdp_optimizer
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import Trainer
-from transformers.trainer import SCHEDULER_NAME
 
 from kdfast.training.model import DistillationModel
 
@@ -139,25 +137,13 @@ def full_state(model: nn.Module) -> dict[str, Tensor]:
     Called by all; whole tensors exist one at a time on a device. Tied weights stay one tensor.
     """
     first = torch.distributed.get_rank() == 0
-    gathered: dict[int, Tensor] = {}
-    state: dict[str, Tensor] = {}
-    for name, value in _sharded_state(model).items():
-        if id(value) not in gathered:
-            whole = value.detach()
-            whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
-            gathered[id(value)] = whole.cpu() if first else whole.new_empty(0)
+    state = _sharded_state(model)
+    distinct = {id(value): value.detach() for value in state.values()}
+    for key, value in distinct.items():
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
         if first:
-            state[name] = gathered[id(value)]
-    return state
-
-
-def save_optimizer_and_scheduler(trainer: Trainer, folder: str) -> None:
-    """Write both as accelerate reads them. Trainer would write the model once more, in FSDP's own format."""
-    plugin = trainer.accelerator.state.fsdp_plugin
-    save_fsdp_optimizer(plugin, trainer.accelerator, trainer.optimizer, trainer.model, folder)
-    if trainer.args.should_save:
-        assert trainer.lr_scheduler is not None
-        torch.save(trainer.lr_scheduler.state_dict(), Path(folder) / SCHEDULER_NAME)
+            distinct[key] = whole.cpu()
+    return {name: distinct[id(value)] for name, value in state.items()} if first else {}
 
 
 def load_full_state(module: nn.Module, state: dict[str, Tensor]) -> None:

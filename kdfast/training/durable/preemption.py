@@ -31,7 +31,8 @@ class Termination(TrainerCallback):
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._asked = self._stopping = self._installed = False
-        self._pending: tuple[Tensor, torch.Event | None] | None = None
+        # how many processes were asked by the last step, on its way to the host
+        self._pending: tuple[Tensor, torch.Event | None] = torch.zeros(()), None
 
     def __enter__(self) -> Termination:
         in_main_thread = threading.current_thread() is threading.main_thread()
@@ -71,21 +72,13 @@ class Termination(TrainerCallback):
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if not distributed or torch.distributed.get_world_size() == 1:
             return self._asked
-        before, self._pending = self._pending, self._sum()
-        if before is None:
-            return False
-        asked, copied = before
-        if copied is not None:
-            copied.synchronize()
-        return asked.item() > 0
-
-    def _sum(self) -> tuple[Tensor, torch.Event | None]:
-        """Return how many processes are asked to stop, on its way to the host."""
         flag = torch.full((), float(self._asked), device=self._device)
         torch.distributed.all_reduce(flag)
-        if self._device.type == "cpu":
-            return flag, None
-        on_host = flag.to("cpu", non_blocking=True)
-        event = torch.Event(self._device)
-        event.record()
-        return on_host, event
+        on_host, copied = flag.to("cpu", non_blocking=True), None
+        if self._device.type != "cpu":
+            copied = torch.Event(self._device)
+            copied.record()
+        (asked, event), self._pending = self._pending, (on_host, copied)
+        if event is not None:
+            event.synchronize()
+        return asked.item() > 0

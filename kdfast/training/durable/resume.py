@@ -9,6 +9,7 @@ nothing of it is lost. All processes come to the same answer.
 from __future__ import annotations
 
 import errno
+import itertools
 import logging
 import re
 import traceback
@@ -59,18 +60,17 @@ def find_problem(folder: Path) -> str | None:
 
 def _find_lacking(folder: Path) -> str | None:
     """Return what is missing: checksums say that files are as they were, not that all are there."""
-    path = folder / TRAINER_STATE_NAME
-    if not path.is_file():
-        return f"it has no {path.name}"
+    name = TRAINER_STATE_NAME
     try:
-        state = TrainerState.load_from_json(str(path))
+        state = TrainerState.load_from_json(str(folder / name))
+    except FileNotFoundError:
+        return f"it has no {name}"
     except Exception as error:  # of many classes: it takes whatever JSON there is
-        return f"{path.name} cannot be read: {first_line(error)}"
+        return f"{name} cannot be read: {first_line(error)}"
     if not all(type(number) is int and number >= 0 for number in (state.global_step, state.max_steps)):
-        return f"{path.name} has no global_step and max_steps"
-    if not isinstance(state.log_history, list) or not all(isinstance(entry, dict) for entry in state.log_history):
-        return f"{path.name} has no log_history"
-    return None
+        return f"{name} has no global_step and max_steps"
+    well_formed = isinstance(state.log_history, list) and all(isinstance(entry, dict) for entry in state.log_history)
+    return None if well_formed else f"{name} has no log_history"
 
 
 def common_problem(folder: Path) -> str | None:
@@ -187,5 +187,6 @@ def _named(folder: Path) -> str:
 
 
 def _free_name(folder: Path) -> Path:
-    names = [folder.with_name(f"damaged-{folder.name}{suffix}") for suffix in ("", *(f".{i}" for i in range(1, 1000)))]
-    return next(path for path in names if not path.exists())
+    aside = folder.with_name(f"damaged-{folder.name}")
+    others = (Path(f"{aside}.{number}") for number in itertools.count(1))
+    return next(path for path in itertools.chain([aside], others) if not path.exists())

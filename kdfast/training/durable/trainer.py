@@ -12,9 +12,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate.utils import save_fsdp_optimizer
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput
 
@@ -46,7 +48,12 @@ class DurableTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train as Trainer does, from a checkpoint that is complete; True takes the newest."""
-        found = self._newest = self.checkpoint_to_load(resume_from_checkpoint)
+        found, given = None, resume_from_checkpoint
+        if given:
+            found = self._found if given == self._found else self.find_checkpoint(given)
+            if found is None:
+                raise ValueError(f"resume_from_checkpoint=True: no checkpoint-N in {str(self.args.output_dir)!r}")
+        self._newest = found
         self.check_start(found)
         self._recover()
         limit = self.args.save_total_limit
@@ -90,14 +97,6 @@ class DurableTrainer(Trainer):
         with self.naming_lost_processes():
             self._found = resume.choose(given, self._run, renames=self.args.should_save)
         return self._found
-
-    def checkpoint_to_load(self, given: str | bool | None) -> str | None:
-        """Return what `find_checkpoint` found just now or finds now; raise ValueError where True finds none."""
-        known = given is not None and given == self._found
-        found = self._found if known else self.find_checkpoint(given) if given else None
-        if given and found is None:
-            raise ValueError(f"resume_from_checkpoint=True: no checkpoint-N in {str(self.args.output_dir)!r}")
-        return found
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         with resume.naming_failed_reads(resume_from_checkpoint):
@@ -168,10 +167,13 @@ class DurableTrainer(Trainer):
             checkpoint.rotate(self._run, limit, best, ended=ended)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_fsdp_enabled:
-            fsdp.save_optimizer_and_scheduler(self, output_dir)
-        else:
-            super()._save_optimizer_and_scheduler(output_dir)
+        if not self.is_fsdp_enabled:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            assert self.lr_scheduler is not None
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _write_model(self, folder: Path) -> None:
         state = fsdp.full_state(self.model) if self.is_fsdp_enabled else None
