@@ -60,7 +60,8 @@ def _object(name: str, value: Any) -> list[str]:
     if inspect.isclass(value):
         lines += _fields(value) if dataclasses.is_dataclass(value) else []
         lines += _commented(value)
-        for method, function in vars(value).items():
+        ours = [cls for cls in value.__mro__ if cls.__module__.startswith("kdfast")]
+        for method, function in {name: member for cls in ours[::-1] for name, member in vars(cls).items()}.items():
             if inspect.isfunction(function) and function.__doc__ and not method.startswith("_"):
                 called, title = (name, f"{name}(…)") if method == "forward" else (method, f"{name}.{method}")
                 lines += [f"### {title}", "", "```text", _signature(called, function), "```", ""]

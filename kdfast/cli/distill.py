@@ -23,7 +23,7 @@ from kdfast.cli.output_dir import REMEDY, claim
 from kdfast.report.page import text_table, write_report
 from kdfast.report.read_runs import REPORT, SUMMARY, Run, is_finished, log_table, read_run
 from kdfast.report.summary import engine_of, summarize, write_summary
-from kdfast.training import KDTrainer, NonFiniteLossError, load_student, load_teacher
+from kdfast.training import KDTrainer, load_student, load_teacher
 from kdfast.training.cache.read import TeacherCache
 from kdfast.training.callbacks import show_progress
 from kdfast.training.durable.errors import RunStoppedError, TerminatedError
@@ -60,7 +60,7 @@ def run_distillation(arguments: Arguments) -> Run:
         return _run(arguments, output_dir)
     except TerminatedError as error:
         raise RunTerminated(str(error)) from error
-    except (NonFiniteLossError, RunStoppedError) as error:
+    except RunStoppedError as error:
         raise RunFailed(str(error)) from error
     except ValueError as error:  # what data, models and the trainer say of arguments that do not fit
         raise UserError(str(error)) from error

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from kdfast.training.durable.errors import RunStoppedError
+
 FIELDS = ("step", "loss", "ce", "kd", "kd_weight", "temperature", "gradient norm")
 ADVICE = (
     "Lower learning_rate or projector_lr, ramp the KD weight (kd_ramp), start from projector_init='normal', or train "
@@ -21,16 +23,12 @@ ADVICE = (
 )
 
 
-class NonFiniteLossError(RuntimeError):
-    """The loss or a gradient became NaN or infinite.
-
-    Attributes: `step` (counted from 1, as in the log) and `checkpoint`, the last good one, or None.
-    """
+class NonFiniteLossError(RunStoppedError):
+    """The loss or a gradient became NaN or infinite, at `step` (counted from 1, as in the log)."""
 
     def __init__(self, message: str, step: int, checkpoint: str | None) -> None:
-        super().__init__(message)
+        super().__init__(message, checkpoint)
         self.step = step
-        self.checkpoint = checkpoint
 
 
 class NonFiniteGuard:

@@ -9,6 +9,7 @@ Weights are safetensors throughout, so reading runs no code. How a folder appear
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,18 +29,14 @@ PARTS = ("logit_projector", "hidden_loss")  # of the model, beside the student; 
 
 def save_models(folder: Path, model: DistillationModel, state: dict[str, Tensor] | None = None) -> None:
     """Write student and other trained parts. `state` replaces `model.state_dict()` (gathered from shards)."""
-
-    def part(prefix: str) -> dict[str, Tensor] | None:
-        if state is None:
-            return None
-        return {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
-
+    parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name, tensor in (state or model.state_dict()).items():
+        part, _, key = name.partition(".")
+        parts[part][key] = tensor
     with _without_bars():
-        model.student.save_pretrained(folder, state_dict=part("student."))
-    for name in PARTS:
-        if (module := getattr(model, name)) is not None:
-            tensors = part(f"{name}.") or module.state_dict()
-            save_file({key: t.contiguous() for key, t in tensors.items()}, _file(folder, name), {"format": "pt"})
+        model.student.save_pretrained(folder, state_dict=parts.pop("student"))
+    for part, tensors in parts.items():
+        save_file({key: t.contiguous() for key, t in tensors.items()}, folder / f"{part}.safetensors", {"format": "pt"})
 
 
 def load_models(folder: Path, model: DistillationModel) -> None:
@@ -55,14 +52,10 @@ def load_models(folder: Path, model: DistillationModel) -> None:
     load_full_state(model.student, loaded.state_dict())
     for name in PARTS:
         if (module := getattr(model, name)) is not None:
-            path = _file(folder, name)
+            path = folder / f"{name}.safetensors"
             if not path.is_file():
                 raise ValueError(f"{str(folder)!r} has no {path.name}; it was saved by a recipe without one")
             load_full_state(module, load_file(path))
-
-
-def _file(folder: Path, part: str) -> Path:
-    return folder / f"{part}.safetensors"
 
 
 def rotate(run: Path, limit: int | None, best: str | None, *, ended: bool = False) -> None:
