@@ -10,7 +10,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from kdfast.training import DistillationModel, KDTrainer
 from kdfast.training.durable.atomic_io import publish, staging
-from kdfast.training.durable.checkpoint import load_models, recover, save_models
+from kdfast.training.durable.checkpoint import load_models, recover, rotate, save_models
 from kdfast.training.recipes import Recipe
 
 PROJECTOR_FILE = "logit_projector.safetensors"
@@ -111,6 +111,13 @@ def test_rotation_keeps_the_newest_and_the_best(tiny, rows, config):
         state = json.loads((run / name / "trainer_state.json").read_text())
         assert state["best_model_checkpoint"] == str(run / "checkpoint-2"), name
     assert trainer.evaluate()["eval_ce"] == pytest.approx(evaluated[2], rel=1e-5), "the best model was loaded"
+
+
+def test_rotation_leaves_a_copy_beside_the_checkpoints(tmp_path):
+    for name in ("checkpoint-2", "checkpoint-2-mine", "checkpoint-4"):
+        (tmp_path / name).mkdir()
+    rotate(tmp_path, 1, None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2-mine", "checkpoint-4"]
 
 
 def test_the_newest_goes_out_of_sight_before_it_is_deleted_for_the_best(tiny, rows, config, monkeypatch):
