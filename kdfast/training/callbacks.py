@@ -21,19 +21,16 @@ from kdfast.training.diagnostics import HealthThresholds, Log
 
 logger = logging.getLogger(__name__)
 
-# (key of the log, label, format)
-BEHIND_THE_BAR = (
-    ("loss", "loss", ".3f"),
-    ("kd", "KL", ".3g"),
-    ("kd_weight", "weight", ".2f"),
-    ("tokens_per_second", "tok/s", ",.0f"),
-)
-OF_AN_EVALUATION = (
-    ("eval_ce", "CE", ".4f"),
-    ("eval_perplexity", "perplexity", ".2f"),
-    ("eval_kl_teacher_student", "KL(true‖student)", ".4f"),
-    ("eval_kl_teacher_projected", "KL(true‖projected)", ".4f"),
-)
+# key of the log → how it is shown
+BEHIND_THE_BAR = {
+    "loss": "loss {:.3f}", "kd": "KL {:.3g}", "kd_weight": "weight {:.2f}", "tokens_per_second": "tok/s {:,.0f}",
+}  # fmt: skip
+OF_AN_EVALUATION = {
+    "eval_ce": "CE {:.4f}",
+    "eval_perplexity": "perplexity {:.2f}",
+    "eval_kl_teacher_student": "KL(true‖student) {:.4f}",
+    "eval_kl_teacher_projected": "KL(true‖projected) {:.4f}",
+}
 
 
 @dataclass(frozen=True)
@@ -148,5 +145,5 @@ def show_progress(trainer: Trainer, description: str = "") -> None:
         trainer.add_callback(DistillationProgress(description))
 
 
-def _format(fields: tuple[tuple[str, str, str], ...], logs: dict[str, Any]) -> str:
-    return ", ".join(f"{label} {logs[key]:{form}}" for key, label, form in fields if key in logs)
+def _format(shown: dict[str, str], logs: dict[str, Any]) -> str:
+    return ", ".join(form.format(logs[key]) for key, form in shown.items() if key in logs)

@@ -86,7 +86,7 @@ def check_model(model: PreTrainedModel, role: str) -> None:
     if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
         raise TypeError(
             f"{name} has {type(linear).__name__} as its head; expected a linear layer with a floating-point weight "
-            "(V, H). A quantised head has to stay in floating point"
+            "(V, H). A quantized head has to stay in floating point"
         )
     if getattr(model.config, "output_router_logits", False):
         raise ValueError(
@@ -123,7 +123,7 @@ def _compare_logits(model: PreTrainedModel, name: str) -> None:
             module.training = training
 
     advice = (
-        "Distil this architecture with your own code around kdfast.fused_kd_loss, which takes any "
+        "Distill this architecture with your own code around kdfast.fused_kd_loss, which takes any "
         "Head(hidden, weight, bias, logit_scale=…, softcap=…)"
     )
     if not seen:
@@ -140,7 +140,7 @@ def _compare_logits(model: PreTrainedModel, name: str) -> None:
 
 
 def _logits(head: Head) -> Tensor:
-    logits = head.logit_scale * F.linear(head.hidden, head.weight, head.bias).float()
+    logits = head.logit_scale * F.linear(head.hidden, head.weight, head.bias).float()  # as autocast has it
     return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
 
@@ -294,7 +294,7 @@ def _config_from_file(source: str | Path) -> PreTrainedConfig:
 
 
 def _config_from_dict(settings: dict[str, Any]) -> PreTrainedConfig:
-    """AutoConfig takes any key and keeps it without a word; a misspelt one would give another model."""
+    """Return the configuration of checked settings: AutoConfig keeps a misspelled key, and gives another model."""
     settings = dict(settings)
     model_type = settings.pop("model_type", None)
     if not isinstance(model_type, str):

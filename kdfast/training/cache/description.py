@@ -177,11 +177,8 @@ class Shard:
         """
         if damage := checksums.find_damage(self.folder):
             return damage
-        try:
-            mark = (self.folder / MARK).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError):
-            mark = ""
-        if mark != description.mark(self.split, self.number):
+        mark = self.folder / MARK
+        if not mark.is_file() or mark.read_bytes() != description.mark(self.split, self.number).encode():
             return f"by its {MARK} it is another shard, or of a cache with another {NAME} than this folder's"
         return None
 
@@ -206,10 +203,12 @@ def ids_of(dataset: Any, name: str = "dataset") -> Iterator[np.ndarray]:
     """Yield input_ids (T,) of every row, in order. Raise ValueError where a row has none; `name` is the argument's."""
     if len(dataset) and "input_ids" not in dataset[0]:
         raise ValueError(f"{name}: no input_ids; expected rows of token ids, as a tokenizer gives them")
-    if isinstance(dataset, Dataset):
-        dataset = dataset.select_columns(["input_ids"]).with_format("numpy")
-    for i in range(len(dataset)):
-        yield np.asarray(dataset[i]["input_ids"], dtype=np.int64)
+    rows = (dataset[i]["input_ids"] for i in range(len(dataset)))
+    if isinstance(dataset, Dataset):  # this column alone, and many rows at a time
+        columns = dataset.select_columns(["input_ids"]).with_format("numpy").iter(batch_size=1000)
+        rows = (ids for batch in columns for ids in batch["input_ids"])
+    for ids in rows:
+        yield np.asarray(ids, dtype=np.int64)
 
 
 def describe_split(dataset: Any, name: str = "dataset") -> Split:

@@ -69,7 +69,7 @@ def load_blocks(
         return {"input_ids": blocks, "labels": blocks}
 
     blocks = documents.map(
-        pack, batched=True, batch_size=1000, remove_columns=documents.column_names, desc=f"Tokenising {argument}"
+        pack, batched=True, batch_size=1000, remove_columns=documents.column_names, desc=f"Tokenizing {argument}"
     )
     if len(blocks) == 0:
         raise DataError(
