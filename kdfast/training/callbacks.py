@@ -125,9 +125,11 @@ class DistillationProgress(ProgressCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
         if self.training_bar is not None:
-            self.training_bar.set_description_str(self.description, refresh=False)
+            bar, self.current_step = self.training_bar, state.global_step
+            bar.n = bar.initial = bar.last_print_n = state.global_step  # not 0 after a resume
+            bar.set_description_str(self.description, refresh=False)
             if not sys.stderr.isatty():
-                self.training_bar.mininterval = 20  # a log file needs fewer lines
+                bar.mininterval = 20  # a log file needs fewer lines
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or self.training_bar is None or logs is None:
