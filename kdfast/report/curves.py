@@ -114,9 +114,8 @@ def draw(panel: Panel, curves: Sequence[Curve], runs: Sequence[Run], form: str) 
             elif both:
                 drawn[run].set_alpha(0.45)
         if panel.falls:
-            values = pd.concat([curve.points for curve in curves])
-            late = values[values.index >= 0.2 * values.index.max()]
-            axes.dataLim.intervaly = values.min(), late.max()
+            late = [points[points.index >= 0.2 * points.index.max()].max() for _, _, points in curves]
+            axes.dataLim.intervaly = min(points.min() for _, _, points in curves), max(late)
         if panel.logarithmic:
             axes.set_yscale("log")
             for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
