@@ -8,6 +8,7 @@ replaced unless `overwrite_output_dir` asks for it.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,9 +24,10 @@ from kdfast.training.recipes import current_name
 RESULTS = (SUMMARY, REPORT, STATE, "config.json", "model.safetensors")
 # what overwrite_output_dir removes, a projector's weights too; first the summary: what is half removed is not finished
 REMOVED = (
-    *RESULTS, "*.safetensors", "*.safetensors.index.json", "checkpoint-[0-9]*", "damaged-checkpoint-[0-9]*",
-    ".*.incomplete", ".incomplete",
+    *RESULTS, "*.safetensors", "*.safetensors.index.json", "checkpoint-*", "damaged-checkpoint-*", ".*.incomplete",
+    ".incomplete",
 )  # fmt: skip
+OURS = re.compile(r"checkpoint-\d+|damaged-checkpoint-\d+(\.\d+)?")  # of a folder whose name begins so
 # settings that may change between an interruption and the resume without making it another run
 FREE = {
     "overwrite_output_dir", "resume_from_checkpoint", "disable_tqdm", "report_to", "run_name", "non_finite",
@@ -51,6 +53,8 @@ def claim(output_dir: Path, given: Mapping[str, Any], overwrite: bool) -> None:
         )
     if overwrite and record.exists():
         for path in [path for pattern in REMOVED for path in output_dir.glob(pattern)]:
+            if "checkpoint-" in path.name and not path.name.startswith(".") and not OURS.fullmatch(path.name):
+                continue  # a copy of the user's
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     elif held and (changed := _changed_settings(record, given)):
         raise UserError(
@@ -70,6 +74,8 @@ def _changed_settings(record: Path, given: Mapping[str, Any]) -> list[str]:
             f"known. Restore it from a copy. {REMEDY}"
         ) from error
     now = json.loads(json.dumps(given, default=str))
+    if before.get("include_num_input_tokens_seen") is False:  # the default, which records of before spell out
+        del before["include_num_input_tokens_seen"]
     if isinstance(before.get("recipe"), str):  # a run of before a recipe's name changed is the same run
         before["recipe"] = current_name(before["recipe"])
     return [

@@ -1,4 +1,4 @@
-"""The row work of the `triton_chunked` engine: `row_kernel.py`, one launch per chunk, two for a sparse teacher.
+"""The row work of the `triton_chunked` engine: `row_kernel.py`, one launch per chunk, three for a sparse teacher.
 
 Here too: a Problem as the kernels' launchers take it, for all engines that launch them.
 """

@@ -2,9 +2,10 @@
 
 The first call with a set of slices, and of its kind, is compared on all processes: the slices make up the vocabulary
 without a gap or an overlap, and the calls have as many rows, the same labels, weights, sparse entries and options, and
-hidden states that agree in a few places. An argument that one process refuses then is an error on all of them. The
-group remembers the comparison, so later calls neither communicate nor wait; KDFAST_CHECK=1, on every process, compares
-every call. A compiled graph compares slices and kind of call while it is traced.
+hidden states that agree in a few places. Of the group's first call an argument that one process refuses is an error on
+all of them; of a later one of a new kind, what the checks refuse. The group remembers the comparison, so later calls
+neither communicate nor wait; KDFAST_CHECK=1, on every process, compares every call. A compiled graph compares slices
+and kind of call while it is traced.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ NO_ENTRIES = -1  # of the vocabulary, in a teacher without logits or a head of i
 PROBES = 8  # hidden states that are compared, of each side
 PROBED = ("student: Head.hidden", "the teacher's hidden states")
 KIND_OF_CALL = "the kind of call (options, the teacher's kind, dtypes, what requires grad, the scratch budget)"
+ROWS = ("labels", "anchor_targets", "token_weights", "kd_token_weights")  # whose dtypes change no collective
+SCALES = ("logit_scale", "softcap")
 VARYING = (  # options that differ from step to step, or between processes
     "temperature", "kd_weight", "num_items_in_batch", "ignore_index", "temperature_squared", "process_group",
     "vocab_start",
@@ -106,11 +109,14 @@ def kind_of_call(student: Head, teacher: Any, labels: Any, options: Options) -> 
 def _kind(name: str, value: Any) -> Any:
     if name in ("ce_weight", "anchor_weight"):
         return is_asked(value)
+    if name in ROWS:
+        return value is not None
     if isinstance(value, Tensor):
         return str(value.dtype)
     if isinstance(value, Divergence):
         return value.name
-    return "number" if isinstance(value, float) else value
+    # a scale or a cap may be an int, and change: a graph has no constant for it then
+    return "number" if isinstance(value, float) or (name in SCALES and value is not None) else value
 
 
 def _key(mine: tuple[int, ...], kind_of_call: tuple[Any, ...]) -> tuple[str, str]:

@@ -86,10 +86,17 @@ def panels(runs: Sequence[Run]) -> list[tuple[Panel, list[Curve]]]:
         curves = []
         for run, log in enumerate(logs):
             for prefix in ("", "eval_"):
-                if key := next((prefix + key for key in panel.keys if prefix + key in log), None):
-                    curves.append(Curve(run, prefix != "", log[key].dropna() * panel.scale))
+                logged = (log[prefix + key].dropna() for key in panel.keys if prefix + key in log)
+                if (points := next((one for one in logged if not one.empty), None)) is not None:
+                    curves.append(Curve(run, prefix != "", points * panel.scale))
         found += [(panel, curves)] if curves else []
     return found
+
+
+def limits_after_the_fall(curves: Sequence[Curve]) -> tuple[float, float]:
+    """Return the lowest value, and the highest that any curve has after the first fifth of its own run."""
+    late = [points[points.index >= 0.2 * points.index.max()].max() for _, _, points in curves]
+    return min(points.min() for _, _, points in curves), max(late)
 
 
 def draw(panel: Panel, curves: Sequence[Curve], runs: Sequence[Run], form: str) -> bytes:
@@ -114,8 +121,7 @@ def draw(panel: Panel, curves: Sequence[Curve], runs: Sequence[Run], form: str) 
             elif both:
                 drawn[run].set_alpha(0.45)
         if panel.falls:
-            late = [points[points.index >= 0.2 * points.index.max()].max() for _, _, points in curves]
-            axes.dataLim.intervaly = min(points.min() for _, _, points in curves), max(late)
+            axes.dataLim.intervaly = limits_after_the_fall(curves)
         if panel.logarithmic:
             axes.set_yscale("log")
             for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):

@@ -93,9 +93,14 @@ def find_runs(arguments: Sequence[str]) -> list[Run]:
 
 def read_run(path: Path, name: str | None = None) -> Run:
     """Return one run's log, with its summary or, where it is unfinished, what the log says."""
-    files = _states(path)[:1] if is_finished(path) else _states(path)
+    try:
+        states = _read_states(path)
+    except RunsError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
+        states = _read_states(path)  # a run in progress has deleted that checkpoint: there is a newer one
     # a run trained past its end has a checkpoint further than its own state
-    state = max((_read(file) for file in files), key=lambda state: state.get("global_step") or 0, default={})
+    state = max(states, key=lambda state: state.get("global_step") or 0, default={})
     history = state.get("log_history")
     if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
         raise RunsError(f"{str(path)!r}: {STATE} has no log_history; expected the file transformers.Trainer writes")
@@ -146,6 +151,11 @@ def _states(path: Path) -> list[Path]:
     saved = [file for file in path.glob(f"checkpoint-*/{STATE}") if re.fullmatch(r"checkpoint-\d+", file.parent.name)]
     newest = sorted(saved, key=lambda file: _natural(file.parent))[-1:]
     return [path / STATE, *newest] if os.path.isfile(path / STATE) else newest
+
+
+def _read_states(path: Path) -> list[dict[str, Any]]:
+    files = _states(path)
+    return [_read(file) for file in (files[:1] if is_finished(path) else files)]
 
 
 def _read(file: Path) -> dict[str, Any]:

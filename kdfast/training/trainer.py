@@ -390,12 +390,18 @@ class KDTrainer(DurableTrainer):
 
     # Evaluation
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
         """Evaluate as Trainer does, but by token-weighted means over the whole set, without logits."""
-        self._evaluation = EvaluationMeter(self.args.device)
+        self._evaluation, prefix = EvaluationMeter(self.args.device), metric_key_prefix
         with self._meter.paused():
-            output = super().evaluation_loop(*args, **kwargs)
-        prefix = kwargs["metric_key_prefix"]  # as `evaluate` passes it
+            output = super().evaluation_loop(dataloader, description, True, ignore_keys, prefix)
         metrics = dict(output.metrics or {})
         metrics.pop(f"{prefix}_loss", None)  # Trainer's: a mean over samples
         metrics |= {f"{prefix}_{name}": value for name, value in self._evaluation.read(self._reduce).items()}

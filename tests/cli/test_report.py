@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 
+from kdfast.report import read_runs
 from kdfast.report.read_runs import find_runs
 
 LOG = [
@@ -75,6 +76,21 @@ def test_of_an_unfinished_run_the_newest_checkpoint_counts(here):
     assert {key: run.summary[key] for key in expected} == expected
     state(here / "run/checkpoint-50", 50, 50)  # the last evaluation is still to come
     assert find_runs(["run"])[0].summary["unfinished"] == "step 50 of 50"
+
+
+def test_a_checkpoint_that_goes_while_it_is_read(here, monkeypatch):
+    for step in (2, 4):
+        state(here / f"run/checkpoint-{step}", step, 9)
+    listed = read_runs._states
+
+    def going(path):
+        found = listed(path)
+        shutil.rmtree(here / "run/checkpoint-4", ignore_errors=True)
+        return found
+
+    (here / "run/kdfast.json").write_text("{}")
+    monkeypatch.setattr(read_runs, "_states", going)
+    assert read_runs.read_run(here / "run").summary["unfinished"] == "step 2 of 9"
 
 
 def test_runs_of_plain_transformers(here):

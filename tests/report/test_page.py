@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from kdfast.report.curves import PANELS, differ_in_tokens, panels
+from kdfast.report.curves import PANELS, differ_in_tokens, limits_after_the_fall, panels
 from kdfast.report.page import made_here, png_names, table, text_table, write_pngs, write_report
 from kdfast.report.read_runs import Run, log_table
 
@@ -188,3 +188,16 @@ def test_any_number_of_runs(tmp_path, count):
     text = (tmp_path / "report.html").read_text()
     assert len(Page(text).cells) == (count + 1) * (1 + len(table(RUNS).columns))
     assert len(Page(text).images) == 1
+
+
+def test_a_cross_entropy_past_every_perplexity_has_no_panel_of_one(tmp_path):
+    log = [{"step": step, "loss": 900.0, "ce": 900.0 + step} for step in (1, 2)]
+    write_report(tmp_path / "report.html", "run", [run("run", log)])
+    assert "Student perplexity" not in [panel.title for panel, _ in panels([run("run", log)])]
+
+
+def test_a_short_run_beside_a_long_one_keeps_its_first_values_in_sight():
+    long = run("long", [{"step": step, "ce": 3.0} for step in range(1, 101)])
+    short = run("short", [{"step": step, "ce": 9.0 - step} for step in (1, 2, 5)])
+    curves = next(curves for panel, curves in panels([long, short]) if panel.keys == ("ce",))
+    assert limits_after_the_fall(curves) == (3.0, 8.0)

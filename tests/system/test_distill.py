@@ -101,8 +101,9 @@ def test_the_same_command_leaves_a_finished_run_alone(place, kdfast):
     assert "finished already" in out
     assert results(place) == before
 
-    record = place / "out/kdfast.json"  # as it was written before the recipe's name changed
-    record.write_text(record.read_text().replace("projector_fixed", "run5"))
+    record = place / "out/kdfast.json"  # as it was written before recipes had other names, with a default spelled out
+    written = {**json.loads(record.read_text()), "recipe": "run5", "include_num_input_tokens_seen": False}
+    record.write_text(json.dumps(written))
     assert kdfast("distill", "config.yaml", "--recipe", "run5")[0] == 0
     assert kdfast("distill", "config.yaml")[0] == 0
     assert results(place) == before
@@ -112,7 +113,9 @@ def test_the_same_command_leaves_a_finished_run_alone(place, kdfast):
     assert "other settings (learning_rate: then 0.005, now 0.0001)" in err
     assert results(place) == before
 
+    (place / "out/checkpoint-2-mine").mkdir()
     assert kdfast("distill", "config.yaml", "--recipe", "teacher_head", "--overwrite_output_dir", "true")[0] == 0
+    assert (place / "out/checkpoint-2-mine").is_dir(), "a copy of the user's"
     assert summary(place)["recipe"] == "teacher_head"
     assert results(place)["model.safetensors"] != before["model.safetensors"]
     assert not (place / "out/logit_projector.safetensors").exists()  # the earlier run's

@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
 from kdfast.training import DistillationModel, KDTrainer
 from kdfast.training.durable.atomic_io import publish, staging
 from kdfast.training.durable.checkpoint import load_models, recover, rotate, save_models
+from kdfast.training.durable.resume import best_checkpoint
 from kdfast.training.recipes import Recipe
 
 PROJECTOR_FILE = "logit_projector.safetensors"
@@ -111,6 +112,38 @@ def test_rotation_keeps_the_newest_and_the_best(tiny, rows, config):
         state = json.loads((run / name / "trainer_state.json").read_text())
         assert state["best_model_checkpoint"] == str(run / "checkpoint-2"), name
     assert trainer.evaluate()["eval_ce"] == pytest.approx(evaluated[2], rel=1e-5), "the best model was loaded"
+
+
+def test_a_best_step_evaluated_after_its_save_is_kept(tiny, rows, config):
+    given = {"save_total_limit": 2, "save_steps": 1, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 4}
+    given |= {"metric_for_best_model": "eval_ce", "greater_is_better": True, "save_strategy": "steps"}
+    args = config(recipe="lm_only", learning_rate=1e-2, **given)
+
+    class SavesFirst(TrainerCallback):  # as at the end of an epoch, whose evaluation follows the last step's save
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_evaluate = False
+
+        def on_save(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                metrics = trainer.evaluate()
+                trainer._determine_best_metric(metrics, None)
+
+    trainer = KDTrainer(tiny(), args, train_dataset=rows(4), eval_dataset=rows(3), callbacks=[SavesFirst()])
+    trainer.train()
+    run = Path(trainer.args.output_dir)
+    assert trainer.state.best_model_checkpoint == str(run / "checkpoint-2")
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_the_best_is_known_however_the_run_is_spelled(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("run")
+    for name in ("checkpoint-1", "checkpoint-3"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    state = TrainerState(best_model_checkpoint="link/checkpoint-1", best_global_step=1)
+    assert best_checkpoint(state, tmp_path / "run") == tmp_path / "run/checkpoint-1"
+    rotate(tmp_path / "run", 1, state.best_model_checkpoint, ended=True)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-1"]
 
 
 def test_rotation_leaves_a_copy_beside_the_checkpoints(tmp_path):

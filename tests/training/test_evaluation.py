@@ -116,3 +116,10 @@ def test_several_sets_and_a_prefix(tiny, rows, config):
     metrics = trainer.evaluate()
     assert metrics["eval_a_ce"] != metrics["eval_b_ce"]
     assert trainer.evaluate(rows(2), metric_key_prefix="test")["test_ce"] == metrics["eval_a_ce"]
+
+
+def test_the_loop_may_be_called_as_trainers(tiny, rows, config):
+    trainer = KDTrainer(tiny("gpt2"), config(recipe="lm_only"), eval_dataset=rows(2))
+    loader = trainer.get_eval_dataloader()
+    assert "eval_ce" in trainer.evaluation_loop(loader, "Evaluation").metrics
+    assert "mine_ce" in trainer.evaluation_loop(loader, "Evaluation", True, None, "mine").metrics

@@ -17,7 +17,9 @@ from problems import drawn
 from processes import Processes
 from teachers import ENGINES, KINDS, loss_of
 
-from kdfast import fused_kd_loss
+from kdfast import ForwardKL, Head, fused_kd_loss
+from kdfast.frontend.agreement import kind_of_call
+from kdfast.inputs import Options
 from kdfast.kernels.online_softmax import STATE
 
 
@@ -271,3 +273,15 @@ def test_bytes_are_those_that_the_documents_count_with(pool):
             assert found["ours"]["bytes"] == pytest.approx(formula["ours"], rel=1e-9)
             padded = formula["gathered logits"] * -(-x.vocab // x.ranks) * x.ranks / x.vocab  # slices of one size
             assert formula["gathered logits"] <= found["gathered logits"]["bytes"] <= padded
+
+
+def test_the_kind_of_a_call_is_what_decides_its_collectives():
+    def kind(labels_dtype=torch.int64, dtype=torch.float32, **scales):
+        head = Head(torch.zeros(2, 4, dtype=dtype), torch.zeros(7, 4, dtype=dtype), **scales)
+        options = Options(**{**dict.fromkeys(Options.names(), 0.0), "divergence": ForwardKL()})
+        return kind_of_call(head, None, torch.zeros(2, dtype=labels_dtype), options)
+
+    assert kind(logit_scale=2) == kind(logit_scale=3.0), "an int that changes is no constant of a graph"
+    assert kind(softcap=5) == kind(softcap=6) != kind()
+    assert kind(torch.int32) == kind(), "one process with other integers must not be alone with its comparison"
+    assert kind(dtype=torch.float64) != kind()

@@ -66,7 +66,8 @@ def rotate(run: Path, limit: int | None, best: str | None, *, ended: bool = Fals
     if not limit or limit < 0:
         return
     visible = sorted(checkpoints(run), key=lambda folder: (folder.stat().st_mtime, step_of(folder)))
-    spare = [path for path in (visible if ended else visible[:-1]) if best is None or path != Path(best)]
+    kept = Path(best).resolve() if best else None
+    spare = [path for path in (visible if ended else visible[:-1]) if path.resolve() != kept]
     for path in spare[: max(len(visible) - limit, 0)]:
         delete(path)
 

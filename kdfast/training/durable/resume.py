@@ -80,10 +80,10 @@ def common_problem(folder: Path) -> str | None:
 
 
 def best_checkpoint(state: TrainerState, run: Path) -> Path | None:
-    """Return the best checkpoint as it was recorded, or by its step where the run's folder was moved."""
-    recorded, step = state.best_model_checkpoint, state.best_global_step
-    if step and (recorded is None or not Path(recorded).is_dir()):
-        return run / f"checkpoint-{step}"
+    """Return the best checkpoint of `run` by its step, since the folder may have moved; else as it was recorded."""
+    recorded, own = state.best_model_checkpoint, run / f"checkpoint-{state.best_global_step}"
+    if state.best_global_step and (own.is_dir() or recorded is None or not Path(recorded).is_dir()):
+        return own
     return Path(recorded) if recorded is not None else None
 
 

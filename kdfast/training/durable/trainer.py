@@ -143,23 +143,25 @@ class DurableTrainer(Trainer):
         final = self._run / f"checkpoint-{self.state.global_step}"
         staged = atomic_io.staging(final)
         written = staged / final.name
-        with self.saving(), self._staging(staged, written, final):
-            with _replaced(self.args, output_dir=str(staged), push_to_hub=False):
-                super()._save_checkpoint(model, trial)
+        with self.saving():
+            with self._staging(staged, written, final):
+                with _replaced(self.args, output_dir=str(staged), push_to_hub=False):
+                    super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                best = self._run / f"checkpoint-{self.state.best_global_step}"
+                if self.state.best_global_step and (best == final or best.is_dir()):  # evaluated now, or after a save
+                    self.state.best_model_checkpoint = str(best)
+                if self.args.should_save:
+                    self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+                    self._write_arguments(written)
+                    checksums.write(written)
+                    atomic_io.publish(written, final, replace=True)
+                    staged.rmdir()
+            self._newest = str(final)
+            if self.args.push_to_hub:
+                self._push_from_checkpoint(str(final))
+            self._rotate()
             self.accelerator.wait_for_everyone()
-            if self.state.best_global_step == self.state.global_step:
-                self.state.best_model_checkpoint = str(final)
-            if self.args.should_save:
-                self.state.save_to_json(str(written / TRAINER_STATE_NAME))
-                self._write_arguments(written)
-                checksums.write(written)
-                atomic_io.publish(written, final, replace=True)
-                staged.rmdir()
-        self._newest = str(final)
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(final))
-        self._rotate()
-        self.accelerator.wait_for_everyone()
 
     def _rotate(self, *, ended: bool = False) -> None:
         if self.args.should_save:
