@@ -17,6 +17,7 @@ import pytest
 import server
 import torch
 from fault_runs import join, output, same_end, start
+from safetensors.torch import save_file
 
 from kdfast.training.durable import atomic_io, checksums, errors
 from kdfast.training.durable.errors import CheckpointWriteError
@@ -385,6 +386,40 @@ def train_slowly_with_no_room(trainer):
 
 def test_what_another_process_makes_anew_after_a_failure_goes_too(tmp_path):
     assert join(start(tmp_path, train_slowly_with_no_room, ranks=2)) == [STOPPED, STOPPED], output(tmp_path, 1)
+    assert names(tmp_path) == ["checkpoint-2"]
+
+
+def train_until_the_folder_goes(trainer, write):
+    """The second process writes when the first has failed and cleared up."""
+
+    def late(folder):
+        if trainer.args.process_index == 1 and trainer.state.global_step == 4:
+            while os.path.isdir(folder):
+                time.sleep(0.01)
+            write(os.path.join(folder, "rng_state_1.pth"))
+
+    trainer._save_rng_state = late
+    train_with_no_room(trainer, 0, 20_000)
+
+
+def save_by_torch(path):
+    torch.save({}, path)
+
+
+def save_by_open(path):
+    Path(path).write_bytes(b"")
+
+
+def save_by_safetensors(path):
+    save_file({"x": torch.zeros(1)}, path)
+
+
+@pytest.mark.parametrize("write", [save_by_torch, save_by_open, save_by_safetensors])
+def test_a_folder_that_another_process_cleared_is_no_full_disk(tmp_path, write):
+    codes = join(start(tmp_path, train_until_the_folder_goes, write, ranks=2))
+    assert codes == [STOPPED, STOPPED], output(tmp_path, 1)
+    assert "CheckpointWriteError: " in output(tmp_path, 0)
+    assert "LostProcessError: after step 4" in output(tmp_path, 1)
     assert names(tmp_path) == ["checkpoint-2"]
 
 

@@ -28,7 +28,9 @@ _LOST_PEER = re.compile(
     r"|remote (process|peer|error)|ncclRemoteError|NCCL communicator was aborted",
     re.I,
 )
-_FAILED_WRITE = re.compile(r"inline_container|PytorchStreamWriter|file write failed")  # torch.save gives no reason
+# torch.save's, which gives no reason
+_FAILED_WRITE = re.compile(r"inline_container|PytorchStreamWriter|file write failed|Parent directory")
+_NO_FOLDER = re.compile(r"No such file or directory|Parent directory .* does not exist", re.S)
 
 
 class RunStoppedError(RuntimeError):
@@ -83,32 +85,42 @@ def naming_lost_processes(step: Callable[[], int], last_checkpoint: Callable[[],
     except RuntimeError as error:
         if isinstance(error, RunStoppedError) or not is_lost_peer(error):
             raise
-        checkpoint = last_checkpoint()
-        message = (
-            f"after step {step()}: another process of this run has died or does not answer ({first_line(error)}). Its "
-            "own output, the launcher's or the kernel's log (out of memory?) says why. This process stops too; start "
-            f"all of them again. {kept(checkpoint)}"
-        )
-        logger.error(message)  # at once: a launcher that sees the other one dead may end this process any moment
-        raise LostProcessError(message, checkpoint) from error
+        raise _lost_process(error, step(), last_checkpoint()) from error
+
+
+def _lost_process(error: BaseException, step: int, checkpoint: str | None) -> LostProcessError:
+    message = (
+        f"after step {step}: another process of this run has died or does not answer ({first_line(error)}). Its "
+        "own output, the launcher's or the kernel's log (out of memory?) says why. This process stops too; start "
+        f"all of them again. {kept(checkpoint)}"
+    )
+    logger.error(message)  # at once: a launcher that sees the other one dead may end this process any moment
+    return LostProcessError(message, checkpoint)
+
+
+def _is_one_of_several() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def is_lost_peer(error: RuntimeError) -> bool:
     """Return whether a communication failed because another process is gone."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return False
-    return isinstance(error, (DistNetworkError, DistStoreError)) or bool(_LOST_PEER.search(str(error)))
+    named = isinstance(error, (DistNetworkError, DistStoreError)) or _LOST_PEER.search(str(error)) is not None
+    return named and _is_one_of_several()
 
 
 @contextmanager
-def naming_failed_writes(folder: Path, last_checkpoint: Callable[[], str | None]) -> Iterator[None]:
-    """Make a failure to write `folder` a CheckpointWriteError."""
+def naming_failed_writes(
+    folder: Path, step: Callable[[], int], last_checkpoint: Callable[[], str | None]
+) -> Iterator[None]:
+    """Make a failure to write `folder` a CheckpointWriteError; a LostProcessError where another process removed it."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError, CheckpointException) as error:
         if (why := _failed_write(error)) is None:
             raise
         checkpoint = last_checkpoint()
+        if _is_one_of_several() and _NO_FOLDER.search(why):  # one that fails clears up
+            raise _lost_process(error, step(), checkpoint) from error
         raise CheckpointWriteError(
             f"{str(folder)!r} could not be written: {why}. {_free_space(folder)} free there; make room, or check quota "
             f"and permissions. What is half written is removed, at the latest by the next start. {kept(checkpoint)}",

@@ -192,7 +192,7 @@ class DurableTrainer(Trainer):
     def _staging(self, staged: Path, written: Path, final: Path) -> Iterator[None]:
         """Clear `staged` of an earlier attempt before and of this one after a failure, which is named."""
         try:
-            with errors.naming_failed_writes(final, self.last_checkpoint):
+            with errors.naming_failed_writes(final, lambda: self.state.global_step, self.last_checkpoint):
                 if self.args.should_save:
                     atomic_io.discard(staged)
                 self.accelerator.wait_for_everyone()
