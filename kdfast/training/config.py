@@ -22,8 +22,13 @@ from kdfast.training.recipes import AUTO, RECIPES, UNUSED, ProjectorStart, Recip
 
 logger = logging.getLogger(__name__)
 
-# evaluation metrics of which less is better, for metric_for_best_model ("…loss" is known to TrainingArguments)
-LESS_IS_BETTER = ("ce", "perplexity", "kd", "kl_teacher_student", "kl_teacher_projected", "ce_projected")
+# evaluation metrics → whether more of one is better, for metric_for_best_model; None: neither is
+GREATER_IS_BETTER: dict[str, bool | None] = {
+    **dict.fromkeys(("loss", "ce", "ce_projected", "perplexity", "kd", "kl_teacher_student"), False),
+    **dict.fromkeys(("kl_teacher_projected", "runtime"), False),
+    **dict.fromkeys(("agreement", "samples_per_second", "steps_per_second"), True),
+    **dict.fromkeys(("student_entropy", "teacher_entropy", "tokens"), None),
+}
 
 # what is expected of numbers → whether it holds, and of which fields
 NUMBERS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
@@ -60,7 +65,8 @@ class KDConfig(TrainingArguments):
     """Extend `TrainingArguments` by the settings of a distillation.
 
     Changed defaults: `logging_nan_inf_filter=False` (a NaN is never averaged away) and
-    `ddp_find_unused_parameters=False`; and `metric_for_best_model="ce"` and the like know that less is better.
+    `ddp_find_unused_parameters=False`; and `metric_for_best_model="ce"`, "eval_web_ce" of a data set "web" and the like
+    know that less is better.
 
     Raises ValueError naming the field, what came and what was expected.
     """
@@ -100,9 +106,8 @@ class KDConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         self._check()
-        best = (self.metric_for_best_model or "").removeprefix("eval_")
-        if self.greater_is_better is None and best in LESS_IS_BETTER:
-            self.greater_is_better = False
+        if self.greater_is_better is None and self.metric_for_best_model is not None:
+            self.greater_is_better = _greater_is_better(self.metric_for_best_model)
         if str(self.fsdp).lower() in ("true", "false"):  # as text, TrainingArguments takes it for an option of old
             self.fsdp = str(self.fsdp).lower() == "true" or None  # type: ignore[assignment]
         super().__post_init__()
@@ -165,6 +170,22 @@ class KDConfig(TrainingArguments):
             HealthThresholds.of(self.health_thresholds)
         except ValueError as error:
             raise ValueError(f"health_thresholds={given!r}: {error}") from error
+
+
+def _greater_is_better(metric: str) -> bool | None:
+    """Return whether more of a metric is better, by how its name ends: before it stand "eval_" and a data set's name.
+
+    None for a name that is not known here, of which TrainingArguments has its own idea.
+    """
+    known = max((name for name in GREATER_IS_BETTER if f"_{metric}".endswith(f"_{name}")), key=len, default=None)
+    if known is None:
+        return None
+    if (greater := GREATER_IS_BETTER[known]) is None:
+        raise ValueError(
+            f"metric_for_best_model={metric!r}: neither more nor less of {known} is better in itself; give "
+            "greater_is_better, or take another metric, such as 'ce'"
+        )
+    return greater
 
 
 def _is_number(value: Any) -> bool:

@@ -9,13 +9,17 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import psutil
 import torch
 from torch import Tensor
 
+from kdfast.inputs import same_vocabulary
 from kdfast.loss import KDMetrics
-from kdfast.training.model import DistillationOutput
+from kdfast.training.cache.read import cached_blocks
+from kdfast.training.hf import head_shape
+from kdfast.training.model import DistillationModel, DistillationOutput
 
 Reduce = Callable[[Tensor], Tensor]  # sums a tensor over the processes
 
@@ -105,6 +109,7 @@ class EvaluationMeter:
     """Collect the metrics of a whole evaluation set."""
 
     NAMES = ("loss", *LOGGED.values(), "kl_teacher_student", "kl_teacher_projected")
+    ADDED = ("perplexity", "tokens", "runtime", "samples_per_second", "steps_per_second")  # the last three by Trainer
 
     def __init__(self, device: torch.device) -> None:
         self._means = TokenMeans(self.NAMES, device)
@@ -121,6 +126,34 @@ class EvaluationMeter:
         if "ce" in means:
             means["perplexity"] = math.exp(means["ce"]) if means["ce"] < 700 else math.inf
         return {**means, "tokens": tokens}
+
+
+def evaluated(model: DistillationModel, dataset: Any) -> list[str]:
+    """Return the names of what an evaluation of `model` on `dataset`, whose rows have targets, logs."""
+    teacher, absent = model.recipe.teacher, set()
+    if model.teacher is None:  # the true teacher may be known by its entries
+        known = any(blocks.description.method == "top_k" for blocks in cached_blocks(dataset))
+    else:
+        vocab = head_shape(model.student)[0], head_shape(model.teacher)[0]
+        known = same_vocabulary(*vocab, model.valid_vocab)
+    if not known:
+        absent |= {"kl_teacher_student", "kl_teacher_projected"}
+    if teacher in ("none", "own_head", "cached"):
+        absent |= {"ce_projected", "kl_teacher_projected"}
+    if teacher in ("none", "cached"):
+        absent |= {"teacher_entropy"} if teacher == "cached" else {"kd", "agreement", "teacher_entropy"}
+    return [name for name in (*EvaluationMeter.NAMES, *EvaluationMeter.ADDED) if name not in absent]
+
+
+def check_best(metric: str, model: DistillationModel, eval_dataset: Any) -> None:
+    """Raise ValueError where evaluations of `model` on `eval_dataset`, or a dict of them, do not log `metric`."""
+    several = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+    prefixes = {name: f"eval_{name}_" if name else "eval_" for name in several}
+    logged = [prefixes[name] + one for name, dataset in several.items() for one in evaluated(model, dataset)]
+    if (metric if metric.startswith("eval_") else f"eval_{metric}") not in logged:
+        raise ValueError(
+            f"metric_for_best_model={metric!r}, which no evaluation here logs; expected one of {', '.join(logged)}"
+        )
 
 
 def named(metrics: KDMetrics) -> dict[str, Tensor]:

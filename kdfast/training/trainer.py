@@ -31,7 +31,7 @@ from kdfast.training.durable import processes, resume
 from kdfast.training.durable.trainer import DurableTrainer
 from kdfast.training.hf import IGNORE_INDEX, shift_labels
 from kdfast.training.initialization import Start
-from kdfast.training.metrics import EvaluationMeter, TrainingMeter, memory_bytes
+from kdfast.training.metrics import EvaluationMeter, TrainingMeter, check_best, memory_bytes
 from kdfast.training.model import DistillationModel
 from kdfast.training.nan_guard import NonFiniteGuard
 from kdfast.training.recipes import AUTO, FROM_CACHE, Choice, choose_recipe
@@ -126,6 +126,9 @@ class KDTrainer(DurableTrainer):
                 "use DistillationModel in a loop of your own"
             )
         check_datasets(model, {"train_dataset": train_dataset, "eval_dataset": eval_dataset}, temperature_schedule)
+        own = type(self).evaluate is KDTrainer.evaluate and type(self).evaluation_loop is KDTrainer.evaluation_loop
+        if own and args.metric_for_best_model is not None and args.eval_strategy != "no" and eval_dataset is not None:
+            check_best(args.metric_for_best_model, model, eval_dataset)
         self.kd_weight_schedule = kd_weight_schedule or model.recipe.kd_weight_schedule()
         self.temperature_schedule = temperature_schedule or model.recipe.temperature_schedule()
         if args.health and not any(isinstance(callback, HealthCallback) for callback in callbacks or ()):

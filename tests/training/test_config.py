@@ -71,11 +71,27 @@ def test_defaults_that_differ_from_training_arguments(config):
 
 @pytest.mark.parametrize(
     ("metric", "greater"),
-    [("eval_ce", False), ("ce", False), ("kl_teacher_student", False), ("loss", False), ("agreement", True)],
-)
+    [
+        ("eval_ce", False), ("ce", False), ("kl_teacher_student", False), ("loss", False), ("agreement", True),
+        ("eval_web_ce", False), ("web_ce", False), ("eval_web_kd", False), ("eval_web_loss", False),
+        ("eval_web_perplexity", False), ("eval_web_kl_teacher_projected", False), ("eval_web_ce_projected", False),
+        ("eval_web_agreement", True), ("eval_ce_data_agreement", True), ("eval_ce_agreement", True),
+        ("eval_agreement_ce", False), ("eval_kl_teacher_student_ce", False), ("eval_a_loss_agreement", True),
+        ("eval_web_runtime", False), ("eval_web_samples_per_second", True), ("eval_slice", True), ("my_loss", False),
+    ],
+)  # fmt: skip
 def test_the_best_model_has_the_lowest_cross_entropy(config, metric, greater):
     # TrainingArguments alone takes every metric that does not end in "loss" for one that should be large
     assert config(metric_for_best_model=metric).greater_is_better is greater
+    for given in (True, False):
+        assert config(metric_for_best_model=metric, greater_is_better=given).greater_is_better is given
+
+
+@pytest.mark.parametrize("metric", ["eval_student_entropy", "web_teacher_entropy", "eval_tokens"])
+def test_of_what_is_neither_good_nor_bad_the_direction_has_to_be_given(config, metric):
+    with pytest.raises(ValueError, match=f"metric_for_best_model='{metric}'.*greater_is_better"):
+        config(metric_for_best_model=metric)
+    assert config(metric_for_best_model=metric, greater_is_better=True).greater_is_better
 
 
 def test_an_argument_parser_reads_every_field():

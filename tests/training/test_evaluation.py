@@ -3,10 +3,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from kdfast.training import KDTrainer
 from kdfast.training.hf import shift_labels
+from kdfast.training.metrics import evaluated
 
 
 def log_probabilities(logits, rows, temperature=1.0):
@@ -123,3 +124,71 @@ def test_the_loop_may_be_called_as_trainers(tiny, rows, config):
     loader = trainer.get_eval_dataloader()
     assert "eval_ce" in trainer.evaluation_loop(loader, "Evaluation").metrics
     assert "mine_ce" in trainer.evaluation_loop(loader, "Evaluation", True, None, "mine").metrics
+
+
+@pytest.mark.parametrize(
+    "recipe", ["lm_only", "projector", "teacher_head", "compressed_head", "projector_refit", "probe"]
+)
+@pytest.mark.parametrize("V", [67, 80])
+def test_the_names_of_what_an_evaluation_logs_are_known_before(tiny, rows, config, recipe, V):
+    if V != 67 and recipe in ("teacher_head", "compressed_head", "projector_refit"):
+        pytest.skip("needs one vocabulary")
+    trainer = KDTrainer(
+        tiny(), config(recipe=recipe), teacher=tiny(V=V, width=24, seed=1), train_dataset=rows(4), eval_dataset=rows(3)
+    )
+    logged = {name.removeprefix("eval_") for name in trainer.evaluate()}
+    assert logged - {"epoch", "model_preparation_time"} == set(evaluated(trainer.model, rows(3)))
+
+
+@pytest.mark.parametrize("prefix", ["eval_", ""])
+@pytest.mark.parametrize(
+    ("metric", "best"), [("ce_data_ce", 4), ("agreement_kl_teacher_student", None), ("ce_data_agreement", None)]
+)
+def test_the_best_checkpoint_is_the_best(tiny, rows, config, prefix, metric, best):
+    # data sets named like metrics; the direction is that of the metric, and resuming keeps it
+    given = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 4}
+    args = config(
+        **given, recipe="teacher_head", load_best_model_at_end=True, metric_for_best_model=prefix + metric,
+        lr_scheduler_type="constant",
+    )  # fmt: skip
+    data = rows(8)
+    models = tiny(), tiny(width=24, seed=1)
+    trainer = KDTrainer(
+        models[0], args, teacher=models[1], train_dataset=data, eval_dataset={"ce_data": data, "agreement": data},
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=9)],
+    )  # fmt: skip
+    trainer.train()
+    found = [line[f"eval_{metric}"] for line in trainer.state.log_history if f"eval_{metric}" in line]
+    pick = max if metric.endswith("agreement") else min
+    assert found[trainer.state.best_global_step - 1] == trainer.state.best_metric == pick(found)
+    assert best in (None, trainer.state.best_global_step)
+    args = config(**(given | {"max_steps": 6}), recipe="teacher_head", load_best_model_at_end=True,
+                  metric_for_best_model=prefix + metric, lr_scheduler_type="constant")  # fmt: skip
+    again = KDTrainer(tiny(), args, teacher=tiny(width=24, seed=1), train_dataset=data,
+                      eval_dataset={"ce_data": data, "agreement": data})  # fmt: skip
+    again.train(resume_from_checkpoint=True)
+    found = [line[f"eval_{metric}"] for line in again.state.log_history if f"eval_{metric}" in line]
+    assert len(found) == 6
+    assert again.state.best_metric == pick(found)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "metric", "listed"),
+    [
+        ("teacher_head", "eval_ce", "eval_web_ce, "),  # of several sets each has its own
+        ("teacher_head", "eval_wbe_ce", "eval_code_agreement"),
+        ("teacher_head", "eval_web_kl_teacher_projected", "eval_web_kl_teacher_student"),
+        ("lm_only", "eval_web_kd", "eval_web_perplexity"),
+    ],
+)
+def test_a_metric_that_is_never_logged_is_refused_at_the_start(tiny, rows, config, recipe, metric, listed):
+    args = config(recipe=recipe, metric_for_best_model=metric, eval_strategy="steps", eval_steps=1)
+    given = {"train_dataset": rows(4), "eval_dataset": {"web": rows(2), "code": rows(2)}}
+    with pytest.raises(ValueError, match=f"metric_for_best_model='{metric}', which no evaluation here logs.*{listed}"):
+        KDTrainer(tiny(), args, teacher=tiny(width=24, seed=1), **given)
+
+    class WithMore(KDTrainer):  # a subclass may log what it likes
+        def evaluate(self, *args, **kwargs):
+            return super().evaluate(*args, **kwargs)
+
+    WithMore(tiny(), args, teacher=tiny(width=24, seed=1), **given)
