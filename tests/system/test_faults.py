@@ -390,15 +390,26 @@ def test_what_another_process_makes_anew_after_a_failure_goes_too(tmp_path):
 
 
 def train_until_the_folder_goes(trainer, write):
-    """The second process writes when the first has failed and cleared up."""
+    """The second process is about to write when the first fails and clears up."""
+    waits = Path(trainer.args.output_dir).parent / "waits"
+    save_model = trainer.save_model
+
+    def when_the_other_waits(*args, **kwargs):
+        while trainer.state.global_step == 4 and not waits.exists():
+            time.sleep(0.01)
+        save_model(*args, **kwargs)
 
     def late(folder):
         if trainer.args.process_index == 1 and trainer.state.global_step == 4:
+            os.makedirs(folder, exist_ok=True)
+            waits.touch()
             while os.path.isdir(folder):
                 time.sleep(0.01)
             write(os.path.join(folder, "rng_state_1.pth"))
 
     trainer._save_rng_state = late
+    if trainer.args.process_index == 0:
+        trainer.save_model = when_the_other_waits
     train_with_no_room(trainer, 0, 20_000)
 
 
