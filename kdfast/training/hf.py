@@ -24,7 +24,10 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import find_adapter_config_file, is_peft_available
 
 from kdfast.inputs import Head, short
 from kdfast.training.durable.errors import first_line
@@ -56,22 +59,28 @@ def head_shape(model: PreTrainedModel) -> tuple[int, int]:
     return vocab, width
 
 
-def check_model(model: PreTrainedModel, role: str) -> None:
+def check_model(model: PreTrainedModel, role: str, *, compare: bool = True) -> None:
     """Raise if the loss could not be computed from this model's hidden states.
 
     Args:
         model: a causal language model.
-        role: "student" or "teacher", for the message.
+        role: "student" or "teacher", for the message. Adapters in a teacher's layers, and quantized ones, are fine.
+        compare: also compare the head's logits with the model's, on four tokens.
 
     Raises:
         TypeError: not a `PreTrainedModel` with a linear head.
-        ValueError: an adapter sits on the head, the loss has a part outside the logits, or the head's logits are not
-            those of the model. The message names the architecture.
+        ValueError: an adapter sits on the head, a student is quantized, the loss has a part outside the logits, or the
+            head's logits are not those of the model. The message names the architecture.
     """
     if not isinstance(model, PreTrainedModel):
+        whole = "merge_and_unload().requires_grad_(True)" if role == "student" else "merge_and_unload()"
+        adapter = _is_peft(model) and (
+            f". With LoRA and its kin take {role}.{whole}, or {role}.get_base_model(), whose layers hold the adapter "
+            "(a student's in a loop of your own); prompt and prefix tuning are not supported"
+        )
         raise TypeError(
             f"{role} is {type(model).__name__}; expected a transformers PreTrainedModel with a language-model head, "
-            "as AutoModelForCausalLM.from_pretrained gives"
+            f"as AutoModelForCausalLM.from_pretrained gives{adapter or ''}"
         )
     name = f"{role} ({type(model).__name__})"
     if model.config.is_encoder_decoder:
@@ -83,18 +92,56 @@ def check_model(model: PreTrainedModel, role: str) -> None:
             "lm_head out of the adapter's target modules, or merge the adapter into it first"
         )
     weight = getattr(linear, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or _is_quantized(weight):
         raise TypeError(
             f"{name} has {type(linear).__name__} as its head; expected a linear layer with a floating-point weight "
             "(V, H). A quantized head has to stay in floating point"
         )
+    if role == "student" and adapted_layer(model) is None:
+        _refuse_quantized(model, name)
     if getattr(model.config, "output_router_logits", False):
         raise ValueError(
             f"{name} has output_router_logits=True: its loss has a load-balancing term, which is computed with the "
             "logits and would be left out here. Set config.output_router_logits=False"
         )
-    if weight.device.type != "meta":
+    if compare and weight.device.type != "meta":
         _compare_logits(model, name)
+
+
+def _refuse_quantized(model: PreTrainedModel, name: str) -> None:
+    """Raise ValueError for a student without an adapter whose weights are quantized, as transformers.Trainer does."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    quantized = (parameter for parameter, weight in model.named_parameters() if _is_quantized(weight))
+    first = next(quantized, None) or (getattr(model, "is_quantized", False) and "as its hf_quantizer has it")
+    if first and not getattr(quantizer, "is_qat_trainable", False):
+        raise ValueError(
+            f"{name} is quantized ({first}), and such weights are not trained: only the others would be. Load it "
+            "without a quantization_config, or take model.dequantize(). Train an adapter on it in a loop of your own; "
+            "a teacher may be quantized"
+        )
+
+
+def _is_quantized(weight: Tensor) -> bool:
+    """Return whether it is packed into integers, or a tensor class of another library's (torchao's)."""
+    wrapped = is_traceable_wrapper_subclass(weight) and not isinstance(weight, DTensor)
+    return wrapped or not weight.is_floating_point()
+
+
+def adapted_layer(model: nn.Module) -> str | None:
+    """Return the name of the first module that PEFT has put into `model`, however it did; None where there is none."""
+    return next((name for name, module in model.named_modules() if _is_peft(module)), None)
+
+
+def refuse_adapter(student: nn.Module) -> None:
+    """Raise ValueError for a student with an adapter, which KDTrainer cannot train: it saves whole models."""
+    layer = adapted_layer(student)
+    if layer:  # "" is a PeftModel, no PreTrainedModel: check_model's
+        raise ValueError(
+            f"the student carries a PEFT adapter (at {layer!r}), and KDTrainer has no LoRA yet: its checkpoints hold "
+            "whole models, and would not be read again. Train the adapter in a loop of your own, around "
+            "DistillationModel or fused_kd_loss (examples/accelerate_loop.py, plain_loop.py), or merge it first and "
+            "train all: peft_model.merge_and_unload().requires_grad_(True)"
+        )
 
 
 @torch.no_grad()
@@ -160,7 +207,12 @@ def _softcap(config: Any) -> float | None:
 
 def _is_adapter(linear: nn.Module) -> bool:
     """Return whether it is PEFT's: LoRA and its kin wrap a base_layer, a copy trained whole sits in modules_to_save."""
-    return hasattr(linear, "base_layer") or hasattr(linear, "modules_to_save")
+    return hasattr(linear, "base_layer") or hasattr(linear, "modules_to_save") or _is_peft(linear)
+
+
+def _is_peft(module: object) -> bool:
+    """Return whether its class, or one that it is derived from, is PEFT's, which need not be imported for that."""
+    return any(cls.__module__.partition(".")[0] == "peft" for cls in type(module).__mro__)
 
 
 def shift_labels(labels: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -245,14 +297,30 @@ def _from_pretrained(argument: str, name: str | Path, dtype: torch.dtype | str) 
         raise ValueError(f"{subject}: there is no such folder; expected one that save_pretrained wrote")
     where = "in that folder" if local else "as a folder, nor on the hub or in its cache"
     expected = "Expected a causal language model as save_pretrained writes it"
+    source, teacher = str(path if local else name), argument.startswith("teacher")
     with _explained(f"{subject} could not be loaded {where}", expected):
-        return AutoModelForCausalLM.from_pretrained(
-            path if local else str(name),
+        adapter = find_adapter_config_file(source, local_files_only=local)
+    if adapter is not None and not (teacher and is_peft_available()):
+        raise ValueError(
+            f"{subject} holds a PEFT adapter; expected a whole model{', or peft installed' if teacher else ''}. Merge "
+            f"it: peft.AutoPeftModelForCausalLM.from_pretrained({source!r}).merge_and_unload().save_pretrained(…)"
+        )
+    with _explained(f"{subject} could not be loaded {where}", expected):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source,
             dtype=dtype,
             trust_remote_code=False,
             weights_only=True,
             local_files_only=local,
+            output_loading_info=True,
         )
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"{subject} lacks {len(missing)} of the model's weights, first {missing[0]}, which would be drawn at "
+            f"random. {expected}; layers that hold an adapter are to be merged first: merge_and_unload()"
+        )
+    return model
 
 
 @contextmanager

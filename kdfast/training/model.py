@@ -17,7 +17,7 @@ from kdfast.closed_form import solve_lstsq
 from kdfast.inputs import Head, same_vocabulary
 from kdfast.loss import KDMetrics, fused_kd_loss
 from kdfast.low_rank_head import CompressedHead
-from kdfast.training.hf import IGNORE_INDEX, backbone, check_model, head, head_shape, shift_labels
+from kdfast.training.hf import IGNORE_INDEX, adapted_layer, backbone, check_model, head, head_shape, shift_labels
 from kdfast.training.initialization import Calibration, Start, set_projector
 from kdfast.training.recipes import AUTO, Recipe, choose_recipe, get_recipe
 from kdfast.training.teachers import KINDS, Batch, CachedEntries, Fidelity, HiddenStateLoss, fidelity
@@ -68,10 +68,9 @@ class DistillationModel(nn.Module):
             recipe = choose_recipe(student, teacher, valid_vocab).recipe
         self.recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
         self.loss_options = {"engine": engine, "scratch_bytes": scratch_bytes, "valid_vocab": valid_vocab}
-        if check_heads:
-            check_model(student, "student")
-            if teacher is not None:
-                check_model(teacher, "teacher")
+        check_model(student, "student", compare=check_heads)
+        if teacher is not None:
+            check_model(teacher, "teacher", compare=check_heads)
         _check_pair(student, teacher, self.recipe, valid_vocab)
         self.student = student
         self.teacher = None if teacher is None else teacher.requires_grad_(False).eval()
@@ -133,6 +132,12 @@ class DistillationModel(nn.Module):
             inputs["position_ids"] = position_ids
         if self.hidden_loss is not None:
             inputs["output_hidden_states"] = True
+        if torch.is_grad_enabled() and self.training and not any(p.requires_grad for p in self.student.parameters()):
+            raise ValueError(
+                "student: none of its parameters requires grad, so nothing of it would be trained (PEFT's "
+                "merge_and_unload() and prompt tuning leave it so). Call student.requires_grad_(True); to evaluate, "
+                "model.eval()"
+            )
         student_states = backbone(self.student)(**inputs)
         student = head(self.student, student_states.last_hidden_state)
         own: Head | None = None
@@ -258,6 +263,11 @@ class DistillationModel(nn.Module):
 def _check_pair(
     student: PreTrainedModel, teacher: PreTrainedModel | None, recipe: Recipe, valid_vocab: int | None
 ) -> None:
+    if recipe.student_init == "svd" and (layer := adapted_layer(student)) is not None:
+        raise ValueError(
+            f"student carries a PEFT adapter (at {layer!r}), and recipe {recipe.name!r} would overwrite the embedding "
+            "of the model below it. Use a recipe with student_init='own', such as 'compressed_head'"
+        )
     if teacher is None:
         if recipe.teacher not in ("none", "cached") or recipe.needs_true_head or recipe.hidden_weight:
             raise ValueError(f"teacher is None; recipe {recipe.name!r} needs one. Pass it, or use recipe='lm_only'")

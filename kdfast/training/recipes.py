@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 from kdfast.inputs import same_vocabulary
 from kdfast.projector import ProjectorInit
 from kdfast.schedules import Constant, Piecewise, Ramp, Schedule
-from kdfast.training.hf import head_shape
+from kdfast.training.hf import check_model, head_shape
 
 # Where the KD term's teacher logits come from
 TeacherKind = Literal[
@@ -201,8 +201,10 @@ def choose_recipe(student: PreTrainedModel, teacher: PreTrainedModel | None, val
         student, teacher: causal models; a teacher of None is `lm_only`'s.
         valid_vocab: as in `fused_kd_loss`: heads that differ by padding rows alone count as equal.
     """
+    check_model(student, "student", compare=False)
     if teacher is None:
         return Choice("lm_only", "there is no teacher")
+    check_model(teacher, "teacher", compare=False)
     ours, theirs = head_shape(student)[0], head_shape(teacher)[0]
     if not same_vocabulary(ours, theirs, valid_vocab):
         return Choice(

@@ -29,7 +29,7 @@ from kdfast.training.callbacks import HealthCallback
 from kdfast.training.config import KDConfig
 from kdfast.training.durable import processes, resume
 from kdfast.training.durable.trainer import DurableTrainer
-from kdfast.training.hf import IGNORE_INDEX, shift_labels
+from kdfast.training.hf import IGNORE_INDEX, refuse_adapter, shift_labels
 from kdfast.training.initialization import Start
 from kdfast.training.metrics import EvaluationMeter, TrainingMeter, check_best, memory_bytes
 from kdfast.training.model import DistillationModel
@@ -102,6 +102,7 @@ class KDTrainer(DurableTrainer):
                 f"{args.n_gpu} GPUs are visible to one process, which would be nn.DataParallel; not supported. Start "
                 "with torchrun or accelerate launch, or show one GPU: CUDA_VISIBLE_DEVICES=0"
             )
+        refuse_adapter(model.student if isinstance(model, DistillationModel) else model)
         choice: Choice | None = None
         if not isinstance(model, DistillationModel):
             recipe = args.recipe
@@ -120,11 +121,6 @@ class KDTrainer(DurableTrainer):
             )
         elif teacher is not None:
             raise ValueError("teacher is given besides a DistillationModel, which has its own; leave it out")
-        if getattr(model.student, "_hf_peft_config_loaded", False):
-            raise ValueError(
-                "the student carries a PEFT adapter; checkpoints here hold whole models. Merge the adapter first, or "
-                "use DistillationModel in a loop of your own"
-            )
         check_datasets(model, {"train_dataset": train_dataset, "eval_dataset": eval_dataset}, temperature_schedule)
         own = type(self).evaluate is KDTrainer.evaluate and type(self).evaluation_loop is KDTrainer.evaluation_loop
         if own and args.metric_for_best_model is not None and args.eval_strategy != "no" and eval_dataset is not None:
