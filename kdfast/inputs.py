@@ -28,7 +28,7 @@ class Head:
 
     hidden       (*, H)  float32, bfloat16, float16 or float64
     weight       (V, H)  the embedding or `lm_head.weight`, same dtype (outside autocast)
-    bias         (V,)    or None; of any dtype (float64 with float64 only): it is added to products in fp32
+    bias         (V,)    or None
     logit_scale          multiplies the logits before the cap (Cohere's `logit_scale`; Granite divides: pass 1/x)
     softcap              Gemma-2's `final_logit_softcapping`; None = no cap
     """
@@ -50,7 +50,7 @@ class Projected:
 
     hidden            (*, Ht)   teacher hidden states; without a projector (*, Hs), and they receive a gradient
     projector_weight  (Hs, Ht)  as `nn.Linear(Ht, Hs).weight`
-    projector_bias    (Hs,)     or None; of any dtype, likewise
+    projector_bias    (Hs,)     or None
     """
 
     hidden: Tensor

@@ -44,7 +44,8 @@ def make_cache(arguments: Arguments) -> CacheSummary:
     autocast = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None  # as for a live teacher
     try:
         tokenizer, train, evaluation = load_text(arguments)
-        teacher = load_teacher(models.teacher_model_name_or_path, tokenizer=tokenizer, dtype=models.teacher_dtype)
+        given = {"tokenizer": tokenizer, "valid_vocab": training.valid_vocab, "dtype": models.teacher_dtype}
+        teacher = load_teacher(models.teacher_model_name_or_path, **given)  # type: ignore[arg-type]
         check_positions("teacher", teacher, arguments.data.max_length)
         teacher.to(training.device)  # type: ignore[arg-type]
         complete = is_complete(folder)

@@ -118,13 +118,15 @@ def _trainer(arguments: Arguments, name: str) -> KDTrainer:
         models.model_name_or_path,
         student_config=_student_config(models.student_config),
         tokenizer=tokenizer,
+        valid_vocab=training.valid_vocab,
         dtype=models.dtype,
     )
     loaded = {"student": student}
     if arguments.cache.teacher_cache:
         train, evaluation = _with_cache(arguments, tokenizer, train, evaluation)
     elif (teacher := models.teacher_model_name_or_path) is not None:
-        loaded["teacher"] = load_teacher(teacher, tokenizer=tokenizer, dtype=models.teacher_dtype)
+        given = {"tokenizer": tokenizer, "valid_vocab": training.valid_vocab, "dtype": models.teacher_dtype}
+        loaded["teacher"] = load_teacher(teacher, **given)  # type: ignore[arg-type]
     for which, model in loaded.items():
         check_positions(which, model, arguments.data.max_length)
     sizes = ", ".join(f"{which} {model.num_parameters() / 1e6:.1f}M parameters" for which, model in loaded.items())

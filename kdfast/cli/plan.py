@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 from math import inf
 from typing import Any
@@ -50,6 +51,7 @@ def plan(**options: Any) -> int:
         widths = (student.width, 0 if teacher is None else teacher.width)
         kind: Any = "none" if teacher is None else args.kind
         dtype = getattr(torch, args.dtype)
+        valid = None if teacher is None or teacher.vocab == student.vocab else _valid_vocab(args.student, args.teacher)
         shape = Shape(args.tokens, student.vocab, *widths, dtype, args.device, kind, args.scratch_bytes)
         resident = _resident(args, student, teacher)
     except ValueError as error:
@@ -65,6 +67,7 @@ def plan(**options: Any) -> int:
     found = {
         "shape": {**vars(shape), "dtype": args.dtype},
         "teacher_vocab": None if teacher is None else teacher.vocab,
+        "valid_vocab": valid,
         "inputs_bytes": shape.inputs,
         "gradients_bytes": shape.gradients,
         "memory_bytes": memory,
@@ -94,6 +97,17 @@ def _models(args: argparse.Namespace) -> tuple[Model, Model | None]:
         )
     teacher = None if args.teacher_width is None else Model(args.teacher_width, args.vocab)
     return Model(args.student_width, args.vocab), teacher
+
+
+def _valid_vocab(student: str, teacher: str) -> int | None:
+    """Return the ids of two models' tokenizers, if that is one; None if not, or unknown. Raises ValueError."""
+    from kdfast.training.data.tokenizers import check_tokens, own_tokenizer, shared_ids
+
+    ours, theirs = (own_tokenizer(os.path.expanduser(name), local=False) for name in (student, teacher))
+    if ours is None or theirs is None:
+        return None
+    check_tokens("--teacher", ours, theirs)
+    return shared_ids(ours, theirs)
 
 
 def _resident(args: argparse.Namespace, student: Model, teacher: Model | None) -> dict[str, int]:
@@ -133,8 +147,12 @@ def _text(found: dict[str, Any]) -> str:
         *(f"{what}: {_size(size)}" for what, size in found["resident"].items()),
     ]
     if found["teacher_vocab"] not in (None, x["vocab"]):
-        vocab = found["teacher_vocab"]
-        lines.append(f"the teacher's vocabulary is {vocab}: planned for the student's (vocab='truncate')")
+        rows, valid = (
+            f"the teacher's head has {found['teacher_vocab']} rows: planned for the student's",
+            found["valid_vocab"],
+        )
+        known = f"valid_vocab={valid}, their tokenizer's ids" if valid else "valid_vocab, if they have one tokenizer"
+        lines.append(f"{rows}; a run takes {known}")
     largest = "" if left is None else f"{'largest N':>12} of {_size(found['memory_bytes'])}"
     lines.append(f"\n{'':16}{'peak':>11}{'total':>11}{largest}")
     for row in found["methods"]:

@@ -30,6 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.utils import find_adapter_config_file, is_peft_available
 
 from kdfast.inputs import Head, short
+from kdfast.training.data.tokenizers import check_tokens, count_ids, own_tokenizer
 from kdfast.training.durable.errors import first_line
 from kdfast.training.durable.safe_load import explain
 
@@ -239,6 +240,7 @@ def load_student(
     *,
     student_config: str | Path | dict[str, Any] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    valid_vocab: int | None = None,
     dtype: torch.dtype | str = torch.float32,
 ) -> PreTrainedModel:
     """Load or build a causal language model to train.
@@ -247,11 +249,13 @@ def load_student(
         model_name_or_path: a folder, or a name on the hub.
         student_config: instead, a fresh model, drawn from the global random state: a dict with "model_type" and that
             type's settings, a config.json, or a folder with one.
-        tokenizer: its token ids must fit the model. A fresh model takes vocab_size and special ids from it, but
-            where the dict sets them.
+        tokenizer: its token ids must fit the model, and be the same tokens as in a tokenizer beside the weights. A
+            fresh model takes vocab_size and special ids from it, but where the dict sets them.
+        valid_vocab: tokens with ids from here on may be others.
         dtype: of the weights. Keep fp32 and let `bf16=True` of the training arguments do the mixed precision.
 
-    Raises ValueError naming the argument: none or both given, nothing found, unknown settings, ids that do not fit.
+    Raises ValueError naming the argument: none or both given, nothing found, unknown settings, ids that do not fit or
+    are other tokens.
     """
     if (model_name_or_path is None) == (student_config is None):
         raise ValueError(
@@ -266,7 +270,9 @@ def load_student(
             raise ValueError(f"dtype={dtype!r}; expected a torch dtype such as 'float32' or 'bfloat16'")
         model = _fresh(student_config, tokenizer)
         model.to(wanted)  # type: ignore[arg-type]  # transformers' annotation of it is lost in a wrapper
-    _check_tokenizer("model_name_or_path" if student_config is None else "student_config", model, tokenizer)
+    _check_tokenizer(
+        "model_name_or_path" if student_config is None else "student_config", model, tokenizer, valid_vocab
+    )
     return model
 
 
@@ -274,19 +280,20 @@ def load_teacher(
     model_name_or_path: str | Path,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    valid_vocab: int | None = None,
     dtype: torch.dtype | str = "auto",
 ) -> PreTrainedModel:
     """Load a teacher, frozen and in eval mode.
 
     Args:
         model_name_or_path: a folder, or a name on the hub.
-        tokenizer: its token ids must fit the model.
+        tokenizer, valid_vocab: of the text, as in `load_student`.
         dtype: of the weights; "auto" is the one they were saved in.
 
     Raises ValueError like `load_student`.
     """
     model = _from_pretrained("teacher_model_name_or_path", model_name_or_path, dtype)
-    _check_tokenizer("teacher_model_name_or_path", model, tokenizer)
+    _check_tokenizer("teacher_model_name_or_path", model, tokenizer, valid_vocab)
     return model.requires_grad_(False).eval()
 
 
@@ -342,7 +349,7 @@ def _fresh(source: str | Path | dict[str, Any], tokenizer: PreTrainedTokenizerBa
     given: dict[str, Any] = source if isinstance(source, dict) else {}
     config = _config_from_dict(given) if isinstance(source, dict) else _config_from_file(source)
     if tokenizer is not None:
-        derived = {"vocab_size": len(tokenizer), **{name: getattr(tokenizer, name) for name in SPECIAL_IDS}}
+        derived = {"vocab_size": count_ids(tokenizer), **{name: getattr(tokenizer, name) for name in SPECIAL_IDS}}
         for name in derived.keys() - given.keys():
             setattr(config, name, derived[name])
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
@@ -381,14 +388,19 @@ def _config_from_dict(settings: dict[str, Any]) -> PreTrainedConfig:
         return AutoConfig.for_model(model_type, **settings)
 
 
-def _check_tokenizer(argument: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+def _check_tokenizer(
+    argument: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, valid_vocab: int | None
+) -> None:
+    """Raise where the ids of `tokenizer` do not fit the model that was loaded, or are other words in its own."""
     if tokenizer is None:
         return
     embeddings: Any = model.get_input_embeddings()
     rows = embeddings.weight.shape[0]
-    largest = max(tokenizer.get_vocab().values(), default=0)  # there may be more ids than tokens
+    largest = count_ids(tokenizer) - 1  # there may be more ids than tokens
     if len(tokenizer) > rows or largest >= rows:
         raise ValueError(
             f"{argument}: the model has {rows} token embeddings and the tokenizer {len(tokenizer)} tokens with ids up "
             f"to {largest}; they do not belong together. Give the model's own tokenizer, or resize its token embeddings"
         )
+    if argument != "student_config":
+        check_tokens(argument, tokenizer, own_tokenizer(str(model.name_or_path), local=False), valid_vocab)

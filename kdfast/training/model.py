@@ -17,6 +17,7 @@ from kdfast.closed_form import solve_lstsq
 from kdfast.inputs import Head, same_vocabulary
 from kdfast.loss import KDMetrics, fused_kd_loss
 from kdfast.low_rank_head import CompressedHead
+from kdfast.training.data.tokenizers import find_valid_vocab, other_vocabulary
 from kdfast.training.hf import IGNORE_INDEX, adapted_layer, backbone, check_model, head, head_shape, shift_labels
 from kdfast.training.initialization import Calibration, Start, set_projector
 from kdfast.training.recipes import AUTO, Recipe, choose_recipe, get_recipe
@@ -41,11 +42,14 @@ class DistillationModel(nn.Module):
             teacher for evaluation only.
         recipe: a name, or a `Recipe` such as `KDConfig(…).resolved()`; "auto" is what `choose_recipe` finds for these
             models. One with solved starts wants `solve` called before the first step, as KDTrainer does.
-        engine, scratch_bytes, valid_vocab: as in `fused_kd_loss`.
+        engine, scratch_bytes, valid_vocab: as in `fused_kd_loss`. Where valid_vocab is None and the heads have
+            different numbers of rows for one tokenizer, it is that tokenizer's ids.
+        tokenizer: the text's; None = the one beside the student's weights. One beside the teacher's must have its
+            tokens.
         check_heads: compare both heads with their models once, on four tokens.
 
     Raises:
-        ValueError, TypeError: the recipe needs a teacher, the vocabularies differ under "teacher_head", an adapter
+        ValueError, TypeError: the recipe needs a teacher, the vocabularies differ where they must not, an adapter
             sits on a head, a head does something that is not understood.
     """
 
@@ -61,9 +65,11 @@ class DistillationModel(nn.Module):
         engine: str = "auto",
         scratch_bytes: int | None = None,
         valid_vocab: int | None = None,
+        tokenizer: Any = None,
         check_heads: bool = True,
     ) -> None:
         super().__init__()
+        valid_vocab = find_valid_vocab(student, teacher, tokenizer, valid_vocab)
         if recipe == AUTO:
             recipe = choose_recipe(student, teacher, valid_vocab).recipe
         self.recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
@@ -274,14 +280,15 @@ def _check_pair(
         return
     if teacher is student:
         raise ValueError("teacher and student are the same object; expected two models, for the teacher gets frozen")
-    ours, theirs = head_shape(student)[0], head_shape(teacher)[0]
-    if recipe.needs_true_head and not same_vocabulary(ours, theirs, valid_vocab):
-        raise ValueError(
-            f"teacher has a vocabulary of {theirs} and the student one of {ours}; recipe {recipe.name!r} compares "
-            "the two heads token by token, so they must be the same. If only padding rows differ, pass valid_vocab, "
-            "the number of real tokens; otherwise use a recipe that does without the teacher's head, such as "
-            "'projector_fixed'"
-        )
+    if same_vocabulary(head_shape(student)[0], head_shape(teacher)[0], valid_vocab):
+        return
+    if recipe.needs_true_head:
+        why = "compares the two heads token by token, so they must have the same ids"
+    elif recipe.teacher in ("none", "cached") and not recipe.hidden_weight:
+        why = "has a teacher for evaluation alone, which compares the two heads token by token"
+    else:
+        return
+    raise ValueError(f"recipe {recipe.name!r} {why}: {other_vocabulary(student, teacher)}")
 
 
 def _make_hidden_loss(

@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 from kdfast.inputs import same_vocabulary
 from kdfast.projector import ProjectorInit
 from kdfast.schedules import Constant, Piecewise, Ramp, Schedule
+from kdfast.training.data.tokenizers import other_vocabulary
 from kdfast.training.hf import check_model, head_shape
 
 # Where the KD term's teacher logits come from
@@ -200,18 +201,15 @@ def choose_recipe(student: PreTrainedModel, teacher: PreTrainedModel | None, val
     Args:
         student, teacher: causal models; a teacher of None is `lm_only`'s.
         valid_vocab: as in `fused_kd_loss`: heads that differ by padding rows alone count as equal.
+
+    Raises ValueError where a teacher is given whose vocabulary is another.
     """
     check_model(student, "student", compare=False)
     if teacher is None:
         return Choice("lm_only", "there is no teacher")
     check_model(teacher, "teacher", compare=False)
-    ours, theirs = head_shape(student)[0], head_shape(teacher)[0]
-    if not same_vocabulary(ours, theirs, valid_vocab):
-        return Choice(
-            "lm_only",
-            f"the teacher's head has {theirs} tokens and the student's {ours}, and without that head nothing measured "
-            "was reliably better than no teacher; recipe='probe' is there to try",
-        )
+    if not same_vocabulary(head_shape(student)[0], head_shape(teacher)[0], valid_vocab):
+        raise ValueError(f"recipe='auto' has no use for this teacher: {other_vocabulary(student, teacher)}")
     if is_fresh(student):
         why = "the student is fresh and has the teacher's vocabulary: its embedding is solved from it"
         return Choice("svd_init", why)

@@ -27,9 +27,10 @@ from kdfast.training import fsdp
 from kdfast.training.cache.read import cached_blocks, check_datasets
 from kdfast.training.callbacks import HealthCallback
 from kdfast.training.config import KDConfig
+from kdfast.training.data.tokenizers import find_valid_vocab, text_tokenizer
 from kdfast.training.durable import processes, resume
 from kdfast.training.durable.trainer import DurableTrainer
-from kdfast.training.hf import IGNORE_INDEX, refuse_adapter, shift_labels
+from kdfast.training.hf import IGNORE_INDEX, head_shape, refuse_adapter, shift_labels
 from kdfast.training.initialization import Start
 from kdfast.training.metrics import EvaluationMeter, TrainingMeter, check_best, memory_bytes
 from kdfast.training.model import DistillationModel
@@ -64,8 +65,9 @@ class KDTrainer(DurableTrainer):
         args: a `KDConfig`.
         teacher: for a student that is not wrapped yet; None under "lm_only" and "cached", which otherwise use it for
             evaluation.
-        train_dataset, eval_dataset, processing_class, data_collator, callbacks, optimizers: as in Trainer. Its
-            default collator neither makes nor pads labels. With a `TeacherCache`'s data sets the recipe is "cached".
+        train_dataset, eval_dataset, processing_class, data_collator, callbacks, optimizers: as in Trainer. A tokenizer
+            beside the teacher's weights must have processing_class's tokens. The default collator neither makes nor
+            pads labels. With a `TeacherCache`'s data sets the recipe is "cached".
         kd_weight_schedule, temperature_schedule: callables of progress in [0, 1] in place of the recipe's.
 
     Raises:
@@ -105,10 +107,13 @@ class KDTrainer(DurableTrainer):
         refuse_adapter(model.student if isinstance(model, DistillationModel) else model)
         choice: Choice | None = None
         if not isinstance(model, DistillationModel):
-            recipe = args.recipe
+            recipe, valid_vocab = args.recipe, find_valid_vocab(model, teacher, processing_class, args.valid_vocab)
+            cached = cached_blocks(train_dataset)
+            if cached and valid_vocab is None and isinstance(model, PreTrainedModel):
+                tokenizer = text_tokenizer(processing_class, model)
+                valid_vocab = cached[0].cache.find_valid_vocab(head_shape(model)[0], tokenizer)
             if recipe == AUTO:
-                cached = cached_blocks(train_dataset)
-                choice = FROM_CACHE if cached else choose_recipe(model, teacher, args.valid_vocab)
+                choice = FROM_CACHE if cached else choose_recipe(model, teacher, valid_vocab)
                 recipe = choice.recipe
             set_seed(args.seed)  # the projector's start
             model = DistillationModel(
@@ -117,7 +122,8 @@ class KDTrainer(DurableTrainer):
                 recipe=args.resolved(recipe),
                 engine=args.engine,
                 scratch_bytes=args.scratch_bytes,
-                valid_vocab=args.valid_vocab,
+                valid_vocab=valid_vocab,
+                tokenizer=processing_class,
             )
         elif teacher is not None:
             raise ValueError("teacher is given besides a DistillationModel, which has its own; leave it out")

@@ -26,6 +26,7 @@ from kdfast.training.cache.description import (
 )
 from kdfast.training.cache.entries import decode
 from kdfast.training.durable.errors import first_line
+from kdfast.training.durable.processes import print_once
 from kdfast.training.hf import head_shape
 from kdfast.training.model import DistillationModel
 
@@ -75,6 +76,14 @@ class TeacherCache:
                 f"{str(tokenizer.name_or_path)!r} has other tokens ({then[:12]}… then, {now[:12]}… now). Use that "
                 "tokenizer, or make the cache again"
             )
+
+    def find_valid_vocab(self, vocab: int, tokenizer: PreTrainedTokenizerBase | None) -> int | None:
+        """Return the cache's valid_vocab where a student of `vocab` rows has its tokenizer and other padding."""
+        x = self.description
+        if x.valid_vocab is None or x.vocab == vocab or x.tokenizer_sha256 != tokenizer_fingerprint(tokenizer):
+            return None
+        print_once(f"valid_vocab={x.valid_vocab}: the student's head has {vocab} rows, the cached teacher's {x.vocab}")
+        return x.valid_vocab
 
     def check_vocabulary(self, vocab: int, valid_vocab: int | None) -> None:
         """Raise CacheError where a student of `vocab` ids cannot learn from these entries."""

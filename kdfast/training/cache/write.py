@@ -42,6 +42,7 @@ from kdfast.training.cache.description import (
     tokenizer_fingerprint,
 )
 from kdfast.training.cache.entries import TopK, draw, encode, table, top_k
+from kdfast.training.data.tokenizers import check_tokens, count_ids, own_tokenizer
 from kdfast.training.durable import atomic_io, checksums, processes
 from kdfast.training.durable.atomic_io import write_text
 from kdfast.training.hf import backbone, check_model, head, head_shape
@@ -82,8 +83,10 @@ def cache_teacher(
         k: 1 to 1024, and at most the teacher's vocabulary for "top_k".
         temperatures: τ of the runs to come; entries serve τ = 1 besides. One alone for "sample": ids are drawn there.
         dtype: of log-probabilities.
-        tokenizer: its tokens are noted, so that a run with another one is refused.
-        valid_vocab: ids ≥ this are padding rows of the teacher's head: probability 0.
+        tokenizer: its tokens are noted, so that a run with another one is refused, and must be those of the one beside
+            the teacher's weights.
+        valid_vocab: ids ≥ this are padding rows of the teacher's head: probability 0. None = those that `tokenizer` has
+            no ids for.
         seed: of what is drawn.
         batch_size: sequences at once; results do not depend on how often the work was interrupted.
         shard_tokens: about how many go into one shard.
@@ -98,6 +101,11 @@ def cache_teacher(
     folder = Path(folder)
     check_model(teacher, "teacher")
     vocab, _ = head_shape(teacher)
+    if tokenizer is not None:
+        check_tokens("tokenizer", tokenizer, own_tokenizer(str(teacher.name_or_path)), valid_vocab)
+        if valid_vocab is None and (ids := count_ids(tokenizer)) < vocab:
+            valid_vocab = ids
+            tell(f"valid_vocab={ids}: the teacher's head has {vocab} rows, the tokenizer {ids} ids")
     _check(method, k, temperatures, dtype, vocab if valid_vocab is None else min(vocab, valid_vocab))
     for argument, count in {"batch_size": batch_size, "shard_tokens": shard_tokens}.items():
         if not _is_count(count):

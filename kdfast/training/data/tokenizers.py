@@ -1,0 +1,104 @@
+"""Whose words the ids are: tokenizers compared by their tokens, and the ids that two models share.
+
+Student and teacher read the same ids. A teacher with another tokenizer reads other words than are there, whatever the
+recipe: that is an error wherever both tokenizers are known. Heads of different sizes over one tokenizer differ by
+padding rows, and `valid_vocab` is its highest id + 1.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import has_file
+
+from kdfast.training.durable.processes import print_once
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+
+def own_tokenizer(name: str, *, local: bool = True) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer beside a model's weights, of a folder or a name on the hub; None where there is none.
+
+    local: look on this disk alone. Of a folder without these files transformers makes a tokenizer without words.
+    """
+    with suppress(Exception):  # of many classes: no such name, no network, code of its own
+        if any(has_file(name, file, local_files_only=local) for file in TOKENIZER_FILES):
+            return AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=local)
+    return None
+
+
+def text_tokenizer(processor: Any, student: PreTrainedModel) -> PreTrainedTokenizerBase | None:
+    """Return `processor`, if that is a tokenizer, or the one it has; else the student's own."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    return tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else own_tokenizer(str(student.name_or_path))
+
+
+def count_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the highest id + 1: len(tokenizer), and more where ids are left out."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def shared_ids(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> int | None:
+    """Return how many ids two tokenizers have that are the same, token by token; None where they are not."""
+    return count_ids(one) if one.get_vocab() == other.get_vocab() else None
+
+
+def check_tokens(
+    argument: str,
+    tokenizer: PreTrainedTokenizerBase,
+    own: PreTrainedTokenizerBase | None,
+    valid_vocab: int | None = None,
+) -> None:
+    """Raise where an id below `valid_vocab` is one token in `tokenizer`, the text's, and another in the model's own.
+
+    Ids that one of the two lacks, templates, merges and other settings do not matter: one of them makes the text.
+    """
+    if own is None:
+        return
+    ours, theirs = ({i: token for token, i in one.get_vocab().items()} for one in (tokenizer, own))
+    others = sorted(i for i in ours.keys() & theirs.keys() if ours[i] != theirs[i] and i < (valid_vocab or i + 1))
+    if others:
+        some = ", ".join(f"{i} is {ours[i]!r} in the text's and {theirs[i]!r} there" for i in others[:3])
+        rest = f". If the text has no id from {others[0]} on, valid_vocab={others[0]} leaves those out"
+        raise ValueError(
+            f"{argument}: the tokenizer of {str(own.name_or_path)!r} has other tokens than the text's, of "
+            f"{len(others)} ids: {some}. The model would read other words than are there. Take one "
+            "tokenizer for student, teacher and text: another teacher, or a fresh student (student_config) with its"
+            f"{rest if others[0] > len(theirs) // 2 else ''}"
+        )
+
+
+def find_valid_vocab(student: Any, teacher: Any, processor: Any = None, valid_vocab: int | None = None) -> int | None:
+    """Return `valid_vocab`, or where it is None and two heads are one tokenizer's, padded differently: its ids.
+
+    processor: the text's tokenizer, or a processor that has one; None = the student's own.
+    Raise ValueError where the teacher's own tokenizer has other tokens.
+    """
+    models = student, teacher
+    if not all(isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None for model in models):
+        return valid_vocab  # for others to refuse
+    ours, theirs = text_tokenizer(processor, student), own_tokenizer(str(teacher.name_or_path))
+    if ours is None or theirs is None:
+        return valid_vocab
+    check_tokens("teacher", ours, theirs, valid_vocab)
+    rows, ids = [_rows(model) for model in models], shared_ids(ours, theirs)
+    if valid_vocab is not None or rows[0] == rows[1] or ids is None or ids > min(rows):
+        return valid_vocab
+    print_once(f"valid_vocab={ids}: the student's head has {rows[0]} rows, the teacher's {rows[1]}, of one tokenizer")
+    return ids
+
+
+def other_vocabulary(student: PreTrainedModel, teacher: PreTrainedModel) -> str:
+    """Return what is wrong with two heads of different sizes, and what to do, for an error."""
+    return (
+        f"the teacher's head has {_rows(teacher)} rows and the student's {_rows(student)}. If both have one tokenizer "
+        "and only padding rows differ, pass valid_vocab, its highest id + 1. A teacher with another tokenizer would "
+        "read the student's ids as other words, whatever the recipe: take one with the student's, train a fresh "
+        "student with the teacher's, or leave the teacher out"
+    )
+
+
+def _rows(model: PreTrainedModel) -> int:
+    return model.get_output_embeddings().weight.shape[0]
