@@ -11,6 +11,8 @@ teacher width, `K` entries kept per token.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any, Literal
 
@@ -114,6 +116,21 @@ def short(value: object) -> str:
         return f"an int of {value.bit_length()} bits"
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def did_you_mean(name: str, known: Iterable[str], elsewhere: Mapping[str, str] | None = None) -> str:
+    """Return "; did you mean 'x'?" for a slip of one of the `known` names, else "": better none than a wrong one.
+
+    elsewhere: what other libraries call some of them.
+    """
+    slip = name.lower().replace("-", "_")
+    names = {key.lower().replace("-", "_"): key for key in known}
+    if len(slip) < 6:  # where one letter in four is a slip, if it is not the first
+        near = difflib.get_close_matches(slip, [key for key in names if key[:1] == slip[:1]], n=1, cutoff=0.75)
+    else:
+        near = difflib.get_close_matches(slip, names, n=1, cutoff=0.88)
+    meant = (elsewhere or {}).get(slip) or (names[near[0]] if near else None)
+    return f"; did you mean {meant!r}?" if meant else ""
 
 
 def kind(value: object) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,11 +18,24 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from kdfast.cli.errors import UserError
+from kdfast.inputs import did_you_mean
 from kdfast.training import KDConfig
 from kdfast.training.recipes import AUTO, CACHED, current_name
 
 Command = Literal["distill", "cache"]
 LM_ONLY = "lm_only"
+
+# what other libraries, or people in a hurry, call a key
+ELSEWHERE = {
+    **dict.fromkeys(("teacher", "teacher_model", "teacher_name_or_path"), "teacher_model_name_or_path"),
+    **dict.fromkeys(("student", "student_model", "model", "model_name", "base_model"), "model_name_or_path"),
+    **dict.fromkeys(("block_size", "cutoff_len", "max_seq_len", "max_seq_length", "sequence_len"), "max_length"),
+    **dict.fromkeys(("batch_size", "micro_batch_size", "per_device_batch_size"), "per_device_train_batch_size"),
+    **dict.fromkeys(("accumulation_steps", "gradient_accumulation"), "gradient_accumulation_steps"),
+    **dict.fromkeys(("epochs", "num_epochs"), "num_train_epochs"),
+    **dict.fromkeys(("dataset_text_field", "text_field"), "text_column"),
+    **{"dataset": "dataset_name", "lr": "learning_rate", "optimizer": "optim", "tokenizer": "tokenizer_name"},
+}
 
 
 def _key(default: Any, help: str) -> Any:
@@ -233,5 +245,4 @@ def _explain(argument: str, known: Sequence[str]) -> str:
     if not argument.startswith("-"):
         return f"{argument!r} belongs to no key; expected --key value, and one value where the key takes no list"
     name = argument.split("=")[0].lstrip("-").replace("-", "_")
-    near = [key for key in known if key.startswith(name)] or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"unknown key {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+    return f"unknown key {name!r}{did_you_mean(name, known, ELSEWHERE)}"

@@ -64,8 +64,9 @@ def _from_recipe(help: str) -> Any:
 class KDConfig(TrainingArguments):
     """Extend `TrainingArguments` by the settings of a distillation.
 
-    Changed defaults: `logging_nan_inf_filter=False` (a NaN is never averaged away) and
-    `ddp_find_unused_parameters=False`; and `metric_for_best_model="ce"`, "eval_web_ce" of a data set "web" and the like
+    Changed defaults: `logging_nan_inf_filter=False` (a NaN is never averaged away);
+    `ddp_find_unused_parameters=None` is True for students that text alone leaves parts of unused, such as a vision
+    tower; and `metric_for_best_model="ce"`, "eval_web_ce" of a data set "web" and the like
     know that less is better.
 
     Raises ValueError naming the field, what came and what was expected.
@@ -102,7 +103,6 @@ class KDConfig(TrainingArguments):
     health_thresholds: dict | str | None = _field(None, "HealthThresholds that differ from the defaults, as JSON.")
 
     logging_nan_inf_filter: bool = _field(False, "Hide NaN and inf losses in the log.")
-    ddp_find_unused_parameters: bool | None = _field(False, "Search for parameters without a gradient under DDP.")
 
     def __post_init__(self) -> None:
         self._check()

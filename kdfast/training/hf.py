@@ -13,12 +13,13 @@ argument.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator
+import inspect
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file, is_peft_available
 
-from kdfast.inputs import Head, short
+from kdfast.inputs import Head, did_you_mean, short
 from kdfast.training.data.tokenizers import check_tokens, count_ids, own_tokenizer
 from kdfast.training.durable.errors import first_line
 from kdfast.training.durable.safe_load import explain
@@ -38,19 +39,63 @@ IGNORE_INDEX = -100  # a target that counts for nothing
 CHECK_PEAK = 60.0  # largest logit in the check: twice the usual cap of 30, so a missed cap cannot hide
 CHECK_TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 3e-2}  # of the largest logit; other dtypes 1e-4
 
+# parameters of a backbone's forward that are no data, or that only its own loss would make use of
+NO_INPUTS = {"self", "labels", "logits_to_keep", "num_items_in_batch", "past_key_values", "return_dict", "use_cache"}
+NO_INPUTS |= {"output_attentions", "output_router_logits"}
+ALWAYS = {"input_ids", "attention_mask"}  # the latter is no loss to a model that reads from left to right alone
+
 MOST_LAYERS = 10_000
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 OUTSIDE_TO_DICT = ("rope_theta", "rope_scaling", "attn_implementation")  # settings that to_dict() does not list
 
 
-def backbone(model: PreTrainedModel) -> nn.Module:
-    """Return the part that makes the last hidden states, final norm included."""
-    return model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+def backbone(model: PreTrainedModel) -> Any:
+    """Return the module whose output goes into the head: final norm and, where there is one, vision tower included."""
+    inner: Any = model.base_model
+    if inner is model:  # Llama-4's and Mllama's prefix names nothing that they have
+        inner = getattr(model, "model", None) or model.get_decoder()
+    if inner is not model and inner.get_output_embeddings() is not None:
+        return backbone(inner)
+    decoder = inner.get_decoder()
+    return decoder if [*inner.children()] == [decoder] else inner  # OPT's head calls that, past its wrapper
+
+
+def inputs_of(model: PreTrainedModel) -> frozenset[str]:
+    """Return the names of what its backbone reads; whatever else it is given, its `**kwargs` would swallow."""
+    names: set[str] = set()
+    outer = backbone(model)
+    for module in (outer, outer.get_decoder()):  # to which the outer one passes on what it does not name
+        for name, parameter in inspect.signature(type(module).forward).parameters.items():
+            if parameter.kind is parameter.VAR_KEYWORD:  # Unpack[TransformersKwargs], whose position_ids not all read
+                for typed in get_args(parameter.annotation):
+                    names |= typed.__annotations__.keys() - {"position_ids"}
+            elif parameter.kind is not parameter.VAR_POSITIONAL:
+                names.add(name)
+    return frozenset(names - NO_INPUTS)
+
+
+def check_inputs(model: PreTrainedModel, role: str, given: Iterable[str], known: frozenset[str] | None = None) -> None:
+    """Raise ValueError for an input that its backbone does not read. `known` is what `inputs_of(model)` returned."""
+    for name in given:
+        if name not in ALWAYS and name not in (known or inputs_of(model)):
+            raise ValueError(
+                f"the {role} does not read {name}: its backbone, {type(backbone(model)).__name__} of "
+                f"{type(model).__name__}, has no such input and would ignore it. Leave {name} out of the data, or take "
+                f"a {role} that reads it"
+            )
+
+
+def may_skip_parameters(model: PreTrainedModel) -> bool:
+    """Return whether text alone leaves trained parameters without a gradient: a vision tower's, cross attention's."""
+    text = {id(p) for part in (backbone(model).get_decoder(), model.get_output_embeddings()) for p in part.parameters()}
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return any(id(p) not in text or re.search("cross_?att|encoder_att", name) for name, p in trained)
 
 
 def head(model: PreTrainedModel, hidden: Tensor) -> Head:
-    """Return the model's own head over `hidden` (*, H)."""
+    """Return the model's own head over `hidden` (*, H). Raise ValueError where an adapter sits on it."""
     linear, config = model.get_output_embeddings(), model.config.get_text_config()
+    _check_adapter(linear, type(model).__name__)
     return Head(hidden, linear.weight, linear.bias, logit_scale=_logit_scale(config), softcap=_softcap(config))
 
 
@@ -87,11 +132,7 @@ def check_model(model: PreTrainedModel, role: str, *, compare: bool = True) -> N
     if model.config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder model; expected a causal (decoder-only) language model")
     linear = model.get_output_embeddings()
-    if linear is not None and _is_adapter(linear):
-        raise ValueError(
-            f"{name} has an adapter on its head ({type(linear).__name__}); the loss takes one weight (V, H). Leave "
-            "lm_head out of the adapter's target modules, or merge the adapter into it first"
-        )
+    _check_adapter(linear, name)
     weight = getattr(linear, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 2 or _is_quantized(weight):
         raise TypeError(
@@ -100,7 +141,8 @@ def check_model(model: PreTrainedModel, role: str, *, compare: bool = True) -> N
         )
     if role == "student" and adapted_layer(model) is None:
         _refuse_quantized(model, name)
-    if getattr(model.config, "output_router_logits", False):
+    configs = model.config, model.config.get_text_config()
+    if role == "student" and any(getattr(config, "output_router_logits", False) for config in configs):
         raise ValueError(
             f"{name} has output_router_logits=True: its loss has a load-balancing term, which is computed with the "
             "logits and would be left out here. Set config.output_router_logits=False"
@@ -206,9 +248,13 @@ def _softcap(config: Any) -> float | None:
     return getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
 
 
-def _is_adapter(linear: nn.Module) -> bool:
-    """Return whether it is PEFT's: LoRA and its kin wrap a base_layer, a copy trained whole sits in modules_to_save."""
-    return hasattr(linear, "base_layer") or hasattr(linear, "modules_to_save") or _is_peft(linear)
+def _check_adapter(linear: nn.Module, name: str) -> None:
+    """Raise ValueError for PEFT's: LoRA and its kin wrap a base_layer, a copy trained whole sits in modules_to_save."""
+    if hasattr(linear, "base_layer") or hasattr(linear, "modules_to_save") or _is_peft(linear):
+        raise ValueError(
+            f"{name} has an adapter on its head ({type(linear).__name__}); the loss takes one weight (V, H). Leave "
+            "lm_head out of the adapter's target modules, or merge the adapter into it first"
+        )
 
 
 def _is_peft(module: object) -> bool:
@@ -381,9 +427,9 @@ def _config_from_dict(settings: dict[str, Any]) -> PreTrainedConfig:
     known = {*default.to_dict(), *default.attribute_map, *SPECIAL_IDS, *OUTSIDE_TO_DICT}
     for key in settings:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"student_config: {key!r} is not a setting of model_type {model_type!r}{hint}")
+            raise ValueError(
+                f"student_config: {key!r} is not a setting of model_type {model_type!r}{did_you_mean(key, known)}"
+            )
     with _explained(f"student_config of model_type {model_type!r}", "Expected settings as that type takes them"):
         return AutoConfig.for_model(model_type, **settings)
 

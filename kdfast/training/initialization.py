@@ -26,7 +26,7 @@ from kdfast.low_rank_head import (
     kl_and_agreement,
 )
 from kdfast.projector import LogitProjector
-from kdfast.training.hf import IGNORE_INDEX, backbone, head, shift_labels
+from kdfast.training.hf import IGNORE_INDEX, backbone, check_inputs, head, shift_labels
 from kdfast.training.recipes import Recipe
 from kdfast.training.teachers import Probe
 
@@ -146,7 +146,8 @@ def _read(teacher: PreTrainedModel, batches: Iterable[dict[str, Any]], tokens: i
     """Return the teacher's hidden states over the text's first `tokens` targets, (n, Ht)."""
     pieces: list[Tensor] = []
     for batch in batches:
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        inputs = {name: x for name, x in batch.items() if name != "labels" and not name.startswith("teacher_")}
+        check_inputs(teacher, "teacher", inputs)
         counted = shift_labels(batch["labels"], batch.get("attention_mask")) != IGNORE_INDEX
         pieces.append(backbone(teacher)(**inputs, use_cache=False).last_hidden_state[counted])
         if sum(map(len, pieces)) >= tokens:

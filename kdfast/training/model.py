@@ -18,7 +18,17 @@ from kdfast.inputs import Head, same_vocabulary
 from kdfast.loss import KDMetrics, fused_kd_loss
 from kdfast.low_rank_head import CompressedHead
 from kdfast.training.data.tokenizers import find_valid_vocab, other_vocabulary
-from kdfast.training.hf import IGNORE_INDEX, adapted_layer, backbone, check_model, head, head_shape, shift_labels
+from kdfast.training.hf import (
+    IGNORE_INDEX,
+    adapted_layer,
+    backbone,
+    check_inputs,
+    check_model,
+    head,
+    head_shape,
+    inputs_of,
+    shift_labels,
+)
 from kdfast.training.initialization import Calibration, Start, set_projector
 from kdfast.training.recipes import AUTO, Recipe, choose_recipe, get_recipe
 from kdfast.training.teachers import KINDS, Batch, CachedEntries, Fidelity, HiddenStateLoss, fidelity
@@ -80,6 +90,7 @@ class DistillationModel(nn.Module):
         _check_pair(student, teacher, self.recipe, valid_vocab)
         self.student = student
         self.teacher = None if teacher is None else teacher.requires_grad_(False).eval()
+        self.inputs = {"student": inputs_of(student), "teacher": frozenset() if teacher is None else inputs_of(teacher)}
         self.valid_vocab = valid_vocab
         self.kd_teacher = KINDS[self.recipe.teacher](self.recipe)
         self.logit_projector = self.kd_teacher.make_projector(student, teacher)
@@ -120,7 +131,7 @@ class DistillationModel(nn.Module):
             num_items_in_batch: the divisor of every term: the targets (`shift_labels(…) != -100`) in all
                 micro-batches and processes of this step. None = those of this batch.
             with_fidelity: also compare with the true teacher.
-            backbone_inputs: passed on to both backbones.
+            backbone_inputs: of both backbones, such as pixel_values. ValueError for one that either does not read.
         """
         if labels is None:
             raise ValueError(
@@ -133,9 +144,11 @@ class DistillationModel(nn.Module):
                 "of training text first, as KDTrainer does"
             )
         targets = shift_labels(labels, attention_mask)
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False, **backbone_inputs}
-        if position_ids is not None:
-            inputs["position_ids"] = position_ids
+        inputs = {name: x for name, x in {**backbone_inputs, "position_ids": position_ids}.items() if x is not None}
+        for role, model in {"student": self.student, "teacher": self.teacher}.items():
+            if model is not None:
+                check_inputs(model, role, inputs, self.inputs[role])
+        inputs |= {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         if self.hidden_loss is not None:
             inputs["output_hidden_states"] = True
         if torch.is_grad_enabled() and self.training and not any(p.requires_grad for p in self.student.parameters()):

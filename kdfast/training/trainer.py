@@ -7,6 +7,7 @@ student alone and appear only when complete, and a stop at the first loss that i
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -21,16 +22,18 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerState, set_see
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
+from kdfast.inputs import did_you_mean
 from kdfast.param_groups import distillation_param_groups
 from kdfast.schedules import Schedule
 from kdfast.training import fsdp
 from kdfast.training.cache.read import cached_blocks, check_datasets
 from kdfast.training.callbacks import HealthCallback
 from kdfast.training.config import KDConfig
+from kdfast.training.data.columns import MEDIA, check_columns, check_names
 from kdfast.training.data.tokenizers import find_valid_vocab, text_tokenizer
 from kdfast.training.durable import processes, resume
-from kdfast.training.durable.trainer import DurableTrainer
-from kdfast.training.hf import IGNORE_INDEX, head_shape, refuse_adapter, shift_labels
+from kdfast.training.durable.trainer import DurableTrainer, replaced
+from kdfast.training.hf import IGNORE_INDEX, head_shape, may_skip_parameters, refuse_adapter, shift_labels
 from kdfast.training.initialization import Start
 from kdfast.training.metrics import EvaluationMeter, TrainingMeter, check_best, memory_bytes
 from kdfast.training.model import DistillationModel
@@ -43,7 +46,23 @@ PRIVATE_OVERRIDES = {
     "_save_optimizer_and_scheduler": "under FSDP Trainer's writes the model once more, in FSDP's own format",
     "_load_from_checkpoint": "a checkpoint holds the student alone, with the projector in a file of its own",
     "_load_best_model": "the same, and it is compared with its checksums first",
+    "_set_signature_columns_if_needed": "columns that the backbones read, images among them, are in no signature here",
     "_get_grad_norm": "a step that is not finite is left out before the optimizer acts, and no callback sees the norm",
+}
+
+# what Trainer, or TRL's, takes and this one does not → what to do instead
+ELSEWHERE = {
+    **dict.fromkeys(
+        ("compute_metrics", "preprocess_logits_for_metrics"),
+        "it is given logits, which are never made; evaluation has ce, perplexity and the distance to the teacher. "
+        "Evaluate others on trainer.model.student, in a callback's on_evaluate",
+    ),
+    "compute_loss_func": "the loss is the recipe's; for your own override compute_loss (examples/hf_trainer.py)",
+    "model_init": "pass the model; to try several, make a KDTrainer for each in a loop",
+    "peft_config": "checkpoints here hold whole models. Train adapters in your own loop (examples/plain_loop.py)",
+    "optimizer_cls_and_kwargs": "pass optimizers=(optimizer, scheduler), or name one in KDConfig(optim=…)",
+    "teacher_model": "it is teacher here",
+    "tokenizer": "it is processing_class here",
 }
 
 
@@ -94,7 +113,12 @@ class KDTrainer(DurableTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         kd_weight_schedule: Schedule | None = None,
         temperature_schedule: Schedule | None = None,
+        **others: Any,
     ) -> None:
+        for name in others:
+            known = inspect.signature(KDTrainer).parameters
+            why = f": {ELSEWHERE[name]}" if name in ELSEWHERE else did_you_mean(name, known)
+            raise TypeError(f"KDTrainer takes no {name}{why}")
         if not isinstance(args, KDConfig):
             raise TypeError(
                 f"args is {type(args).__name__}; expected a KDConfig, which has every TrainingArguments field"
@@ -127,7 +151,9 @@ class KDTrainer(DurableTrainer):
             )
         elif teacher is not None:
             raise ValueError("teacher is given besides a DistillationModel, which has its own; leave it out")
-        check_datasets(model, {"train_dataset": train_dataset, "eval_dataset": eval_dataset}, temperature_schedule)
+        datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        check_columns(datasets, args.remove_unused_columns)
+        check_datasets(model, datasets, temperature_schedule)
         own = type(self).evaluate is KDTrainer.evaluate and type(self).evaluation_loop is KDTrainer.evaluation_loop
         if own and args.metric_for_best_model is not None and args.eval_strategy != "no" and eval_dataset is not None:
             check_best(args.metric_for_best_model, model, eval_dataset)
@@ -160,7 +186,10 @@ class KDTrainer(DurableTrainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator as Trainer does, with FSDP on CPUs too."""
-        super().create_accelerator_and_postprocess()
+        find = self.args.ddp_find_unused_parameters
+        find = may_skip_parameters(self.model.student) if find is None else find
+        with replaced(self.args, ddp_find_unused_parameters=find):
+            super().create_accelerator_and_postprocess()
         fsdp.turn_on_for_cpus(self.accelerator, self.args.fsdp_plugin_args)
         self.is_fsdp_enabled = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
 
@@ -248,6 +277,12 @@ class KDTrainer(DurableTrainer):
         )
         yield from map(self._prepare_inputs, loader)
 
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            columns: Any = self._signature_columns
+            columns += sorted(MEDIA.union(*self.model.inputs.values()))
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Create the optimizer, with a learning rate for each part of the model."""
         if self.optimizer is None:
@@ -280,6 +315,7 @@ class KDTrainer(DurableTrainer):
         groups = self.optimizer.param_groups if self.optimizer is not None else []
         self._learning_rates = {f"lr_{group['name']}": float(group["lr"]) for group in groups if "name" in group}
         self._solve_projector_again()
+        check_names("the batch", inputs)
         output = model(**inputs, **self._on_device(self._weights), num_items_in_batch=num_items_in_batch)
         loss, metrics = output.loss, output.metrics
         self._guard.watch_loss(self.state.global_step + 1, loss, metrics.ce, metrics.kd, **self._weights)
@@ -419,6 +455,7 @@ class KDTrainer(DurableTrainer):
     ) -> tuple[Tensor | None, None, None]:
         """Return the loss of a batch; its metrics go to the evaluation's."""
         inputs = self._without_repeats(self._prepare_inputs(inputs))
+        check_names("the batch", inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             output = model(**inputs, **self._on_device(self._weights_in_force()), with_fidelity=True)
         self._evaluation.add(output)
@@ -433,6 +470,14 @@ class KDTrainer(DurableTrainer):
         real = min(max(state.remainder - self.accelerator.process_index * len(labels), 0), len(labels))
         kept = torch.arange(len(labels), device=labels.device)[:, None] < real
         return {**inputs, "labels": labels.masked_fill(~kept, IGNORE_INDEX)}
+
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        """Raise NotImplementedError: a run here is one model's."""
+        raise NotImplementedError(
+            "hyperparameter_search would make the student anew for every trial, which KDTrainer does not. Make a "
+            "KDConfig and a KDTrainer for each trial, in a loop or in the objective of a search, and compare what "
+            "evaluate() returns"
+        )
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Raise NotImplementedError: there are no logits."""

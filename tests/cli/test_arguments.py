@@ -1,11 +1,12 @@
 """YAML and the command line end in typed values; what does not fit is one line that names the key and the place."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import yaml
 
-from kdfast.cli.arguments import format_help, parse, parse_mapping
+from kdfast.cli.arguments import ARGUMENT_CLASSES, ELSEWHERE, format_help, parse, parse_mapping
 from kdfast.cli.errors import UserError
 
 LEAST = {"student_config": "c", "train_file": "t", "recipe": "lm_only", "output_dir": "o", "use_cpu": True}
@@ -163,3 +164,38 @@ EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
 def test_examples_are_valid(example):
     assert parse(str(example), ["--bf16", "false"]).training.recipe == "auto"
+
+
+# what people type who come from TRL, axolotl or LLaMA-Factory: the key it is here, or no suggestion at all
+TYPED = {
+    **dict.fromkeys(["load_in_4bit", "load_in_8bit", "packing", "sample_packing", "lora_r", "lora_alpha", "use_peft"]),
+    **dict.fromkeys(["beta", "lmbda", "alpha", "kd_ratio", "seq_kd", "torch_dtype", "device_map", "bf16_full", "fp32"]),
+    **dict.fromkeys(["attn_implementation", "use_vllm", "projector", "teacher_temperature", "warmup_ratio", "fp8"]),
+    **dict.fromkeys(["val_set_size", "adapter", "eval_dataset", "tf16", "top_k", "stage", "lora", "test"]),
+    "bf61": "bf16",
+    "max_seq_length": "max_length",
+    "sequence_len": "max_length",
+    "teacher_model": "teacher_model_name_or_path",
+    "base_model": "model_name_or_path",
+    "learning_rat": "learning_rate",
+    "learningRate": "learning_rate",
+    "micro_batch_size": "per_device_train_batch_size",
+    "num_epochs": "num_train_epochs",
+    "dataset_text_field": "text_column",
+    "weight_decy": "weight_decay",
+    "accumulation_steps": "gradient_accumulation_steps",
+    "per_device_batch_size": "per_device_train_batch_size",
+}
+
+
+@pytest.mark.parametrize(("typed", "meant"), TYPED.items())
+def test_a_suggestion_is_right_or_there_is_none(typed, meant):
+    with pytest.raises(UserError) as raised:
+        parse_mapping("here", {typed: 1})
+    assert str(raised.value).endswith(f"unknown key {typed!r}" + (f"; did you mean {meant!r}?" if meant else ""))
+
+
+def test_every_name_from_elsewhere_leads_to_a_key():
+    keys = {field.name for cls in ARGUMENT_CLASSES for field in dataclasses.fields(cls)}
+    assert {*ELSEWHERE.values()} <= keys
+    assert not ELSEWHERE.keys() & keys

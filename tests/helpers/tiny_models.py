@@ -1,7 +1,7 @@
-"""Tiny random causal language models of several families."""
+"""Tiny random causal language models of several families, with and without a vision tower."""
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, TrainingArguments
 
 # what TrainingArguments calls it; the other is its older name
 RECOMPUTE = (
@@ -35,3 +35,79 @@ def tiny(family="llama", V=67, width=16, layers=1, seed=0, dropout=0.0, spread=0
     torch.manual_seed(seed)
     config = AutoConfig.for_model(family, vocab_size=V, initializer_range=spread, **ids, **settings)
     return AutoModelForCausalLM.from_config(config)
+
+
+IMAGE = 66  # the id that stands for a patch of an image
+CLIP = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+CLIP |= {"image_size": 8, "patch_size": 4, "initializer_range": 0.3}
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
+# family → (the text model's settings beside the sizes, the vision tower's, the rest)
+VISION = {
+    "llava": (
+        {"model_type": "llama"},
+        {"model_type": "clip_vision_model", "projection_dim": 16, **CLIP},
+        {"image_token_id": IMAGE, "vision_feature_layer": -1},
+    ),
+    "gemma3": (
+        {"model_type": "gemma3_text", "head_dim": 8, "sliding_window": 8},
+        {"model_type": "siglip_vision_model", **CLIP},
+        {"image_token_id": IMAGE, "mm_tokens_per_image": 4, "boi_token_index": 64, "eoi_token_index": 65},
+    ),
+    "qwen2_5_vl": (
+        {"model_type": "qwen2_5_vl_text", "rope_parameters": {"mrope_section": [1, 1, 2], **ROPE}},
+        {"depth": 2, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "patch_size": 4, "window_size": 8,
+         "temporal_patch_size": 2, "out_hidden_size": 16, "fullatt_block_indexes": [1]},
+        {"image_token_id": IMAGE, "video_token_id": 65, "vision_start_token_id": 64, "vision_end_token_id": 63},
+    ),
+    "mllama": (
+        {"model_type": "mllama_text_model", "cross_attention_layers": [1], "dropout": 0.0, "rope_parameters": ROPE},
+        {"hidden_size": 16, "attention_heads": 2, "num_hidden_layers": 2, "num_global_layers": 1, "patch_size": 4,
+         "intermediate_size": 16, "vision_output_dim": 32, "image_size": 8, "max_num_tiles": 1,
+         "intermediate_layers_indices": [1], "supported_aspect_ratios": [[1, 1]]},
+        {"image_token_index": IMAGE},
+    ),
+    "llama4": (
+        {"model_type": "llama4_text", "head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 32,
+         "attention_chunk_size": 16},
+        {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 64, "patch_size": 4,
+         "vision_output_dim": 16, "image_size": 8, "projector_input_dim": 16, "projector_output_dim": 16},
+        {"image_token_index": IMAGE},
+    ),
+}  # fmt: skip
+
+
+def tiny_vision(family="llava", seed=0, V=67):
+    """A random vision-language model."""
+    text, vision, rest = VISION[family]
+    sizes = {"vocab_size": V, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    sizes |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.3}
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(family, text_config={**sizes, **text}, vision_config=vision, **rest)
+    model = AutoModelForImageTextToText.from_config(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            if not p.any():  # Mllama's gates, Gemma's projector: nothing would come of an image
+                p.normal_(std=0.3)
+    return model
+
+
+def image_batch(family="llava", rows=2, seed=3):
+    """Rows of 12 ids, four of which stand for an image each, as that family's processor makes them."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 62, (rows, 12), generator=generator)
+    ids[:, 2:6] = IMAGE
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.masked_fill(ids == IMAGE, -100)}
+    images = torch.randn(rows, 3, 8, 8, generator=generator)
+    if family == "qwen2_5_vl":
+        batch["image_grid_thw"] = torch.tensor([[1, 4, 4]] * rows)
+        batch["mm_token_type_ids"] = (ids == IMAGE).int()
+        images = torch.randn(rows * 16, 3 * 2 * 16, generator=generator)
+    elif family == "mllama":
+        images = images[:, None, None]
+        one = torch.ones(rows, 1, dtype=torch.long)
+        batch |= {"aspect_ratio_ids": one, "aspect_ratio_mask": one[..., None]}
+        batch["cross_attention_mask"] = torch.ones(rows, 12, 1, 1, dtype=torch.long)
+    elif family == "gemma3":
+        batch["token_type_ids"] = (ids == IMAGE).long()
+    return batch | {"pixel_values": images}

@@ -1,7 +1,17 @@
+import oracle
 import pytest
 import torch
 from torch import nn
+from transformers import (
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    MllamaForCausalLM,
+    MllamaTextConfig,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
+from kdfast.training import DistillationModel
 from kdfast.training.hf import backbone, check_model, head
 
 FAMILIES = ["gpt2", "llama", "qwen2", "gemma2", "cohere", "granite", "opt"]
@@ -62,6 +72,8 @@ def test_an_adapter_on_the_head_is_refused(tiny, attribute):
     model.set_output_embeddings(Adapted(model.lm_head))
     with pytest.raises(ValueError, match=r"student \(LlamaForCausalLM\) has an adapter on its head \(Adapted\)"):
         check_model(model, "student")
+    with pytest.raises(ValueError, match=r"^LlamaForCausalLM has an adapter on its head"):
+        head(model, torch.zeros(1, 16))  # in a loop of one's own, where nothing was checked
 
 
 def test_what_is_no_causal_language_model_is_refused(tiny):
@@ -76,3 +88,42 @@ def test_a_loss_outside_the_logits_is_refused(tiny):
     model.config.output_router_logits = True
     with pytest.raises(ValueError, match="output_router_logits=True"):
         check_model(model, "student")
+    check_model(model, "teacher")  # no loss of its own is wanted of it
+
+
+SIZES = {"vocab_size": 67, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "pad_token_id": 0}
+SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2, "initializer_range": 0.3}
+UNUSUAL = {  # base_model and get_decoder() are the model itself; and a mixture of experts
+    "llama4": lambda: Llama4ForCausalLM(
+        Llama4TextConfig(**SIZES, head_dim=8, num_local_experts=2, intermediate_size_mlp=32, attention_chunk_size=16)
+    ),
+    "mllama": lambda: MllamaForCausalLM(
+        MllamaTextConfig(
+            **SIZES, cross_attention_layers=[1], rope_parameters={"rope_type": "default", "rope_theta": 1e4}
+        )
+    ),
+    "qwen3_moe": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            **SIZES,
+            head_dim=8,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=8,
+            output_router_logits=True,
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("family", UNUSUAL)
+def test_unusual_models_teach_and_learn(tiny, family):
+    model, other = UNUSUAL[family](), tiny("llama")
+    ids = torch.arange(5, 17)[None]
+    z_t = model.eval()(ids).logits[:, :-1].detach().double()
+    z_s = other(ids).logits[:, :-1].double()
+    expected = oracle.kl((z_t / 2).log_softmax(-1), (z_s / 2).log_softmax(-1)).mean() * 4
+    loss = DistillationModel(other, model, recipe="teacher_head")(ids, labels=ids, temperature=2.0, kd_weight=1.0)
+    torch.testing.assert_close(loss.metrics.kd.double() * 4, expected, rtol=1e-5, atol=1e-6)
+    if family != "qwen3_moe":
+        learnt = DistillationModel(UNUSUAL[family](), recipe="lm_only").train()
+        torch.testing.assert_close(learnt(ids, labels=ids).loss, learnt.student(ids, labels=ids).loss)

@@ -1,3 +1,4 @@
+import inspect
 import math
 import traceback
 
@@ -6,10 +7,12 @@ import torch
 from datasets import Dataset
 from tiny_models import RECOMPUTE
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments, default_data_collator
 
 from kdfast.schedules import Linear
 from kdfast.training import DistillationModel, KDTrainer
+from kdfast.training.data.columns import ARGUMENTS
+from kdfast.training.trainer import ELSEWHERE
 
 
 def train_logs(trainer):
@@ -303,3 +306,74 @@ def test_errors(tiny, rows, config, tmp_path):
         trainer.train()
     with pytest.raises(NotImplementedError, match="never made here"):
         trainer.predict(rows(2))
+
+
+def test_names_of_arguments_are_those_of_the_forward():
+    parameters = inspect.signature(DistillationModel.forward).parameters.values()
+    own = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY or p.kind is p.VAR_KEYWORD}
+    assert {*ARGUMENTS} == own | {"self"}
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+@pytest.mark.parametrize("form", ["columns", "evaluation", "rows"])
+def test_a_column_named_like_an_argument_is_named(tiny, rows, config, name, form):
+    given = [{**row, name: torch.tensor(0.7)} for row in rows(4)]
+    sets = {"train_dataset": given}
+    if form != "rows":
+        given = Dataset.from_list([{key: x.tolist() for key, x in row.items()} for row in given])
+        sets = (
+            {"train_dataset": given} if form == "columns" else {"train_dataset": rows(4), "eval_dataset": {"a": given}}
+        )
+    with pytest.raises(ValueError, match=f"has a column '{name}'.*Rename the column") as raised:
+        KDTrainer(tiny(), config(recipe="lm_only"), **sets)
+    assert len(str(raised.value)) < 250
+    assert str(raised.value).startswith({"evaluation": "eval_dataset['a']"}.get(form, "train_dataset"))
+
+
+def test_a_column_that_a_collator_adds_is_named_too(tiny, rows, config):
+    def collate(batch):
+        return {**default_data_collator(batch), "kd_weight": torch.ones(len(batch))}
+
+    trainer = KDTrainer(tiny(), config(recipe="lm_only"), train_dataset=rows(4), data_collator=collate)
+    for call in (trainer.train, lambda: trainer.evaluate(rows(4))):
+        with pytest.raises(ValueError, match=r"^the batch has a column 'kd_weight'"):
+            call()
+
+
+def test_a_column_that_is_to_stay_is_not_swallowed(tiny, rows, config):
+    data = [{**row, "difficulty": torch.tensor(0.7)} for row in rows(4)]
+    KDTrainer(tiny(), config(recipe="lm_only", max_steps=1), train_dataset=data).train()  # left out, as Trainer does
+    args = config(recipe="lm_only", remove_unused_columns=False)
+    with pytest.raises(ValueError, match="the student does not read difficulty"):
+        KDTrainer(tiny(), args, train_dataset=data).train()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("compute_metrics", "KDTrainer takes no compute_metrics: it is given logits, which are never made"),
+        ("model_init", "make a KDTrainer for each in a loop"),
+        ("peft_config", "Train adapters in your own loop"),
+        ("compute_loss_func", "override compute_loss"),
+        ("preprocess_logits_for_metrics", "logits, which are never made"),
+        ("optimizer_cls_and_kwargs", r"pass optimizers=\(optimizer, scheduler\)"),
+        ("teacher_model", "it is teacher here"),
+        ("tokenizer", "it is processing_class here"),
+        ("train_datset", "KDTrainer takes no train_datset; did you mean 'train_dataset'"),
+        ("formatting_func", "KDTrainer takes no formatting_func$"),
+    ],
+)
+def test_arguments_of_other_trainers_are_answered(tiny, config, name, said):
+    with pytest.raises(TypeError, match=said):
+        KDTrainer(tiny(), config(recipe="lm_only"), **{name: object()})
+
+
+def test_all_of_trainers_arguments_are_taken_or_answered():
+    theirs = inspect.signature(Trainer).parameters.keys()
+    assert theirs <= inspect.signature(KDTrainer).parameters.keys() | ELSEWHERE.keys()
+
+
+def test_a_search_is_answered(tiny, rows, config):
+    trainer = KDTrainer(tiny(), config(recipe="lm_only"), train_dataset=rows(4))
+    with pytest.raises(NotImplementedError, match="KDConfig and a KDTrainer for each trial"):
+        trainer.hyperparameter_search(n_trials=1)

@@ -42,10 +42,11 @@ from kdfast.training.cache.description import (
     tokenizer_fingerprint,
 )
 from kdfast.training.cache.entries import TopK, draw, encode, table, top_k
+from kdfast.training.data.columns import MEDIA
 from kdfast.training.data.tokenizers import check_tokens, count_ids, own_tokenizer
 from kdfast.training.durable import atomic_io, checksums, processes
 from kdfast.training.durable.atomic_io import write_text
-from kdfast.training.hf import backbone, check_model, head, head_shape
+from kdfast.training.hf import backbone, check_inputs, check_model, head, head_shape, inputs_of
 
 SHARD_TOKENS = 2**20
 INPUTS = ("input_ids", "attention_mask", "position_ids")
@@ -112,6 +113,14 @@ def cache_teacher(
             raise ValueError(f"{argument}={count!r} ({kind(count)}); expected an int of at least 1")
     if not splits:
         raise ValueError("splits is empty; expected {name: data set}, such as {'train': …, 'eval': …}")
+    for split, dataset in splits.items():
+        row = dataset[0] if len(dataset) else {}
+        check_inputs(teacher, "teacher", [name for name in INPUTS if name in row])
+        if lost := [name for name in row if name not in INPUTS and (name in MEDIA or name in inputs_of(teacher))]:
+            raise ValueError(
+                f"splits[{split!r}] has {lost[0]}, and a cache is of text alone: the teacher would not be shown it. "
+                "Leave it out of the data, or train with a live teacher"
+            )
     described = {split: describe_split(dataset, f"splits[{split!r}]") for split, dataset in splits.items()}
     description = Description(
         teacher=name or str(teacher.name_or_path),

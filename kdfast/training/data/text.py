@@ -12,13 +12,15 @@ Not here: streaming, mixtures of sources, chat templates, masks at document boun
 
 from __future__ import annotations
 
-import difflib
 import glob
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from kdfast.inputs import did_you_mean
+from kdfast.training.data.columns import media_columns
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -42,10 +44,14 @@ def load_blocks(
     `argument` is what an error names: the argument the documents came from, with its value.
     """
     if text_column not in documents.column_names:
-        near = difflib.get_close_matches(text_column, documents.column_names, n=1)
         raise DataError(
             f"{argument} has no column {text_column!r}; its columns are {', '.join(documents.column_names)}. "
-            f"Set text_column{f' to {near[0]!r}, perhaps' if near else ''}."
+            f"Set text_column{did_you_mean(text_column, documents.column_names)}"
+        )
+    if media := media_columns(documents):
+        raise DataError(
+            f"{argument} has the column {media[0]!r}, which holds more than text, and only text is read here. Leave "
+            "the column out of the data; to train on it, use KDTrainer with a collator that makes the model's inputs"
         )
     if (kind := str(getattr(documents.features[text_column], "dtype", "no text"))) not in TEXT_TYPES:
         raise DataError(f"{argument}: its column {text_column!r} holds {kind}, expected text. Set text_column.")

@@ -145,7 +145,7 @@ class DurableTrainer(Trainer):
         written = staged / final.name
         with self.saving():
             with self._staging(staged, written, final):
-                with _replaced(self.args, output_dir=str(staged), push_to_hub=False):
+                with replaced(self.args, output_dir=str(staged), push_to_hub=False):
                     super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()
                 best = self._run / f"checkpoint-{self.state.best_global_step}"
@@ -247,7 +247,8 @@ class _MendedState(TrainerCallback):
 
 
 @contextmanager
-def _replaced(args: TrainingArguments, **values: Any) -> Iterator[None]:
+def replaced(args: TrainingArguments, **values: Any) -> Iterator[None]:
+    """Hold other values in `args` for a while, past what it checks."""
     before = {name: getattr(args, name) for name in values}
     vars(args).update(values)
     try:

@@ -1,0 +1,61 @@
+"""Columns of a data set: names that no batch may have, and images, which must not be lost without a word."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+# arguments of DistillationModel.forward that are no data
+ARGUMENTS = ("self", "temperature", "kd_weight", "num_items_in_batch", "with_fidelity", "backbone_inputs")
+# what processors make of images, video and sound, and what TRL calls them before
+MEDIA = frozenset(("pixel_values", "pixel_values_videos", "input_features", "input_values"))
+RAW = ("images", "videos")
+MEDIA_TYPES = ("Image", "Video", "Audio")  # of `datasets`
+
+
+def check_names(where: str, names: Iterable[str]) -> None:
+    """Raise ValueError for a column that the call of the model would take for an argument of its own."""
+    for name in names:
+        if name in ARGUMENTS:
+            raise ValueError(
+                f"{where} has a column {name!r}, which is the name of an argument of the loss and no input of a model. "
+                f"Rename the column, as dataset.rename_column({name!r}, 'my_{name}') does"
+            )
+
+
+def check_columns(datasets: Mapping[str, Any], removes_unused: bool) -> None:
+    """Raise ValueError naming argument and column where a data set's cannot be trained on, or would be lost.
+
+    Args:
+        datasets: argument → data set, or a mapping of data sets. One that does not tell its columns is not checked.
+        removes_unused: `remove_unused_columns`, which takes a collator the columns that no model reads.
+    """
+    for argument, dataset in datasets.items():
+        if isinstance(dataset, dict):
+            check_columns({f"{argument}[{name!r}]": one for name, one in dataset.items()}, removes_unused)
+            continue
+        check_names(argument, _names(dataset))
+        raw = [name for name in media_columns(dataset) if name not in MEDIA]  # those are read, or refused in a batch
+        if raw and removes_unused:
+            raise ValueError(
+                f"{argument} has a column {raw[0]!r} of images, video or sound, which remove_unused_columns=True keeps "
+                "from the collator, so that nobody would read it. Set it to False and make the model's inputs "
+                "(pixel_values, …) in the collator, or remove the column"
+            )
+
+
+def media_columns(dataset: Any) -> list[str]:
+    """Return the columns that hold images, video or sound, by their type or their usual names."""
+    features = getattr(dataset, "features", None) or {}
+    return [name for name in _names(dataset) if name in MEDIA or name in RAW or _is_media(features.get(name))]
+
+
+def _names(dataset: Any) -> Iterable[str]:
+    if isinstance(dataset, list):
+        return dataset[0] if dataset and isinstance(dataset[0], dict) else ()
+    return getattr(dataset, "column_names", None) or ()
+
+
+def _is_media(feature: Any) -> bool:
+    feature = feature[0] if isinstance(feature, list) else getattr(feature, "feature", feature)  # of a list's items
+    return type(feature).__name__ in MEDIA_TYPES
