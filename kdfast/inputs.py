@@ -78,22 +78,30 @@ class SparseLogits:
     log_probs  (*, K)  any float dtype, at τ = 1; −inf: no entry (padding), whatever its id
     tempered           log_probs are at the loss's own temperature: log_softmax(z/τ) over all V, some of it. Then
                        "bucket" is exact at any τ, and "none" allowed
-    tail               what is known of the ids that are not given. The student is normalized over all of V:
+    log_tail   (*,)    "bucket" only: log of the mass of all ids that are not given, at the temperature of log_probs;
+                       −inf: they have none. None: 1 − Σ exp(log_probs), and no less than rounding may have made of that
+                       sum, Σ |p log p| roundings of their dtype or 2⁻²³ (float64 2⁻⁵²). Pass it where it is known: next
+                       to a log-probability of 0.0 it cannot be computed. Where the ids are all of V there is no tail
+    tail               what is known of the ids that are not given. The student is normalized over all of V, but for the
+                       last:
 
     "renormalize"  nothing: the teacher is its K entries, renormalized at τ. Reverse and symmetric KL are infinite
-    "bucket"       their sum: one more category, 1 − Σ exp(log_probs), on both sides. Exact at τ = 1; at another τ,
-                   unless tempered, both sides' K + 1 masses are taken to the power 1/τ and normalized again, so the
-                   loss still is zero exactly where the student has the teacher's masses, but not what dense logits
-                   would give
+    "bucket"       their sum: one more category on both sides. Exact at τ = 1; at another τ, unless tempered, both
+                   sides' K + 1 masses are taken to the power 1/τ and normalized again, so the loss still is zero
+                   exactly where the student has the teacher's masses, but not what dense logits would give
     "none"         they have none: weights exp(log_probs) as given, not normalized; τ = 1 only, unless tempered. For ids
                    drawn at random with weight counts/n (random-sampling KD), whose expectation is the dense gradient.
                    Source: Anshumann et al. 2025, arXiv:2503.16870
+    "renormalize_both"  nothing, and nothing is asked: KL of softmax(log_probs/τ) and the student's softmax(z/τ) over
+                   the K ids alone, finite for every divergence. The student's mass elsewhere is left as it is; CE,
+                   still over all of V, can hold it down. As TRL's, axolotl's and NeMo-RL's top-k losses
     """
 
     indices: Tensor
     log_probs: Tensor
     _: KW_ONLY
-    tail: Literal["renormalize", "bucket", "none"] = "renormalize"
+    log_tail: Tensor | None = None
+    tail: Literal["renormalize", "bucket", "none", "renormalize_both"] = "renormalize"
     tempered: bool = False
 
 
@@ -178,7 +186,7 @@ def _register(cls: type, tensors: tuple[str, ...]) -> None:
         return [(pytree.GetAttrKey(name), leaf) for name, leaf in zip(tensors, leaves, strict=True)], context
 
     def unflatten(leaves: Any, context: tuple[Any, ...]) -> Any:
-        return cls(*leaves, **dict(zip(options, context, strict=True)))
+        return cls(**dict(zip((*tensors, *options), (*leaves, *context), strict=True)))
 
     pytree.register_pytree_node(
         cls,
@@ -192,4 +200,4 @@ def _register(cls: type, tensors: tuple[str, ...]) -> None:
 _register(Head, ("hidden", "weight", "bias"))
 _register(Projected, ("hidden", "projector_weight", "projector_bias"))
 _register(Logits, ("logits",))
-_register(SparseLogits, ("indices", "log_probs"))
+_register(SparseLogits, ("indices", "log_probs", "log_tail"))

@@ -102,22 +102,24 @@ def _sparse(x: Problem, z: Tensor) -> Tensor:
     one more."""
     nothing = torch.full_like(z, -inf, requires_grad=False).detach()
     log_p = nothing.scatter(1, *x.entries)
+    within = log_p > -inf
     if x.teacher_tail == "bucket":
-        within = log_p > -inf
+        assert x.teacher_log_tail is not None
         tau = sparse.temperature(x)  # of the masses
         log_q = (z / tau).log_softmax(-1)
         empty = log_q.masked_fill(within, -inf).isneginf().all(dim=-1, keepdim=True)
         rest = log_q.masked_fill(within & ~empty, -inf).logsumexp(dim=-1, keepdim=True).masked_fill(empty, -inf)
         log_q = torch.cat([log_q.masked_fill(~within, -inf), rest], dim=-1)
-        missing = (1 - log_p.double().exp().sum(dim=-1, keepdim=True)).clamp_min(0).log().to(x.dtype)
-        missing = missing.masked_fill(within.all(dim=-1, keepdim=True), -inf)
         power = x.temperature / tau
-        log_p = (torch.cat([log_p, missing], dim=-1) / power).log_softmax(-1)
+        log_p = (torch.cat([log_p, x.teacher_log_tail[:, None]], dim=-1) / power).log_softmax(-1)
         log_q = (log_q / power).log_softmax(-1)
     else:
-        if x.teacher_tail == "renormalize":
+        z = z / x.temperature
+        if x.teacher_tail == "renormalize_both":
+            z = z.masked_fill(~within, -inf)
+        if x.teacher_tail != "none":
             log_p = (log_p if x.teacher_tempered else log_p / x.temperature).log_softmax(-1)
-        log_q = (z / x.temperature).log_softmax(-1)
+        log_q = z.log_softmax(-1)
     return x.divergence.pointwise(log_p, log_q).sum(-1)
 
 

@@ -105,8 +105,8 @@ class TorchRows:
         x = self.x
         index = x.entries[0][rows]
         # `clamp`: a row of −inf alone, whose differences would be NaN
-        z = z - z.amax(dim=-1, keepdim=True).clamp_min(torch.finfo(z.dtype).min)
-        entries = z.gather(1, index)
+        m = z.amax(dim=-1, keepdim=True).clamp_min(torch.finfo(z.dtype).min)
+        entries, z = z.gather(1, index), z - m
         scaled = z / sparse.temperature(x)
         softmax = scaled.exp()
         total = softmax.sum(dim=-1)
@@ -114,9 +114,9 @@ class TorchRows:
         excluded = sparse.excluded(x)
         if excluded is not None:
             # an entry without mass keeps its logit: its id is written with what some other entry there would write
-            scaled.scatter_(1, index, torch.where(excluded[rows], -inf, entries / sparse.temperature(x)))
+            scaled.scatter_(1, index, torch.where(excluded[rows], -inf, (entries - m) / sparse.temperature(x)))
             rest = scaled.logsumexp(dim=-1)
-        found = sparse.solve(x, rows, entries, total.log(), rest, coefficient)
+        found = sparse.solve(x, rows, entries, m[:, 0], total.log(), rest, coefficient)
         if not self.wanted.student:
             return found.value, None
         if rest is None:

@@ -74,6 +74,7 @@ def build_problem(x: Arguments) -> tuple[Problem, Tensor]:
         teacher_rows=teacher.rows,
         teacher_indices=teacher.indices,
         teacher_log_probs=teacher.log_probs,
+        teacher_log_tail=teacher.log_tail,
         teacher_tail=teacher.tail,
         teacher_tempered=teacher.tempered,
         labels=rows.labels,
@@ -117,6 +118,7 @@ class _Teacher(NamedTuple):
     rows: Tensor | None = None
     indices: Tensor | None = None
     log_probs: Tensor | None = None
+    log_tail: Tensor | None = None
     tail: str = "renormalize"
     tempered: bool = False
     vocab: int | None = None  # entries here of a vocabulary of its own
@@ -139,7 +141,13 @@ def _teacher(teacher: Teacher | None, student: Head, valid_vocab: int, engine: s
     if isinstance(teacher, SparseLogits):
         dtype = torch.promote_types(student.hidden.dtype, torch.float32)
         entries = sparse.prepare(_flat(teacher.indices), _flat(teacher.log_probs), valid_vocab, dtype)
-        return _Teacher(indices=entries[0], log_probs=entries[1], tail=teacher.tail, tempered=teacher.tempered)
+        return _Teacher(
+            indices=entries[0],
+            log_probs=entries[1],
+            log_tail=sparse.log_tail(teacher, *entries, valid_vocab),
+            tail=teacher.tail,
+            tempered=teacher.tempered,
+        )
     return _Teacher()
 
 

@@ -212,10 +212,11 @@ def _check_vocabularies(name: str, here: int, x: Arguments) -> None:
 
 
 def _check_sparse(teacher: SparseLogits, x: Arguments) -> None:
-    indices, log_probs, tail = teacher.indices, teacher.log_probs, teacher.tail
-    if not isinstance(tail, str) or tail not in ("renormalize", "bucket", "none"):
+    indices, log_probs, log_tail, tail = teacher.indices, teacher.log_probs, teacher.log_tail, teacher.tail
+    if not isinstance(tail, str) or tail not in ("renormalize", "bucket", "none", "renormalize_both"):
         raise ValueError(
-            f"teacher: SparseLogits.tail={short(tail)} is unknown; expected 'renormalize', 'bucket' or 'none'"
+            f"teacher: SparseLogits.tail={short(tail)} is unknown; expected 'renormalize', 'bucket', 'none' or "
+            "'renormalize_both'"
         )
     _check_flag("teacher: SparseLogits.tempered", teacher.tempered)
     _check_tensor("teacher: SparseLogits.indices", indices, INTEGERS, "an integer tensor (*, K)", IDS)
@@ -228,6 +229,13 @@ def _check_sparse(teacher: SparseLogits, x: Arguments) -> None:
     _check_same_rows("teacher: SparseLogits.indices", indices, x.student.hidden)
     _check_same_rows("teacher: SparseLogits.log_probs", log_probs, x.student.hidden)
     _refuse_grad("teacher: SparseLogits.log_probs", log_probs, "the teacher gets no gradient")
+    if log_tail is not None:
+        name = "teacher: SparseLogits.log_tail"
+        if tail != "bucket":
+            raise ValueError(f"{name} with tail={tail!r}, which has no use for it; pass tail='bucket', or leave it out")
+        _check_float_tensor(name, log_tail)
+        _check_one_per_row(name, log_tail, x.student.hidden)
+        _refuse_grad(name, log_tail, "the teacher gets no gradient")
     if tail == "none" and not teacher.tempered:
         tau = x.options.temperature
         if isinstance(tau, Tensor):
@@ -239,11 +247,11 @@ def _check_sparse(teacher: SparseLogits, x: Arguments) -> None:
                 "tail='renormalize' or 'bucket'"
             )
     divergence = x.options.divergence.name
-    if tail != "bucket" and divergence in ("reverse_kl", "symmetric_kl"):
+    if tail in ("renormalize", "none") and divergence in ("reverse_kl", "symmetric_kl"):
         raise ValueError(
             f"divergence={divergence!r} with teacher: SparseLogits.tail={tail!r} is infinite: the student has "
-            "probability where the teacher has none. Pass tail='bucket', or a divergence that is finite there: "
-            "forward_kl, jsd, skew_kl, skew_reverse_kl, total_variation"
+            "probability where the teacher has none. Pass tail='bucket' or 'renormalize_both', or a divergence "
+            "that is finite there: forward_kl, jsd, skew_kl, skew_reverse_kl, total_variation"
         )
     if not (can_read(indices) and can_read(log_probs)):
         return
@@ -257,11 +265,18 @@ def _check_sparse(teacher: SparseLogits, x: Arguments) -> None:
         )
     if bool(log_probs.isnan().any()) or bool((log_probs == math.inf).any()):
         raise ValueError("teacher: SparseLogits.log_probs contains NaN or +inf; expected log-probabilities")
-    if tail != "renormalize" and bool((log_probs > LARGEST_LOG_PROB).any()):
+    if tail in ("bucket", "none") and bool((log_probs > LARGEST_LOG_PROB).any()):
         raise ValueError(
             f"teacher: SparseLogits.log_probs contains {float(log_probs.max())}, more than all of the probability; "
             f"tail={tail!r} takes log-probabilities, not logits: apply log_softmax over the whole vocabulary first"
         )
+    if log_tail is not None and can_read(log_tail):
+        total = log_probs.float().exp().sum(-1) + log_tail.float().exp()
+        if not bool((total <= 1.1).all()):
+            raise ValueError(
+                f"teacher: SparseLogits.log_tail and .log_probs hold a mass of {float(total.max())}; expected 1. "
+                "Is log_tail the log of the mass of all other ids, at the temperature of log_probs?"
+            )
 
 
 def _check_same_rows(name: str, hidden: Tensor, student_hidden: Tensor) -> None:

@@ -23,8 +23,8 @@ from kdfast.divergences import Divergence, get_divergence
 KD, CE, ANCHOR, STUDENT_ENTROPY, TEACHER_ENTROPY, AGREEMENT = range(6)
 # Fields of Problem with one row per token; in `coefficients` that is one column.
 PER_TOKEN = (
-    "hidden", "teacher_hidden", "teacher_rows", "teacher_indices", "teacher_log_probs", "labels", "anchor_targets",
-    "active",
+    "hidden", "teacher_hidden", "teacher_rows", "teacher_indices", "teacher_log_probs", "teacher_log_tail", "labels",
+    "anchor_targets", "active",
 )  # fmt: skip
 
 
@@ -46,7 +46,8 @@ class Problem:
     teacher_rows: Tensor | None  # (N,) int64: each token's row of them, counted through their leading dimensions
     teacher_indices: Tensor | None  # (N, K) int64 as `kdfast.ops.sparse.prepare` leaves them
     teacher_log_probs: Tensor | None  # (N, K)
-    teacher_tail: str  # "renormalize" | "bucket" | "none"; of the sparse teacher
+    teacher_log_tail: Tensor | None  # (N,): log of the mass elsewhere, −inf for none; None: not a category of its own
+    teacher_tail: str  # "renormalize" | "bucket" | "none" | "renormalize_both"; of the sparse teacher
     teacher_tempered: bool  # teacher_log_probs are at `temperature`, not at 1
     labels: Tensor | None  # (N,) int64, every entry a valid address
     anchor_targets: Tensor | None  # (N,) int64, likewise; None unless the teacher is projected

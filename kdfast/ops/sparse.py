@@ -9,6 +9,7 @@ student's logits as it does for a cross entropy, and all that knows of the teach
     tail="none"         p = exp(log_probs), whatever they sum to, at τ = 1
     tail="bucket"       K + 1 categories on both sides at τ = 1, the last one all the missing mass; both are then taken
                         to the power 1/τ and normalized. At any τ it is zero exactly where the two agree at τ = 1.
+    tail="renormalize_both"  the same, with nothing in the last category on either side
 
 With `tempered` the log-probabilities are at τ already: those of a support are normalized as they are, and the K + 1
 categories are the masses at τ.
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from kdfast.divergences import Divergence, log_ratio
+from kdfast.inputs import SparseLogits
 from kdfast.ops.problem import KD, Problem
 
 
@@ -75,23 +77,38 @@ def _of_the_first(first: Tensor, values: Tensor) -> Tensor:
     return values.gather(-1, position)
 
 
+def log_tail(teacher: SparseLogits, indices: Tensor, log_probs: Tensor, vocab: int) -> Tensor | None:
+    """Return (N,): log of the mass that is on none of the ids, −inf where there is none; None where `teacher`'s tail
+    is no category. indices, log_probs (N, K): of `prepare`. Mass on ids from `vocab` on is elsewhere too."""
+    if teacher.tail not in ("bucket", "renormalize_both"):
+        return None
+    if teacher.tail == "renormalize_both":
+        return log_probs.new_full(log_probs.shape[:1], -inf)
+    known = (teacher.indices >= 0) & (teacher.indices.long() < vocab)
+    given = teacher.log_probs.double()
+    if teacher.log_tail is not None:
+        elsewhere = torch.where(known, -inf, given)
+        tail = torch.cat([teacher.log_tail.double()[..., None], elsewhere], dim=-1).logsumexp(dim=-1)
+    else:
+        p = torch.where(known, given, -inf).exp()
+        # each log p is rounded by eps/2 of itself, so that their sum may be off by eps/2 · Σ p·|log p|
+        eps = torch.finfo(teacher.log_probs.dtype).eps
+        error = (eps / 2 * torch.special.entr(p).sum(dim=-1)).clamp_min(min(eps, 2.0**-23))
+        tail = torch.maximum(1 - p.sum(dim=-1), error).log()
+    everything = (counted(indices) & (log_probs > -inf)).sum(dim=-1) == vocab
+    return tail.reshape(-1).to(log_probs.dtype).masked_fill(everything, -inf)
+
+
 def temperature(x: Problem) -> Tensor:
-    """Return τ' (), that of the student's softmax over the vocabulary. A bucket's masses are those at τ = 1, where not
-    tempered."""
-    return torch.ones_like(x.temperature) if x.teacher_tail == "bucket" and not x.teacher_tempered else x.temperature
+    """Return τ' (), that of the student's softmax over the vocabulary. Masses of categories are those at τ = 1, where
+    not tempered."""
+    categories = x.teacher_log_tail is not None
+    return torch.ones_like(x.temperature) if categories and not x.teacher_tempered else x.temperature
 
 
 def excluded(x: Problem) -> Tensor | None:
     """Return (N, K) bool: entries whose ids are not in the bucket; None where the tail is no bucket."""
     return x.entries[1] > -inf if x.teacher_tail == "bucket" else None
-
-
-def missing(x: Problem, log_probs: Tensor, indices: Tensor) -> Tensor:
-    """Return (r,): log of the mass that the entries do not hold; −inf where they are the whole vocabulary."""
-    within = counted(indices) & (log_probs > -inf)
-    mass = torch.where(within, log_probs, -inf).double().exp().sum(dim=-1)
-    rest = (1 - mass).clamp_min(0).log().to(log_probs.dtype)
-    return rest.masked_fill(within.sum(dim=-1) == x.kd_size, -inf)
 
 
 def best(x: Problem) -> Tensor:
@@ -100,15 +117,20 @@ def best(x: Problem) -> Tensor:
     return indices.gather(-1, log_probs.argmax(dim=-1, keepdim=True)).squeeze(-1)
 
 
-def solve(x: Problem, rows: slice, z: Tensor, norm: Tensor, rest: Tensor | None, coefficient: Tensor) -> Support:
+def solve(
+    x: Problem, rows: slice, z: Tensor, m: Tensor, norm: Tensor, rest: Tensor | None, coefficient: Tensor
+) -> Support:
     """Return divergence and gradients of `x`'s rows `rows`.
 
-    z (r, K): the student's logits at the support, less any number per row; norm (r,): log Σ_V exp(z/τ'), of logits less
-    the same number; rest (r,): likewise over what is in the bucket; τ' is `temperature(x)`; coefficient (r,).
+    z (r, K): the student's logits at the support; m (r,): any number; norm (r,): log Σ_V exp((z − m)/τ'); rest (r,):
+    likewise over what is in the bucket; τ' is `temperature(x)`; coefficient (r,).
     """
-    indices, log_p = (each[rows] for each in x.entries)
+    if x.teacher_tail == "renormalize_both":  # whatever the others' logits are, of which m may be one
+        return _categories(x, rows, z, torch.zeros_like(norm), torch.full_like(norm, -inf), coefficient)
+    z = z - m[:, None]
     if rest is not None:
-        return _bucket(x, log_p, indices, z, norm, rest, coefficient)
+        return _categories(x, rows, z, norm, rest, coefficient)
+    indices, log_p = (each[rows] for each in x.entries)
     divergence, first = x.divergence, counted(indices)
     log_q = z / x.temperature - norm[:, None]
     if x.teacher_tail == "renormalize":
@@ -135,12 +157,12 @@ def between_passes(x: Problem, rows: slice, z: Tensor, constants: Iterable[Tenso
     m_t, log_t of the bucket, (r,) each, of (z − m)/τ'. z (r, K): the student's logits at the support."""
     m_s, log_s, m_t, log_t = constants
     rest = (m_t - m_s) / temperature(x) + log_t if x.teacher_tail == "bucket" else None
-    return solve(x, rows, z - m_s[:, None], log_s, rest, x.coefficients[KD, rows] / scale)
+    return solve(x, rows, z, m_s, log_s, rest, x.coefficients[KD, rows] / scale)
 
 
-def _bucket(
-    x: Problem, log_p: Tensor, indices: Tensor, z: Tensor, norm: Tensor, rest: Tensor, coefficient: Tensor
-) -> Support:
+def _categories(x: Problem, rows: slice, z: Tensor, norm: Tensor, rest: Tensor, coefficient: Tensor) -> Support:
+    assert x.teacher_log_tail is not None
+    indices, log_p = (each[rows] for each in x.entries)
     divergence = x.divergence
     within = counted(indices) & (log_p > -inf)
     z = z / temperature(x)
@@ -149,7 +171,7 @@ def _bucket(
     def categories(entries: Tensor, last: Tensor) -> Tensor:
         return (torch.cat([entries.masked_fill(~within, -inf), last[:, None]], dim=-1) / power).log_softmax(-1)
 
-    log_t = categories(log_p, missing(x, log_p, indices))
+    log_t = categories(log_p, x.teacher_log_tail[rows])
     log_s = categories(z - norm[:, None], rest - norm)
     t, s = log_t.exp(), log_s.exp()
     f, _, a_s = divergence.terms(t, s, log_ratio(log_t, log_s))

@@ -61,7 +61,8 @@ class CachedEntries(NamedTuple):
         # a row without any entry, −inf alone, comes out as NaN, and has all its mass in the tail
         entries = (self.log_probs.float() / temperature).log_softmax(-1).nan_to_num(nan=-inf, neginf=-inf)
         left = torch.log(-torch.expm1(log_tail.clamp_max(0)))
-        return SparseLogits(self.indices, entries + left[..., None], tail="bucket", tempered=True)
+        log_probs = entries + left[..., None]
+        return SparseLogits(self.indices, log_probs, log_tail=log_tail, tail="bucket", tempered=True)
 
 
 class Batch(NamedTuple):

@@ -34,6 +34,7 @@ TABLE = [
     ("logits", {}, 1, 0, 1, 0, 1),
     ("renormalize", {}, 1, 0, 1, 0, 1),
     ("bucket", {}, 1, 0, 1, 0, 1),
+    ("renormalize_both", {}, 1, 0, 1, 0, 1),
     ("weights", {}, 1, 0, 1, 0, 1),
     ("nothing", {}, 1, 0, 1, 0, 1),
 ]

@@ -37,7 +37,7 @@ SOURCES = Head | Projected | Logits | SparseLogits
 TINY, HUGE = 2.0**-126, 3.4e38  # of float32
 NUMBERS = ("temperature", "kd_weight", "ce_weight", "anchor_weight", "num_items_in_batch")
 FLAGS = ("return_metrics", "temperature_squared", "tempered")
-TENSORS = ("hidden", "weight", "bias", "projector_weight", "projector_bias", "logits", "indices", "log_probs", "labels",
+TENSORS = ("hidden", "weight", "bias", "projector_weight", "projector_bias", "logits", "indices", "log_probs", "log_tail", "labels",
            "token_weights", "kd_token_weights", "anchor_targets")  # fmt: skip
 NAMES = [*(f.name for cls in (Head, Projected, Logits, SparseLogits) for f in fields(cls)), *Options.names(),
          "student", "teacher", "labels"]  # fmt: skip
@@ -294,7 +294,7 @@ def _meant(field: str, value: Any) -> bool:
         return value is None or (isinstance(value, int | np.integer) and 0 < value < 2**63)
     if value is None:
         return field in ("bias", "labels", "teacher", "projector_weight", "projector_bias", "anchor_targets",
-                         "token_weights", "kd_token_weights", "process_group", "vocab_start")  # fmt: skip
+                         "log_tail", "token_weights", "kd_token_weights", "process_group", "vocab_start")  # fmt: skip
     return (field, value) in [("reduction", "mean"), ("reduction", "none"), ("teacher_grad", "none"), ("tail", "none")]
 
 

@@ -137,14 +137,24 @@ def masses(ids, log_probs, vocab):
     return mass
 
 
-def sparse_pair(indices, log_probs, tail, z, tau, tempered=False):
+def guessed_tail(log_probs):
+    """Mass that a row's log-probabilities, numbers of the dtype, leave: no less than what rounding makes of their sum.
+    """
+    eps, p = torch.finfo(log_probs.dtype).eps, log_probs.double().exp()
+    rounding = eps / 2 * float((p * log_probs.double().abs().nan_to_num(posinf=0.0)).sum())
+    return max(1 - float(p.sum()), rounding, eps if log_probs.dtype == torch.float64 else 2.0**-23)
+
+
+def sparse_pair(indices, log_probs, tail, z, tau, tempered=False, log_tail=None):
     """(log_p, log_q), (N, V + 1) each, of a teacher given by entries (N, K) and the student's logits z (N, V), row by
-    row. With a bucket, first its ids' categories, then the bucket, then nothing; else the vocabulary, then nothing."""
+    row. With a bucket, first its ids' categories, then the bucket, then nothing; with both sides normalized over the
+    ids, these and nothing; else the vocabulary, then nothing."""
     if tempered:
         z, tau = z / tau, 1.0
     pairs = []
-    for ids, given, row in zip(indices.tolist(), log_probs.tolist(), z, strict=True):
-        mass = masses(ids, given, len(row))
+    log_tails = [None] * len(z) if log_tail is None else log_tail.tolist()
+    for ids, entries, known, row in zip(indices.tolist(), log_probs, log_tails, z, strict=True):
+        mass = masses(ids, entries.tolist(), len(row))
         support, impossible = sorted(mass), row.new_full((1,), -torch.inf)
         p = torch.tensor([mass[i] for i in support], dtype=torch.float64).log()
         if tail == "bucket":
@@ -152,11 +162,19 @@ def sparse_pair(indices, log_probs, tail, z, tau, tempered=False):
             outside = [i for i in range(len(row)) if i not in mass]
             reachable = [i for i in outside if row[i] > -torch.inf]
             rest = q[reachable].logsumexp(-1, keepdim=True) if reachable else impossible
-            left = torch.tensor([1 - sum(mass.values())], dtype=torch.float64).clamp_min(0)
-            missing = left.log() if outside else impossible.double()
+            here = torch.tensor([0 <= i < len(row) for i in ids])
+            if known is None:
+                left = math.log(guessed_tail(entries[here]))
+            else:  # and what is on ids that the student does not have
+                left = math.log(math.exp(known) + float(entries[~here].double().exp().sum())) if known > -700 else known
+            missing = torch.tensor([left if outside else -math.inf], dtype=torch.float64)
             q = (torch.cat([q[support], rest]) / tau).log_softmax(-1)
             p = (torch.cat([p, missing]) / tau).log_softmax(-1)
             nothing = row.new_full((len(row) - len(support),), -torch.inf)
+            pairs.append((torch.cat([p.to(row.dtype), nothing]), torch.cat([q, nothing])))
+        elif tail == "renormalize_both":
+            p, q = ((side / tau).log_softmax(-1) for side in (p, row[support]))
+            nothing = row.new_full((len(row) + 1 - len(support),), -torch.inf)
             pairs.append((torch.cat([p.to(row.dtype), nothing]), torch.cat([q, nothing])))
         else:
             whole = row.new_full((len(row) + 1,), -torch.inf).detach()
@@ -246,7 +264,8 @@ def solve(
         """(log_p, log_q, z_t or None) of a given distribution and one of logits z."""
         if isinstance(source, SparseLogits):
             entries = flat(source.indices)[rows], flat(source.log_probs)[rows]
-            return *sparse_pair(*entries, source.tail, z, tau, source.tempered), None
+            log_tail = None if source.log_tail is None else source.log_tail.reshape(-1)[rows]
+            return *sparse_pair(*entries, source.tail, z, tau, source.tempered, log_tail), None
         if isinstance(source, Logits):
             z_t = flat(source.logits)[rows][:, :valid]
         else:

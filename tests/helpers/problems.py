@@ -51,6 +51,7 @@ class Given:
     logit_scale: float = 1.0
     softcap: float | None = None
     tail: str = "renormalize"  # of entries
+    log_tail: bool = False  # is given
     tempered: bool = False
     k: int = 1
     entries: str = "drawn"  # ids may come twice; "padded": and some have no mass; "all": every id there is
@@ -281,14 +282,18 @@ class _Maker:
             absent |= self.uniform(*shape) < 0.4
             absent[..., 0] = False
         z = self.normal(*shape, std=2.0).masked_fill(absent, -torch.inf).log_softmax(-1)
-        z += {"renormalize": 3.0, "bucket": math.log(0.8), "none": 0.0}[what.tail]
+        z += {"bucket": math.log(0.8), "none": 0.0}.get(what.tail, 3.0)
+        log_tail = math.log(0.2) - 40 * self.uniform(*shape[:-1]).double() ** 2 if what.log_tail else None
         if what.entries == "padded":  # whatever id an absent entry has
             ids[absent] = torch.randint(-2, 2 * what.vocab + 5, (int(absent.sum()),), generator=self.random)
         if self.problem.garbage:
             z[~read] = -torch.inf
+            if log_tail is not None:
+                log_tail[~read] = -torch.inf
         return SparseLogits(
             self.place(name, ids, self.problem.integers),
             self.place(name, z, what.dtype),
+            log_tail=None if log_tail is None else self.place(name, log_tail, what.dtype),
             tail=what.tail,
             tempered=what.tempered,
         )
@@ -346,9 +351,10 @@ def a_problem(one_of):
         if kind == "dense":
             return Given(**common, near=size == vocab and of("near", False, False, True))
         if kind == "sparse":
-            tail, entries = of("tail", "renormalize", "bucket", "none"), of("entries", "drawn", "padded", "all")
-            tempered = of("tempered", False, True)
-            return Given(**common, tail=tail, tempered=tempered, entries=entries, k=of("k", 7, 1, 2, 40))
+            tail = of("tail", "renormalize", "bucket", "none", "bucket", "renormalize_both")
+            log_tail, tempered = tail == "bucket" and of("log_tail", False, True), of("tempered", False, True)
+            how = {"entries": of("entries", "drawn", "padded", "all"), "k": of("k", 7, 1, 2, 40)}
+            return Given(**common, tail=tail, log_tail=log_tail, tempered=tempered, **how)
         return Given(
             **common,
             width=of("width", *WIDTHS),
@@ -362,8 +368,8 @@ def a_problem(one_of):
     anchor = one_of("anchor", None, "ids") if projected else None
     teacher = a_given("teacher") if teacher == "given" else teacher
     entries = teacher if isinstance(teacher, Given) and teacher.kind == "sparse" else None
-    tail = entries.tail if entries else "bucket"
-    divergences = [d for d in DIVERGENCES if tail == "bucket" or d not in INFINITE_ON_A_SUPPORT]
+    infinite = entries is not None and entries.tail in ("renormalize", "none")
+    divergences = [d for d in DIVERGENCES if not infinite or d not in INFINITE_ON_A_SUPPORT]
     ce_weight = one_of("ce_weight", 0.5, 0.5, 0.0)
     may_lack_labels = teacher is not None and not ce_weight
     labels = one_of("labels", "some", "some", "some", "none", "none", "all", *[None] * (3 * may_lack_labels))
@@ -372,7 +378,7 @@ def a_problem(one_of):
     # 16-bit projected hidden states leave logits off by 0.01 where weights are 0.5; ten times that, over a small τ,
     # exponents are off by more than one, and there is nothing left to compare
     rough = projected and bool({dtype, projector_dtype} & {F16, BF16})
-    at_one = entries is not None and tail == "none" and not entries.tempered
+    at_one = entries is not None and entries.tail == "none" and not entries.tempered
     taus = [1.0] if at_one else TEMPERATURES if rough else TEMPERATURES + LOW_TEMPERATURES
     reduction = one_of("reduction", "mean", "sum", "none")
     leading = one_of("leading", *LEADING, *LEADING, (0,), (2, 0))

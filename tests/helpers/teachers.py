@@ -2,7 +2,8 @@
 
     projected, hidden              through the student's head, by a projector or of its width already
     head, logits                   the teacher's own head, or what it gives
-    renormalize, bucket, weights   some of its log-probabilities, by tail (weights: tail="none")
+    renormalize, bucket, renormalize_both, weights   some of its log-probabilities, by tail (weights: tail="none")
+    log_tail                       a bucket whose mass is given
     nothing                        no teacher
     truncated                      a head of fewer ids
 """
@@ -15,7 +16,8 @@ from cases import LEAVES, student, teacher
 from kdfast import Head, Logits, SparseLogits
 
 KINDS = [
-    "projected", "hidden", "head", "logits", "renormalize", "bucket", "weights", "nothing", "truncated",
+    "projected", "hidden", "head", "logits", "renormalize", "bucket", "log_tail", "renormalize_both", "weights",
+    "nothing", "truncated",
 ]  # fmt: skip
 PROJECTED = ("projected", "hidden")
 ENGINES = ["reference", "torch", "triton_chunked", "triton_tiled"]
@@ -32,6 +34,8 @@ def own_logits(case):
 
 def sparse(case, tail):
     log_probs, indices = own_logits(case).log_softmax(-1).topk(K, dim=-1)
+    if tail == "log_tail":
+        return SparseLogits(indices, log_probs, log_tail=torch.log1p(-log_probs.exp().sum(-1)), tail="bucket")
     return SparseLogits(indices, log_probs, tail=tail)
 
 
@@ -67,7 +71,7 @@ def sources(case, kind, given=None):
         return Head(given.ht, given.Wt[:-4], given.bt[:-4]), {"vocab": "truncate"}
     if kind == "logits":
         return Logits(own_logits(given)), {}
-    if kind in ("renormalize", "bucket"):
+    if kind in ("renormalize", "bucket", "log_tail", "renormalize_both"):
         return sparse(given, kind), {}
     if kind == "weights":
         return sparse(given, "none"), {"temperature": 1.0}

@@ -17,7 +17,8 @@ def every(case):
         (Projected(case.ht, case.P, case.p), ["hidden", "projector_weight", "projector_bias"]),
         (Projected(case.hs), ["hidden"]),
         (Logits(own_logits(case)), ["logits"]),
-        (sparse(case, "bucket"), ["indices", "log_probs"]),
+        (sparse(case, "renormalize"), ["indices", "log_probs"]),
+        (sparse(case, "log_tail"), ["indices", "log_probs", "log_tail"]),
     ]
 
 

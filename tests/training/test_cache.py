@@ -203,6 +203,18 @@ class TestLosses:
         mass = teacher.log_probs.double().exp().sum(-1) + tails.double().exp()
         torch.testing.assert_close(mass, torch.ones(50, dtype=torch.float64), atol=3e-7, rtol=0)
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    def test_the_tail_of_a_confident_token(self, dtype):
+        """It is kept as e⁻¹⁸ and stays that: reverse KL of a uniform student is 17.7039, not infinite."""
+        z_t = torch.cat([torch.tensor([18 + math.log(100)]), torch.ones(7), torch.zeros(92)])[None]
+        kept, h = top_k(Head(z_t, torch.eye(100)), 8), torch.zeros(1, 100, requires_grad=True)
+        assert float(kept.log_tails) == pytest.approx(-18.0834, abs=1e-4)
+        entries = CachedEntries(kept.indices, kept.log_probs.to(dtype), kept.log_tails[..., [0, 0]])
+        for teacher in (entries.at(1.0), entries.at_one()):
+            loss = fused_kd_loss(Head(h, torch.eye(100)), teacher, temperature=1.0, divergence="reverse_kl")
+            assert float(loss.detach()) == pytest.approx(17.7039, rel=1e-5 if dtype == torch.float32 else 1e-3)
+            assert torch.autograd.grad(loss, h)[0].isfinite().all()
+
     def test_a_loop_of_ones_own(self, tmp_path):
         """As docs/teacher-cache.md has it."""
         teacher, data = make(tmp_path / "c", k=V, dtype="float32")
