@@ -170,6 +170,7 @@ def parse_mapping(
         parsed, unknown = parser.parse_known_args(overrides, parsed)
     if unknown:
         parser.error(_explain(unknown[0], list(defaults)))
+    source += " and command line" * bool(overrides)
     values = vars(parsed)
     given = {key: value for key, value in values.items() if value != defaults[key]}
     if "recipe" in given:

@@ -132,7 +132,7 @@ def parse_size(argument: str, text: str) -> int:
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?(?:e[0-9]+)?)\s*([a-z]*)\s*", text.lower())
     unit = match and (match[2] + "ib" if match[2] in ("k", "m", "g", "t") else match[2])
     size = float(match[1]) * UNITS.get(unit or "", inf) if match else inf
-    if not size < inf:
+    if not size < inf or (not unit and 0 < size < 2**20):  # "80" means 80 GB
         raise ValueError(f"{argument} {text!r}; expected a number and a unit, such as 24GiB, 512MiB or 80GB")
     return int(size)
 

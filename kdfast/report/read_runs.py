@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from kdfast.training.recipes import AUTO
+
 # in the folder of a run of ours: which run it is, written first; what came of it, written last; the page
 RECORD, SUMMARY, REPORT = "kdfast.json", "summary.json", "report.html"
 STATE = "trainer_state.json"  # transformers', in every run and checkpoint
@@ -113,7 +115,7 @@ def read_run(path: Path, name: str | None = None) -> Run:
     if ours or step < end:  # ours is finished when its summary is there
         summary["unfinished"] = f"step {step} of {end}"
     if ours:
-        summary["recipe"] = _read(path / RECORD).get("recipe")
+        summary["recipe"] = _read(path / RECORD).get("recipe", AUTO)  # what differs from the defaults is recorded
     noted = [(line.get("step"), line["health"]) for line in history if isinstance(line.get("health"), list)]
     health = [{"step": step, "message": message} for step, messages in noted for message in messages]
     return Run(name or path.name, log, {**summary, **summarize_log(log), "health": health})

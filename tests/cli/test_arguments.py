@@ -105,7 +105,7 @@ def test_yaml_that_python_chokes_on(config, text):
         (["--max-step=2"], "^command line: unknown key 'max_step'; did you mean 'max_steps'"),
         (["stray"], "^command line: 'stray' belongs to no key"),
         (["--temperature"], "^command line: --temperature: expected one argument"),
-        (["--temperature", "-1"], "temperature=-1.0; expected a number > 0"),
+        (["--temperature", "-1"], "and command line: temperature=-1.0; expected a number > 0"),
         (["--recipe", "run9", "--teacher_model_name_or_path", "t"], "recipe='run9' is unknown; expected one of"),
         (["--divergence", "kl"], "divergence"),
     ],

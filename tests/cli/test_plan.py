@@ -68,6 +68,7 @@ def test_a_cpu(kdfast):
         ([*WIDTHS, "--tokens", "0"], "tokens=0"),
         ([*WIDTHS, "--memory", "lots"], "such as 24GiB"),
         ([*WIDTHS, "--memory", "1e400"], "such as 24GiB"),
+        ([*WIDTHS, "--memory", "80"], "--memory '80'; expected a number and a unit"),
         ([*WIDTHS, "--resident", "0 parsec"], "--resident"),
         ([*WIDTHS, "--optimizer-bytes", "-1"], "--optimizer-bytes -1"),
         (["--student", "nobody/has-this"], "--student-width"),

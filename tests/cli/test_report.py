@@ -90,7 +90,9 @@ def test_a_checkpoint_that_goes_while_it_is_read(here, monkeypatch):
 
     (here / "run/kdfast.json").write_text("{}")
     monkeypatch.setattr(read_runs, "_states", going)
-    assert read_runs.read_run(here / "run").summary["unfinished"] == "step 2 of 9"
+    run = read_runs.read_run(here / "run")
+    assert run.summary["unfinished"] == "step 2 of 9"
+    assert run.summary["recipe"] == "auto"  # the default, which the record leaves out
 
 
 def test_runs_of_plain_transformers(here):
