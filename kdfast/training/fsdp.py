@@ -25,6 +25,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
+from kdfast.training.hf import is_dispatched
 from kdfast.training.model import DistillationModel
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -100,11 +101,18 @@ def place_teacher(model: DistillationModel, accelerator: Accelerator, shard: boo
     teacher = model.teacher
     if teacher is None:
         return
+    if is_dispatched(teacher):
+        if shard:
+            raise ValueError(
+                "shard_teacher=True, and accelerate has offloaded the teacher or spread it over devices (device_map, "
+                "cpu_offload). Load it whole, or leave shard_teacher out"
+            )
+        return
     if not shard:
         model._modules.pop("teacher", None)
         object.__setattr__(model, "teacher", teacher.to(accelerator.device))
     elif (dtype := COMPUTE_DTYPES.get(str(accelerator.mixed_precision))) is not None:
-        teacher.to(dtype)  # what FSDP would gather it in
+        teacher.to(dtype)  # type: ignore[arg-type]  # what FSDP would gather it in; its annotation is lost in a wrapper
 
 
 def check_dtypes(model: DistillationModel) -> None:

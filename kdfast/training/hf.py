@@ -17,6 +17,7 @@ import inspect
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, get_args
@@ -92,11 +93,47 @@ def may_skip_parameters(model: PreTrainedModel) -> bool:
     return any(id(p) not in text or re.search("cross_?att|encoder_att", name) for name, p in trained)
 
 
+def run_backbone(model: PreTrainedModel, **inputs: Any) -> Any:
+    """Return the backbone's output for tensors on any device: they are fed where its embedding is computed."""
+    device = input_device(model)
+    return backbone(model)(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()})
+
+
 def head(model: PreTrainedModel, hidden: Tensor) -> Head:
-    """Return the model's own head over `hidden` (*, H). Raise ValueError where an adapter sits on it."""
+    """Return the model's own head over `hidden` (*, H), on its device; weights that were offloaded are fetched.
+
+    Raise ValueError where an adapter sits on it.
+    """
     linear, config = model.get_output_embeddings(), model.config.get_text_config()
     _check_adapter(linear, type(model).__name__)
-    return Head(hidden, linear.weight, linear.bias, logit_scale=_logit_scale(config), softcap=_softcap(config))
+    weight, bias = fetch(linear, "weight", "bias")
+    bias = None if bias is None else bias.to(hidden.device)
+    return Head(hidden, weight.to(hidden.device), bias, logit_scale=_logit_scale(config), softcap=_softcap(config))
+
+
+def is_dispatched(model: nn.Module) -> bool:
+    """Return whether accelerate has spread the model over devices, or offloaded it: it is to stay where it is."""
+    return any(hasattr(module, "_hf_hook") for module in model.modules())
+
+
+def fetch(module: nn.Module, *names: str) -> list[Any]:
+    """Return tensors of the module, from where accelerate has offloaded them; None where there is none of that name."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    if hook is not None:
+        hook.pre_forward(module)
+    tensors = [getattr(module, name, None) for name in names]
+    if hook is not None:
+        hook.post_forward(module, None)  # the module lets go of them
+    return tensors
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Return the device on which the model's embedding is computed, wherever its weight is kept."""
+    embedding: Any = model.get_input_embeddings()
+    hook = getattr(embedding, "_hf_hook", None)
+    devices = (getattr(one, "execution_device", None) for one in getattr(hook, "hooks", (hook,)))
+    given = next((device for device in devices if device is not None), None)
+    return torch.device(given) if embedding.weight.is_meta and given is not None else embedding.weight.device
 
 
 def head_shape(model: PreTrainedModel) -> tuple[int, int]:
@@ -147,7 +184,14 @@ def check_model(model: PreTrainedModel, role: str, *, compare: bool = True) -> N
             f"{name} has output_router_logits=True: its loss has a load-balancing term, which is computed with the "
             "logits and would be left out here. Set config.output_router_logits=False"
         )
-    if compare and weight.device.type != "meta":
+    devices = {str(parameter.device) for parameter in model.parameters()}
+    if role == "student" and is_dispatched(model) and (len(devices) > 1 or "meta" in devices):
+        raise ValueError(
+            f"{name} has been spread over devices or offloaded by accelerate (its weights are on "
+            f"{', '.join(sorted(devices))}); a student that is trained stays on one: load it without device_map and "
+            "cpu_offload. A teacher may be offloaded; FSDP2 shards a student that is too large"
+        )
+    if compare and (weight.device.type != "meta" or is_dispatched(model)):
         _compare_logits(model, name)
 
 
@@ -193,15 +237,14 @@ def _compare_logits(model: PreTrainedModel, name: str) -> None:
     seen: list[Tensor] = []
 
     def enlarge(module: nn.Module, args: Any, output: Any) -> Any:
-        linear, hidden = model.get_output_embeddings(), output.last_hidden_state
-        scale = _logit_scale(model.config.get_text_config())
-        peak = scale * F.linear(hidden, linear.weight, linear.bias).abs().amax().float()
+        hidden = output.last_hidden_state
+        peak = _logits(replace(head(model, hidden), softcap=None)).abs().amax()
         output.last_hidden_state = hidden * (CHECK_PEAK / peak.clamp_min(1e-6)).to(hidden.dtype)
         seen.append(output.last_hidden_state)
         return output
 
     vocab, _ = head_shape(model)
-    ids = torch.arange(1, 5, device=model.get_output_embeddings().weight.device)[None] % vocab
+    ids = torch.arange(1, 5, device=input_device(model))[None] % vocab
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     hook = backbone(model).register_forward_hook(enlarge)
@@ -219,7 +262,7 @@ def _compare_logits(model: PreTrainedModel, name: str) -> None:
     if not seen:
         raise ValueError(f"{name}: its forward does not call {type(backbone(model)).__name__}, its backbone. {advice}")
     known = head(model, seen[-1])
-    ours = _logits(known)
+    ours = _logits(known).to(logits.device)
     error = ((logits - ours).abs().amax() / ours.abs().amax()).item()
     if not error <= CHECK_TOLERANCE.get(known.hidden.dtype, 1e-4):
         raise ValueError(

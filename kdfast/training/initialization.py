@@ -26,7 +26,7 @@ from kdfast.low_rank_head import (
     kl_and_agreement,
 )
 from kdfast.projector import LogitProjector
-from kdfast.training.hf import IGNORE_INDEX, backbone, check_inputs, head, shift_labels
+from kdfast.training.hf import IGNORE_INDEX, check_inputs, head, run_backbone, shift_labels
 from kdfast.training.recipes import Recipe
 from kdfast.training.teachers import Probe
 
@@ -70,7 +70,8 @@ class Calibration:
         held_out = held_out_rows(hidden)
         self.model, self.options, self.valid_vocab = student, options, options["valid_vocab"]
         self.student = head(student, hidden[:0])  # its weight is the parameter itself, its hidden states are not read
-        self.teacher, self.true, self.whole = (head(teacher, h) for h in (hidden[~held_out], hidden[held_out], hidden))
+        self.whole = head(teacher, hidden)
+        self.teacher, self.true = (replace(self.whole, hidden=hidden[rows]) for rows in (~held_out, held_out))
 
     @cached_property
     def vocab_weights(self) -> Tensor:
@@ -149,7 +150,8 @@ def _read(teacher: PreTrainedModel, batches: Iterable[dict[str, Any]], tokens: i
         inputs = {name: x for name, x in batch.items() if name != "labels" and not name.startswith("teacher_")}
         check_inputs(teacher, "teacher", inputs)
         counted = shift_labels(batch["labels"], batch.get("attention_mask")) != IGNORE_INDEX
-        pieces.append(backbone(teacher)(**inputs, use_cache=False).last_hidden_state[counted])
+        states = run_backbone(teacher, **inputs, use_cache=False).last_hidden_state
+        pieces.append(states.to(counted.device)[counted])
         if sum(map(len, pieces)) >= tokens:
             break
     if (found := sum(map(len, pieces))) < HELD_OUT:

@@ -27,6 +27,8 @@ from kdfast.training.hf import (
     head,
     head_shape,
     inputs_of,
+    is_dispatched,
+    run_backbone,
     shift_labels,
 )
 from kdfast.training.initialization import Calibration, Start, set_projector
@@ -49,7 +51,8 @@ class DistillationModel(nn.Module):
     Args:
         student: a causal `PreTrainedModel`.
         teacher: another one that takes the same token ids; None for the recipes "lm_only" and "cached", which use a
-            teacher for evaluation only.
+            teacher for evaluation only. One that accelerate has offloaded or spread over devices (`device_map`,
+            `cpu_offload`) stays where it is, and is fed there.
         recipe: a name, or a `Recipe` such as `KDConfig(…).resolved()`; "auto" is what `choose_recipe` finds for these
             models. One with solved starts wants `solve` called before the first step, as KDTrainer does.
         engine, scratch_bytes, valid_vocab: as in `fused_kd_loss`. Where valid_vocab is None and the heads have
@@ -63,6 +66,7 @@ class DistillationModel(nn.Module):
             sits on a head, a head does something that is not understood.
     """
 
+    teacher: PreTrainedModel | None
     main_input_name = "input_ids"
     accepts_loss_kwargs = True  # tells transformers.Trainer that num_items_in_batch is the divisor here
 
@@ -89,7 +93,10 @@ class DistillationModel(nn.Module):
             check_model(teacher, "teacher", compare=check_heads)
         _check_pair(student, teacher, self.recipe, valid_vocab)
         self.student = student
-        self.teacher = None if teacher is None else teacher.requires_grad_(False).eval()
+        if teacher is not None:
+            teacher.requires_grad_(False).eval()
+        keep = object.__setattr__ if teacher is not None and is_dispatched(teacher) else setattr
+        keep(self, "teacher", teacher)  # one that accelerate has placed is no submodule, which .to() would move
         self.inputs = {"student": inputs_of(student), "teacher": frozenset() if teacher is None else inputs_of(teacher)}
         self.valid_vocab = valid_vocab
         self.kd_teacher = KINDS[self.recipe.teacher](self.recipe)
@@ -163,8 +170,8 @@ class DistillationModel(nn.Module):
         learns_from_it = self.recipe.teacher not in ("none", "cached") or self.hidden_loss is not None
         if self.teacher is not None and (with_fidelity or learns_from_it):
             with torch.no_grad():
-                teacher_states = backbone(self.teacher)(**inputs)
-                own = head(self.teacher, teacher_states.last_hidden_state)
+                teacher_states = run_backbone(self.teacher, **inputs)
+                own = head(self.teacher, teacher_states.last_hidden_state.to(input_ids.device))
         cached: CachedEntries | None = None
         if teacher_indices is not None and teacher_log_probs is not None:
             cached = CachedEntries(teacher_indices, teacher_log_probs, teacher_log_tails)

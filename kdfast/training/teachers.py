@@ -248,7 +248,7 @@ class HiddenStateLoss(nn.Module):
         counted = targets != IGNORE_INDEX
         total = torch.zeros((), device=targets.device)
         for (i, j), linear in zip(self.pairs, self.maps, strict=True):
-            ours, theirs = _standardized(linear(student[i])), _standardized(teacher[j].detach())
+            ours, theirs = _standardized(linear(student[i])), _standardized(teacher[j].detach().to(targets.device))
             total = total + ((ours - theirs).square().mean(-1) / 2 * counted).sum()
         divisor = counted.sum().clamp_min(1) if items is None else items
         return total / (divisor * len(self.pairs))

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kdfast._version import __version__
 from kdfast.training.durable import checksums
 from kdfast.training.durable.atomic_io import write_text
+from kdfast.training.hf import fetch
 
 NAME = "cache.json"
 SUMMARY = "summary.json"
@@ -243,6 +244,9 @@ def teacher_fingerprint(teacher: PreTrainedModel) -> str:
     config.pop("transformers_version", None)  # of the one that reads it
     sum = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in sorted(teacher.state_dict().items()):
+        if tensor.is_meta:  # offloaded
+            module, _, key = name.rpartition(".")
+            (tensor,) = fetch(teacher.get_submodule(module), key)
         flat = tensor.detach().reshape(-1)
         step = max(1, flat.numel() // SAMPLE_OF_A_TENSOR)
         some = flat[::step].contiguous().cpu()

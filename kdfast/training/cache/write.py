@@ -46,7 +46,7 @@ from kdfast.training.data.columns import MEDIA
 from kdfast.training.data.tokenizers import check_tokens, count_ids, own_tokenizer
 from kdfast.training.durable import atomic_io, checksums, processes
 from kdfast.training.durable.atomic_io import write_text
-from kdfast.training.hf import backbone, check_inputs, check_model, head, head_shape, inputs_of
+from kdfast.training.hf import check_inputs, check_model, head, head_shape, input_device, inputs_of, run_backbone
 
 SHARD_TOKENS = 2**20
 INPUTS = ("input_ids", "attention_mask", "position_ids")
@@ -213,12 +213,11 @@ def _rows(
     teacher: PreTrainedModel, dataset: Any, within: range, description: Description, batch_size: int
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yield the encoded rows of a data set's sequences `within`."""
-    device, dtype = teacher.get_output_embeddings().weight.device, _dtype(teacher)
+    dtype = _dtype(teacher)
     for start in range(within.start, within.stop, batch_size):
         batch = [dataset[i] for i in range(start, min(start + batch_size, within.stop))]
         batch = [{name: row[name] for name in INPUTS if name in row} for row in batch]
-        inputs = {name: value.to(device) for name, value in default_data_collator(batch).items()}
-        own = head(teacher, backbone(teacher)(**inputs, use_cache=False).last_hidden_state)
+        own = head(teacher, run_backbone(teacher, **default_data_collator(batch), use_cache=False).last_hidden_state)
         bias = None if own.bias is None else own.bias.to(dtype)
         whole = replace(own, hidden=own.hidden.to(dtype), weight=own.weight.to(dtype), bias=bias)
         if description.method == "top_k":
@@ -227,7 +226,7 @@ def _rows(
                 yield encode(TopK(*entries), description)
             continue
         for i, hidden in enumerate(whole.hidden):
-            generator = torch.Generator(device).manual_seed((description.seed * SEEDS + start + i) % 2**63)
+            generator = torch.Generator(hidden.device).manual_seed((description.seed * SEEDS + start + i) % 2**63)
             (tau,) = description.temperatures
             found = draw(replace(whole, hidden=hidden), description.k, tau, generator, description.valid_vocab)
             yield encode(found, description)
@@ -235,8 +234,7 @@ def _rows(
 
 def _dtype(teacher: PreTrainedModel) -> torch.dtype:
     """Return the dtype that the teacher computes in here: its own, or the caller's autocast's."""
-    weight = teacher.get_output_embeddings().weight
-    return autocast.dtype_of(weight.device) or weight.dtype
+    return autocast.dtype_of(input_device(teacher)) or teacher.get_output_embeddings().weight.dtype
 
 
 def _write_shard(shard: Shard, rows: Any, mark: str) -> None:
