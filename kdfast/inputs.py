@@ -30,7 +30,7 @@ class Head:
 
     hidden       (*, H)  float32, bfloat16, float16 or float64
     weight       (V, H)  the embedding or `lm_head.weight`, same dtype (outside autocast)
-    bias         (V,)    or None
+    bias         (V,)    or None; of any dtype (float64 with float64 only): it is added to products in fp32
     logit_scale          multiplies the logits before the cap (Cohere's `logit_scale`; Granite divides: pass 1/x)
     softcap              Gemma-2's `final_logit_softcapping`; None = no cap
     """
@@ -52,7 +52,7 @@ class Projected:
 
     hidden            (*, Ht)   teacher hidden states; without a projector (*, Hs), and they receive a gradient
     projector_weight  (Hs, Ht)  as `nn.Linear(Ht, Hs).weight`
-    projector_bias    (Hs,)     or None
+    projector_bias    (Hs,)     or None; of any dtype, likewise
     """
 
     hidden: Tensor

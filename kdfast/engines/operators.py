@@ -204,8 +204,8 @@ finalize_gradient.register_autograd(_no_second_derivative)
 
 @torch.library.custom_op("kdfast::project", mutates_args=())
 def project(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return hidden (N, Ht) · weight (Hs, Ht)ᵀ + bias (Hs,), of one dtype: (N, Hs). The teacher's hidden states are
-    constants here: no gradient reaches them."""
+    """Return hidden (N, Ht) · weight (Hs, Ht)ᵀ + bias (Hs,), in hidden's dtype: (N, Hs). The teacher's hidden states
+    are constants here: no gradient reaches them."""
     from kdfast.kernels import projector
 
     with torch.cuda.device_of(hidden):
@@ -220,12 +220,13 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _save_projection(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
     ctx.save_for_backward(inputs[0])
+    ctx.bias_dtype = None if inputs[2] is None else inputs[2].dtype
 
 
 def _project_backward(ctx: Any, upstream: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
     (hidden,) = ctx.saved_tensors
     weight = upstream.t() @ hidden if ctx.needs_input_grad[1] else None
-    return None, weight, upstream.sum(dim=0) if ctx.needs_input_grad[2] else None
+    return None, weight, upstream.sum(dim=0, dtype=ctx.bias_dtype) if ctx.needs_input_grad[2] else None
 
 
 project.register_autograd(_project_backward, setup_context=_save_projection)

@@ -166,11 +166,11 @@ def _flat(tensor: Tensor) -> Tensor:
 
 def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, engine: str) -> Tensor:
     if engine != "triton_tiled":
-        return F.linear(hidden, weight, bias)
-    dtype = autocast.dtype_of(hidden.device)
-    if dtype is None or hidden.dtype == torch.float64:
-        dtype = hidden.dtype
-    return operators.project(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+        if bias is None or bias.dtype == hidden.dtype or autocast.dtype_of(hidden.device) is not None:
+            return F.linear(hidden, weight, bias)
+        return F.linear(hidden, weight) + bias
+    head = _autocast(Head(hidden, weight, bias))
+    return operators.project(head.hidden, head.weight, head.bias)
 
 
 def _autocast(head: Head) -> Head:

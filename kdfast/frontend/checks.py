@@ -144,10 +144,11 @@ def _check_linear(name: str, hidden: Tensor, shape: str, **parts: Tensor | None)
             continue
         _check_same_device(f"{name}.{field}", tensor, hidden, f"{name}.hidden")
         double = torch.float64 in (tensor.dtype, hidden.dtype)  # which autocast leaves alone
-        if tensor.dtype != hidden.dtype and (double or autocast.dtype_of(hidden.device) is None):
+        free = tensor is bias or autocast.dtype_of(hidden.device) is not None  # a bias is added to fp32 products
+        if tensor.dtype != hidden.dtype and (double or not free):
             raise ValueError(
                 f"{name}.{field} is {tensor.dtype} and {name}.hidden {hidden.dtype}; within one head dtypes must "
-                "agree: convert one, or run under torch.autocast"
+                "agree, but for a bias that is not float64: convert one, or run under torch.autocast"
             )
 
 
@@ -413,7 +414,8 @@ def _check_same_device(name: str, value: Tensor, hidden: Tensor, other: str = "s
 
 def _refuse_grad(name: str, tensor: Tensor | None, why: str) -> None:
     if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{name} requires grad, but {why}; pass it detached (.detach())")
+        freeze = ", or freeze the model it is of (teacher.requires_grad_(False))" if name.startswith("teacher") else ""
+        raise ValueError(f"{name} requires grad, but {why}; pass it detached (.detach()){freeze}")
 
 
 def can_read(tensor: Tensor) -> bool:

@@ -50,6 +50,9 @@ WRONG = {
     "integer weight": (TypeError, "Head.weight has dtype torch.int64", {"student_": head(weight=CASE.W.long())}),
     "list weight": (TypeError, "Head.weight is list; expected a tensor", {"student_": head(weight=[1.0])}),
     "dtypes in a head": (ValueError, "within one head dtypes must agree", {"student_": head(weight=CASE.W.double())}),
+    "a bias of 64 bits": (ValueError, "Head.bias is torch.float64 .* but for a bias that is not float64", {"student_": head(bias=CASE.b.double())}),
+    "projector's bias of 64 bits": (ValueError, "Projected.projector_bias is torch.float64", {"teacher_": projected(projector_bias=CASE.p.double())}),
+    "a projector beside hidden states of 16 bits": (ValueError, "Projected.projector_weight is torch.float32 and .* torch.bfloat16.*autocast", {"teacher_": projected(hidden=CASE.ht.bfloat16())}),
     "devices in a head": (ValueError, "Head.weight is on meta .*one device", {"student_": head(weight=CASE.W.to("meta"))}),
     "softcap": (ValueError, "Head.softcap=0.0; expected a finite number > 0", {"student_": head(softcap=0.0)}),
     "logit_scale": (TypeError, "logit_scale is Tensor.*multiply them", {"student_": head(logit_scale=torch.ones(()))}),
@@ -71,7 +74,7 @@ WRONG = {
         ValueError, "Projected.hidden requires grad.*detach", {"teacher_": projected(hidden=CASE.ht.clone().requires_grad_())},
     ),
     "teacher weight wants grad": (
-        ValueError, "Head.weight requires grad.*detach", {"teacher_": own(weight=CASE.Wt.clone().requires_grad_())},
+        ValueError, r"Head.weight requires grad.*detach.*requires_grad_\(False\)", {"teacher_": own(weight=CASE.Wt.clone().requires_grad_())},
     ),
     "teacher bias wants grad": (
         ValueError, "Head.bias requires grad.*detach", {"teacher_": own(bias=CASE.bt.clone().requires_grad_())},

@@ -255,7 +255,7 @@ def solve(
         hidden, weight, bias = flat(teacher.hidden)[rows], teacher.projector_weight, teacher.projector_bias
         hidden_abs = hidden.abs()
         if weight is not None:
-            hidden = F.linear(hidden, weight, bias)
+            hidden = F.linear(hidden, weight) + (0 if bias is None else bias)  # of whatever dtype
             hidden_abs = F.linear(hidden_abs, weight.abs(), None if bias is None else bias.abs())
         dtype = student.weight.dtype
         return through_students_head(hidden.to(dtype), hidden_abs.to(dtype), fixed=fixed)
@@ -349,8 +349,9 @@ def solve(
         values = F.cross_entropy(projected_logits(rows, fixed=True), targets[rows], reduction="none")
         term("anchor", float(anchor_weight), values, rows, anchored)
 
-    total = torch.zeros(leading.numel(), dtype=student.hidden.dtype)
+    dtype = torch.promote_types(student.hidden.dtype, (student.hidden if student.bias is None else student.bias).dtype)
+    total = torch.zeros(leading.numel(), dtype=dtype)
     for coefficients, rows, values, *_ in terms:
-        total = total.index_add(0, rows, coefficients.to(total.dtype) * values)
+        total = total.index_add(0, rows, coefficients.to(dtype) * values)
     loss = total.reshape(leading) if reduction == "none" else total.sum()
     return Solved(loss, metrics, min(margins), min(ties), terms)

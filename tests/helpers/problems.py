@@ -65,6 +65,7 @@ class Problem:
     vocab: int
     width: int
     bias: bool
+    wide_bias: bool  # biases beside 16 bits are of float32
     logit_scale: float
     softcap: float | None
     std: float  # of W
@@ -151,7 +152,7 @@ class _Maker:
         student = Head(
             self.place("hs", self.spoil(hs, counts), x.dtype),
             self.place("W", self.spoil(W, real), x.dtype),
-            None if b is None else self.place("b", self.spoil(b, real), x.dtype),
+            None if b is None else self.place("b", self.spoil(b, real), self.of_bias(x.dtype)),
             logit_scale=x.logit_scale,
             softcap=x.softcap,
         )
@@ -200,6 +201,9 @@ class _Maker:
             self.leaves[name] = values.requires_grad_(name not in self.problem.frozen)
         return values
 
+    def of_bias(self, dtype):
+        return F32 if self.problem.wide_bias and dtype != F64 else dtype
+
     def spoil(self, values, read):
         """Rows that nobody should read."""
         if self.problem.garbage:
@@ -236,7 +240,7 @@ class _Maker:
         return Projected(
             hidden.requires_grad_(False),
             self.place("P", P, x.projector_dtype),
-            self.place("p", p, x.projector_dtype) if x.teacher == "biased projector" else None,
+            self.place("p", p, self.of_bias(x.projector_dtype)) if x.teacher == "biased projector" else None,
         )
 
     def given(self, name, what, read):
@@ -257,7 +261,7 @@ class _Maker:
         return Head(
             self.place(name, hidden, what.dtype),
             self.place(name, weight, what.dtype),
-            self.place(name, bias, what.dtype) if what.bias else None,
+            self.place(name, bias, self.of_bias(what.dtype)) if what.bias else None,
             logit_scale=what.logit_scale,
             softcap=what.softcap,
         )
@@ -390,6 +394,7 @@ def a_problem(one_of):
         vocab=vocab,
         width=one_of("width", *WIDTHS),
         bias=masked or one_of("bias", False, True),
+        wide_bias=one_of("wide_bias", False, True),
         logit_scale=one_of("logit_scale", *[1.0] * 6, 0.7, 0.7, 0.7, *([] if masked else [-1.5, 0.0])),
         softcap=one_of("softcap", None, None, 3.0),
         std=one_of("std", 0.5, 0.05, *([] if rough else [5.0])),

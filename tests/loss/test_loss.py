@@ -333,3 +333,29 @@ def test_module_takes_options_at_construction_and_at_the_call():
     assert "temperature=3.0" in repr(criterion)
     with pytest.raises(TypeError, match="unknown option 'temprature'"):
         FusedKDLoss(temprature=2.0)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("kind", ["head", "projected"])
+@pytest.mark.parametrize(("dtype", "of_bias"), [(torch.float16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_a_bias_of_another_dtype(engine, kind, dtype, of_bias):
+    """Added as it is to products in float32, with a gradient in its own dtype: a bias of 32 bits is not rounded to 16.
+    What a projector gives is rounded to 16 bits where the student is of 16."""
+    rounded = {name: of_bias if name in ("b", "p", "bt") else dtype for name in (*LEAVES, "ht", "Wt", "bt")}
+    case = make()
+    for name, its in rounded.items():
+        setattr(case, name, getattr(case, name).detach().to(its))
+    exact, narrow = copy(case), copy(case, dtype)
+    for name in ("b", "p", "bt"):
+        setattr(narrow, name, getattr(case, name).clone().requires_grad_(name != "bt"))
+    truth = fused_kd_loss(student(exact), teacher(exact, kind), exact.labels, ce_weight=0.5, engine="reference")
+    truth.backward()
+    loss = fused_kd_loss(student(narrow), teacher(narrow, kind), narrow.labels, ce_weight=0.5, engine=engine)
+    loss.backward()
+    coarse = max(torch.finfo(each).eps for each in (dtype, of_bias))
+    assert relative(loss, truth) < (1e-6 if kind == "head" else coarse)
+    for name in LEAVES if kind == "projected" else LEAVES[:3]:
+        gradient = getattr(narrow, name).grad
+        assert gradient.dtype == rounded[name]
+        fine = kind == "head" and gradient.dtype == torch.float32
+        assert relative(gradient, getattr(exact, name).grad) < (1e-5 if fine else 2 * coarse), name
