@@ -18,7 +18,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from math import inf, log
-from typing import ClassVar, NamedTuple
+from numbers import Real
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,13 +33,22 @@ class Terms(NamedTuple):
     a_q: Tensor
 
 
+_CLASSES: dict[str, type[Divergence]] = {}  # every subclass there is, by its `key`
+
+
 @dataclass(frozen=True)
 class Divergence:
-    """Base class. A subclass names itself and gives `pointwise` and `terms`."""
+    """Base class. A subclass names itself and gives `pointwise` and `terms`; its fields, if any, are numbers."""
 
     name: ClassVar[str]
+    key: ClassVar[str] = ""  # what an operator is given to find the class by; the name of those that are listed here
     centred_p: ClassVar[bool] = False
     centred_q: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.key = f"{cls.__qualname__} {len(_CLASSES)}"  # a name may be given twice
+        _CLASSES[cls.key] = cls
 
     def pointwise(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         raise NotImplementedError
@@ -48,7 +58,7 @@ class Divergence:
 
     @property
     def parameters(self) -> list[float]:
-        """Return the dataclass fields, in order: with `name`, all that an operator needs to rebuild it."""
+        """Return the dataclass fields, in order: with `key`, all that an operator needs to rebuild it."""
         return [float(getattr(self, field.name)) for field in fields(self)]
 
 
@@ -192,6 +202,8 @@ class TotalVariation(Divergence):
 DIVERGENCES: dict[str, type[Divergence]] = {
     cls.name: cls for cls in (ForwardKL, ReverseKL, SymmetricKL, JSD, SkewKL, SkewReverseKL, TotalVariation)
 }
+for _name, _class in DIVERGENCES.items():  # those that the kernels have
+    _class.key = _name
 
 
 def get_divergence(divergence: str | Divergence, parameters: Sequence[float] = ()) -> Divergence:
@@ -202,19 +214,43 @@ def get_divergence(divergence: str | Divergence, parameters: Sequence[float] = (
     Raises ValueError for an unknown name or a parameter out of its range, TypeError for anything else.
     """
     if isinstance(divergence, str):
-        if divergence not in DIVERGENCES:
+        cls = DIVERGENCES.get(divergence) or _CLASSES.get(divergence)
+        if cls is None:
             raise ValueError(f"divergence={divergence!r} is unknown; expected one of {', '.join(DIVERGENCES)}")
-        divergence = DIVERGENCES[divergence](*parameters)
+        return get_divergence(cls(**dict(zip((field.name for field in fields(cls)), parameters, strict=False))))
     if not isinstance(divergence, Divergence):
+        what = f"the class {divergence.__name__}" if isinstance(divergence, type) else type(divergence).__name__
         raise TypeError(
-            f"divergence is {type(divergence).__name__}; expected a name ({', '.join(DIVERGENCES)}) or an instance "
-            "such as kdfast.JSD(beta=0.5)"
+            f"divergence is {what}; expected a name ({', '.join(DIVERGENCES)}) or an instance such as "
+            "kdfast.JSD(beta=0.5)"
         )
-    if isinstance(divergence, JSD) and divergence.beta in (0.0, 1.0):
+    if divergence.key not in DIVERGENCES and not torch.compiler.is_compiling():
+        _check_own(divergence)
+    if type(divergence) is JSD and divergence.beta in (0.0, 1.0):
         return ForwardKL() if divergence.beta == 0.0 else ReverseKL()
-    if isinstance(divergence, _Skew) and divergence.alpha == 0.0:
-        return ForwardKL() if isinstance(divergence, SkewKL) else ReverseKL()
+    if type(divergence) in (SkewKL, SkewReverseKL) and divergence.parameters == [0.0]:
+        return ForwardKL() if type(divergence) is SkewKL else ReverseKL()
     return divergence
+
+
+def _check_own(divergence: Divergence) -> None:
+    """Raise TypeError for an instance of a class from outside that lacks something, or cannot be built once more."""
+    cls, numbers = type(divergence), {field.name for field in fields(divergence)}
+    lacks = [name for name in ("pointwise", "terms") if getattr(cls, name) is getattr(Divergence, name)]
+    if not isinstance(getattr(cls, "name", None), str):
+        lacks.insert(0, "name")
+    if lacks:
+        raise TypeError(
+            f"divergence is an instance of {cls.__name__}, which lacks {', '.join(lacks)}; expected a subclass of "
+            "kdfast.Divergence with name, pointwise and terms (docs/extending.md)"
+        )
+    for name, value in vars(divergence).items():
+        if name not in numbers or not isinstance(value, Real):
+            what = type(value).__name__ if name in numbers else "no dataclass field"
+            raise TypeError(
+                f"divergence is an instance of {cls.__name__}, whose {name} is {what}; engines build it once more from "
+                "its fields, which must be numbers. Make the class a @dataclass(frozen=True) that has no others"
+            )
 
 
 def log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:

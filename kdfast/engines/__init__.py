@@ -12,6 +12,7 @@ vocabulary on each process the chunks go through `vocab_parallel.py`.
 
     not a GPU                                                                      torch
     float64                                                                        torch
+    a divergence without kernels                                                   torch
     the scratch budget holds fewer than MIN_TOKENS tokens of logits                triton_tiled
     else                                                                           triton_chunked
     where that cannot run: Triton not installed, no block sizes for the GPU        torch
@@ -98,17 +99,20 @@ def choose(
     teacher: bool = True,
     scratch_bytes: int = 0,
     buffers: int = 1,
+    kernels: bool = True,
     anywhere: bool = False,
 ) -> EngineChoice:
     """Return what `engine="auto"` runs for `tokens` rows over `vocab` entries, the head's dtype, with a `teacher` or
     none, in `scratch_bytes`, of `buffers` chunks at a time: torch where the preferred engine cannot run here.
-    anywhere: take it that each can, whether such a device is here or not."""
+    kernels: the divergence has them; anywhere: take it that each can, whether such a device is here or not."""
     per_token = bytes_per_token(device, dtype, vocab, sides=1 + teacher, buffers=buffers)
     chunk = chunk_tokens(tokens, per_token, device, scratch_bytes)
     if device.type != "cuda":
         return EngineChoice("torch", chunk, f"Triton needs a GPU; this is {device.type}")
     if dtype == torch.float64:
         return EngineChoice("torch", chunk, "float64")
+    if not kernels:
+        return EngineChoice("torch", chunk, "the divergence has no kernel")
     choice = EngineChoice("triton_chunked", chunk, "6u operations against the tiled engine's 8u")
     if chunk < min(MIN_TOKENS, tokens):
         choice = EngineChoice("triton_tiled", None, f"the scratch budget holds the logits of {chunk} tokens only")

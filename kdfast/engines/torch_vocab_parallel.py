@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kdfast.divergences import ForwardKL, ReverseKL, difference, log_ratio, weighted
+from kdfast.divergences import difference, log_ratio, weighted
 from kdfast.engines.chunk_loop import GradientBuffers
 from kdfast.engines.torch_rows import ENTROPY, TorchRows, add_shared, center, slope_of, times
 from kdfast.ops import sparse
@@ -102,8 +102,8 @@ class TorchVocabParallelRows(TorchRows):
         super().__init__(x, scale, wanted, stats)
         self.tau = sparse.temperature(x) if x.sparse else x.temperature
         self.teacher = x.has_teacher and not x.sparse
-        self.kl = isinstance(x.divergence, (ForwardKL, ReverseKL))
-        self.forward_kl = isinstance(x.divergence, ForwardKL)
+        self.kl = x.divergence_name in ("forward_kl", "reverse_kl")
+        self.forward_kl = x.divergence_name == "forward_kl"
         self.second_pass = self.teacher and not self.kl
         self.targets = {term: x.local(targets) for term, targets in self.targets.items()}
 

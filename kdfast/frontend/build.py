@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kdfast.engines import operators, resolve
 from kdfast.frontend.arguments import Arguments
+from kdfast.frontend.checks import has_kernels
 from kdfast.frontend.row_weights import row_weights, scalar
 from kdfast.inputs import Head, Logits, Projected, SparseLogits, Teacher, is_asked
 from kdfast.ops import autocast, sparse
@@ -34,6 +35,7 @@ def build_problem(x: Arguments) -> tuple[Problem, Tensor]:
         teacher=isinstance(x.teacher, (Head, Projected)),
         scratch_bytes=options.scratch_bytes or 0,
         buffers=2 if vocabulary.group else 1,
+        kernels=has_kernels(options.divergence, x.teacher),
     )
     teacher = _teacher(x.teacher, student, valid_vocab, engine)
     double = torch.float64 in (hidden.dtype, None if teacher.hidden is None else teacher.hidden.dtype)
@@ -82,7 +84,7 @@ def build_problem(x: Arguments) -> tuple[Problem, Tensor]:
         temperature=temperature,
         coefficients=rows.coefficients,
         active=rows.active,
-        divergence_name=options.divergence.name,
+        divergence_name=options.divergence.key,
         divergence_parameters=options.divergence.parameters,
         teacher_grad=options.teacher_grad,
         valid_vocab=vocabulary.within(valid_vocab) if whole else kd_vocab,

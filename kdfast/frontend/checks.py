@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kdfast import engines
+from kdfast.divergences import DIVERGENCES, Divergence
 from kdfast.engines import unavailable
 from kdfast.frontend.arguments import Arguments
 from kdfast.inputs import (
@@ -32,6 +33,7 @@ from kdfast.inputs import (
     short,
 )
 from kdfast.ops import autocast
+from kdfast.ops.sparse import without_teacher
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LARGEST_LOG_PROB = 0.01  # a probability of one, rounded
@@ -63,11 +65,21 @@ def check(x: Arguments) -> None:
     obstacle = unavailable(options.engine, student.hidden.device, *hidden)
     if obstacle is not None:
         raise ValueError(f"engine={options.engine!r} {obstacle}")
+    if options.engine.startswith("triton") and not has_kernels(options.divergence, teacher):
+        raise ValueError(
+            f"engine={options.engine!r} has no kernel for divergence={options.divergence!r}: there is no function "
+            "in kernels/divergences.py (docs/extending.md says how to add one). Use engine='torch' or 'reference'"
+        )
     _check_targets("labels", x.labels, x)
     _check_targets("anchor_targets", options.anchor_targets, x)
     _check_token_weights("token_weights", options.token_weights, student.hidden)
     _check_token_weights("kd_token_weights", options.kd_token_weights, student.hidden)
     _check_terms(teacher, x.labels, options)
+
+
+def has_kernels(divergence: Divergence, teacher: Teacher | None) -> bool:
+    """Return whether Triton engines can take it: it is listed, or no kernel sees it, as with a sparse teacher."""
+    return divergence.key in DIVERGENCES or not isinstance(teacher, (Projected, Head, Logits))
 
 
 def check_kinds(student: Any, teacher: Any) -> None:
@@ -254,6 +266,8 @@ def _check_sparse(teacher: SparseLogits, x: Arguments) -> None:
             "probability where the teacher has none. Pass tail='bucket' or 'renormalize_both', or a divergence "
             "that is finite there: forward_kl, jsd, skew_kl, skew_reverse_kl, total_variation"
         )
+    if tail in ("renormalize", "none") and has_values(indices):
+        without_teacher(x.options.divergence)
     if not (can_read(indices) and can_read(log_probs)):
         return
     V = x.vocabulary.size

@@ -140,7 +140,7 @@ def solve(
     f, _, a_q = divergence.terms(p, q, g)
     q_inside = torch.where(first, q, 0).sum(dim=-1)
     q_outside = (1 - q_inside).clamp_min(0)
-    nothing, added = _without_teacher(divergence)
+    nothing, added = without_teacher(divergence)
     value = torch.where(first, f, 0).sum(dim=-1) + nothing * q_outside
     if x.teacher_tail == "none":  # Σ (q − p) is nothing only where p sums to one
         value = value - added * (1 - torch.where(first, p, 0).sum(dim=-1))
@@ -186,10 +186,18 @@ def _categories(x: Problem, rows: slice, z: Tensor, norm: Tensor, rest: Tensor, 
 
 
 @lru_cache
-def _without_teacher(divergence: Divergence) -> tuple[float, float]:
-    """Return f(0, 1) of `Divergence.terms`, and the multiple of q − p that `terms` has added to the definition."""
+def without_teacher(divergence: Divergence) -> tuple[float, float]:
+    """Return f(0, 1) of `Divergence.terms`, and the multiple of q − p that `terms` has added to the definition.
+
+    Raises ValueError where f(0, 1) does not tell what ids without teacher mass come to."""
     one = torch.ones((), dtype=torch.float64, device="cpu")  # whatever the default device is: it is read here
-    nothing = float(divergence.terms(0 * one, one, -inf * one).f)
+    nothing, half = (float(divergence.terms(0 * one, q, -inf * one).f) for q in (one, one / 2))
+    if not abs(nothing - 2 * half) <= 1e-9 * abs(nothing):
+        raise ValueError(
+            f"divergence={divergence!r} with a SparseLogits teacher without a bucket is infinite, or depends on each "
+            "of the student's probabilities where the teacher has none. Pass tail='bucket' or 'renormalize_both', or a "
+            "divergence that is finite there and homogeneous of degree one, such as forward_kl or skew_kl"
+        )
     return nothing, nothing - float(divergence.pointwise(-inf * one, 0 * one))
 
 

@@ -13,6 +13,7 @@ import torch
 from agree import agree
 from cases import gradients, make, relative, student, teacher
 from communication import Step
+from own_divergences import Doubled, Hellinger
 from problems import drawn
 from processes import Processes
 from teachers import ENGINES, KINDS, loss_of
@@ -72,6 +73,19 @@ def test_every_teacher(pool, engine, kind):
         found = [torch.cat(found)] if name in ("W", "b") else found
         for each in found:
             torch.testing.assert_close(each, gradient, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("engine", ["reference", "torch"])
+@pytest.mark.parametrize("divergence", [Hellinger(0.7), Doubled()], ids=str)
+def test_a_divergence_of_ones_own(pool, engine, divergence):
+    case = make()
+    expected = loss_of(fused_kd_loss, case, "projected", engine="reference", divergence=divergence)
+    expected.backward()
+    parts = pool.run(2, meshes.of_kind, "projected", engine, [0, 70, 101], divergence=divergence)
+    for loss, _, found in parts:
+        torch.testing.assert_close(loss, expected.detach(), rtol=1e-10, atol=0)
+        torch.testing.assert_close(found["hs"], case.hs.grad, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(torch.cat([found["W"] for *_, found in parts]), case.W.grad, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
