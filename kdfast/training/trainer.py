@@ -30,6 +30,7 @@ from kdfast.training.cache.read import cached_blocks, check_datasets
 from kdfast.training.callbacks import HealthCallback
 from kdfast.training.config import KDConfig
 from kdfast.training.data.columns import MEDIA, check_columns, check_names
+from kdfast.training.data.rows import Collator
 from kdfast.training.data.tokenizers import find_valid_vocab, text_tokenizer
 from kdfast.training.durable import processes, resume
 from kdfast.training.durable.trainer import DurableTrainer, replaced
@@ -272,7 +273,7 @@ class KDTrainer(DurableTrainer):
             dataset,
             self.args.per_device_train_batch_size,
             sampler=RandomSampler(dataset, generator=order) if hasattr(dataset, "__len__") else None,
-            collate_fn=self._get_collator_with_removed_columns(self.data_collator, description="calibration"),
+            collate_fn=self._collator,
             generator=torch.Generator(),  # of its own, so that the run's random states stay as they are
         )
         yield from map(self._prepare_inputs, loader)
@@ -282,6 +283,21 @@ class KDTrainer(DurableTrainer):
             super()._set_signature_columns_if_needed()
             columns: Any = self._signature_columns
             columns += sorted(MEDIA.union(*self.model.inputs.values()))
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return Trainer's loader; a collator finds the columns that no model takes, if it asks for them by name."""
+        with replaced(self, data_collator=self._collator), replaced(self.args, remove_unused_columns=False):
+            return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Return Trainer's loader, likewise."""
+        with replaced(self, data_collator=self._collator), replaced(self.args, remove_unused_columns=False):
+            return super().get_eval_dataloader(eval_dataset)
+
+    @property
+    def _collator(self) -> Collator:
+        self._set_signature_columns_if_needed()
+        return Collator(self.data_collator, self._signature_columns if self.args.remove_unused_columns else None)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Create the optimizer, with a learning rate for each part of the model."""

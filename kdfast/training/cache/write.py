@@ -43,6 +43,7 @@ from kdfast.training.cache.description import (
 )
 from kdfast.training.cache.entries import TopK, draw, encode, table, top_k
 from kdfast.training.data.columns import MEDIA
+from kdfast.training.data.rows import inputs_of_row
 from kdfast.training.data.tokenizers import check_tokens, count_ids, own_tokenizer
 from kdfast.training.durable import atomic_io, checksums, processes
 from kdfast.training.durable.atomic_io import write_text
@@ -216,7 +217,7 @@ def _rows(
     dtype = _dtype(teacher)
     for start in range(within.start, within.stop, batch_size):
         batch = [dataset[i] for i in range(start, min(start + batch_size, within.stop))]
-        batch = [{name: row[name] for name in INPUTS if name in row} for row in batch]
+        batch = [inputs_of_row(row, INPUTS) for row in batch]
         own = head(teacher, run_backbone(teacher, **default_data_collator(batch), use_cache=False).last_hidden_state)
         bias = None if own.bias is None else own.bias.to(dtype)
         whole = replace(own, hidden=own.hidden.to(dtype), weight=own.weight.to(dtype), bias=bias)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from accelerate.utils import save_fsdp_optimizer
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput
@@ -247,11 +247,11 @@ class _MendedState(TrainerCallback):
 
 
 @contextmanager
-def replaced(args: TrainingArguments, **values: Any) -> Iterator[None]:
-    """Hold other values in `args` for a while, past what it checks."""
-    before = {name: getattr(args, name) for name in values}
-    vars(args).update(values)
+def replaced(of: Any, **values: Any) -> Iterator[None]:
+    """Hold other values in an object for a while, past what it checks."""
+    before = {name: getattr(of, name) for name in values}
+    vars(of).update(values)
     try:
         yield
     finally:
-        vars(args).update(before)
+        vars(of).update(before)

@@ -1,0 +1,84 @@
+"""Rows on their way into a batch: columns that a collator asks for by name, and documents that are to stay apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PACKED = "seq_lengths"  # TRL's column: the lengths of the documents that a row is packed of
+
+
+class Row(dict[str, Any]):
+    """A row of the columns that a model takes. The others are there too, for whoever asks for one by name."""
+
+    def __init__(self, row: dict[str, Any], columns: Iterable[str]) -> None:
+        super().__init__((name, row[name]) for name in row if name in columns)
+        self.whole = row
+
+    def __missing__(self, name: str) -> Any:
+        return self.whole[name]
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or name in self.whole
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return super().get(name, self.whole.get(name, default))
+
+    def pop(self, name: str, *default: Any) -> Any:
+        found = self.get(name, *default) if default else self[name]
+        super().pop(name, None)
+        return found
+
+
+class Collator:
+    """Make batches with `collate`, of `Row`s, and see to it that packed documents are kept apart.
+
+    A collator that goes over all columns, as transformers' do, gets those in `columns`; what another one reads by name,
+    as TRL's does `seq_lengths`, it finds. columns: None = all.
+    """
+
+    def __init__(self, collate: Callable[[list[Any]], dict[str, Any]], columns: Iterable[str] | None) -> None:
+        self.collate = collate
+        self.columns = None if columns is None else frozenset(columns)
+
+    def __call__(self, rows: list[Any]) -> dict[str, Any]:
+        given = rows
+        if self.columns is not None:
+            given = [Row(row, self.columns) if isinstance(row, dict) else row for row in rows]
+        batch = self.collate(given)
+        lengths = [row[PACKED] for row in rows if isinstance(row, dict) and PACKED in row]
+        documents = [sum(int(n) > 0 for n in row) for row in lengths]
+        if max(documents, default=0) > 1 and _segments(batch) < sum(documents):
+            name = getattr(self.collate, "__name__", type(self.collate).__name__)
+            raise ValueError(
+                f"the data set's rows are packed of several documents ({PACKED}), and the batches of data_collator "
+                f"({name}) do not keep them apart: position_ids that begin anew with each, and no attention_mask "
+                "(B, T) beside them. Take trl's DataCollatorForLanguageModeling(padding_free=True), or remove the "
+                f"column {PACKED} to train on each row as one document"
+            )
+        return batch
+
+
+def _segments(batch: dict[str, Any]) -> float:
+    """Return how many documents a model will see in a batch; inf where a mask says so in another way."""
+    mask, positions = batch.get("attention_mask"), batch.get("position_ids")
+    if (isinstance(mask, Tensor) and mask.dim() != 2) or (isinstance(positions, Tensor) and positions.dim() != 2):
+        return torch.inf  # a mask of the collator's own, or positions along several axes
+    if mask is not None:  # transformers looks at positions where there is no mask
+        return 0
+    if positions is None:
+        return len(batch.get("cu_seq_lens_q", ())) - 1
+    positions = torch.as_tensor(positions)
+    return len(positions) + int((positions.diff() != 1).sum())
+
+
+def inputs_of_row(row: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Return a row's inputs among `names`; of a packed row position_ids, made of its seq_lengths, in a mask's place."""
+    inputs = {name: row[name] for name in names if name in row}
+    if PACKED in row and "position_ids" not in row:
+        inputs.pop("attention_mask", None)
+        inputs["position_ids"] = torch.cat([torch.arange(int(n)) for n in row[PACKED]])
+    return inputs
