@@ -94,21 +94,29 @@ class ReverseKL(Divergence):
 
 @dataclass(frozen=True)
 class SymmetricKL(Divergence):
-    """½·KL(p‖q) + ½·KL(q‖p) = ½ Σ (p − q)·(log p − log q): half of Jeffreys' J, Kullback and Leibler 1951.
+    """(1−λ)·KL(p‖q) + λ·KL(q‖p): forward KL at λ = 0, reverse KL at 1. At ½, the default, ½ Σ (p − q)·(log p − log q),
+    half of Jeffreys' J, Kullback and Leibler 1951; λ as in DistiLLM's code, Ko et al. 2024, where it is 0.9.
 
-    Infinite where one side has mass that the other cannot have, whichever it is.
+    Infinite where one side has mass that the other cannot have, whichever it is. Raises ValueError for a λ (`lam`)
+    outside [0, 1].
     """
 
+    lam: float = 0.5
     name: ClassVar[str] = "symmetric_kl"
 
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.lam <= 1.0:
+            raise ValueError(f"SymmetricKL(lam={self.lam}): lam, the share of KL(student‖teacher), must lie in [0, 1]")
+
     def pointwise(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        return (_kl(log_p, log_q) + _kl(log_q, log_p)) / 2
+        return (1 - self.lam) * _kl(log_p, log_q) + self.lam * _kl(log_q, log_p)
 
     def terms(self, p: Tensor, q: Tensor, g: Tensor) -> Terms:
-        d = difference(p, q, g)
-        a_p = weighted(p, g).sub_(d).mul_(0.5)
-        a_q = weighted(q, g).sub_(d).mul_(-0.5)
-        return Terms(weighted(d, g).mul_(-0.5), a_p, a_q)  # f = a_p + a_q, without its cancellation
+        d, by_p, by_q = difference(p, q, g), weighted(p, g), weighted(q, g)
+        # f = a_p + a_q without its cancellation: half the sum of both KLs, and what is of third order or infinite there
+        uneven = (by_p + by_q + 2 * d).mul_(0.5 - self.lam).masked_fill_(g.isinf(), 0.0)
+        a_p, a_q = by_p.mul_(1 - self.lam).sub_(self.lam * d), by_q.mul_(-self.lam).add_((1 - self.lam) * d)
+        return Terms(weighted(d, g).mul_(-0.5).add_(uneven), a_p, a_q)
 
 
 @dataclass(frozen=True)
@@ -209,7 +217,7 @@ for _name, _class in DIVERGENCES.items():  # those that the kernels have
 def get_divergence(divergence: str | Divergence, parameters: Sequence[float] = ()) -> Divergence:
     """Return the instance that a name (with its parameters) or an instance stands for.
 
-    JSD at 0 and 1 and the skew divergences at 0 become the KL they are.
+    JSD and symmetric KL at 0 and 1 and the skew divergences at 0 become the KL they are.
 
     Raises ValueError for an unknown name or a parameter out of its range, TypeError for anything else.
     """
@@ -226,8 +234,8 @@ def get_divergence(divergence: str | Divergence, parameters: Sequence[float] = (
         )
     if divergence.key not in DIVERGENCES and not torch.compiler.is_compiling():
         _check_own(divergence)
-    if type(divergence) is JSD and divergence.beta in (0.0, 1.0):
-        return ForwardKL() if divergence.beta == 0.0 else ReverseKL()
+    if type(divergence) in (JSD, SymmetricKL) and divergence.parameters[0] in (0.0, 1.0):
+        return ForwardKL() if divergence.parameters == [0.0] else ReverseKL()
     if type(divergence) in (SkewKL, SkewReverseKL) and divergence.parameters == [0.0]:
         return ForwardKL() if type(divergence) is SkewKL else ReverseKL()
     return divergence

@@ -26,12 +26,12 @@ def forward_kl(p, q, g):
 
 
 @triton.jit
-def symmetric_kl(p, q, g):
-    """½ Σ (p − q)·g: the mean of both KLs."""
-    d = difference(p, q, g)
-    a_p = 0.5 * (weighted(p, g) - d)
-    a_q = 0.5 * (d - weighted(q, g))
-    return tl.where(d == 0, 0, -0.5 * d * g), a_p, a_q
+def symmetric_kl(p, q, g, lam):
+    """(1−λ)·KL(p‖q) + λ·KL(q‖p): ½ Σ (p − q)·g and, where λ is not ½, what is of third order or just as infinite."""
+    d, by_p, by_q = difference(p, q, g), weighted(p, g), weighted(q, g)
+    uneven = tl.where(tl.abs(g) < float("inf"), (0.5 - lam) * (by_p + by_q + 2 * d), 0)
+    f = tl.where(d == 0, 0, -0.5 * d * g) + uneven
+    return f, (1 - lam) * by_p - lam * d, (1 - lam) * d - lam * by_q
 
 
 @triton.jit
@@ -74,7 +74,7 @@ def terms(DIVERGENCE: tl.constexpr, p, q, g, parameter):
     elif DIVERGENCE == "reverse_kl":
         f, a_q, a_p = forward_kl(q, p, -g)
     elif DIVERGENCE == "symmetric_kl":
-        f, a_p, a_q = symmetric_kl(p, q, g)
+        f, a_p, a_q = symmetric_kl(p, q, g, parameter)
     elif DIVERGENCE == "jsd":
         f, a_p, a_q = jsd(p, q, g, parameter)
     elif DIVERGENCE == "skew_kl":

@@ -31,12 +31,12 @@ def kl(log_p, log_q):
     return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
 
 
-def divergence(name, log_p, log_q, beta=0.5, alpha=0.1):
+def divergence(name, log_p, log_q, beta=0.5, alpha=0.1, lam=0.5):
     """p is the teacher."""
     if name == "total_variation":
         return (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
     if name == "symmetric_kl":
-        return (kl(log_p, log_q) + kl(log_q, log_p)) / 2
+        return (1 - lam) * kl(log_p, log_q) + lam * kl(log_q, log_p)
     if name == "jsd" and 0 < beta < 1:
         log_m = torch.log(beta * log_p.exp() + (1 - beta) * log_q.exp())
         return beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
@@ -50,7 +50,7 @@ def divergence(name, log_p, log_q, beta=0.5, alpha=0.1):
 
 def loss(
     hs, W, b=None, *, ht=None, P=None, p=None, Wt=None, bt=None, scale=1.0, softcap=None,
-    t_scale=1.0, t_softcap=None, labels=None, temperature=2.0, name="forward_kl", beta=0.5, alpha=0.1,
+    t_scale=1.0, t_softcap=None, labels=None, temperature=2.0, name="forward_kl", beta=0.5, alpha=0.1, lam=0.5,
     kd_weight=1.0,
     ce_weight=0.0, anchor_weight=0.0, anchor_targets=None, teacher_grad="full", token_weights=None,
     kd_token_weights=None, ignore_index=-100, reduction="mean", num_items=None, temperature_squared=True, valid=None,
@@ -83,7 +83,7 @@ def loss(
             terms.append((anchor_weight, anchor_weights, value))
     if ht is not None:
         tau = temperature
-        value = divergence(name, (z_t / tau).log_softmax(-1), (z_s / tau).log_softmax(-1), beta, alpha)
+        value = divergence(name, (z_t / tau).log_softmax(-1), (z_s / tau).log_softmax(-1), beta, alpha, lam)
         terms.append((kd_weight * (tau**2 if temperature_squared else 1.0), kd_weights, value))
     if ce_weight:
         terms.append((ce_weight, weights, F.cross_entropy(z_s, labels.clamp_min(0), reduction="none")))
@@ -102,7 +102,7 @@ def loss(
 def value(divergence, log_p, log_q):
     """(N,) of an instance or a name; p is the teacher, and need not sum to one. Either side may lack mass anywhere."""
     name, parameters = (divergence, []) if isinstance(divergence, str) else (divergence.name, divergence.parameters)
-    (number,) = parameters or [{"jsd": 0.5}.get(name, 0.1)]
+    (number,) = parameters or [{"jsd": 0.5, "symmetric_kl": 0.5}.get(name, 0.1)]
 
     def kl(log_a, log_b):
         a = log_a.exp()
@@ -116,15 +116,15 @@ def value(divergence, log_p, log_q):
 
     if name == "total_variation":
         return (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
-    if name == "symmetric_kl":
-        return (kl(log_p, log_q) + kl(log_q, log_p)) / 2
+    if name == "symmetric_kl" and 0 < number < 1:
+        return (1 - number) * kl(log_p, log_q) + number * kl(log_q, log_p)
     if name == "jsd" and 0 < number < 1:
         return number * kl(log_p, mixture(number)) + (1 - number) * kl(log_q, mixture(number))
     if name == "skew_kl" and number > 0:
         return kl(log_p, mixture(number))
     if name == "skew_reverse_kl" and number > 0:
         return kl(log_q, mixture(1 - number))
-    forward = name in ("forward_kl", "skew_kl") or (name == "jsd" and number == 0)
+    forward = name in ("forward_kl", "skew_kl") or (name in ("jsd", "symmetric_kl") and number == 0)
     return kl(log_p, log_q) if forward else kl(log_q, log_p)
 
 

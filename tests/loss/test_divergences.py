@@ -13,8 +13,8 @@ from kdfast.divergences import get_divergence, log_ratio
 from kdfast.kernels.divergences import ENTRIES, terms
 
 ALL = [
-    ForwardKL(), ReverseKL(), SymmetricKL(), JSD(0.5), JSD(0.1), JSD(0.9), SkewKL(0.1), SkewKL(0.9),
-    SkewReverseKL(0.1), SkewReverseKL(0.9), TotalVariation(),
+    ForwardKL(), ReverseKL(), SymmetricKL(), SymmetricKL(0.1), SymmetricKL(0.9), JSD(0.5), JSD(0.1), JSD(0.9),
+    SkewKL(0.1), SkewKL(0.9), SkewReverseKL(0.1), SkewReverseKL(0.9), TotalVariation(),
 ]  # fmt: skip
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="for the interpreter; a GPU has test_gpu.py")
 
@@ -41,7 +41,7 @@ def by_hand(divergence, p, q):
     return {
         "forward_kl": lambda: kl(p, q),
         "reverse_kl": lambda: kl(q, p),
-        "symmetric_kl": lambda: (kl(p, q) + kl(q, p)) / 2,
+        "symmetric_kl": lambda c: (1 - c) * kl(p, q) + c * kl(q, p),
         "jsd": lambda b: b * kl(p, mixed(b)) + (1 - b) * kl(q, mixed(b)),
         "skew_kl": lambda a: kl(p, mixed(a)),
         "skew_reverse_kl": lambda a: kl(q, mixed(1 - a)),
@@ -73,7 +73,7 @@ def test_values_known_in_closed_form():
     """p = (¾, ¼), q = (¼, ¾): the log ratio is ±log 3, and the even mixture is uniform."""
     log_p, log_q = logs(0.75, 0.25), logs(0.25, 0.75)
     expected = {
-        SymmetricKL(): log(3) / 2, SkewKL(0.5): 0.75 * log(1.5) - 0.25 * log(2),
+        SymmetricKL(): log(3) / 2, SymmetricKL(0.9): log(3) / 2, SkewKL(0.5): 0.75 * log(1.5) - 0.25 * log(2),
         SkewReverseKL(0.5): 0.75 * log(1.5) - 0.25 * log(2), TotalVariation(): 0.5,
     }  # fmt: skip
     for divergence, value in expected.items():
@@ -133,7 +133,8 @@ def test_mass_the_other_side_cannot_produce():
     in both cases; JSD, skew KLs and total variation are bounded."""
     some, none = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, -inf]])
     for pair in ((some, none), (none, some)):
-        assert evaluate(SymmetricKL(), *pair)[0].item() == inf
+        for lam in (0.1, 0.5, 0.9):
+            assert evaluate(SymmetricKL(lam), *pair)[0].item() == inf
         assert evaluate(TotalVariation(), *pair)[0].item() == 0.5
     for alpha in (0.1, 0.9):
         # p = (½, ½), q = (1, 0): m = (1 − α/2, α/2); p and q exchanged: m = ((1 + α)/2, (1 − α)/2)
@@ -206,7 +207,7 @@ def test_near_convergence_the_gradient_is_the_kls_times_a_constant():
     z_t = torch.randn(4, 101, dtype=torch.float64)
     z_s = z_t + 1e-5 * torch.randn_like(z_t)
     kl = evaluate(ForwardKL(), z_t, z_s)[2]
-    factors = {SymmetricKL(): 1.0, JSD(0.3): 0.21, SkewKL(0.1): 0.81, SkewReverseKL(0.2): 0.64}
+    factors = {SymmetricKL(): 1.0, SymmetricKL(0.9): 1.0, JSD(0.3): 0.21, SkewKL(0.1): 0.81, SkewReverseKL(0.2): 0.64}
     for divergence, factor in factors.items():
         torch.testing.assert_close(evaluate(divergence, z_t, z_s)[2], factor * kl, rtol=1e-2, atol=1e-9)
 
@@ -264,6 +265,8 @@ def test_a_skew_near_its_end_is_finite_on_the_device(cls):
 def test_ends_that_are_defined_as_the_kls():
     assert get_divergence(JSD(0.0)) == ForwardKL()
     assert get_divergence(JSD(1.0)) == ReverseKL()
+    assert get_divergence(SymmetricKL(0.0)) == ForwardKL()
+    assert get_divergence("symmetric_kl", [1.0]) == ReverseKL()
     assert get_divergence(SkewKL(0.0)) == ForwardKL()
     assert get_divergence("skew_reverse_kl", [0.0]) == ReverseKL()
 
@@ -280,6 +283,7 @@ def test_names():
     for divergence in ALL:
         assert get_divergence(divergence.name, divergence.parameters) == divergence
     assert get_divergence("jsd") == JSD(beta=0.5)
+    assert get_divergence("symmetric_kl") == SymmetricKL(lam=0.5)
     assert get_divergence("skew_kl") == SkewKL(alpha=0.1)
     assert get_divergence("skew_reverse_kl") == SkewReverseKL(alpha=0.1)
 
@@ -292,6 +296,8 @@ def test_errors():
             SkewReverseKL(alpha)
     with pytest.raises(ValueError, match="beta"):
         JSD(1.5)
+    with pytest.raises(ValueError, match=r"SymmetricKL\(lam=1.5\): lam, the share of KL\(student‖teacher\)"):
+        SymmetricKL(1.5)
     with pytest.raises(ValueError, match="'kl' is unknown; expected one of forward_kl"):
         get_divergence("kl")
     with pytest.raises(TypeError, match="divergence is int"):

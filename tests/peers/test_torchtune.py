@@ -9,7 +9,7 @@ from cases import V, relative
 from methods.torchtune import kd_losses
 from side_by_side import DEVICE, FLOAT32, agree, entropy, fault, fresh, gradients, logits, ours
 
-from kdfast import Head, Logits, Projected, fused_kd_loss
+from kdfast import Head, Logits, Projected, SymmetricKL, fused_kd_loss
 
 
 def torchtune(name):
@@ -43,10 +43,13 @@ def test_torchtune_reverse_kl(temperature):
         agree(theirs, mine, case.hs, case.W, case.b)
 
 
-@pytest.mark.parametrize(("ratio", "divergence"), [(0.0, "reverse_kl"), (0.5, "symmetric_kl"), (1.0, "forward_kl")])
+@pytest.mark.parametrize(
+    ("ratio", "divergence"),
+    [(0.0, "reverse_kl"), (0.3, SymmetricKL(0.7)), (0.5, "symmetric_kl"), (1.0, "forward_kl")],
+)
 def test_torchtune_symmetric_kl(ratio, divergence):
     """SymmetricKLLoss: sym_kd_ratio of the forward one, as above with the teacher's entropy, and the rest of the
-    reverse. Ours is their mean, ½ each."""
+    reverse: our 1 − λ."""
     case = fresh()
     z_s, z_t = logits(case)
     theirs = torchtune("SymmetricKLLoss")(sym_kd_ratio=ratio)(z_s, z_t, case.labels)
