@@ -14,7 +14,7 @@ from kdfast import engines
 from kdfast.divergences import Divergence, get_divergence
 from kdfast.frontend.agreement import raise_on_all_ranks
 from kdfast.frontend.build import build_problem
-from kdfast.frontend.checks import check, check_kinds
+from kdfast.frontend.checks import check, check_kinds, check_transforms
 from kdfast.frontend.vocab_parallel import localize
 from kdfast.inputs import Head, Options, Teacher
 from kdfast.ops.problem import AGREEMENT, ANCHOR, CE, KD, STUDENT_ENTROPY, TEACHER_ENTROPY, Problem
@@ -88,7 +88,8 @@ def fused_kd_loss(
         token_weights: (*,) ≥ 0, multiplies every term of a row.
         kd_token_weights: (*,) ≥ 0; given, the KD term uses these alone, without token_weights or the label mask.
         reduction: "mean", "sum", or "none" for (*,) weighted rows.
-        num_items_in_batch: with "mean", the divisor of every term (gradient accumulation, data parallel).
+        num_items_in_batch: with "mean", the divisor of every term (gradient accumulation, data parallel); 0 only where
+            no row counts.
         valid_vocab: ids ≥ this are padding rows of the embedding: probability 0, no gradient.
         vocab: teacher's and student's vocabulary differ in size: "error", or "truncate": both sides of the KD term end
             at the shared first ids, CE keeps the student's whole vocabulary, and a sparse teacher's other ids are
@@ -118,8 +119,11 @@ def fused_kd_loss(
     Raises:
         ValueError, TypeError: an argument is wrong; the message names it. Values of tensors (label range, negative
             or NaN weights) are checked on the CPU; on a GPU a bad row becomes NaN, and KDFAST_CHECK=1 raises.
-        RuntimeError: second derivatives on a fused engine (use engine="reference").
+        RuntimeError: second derivatives on a fused engine, and as NotImplementedError forward mode, torch.func's
+            transforms, `is_grads_batched=True` and make_fx (use engine="reference").
 
+    Tensors made under `torch.inference_mode()` are taken as they are; with `reduction="none"` leave them as they are
+    until the backward, for autograd cannot notice a write.
     torch.compile: one graph, whatever values the tensors have, 0-d ones among the options too. A number that changes
     compiles once more, for all its later values.
     CUDA graphs: run once before the capture (kernels are compiled then). Nothing waits for the host; numbers are
@@ -151,6 +155,7 @@ def fused_kd_loss(
         return_metrics=return_metrics,
     )
     check_kinds(student, teacher)
+    check_transforms(student, teacher, labels, options)
     arguments = localize(student, teacher, labels, options)
     with raise_on_all_ranks(arguments):
         check(arguments)

@@ -23,7 +23,7 @@ from typing import Any, get_type_hints
 import torch
 from torch import Tensor
 
-from kdfast.ops import autocast, matmul
+from kdfast.ops import autocast, matmul, transforms
 from kdfast.ops.planning import grad_flags
 from kdfast.ops.problem import Problem, Result
 
@@ -167,6 +167,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     gradients: dict[str, Tensor] = {}
+    if upstream is not None:
+        transforms.refuse("the upstream gradient", upstream, batches=ctx.per_row)
     if upstream is not None and ctx.per_row:
         rows, *saved = ctx.saved_tensors
         x = replace(ctx.problem, **dict(zip(_TENSORS, saved, strict=True)))
@@ -183,9 +185,13 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None
 
 def _is_final(gradient: Tensor, scale: Tensor, upstream: Tensor, like: Tensor) -> bool:
     """Return whether the saved gradient is the answer: `loss.backward()` in full precision. It saves a pass over dW and
-    its memory. Only where looking is free (a CPU) and nothing is being traced or differentiated again. Autograd drops
-    its own reference after a last backward, and clones what it still holds for another."""
-    if type(upstream) is not Tensor or upstream.device.type != "cpu" or torch.is_grad_enabled():
+    its memory. Only where looking is free (a CPU), nothing is being traced or differentiated again, and autograd drops
+    the saved one right after: what another backward will hand out once more must not be in anyone's hands, and a view
+    of it would be taken for a tensor of its own."""
+    looking = type(upstream) is Tensor and upstream.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not looking or torch.is_grad_enabled():
+        return False
+    if torch._C._autograd._get_current_graph_task_keep_graph():  # retain_graph; also outside of a backward
         return False
     return gradient.dtype == like.dtype and bool(scale * upstream == 1)
 

@@ -39,8 +39,8 @@ def _run(x: Problem) -> tuple[Tensor, Tensor]:
     elif x.has_teacher:
         h_t = None if x.teacher_hidden is None else x.teacher_hidden.masked_fill(off, 0)
         z_t = _counted(x, _teacher_logits(x, h_t))
-        log_p = (z_t / x.temperature).log_softmax(-1)
-        log_q = (shared / x.temperature).log_softmax(-1)
+        log_p = _over(z_t, x.temperature).log_softmax(-1)
+        log_q = _over(shared, x.temperature).log_softmax(-1)
         rows[KD] = x.divergence.pointwise(log_p, log_q).sum(-1)
         if x.use_anchor:
             assert h_t is not None
@@ -106,19 +106,19 @@ def _sparse(x: Problem, z: Tensor) -> Tensor:
     if x.teacher_tail == "bucket":
         assert x.teacher_log_tail is not None
         tau = sparse.temperature(x)  # of the masses
-        log_q = (z / tau).log_softmax(-1)
+        log_q = _over(z, tau).log_softmax(-1)
         empty = log_q.masked_fill(within, -inf).isneginf().all(dim=-1, keepdim=True)
         rest = log_q.masked_fill(within & ~empty, -inf).logsumexp(dim=-1, keepdim=True).masked_fill(empty, -inf)
         log_q = torch.cat([log_q.masked_fill(~within, -inf), rest], dim=-1)
         power = x.temperature / tau
-        log_p = (torch.cat([log_p, x.teacher_log_tail[:, None]], dim=-1) / power).log_softmax(-1)
-        log_q = (log_q / power).log_softmax(-1)
+        log_p = _over(torch.cat([log_p, x.teacher_log_tail[:, None]], dim=-1), power).log_softmax(-1)
+        log_q = _over(log_q, power).log_softmax(-1)
     else:
-        z = z / x.temperature
+        z = _over(z, x.temperature)
         if x.teacher_tail == "renormalize_both":
             z = z.masked_fill(~within, -inf)
         if x.teacher_tail != "none":
-            log_p = (log_p if x.teacher_tempered else log_p / x.temperature).log_softmax(-1)
+            log_p = (log_p if x.teacher_tempered else _over(log_p, x.temperature)).log_softmax(-1)
         log_q = z.log_softmax(-1)
     return x.divergence.pointwise(log_p, log_q).sum(-1)
 
@@ -134,6 +134,12 @@ def _logits(
     z = z * scale
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
     return collectives.gather_from_group(z, x.group, x.vocab_start)
+
+
+def _over(z: Tensor, tau: Tensor) -> Tensor:
+    """Return z/τ, whose derivative by τ is 0 where z is −inf."""
+    nothing = z == -inf
+    return (z.masked_fill(nothing, 0) / tau).masked_fill(nothing, -inf)
 
 
 def _cross_entropy(z: Tensor, targets: Tensor) -> Tensor:

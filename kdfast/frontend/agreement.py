@@ -24,9 +24,9 @@ from torch import Tensor
 
 from kdfast.divergences import Divergence
 from kdfast.frontend.arguments import Arguments, Vocabulary
-from kdfast.frontend.checks import has_values
 from kdfast.inputs import Head, Options, Projected, SparseLogits, is_asked
 from kdfast.ops import autocast, collectives
+from kdfast.ops.transforms import has_values
 
 NO_ENTRIES = -1  # of the vocabulary, in a teacher without logits or a head of its own
 PROBES = 8  # hidden states that are compared, of each side

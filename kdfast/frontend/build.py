@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from math import inf
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +17,12 @@ from kdfast.frontend.row_weights import row_weights, scalar
 from kdfast.inputs import Head, Logits, Projected, SparseLogits, Teacher, is_asked
 from kdfast.ops import autocast, sparse
 from kdfast.ops.problem import Problem
+from kdfast.ops.transforms import ordinary
 
 
 def build_problem(x: Arguments) -> tuple[Problem, Tensor]:
     """Return what an engine solves, and the rows' weights (3, N) in the means of the KD, CE and anchor metrics."""
+    x = x._replace(student=_ordinary(x.student), teacher=_ordinary(x.teacher), options=_ordinary(x.options))
     options, vocabulary = x.options, x.vocabulary
     student = _autocast(x.student)
     hidden = _flat(student.hidden)
@@ -160,6 +162,14 @@ def _out_of_vocabulary(x: Arguments) -> Tensor | None:
     indices = x.teacher.indices.long()  # a vocabulary past a narrower type's range would be compared modulo that
     strange = (indices < 0) | (indices >= x.vocabulary.size)
     return _flat(strange & (x.teacher.log_probs > -inf)).any(dim=-1)
+
+
+def _ordinary(source: Any) -> Any:
+    """Return a source or the options with tensors that autograd keeps (`transforms.ordinary`)."""
+    if source is None or torch.compiler.is_compiling():
+        return source
+    values = {field.name: getattr(source, field.name) for field in fields(source)}
+    return replace(source, **{name: ordinary(value) for name, value in values.items() if isinstance(value, Tensor)})
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import fields
 from numbers import Integral, Real
 from typing import Any
 
@@ -32,8 +33,9 @@ from kdfast.inputs import (
     same_vocabulary,
     short,
 )
-from kdfast.ops import autocast
+from kdfast.ops import autocast, transforms
 from kdfast.ops.sparse import without_teacher
+from kdfast.ops.transforms import has_values
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LARGEST_LOG_PROB = 0.01  # a probability of one, rounded
@@ -88,6 +90,25 @@ def check_kinds(student: Any, teacher: Any) -> None:
         raise TypeError(f"student is {kind(student)}; expected kdfast.Head(hidden, weight, bias)")
     if teacher is not None and not isinstance(teacher, (Projected, Head, Logits, SparseLogits)):
         raise TypeError(f"teacher is {kind(teacher)}; expected kdfast.Projected, Head, Logits, SparseLogits or None")
+
+
+def check_transforms(student: Head, teacher: Teacher | None, labels: Any, options: Options) -> None:
+    """Raise NotImplementedError for what a fused engine lacks and the reference has: transforms of torch.func, forward
+    mode and make_fx."""
+    if options.engine == "reference":
+        return
+    tensors = {"labels": labels}
+    for prefix, source in (("student: Head.", student), (f"teacher: {kind(teacher)}.", teacher), ("", options)):
+        if source is not None:
+            tensors |= {prefix + field.name: getattr(source, field.name) for field in fields(source)}
+    for name, value in tensors.items():
+        if isinstance(value, Tensor):
+            transforms.refuse(name, value)
+    if not torch.compiler.is_compiling() and transforms.traced():
+        raise NotImplementedError(
+            f"fused_kd_loss: make_fx is tracing, and engine={options.engine!r} is one operator whose arguments are "
+            "checked by value. Use torch.compile or torch.export, or engine='reference'"
+        )
 
 
 def _check_names(options: Options) -> None:
@@ -334,6 +355,7 @@ def _check_token_weights(name: str, weights: Tensor | None, hidden: Tensor) -> N
     _check_tensor(name, weights, dtypes, "a tensor with one weight per token, or None", "real weights, such as float32")
     _check_one_per_row(name, weights, hidden)
     _refuse_grad(name, weights, "weights get no gradient")
+    _check_tangent(name, weights)
     if can_read(weights) and not bool(((weights >= 0) & (weights < math.inf)).all()):
         raise ValueError(f"{name} contains a negative, infinite or NaN weight; expected finite weights ≥ 0")
 
@@ -348,6 +370,7 @@ def _check_number(name: str, value: Any, bound: str = " ≥ 0") -> None:
                 f"number{bound} or a 0-d tensor"
             )
         _refuse_grad(name, value, f"{name} gets no gradient")
+        _check_tangent(name, value)
         if not can_read(value):
             return
         value = value.item()
@@ -432,14 +455,17 @@ def _refuse_grad(name: str, tensor: Tensor | None, why: str) -> None:
         raise ValueError(f"{name} requires grad, but {why}; pass it detached (.detach()){freeze}")
 
 
+def _check_tangent(name: str, value: Tensor) -> None:
+    if has_values(value) and transforms.has_tangent(value) and bool((value == 0).any()):
+        raise ValueError(
+            f"{name} is differentiated in forward mode and contains a 0, which leaves a term out of the loss; expected "
+            "weights > 0"
+        )
+
+
 def can_read(tensor: Tensor) -> bool:
     """Return whether looking at values is free, or was asked for."""
     return has_values(tensor) and (tensor.device.type == "cpu" or os.environ.get("KDFAST_CHECK") == "1")
-
-
-def has_values(tensor: Tensor) -> bool:
-    """Return whether there are values to look at, outside a graph that is being traced."""
-    return not (torch.compiler.is_compiling() or type(tensor).__name__ == "FakeTensor" or tensor.device.type == "meta")
 
 
 def _check_flag(name: str, value: Any) -> None:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kdfast.frontend import checks
 from kdfast.inputs import Options
 
 NAN = float("nan")
@@ -74,12 +75,23 @@ def row_weights(
     )
     if options.reduction == "mean":
         if options.num_items_in_batch is None:
-            divisor = weights.sum(dim=1)
+            divisor = weights.sum(dim=1)  # 0 where all weights are
         else:
             divisor = _factor(options.num_items_in_batch, tau).expand(3)
-        factors = torch.where(divisor == 0, 0.0, factors / divisor)
+            _check_divisor(options.num_items_in_batch, (weights * factors[:, None] != 0).any(dim=0))
+        factors = torch.where(factors == 0, 0.0, factors / torch.where(divisor == 0, NAN, divisor))
     coefficients = torch.where(weights == 0, 0.0, weights * factors[:, None])
     return RowWeights(coefficients, weights, (weights != 0).any(dim=0), labels, anchor_targets, has_anchor)
+
+
+def _check_divisor(items: int | Tensor, counts: Tensor) -> None:
+    """Raise ValueError where no items are to divide rows that count, (N,) bool. Unread, such rows become NaN."""
+    readable = checks.can_read(counts) and (not isinstance(items, Tensor) or checks.can_read(items))
+    if readable and items == 0 and bool(counts.any()):
+        raise ValueError(
+            f"num_items_in_batch=0 with {int(counts.sum())} rows that count; expected how many count in all calls that "
+            "share the divisor, or None for the mean of this call's"
+        )
 
 
 def _targets(targets: Tensor, weights: Tensor, ignore_index: int, valid_vocab: int) -> tuple[Tensor, Tensor]:
@@ -94,7 +106,7 @@ def _targets(targets: Tensor, weights: Tensor, ignore_index: int, valid_vocab: i
 def scalar(value: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Return a number or 0-d tensor as a 0-d tensor on the device, without a synchronization."""
     if isinstance(value, Tensor):
-        return value.detach().to(device=device, dtype=dtype, non_blocking=True)
+        return value.to(device=device, dtype=dtype, non_blocking=True)
     if torch.compiler.is_compiling():  # a product takes a number that changes as it comes, `full` compiles for each
         return torch.ones((), device=device, dtype=dtype) * value
     return torch.full((), float(value), device=device, dtype=dtype)

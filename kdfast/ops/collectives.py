@@ -95,11 +95,20 @@ class _Linear(torch.autograd.Function):
     """A linear map and its adjoint, each the derivative of the other."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor], adjoint: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        ctx.function, ctx.adjoint = function, adjoint
+    def forward(x: Tensor, function: Callable[[Tensor], Tensor], adjoint: Callable[[Tensor], Tensor]) -> Tensor:
         return function(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.function, ctx.adjoint = inputs
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return _Linear.apply(tangent, ctx.function, ctx.adjoint)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: Tensor, *functions: Callable[[Tensor], Tensor]) -> tuple[Tensor, int]:
+        return torch.stack([_Linear.apply(each, *functions) for each in x.movedim(in_dims[0], 0)]), 0
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:

@@ -28,6 +28,7 @@ from torch import Tensor
 from kdfast.divergences import Divergence, log_ratio
 from kdfast.inputs import SparseLogits
 from kdfast.ops.problem import KD, Problem
+from kdfast.ops.transforms import has_values
 
 
 class Support(NamedTuple):
@@ -52,8 +53,7 @@ def prepare(indices: Tensor, log_probs: Tensor, vocab: int, dtype: torch.dtype) 
     indices, order = torch.where(known, indices, 0).contiguous().sort(dim=-1, stable=True)
     log_probs = log_probs.gather(-1, order)
     first = counted(indices)
-    readable = indices.device.type == "cpu" and type(indices) is Tensor and not torch.compiler.is_compiling()
-    if readable and bool(first.all()):
+    if indices.device.type == "cpu" and has_values(indices) and bool(first.all()):
         return indices, log_probs
     reach = 1
     while reach < indices.shape[-1]:  # sums towards the first of each run, over windows of 1, 2, 4, … entries

@@ -109,6 +109,12 @@ WRONG = {
     "token_weights fp8": (TypeError, "token_weights has dtype torch.float8", {"token_weights": torch.ones(N).to(torch.float8_e4m3fn)}),
     "token_weights grad": (ValueError, "token_weights requires grad", {"token_weights": torch.ones(N, requires_grad=True)}),
     "num_items negative": (ValueError, "num_items_in_batch=-3", {"num_items_in_batch": -3}),
+    "num_items zero": (ValueError, "num_items_in_batch=0 with 18 rows that count; expected how many", {"num_items_in_batch": 0}),
+    "num_items zero tensor": (ValueError, "num_items_in_batch=0 with 18 rows", {"num_items_in_batch": torch.tensor(0)}),
+    "num_items zero float": (ValueError, "num_items_in_batch=0 with 18 rows", {"num_items_in_batch": torch.tensor(0.0)}),
+    "num_items nan": (ValueError, "num_items_in_batch=nan; expected", {"num_items_in_batch": torch.tensor(torch.nan)}),
+    "num_items bool": (TypeError, "num_items_in_batch is bool", {"num_items_in_batch": True}),
+    "num_items shape": (ValueError, r"num_items_in_batch is a tensor of shape \(1,\)", {"num_items_in_batch": torch.ones(1)}),
     "divergence": (ValueError, "divergence='kl' is unknown; expected one of forward_kl", {"divergence": "kl"}),
     "teacher_grad": (ValueError, "teacher_grad='all' is unknown; expected one of 'full'", {"teacher_grad": "all"}),
     "reduction": (ValueError, "reduction='avg' is unknown; expected one of 'mean'", {"reduction": "avg"}),
@@ -230,6 +236,28 @@ def test_unchecked_values_become_nan_without_touching_bad_addresses(engine, monk
     assert call(teacher_=sparse(tail="none"), temperature=torch.tensor(3.0), engine=engine).isnan()
     for options in ({"temperature": torch.tensor(-1.0)}, {"kd_weight": torch.tensor(-1.0)}):
         assert call(engine=engine, **options).isnan()
+
+
+@pytest.mark.parametrize("engine", ["reference", "torch", "triton_chunked", "triton_tiled"])
+@pytest.mark.parametrize("items", [0, torch.tensor(0), torch.tensor(0.0)])
+def test_no_items_divide_no_rows(items, engine, monkeypatch):
+    """As where no process has a label in a step. Rows that count become NaN where nobody looks, on a GPU."""
+    none, one = torch.full((N,), -100), torch.full((N,), -100)
+    one[3] = 5
+    for read in (True, False):
+        if not read:
+            monkeypatch.setattr(checks, "can_read", lambda tensor: False)
+        hidden = CASE.hs.detach().clone().requires_grad_()
+        options = {"ce_weight": 0.5, "anchor_weight": 0.1, "num_items_in_batch": items, "engine": engine}
+        loss = call(student_=head(hidden=hidden), labels=none, **options)
+        loss.backward()
+        assert loss == 0
+        assert not hidden.grad.any()
+        # a term that is not asked for divides nothing
+        unasked = {"kd_weight": 0.0, "anchor_weight": 0.0, "kd_token_weights": torch.ones(N)}
+        assert call(labels=none, **options | unasked) == 0
+    assert call(labels=one, **options).isnan()
+    assert call(labels=one, engine=engine, ce_weight=0.5, num_items_in_batch=torch.tensor(-2)).isnan()
 
 
 def test_values_are_read_on_a_device_only_where_asked_for(monkeypatch):

@@ -424,7 +424,7 @@ def a_problem(one_of):
             "teacher_grad": one_of("teacher_grad", "full", "projector", "none"),
             "ignore_index": one_of("ignore_index", -100, 0, 1 << 21),
             "reduction": reduction,
-            "num_items_in_batch": one_of("num_items_in_batch", *[None] * 8, 3, 3, 7.5, 0),
+            "num_items_in_batch": one_of("num_items_in_batch", *[None] * 8, 3, 3, 7.5),
             "temperature_squared": one_of("temperature_squared", True, False),
             "valid_vocab": valid_vocab,
             "vocab": truncate,

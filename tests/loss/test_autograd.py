@@ -1,12 +1,15 @@
 """What autograd expects of an operation: inputs left alone, backwards as long as the graph is kept, checkpointing."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import LEAVES, gradients, make, student, teacher
-from teachers import ENGINES, KINDS, SOME, leaves, loss_of, sources
+from backwards import check_backwards
+from cases import LEAVES, copy, gradients, make, student, teacher
+from teachers import ENGINES, KINDS, PROJECTED, SOME, leaves, loss_of, sources
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from kdfast import Head, Projected, fused_kd_loss
@@ -49,6 +52,106 @@ def test_a_gradient_handed_out_is_not_the_one_kept_for_another_backward(engine):
     case.W.grad = None
     loss.backward()
     assert torch.equal(case.W.grad, first)
+
+
+# 16-bit gradients in the interpreter, whose bf16 products are wrong, are those of triton_chunked alone
+HANDED_OUT = [(*case, torch.float32) for case in SOME]
+HANDED_OUT += [("torch", kind, torch.bfloat16) for kind in KINDS] + [("triton_chunked", "projected", torch.bfloat16)]
+HANDED_OUT += [("torch", "projected", torch.float64), ("triton_tiled", "projected", torch.float16)]
+
+
+@pytest.mark.parametrize(("engine", "kind", "dtype"), HANDED_OUT)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradients_are_the_callers_own(engine, kind, dtype, reduction):
+    case = make(dtype, **SMALL)
+    hidden = torch.nn.functional.linear(case.ht, case.P, case.p).detach().requires_grad_()
+    trained = {name: getattr(case, name) for name in leaves(kind)}
+    if kind == "hidden":
+        trained = {name: trained[name] for name in LEAVES[:3]} | {"h_p": hidden}
+
+    def of(tensors):
+        own = SimpleNamespace(**vars(case) | tensors)
+        source, options = (Projected(own.h_p), {}) if kind == "hidden" else sources(own, kind)
+        options = {"ce_weight": 0.5, "reduction": reduction, "engine": engine, "scratch_bytes": CHUNKS} | options
+        return fused_kd_loss(student(own), source, case.labels, **options)
+
+    check_backwards(of, trained)
+
+
+@pytest.mark.parametrize(
+    ("engine", "dtype"), [*((engine, torch.float32) for engine in ENGINES[1:]), ("torch", torch.bfloat16)]
+)
+def test_one_backward_makes_no_second_gradient_of_the_head(engine, dtype):
+    """Where the saved one is the answer: no operator of `loss.backward()` returns anything of W's size."""
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if function != torch.ops.aten.detach.default:  # which accumulates by taking over
+                tensors = [x for x in pytree.tree_leaves(result) if isinstance(x, torch.Tensor)]
+                made.extend(tensor.nbytes for tensor in tensors)
+            return result
+
+    case, made = make(dtype, **SMALL | {"v": 409}), []
+    for keep, copies in ((True, 1), (False, 0 if dtype == torch.float32 else 1)):
+        loss = loss_of(fused_kd_loss, case, "projected", engine=engine)
+        case.W.grad = None
+        made.clear()
+        with Sizes():
+            loss.backward(retain_graph=keep)
+        assert sum(size >= case.W.nbytes for size in made) == copies, keep
+
+
+# tensors made in torch.inference_mode()
+
+
+def untracked(tree):
+    """Everything that requires no grad, as inference mode makes it."""
+
+    def one(leaf):
+        if not isinstance(leaf, torch.Tensor) or leaf.requires_grad:
+            return leaf
+        with torch.inference_mode():
+            return leaf.clone(memory_format=torch.preserve_format)
+
+    return pytree.tree_map(one, tree)
+
+
+FROZEN = [(), ("W", "b"), ("hs",), ("P", "p"), ("hs", "W", "b")]
+INFERENCE = [(engine, kind, ()) for engine, kind in SOME]
+INFERENCE += [(engine, kind, frozen) for engine in ENGINES for kind in PROJECTED for frozen in FROZEN[1:]]
+INFERENCE += [(engine, "head", frozen) for engine in ENGINES for frozen in FROZEN[1:3]]
+
+
+@pytest.mark.parametrize(("engine", "kind", "frozen"), INFERENCE)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_tensors_of_inference_mode(engine, kind, frozen, reduction):
+    """A teacher's, and whatever else is no leaf: the same gradients as of ordinary tensors."""
+    results = []
+    for place in (lambda tree: tree, untracked):
+        case = copy(make(**SMALL))
+        for name in frozen:
+            getattr(case, name).requires_grad_(False)
+        source, own = sources(case, kind)
+        head, labels, weights, own = place((student(case), case.labels, case.weights, own))
+        numbers = place({"temperature": torch.tensor(2.0).double(), "ce_weight": torch.tensor(0.5).double()}) | own
+        loss = fused_kd_loss(
+            head, place(source), labels, engine=engine, reduction=reduction, token_weights=weights, **numbers
+        )
+        loss.sum().backward()
+        results.append((loss.detach(), gradients(case)))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("engine", ENGINES[1:])
+def test_teacher_logits_of_inference_mode_are_kept_where_they_lie(engine):
+    case, kept = make(**SMALL), []
+    source, _ = sources(case, "logits")
+    source = untracked(source)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x.data_ptr()), x)[1], lambda x: x):
+        loss = fused_kd_loss(student(case), source, case.labels, reduction="none", engine=engine)
+    assert source.logits.data_ptr() in kept
+    assert loss.sum().isfinite()
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -49,3 +49,12 @@ def test_in_the_model_with_its_weight(tiny, batch):
 def test_nothing_counted_is_zero():
     loss, targets = HiddenStateLoss(1, 1, 8, 12), torch.full((2, 5), -100)
     assert loss(states(1, 8, 0), states(1, 12, 1), targets).item() == 0
+
+
+def test_no_targets_in_any_process_are_a_loss_of_zero():
+    loss, targets = HiddenStateLoss(1, 1, 8, 12), torch.full((2, 5), -100)
+    student = [torch.randn(2, 5, 8, requires_grad=True) for _ in range(2)]
+    value = loss(student, [torch.randn(2, 5, 12)] * 2, targets, items=torch.tensor(0))
+    value.backward()
+    assert value == 0
+    assert not student[1].grad.any()
