@@ -59,7 +59,9 @@ def prepare(indices: Tensor, log_probs: Tensor, vocab: int, dtype: torch.dtype) 
     while reach < indices.shape[-1]:  # sums towards the first of each run, over windows of 1, 2, 4, … entries
         same = indices[..., :-reach] == indices[..., reach:]
         more = torch.where(same, log_probs[..., reach:], -inf)
-        log_probs = torch.cat([torch.logaddexp(log_probs[..., :-reach], more), log_probs[..., -reach:]], dim=-1)
+        these = log_probs[..., :-reach]
+        these = torch.where(more > -inf, torch.logaddexp(these, more), these)  # of two −inf it has no derivative
+        log_probs = torch.cat([these, log_probs[..., -reach:]], dim=-1)
         reach *= 2
     return indices, _of_the_first(first, log_probs)
 

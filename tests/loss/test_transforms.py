@@ -23,6 +23,8 @@ TEACHERS = {
     "logits": ("z",),
     "renormalize": ("log_probs",),
     "bucket": ("log_probs",),
+    "log_tail": ("log_probs", "log_tail"),
+    "renormalize_both": ("log_probs",),
 }
 HEAD = ("hs", "W", "b")
 OPTIONS = ("temperature", "kd_weight", "ce_weight", "anchor_weight", "token_weights", "kd_token_weights", "items")
@@ -34,7 +36,9 @@ def inputs(kind):
     """Every tensor of a call, by name, none of which requires grad."""
     case = make(n=5, v=17, hs=4, ht=6)
     x = {name: tensor.detach() for name, tensor in vars(case).items()}
-    x["indices"], x["log_probs"] = entries(case, k=4)
+    x["indices"], x["log_probs"] = entries(case, kind="padded")
+    x["log_probs"] = x["log_probs"] - 0.2
+    x["log_tail"] = (1 - x["log_probs"].exp().sum(-1)).clamp_min(0.05).log()
     x["z"], x["h_p"] = torch.nn.functional.linear(x["ht"], x["Wt"], x["bt"]), torch.randn(5, 4, dtype=F64)
     x |= {"kd_weight": torch.tensor(0.8), "ce_weight": torch.tensor(0.5), "items": torch.tensor(3.5)}
     x |= {"temperature": torch.tensor(1.5), "token_weights": case.weights, "kd_token_weights": case.weights.flip(0)}
@@ -48,6 +52,7 @@ def loss(x, kind, engine, reduction="mean"):
         "hidden": lambda: Projected(x["h_p"]),
         "head": lambda: Head(x["ht"], x["Wt"], x["bt"]),
         "logits": lambda: Logits(x["z"]),
+        "log_tail": lambda: SparseLogits(x["indices"], x["log_probs"], log_tail=x["log_tail"], tail="bucket"),
     }.get(kind, lambda: SparseLogits(x["indices"], x["log_probs"], tail=kind))()
     options = {name: x[name] for name in OPTIONS[:-1] if name != "anchor_weight" or isinstance(teacher, Projected)}
     if reduction == "mean":
@@ -98,7 +103,8 @@ NAMES = {
     "hs": "student: Head.hidden", "W": "student: Head.weight", "b": "student: Head.bias", "ht": "hidden",
     "P": "teacher: Projected.projector_weight", "p": "teacher: Projected.projector_bias", "h_p": "Projected.hidden",
     "Wt": "teacher: Head.weight", "bt": "teacher: Head.bias", "z": "teacher: Logits.logits",
-    "log_probs": "teacher: SparseLogits.log_probs", "items": "num_items_in_batch",
+    "log_probs": "teacher: SparseLogits.log_probs", "log_tail": "teacher: SparseLogits.log_tail",
+    "items": "num_items_in_batch",
 }  # fmt: skip
 
 
@@ -169,11 +175,12 @@ def test_transforms_are_refused_by_name_and_right_on_the_reference(name):
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", [*WITH_OPTIONS, "kd_token_weights", "log_probs", "indices", "items"])
+@pytest.mark.parametrize("name", [*WITH_OPTIONS, "kd_token_weights", "log_probs", "indices", "items", "log_tail"])
 def test_vmap_over_what_is_checked_by_value(name):
-    kind = "bucket" if name in ("log_probs", "indices") else "logits"
+    kind = "log_tail" if name in ("log_probs", "indices", "log_tail") else "logits"
     f, x = by(name, kind, "reference")
-    several = torch.stack([x, x.flip(-1) if x.dim() else x * 2])
+    others = {"indices": torch.where(x < 0, x, (x + 1) % 17), "log_probs": x - 0.1, "log_tail": x - 0.1}
+    several = torch.stack([x, others.get(name, x.flip(-1) if x.dim() else x * 2)])
     torch.testing.assert_close(torch.func.vmap(f)(several), torch.stack([f(each) for each in several]))
     match = rf"{NAMES.get(name, name)} .*torch.func.vmap.* engine='reference'"
     for engine in FUSED:
