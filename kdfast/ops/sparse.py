@@ -178,13 +178,16 @@ def _categories(x: Problem, rows: slice, z: Tensor, norm: Tensor, rest: Tensor, 
     t, s = log_t.exp(), log_s.exp()
     f, _, a_s = divergence.terms(t, s, log_ratio(log_t, log_s))
     gradient = a_s if divergence.centred_q else a_s - s * a_s.sum(dim=-1, keepdim=True)
+    most = s > 0.5  # there it is a small difference of numbers near 1, and all that the others do not have
+    gradient = torch.where(most, -gradient.masked_fill(most, 0).sum(dim=-1, keepdim=True), gradient)
     gradient = gradient * (coefficient / x.temperature)[:, None]
     outside = gradient[:, -1]
     # the others of a run say what its first one does, and an entry without mass is in the bucket
     inside = _of_the_first(counted(indices), gradient[:, :-1])
     in_bucket = torch.where(outside[:, None] == 0, 0, outside[:, None] * (z - rest[:, None]).exp())
     inside = torch.where(log_p > -inf, inside, in_bucket)
-    return _support(f.sum(dim=-1), inside, outside, coefficient)
+    value = f.sum(dim=-1) + 0 * (t[:, 0] + s[:, 0])  # a NaN logit makes its whole row NaN; some terms take that for 0
+    return _support(value, inside, outside, coefficient)
 
 
 @lru_cache

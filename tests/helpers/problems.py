@@ -281,7 +281,10 @@ class _Maker:
             ids = torch.randint(0, what.vocab, shape, generator=self.random)
         first = torch.randint(0, min(what.vocab, self.problem.valid), shape[:-1], generator=self.random)
         if what.entries != "all":
-            ids[..., 0] = torch.where(self.here[first], first, 0)
+            possible = self.here[first]
+            if what.tail == "renormalize_both":  # else 0/0: a student that has none of the ids
+                possible = possible & self.possible[first]
+            ids[..., 0] = torch.where(possible, first, 0)
         absent = ~self.here[ids]
         if what.entries == "padded":
             absent |= self.uniform(*shape) < 0.4

@@ -10,7 +10,7 @@ from definition import EVERY, check, keep, mean
 from oracle import sparse_pair, value
 from teachers import ENGINES, entries
 
-from kdfast import Head, Logits, SparseLogits, fused_kd_loss
+from kdfast import Head, Logits, SkewKL, SparseLogits, fused_kd_loss
 
 TAILS = ["renormalize", "bucket", "none", "renormalize_both"]
 
@@ -161,6 +161,20 @@ def test_rows_without_weight_may_have_any_sparse_teacher(engine):
     torch.testing.assert_close(c.W.grad, expected)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("divergence", ["symmetric_kl", "jsd", "total_variation"])
+def test_a_student_of_nan_has_a_loss_of_nan(divergence, tail, engine):
+    if divergence == "symmetric_kl" and tail in ("renormalize", "none"):
+        return  # refused
+    case = make(n=3)
+    with torch.no_grad():
+        case.hs[1] = torch.nan
+    options = {"divergence": divergence, "temperature": 1.0, "reduction": "none", "engine": engine}
+    loss = fused_kd_loss(student(case), SparseLogits(*entries(case, k=4, kind="top"), tail=tail), **options)
+    assert loss.isnan().tolist() == [False, True, False]
+
+
 @pytest.mark.parametrize("engine", ENGINES[1:])
 def test_sparse_entries_of_any_strides(engine):
     case = make(n=6)
@@ -227,6 +241,29 @@ def test_a_confident_teacher(engine):
         assert float(expected[0]) == pytest.approx(17.7039, abs=1e-4 if dtype != torch.bfloat16 else 1e-2)
         assert float(found[0]) == pytest.approx(float(expected[0]), rel=1e-6)
         assert relative(found[1].double(), expected[1]) < 1e-6
+
+
+@pytest.mark.parametrize("engine", ENGINES[1:])
+@pytest.mark.parametrize("tail", ["bucket", "renormalize_both"])
+def test_a_confident_student(tail, engine):
+    """In float32 its one large gradient is the difference of numbers near 1, thousands of times as large."""
+    generator = torch.Generator().manual_seed(1)
+    z_s, z_t = (torch.randn(6, 41, generator=generator) for _ in range(2))
+    z_s[:, 5] += torch.linspace(8, 20, 6)
+    z_t[:, 5] += 6
+    log_p = z_t.double().log_softmax(-1)
+    log_probs, ids = log_p.topk(8)
+    log_tail = log_p.scatter(1, ids, -torch.inf).logsumexp(-1) if tail == "bucket" else None
+    for divergence in [*EVERY, SkewKL(0.9)]:
+        for row in range(6):
+            this = slice(row, row + 1)
+            one = None if log_tail is None else log_tail[this]
+            z = z_s[this].double().requires_grad_()
+            pair = sparse_pair(ids[this], log_probs[this], tail, z, 1.0, log_tail=one)
+            (expected,) = torch.autograd.grad(value(divergence, *pair).sum(), z)
+            source = SparseLogits(ids[this], log_probs[this].float(), log_tail=one, tail=tail)
+            _, found = solved(engine, z_s[this], source, divergence=divergence, temperature=1.0)
+            assert relative(found.double(), expected) < 1e-5, (divergence, row)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
