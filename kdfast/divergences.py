@@ -225,6 +225,8 @@ def get_divergence(divergence: str | Divergence, parameters: Sequence[float] = (
         cls = DIVERGENCES.get(divergence) or _CLASSES.get(divergence)
         if cls is None:
             raise ValueError(f"divergence={divergence!r} is unknown; expected one of {', '.join(DIVERGENCES)}")
+        if not parameters:  # torch.compile knows a class's fields from an instance alone
+            return get_divergence(cls())
         return get_divergence(cls(**dict(zip((field.name for field in fields(cls)), parameters, strict=False))))
     if not isinstance(divergence, Divergence):
         what = f"the class {divergence.__name__}" if isinstance(divergence, type) else type(divergence).__name__
