@@ -338,14 +338,29 @@ def _check_targets(name: str, targets: Tensor | None, x: Arguments) -> None:
     _check_one_per_row(name, targets, x.student.hidden)
     if not can_read(targets):
         return
-    valid = x.vocabulary.size if x.options.valid_vocab is None else x.options.valid_vocab
+    given = x.options.valid_vocab
+    valid, why = (x.vocabulary.size, "") if given is None else (given, f" (valid_vocab={given})")
     targets = targets.long()  # numbers past a narrower type's range would be compared modulo that
     bad = ((targets < 0) | (targets >= valid)) & (targets != x.options.ignore_index)
     if bool(bad.any()):
         raise ValueError(
-            f"{name} contains {int(targets[bad].flatten()[0])}; expected ids from 0 to {valid - 1} or "
+            f"{name} contains {int(targets[bad].flatten()[0])}; expected ids from 0 to {valid - 1}{why} or "
             f"ignore_index={x.options.ignore_index}. Is it another tokenizer's, or a different ignore_index?"
         )
+
+
+def refuse_ids(role: str, rows: int, input_ids: Tensor, strange: Tensor) -> None:
+    """Raise ValueError if `strange` (B, T) holds of any of `input_ids`, for which the model has no embedding."""
+    if not bool(strange.any()):
+        return
+    found = input_ids[strange].flatten()
+    largest = int(found.max())
+    resize = f", or give it rows for tokens that were added: {role}.resize_token_embeddings({largest + 1})"
+    raise ValueError(
+        f"input_ids contains {int(found[0])}, and the {role} has {rows} token embeddings, for ids from 0 to {rows - 1} "
+        f"(any id will do at padding, where attention_mask is 0). Take text of the {role}'s own tokenizer"
+        f"{resize if largest >= rows else ''}"
+    )
 
 
 def _check_token_weights(name: str, weights: Tensor | None, hidden: Tensor) -> None:

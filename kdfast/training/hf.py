@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file, is_peft_available
 
+from kdfast.frontend.checks import refuse_ids
 from kdfast.inputs import Head, did_you_mean, short
 from kdfast.training.data.tokenizers import check_tokens, count_ids, own_tokenizer
 from kdfast.training.durable.errors import first_line
@@ -98,6 +99,34 @@ def may_skip_parameters(model: PreTrainedModel) -> bool:
     text = {id(p) for part in (backbone(model).get_decoder(), model.get_output_embeddings()) for p in part.parameters()}
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     return any(id(p) not in text or re.search("cross_?att|encoder_att", name) for name, p in trained)
+
+
+def embedding_rows(model: PreTrainedModel) -> int | None:
+    """Return how many ids the model can read; None where it has others besides, of images, which it replaces itself."""
+    if model.config.get_text_config() is not model.config:
+        return None
+    embedding: Any = model.get_input_embeddings()
+    return getattr(embedding, "num_embeddings", None) or embedding.weight.shape[0]
+
+
+def known_ids(
+    model: PreTrainedModel, role: str, input_ids: Tensor, attention_mask: Tensor | None, *, look: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """Return ids (B, T) that the model has rows for, 0 in place of others; whether there were others than padding, ().
+
+    Raise ValueError for those. Not `look`: their values are not looked at; otherwise the second is None.
+    """
+    rows = embedding_rows(model)
+    if rows is None:
+        return input_ids, None
+    strange = (input_ids < 0) | (input_ids >= rows)
+    ids = input_ids.masked_fill(strange, 0)
+    if attention_mask is not None and attention_mask.dim() == 2:
+        strange = strange & (attention_mask != 0)
+    if not look:
+        return ids, strange.any()
+    refuse_ids(role, rows, input_ids, strange)
+    return ids, None
 
 
 def run_backbone(model: PreTrainedModel, **inputs: Any) -> Any:

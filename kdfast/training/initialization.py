@@ -26,7 +26,7 @@ from kdfast.low_rank_head import (
     kl_and_agreement,
 )
 from kdfast.projector import LogitProjector
-from kdfast.training.hf import IGNORE_INDEX, check_inputs, head, run_backbone, shift_labels
+from kdfast.training.hf import IGNORE_INDEX, check_inputs, head, known_ids, run_backbone, shift_labels
 from kdfast.training.recipes import Recipe
 from kdfast.training.teachers import Probe
 
@@ -149,7 +149,9 @@ def _read(teacher: PreTrainedModel, batches: Iterable[dict[str, Any]], tokens: i
     for batch in batches:
         inputs = {name: x for name, x in batch.items() if name != "labels" and not name.startswith("teacher_")}
         check_inputs(teacher, "teacher", inputs)
-        counted = shift_labels(batch["labels"], batch.get("attention_mask")) != IGNORE_INDEX
+        mask = batch.get("attention_mask")
+        inputs["input_ids"], _ = known_ids(teacher, "teacher", batch["input_ids"], mask)
+        counted = shift_labels(batch["labels"], mask) != IGNORE_INDEX
         states = run_backbone(teacher, **inputs, use_cache=False).last_hidden_state
         pieces.append(states.to(counted.device)[counted])
         if sum(map(len, pieces)) >= tokens:

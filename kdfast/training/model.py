@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kdfast.closed_form import solve_lstsq
+from kdfast.frontend.checks import can_read, has_values
 from kdfast.inputs import Head, same_vocabulary
 from kdfast.loss import KDMetrics, fused_kd_loss
 from kdfast.low_rank_head import CompressedHead
@@ -28,6 +29,7 @@ from kdfast.training.hf import (
     head_shape,
     inputs_of,
     is_dispatched,
+    known_ids,
     run_backbone,
     shift_labels,
 )
@@ -104,6 +106,7 @@ class DistillationModel(nn.Module):
         self.hidden_loss = _make_hidden_loss(student, teacher, self.recipe)
         self.compressed_head: CompressedHead | None = None  # made by solve()
         self.solved = not self.recipe.solves
+        self.looked = False  # at the ids of a batch: on a GPU the first one's alone, for it waits
         self.loaded = False  # with trained weights, which solving leaves as they are
         self.vocab_weights: Tensor | None = None  # (V,) float64, for solving the projector again; made by solve()
         self.register_state_dict_post_hook(_drop_teacher)
@@ -128,7 +131,8 @@ class DistillationModel(nn.Module):
         """Return the loss of one batch: ce_weight·LM + kd_weight·τ²·KL (+ the anchor).
 
         Args:
-            input_ids: (B, T) int64.
+            input_ids: (B, T) int64. An id that student or teacher has no row for is a ValueError on the CPU, in the
+                first batch, and with KDFAST_CHECK=1; otherwise the loss is NaN. At padding any will do.
             attention_mask: (B, T), 0 where there is padding.
             labels: (B, T) int64, *not* shifted; −100 counts for nothing.
             position_ids: (B, T), for packed sequences; None = 0 to T − 1.
@@ -155,7 +159,7 @@ class DistillationModel(nn.Module):
         for role, model in {"student": self.student, "teacher": self.teacher}.items():
             if model is not None:
                 check_inputs(model, role, inputs, self.inputs[role])
-        inputs |= {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        inputs |= {"attention_mask": attention_mask, "use_cache": False}
         if self.hidden_loss is not None:
             inputs["output_hidden_states"] = True
         if torch.is_grad_enabled() and self.training and not any(p.requires_grad for p in self.student.parameters()):
@@ -164,13 +168,19 @@ class DistillationModel(nn.Module):
                 "merge_and_unload() and prompt tuning leave it so). Call student.requires_grad_(True); to evaluate, "
                 "model.eval()"
             )
-        student_states = backbone(self.student)(**inputs)
+        look = can_read(input_ids) or (not self.looked and has_values(input_ids))  # at the first batch anywhere
+        if look:
+            self.looked = True
+        ids, strange = known_ids(self.student, "student", input_ids, attention_mask, look=look)
+        student_states = backbone(self.student)(input_ids=ids, **inputs)
         student = head(self.student, student_states.last_hidden_state)
         own: Head | None = None
         learns_from_it = self.recipe.teacher not in ("none", "cached") or self.hidden_loss is not None
         if self.teacher is not None and (with_fidelity or learns_from_it):
             with torch.no_grad():
-                teacher_states = run_backbone(self.teacher, **inputs)
+                ids, strange_too = known_ids(self.teacher, "teacher", input_ids, attention_mask, look=look)
+                strange = strange_too if strange is None else strange if strange_too is None else strange | strange_too
+                teacher_states = run_backbone(self.teacher, input_ids=ids, **inputs)
                 own = head(self.teacher, teacher_states.last_hidden_state.to(input_ids.device))
         cached: CachedEntries | None = None
         if teacher_indices is not None and teacher_log_probs is not None:
@@ -200,6 +210,8 @@ class DistillationModel(nn.Module):
         if self.hidden_loss is not None:
             states = student_states.hidden_states, teacher_states.hidden_states
             loss = loss + self.recipe.hidden_weight * self.hidden_loss(*states, targets, num_items_in_batch)
+        if strange is not None:  # nobody has looked: as of a bad row
+            loss = loss * torch.where(strange, torch.nan, 1.0)
         true = cached.at_one() if own is None and cached else own
         if true is None or not with_fidelity:
             return DistillationOutput(loss, metrics, None)

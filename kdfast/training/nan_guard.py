@@ -19,7 +19,7 @@ from kdfast.training.durable.errors import RunStoppedError
 FIELDS = ("step", "loss", "ce", "kd", "kd_weight", "temperature", "gradient norm")
 ADVICE = (
     "Lower learning_rate or projector_lr, ramp the KD weight (kd_ramp), start from projector_init='normal', or train "
-    "in a wider dtype."
+    "in a wider dtype. On a GPU KDFAST_CHECK=1 names an id or a weight that is out of range."
 )
 
 

@@ -1,6 +1,7 @@
 """Tiny random causal language models of several families, with and without a vision tower."""
 
 import torch
+import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, TrainingArguments
 
 # what TrainingArguments calls it; the other is its older name
@@ -111,3 +112,12 @@ def image_batch(family="llava", rows=2, seed=3):
     elif family == "gemma3":
         batch["token_type_ids"] = (ids == IMAGE).long()
     return batch | {"pixel_values": images}
+
+
+def loss_by_hand(student, teacher, input_ids, labels, tau=2.0, kd_weight=0.7):
+    """The loss of recipe "teacher_head" from both models' whole logits."""
+    with torch.no_grad():
+        p = (teacher(input_ids).logits[:, :-1] / tau).log_softmax(-1)
+    z = student(input_ids).logits[:, :-1]
+    kd = F.kl_div((z / tau).log_softmax(-1), p, log_target=True, reduction="none").sum(-1).mean()
+    return F.cross_entropy(z.flatten(0, 1), labels[:, 1:].flatten()) + kd_weight * tau**2 * kd

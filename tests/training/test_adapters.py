@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
+from tiny_models import loss_by_hand
 from torch import nn
 from transformers import default_data_collator
 
@@ -38,14 +38,6 @@ def adapt(model, kind, settings):
         if parameter.requires_grad:
             parameter.data.normal_(1, 0.3)
     return adapted
-
-
-def loss_by_hand(student, teacher, input_ids, labels, tau=2.0, kd_weight=0.7):
-    with torch.no_grad():
-        p = (teacher(input_ids).logits[:, :-1] / tau).log_softmax(-1)
-    z = student(input_ids).logits[:, :-1]
-    kd = F.kl_div((z / tau).log_softmax(-1), p, log_target=True, reduction="none").sum(-1).mean()
-    return F.cross_entropy(z.flatten(0, 1), labels[:, 1:].flatten()) + kd_weight * tau**2 * kd
 
 
 @pytest.mark.parametrize("kind", IN_LAYERS)

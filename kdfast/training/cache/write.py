@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from math import inf
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +36,7 @@ from kdfast.training.cache.description import (
     Description,
     Shard,
     describe_split,
+    ids_of,
     is_complete,
     read_summary,
     shards,
@@ -47,7 +49,17 @@ from kdfast.training.data.rows import inputs_of_row
 from kdfast.training.data.tokenizers import check_tokens, count_ids, own_tokenizer
 from kdfast.training.durable import atomic_io, checksums, processes
 from kdfast.training.durable.atomic_io import write_text
-from kdfast.training.hf import check_inputs, check_model, head, head_shape, input_device, inputs_of, run_backbone
+from kdfast.training.hf import (
+    check_inputs,
+    check_model,
+    embedding_rows,
+    head,
+    head_shape,
+    input_device,
+    inputs_of,
+    known_ids,
+    run_backbone,
+)
 
 SHARD_TOKENS = 2**20
 INPUTS = ("input_ids", "attention_mask", "position_ids")
@@ -122,6 +134,10 @@ def cache_teacher(
                 f"splits[{split!r}] has {lost[0]}, and a cache is of text alone: the teacher would not be shown it. "
                 "Leave it out of the data, or train with a live teacher"
             )
+        for i, text in enumerate(ids_of(dataset, f"splits[{split!r}]")):  # before hours have gone by
+            if text.size and not 0 <= text.min() <= text.max() < (embedding_rows(teacher) or inf):
+                inputs = default_data_collator([inputs_of_row(dataset[i], INPUTS)])
+                known_ids(teacher, "teacher", inputs["input_ids"], inputs.get("attention_mask"))
     described = {split: describe_split(dataset, f"splits[{split!r}]") for split, dataset in splits.items()}
     description = Description(
         teacher=name or str(teacher.name_or_path),
@@ -218,7 +234,9 @@ def _rows(
     for start in range(within.start, within.stop, batch_size):
         batch = [dataset[i] for i in range(start, min(start + batch_size, within.stop))]
         batch = [inputs_of_row(row, INPUTS) for row in batch]
-        own = head(teacher, run_backbone(teacher, **default_data_collator(batch), use_cache=False).last_hidden_state)
+        inputs = default_data_collator(batch)
+        inputs["input_ids"], _ = known_ids(teacher, "teacher", inputs["input_ids"], inputs.get("attention_mask"))
+        own = head(teacher, run_backbone(teacher, **inputs, use_cache=False).last_hidden_state)
         bias = None if own.bias is None else own.bias.to(dtype)
         whole = replace(own, hidden=own.hidden.to(dtype), weight=own.weight.to(dtype), bias=bias)
         if description.method == "top_k":

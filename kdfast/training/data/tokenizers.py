@@ -92,11 +92,15 @@ def find_valid_vocab(student: Any, teacher: Any, processor: Any = None, valid_vo
 
 def other_vocabulary(student: PreTrainedModel, teacher: PreTrainedModel) -> str:
     """Return what is wrong with two heads of different sizes, and what to do, for an error."""
+    ours, theirs = _rows(student), _rows(teacher)
+    smaller = "teacher" if theirs < ours else "student"
     return (
-        f"the teacher's head has {_rows(teacher)} rows and the student's {_rows(student)}. If both have one tokenizer "
-        "and only padding rows differ, pass valid_vocab, its highest id + 1. A teacher with another tokenizer would "
-        "read the student's ids as other words, whatever the recipe: take one with the student's, train a fresh "
-        "student with the teacher's, or leave the teacher out"
+        f"the teacher's head has {theirs} rows and the student's {ours}. If both have one tokenizer and only padding "
+        "rows differ, pass valid_vocab, its highest id + 1. Tokens that were added to one of them need rows in the "
+        f"other, {smaller}.resize_token_embeddings({max(ours, theirs)}), or valid_vocab={min(ours, theirs)} where the "
+        "text has none of them but at padding. A teacher with another tokenizer would read the student's ids as "
+        "other words, whatever the recipe: take one with the student's, train a fresh student with the teacher's, or "
+        "leave the teacher out"
     )
 
 
