@@ -19,6 +19,7 @@ from kdfast import engines
 from kdfast.divergences import DIVERGENCES, get_divergence
 from kdfast.training.diagnostics import HealthThresholds
 from kdfast.training.recipes import AUTO, RECIPES, UNUSED, ProjectorStart, Recipe, StudentStart, get_recipe
+from kdfast.training.teachers import TeacherTail
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ CHOICES = {
     "projector_init": get_args(ProjectorStart),
     "student_init": get_args(StudentStart),
     "engine": engines.NAMES,
+    "teacher_tail": get_args(TeacherTail),
     "non_finite": ("stop", "skip"),
 }
 
@@ -94,6 +96,9 @@ class KDConfig(TrainingArguments):
     calibration_tokens: int | None = _field(None, "Tokens read to solve starts; None = 16 × the teacher's width.")
     engine: str = _field("auto", "Engine of the loss; auto picks by device.")
     scratch_bytes: int | None = _field(None, "Memory for one chunk's logits; None = the engine's default.")
+    teacher_tail: str | None = _field(
+        None, "What teacher_log_probs of the data's own are: bucket, renormalize, renormalize_both; none, of drawn ids."
+    )
     valid_vocab: int | None = _field(None, "Ids from here on are padding rows of the embedding; None = there are none.")
 
     shard_teacher: bool = _field(False, "Under FSDP: shard the teacher too, in place of a whole copy per process.")
@@ -121,7 +126,9 @@ class KDConfig(TrainingArguments):
             raise ValueError("recipe='auto' depends on the models; give resolved() a name, as choose_recipe finds it")
         found = get_recipe(recipe or self.recipe)
         given = {f.name: value for f in fields(Recipe) if (value := getattr(self, f.name, None)) is not None}
-        if unused := [name for name in given if name in UNUSED[found.teacher]]:
+        if self.teacher_tail is not None and found.teacher not in ("none", "cached"):
+            given["teacher_tail"] = self.teacher_tail
+        if unused := [name for name in given if name in (*UNUSED[found.teacher], "teacher_tail")]:
             logger.warning("recipe=%r has no use for %s: left out", found.name, ", ".join(unused))
         if "temperature_steps" in given:
             given["temperature_steps"] = tuple(given["temperature_steps"])

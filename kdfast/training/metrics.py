@@ -18,6 +18,7 @@ from torch import Tensor
 from kdfast.inputs import same_vocabulary
 from kdfast.loss import KDMetrics
 from kdfast.training.cache.read import cached_blocks
+from kdfast.training.data.columns import names_of
 from kdfast.training.hf import head_shape
 from kdfast.training.model import DistillationModel, DistillationOutput
 
@@ -132,7 +133,9 @@ def evaluated(model: DistillationModel, dataset: Any) -> list[str]:
     """Return the names of what an evaluation of `model` on `dataset`, whose rows have targets, logs."""
     teacher, absent = model.recipe.teacher, set()
     if model.teacher is None:  # the true teacher may be known by its entries
-        known = any(blocks.description.method == "top_k" for blocks in cached_blocks(dataset))
+        names, blocks = names_of(dataset), cached_blocks(dataset)
+        own = "teacher_indices" in names and (model.teacher_tail == "bucket" or "teacher_log_tails" in names)
+        known = any(one.description.method == "top_k" for one in blocks) or (own and not blocks)
     else:
         vocab = head_shape(model.student)[0], head_shape(model.teacher)[0]
         known = same_vocabulary(*vocab, model.valid_vocab)

@@ -35,7 +35,15 @@ from kdfast.training.hf import (
 )
 from kdfast.training.initialization import Calibration, Start, set_projector
 from kdfast.training.recipes import AUTO, Recipe, choose_recipe, get_recipe
-from kdfast.training.teachers import KINDS, Batch, CachedEntries, Fidelity, HiddenStateLoss, fidelity
+from kdfast.training.teachers import (
+    KINDS,
+    Batch,
+    Fidelity,
+    HiddenStateLoss,
+    TeacherTail,
+    fidelity,
+    read_entries,
+)
 
 
 class DistillationOutput(NamedTuple):
@@ -61,6 +69,9 @@ class DistillationModel(nn.Module):
             different numbers of rows for one tokenizer, it is that tokenizer's ids.
         tokenizer: the text's; None = the one beside the student's weights. One beside the teacher's must have its
             tokens.
+        teacher_tail: what a batch's teacher_log_probs are, where they are not a `TeacherCache`'s, which tells; see
+            `SparseLogits`. "bucket", "renormalize", "renormalize_both": log-probabilities at τ = 1; "none": log(n/N) of
+            ids that came n times in N draws at the KD term's temperature.
         check_heads: compare both heads with their models once, on four tokens.
 
     Raises:
@@ -82,10 +93,13 @@ class DistillationModel(nn.Module):
         scratch_bytes: int | None = None,
         valid_vocab: int | None = None,
         tokenizer: Any = None,
+        teacher_tail: TeacherTail | None = None,
         check_heads: bool = True,
     ) -> None:
         super().__init__()
         valid_vocab = find_valid_vocab(student, teacher, tokenizer, valid_vocab)
+        self.teacher_tail = teacher_tail
+        self.by_default = recipe == AUTO  # nobody has asked for the recipe
         if recipe == AUTO:
             recipe = choose_recipe(student, teacher, valid_vocab).recipe
         self.recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
@@ -136,8 +150,10 @@ class DistillationModel(nn.Module):
             attention_mask: (B, T), 0 where there is padding.
             labels: (B, T) int64, *not* shifted; −100 counts for nothing.
             position_ids: (B, T), for packed sequences; None = 0 to T − 1.
-            teacher_indices, teacher_log_probs, teacher_log_tails: (B, T, K), (B, T, K) and (B, T, 2), of a teacher
-                cache (`CachedBlocks`), made for this temperature: what the recipe "cached" learns from.
+            teacher_indices, teacher_log_probs: (B, T, K), what the recipe "cached" learns from: at t the teacher's
+                distribution *after* token t, as logits are. −inf: no entry.
+            teacher_log_tails: (B, T, 2), of a teacher cache (`CachedBlocks`) made for this temperature: the log of the
+                other ids' mass at τ = 1 and there; (B, T, 0), of drawn ids. None: `teacher_tail` says what they are.
             temperature, kd_weight: number or 0-d tensor; None = the recipe's, without its schedule.
             num_items_in_batch: the divisor of every term: the targets (`shift_labels(…) != -100`) in all
                 micro-batches and processes of this step. None = those of this batch.
@@ -182,10 +198,12 @@ class DistillationModel(nn.Module):
                 strange = strange_too if strange is None else strange if strange_too is None else strange | strange_too
                 teacher_states = run_backbone(self.teacher, input_ids=ids, **inputs)
                 own = head(self.teacher, teacher_states.last_hidden_state.to(input_ids.device))
-        cached: CachedEntries | None = None
-        if teacher_indices is not None and teacher_log_probs is not None:
-            cached = CachedEntries(teacher_indices, teacher_log_probs, teacher_log_tails)
-
+        cached = read_entries(teacher_indices, teacher_log_probs, teacher_log_tails, self.teacher_tail)
+        if cached and self.by_default and self.recipe.teacher == "none":
+            raise ValueError(
+                "the batch has teacher_indices, and recipe='auto' took 'lm_only', for there was no teacher; name the "
+                "recipe: 'cached' learns from them, 'lm_only' does not"
+            )
         temperature = self.recipe.temperature if temperature is None else temperature
         options = {**self.loss_options, "num_items_in_batch": num_items_in_batch}
         batch = Batch(student, own, cached, targets, temperature, options)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from math import inf
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,14 @@ class Probe(LogitProjector):
         self.head = nn.Parameter(embedding.detach().to(self.weight.dtype).clone())
 
 
+TeacherTail = Literal["bucket", "renormalize", "renormalize_both", "none"]
+OWN_ENTRIES = (
+    "say what they are. teacher_tail='bucket': log-probabilities of some ids at τ = 1, all others being one category; "
+    "'renormalize', 'renormalize_both': the same, with nothing said of the others; 'none': log(n/N) of ids that came n "
+    "times in N draws at the run's temperature"
+)
+
+
 class CachedEntries(NamedTuple):
     """What `CachedBlocks` adds to a batch: entries of a teacher cache.
 
@@ -44,17 +52,20 @@ class CachedEntries(NamedTuple):
 
     indices: Tensor  # (*, K) integer
     log_probs: Tensor  # (*, K) any float dtype: of top-k entries at τ = 1; of drawn ones the log of their weights
-    log_tails: Tensor | None  # (*, 2): log of the mass they do not hold, at τ = 1 and at the KD term's; drawn: None
+    log_tails: Tensor | None  # (*, 2): log of the mass they do not hold, at τ = 1 and at the KD term's; drawn: (*, 0)
+    tail: TeacherTail | None = "none"  # what they are where log_tails is None; None: nobody knows
 
     def at(self, temperature: float | Tensor) -> SparseLogits:
         """Return the teacher for a KD term at `temperature`, the one the data set was made with."""
-        if self.log_tails is None:
-            return SparseLogits(self.indices, self.log_probs, tail="none", tempered=True)
+        if self.log_tails is None or not self.log_tails.shape[-1]:
+            return SparseLogits(self.indices, self.log_probs, tail=self.tail or "none", tempered=self.tail == "none")
         return self._at(temperature, self.log_tails[..., 1])
 
     def at_one(self) -> SparseLogits | None:
-        """Return the teacher at τ = 1; None where its entries were drawn, at that temperature alone."""
-        return None if self.log_tails is None else self._at(1.0, self.log_tails[..., 0])
+        """Return the teacher at τ = 1; None where that is not known: of drawn entries, or of a tail that is not."""
+        if self.log_tails is not None and self.log_tails.shape[-1]:
+            return self._at(1.0, self.log_tails[..., 0])
+        return SparseLogits(self.indices, self.log_probs, tail="bucket") if self.tail == "bucket" else None
 
     def _at(self, temperature: float | Tensor, log_tail: Tensor) -> SparseLogits:
         """Give back what rounding has taken from the entries' sum: they have what the tail leaves."""
@@ -63,6 +74,28 @@ class CachedEntries(NamedTuple):
         left = torch.log(-torch.expm1(log_tail.clamp_max(0)))
         log_probs = entries + left[..., None]
         return SparseLogits(self.indices, log_probs, log_tail=log_tail, tail="bucket", tempered=True)
+
+
+def read_entries(
+    indices: Tensor | None, log_probs: Tensor | None, log_tails: Tensor | None, tail: TeacherTail | None
+) -> CachedEntries | None:
+    """Return a batch's entries, if it has any; `tail` is what it is said to have. ValueError for half of them."""
+    if indices is None and log_probs is None:
+        return None
+    if indices is None or log_probs is None:
+        absent, there = ("indices", "log_probs") if indices is None else ("log_probs", "indices")
+        raise ValueError(f"teacher_{absent} is None beside teacher_{there}; expected both, (B, T, K), or neither")
+    if log_tails is None:
+        return CachedEntries(indices, log_probs, None, tail)
+    if log_tails.shape[:-1] != indices.shape[:-1] or log_tails.shape[-1] not in (0, 2):
+        raise ValueError(
+            f"teacher_log_tails is {tuple(log_tails.shape)} beside teacher_indices {tuple(indices.shape)}; expected "
+            "(B, T, 2), the log of the other ids' mass at τ = 1 and at the KD term's τ; of drawn ids (B, T, 0)"
+        )
+    told: TeacherTail = "bucket" if log_tails.shape[-1] else "none"
+    if tail not in (None, told):
+        raise ValueError(f"teacher_tail={tail!r}, and by its teacher_log_tails the batch's is {told!r}; leave it out")
+    return CachedEntries(indices, log_probs, log_tails, told)
 
 
 class Batch(NamedTuple):
@@ -116,6 +149,8 @@ class Cached(NoTeacher):
                 "teacher_indices is None; recipe 'cached' learns from a teacher cache: train on "
                 "TeacherCache(folder).dataset(split, blocks, temperature=…), whose rows have it"
             )
+        if batch.cached.tail is None:
+            raise ValueError(f"the batch has teacher_log_probs without teacher_log_tails: {OWN_ENTRIES}")
         return KDTerms(batch.cached.at(batch.temperature), batch.options)
 
 

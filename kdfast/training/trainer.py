@@ -26,7 +26,7 @@ from kdfast.inputs import did_you_mean
 from kdfast.param_groups import distillation_param_groups
 from kdfast.schedules import Schedule
 from kdfast.training import fsdp
-from kdfast.training.cache.read import cached_blocks, check_datasets
+from kdfast.training.cache.read import are_of, brings_entries, cached_blocks, check_datasets
 from kdfast.training.callbacks import HealthCallback
 from kdfast.training.config import KDConfig
 from kdfast.training.data.columns import MEDIA, check_columns, check_names
@@ -134,11 +134,19 @@ class KDTrainer(DurableTrainer):
         if not isinstance(model, DistillationModel):
             recipe, valid_vocab = args.recipe, find_valid_vocab(model, teacher, processing_class, args.valid_vocab)
             cached = cached_blocks(train_dataset)
+            entries = brings_entries(train_dataset)
             if cached and valid_vocab is None and isinstance(model, PreTrainedModel):
                 tokenizer = text_tokenizer(processing_class, model)
                 valid_vocab = cached[0].cache.find_valid_vocab(head_shape(model)[0], tokenizer)
             if recipe == AUTO:
-                choice = FROM_CACHE if cached else choose_recipe(model, teacher, valid_vocab)
+                if entries and teacher is not None and not are_of(cached, teacher):
+                    raise ValueError(
+                        "train_dataset brings a teacher's entries (teacher_indices), and teacher is given too, which "
+                        "for all that is known is another: recipe='auto' does not know which to learn from. Leave one "
+                        "out, or name the recipe: 'cached' learns from the entries, and has teacher for evaluation; "
+                        "the others learn from teacher"
+                    )
+                choice = FROM_CACHE if entries else choose_recipe(model, teacher, valid_vocab)
                 recipe = choice.recipe
             set_seed(args.seed)  # the projector's start
             model = DistillationModel(
@@ -149,7 +157,9 @@ class KDTrainer(DurableTrainer):
                 scratch_bytes=args.scratch_bytes,
                 valid_vocab=valid_vocab,
                 tokenizer=processing_class,
+                teacher_tail=args.teacher_tail,  # type: ignore[arg-type]  # checked there
             )
+            model.by_default = choice is not None
         elif teacher is not None:
             raise ValueError("teacher is given besides a DistillationModel, which has its own; leave it out")
         datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}

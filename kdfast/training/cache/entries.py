@@ -100,7 +100,7 @@ def decode(columns: dict[str, np.ndarray], description: Description, temperature
 
     teacher_indices    (T, K) int32
     teacher_log_probs  (T, K) top_k: at τ = 1, as it was kept; sample: log(counts/n), −inf beyond the ids of a token
-    teacher_log_tails  (T, 2) fp32: at τ = 1 and at `temperature`; top_k alone
+    teacher_log_tails  (T, 2) fp32: at τ = 1 and at `temperature`; sample: (T, 0), which tells that ids were drawn
     """
     if description.method == "sample":
         return _drawn(columns, description.k)
@@ -120,7 +120,11 @@ def _drawn(columns: dict[str, np.ndarray], n: int) -> dict[str, Tensor]:
     indices, log_probs = np.zeros(held.shape, "int32"), np.full(held.shape, -inf, "float32")
     indices[held] = columns["indices"]
     log_probs[held] = np.log(columns["counts"].astype("float32")) - log(n)
-    return {"teacher_indices": torch.from_numpy(indices), "teacher_log_probs": torch.from_numpy(log_probs)}
+    return {
+        "teacher_indices": torch.from_numpy(indices),
+        "teacher_log_probs": torch.from_numpy(log_probs),
+        "teacher_log_tails": torch.empty(len(indices), 0),
+    }
 
 
 def _lists(arrays: list[np.ndarray]) -> pa.Array:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, concatenate_datasets, load_from_disk
 from torch import Tensor
 from torch.utils import data
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdfast.inputs import same_vocabulary
 from kdfast.schedules import Schedule
@@ -22,13 +22,16 @@ from kdfast.training.cache.description import (
     is_complete,
     read_summary,
     shards,
+    teacher_fingerprint,
     tokenizer_fingerprint,
 )
 from kdfast.training.cache.entries import decode
+from kdfast.training.data.columns import names_of
 from kdfast.training.durable.errors import first_line
 from kdfast.training.durable.processes import print_once
 from kdfast.training.hf import head_shape
 from kdfast.training.model import DistillationModel
+from kdfast.training.teachers import OWN_ENTRIES
 
 
 class TeacherCache:
@@ -144,8 +147,19 @@ def cached_blocks(dataset: Any) -> list[CachedBlocks]:
     return [dataset] if isinstance(dataset, CachedBlocks) else []
 
 
+def brings_entries(dataset: Any) -> bool:
+    """Return whether rows bring a teacher's entries, of a cache or in columns of their own."""
+    return bool(cached_blocks(dataset)) or "teacher_indices" in names_of(dataset)
+
+
+def are_of(blocks: Sequence[CachedBlocks], teacher: PreTrainedModel) -> bool:
+    """Return whether these are the entries of that very teacher, in its dtype."""
+    made_of = {one.description.teacher_sha256 for one in blocks}
+    return bool(made_of) and made_of == {teacher_fingerprint(teacher)}
+
+
 class CachedBlocks(data.Dataset):
-    """Add to the rows of `dataset` teacher_indices, teacher_log_probs and, of top-k entries, teacher_log_tails: what
+    """Add to the rows of `dataset` teacher_indices, teacher_log_probs and teacher_log_tails: what
     `DistillationModel.forward` takes under the recipe "cached", and `CachedEntries` turns into a `SparseLogits`.
 
     `TeacherCache.dataset` makes it, of the cache's entries at one temperature.
@@ -176,7 +190,12 @@ def check_datasets(model: DistillationModel, datasets: Mapping[str, Any], temper
         if isinstance(dataset, dict):
             check_datasets(model, {f"{argument}[{name!r}]": one for name, one in dataset.items()}, temperature)
             continue
-        for blocks in cached_blocks(dataset):
+        blocks_of_it = cached_blocks(dataset)
+        names = set() if blocks_of_it else set(names_of(dataset))
+        tells = "teacher_log_tails" in names or model.teacher_tail is not None
+        if recipe.teacher == "cached" and "teacher_log_probs" in names and not tells:
+            raise CacheError(f"{argument} has teacher_log_probs of its own, without teacher_log_tails: {OWN_ENTRIES}")
+        for blocks in blocks_of_it:
             blocks.cache.check_vocabulary(head_shape(model.student)[0], model.valid_vocab)
             if recipe.teacher != "cached":
                 continue

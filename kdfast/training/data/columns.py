@@ -34,7 +34,7 @@ def check_columns(datasets: Mapping[str, Any], removes_unused: bool) -> None:
         if isinstance(dataset, dict):
             check_columns({f"{argument}[{name!r}]": one for name, one in dataset.items()}, removes_unused)
             continue
-        check_names(argument, _names(dataset))
+        check_names(argument, names_of(dataset))
         raw = [name for name in media_columns(dataset) if name not in MEDIA]  # those are read, or refused in a batch
         if raw and removes_unused:
             raise ValueError(
@@ -47,13 +47,15 @@ def check_columns(datasets: Mapping[str, Any], removes_unused: bool) -> None:
 def media_columns(dataset: Any) -> list[str]:
     """Return the columns that hold images, video or sound, by their type or their usual names."""
     features = getattr(dataset, "features", None) or {}
-    return [name for name in _names(dataset) if name in MEDIA or name in RAW or _is_media(features.get(name))]
+    return [name for name in names_of(dataset) if name in MEDIA or name in RAW or _is_media(features.get(name))]
 
 
-def _names(dataset: Any) -> Iterable[str]:
-    if isinstance(dataset, list):
-        return dataset[0] if dataset and isinstance(dataset[0], dict) else ()
-    return getattr(dataset, "column_names", None) or ()
+def names_of(dataset: Any) -> Iterable[str]:
+    """Return the names of a data set's columns, where it tells them or has a first row."""
+    names = getattr(dataset, "column_names", None)
+    if names is None and hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and len(dataset):
+        names = dataset[0]
+    return names if isinstance(names, list | dict) else ()
 
 
 def _is_media(feature: Any) -> bool:

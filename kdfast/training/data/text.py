@@ -53,6 +53,11 @@ def load_blocks(
             f"{argument} has the column {media[0]!r}, which holds more than text, and only text is read here. Leave "
             "the column out of the data; to train on it, use KDTrainer with a collator that makes the model's inputs"
         )
+    if "teacher_indices" in documents.column_names:
+        raise DataError(
+            f"{argument} has a column 'teacher_indices', which is lost where text is packed into blocks. Remove it, or "
+            "train on rows of tokens with a teacher's entries in Python: KDTrainer(…, KDConfig(teacher_tail=…))"
+        )
     if (kind := str(getattr(documents.features[text_column], "dtype", "no text"))) not in TEXT_TYPES:
         raise DataError(f"{argument}: its column {text_column!r} holds {kind}, expected text. Set text_column.")
     if tokenizer.eos_token_id is None:
