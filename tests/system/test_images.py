@@ -1,0 +1,59 @@
+"""A vision-language student in two processes, where a batch may have an image or be text alone: as in one process."""
+
+import os
+
+import pytest
+import server
+import torch
+from tiny_models import RECOMPUTE, image_batch, tiny_vision
+
+STEPS = 2
+
+
+def rows(images):
+    """A row for each process and step; `images` of them, process by process, have one."""
+    batch = image_batch(rows=2 * STEPS)
+    made = [{name: x[i] for name, x in batch.items()} for i in range(2 * STEPS)]
+    for row, has in zip(made, images, strict=True):
+        if not has:
+            row["input_ids"] = row["labels"] = row["input_ids"].clamp(max=60)
+            del row["pixel_values"]
+    return made
+
+
+def train(folder, processes, images, more):
+    from kdfast.training import KDConfig, KDTrainer
+
+    args = KDConfig(
+        output_dir=str(folder), use_cpu=True, disable_tqdm=True, report_to=[], recipe="teacher_head", max_steps=STEPS,
+        per_device_train_batch_size=1, gradient_accumulation_steps=2 // processes, save_strategy="no", logging_steps=1,
+        train_sampling_strategy="sequential", learning_rate=1e-3, adam_epsilon=1e-4, **more,
+    )  # fmt: skip
+    student, teacher = tiny_vision(seed=1).double(), tiny_vision(seed=2).double()
+    trainer = KDTrainer(student, args, teacher=teacher, train_dataset=[as_double(row) for row in rows(images)])
+    trainer.train()
+    if os.environ.get("RANK", "0") == "0":
+        losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+        torch.save((losses, student.state_dict()), folder / f"{processes}.pt")
+
+
+def as_double(row):
+    return {name: x.double() if x.is_floating_point() else x for name, x in row.items()}
+
+
+# the last: what DDP finds unused, with layers that are recomputed
+@pytest.mark.parametrize(
+    ("images", "recompute"), [((0, 0, 0, 0), False), ((1, 1, 0, 1), False), ((1, 0, 0, 0), True)], ids=str
+)
+def test_two_processes_do_what_one_does(tmp_path, images, recompute):
+    more = {RECOMPUTE: recompute}
+    train(tmp_path, 1, images, more)
+    codes = server.join(server.start(tmp_path / "said", 2, train, tmp_path, 2, images, {**more, "ddp_backend": "gloo"}))
+    assert codes == [0, 0], [path.read_text()[-2000:] for path in (tmp_path / "said").iterdir()]
+    (alone, expected), (losses, found) = (torch.load(tmp_path / f"{n}.pt") for n in (1, 2))
+    assert losses == pytest.approx(alone, rel=1e-6)
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-6, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+    start = tiny_vision(seed=1).double().state_dict()
+    moved = any("vision_tower" in name and not torch.equal(found[name], start[name]) for name in found)
+    assert moved == any(images)
