@@ -285,7 +285,8 @@ class HiddenStateLoss(nn.Module):
         for (i, j), linear in zip(self.pairs, self.maps, strict=True):
             ours, theirs = _standardized(linear(student[i])), _standardized(teacher[j].detach().to(targets.device))
             total = total + ((ours - theirs).square().mean(-1) / 2 * counted).sum()
-        divisor = (rows := counted.sum()) if items is None else items
+        rows = counted.sum()
+        divisor = rows if items is None else items
         return total / ((divisor + (rows == 0)) * len(self.pairs))  # 0 without rows, whatever divides it
 
 
