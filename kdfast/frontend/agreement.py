@@ -26,7 +26,7 @@ from kdfast.divergences import Divergence
 from kdfast.frontend.arguments import Arguments, Vocabulary
 from kdfast.inputs import Head, Options, Projected, SparseLogits, is_asked
 from kdfast.ops import autocast, collectives
-from kdfast.ops.transforms import has_values
+from kdfast.ops.transforms import has_values, in_force
 
 NO_ENTRIES = -1  # of the vocabulary, in a teacher without logits or a head of its own
 PROBES = 8  # hidden states that are compared, of each side
@@ -60,7 +60,7 @@ def agree_on_slices(
     is one. The others learn of that if they compare: with KDFAST_CHECK=1, or while the group knows no slices yet.
     """
     device = hidden.device if isinstance(hidden, Tensor) else torch.device("cpu")
-    readable = isinstance(hidden, Tensor) and has_values(hidden)
+    readable = isinstance(hidden, Tensor) and has_values(hidden) and not in_force()  # theirs are no bytes
     anew = readable and os.environ.get("KDFAST_CHECK") == "1"
     if refused is not None:
         if anew or (readable and not _known.get(group)):
@@ -94,7 +94,7 @@ def raise_on_all_ranks(x: Arguments) -> Iterator[None]:
 def kind_of_call(student: Head, teacher: Any, labels: Any, options: Options) -> tuple[Any, ...]:
     """Return what decides which collectives there are, and of what size; nothing that changes from step to step."""
     found = [torch.is_grad_enabled(), str(autocast.dtype_of(student.hidden.device)), type(teacher).__name__]
-    found.append(_kind("labels", labels))
+    found += [_kind("labels", labels), in_force()]
     for source in (student, teacher, options):
         if source is not None:
             names = [field.name for field in fields(source) if field.name not in VARYING]

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 
 class Pending(NamedTuple):
@@ -48,7 +49,8 @@ def exchange(value: Any, group: Any, device: torch.device) -> list[Any]:
     """Return each process's value, whatever can be pickled, and wait for them. group: a ProcessGroup or its name."""
     group = named(group) if isinstance(group, str) else group
     found: list[Any] = [None] * dist.get_world_size(group)
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # NCCL sends from the current one
+    on = torch.cuda.device(device) if device.type == "cuda" else nullcontext()  # NCCL sends from the current one
+    with on, temporarily_clear_interpreter_stack():  # pickled bytes are no tensors of torch.func's
         dist.all_gather_object(found, value, group=group)
     return found
 

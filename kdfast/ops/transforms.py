@@ -20,7 +20,7 @@ _DUAL, _BATCHED = "torch.autograd.forward_ad", "is_grads_batched=True"
 def refuse(name: str, tensor: Tensor, *, batches: bool = False) -> None:
     """Raise NotImplementedError where the tensor called `name` goes through a transform that a fused engine lacks.
     batches: it may be batched, but nothing more."""
-    used = _in_force() or (_DUAL if forward_ad._current_level >= 0 else "")  # a graph has a guard on that number
+    used = in_force() or (_DUAL if forward_ad._current_level >= 0 else "")  # a graph has a guard on that number
     if not torch.compiler.is_compiling():  # a graph cannot look at the tensor
         if functorch.is_legacy_batchedtensor(tensor):
             used = f"{used}, {_BATCHED}" if used else _BATCHED
@@ -34,14 +34,14 @@ def refuse(name: str, tensor: Tensor, *, batches: bool = False) -> None:
     )
 
 
-def _in_force() -> str:
+def in_force() -> str:
     """Return torch.func's transforms that this call is inside of; "" = none."""
     names = [_NAMES.get(each.key().name, "") for each in functorch.get_interpreter_stack() or ()]
     return ", ".join(dict.fromkeys(filter(None, names)))
 
 
 # nothing a graph should hold; it is compiled again where this changes
-_in_force._dynamo_marked_constant = True  # type: ignore[attr-defined]
+in_force._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def has_tangent(tensor: Tensor) -> bool:

@@ -2,6 +2,19 @@
 
 import torch
 from torch.nn.utils import clip_grad_norm_
+from torch.utils import _pytree as pytree
+
+
+def untracked(tree):
+    """Everything that requires no grad, as inference mode makes it."""
+
+    def one(leaf):
+        if not isinstance(leaf, torch.Tensor) or leaf.requires_grad:
+            return leaf
+        with torch.inference_mode():
+            return leaf.clone(memory_format=torch.preserve_format)
+
+    return pytree.tree_map(one, tree)
 
 
 def through_views(leaves):

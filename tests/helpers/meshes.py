@@ -2,6 +2,7 @@
 
 import gc
 from functools import cache
+from types import SimpleNamespace
 
 import communication
 import processes
@@ -9,8 +10,9 @@ import pytest
 import recorder
 import torch
 import torch.distributed as dist
+from backwards import check_backwards, untracked
 from cases import copy, gradients, make
-from teachers import sources
+from teachers import leaves, sources
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -49,6 +51,57 @@ def of_kind(kind, engine, edges, **options):
     )  # fmt: skip
     loss.backward()
     return loss.detach(), metrics, gradients(case)
+
+
+def _sliced(kind, engine, edges, **options):
+    """A case, and its loss as a function of some of its tensors and of what every argument goes through."""
+    case, rank = make(), processes.rank()
+    start, stop = edges[rank], edges[rank + 1]
+    case.W, case.b = (t.detach()[start:stop].requires_grad_() for t in (case.W, case.b))
+
+    def loss(tensors, place=lambda tree: tree):
+        own = SimpleNamespace(**vars(case) | tensors)
+        source, more = sources(own, kind)
+        if isinstance(source, Head):
+            source = Head(source.hidden, source.weight[start:stop], source.bias[start:stop])
+        head, source, labels = place((Head(own.hs, own.W, own.b), source, case.labels))
+        return fused_kd_loss(
+            head, source, labels, engine=engine, process_group=processes.group(), vocab_start=start,
+            **{"ce_weight": 0.5} | more | options,
+        )  # fmt: skip
+
+    return case, loss
+
+
+def own_gradients(kind, engine, edges, **options):
+    """`check_backwards` on a slice."""
+    case, loss = _sliced(kind, engine, edges, **options)
+    check_backwards(loss, {name: getattr(case, name) for name in leaves(kind)})
+
+
+def of_inference_mode(kind, engine, edges, frozen=(), **options):
+    """(loss, gradients) of ordinary tensors, and of those of inference mode where none is trained."""
+    case, loss = _sliced(kind, engine, edges, **options)
+    results = []
+    for place in (lambda tree: tree, untracked):
+        tensors = {n: getattr(case, n).detach().clone().requires_grad_(n not in frozen) for n in leaves(kind)}
+        value = loss(tensors, place)
+        value.sum().backward()
+        results.append((value.detach(), {name: tensor.grad for name, tensor in tensors.items()}))
+    return results
+
+
+def transformed(kind, edges, engine="reference"):
+    """Of the loss as a function of the hidden states: directional derivative, gradient, values of two."""
+    _, loss = _sliced(kind, engine, edges)
+    return transforms_of(lambda hidden: loss({"hs": hidden}))
+
+
+def transforms_of(function):
+    hidden = make().hs.detach()
+    jvp = torch.func.jvp(function, (hidden,), (hidden.flip(0),))[1]
+    found = jvp, torch.func.grad(function)(hidden), torch.func.vmap(function)(torch.stack([hidden, 2 * hidden]))
+    return [each.detach() for each in found]
 
 
 def sharded(seed, engine, **options):

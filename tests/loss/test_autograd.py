@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from backwards import check_backwards
+from backwards import check_backwards, untracked
 from cases import LEAVES, copy, gradients, make, student, teacher
 from teachers import ENGINES, KINDS, PROJECTED, SOME, leaves, loss_of, sources
 from torch.utils import _pytree as pytree
@@ -103,18 +103,6 @@ def test_one_backward_makes_no_second_gradient_of_the_head(engine, dtype):
 
 
 # tensors made in torch.inference_mode()
-
-
-def untracked(tree):
-    """Everything that requires no grad, as inference mode makes it."""
-
-    def one(leaf):
-        if not isinstance(leaf, torch.Tensor) or leaf.requires_grad:
-            return leaf
-        with torch.inference_mode():
-            return leaf.clone(memory_format=torch.preserve_format)
-
-    return pytree.tree_map(one, tree)
 
 
 FROZEN = [(), ("W", "b"), ("hs",), ("P", "p"), ("hs", "W", "b")]

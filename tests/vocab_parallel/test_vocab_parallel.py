@@ -88,6 +88,41 @@ def test_a_divergence_of_ones_own(pool, engine, divergence):
     torch.testing.assert_close(torch.cat([found["W"] for *_, found in parts]), case.W.grad, rtol=1e-9, atol=1e-12)
 
 
+EDGES = [0, 70, 101]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradients_are_the_callers_own(pool, engine, reduction):
+    for kind in ("projected", "head", "bucket"):
+        pool.run(2, meshes.own_gradients, kind, engine, EDGES, reduction=reduction)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_tensors_of_inference_mode(pool, engine, reduction):
+    cases = [(kind, ()) for kind in KINDS if kind != "truncated"] + [("projected", ("W", "b")), ("head", ("hs",))]
+    for kind, frozen in cases:
+        for expected, found in pool.run(2, meshes.of_inference_mode, kind, engine, EDGES, frozen, reduction=reduction):
+            torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["projected", "head", "bucket"])
+def test_transforms_are_right_on_the_reference_and_refused_elsewhere(pool, kind):
+    case = make()
+    case.W, case.b = case.W.detach(), case.b.detach()
+
+    def alone(hidden):
+        case.hs = hidden
+        return loss_of(fused_kd_loss, case, kind, engine="reference")
+
+    expected = meshes.transforms_of(alone)
+    for found in pool.run(2, meshes.transformed, kind, EDGES):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    with pytest.raises(RuntimeError, match=r"student: Head.hidden goes through torch.func.jvp .* engine='reference'"):
+        pool.run(2, meshes.transformed, kind, EDGES, "torch")
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_dtensors(pool, engine):
     """W, b sharded by torch on the mesh that is passed; replicated hidden states get a replicated gradient."""
