@@ -53,11 +53,16 @@ class Projected:
     hidden            (*, Ht)   teacher hidden states; without a projector (*, Hs), and they receive a gradient
     projector_weight  (Hs, Ht)  as `nn.Linear(Ht, Hs).weight`
     projector_bias    (Hs,)     or None; of any dtype, likewise
+    temperature                 τ_t > 0, number or 0-d tensor: what the teacher's logits are divided by in the KD term,
+                                the student's by the loss's τ; None = by τ too. The factor τ² stays the loss's; anchor
+                                and entropies are at 1. DSKD divides by kd_temperature·teacher_temperature, without τ²
     """
 
     hidden: Tensor
     projector_weight: Tensor | None = None
     projector_bias: Tensor | None = None
+    _: KW_ONLY
+    temperature: float | Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,7 +21,7 @@ Matrix = namedtuple("Matrix", "pointer row column")  # with its strides
 # (V, Ht), of which the teacher's may have no pointer; biases (V,) or None
 Operands = namedtuple("Operands", "hidden teacher_hidden weight teacher_weight bias teacher_bias")
 Given = namedtuple("Given", "logits offsets")  # dense teacher logits the caller made, their rows' offsets; or None
-LossTensors = namedtuple("LossTensors", "labels targets active coefficients temperature scale")  # fields of `Term`
+LossTensors = namedtuple("LossTensors", "labels targets active coefficients temperature teacher_temperature scale")
 
 PRECISION = {True: "tf32", False: "ieee"}  # of fp32 products, as Triton names it
 
@@ -160,6 +160,7 @@ class Term:
     anchor_gradient: bool
     metrics: bool
     bits: Tensor | None = None  # (rows at hand, words) int32: set bits take entries out of a sparse teacher's bucket
+    teacher_temperature: Tensor | None = None  # (), of its own in the KD term
 
     @property
     def sparse(self) -> bool:
@@ -174,7 +175,8 @@ class Term:
         return entry_of(self.divergence)
 
     def tensors(self) -> LossTensors:
-        return LossTensors(self.labels, self.targets, self.active, self.coefficients, self.temperature, self.scale)
+        taus = (self.temperature, self.temperature if self.teacher_temperature is None else self.teacher_temperature)
+        return LossTensors(self.labels, self.targets, self.active, self.coefficients, *taus, self.scale)
 
     def statistics_flags(self, teacher: bool, decorrelate: bool) -> StatisticsFlags:
         ce, anchor = self.labels is not None, self.targets is not None

@@ -1,7 +1,7 @@
 """Gradients of a block of logits, once the rows' constants are known: shared by the row kernel and the tiled kernels.
 
     ∂L/∂z_s = c_kd/τ·(a_q − q·Σa_q) + c_ce·(softmax(z_s) − onehot(label))
-    ∂L/∂z_t = c_kd/τ·(a_p − p·Σa_p)  and  c_anchor·(softmax(z_t) − onehot(target))
+    ∂L/∂z_t = c_kd/τ_t·(a_p − p·Σa_p)  and  c_anchor·(softmax(z_t) − onehot(target))
 
 each times the slope of its head's softcap and scale, so that it is a gradient towards h·Wᵀ + b. The bias's gradient is
 their sum over the rows.
@@ -49,7 +49,7 @@ def gradients(
         shared = z_s
         if TRUNCATED:
             shared = tl.where(v < kd_V, z_s, -float("inf"))
-        p, q, g = probabilities(shared, z_t, constants, loss.inv_tau)
+        p, q, g = probabilities(shared, z_t, constants, loss)
         _, a_p, a_q = terms(NAME, p, q, g, loss.parameter)
         if GRAD.student:
             if not DIVERGENCE.centred_q:
@@ -58,6 +58,7 @@ def gradients(
         if GRAD.teacher:
             if not DIVERGENCE.centred_p:
                 a_p -= p * constants.A_p[:, None]
+            k = (coefficients.kd * loss.inv_tau_t)[:, None]
             grad_t = tl.where(k == 0, 0, k * a_p)
     if GRAD.student and GRAD.ce:
         grad_s += _cross_entropy(z_s, v, constants.m_s, constants.log_S1_s, loss.labels, coefficients.ce)

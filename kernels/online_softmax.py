@@ -49,8 +49,8 @@ Dots = namedtuple("Dots", "ts ss")  # ⟨G_t, G_s⟩ and ⟨G_s, G_s⟩ of the K
 Move = namedtuple("Move", "by r")  # of a maximum: (old − new)/τ, and its exponential
 
 Block = namedtuple("Block", "x e move")  # one side's, [R, BLOCK]; the move [R] of its maximum
-# what the loss asks of a program's rows: ids [R] of the cross entropy and the anchor; (); [1, 1]
-Loss = namedtuple("Loss", "labels targets inv_tau parameter")
+# what the loss asks of a program's rows: ids [R] of the cross entropy and the anchor; 1/τ of both sides (); [1, 1]
+Loss = namedtuple("Loss", "labels targets inv_tau inv_tau_t parameter")
 Scales = namedtuple("Scales", "scale_s softcap_s scale_t softcap_t")  # [1, 1]
 
 # tensors in each, as they lie in memory one below the other
@@ -78,7 +78,8 @@ def load_loss(tensors, parameter, n, inside, dtype: tl.constexpr):
         labels = tl.load(tensors.labels + n, mask=inside, other=0).to(tl.int32)
     if tensors.targets is not None:
         targets = tl.load(tensors.targets + n, mask=inside, other=0).to(tl.int32)
-    return Loss(labels, targets, 1 / tl.load(tensors.temperature), tl.full([1, 1], parameter, dtype))
+    inv_tau, inv_tau_t = 1 / tl.load(tensors.temperature), 1 / tl.load(tensors.teacher_temperature)
+    return Loss(labels, targets, inv_tau, inv_tau_t, tl.full([1, 1], parameter, dtype))
 
 
 @triton.jit
@@ -197,13 +198,14 @@ def update(
 ):
     """Return the states with a block of both sides added: the first pass. TARGETS: look for the targets' logits (a
     caller that has the logits in memory need not)."""
-    S_s, S_t, inv_tau = student.S, teacher.S, loss.inv_tau
+    S_s, S_t = student.S, teacher.S
     student, block_s = update_side(
-        student, z_s, v, loss.labels, inv_tau, WANT.ce or WANT.metrics, WANT.metrics, WANT.ce and TARGETS
+        student, z_s, v, loss.labels, loss.inv_tau, WANT.ce or WANT.metrics, WANT.metrics, WANT.ce and TARGETS
     )
     if WANT.teacher:
+        at_one: tl.constexpr = WANT.anchor or WANT.metrics
         teacher, block_t = update_side(
-            teacher, z_t, v, loss.targets, inv_tau, WANT.anchor or WANT.metrics, WANT.metrics, WANT.anchor and TARGETS
+            teacher, z_t, v, loss.targets, loss.inv_tau_t, at_one, WANT.metrics, WANT.anchor and TARGETS
         )
         if DIVERGENCE.base != "":
             pair = update_pair(pair, S_s, S_t, block_s, block_t, DIVERGENCE, WANT.decorrelate)
@@ -272,7 +274,7 @@ def update_terms(total, z_s, z_t, constants, loss, DIVERGENCE: tl.constexpr, DEC
     """Return the `TermSums` with a block added: the second pass."""
     NAME: tl.constexpr = DIVERGENCE.name
     F, A_p, A_q, aq_aq, aq_q, q_q, ap_aq, ap_q, p_aq, p_q = total
-    p, q, g = probabilities(z_s, z_t, constants, loss.inv_tau)
+    p, q, g = probabilities(z_s, z_t, constants, loss)
     f, a_p, a_q = terms(NAME, p, q, g, loss.parameter)
     F += tl.sum(f, axis=1)
     if not DIVERGENCE.centred_p:
@@ -306,22 +308,22 @@ def finalize_terms(total, constants):
 
 
 @triton.jit
-def decorrelation_of(dots, ce, kd_coefficient, ce_coefficient, inv_tau):
+def decorrelation_of(dots, ce, kd_coefficient, ce_coefficient, inv_tau, inv_tau_t):
     """Return −⟨G_t, G_s⟩/⟨G_s, G_s⟩ of the rows, [R]; ce [R]: their cross entropy where its gradient is part of G_s,
     else 0.
 
     The cross entropy's gradient, softmax − onehot, has a norm between 1 and √2 times 1 − exp(−ce)."""
     k = kd_coefficient * inv_tau
     wrong = ce_coefficient * (1 - tl.exp(-ce))
-    factor = -k * k * dots.ts / (k * k * dots.ss + 1.5 * wrong * wrong)
+    factor = -k * kd_coefficient * inv_tau_t * dots.ts / (k * k * dots.ss + 1.5 * wrong * wrong)
     return tl.where(tl.abs(factor) < 1e4, factor, 0)  # 0 for NaN too
 
 
 @triton.jit
-def probabilities(z_s, z_t, constants, inv_tau):
+def probabilities(z_s, z_t, constants, loss):
     """Return (p, q, g = log p − log q) of a block at τ. g is NaN where neither side has any mass."""
-    x_s = (z_s - constants.m_s[:, None]) * inv_tau
-    x_t = (z_t - constants.m_t[:, None]) * inv_tau
+    x_s = (z_s - constants.m_s[:, None]) * loss.inv_tau
+    x_t = (z_t - constants.m_t[:, None]) * loss.inv_tau_t
     p = tl.exp(x_t - constants.log_S_t[:, None])
     q = tl.exp(x_s - constants.log_S_s[:, None])
     return p, q, (x_t - x_s) - constants.gap[:, None]

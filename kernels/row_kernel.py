@@ -248,7 +248,8 @@ def row_kernel(
         decorrelation = rows.zero
         if GRAD.decorrelate:
             ce = ce if GRAD.ce else rows.zero
-            decorrelation = online.decorrelation_of(dots, ce, coefficients.kd, coefficients.ce, loss.inv_tau)
+            kd, of_ce = coefficients.kd, coefficients.ce
+            decorrelation = online.decorrelation_of(dots, ce, kd, of_ce, loss.inv_tau, loss.inv_tau_t)
             decorrelation = tl.where(rows.active, decorrelation, 0)
             tl.store(grads.decorrelation + rows.r, decorrelation, mask=rows.inside)
         gradients_pass(

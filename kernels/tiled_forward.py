@@ -42,9 +42,9 @@ def statistics_kernel(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
     inside = n < N
-    labels, targets, inv_tau, parameter = online.load_loss(tensors, parameter, n, inside, dtype)
+    labels, targets, inv_tau, inv_tau_t, parameter = online.load_loss(tensors, parameter, n, inside, dtype)
     labels = tl.where(labels < V, labels, -1)  # another launch's; a tile past V has a column of its number
-    loss = online.Loss(labels, targets, inv_tau, parameter)
+    loss = online.Loss(labels, targets, inv_tau, inv_tau_t, parameter)
     scales = online.scales_of(scale_s, softcap_s, scale_t, softcap_t, dtype)
     zero = tl.zeros([BLOCK_N], dtype)
     student, teacher = online.empty_side(zero), online.empty_side(zero)
@@ -125,7 +125,7 @@ def combine_kernel(
     inside = n < N
     stride = N.to(tl.int64)
     parts_ptr += n
-    inv_tau = 1 / tl.load(tensors.temperature)
+    inv_tau, inv_tau_t = 1 / tl.load(tensors.temperature), 1 / tl.load(tensors.teacher_temperature)
     zero = tl.zeros([BLOCK], dtype)
     counts = tl.load(tensors.active + n, mask=inside, other=0) != 0
     ce = zero
@@ -152,7 +152,7 @@ def combine_kernel(
             if WANT.teacher:
                 other = _load_side(p + online.SIDE * stride, stride, inside)
                 S_t, S_to = teacher.S, other.S
-                teacher, move_t, move_to = _merge_sides(teacher, other, inv_tau)
+                teacher, move_t, move_to = _merge_sides(teacher, other, inv_tau_t)
                 other = online.Pair(*online.load_tensors(p + 2 * online.SIDE * stride, stride, inside, online.PAIR))
                 if DIVERGENCE.base != "":
                     a = online.rescale_pair(pair, S_s, S_t, move_s, move_t, DIVERGENCE, WANT.decorrelate)
@@ -176,7 +176,8 @@ def combine_kernel(
     if WANT.decorrelate:
         kd = tl.load(tensors.coefficients + n, mask=inside, other=0)
         of_ce = tl.load(tensors.coefficients + stride_c + n, mask=inside, other=0)
-        decorrelation = online.decorrelation_of(dots, ce if CE_GRADIENT else zero, kd, of_ce, inv_tau)
+        ce = ce if CE_GRADIENT else zero
+        decorrelation = online.decorrelation_of(dots, ce, kd, of_ce, inv_tau, inv_tau_t)
         decorrelation = tl.where(counts, decorrelation, 0)
     online.store_tensors(constants_ptr + n, N, constants, inside)
     tl.store(constants_ptr + online.CONSTANTS * stride + n, decorrelation, mask=inside)

@@ -39,7 +39,7 @@ def _run(x: Problem) -> tuple[Tensor, Tensor]:
     elif x.has_teacher:
         h_t = None if x.teacher_hidden is None else x.teacher_hidden.masked_fill(off, 0)
         z_t = _counted(x, _teacher_logits(x, h_t))
-        log_p = _over(z_t, x.temperature).log_softmax(-1)
+        log_p = _over(z_t, x.teacher_temperature).log_softmax(-1)
         log_q = _over(shared, x.temperature).log_softmax(-1)
         rows[KD] = x.divergence.pointwise(log_p, log_q).sum(-1)
         if x.use_anchor:

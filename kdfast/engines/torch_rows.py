@@ -88,16 +88,16 @@ class TorchRows:
     def _divergence(self, z_s: Tensor, z_t: Tensor, coefficient: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return (divergence (r,), coefficient·∂/∂z_s, coefficient·∂/∂z_t)."""
         x, divergence = self.x, self.x.divergence
-        log_p = torch.log_softmax(z_t / x.temperature, dim=-1)
+        log_p = torch.log_softmax(z_t / x.teacher_temperature, dim=-1)
         log_q = torch.log_softmax(z_s / x.temperature, dim=-1)
         unknown = log_p[:, 0].isnan() | log_q[:, 0].isnan()  # a NaN logit makes its whole row NaN
         g = log_ratio(log_p, log_q)
         p, q = log_p.exp_(), log_q.exp_()
         terms = divergence.terms(p, q, g)
         value = terms.f.sum(dim=-1).masked_fill_(unknown, float("nan"))
-        factor = coefficient / x.temperature
-        grad_s = times(center(terms.a_q, q, divergence.centred_q), factor) if self.wanted.student else None
-        grad_t = times(center(terms.a_p, p, divergence.centred_p), factor) if self.wanted.teacher else None
+        by_s, by_t = coefficient / x.temperature, coefficient / x.teacher_temperature
+        grad_s = times(center(terms.a_q, q, divergence.centred_q), by_s) if self.wanted.student else None
+        grad_t = times(center(terms.a_p, p, divergence.centred_p), by_t) if self.wanted.teacher else None
         return value, grad_s, grad_t
 
     def _sparse(self, rows: slice, z: Tensor, coefficient: Tensor) -> tuple[Tensor, Tensor | None]:

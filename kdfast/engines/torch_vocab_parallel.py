@@ -101,6 +101,7 @@ class TorchVocabParallelRows(TorchRows):
     def __init__(self, x: Problem, scale: Tensor, wanted: GradFlags, stats: Tensor) -> None:
         super().__init__(x, scale, wanted, stats)
         self.tau = sparse.temperature(x) if x.sparse else x.temperature
+        self.tau_t = self.tau if x.sparse else x.teacher_temperature  # a bucket is of the student's logits
         self.teacher = x.has_teacher and not x.sparse
         self.kl = x.divergence_name in ("forward_kl", "reverse_kl")
         self.forward_kl = x.divergence_name == "forward_kl"
@@ -118,14 +119,14 @@ class TorchVocabParallelRows(TorchRows):
         self.transform(z_s, z_t)
         z_t = self.teacher_logits(rows, z_t)
         shared = z_s[:, : x.kd_vocab]
-        student, x_s, e_s = self._side(rows, shared, z_s, CE)
+        student, x_s, e_s = self._side(rows, shared, z_s, CE, self.tau)
         zero = z_s.new_zeros(z_s.shape[0])
         state = State(student, Side(*[zero] * 7), zero, zero, z_s.new_empty(0, z_s.shape[0]))
         if x.sparse:
             return self._sparse_state(rows, shared, state)
         if z_t is None:
             return state
-        teacher, x_t, e_t = self._side(rows, z_t, z_t, ANCHOR)
+        teacher, x_t, e_t = self._side(rows, z_t, z_t, ANCHOR, self.tau_t)
         if not self.kl:
             return state._replace(teacher=teacher)
         (x_b, e_b), (x_o, e_o) = ((x_t, e_t), (x_s, e_s)) if self.forward_kl else ((x_s, e_s), (x_t, e_t))
@@ -133,10 +134,10 @@ class TorchVocabParallelRows(TorchRows):
         G, D = weighted(e_b, u).sum(dim=-1), difference(e_b, e_o, u).sum(dim=-1)
         return state._replace(teacher=teacher, G=G, D=D)
 
-    def _side(self, rows: slice, z: Tensor, z_1: Tensor, term: int) -> tuple[Side, Tensor, Tensor]:
-        """Return a side's numbers of logits z (r, v), at τ = 1 of z_1 (r, ≥ v) for `term`, CE or ANCHOR; x, e of z."""
+    def _side(self, rows: slice, z: Tensor, z_1: Tensor, term: int, tau: Tensor) -> tuple[Side, Tensor, Tensor]:
+        """Return a side's numbers of logits z (r, v), at 1 of z_1 (r, ≥ v) for `term`, CE or ANCHOR; x, e of z at τ."""
         metrics, targets = self.x.want_metrics, self.targets[term]
-        m, S, x, e = _exponentials(z, self.tau)
+        m, S, x, e = _exponentials(z, tau)
         zero = torch.zeros_like(m)
         side = Side(m, S, _argmax(z) + self.x.vocab_start if metrics else zero, m, zero, zero, zero)
         if targets is not None or metrics:
@@ -154,7 +155,8 @@ class TorchVocabParallelRows(TorchRows):
 
     def merge(self, rows: slice, states: Tensor) -> Constants:
         x, stats, of = self.x, self.stats, State.of_all(states)
-        student, teacher = (_merged(side.m, side.S, self.tau) for side in (of.student, of.teacher))
+        student = _merged(of.student.m, of.student.S, self.tau)
+        teacher = _merged(of.teacher.m, of.teacher.S, self.tau_t)
         log_s, log_t = student.S.log(), teacher.S.log()
         m_1, log_1 = student.m, log_s
         if x.use_ce or x.want_metrics:
@@ -230,13 +232,13 @@ class TorchVocabParallelRows(TorchRows):
         if x.sparse and wanted.student:
             grad_s = self._sparse_gradient(rows, z_s[:, : x.kd_vocab], constants)
         elif z_t is not None and (wanted.student or wanted.teacher):
-            divergence, factor = x.divergence, kd / x.temperature
+            divergence = x.divergence
             p, q, g = self._probabilities(z_s, z_t, constants)
             _, a_p, a_q = divergence.terms(p, q, g)
             if wanted.student:
-                grad_s = times(center(a_q, q, divergence.centred_q, constants.A_q), factor)
+                grad_s = times(center(a_q, q, divergence.centred_q, constants.A_q), kd / self.tau)
             if wanted.teacher:
-                grad_t = times(center(a_p, p, divergence.centred_p, constants.A_p), factor)
+                grad_t = times(center(a_p, p, divergence.centred_p, constants.A_p), kd / self.tau_t)
         if wanted.student and x.ce_term:
             grad_s = add_shared(self._softmax_less_onehot(rows, z_s, constants.m_1, constants.log_1, CE), grad_s)
         if z_t is not None and wanted.anchor:
@@ -257,7 +259,7 @@ class TorchVocabParallelRows(TorchRows):
         """Return (p, q, g = log p − log q) at τ."""
         m_s, log_s, m_t, log_t, gap = (each[:, None] for each in constants[:5])
         x_s = (z_s[:, : self.x.kd_vocab] - m_s) / self.tau
-        x_t = (z_t - m_t) / self.tau
+        x_t = (z_t - m_t) / self.tau_t
         g = log_ratio(x_t, x_s).sub_(gap)
         g.masked_fill_(x_t.isneginf() & x_s.isneginf(), 0.0)
         return (x_t - log_t).exp_(), (x_s - log_s).exp_(), g

@@ -128,4 +128,5 @@ def term_of(x: Problem, scale: Tensor) -> Term:
         teacher_gradient=want.teacher,
         anchor_gradient=want.anchor,
         metrics=x.want_metrics,
+        teacher_temperature=None if x.sparse else x.teacher_temperature,
     )

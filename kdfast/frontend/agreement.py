@@ -206,7 +206,7 @@ def _values(x: Arguments) -> dict[str, Any]:
     numbers += [options.num_items_in_batch, options.ignore_index, options.temperature_squared]
     for source in (x.student, x.teacher):
         numbers += [source.logit_scale, source.softcap] if isinstance(source, Head) else []
-    numbers += options.divergence.parameters
+    numbers += [*options.divergence.parameters, getattr(x.teacher, "temperature", None)]
     return {
         "the number of rows of student: Head.hidden": x.student.hidden.shape[:-1].numel(),
         "labels or anchor_targets": (_checksum(x.labels), _checksum(options.anchor_targets)),

@@ -44,6 +44,7 @@ def build_problem(x: Arguments) -> tuple[Problem, Tensor]:
     temperature = scalar(options.temperature, device, torch.float64 if double else torch.float32)
     if teacher.tail == "none" and not teacher.tempered:  # weights as given mean what they say at τ = 1 only
         temperature = torch.where(temperature == 1, temperature, float("nan"))
+    its_own = x.teacher.temperature if isinstance(x.teacher, Projected) else None
     rows = row_weights(
         x.labels,
         options,
@@ -84,6 +85,7 @@ def build_problem(x: Arguments) -> tuple[Problem, Tensor]:
         labels=rows.labels,
         anchor_targets=rows.anchor_targets if projected else None,
         temperature=temperature,
+        teacher_temperature=temperature if its_own is None else scalar(its_own, device, temperature.dtype),
         coefficients=rows.coefficients,
         active=rows.active,
         divergence_name=options.divergence.key,

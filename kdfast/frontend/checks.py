@@ -188,6 +188,8 @@ def _check_linear(name: str, hidden: Tensor, shape: str, **parts: Tensor | None)
 def _check_projected(teacher: Projected, student: Head) -> None:
     _check_float_tensor("teacher: Projected.hidden", teacher.hidden)
     _check_same_rows("teacher: Projected.hidden", teacher.hidden, student.hidden)
+    if teacher.temperature is not None:
+        _check_number("teacher: Projected.temperature", teacher.temperature, " > 0")
     Hs, Ht = student.hidden.shape[-1], teacher.hidden.shape[-1]
     weight, bias = teacher.projector_weight, teacher.projector_bias
     if weight is None:

@@ -52,6 +52,7 @@ class Problem:
     labels: Tensor | None  # (N,) int64, every entry a valid address
     anchor_targets: Tensor | None  # (N,) int64, likewise; None unless the teacher is projected
     temperature: Tensor  # ()
+    teacher_temperature: Tensor  # (): of a dense teacher's logits in the KD term
     coefficients: Tensor  # (3, N), rows KD, CE, ANCHOR; dtype: the precision of the logits
     active: Tensor  # (N,) bool; an inactive row counts for nothing, whatever its hidden states hold
     divergence_name: str

@@ -189,6 +189,7 @@ class Product(NamedTuple):
     z: Tensor  # h·Wᵀ + b
     z_abs: Tensor  # |h|·|W|ᵀ + |b|
     logits: Tensor
+    tau: float | None  # None = the term's
 
 
 class Term(NamedTuple):
@@ -212,11 +213,12 @@ class Solved(NamedTuple):
         themselves and by `absolute` of the probabilities that they are made of."""
         upstream = upstream.reshape(-1).abs()
         for term in self.terms:
-            size = term.coefficients * (upstream[term.rows] if len(upstream) > 1 else upstream) / term.tau
-            for z, z_abs, z_capped in term.products:
+            size = term.coefficients * (upstream[term.rows] if len(upstream) > 1 else upstream)
+            for z, z_abs, z_capped, its_own in term.products:
                 if z.grad is not None and z_abs.requires_grad:
-                    probabilities = (z_capped.detach() / term.tau).softmax(-1)
-                    z_abs.backward(relative * z.grad.abs() + absolute * size[:, None] * probabilities)
+                    tau = its_own or term.tau
+                    probabilities = (z_capped.detach() / tau).softmax(-1)
+                    z_abs.backward(relative * z.grad.abs() + absolute * size[:, None] / tau * probabilities)
 
 
 def solve(
@@ -235,7 +237,7 @@ def solve(
     def flat(tensor):
         return tensor.reshape(-1, tensor.shape[-1])
 
-    def through_students_head(hidden, hidden_abs, *, fixed=False):
+    def through_students_head(hidden, hidden_abs, *, fixed=False, tau=None):
         weight = student.weight[:valid]
         bias = weight.new_zeros(()) if student.bias is None else student.bias[:valid]
         if fixed:
@@ -244,21 +246,21 @@ def solve(
         z_capped = capped(z, student.logit_scale, student.softcap)
         if z.requires_grad:
             z.retain_grad()
-            products.append(Product(z, hidden_abs @ weight.abs().T + bias.abs(), z_capped))
+            products.append(Product(z, hidden_abs @ weight.abs().T + bias.abs(), z_capped, tau))
         return z_capped
 
     def student_logits(rows):
         hidden = flat(student.hidden)[rows]
         return through_students_head(hidden, hidden.abs())
 
-    def projected_logits(rows, *, fixed):
+    def projected_logits(rows, *, fixed, tau=None):
         hidden, weight, bias = flat(teacher.hidden)[rows], teacher.projector_weight, teacher.projector_bias
         hidden_abs = hidden.abs()
         if weight is not None:
             hidden = F.linear(hidden, weight) + (0 if bias is None else bias)  # of whatever dtype
-            hidden_abs = F.linear(hidden_abs, weight.abs(), None if bias is None else bias.abs())
+            hidden_abs = F.linear(hidden_abs, weight.abs()) + (0 if bias is None else bias.abs())
         dtype = student.weight.dtype
-        return through_students_head(hidden.to(dtype), hidden_abs.to(dtype), fixed=fixed)
+        return through_students_head(hidden.to(dtype), hidden_abs.to(dtype), fixed=fixed, tau=tau)
 
     def against(source, rows, z, tau):
         """(log_p, log_q, z_t or None) of a given distribution and one of logits z."""
@@ -325,9 +327,10 @@ def solve(
         mean("student_entropy", entropy(z_s), rows, main)
     if teacher is not None and len(rows):
         if isinstance(teacher, Projected):
-            z_t = projected_logits(rows, fixed=teacher_grad != "full")
+            tau_t = tau if teacher.temperature is None else float(teacher.temperature)
+            z_t = projected_logits(rows, fixed=teacher_grad != "full", tau=tau_t)
             z_t = z_t.detach() if teacher_grad == "none" else z_t
-            log_p, log_q = (z_t / tau).log_softmax(-1), (z_s / tau).log_softmax(-1)
+            log_p, log_q = (z_t / tau_t).log_softmax(-1), (z_s / tau).log_softmax(-1)
         else:
             log_p, log_q, z_t = against(teacher, rows, z_s, tau)
         squared = tau**2 if temperature_squared else 1.0

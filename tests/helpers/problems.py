@@ -75,6 +75,7 @@ class Problem:
     teacher: str | Given | None  # a name is a Projected's: "projector", "biased projector", "hidden", "near hidden"
     teacher_width: int
     projector_dtype: torch.dtype
+    teacher_temperature: float | None  # of a Projected
     labels: str | None  # which are ignored: "some", "none", "all"
     anchor: str | None  # "ids": of its own
     token_weights: torch.dtype | None
@@ -229,10 +230,11 @@ class _Maker:
         return drawn.to(dtype) if dtype.is_floating_point else drawn.ceil().to(dtype)
 
     def projected(self, hs, counts):
-        x = self.problem
+        x, tau = self.problem, self.problem.teacher_temperature
+        tau = torch.tensor(tau) if x.tensors and tau else tau
         if x.teacher in ("hidden", "near hidden"):
             hidden = self.normal(*hs.shape) if x.teacher == "hidden" else hs + self.normal(*hs.shape, std=0.02)
-            return Projected(self.place("ht", self.spoil(hidden, counts), x.projector_dtype))
+            return Projected(self.place("ht", self.spoil(hidden, counts), x.projector_dtype), temperature=tau)
         hidden = self.normal(*x.leading, x.teacher_width)  # no NaN: F.linear's own backward multiplies it by zero
         P = self.normal(x.width, x.teacher_width, std=x.teacher_width**-0.5)
         p = self.normal(x.width, std=0.1)
@@ -242,6 +244,7 @@ class _Maker:
             hidden.requires_grad_(False),
             self.place("P", P, x.projector_dtype),
             self.place("p", p, self.of_bias(x.projector_dtype)) if x.teacher == "biased projector" else None,
+            temperature=tau,
         )
 
     def given(self, name, what, read):
@@ -407,6 +410,7 @@ def a_problem(one_of):
         teacher=teacher,
         teacher_width=one_of("teacher_width", *WIDTHS),
         projector_dtype=projector_dtype,
+        teacher_temperature=one_of("teacher_temperature", None, None, 0.7, 3.0) if projected else None,
         labels=labels,
         anchor=anchor,
         token_weights=one_of("token_weights", None, None, F64, F32, torch.int64, torch.bool),

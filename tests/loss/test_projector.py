@@ -1,8 +1,11 @@
+import oracle
 import pytest
 import torch
+from cases import copy, gradients, make, relative, student
 from torch import nn
 
 from kdfast import Head, Projected, fused_kd_loss
+from kdfast.ops import matmul
 from kdfast.projector import LogitProjector
 
 
@@ -59,3 +62,60 @@ def test_bad_init_and_std():
         LogitProjector(4, 4, init="xavier")
     with pytest.raises(ValueError, match="std=-1"):
         LogitProjector(4, 4, init="normal", std=-1)
+
+
+@pytest.mark.parametrize("engine", ["reference", "torch", "triton_chunked", "triton_tiled"])
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_temperature_of_the_teachers_own(engine, divergence, reduction):
+    """Its logits over τ_t, the student's over τ, τ² of the loss's; anchor, cross entropy and entropies at 1."""
+    case, tau, tau_t = make(n=9, v=70), 2.0, 0.6
+    theirs, ours = copy(case), copy(case)
+    head = {"logit_scale": 0.7, "softcap": 4.0}
+    z_s, z_t = (oracle.logits(h, theirs.W, theirs.b, 0.7, 4.0) for h in (theirs.hs, theirs.ht @ theirs.P.T + theirs.p))
+    z_a = oracle.logits(theirs.ht @ theirs.P.T + theirs.p, theirs.W.detach(), theirs.b.detach(), 0.7, 4.0)
+    kd = oracle.divergence(divergence, (z_t / tau_t).log_softmax(-1), (z_s / tau).log_softmax(-1))
+    counts = theirs.labels != -100
+    targets = theirs.labels.clamp_min(0)
+    rows = tau**2 * kd + 0.3 * torch.nn.functional.cross_entropy(z_a, targets, reduction="none")
+    expected = torch.where(counts, rows, 0) if reduction == "none" else rows[counts].mean()
+    upstream = torch.linspace(-1, 2, 9, dtype=torch.float64) if reduction == "none" else torch.ones_like(expected)
+    expected.backward(upstream)
+    loss, metrics = fused_kd_loss(
+        student(ours, **head), Projected(ours.ht, ours.P, ours.p, temperature=tau_t), ours.labels, temperature=tau,
+        divergence=divergence, anchor_weight=0.3, reduction=reduction, return_metrics=True, engine=engine,
+        scratch_bytes=5 * 2 * 128 * 8,
+    )  # fmt: skip
+    loss.backward(upstream)
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-11)
+    for name, gradient in gradients(ours).items():
+        assert relative(gradient, gradients(theirs)[name]) < 1e-9, name
+    p = z_t.softmax(-1)
+    entropy = -(p * p.log()).sum(-1)
+    for found, right in ((metrics.kd, kd), (metrics.teacher_entropy, entropy)):
+        assert float(found) == pytest.approx(float(right[counts].mean().detach()), rel=1e-6)
+
+
+@pytest.mark.parametrize("engine", ["torch", "triton_chunked", "triton_tiled"])
+def test_the_teachers_temperature_where_gradients_are_rounded(engine, monkeypatch):
+    """To 16 bits, as on a GPU: near convergence dW is a difference of nearly equal products."""
+    monkeypatch.setattr(matmul, "gradient_dtype", lambda dtype, device: dtype)
+    case, found = make(n=40, v=300, hs=16), []
+    case.ht = case.hs + 0.05 * torch.randn_like(case.hs)
+    for dtype, how in ((torch.float64, "reference"), (torch.float16, "reference"), (torch.float16, engine)):
+        own = copy(copy(case, torch.float16), dtype)
+        source = Projected(own.ht.detach().requires_grad_(), temperature=2.2)
+        fused_kd_loss(student(own), source, temperature=2.0, engine=how).backward()
+        found.append(own.W.grad)
+    truth, eager, ours = found
+    assert relative(ours, truth) < relative(eager, truth) + 2e-3
+
+
+def test_the_teachers_temperature_may_be_a_tensor_and_is_checked():
+    case = make()
+    expected = fused_kd_loss(student(case), Projected(case.ht, case.P, temperature=3.0), temperature=1.5)
+    given = Projected(case.ht, case.P, temperature=torch.tensor(3.0))
+    assert fused_kd_loss(student(case), given, temperature=torch.tensor(1.5)) == expected
+    for wrong, error in ((0.0, ValueError), (-1.0, ValueError), ("2", TypeError), (torch.ones(1), ValueError)):
+        with pytest.raises(error, match=r"teacher: Projected\.temperature"):
+            fused_kd_loss(student(case), Projected(case.ht, case.P, temperature=wrong))
