@@ -95,7 +95,7 @@ def check_kinds(student: Any, teacher: Any) -> None:
 def check_transforms(student: Head, teacher: Teacher | None, labels: Any, options: Options) -> None:
     """Raise NotImplementedError for what a fused engine lacks and the reference has: transforms of torch.func, forward
     mode and make_fx."""
-    if options.engine == "reference":
+    if isinstance(options.engine, str) and options.engine == "reference":
         return
     tensors = {"labels": labels}
     for prefix, source in (("student: Head.", student), (f"teacher: {kind(teacher)}.", teacher), ("", options)):

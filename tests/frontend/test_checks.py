@@ -119,6 +119,7 @@ WRONG = {
     "teacher_grad": (ValueError, "teacher_grad='all' is unknown; expected one of 'full'", {"teacher_grad": "all"}),
     "reduction": (ValueError, "reduction='avg' is unknown; expected one of 'mean'", {"reduction": "avg"}),
     "engine": (ValueError, "engine='cuda' is unknown; expected one of 'auto'", {"engine": "cuda"}),
+    "engine array": (ValueError, "engine=array.* is unknown; expected one of", {"engine": np.ones(3)}),
     "vocab": (ValueError, "vocab='pad' is unknown", {"vocab": "pad"}),
     "reduction of another kind": (ValueError, r"reduction=\[1.0\] is unknown", {"reduction": [1.0]}),
     "reduction array": (ValueError, r"reduction=array\(\[1., 1.\]\) is unknown", {"reduction": np.ones(2)}),

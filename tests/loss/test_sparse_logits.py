@@ -218,7 +218,7 @@ def test_a_tail_that_is_given(engine, dtype):
     log_probs = (kept.log_softmax(-1) + torch.log(-torch.expm1(tails.double()))[:, None]).to(dtype)
     for divergence in EVERY:
         for tau, tempered in ((1.0, False), (2.0, True), (2.0, False)):
-            if tau == 2.0 and engine.startswith("triton") and divergence != "reverse_kl":
+            if engine.startswith("triton") and (tau != 1.0) == (divergence != "reverse_kl"):
                 continue  # the same arithmetic
             expected = by_categories(z_s.float(), ids, log_probs, tails, divergence, tau, tempered)
             source = SparseLogits(ids, log_probs, log_tail=tails, tail="bucket", tempered=tempered)
@@ -254,16 +254,14 @@ def test_a_confident_student(tail, engine):
     log_p = z_t.double().log_softmax(-1)
     log_probs, ids = log_p.topk(8)
     log_tail = log_p.scatter(1, ids, -torch.inf).logsumexp(-1) if tail == "bucket" else None
-    for divergence in [*EVERY, SkewKL(0.9)]:
-        for row in range(6):
-            this = slice(row, row + 1)
-            one = None if log_tail is None else log_tail[this]
-            z = z_s[this].double().requires_grad_()
-            pair = sparse_pair(ids[this], log_probs[this], tail, z, 1.0, log_tail=one)
-            (expected,) = torch.autograd.grad(value(divergence, *pair).sum(), z)
-            source = SparseLogits(ids[this], log_probs[this].float(), log_tail=one, tail=tail)
-            _, found = solved(engine, z_s[this], source, divergence=divergence, temperature=1.0)
-            assert relative(found.double(), expected) < 1e-5, (divergence, row)
+    source = SparseLogits(ids, log_probs.float(), log_tail=log_tail, tail=tail)
+    for divergence in [*EVERY, SkewKL(0.9)] if engine == "torch" else [SkewKL(0.9)]:  # the same arithmetic
+        z = z_s.double().requires_grad_()
+        pair = sparse_pair(ids, log_probs, tail, z, 1.0, log_tail=log_tail)
+        (expected,) = torch.autograd.grad(value(divergence, *pair).mean(), z)
+        _, found = solved(engine, z_s, source, divergence=divergence, temperature=1.0)
+        for ours, theirs in zip(found.double(), expected, strict=True):
+            assert relative(ours, theirs) < 1e-5, divergence
 
 
 @pytest.mark.parametrize("engine", ENGINES)
