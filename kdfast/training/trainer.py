@@ -135,9 +135,12 @@ class KDTrainer(DurableTrainer):
             recipe, valid_vocab = args.recipe, find_valid_vocab(model, teacher, processing_class, args.valid_vocab)
             cached = cached_blocks(train_dataset)
             entries = brings_entries(train_dataset)
-            if cached and valid_vocab is None and isinstance(model, PreTrainedModel):
+            if cached and isinstance(model, PreTrainedModel):
                 tokenizer = text_tokenizer(processing_class, model)
-                valid_vocab = cached[0].cache.find_valid_vocab(head_shape(model)[0], tokenizer)
+                for blocks in cached:
+                    blocks.cache.check_tokenizer(tokenizer)
+                if valid_vocab is None:
+                    valid_vocab = cached[0].cache.find_valid_vocab(head_shape(model)[0], tokenizer)
             if recipe == AUTO:
                 if entries and teacher is not None and not are_of(cached, teacher):
                     raise ValueError(

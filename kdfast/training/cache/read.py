@@ -70,10 +70,10 @@ class TeacherCache:
         """Temperatures that a KD term may be at."""
         return (1.0,) * (self.description.method == "top_k") + self.description.temperatures
 
-    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raise CacheError where its tokens are not those the cache was made with."""
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Raise CacheError where its tokens are not those the cache was made with; None is not known, and passes."""
         then, now = self.description.tokenizer_sha256, tokenizer_fingerprint(tokenizer)
-        if then not in ("", now):
+        if tokenizer is not None and then not in ("", now):
             raise CacheError(
                 f"{str(self.folder)!r} was made with the tokenizer {self.description.tokenizer!r}, and "
                 f"{str(tokenizer.name_or_path)!r} has other tokens ({then[:12]}… then, {now[:12]}… now). Use that "
@@ -83,7 +83,7 @@ class TeacherCache:
     def find_valid_vocab(self, vocab: int, tokenizer: PreTrainedTokenizerBase | None) -> int | None:
         """Return the cache's valid_vocab where a student of `vocab` rows has its tokenizer and other padding."""
         x = self.description
-        if x.valid_vocab is None or x.vocab == vocab or x.tokenizer_sha256 != tokenizer_fingerprint(tokenizer):
+        if x.valid_vocab is None or x.vocab == vocab or tokenizer is None or not x.tokenizer_sha256:
             return None
         print_once(f"valid_vocab={x.valid_vocab}: the student's head has {vocab} rows, the cached teacher's {x.vocab}")
         return x.valid_vocab

@@ -48,18 +48,28 @@ class Collator:
         given = rows
         if self.columns is not None:
             given = [Row(row, self.columns) if isinstance(row, dict) else row for row in rows]
-        batch = self.collate(given)
+        batch = _without_empty_mask(self.collate(given))
         lengths = [row[PACKED] for row in rows if isinstance(row, dict) and PACKED in row]
         documents = [sum(int(n) > 0 for n in row) for row in lengths]
         if max(documents, default=0) > 1 and _segments(batch) < sum(documents):
             name = getattr(self.collate, "__name__", type(self.collate).__name__)
             raise ValueError(
                 f"the data set's rows are packed of several documents ({PACKED}), and the batches of data_collator "
-                f"({name}) do not keep them apart: position_ids that begin anew with each, and no attention_mask "
-                "(B, T) beside them. Take trl's DataCollatorForLanguageModeling(padding_free=True), or remove the "
-                f"column {PACKED} to train on each row as one document"
+                f"({name}) do not keep them apart: position_ids that begin anew with each, and no padding in an "
+                "attention_mask (B, T) beside them. Take trl's DataCollatorForLanguageModeling(padding_free=True), or "
+                f"remove the column {PACKED} to train on each row as one document"
             )
         return batch
+
+
+def _without_empty_mask(batch: dict[str, Any]) -> dict[str, Any]:
+    """Leave out a mask of ones beside position_ids that begin anew: transformers looks at these where there is none."""
+    mask, positions = batch.get("attention_mask"), batch.get("position_ids")
+    if not isinstance(mask, Tensor) or not isinstance(positions, Tensor) or mask.dim() != 2 or positions.dim() != 2:
+        return batch
+    if not mask.all() or (positions.diff() == 1).all():
+        return batch
+    return {name: value for name, value in batch.items() if name != "attention_mask"}
 
 
 def _segments(batch: dict[str, Any]) -> float:

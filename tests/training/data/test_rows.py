@@ -48,6 +48,12 @@ def stacked(rows):  # noqa: F811
     return {"input_ids": ids, "labels": ids.masked_fill(positions == 0, -100), "position_ids": positions}
 
 
+def beside_ones(rows):  # noqa: F811
+    """With a mask of ones, as tokenizers make it."""
+    made = stacked(rows)
+    return {**made, "attention_mask": torch.ones_like(made["input_ids"])}
+
+
 def masked(rows):  # noqa: F811
     """The same by a mask of one's own, (B, 1, T, T)."""
     made = stacked(rows)
@@ -78,7 +84,7 @@ def as_they_come(data):
 
 @pytest.mark.parametrize("removes", [True, False])
 @pytest.mark.parametrize("kind", [lambda data: data, as_they_come, lambda data: data.to_iterable_dataset()])
-@pytest.mark.parametrize("collate", [padding_free, stacked, masked])
+@pytest.mark.parametrize("collate", [padding_free, stacked, beside_ones, masked])
 def test_gradients_of_packed_rows_are_those_of_their_documents(config, collate, kind, removes):  # noqa: F811
     student, teacher = tiny(seed=1).double(), tiny(seed=2, width=24).double()
     data = kind(packed())
@@ -133,12 +139,13 @@ def test_flattened_rows_of_one_document_each(config):  # noqa: F811
         assert all(torch.allclose(one, other, atol=1e-10) for one, other in zip(gradients, right, strict=True))
 
 
-def with_a_mask(rows):  # noqa: F811
-    made = stacked(rows)
-    return {**made, "attention_mask": torch.ones_like(made["input_ids"])}  # beside which positions count for nothing
+def padded(rows):  # noqa: F811
+    """Rows with padding, which a mask (B, T) has to tell, beside which transformers does not look at positions."""
+    made = {name: F.pad(value, (0, 1)) for name, value in stacked(rows).items()}
+    return {**made, "attention_mask": F.pad(torch.ones(len(rows), 12), (0, 1))}
 
 
-@pytest.mark.parametrize("collate", [default_data_collator, DataCollatorWithFlattening(), with_a_mask])
+@pytest.mark.parametrize("collate", [default_data_collator, DataCollatorWithFlattening(), padded])
 @pytest.mark.parametrize("removes", [True, False])
 def test_a_collator_that_loses_their_borders_is_refused(config, collate, removes):  # noqa: F811
     data = packed(labels=packed()["input_ids"])

@@ -167,6 +167,17 @@ def test_a_cache_of_a_padded_teacher(tmp_path, rows, config, V):  # noqa: F811
         KDTrainer(load_student(student), config(recipe="auto"), train_dataset=blocks)
 
 
+def test_a_cache_of_other_words(tmp_path, rows, config):  # noqa: F811
+    data, teacher = rows(6), tiny(seed=1)
+    cache_teacher(teacher, {"train": data}, tmp_path / "cache", k=4, tokenizer=make_tokenizer())
+    blocks = TeacherCache(tmp_path / "cache").dataset("train", data)
+    student = load_student(save(tmp_path / "s", swapped(), 67))
+    for given in ({}, {"processing_class": swapped()}):
+        with pytest.raises(ValueError, match=r"has other tokens \("):
+            KDTrainer(student, config(recipe="auto"), train_dataset=blocks, **given)
+    KDTrainer(student, config(recipe="auto"), train_dataset=blocks, processing_class=make_tokenizer())
+
+
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
