@@ -28,8 +28,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-from kdfast import Head, fused_kd_loss
-from kdfast.training import small_models
+from kdfast import fused_kd_loss
+from kdfast.training import head, small_models
 
 
 class FusedKDTrainer(Trainer):
@@ -42,9 +42,9 @@ class FusedKDTrainer(Trainer):
         inputs = dict(inputs)
         labels = inputs.pop("labels")  # (B, T)
         targets = F.pad(labels[:, 1:], (0, 1), value=-100)  # (B, T): position t has to say id t + 1
-        student = head(model, self.accelerator.unwrap_model(model), inputs)
+        student = head_over(model, self.accelerator.unwrap_model(model), inputs)
         with torch.no_grad():
-            teacher = head(self.teacher, self.teacher, inputs)
+            teacher = head_over(self.teacher, self.teacher, inputs)
         loss = fused_kd_loss(
             student,
             teacher,
@@ -60,11 +60,10 @@ class FusedKDTrainer(Trainer):
         return (loss, {}) if return_outputs else loss
 
 
-def head(model, unwrapped, inputs):
-    """The last hidden states (B, T, H), final norm included, and the weight (V, H) they are multiplied by."""
+def head_over(model, unwrapped, inputs):
+    """The last hidden states (B, T, H), final norm included, and the head that they go through."""
     output = model(**inputs, output_hidden_states=True, logits_to_keep=1, use_cache=False)
-    linear = unwrapped.get_output_embeddings()
-    return Head(output.hidden_states[-1], linear.weight, linear.bias)
+    return head(unwrapped, output.hidden_states[-1])
 
 
 def main(argv=None):

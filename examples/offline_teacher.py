@@ -27,8 +27,8 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, default_data_collator, set_seed
 
-from kdfast import Head, fused_kd_loss
-from kdfast.training import CachedEntries, TeacherCache, cache_teacher, small_models
+from kdfast import fused_kd_loss
+from kdfast.training import CachedEntries, TeacherCache, backbone, cache_teacher, head, small_models
 
 TEMPERATURE, BATCH = 2.0, 4
 
@@ -75,10 +75,9 @@ def train_student(student, cached, args):
     for step in range(1, args.max_steps + 1):
         batch = next(loader)
         teacher = CachedEntries(batch["teacher_indices"], batch["teacher_log_probs"], batch["teacher_log_tails"])
-        hidden = student.base_model(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
-        linear = student.get_output_embeddings()
+        hidden = backbone(student)(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
         loss, metrics = fused_kd_loss(
-            Head(hidden, linear.weight, linear.bias),
+            head(student, hidden),
             teacher.at(TEMPERATURE),
             F.pad(batch["labels"][:, 1:], (0, 1), value=-100),  # position t has to say id t + 1
             temperature=TEMPERATURE,

@@ -31,8 +31,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from kdfast import Head, LogitProjector, Projected, compress_head, distillation_param_groups, fused_kd_loss
-from kdfast.training import small_models
+from kdfast import LogitProjector, Projected, compress_head, distillation_param_groups, fused_kd_loss
+from kdfast.training import backbone, head, small_models
 
 
 def main(argv=None):
@@ -50,7 +50,7 @@ def main(argv=None):
 
     with torch.no_grad():  # hidden states of some text: 4·Ht rows or more
         rows = 8 * teacher.config.hidden_size // train.shape[1] + 1
-        compressed = compress_head(head(teacher, train[:rows]), max_kl=args.max_kl)
+        compressed = compress_head(head_over(teacher, train[:rows]), max_kl=args.max_kl)
     width = teacher.config.hidden_size
     print(f"compressed head: rank {compressed.rank} of {width}, KL {compressed.fidelity.kl:.4f} to the whole one")
 
@@ -81,7 +81,7 @@ def train_student(student, teacher, train, kind, compressed, args, batch_size=4)
     for _ in range(args.max_steps):
         ids = train[torch.randint(len(train), (batch_size,), generator=generator)]
         with torch.no_grad():
-            whole = head(teacher, ids)
+            whole = head_over(teacher, ids)
         if kind == "none":
             source = None
         elif kind == "projected":
@@ -90,7 +90,13 @@ def train_student(student, teacher, train, kind, compressed, args, batch_size=4)
         else:
             source = whole if kind == "own head" else compressed(whole.hidden)
         loss, metrics = fused_kd_loss(
-            head(student, ids), source, shifted(ids), temperature=2.0, kd_weight=2.0, ce_weight=1.0, return_metrics=True
+            head_over(student, ids),
+            source,
+            shifted(ids),
+            temperature=2.0,
+            kd_weight=2.0,
+            ce_weight=1.0,
+            return_metrics=True,
         )
         loss.backward()
         optimizer.step()
@@ -100,11 +106,9 @@ def train_student(student, teacher, train, kind, compressed, args, batch_size=4)
     return metrics.kd.item()
 
 
-def head(model, ids):
-    """The model's last hidden states (B, T, H), final norm included, and the weight (V, H) they are multiplied by."""
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    linear = model.get_output_embeddings()
-    return Head(hidden, linear.weight, linear.bias)
+def head_over(model, ids):
+    """The model's last hidden states (B, T, H), final norm included, and the head that they go through."""
+    return head(model, backbone(model)(input_ids=ids, use_cache=False).last_hidden_state)
 
 
 def shifted(ids):
@@ -117,7 +121,12 @@ def measure(student, teacher, ids):
     """(cross entropy, KL(teacher ‖ student)), by the same function, at τ = 1."""
     student.eval()
     _, metrics = fused_kd_loss(
-        head(student, ids), head(teacher, ids), shifted(ids), temperature=1.0, ce_weight=1.0, return_metrics=True
+        head_over(student, ids),
+        head_over(teacher, ids),
+        shifted(ids),
+        temperature=1.0,
+        ce_weight=1.0,
+        return_metrics=True,
     )
     return metrics.ce.item(), metrics.kd.item()
 

@@ -1,4 +1,4 @@
-"""The loss in a loop of your own: PyTorch, two transformers models, and nothing of kdfast but `fused_kd_loss`.
+"""The loss in a loop of your own: PyTorch, two transformers models, and of kdfast its loss.
 
     python examples/plain_loop.py
     python examples/plain_loop.py --use gpt2-medium gpt2 train.txt held_out.txt
@@ -11,10 +11,10 @@ It ends with one line: the student's cross entropy on held-out text, in nats a t
 the same student trained without a teacher (same data, same order, same rate): 8.1, 5.5 and 5.9 with the small models,
 whose teacher has 4.8. Other versions of Python have another library, so another text, and other second digits.
 
-For your own models: `head` is where a model with a logit scale or a softcap says so (Gemma-2: `Head(…,
-softcap=model.config.final_logit_softcapping)`, Granite: `logit_scale=1 / config.logits_scaling`). For a batch with
-padding pass the attention mask to both models, and set the labels of padding to -100. Where the teacher's tokenizer
-is not the student's, two_vocabularies.py says what can be done.
+For your own models: `backbone` and `head` know where transformers' families keep what goes into the loss, with their
+logit scales and softcaps. For a batch with padding or images pass the attention mask or pixel values to both backbones,
+and set the labels of padding to -100. Where the teacher's tokenizer is not the student's, two_vocabularies.py says what
+can be done.
 """
 
 import argparse
@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from kdfast import Head, fused_kd_loss
-from kdfast.training import small_models
+from kdfast import fused_kd_loss
+from kdfast.training import backbone, head, small_models
 
 
 def main(argv=None):
@@ -61,9 +61,9 @@ def train_student(student, teacher, train, kd_weight, args, batch_size=4):
         ids = train[torch.randint(len(train), (batch_size,))]  # (B, T)
         targets = F.pad(ids[:, 1:], (0, 1), value=-100)  # (B, T): position t has to say id t + 1, the last one nothing
         with torch.no_grad():
-            from_teacher = head(teacher, ids)
+            from_teacher = head_over(teacher, ids)
         loss, metrics = fused_kd_loss(
-            head(student, ids),
+            head_over(student, ids),
             from_teacher,
             targets,
             temperature=2.0,
@@ -79,11 +79,9 @@ def train_student(student, teacher, train, kd_weight, args, batch_size=4):
             print(f"step {step}: loss {loss.item():.4f}, ce {metrics.ce.item():.4f}, kd {metrics.kd.item():.4f}")
 
 
-def head(model, ids):
-    """The model's last hidden states (B, T, H), final norm included, and the weight (V, H) they are multiplied by."""
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    linear = model.get_output_embeddings()
-    return Head(hidden, linear.weight, linear.bias)
+def head_over(model, ids):
+    """The model's last hidden states (B, T, H), final norm included, and the head that they go through."""
+    return head(model, backbone(model)(input_ids=ids, use_cache=False).last_hidden_state)
 
 
 def blocks(path, tokenizer, length=128):

@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kdfast import Head, fused_kd_loss
-from kdfast.training import small_models
+from kdfast import fused_kd_loss
+from kdfast.training import head, small_models
 
 try:
     from trl import SFTConfig, SFTTrainer
@@ -44,9 +44,9 @@ class FusedKDTrainer(SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         targets = F.pad(inputs["labels"][:, 1:], (0, 1), value=-100)  # (B, T): position t has to say id t + 1
-        student = head(model, self.accelerator.unwrap_model(model), inputs)
+        student = head_over(model, self.accelerator.unwrap_model(model), inputs)
         with torch.no_grad():
-            teacher = head(self.teacher_model, self.teacher_model, inputs)
+            teacher = head_over(self.teacher_model, self.teacher_model, inputs)
         loss, metrics = fused_kd_loss(
             student,
             teacher,
@@ -66,12 +66,11 @@ class FusedKDTrainer(SFTTrainer):
         return (loss, {}) if return_outputs else loss
 
 
-def head(model, unwrapped, inputs):
-    """The last hidden states (B, T, H), final norm included, and the weight (V, H) they are multiplied by."""
-    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
+def head_over(model, unwrapped, inputs):
+    """The last hidden states (B, T, H), final norm included, and the head that they go through."""
+    inputs = {name: x for name, x in inputs.items() if name != "labels" and "prompt" not in name}  # GKDTrainer's
     output = model(**inputs, output_hidden_states=True, logits_to_keep=1, use_cache=False)
-    linear = unwrapped.get_output_embeddings()
-    return Head(output.hidden_states[-1], linear.weight, linear.bias)
+    return head(unwrapped, output.hidden_states[-1])
 
 
 def main(argv=None):

@@ -28,8 +28,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from kdfast import Head, fused_kd_loss
-from kdfast.training import small_models
+from kdfast import fused_kd_loss
+from kdfast.training import backbone, head, small_models
 
 QUOTES, MARKER = '"""', "<|doc|>"
 
@@ -100,9 +100,9 @@ def train_student(student, teacher, train, teacher_reads, kd_options, args, batc
     for step in range(1, args.max_steps + 1):
         ids = train[torch.randint(len(train), (batch_size,))]  # (B, T), the student's
         with torch.no_grad():
-            from_teacher = head(teacher, teacher_reads(ids))
+            from_teacher = head_over(teacher, teacher_reads(ids))
         loss = fused_kd_loss(
-            head(student, ids),
+            head_over(student, ids),
             from_teacher,
             F.pad(ids[:, 1:], (0, 1), value=-100),
             temperature=2.0,
@@ -123,11 +123,9 @@ def models(teacher_name, student_name):
     return teacher, AutoModelForCausalLM.from_pretrained(student_name)
 
 
-def head(model, ids):
-    """The model's last hidden states (B, T, H), final norm included, and the weight (V, H) they are multiplied by."""
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    linear = model.get_output_embeddings()
-    return Head(hidden, linear.weight, linear.bias)
+def head_over(model, ids):
+    """The model's last hidden states (B, T, H), final norm included, and the head that they go through."""
+    return head(model, backbone(model)(input_ids=ids, use_cache=False).last_hidden_state)
 
 
 def logits(model, ids):

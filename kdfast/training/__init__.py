@@ -33,7 +33,7 @@ from kdfast.training.durable.errors import (
     LostProcessError,
     TerminatedError,
 )
-from kdfast.training.hf import load_student, load_teacher, shift_labels
+from kdfast.training.hf import backbone, head, load_student, load_teacher, shift_labels
 from kdfast.training.model import DistillationModel
 from kdfast.training.nan_guard import NonFiniteLossError
 from kdfast.training.recipes import RECIPES, Recipe, choose_recipe
@@ -59,8 +59,10 @@ __all__ = [
     "SmallModels",
     "TeacherCache",
     "TerminatedError",
+    "backbone",
     "cache_teacher",
     "choose_recipe",
+    "head",
     "load_student",
     "load_teacher",
     "shift_labels",

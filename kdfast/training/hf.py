@@ -52,7 +52,14 @@ OUTSIDE_TO_DICT = ("rope_theta", "rope_scaling", "attn_implementation")  # setti
 
 
 def backbone(model: PreTrainedModel) -> Any:
-    """Return the module whose output goes into the head: final norm and, where there is one, vision tower included."""
+    """Return the module whose output goes into the head: final norm and, where there is one, vision tower included.
+
+        head(model, backbone(model)(**inputs, use_cache=False).last_hidden_state)  # no logits are made
+
+    Raises ValueError for a PEFT model with learned prompts, which are added outside of it.
+    """
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise ValueError("the model's prompts (PEFT's prompt and prefix tuning) are not supported; expected LoRA's kin")
     inner: Any = model.base_model
     if inner is model:  # Llama-4's and Mllama's prefix names nothing that they have
         inner = getattr(model, "model", None) or model.get_decoder()
@@ -129,9 +136,9 @@ def run_backbone(model: PreTrainedModel, **inputs: Any) -> Any:
 
 
 def head(model: PreTrainedModel, hidden: Tensor) -> Head:
-    """Return the model's own head over `hidden` (*, H), on its device; weights that were offloaded are fetched.
+    """Return the model's own head over `hidden` (*, H), its last hidden states, on its device: scale and cap included.
 
-    Raise ValueError where an adapter sits on it.
+    Weights that were offloaded are fetched. Raises ValueError where an adapter sits on the head.
     """
     linear, config = model.get_output_embeddings(), model.config.get_text_config()
     _check_adapter(linear, type(model).__name__)

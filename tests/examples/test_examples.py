@@ -14,6 +14,7 @@ from pathlib import Path
 import oracle
 import pytest
 import torch
+from tiny_models import tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdfast import Head, Projected, fused_kd_loss
@@ -222,6 +223,28 @@ def test_hf_trainer(example, small, calls, reads, capsys, tmp_path):
     _divisors(made)
     ((before, _),) = _summaries(capsys.readouterr().out)
     assert before == pytest.approx(_cross_entropy(small[1], _paragraphs(small)), abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["hf_trainer", "plain_loop", "own_head_teacher", "two_vocabularies", "trl_trainer"])
+def test_adapters_are_trained_or_refused(example, name):
+    """One on the head is no part of the weight that the loss takes: it would stay as it is, and nobody be told."""
+    peft = pytest.importorskip("peft")
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name])
+    head_over, ids = example(name).head_over, torch.arange(5, 25)[None]
+    for modules in (["q_proj"], ["q_proj", "lm_head"]):
+        student = peft.get_peft_model(tiny("llama"), peft.LoraConfig(target_modules=modules, init_lora_weights=False))
+        given = (student, {"input_ids": ids}) if "trainer" in name else (ids,)
+        if "lm_head" in modules:
+            with pytest.raises(ValueError, match="PeftModel has an adapter on its head"):
+                head_over(student, *given)
+            continue
+        found = head_over(student, *given)
+        torch.testing.assert_close(found.hidden @ found.weight.T, student(ids).logits)
+        found.hidden.sum().backward()
+        trained = [name for name, p in student.named_parameters() if p.grad is not None]
+        assert len(trained) == 2
+        assert all("q_proj.lora" in name for name in trained)
 
 
 def test_trl_trainer(example, small, calls, reads, capsys):

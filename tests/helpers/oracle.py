@@ -138,8 +138,7 @@ def masses(ids, log_probs, vocab):
 
 
 def guessed_tail(log_probs):
-    """Mass that a row's log-probabilities, numbers of the dtype, leave: no less than what rounding makes of their sum.
-    """
+    """Mass that a row's log-probabilities leave: no less than what rounding to their dtype makes of their sum."""
     eps, p = torch.finfo(log_probs.dtype).eps, log_probs.double().exp()
     rounding = eps / 2 * float((p * log_probs.double().abs().nan_to_num(posinf=0.0)).sum())
     return max(1 - float(p.sum()), rounding, eps if log_probs.dtype == torch.float64 else 2.0**-23)

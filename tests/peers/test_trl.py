@@ -197,14 +197,27 @@ def test_topk_with_a_tail(temperature):
     agree(theirs, mine, case.hs, case.W, value=FLOAT64, gradient=FLOAT64)
 
 
-def test_topk_without_a_tail():
-    """As above without add_tail: the student too is renormalised over the K ids, so what mass it has elsewhere costs
-    nothing. Ours is normalised over the vocabulary: the same plus −log of its mass on those ids."""
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_topk_without_a_tail(beta):
+    """As above without add_tail: the student too is normalized over the K ids, so what mass it has elsewhere costs
+    nothing. Normalized over the vocabulary its forward KL is the same plus −log of its mass on those ids."""
     loss = peer("trl.experimental.iw_opd.iw_opd_trainer", "IWOPDTrainer").generalized_jsd_loss
     case = fresh(torch.float64)
     z_s, z_t = logits(case)
-    log_probs, ids = z_t.log_softmax(-1).topk(7)
-    theirs = loss(z_s[None], z_t[None], None, 0.0, top_k=7, add_tail=False, reduction="sum")
-    mine = ours(case, teacher=SparseLogits(ids, log_probs.detach()), reduction="sum")
+    theirs = loss(z_s[None], z_t[None], None, beta, top_k=7, add_tail=False, reduction="sum")
+    log_p = z_t.detach().log_softmax(-1)
+    log_probs, ids = log_p.topk(7)
+    if beta:  # the student's K ids, or both's
+        mine = z_s.detach().topk(7).indices
+        support = mine if beta == 1 else torch.cat([ids, mine], dim=-1)
+        again = (support[:, :, None] == support[:, None]).tril(-1).any(-1)
+        both = SparseLogits(support, log_p.gather(-1, support).masked_fill(again, -torch.inf), tail="renormalize_both")
+    else:
+        both = SparseLogits(ids, log_probs, tail="renormalize_both")
+    mine = ours(case, JSD(beta), teacher=both, reduction="sum")
+    agree(theirs, mine, case.hs, case.W, value=FLOAT64, gradient=FLOAT64)
+    if beta:
+        return
+    mine = ours(case, teacher=SparseLogits(ids, log_probs), reduction="sum")
     elsewhere = -z_s.log_softmax(-1).gather(-1, ids).logsumexp(-1).sum()
     agree(theirs + elsewhere, mine, case.hs, case.W, value=FLOAT64, gradient=FLOAT64)

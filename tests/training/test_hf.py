@@ -11,8 +11,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from kdfast.training import DistillationModel
-from kdfast.training.hf import backbone, check_model, head
+from kdfast.training import DistillationModel, backbone, head
+from kdfast.training.hf import check_model
 
 FAMILIES = ["gpt2", "llama", "qwen2", "gemma2", "cohere", "granite", "opt"]
 
@@ -127,3 +127,10 @@ def test_unusual_models_teach_and_learn(tiny, family):
     if family != "qwen3_moe":
         learnt = DistillationModel(UNUSUAL[family](), recipe="lm_only").train()
         torch.testing.assert_close(learnt(ids, labels=ids).loss, learnt.student(ids, labels=ids).loss)
+
+
+def test_learned_prompts_are_no_part_of_a_backbone(tiny):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny("llama"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(ValueError, match=r"the model's prompts .* are not supported"):
+        backbone(model)
