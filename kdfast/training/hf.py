@@ -245,9 +245,9 @@ def _refuse_quantized(model: PreTrainedModel, name: str) -> None:
 
 
 def _is_quantized(weight: Tensor) -> bool:
-    """Return whether it is packed into integers, or a tensor class of another library's (torchao's)."""
+    """Return whether it is packed into integers, of 8 bits, or a tensor class of another library's (torchao's)."""
     wrapped = is_traceable_wrapper_subclass(weight) and not isinstance(weight, DTensor)
-    return wrapped or not weight.is_floating_point()
+    return wrapped or not weight.is_floating_point() or weight.element_size() == 1
 
 
 def adapted_layer(model: nn.Module) -> str | None:
@@ -525,7 +525,8 @@ def _check_tokenizer(
     if len(tokenizer) > rows or largest >= rows:
         raise ValueError(
             f"{argument}: the model has {rows} token embeddings and the tokenizer {len(tokenizer)} tokens with ids up "
-            f"to {largest}; they do not belong together. Give the model's own tokenizer, or resize its token embeddings"
+            f"to {largest}; they do not belong together. Give the model's own tokenizer, or save the model with rows "
+            f"for tokens that were added: model.resize_token_embeddings({max(len(tokenizer), largest + 1)})"
         )
     if argument != "student_config":
         check_tokens(argument, tokenizer, own_tokenizer(str(model.name_or_path), local=False), valid_vocab)

@@ -225,6 +225,7 @@ class KDTrainer(DurableTrainer):
     @contextmanager
     def training(self) -> Iterator[None]:
         """Solve the starts before a run, and keep the heads together while the model is sharded."""
+        refuse_adapter(self.accelerator.unwrap_model(self.model).student)  # one that came since
         self._start_run()
         self._solve_starts()
         if self.model_wrapped is self.model and self.accelerator.num_processes > 1 and not self.is_fsdp_enabled:

@@ -67,9 +67,12 @@ def test_the_trainer_refuses_what_transformers_adapted(tiny, config, rows):
 def test_an_adapter_is_known_without_peft(tiny, config, rows):
     student = tiny("llama")
     layer = type("Linear", (nn.Linear,), {"__module__": "peft.tuners.lora.layer"})
+    trainer = KDTrainer(student, config(recipe="lm_only"), train_dataset=rows(4))
     student.model.layers[0].mlp.up_proj = layer(16, 32, bias=False)
     with pytest.raises(ValueError, match=r"at 'model.layers.0.mlp.up_proj'"):
         KDTrainer(student, config(recipe="lm_only"), train_dataset=rows(4))
+    with pytest.raises(ValueError, match=r"at 'model.layers.0.mlp.up_proj'"):  # that came after the trainer
+        trainer.train()
 
 
 @pytest.mark.parametrize("kind", ON_THE_HEAD)
@@ -250,6 +253,9 @@ def test_a_quantized_student_is_known_without_bitsandbytes(tiny):
     with pytest.raises(ValueError, match=r"is quantized \(model.layers.0.mlp.up_proj.weight\)"):
         check_model(student, "student", compare=False)
     check_model(student, "teacher", compare=False)
+    up.weight = nn.Parameter(torch.zeros(up.weight.shape, dtype=torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(ValueError, match=r"is quantized \(model.layers.0.mlp.up_proj.weight\)"):
+        check_model(student, "student", compare=False)
     student = tiny("llama")
     student.is_quantized = True
     with pytest.raises(ValueError, match=r"is quantized \(as its hf_quantizer has it\)"):
