@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdfast.ops.transforms import ordinary
+
 ProjectorInit = Literal["default", "normal"]
 
 
@@ -80,7 +82,7 @@ class LogitProjector(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map (*, Ht) to (*, Hs)."""
-        return F.linear(hidden, self.weight, self.bias)
+        return F.linear(ordinary(hidden), self.weight, self.bias)
 
     def extra_repr(self) -> str:
         return f"{self.teacher_width} → {self.student_width}, bias={self.bias is not None}, init={self.init!r}"

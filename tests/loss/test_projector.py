@@ -18,6 +18,14 @@ def test_default_init_is_that_of_linear():
     torch.testing.assert_close(ours.bias, theirs.bias, rtol=1e-6, atol=0)
 
 
+def test_teacher_states_of_inference_mode():
+    projector = LogitProjector(6, 4)
+    with torch.inference_mode():
+        hidden = torch.randn(5, 6)
+    projector(hidden).sum().backward()
+    torch.testing.assert_close(projector.weight.grad, hidden.sum(0).expand(4, 6))
+
+
 def test_normal_init_has_std_001_and_zero_bias():
     projector = LogitProjector(512, 256, init="normal")
     # 131072 draws: the sample's std is within 0.2% of the true one, its mean within 3e-5 of 0

@@ -17,7 +17,7 @@ FUSED = ENGINES[1:]
 F64 = torch.float64
 # what each kind of teacher has that a derivative can be taken by, beside the student's head and the options
 TEACHERS = {
-    "projected": ("ht", "P", "p"),
+    "projected": ("ht", "P", "p", "tau_t"),
     "hidden": ("h_p",),
     "head": ("ht", "Wt", "bt"),
     "logits": ("z",),
@@ -41,14 +41,15 @@ def inputs(kind):
     x["log_tail"] = (1 - x["log_probs"].exp().sum(-1)).clamp_min(0.05).log()
     x["z"], x["h_p"] = torch.nn.functional.linear(x["ht"], x["Wt"], x["bt"]), torch.randn(5, 4, dtype=F64)
     x |= {"kd_weight": torch.tensor(0.8), "ce_weight": torch.tensor(0.5), "items": torch.tensor(3.5)}
-    x |= {"temperature": torch.tensor(1.5), "token_weights": case.weights, "kd_token_weights": case.weights.flip(0)}
+    x |= {"tau_t": torch.tensor(2.5), "temperature": torch.tensor(1.5)}
+    x |= {"token_weights": case.weights, "kd_token_weights": case.weights.flip(0)}
     x["anchor_weight"] = torch.tensor(0.3 if kind in ("projected", "hidden") else 0.0)
     return {name: t.double() if t.is_floating_point() else t for name, t in x.items()}
 
 
 def loss(x, kind, engine, reduction="mean"):
     teacher = {
-        "projected": lambda: Projected(x["ht"], x["P"], x["p"]),
+        "projected": lambda: Projected(x["ht"], x["P"], x["p"], temperature=x["tau_t"]),
         "hidden": lambda: Projected(x["h_p"]),
         "head": lambda: Head(x["ht"], x["Wt"], x["bt"]),
         "logits": lambda: Logits(x["z"]),
@@ -104,7 +105,7 @@ NAMES = {
     "P": "teacher: Projected.projector_weight", "p": "teacher: Projected.projector_bias", "h_p": "Projected.hidden",
     "Wt": "teacher: Head.weight", "bt": "teacher: Head.bias", "z": "teacher: Logits.logits",
     "log_probs": "teacher: SparseLogits.log_probs", "log_tail": "teacher: SparseLogits.log_tail",
-    "items": "num_items_in_batch",
+    "items": "num_items_in_batch", "tau_t": "teacher: Projected.temperature",
 }  # fmt: skip
 
 
