@@ -66,7 +66,8 @@ def backbone(model: PreTrainedModel) -> Any:
     if inner is not model and inner.get_output_embeddings() is not None:
         return backbone(inner)
     decoder = inner.get_decoder()
-    return decoder if [*inner.children()] == [decoder] else inner  # OPT's head calls that, past its wrapper
+    parts = [part for part in inner.children() if not isinstance(part, nn.Embedding)]
+    return decoder if parts == [decoder] else inner  # OPT's head, ProphetNet's call that, past its wrapper
 
 
 def inputs_of(model: PreTrainedModel) -> frozenset[str]:
@@ -271,9 +272,17 @@ def refuse_adapter(student: nn.Module) -> None:
 def _compare_logits(model: PreTrainedModel, name: str) -> None:
     """Compare model(ids).logits with ours, the last hidden states scaled to logits of size CHECK_PEAK."""
     seen: list[Tensor] = []
+    advice = (
+        "Distill this architecture with your own code around kdfast.fused_kd_loss, which takes any "
+        "Head(hidden, weight, bias, logit_scale=…, softcap=…)"
+    )
 
     def enlarge(module: nn.Module, args: Any, output: Any) -> Any:
         hidden = output.last_hidden_state
+        if hidden.shape[-1] != head_shape(model)[1]:
+            raise ValueError(
+                f"{name}: its head does not take the {hidden.shape[-1]} hidden states as they are. {advice}"
+            )
         peak = _logits(replace(head(model, hidden), softcap=None)).abs().amax()
         output.last_hidden_state = hidden * (CHECK_PEAK / peak.clamp_min(1e-6)).to(hidden.dtype)
         seen.append(output.last_hidden_state)
@@ -291,10 +300,6 @@ def _compare_logits(model: PreTrainedModel, name: str) -> None:
         for module, training in modes:
             module.training = training
 
-    advice = (
-        "Distill this architecture with your own code around kdfast.fused_kd_loss, which takes any "
-        "Head(hidden, weight, bias, logit_scale=…, softcap=…)"
-    )
     if not seen:
         raise ValueError(f"{name}: its forward does not call {type(backbone(model)).__name__}, its backbone. {advice}")
     known = head(model, seen[-1])

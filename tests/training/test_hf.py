@@ -3,6 +3,8 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    ElectraConfig,
+    ElectraForCausalLM,
     Llama4ForCausalLM,
     Llama4TextConfig,
     MllamaForCausalLM,
@@ -56,6 +58,13 @@ def test_check_sees_a_head_that_transforms_first(tiny):
     model = tiny("llama")
     model.lm_head.register_forward_pre_hook(lambda module, args: (args[0] * 1.01,))
     with pytest.raises(ValueError, match=r"LlamaForCausalLM.*off by 1\.0%"):
+        check_model(model, "student")
+
+
+def test_check_sees_a_head_of_another_width():
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 16}
+    model = ElectraForCausalLM(ElectraConfig(vocab_size=67, embedding_size=8, is_decoder=True, **sizes))
+    with pytest.raises(ValueError, match="its head does not take the 16 hidden states as they are"):
         check_model(model, "student")
 
 
