@@ -44,6 +44,7 @@ CHECK_TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 3e-2}  # of the largest 
 # parameters of a backbone's forward that are no data, or that only its own loss would make use of
 NO_INPUTS = {"self", "labels", "logits_to_keep", "num_items_in_batch", "past_key_values", "return_dict", "use_cache"}
 NO_INPUTS |= {"output_attentions", "output_router_logits"}
+PACKING = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}  # position_ids say it too
 ALWAYS = {"input_ids", "attention_mask"}  # the latter is no loss to a model that reads from left to right alone
 
 MOST_LAYERS = 10_000
@@ -86,8 +87,10 @@ def inputs_of(model: PreTrainedModel) -> frozenset[str]:
 
 def check_inputs(model: PreTrainedModel, role: str, given: Iterable[str], known: frozenset[str] | None = None) -> None:
     """Raise ValueError for an input that its backbone does not read. `known` is what `inputs_of(model)` returned."""
+    given = list(given)
+    fine = ALWAYS | PACKING if "position_ids" in given else ALWAYS
     for name in given:
-        if name not in ALWAYS and name not in (known or inputs_of(model)):
+        if name not in fine and name not in (known or inputs_of(model)):
             raise ValueError(
                 f"the {role} does not read {name}: its backbone, {type(backbone(model)).__name__} of "
                 f"{type(model).__name__}, has no such input and would ignore it. Leave {name} out of the data, or take "
