@@ -188,6 +188,7 @@ class KDTrainer(DurableTrainer):
         )
         if use_cache is not None:  # Trainer turns it off in the config that gets saved; the forward here does without
             model.config.use_cache = use_cache
+        self._may_skip_parameters = may_skip_parameters(model.student)  # as long as it is whole
         fsdp.check_launch(self, args.shard_teacher, model.recipe.projector_resolve_steps)
         if self.is_fsdp_enabled:
             fsdp.set_mixed_precision(self.accelerator)
@@ -372,6 +373,13 @@ class KDTrainer(DurableTrainer):
         batches = list(itertools.islice(epoch_iterator, num_batches))
         if not batches or "labels" not in batches[0]:
             return batches, None
+        if self.is_fsdp_enabled and self._may_skip_parameters:
+            images = torch.tensor([not MEDIA.isdisjoint(batch) for batch in batches], dtype=torch.int, device=device)
+            if (self._reduce(images) % self.accelerator.num_processes).any():
+                raise ValueError(
+                    "a micro-batch has images in some processes and none in others: under FSDP2 they would wait for "
+                    "each other's shards. Give each of its rows an image, or none, or use DDP"
+                )
         targets = [shift_labels(batch["labels"], batch.get("attention_mask")) for batch in batches]
         number = torch.stack([(t != IGNORE_INDEX).sum() for t in targets]).sum().to(device)
         return batches, self._reduce(number) if self.args.average_tokens_across_devices else number

@@ -57,3 +57,13 @@ def test_two_processes_do_what_one_does(tmp_path, images, recompute):
     start = tiny_vision(seed=1).double().state_dict()
     moved = any("vision_tower" in name and not torch.equal(found[name], start[name]) for name in found)
     assert moved == any(images)
+
+
+def test_images_for_some_processes_are_refused_under_fsdp(tmp_path):
+    """They would gather shards of the vision tower that the others do not: a hang, or an abort of gloo."""
+    more = {"fsdp": True, "fsdp_config": {}, "ddp_backend": "gloo"}
+    assert server.join(server.start(tmp_path / "said", 2, train, tmp_path, 2, (1, 1, 1, 0), more)) == [1, 1]
+    for rank in (0, 1):
+        said = (tmp_path / "said" / f"output-{rank}.txt").read_text()
+        assert "'loss'" in said or rank  # the first step, whose processes had an image each
+        assert "ValueError: a micro-batch has images in some processes and none in others" in said
