@@ -537,4 +537,4 @@ def _check_tokenizer(
             f"for tokens that were added: model.resize_token_embeddings({max(len(tokenizer), largest + 1)})"
         )
     if argument != "student_config":
-        check_tokens(argument, tokenizer, own_tokenizer(str(model.name_or_path), local=False), valid_vocab)
+        check_tokens(argument, tokenizer, own_tokenizer(model.name_or_path, local=False), valid_vocab)

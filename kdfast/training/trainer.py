@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, RandomSampler
-from transformers import PreTrainedModel, TrainerCallback, TrainerState, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -31,7 +31,7 @@ from kdfast.training.callbacks import HealthCallback
 from kdfast.training.config import KDConfig
 from kdfast.training.data.columns import MEDIA, check_columns, check_names
 from kdfast.training.data.rows import Collator
-from kdfast.training.data.tokenizers import find_valid_vocab, text_tokenizer
+from kdfast.training.data.tokenizers import check_tokens, find_valid_vocab, own_tokenizer, text_tokenizer
 from kdfast.training.durable import processes, resume
 from kdfast.training.durable.trainer import DurableTrainer, replaced
 from kdfast.training.hf import IGNORE_INDEX, head_shape, may_skip_parameters, refuse_adapter, shift_labels
@@ -165,6 +165,8 @@ class KDTrainer(DurableTrainer):
             model.by_default = choice is not None
         elif teacher is not None:
             raise ValueError("teacher is given besides a DistillationModel, which has its own; leave it out")
+        elif model.teacher is not None and isinstance(processing_class, PreTrainedTokenizerBase):
+            check_tokens("teacher", processing_class, own_tokenizer(model.teacher.name_or_path), model.valid_vocab)
         datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         check_columns(datasets, args.remove_unused_columns)
         check_datasets(model, datasets, temperature_schedule)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from torch.utils.data import Dataset, IterableDataset
+
 # arguments of DistillationModel.forward that are no data
 ARGUMENTS = ("self", "temperature", "kd_weight", "num_items_in_batch", "with_fidelity", "backbone_inputs")
 # what processors make of images, video and sound, and what TRL calls them before
@@ -53,7 +55,8 @@ def media_columns(dataset: Any) -> list[str]:
 def names_of(dataset: Any) -> Iterable[str]:
     """Return the names of a data set's columns, where it tells them or has a first row."""
     names = getattr(dataset, "column_names", None)
-    if names is None and hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and len(dataset):
+    is_map = isinstance(dataset, list | Dataset) and not isinstance(dataset, IterableDataset)
+    if names is None and is_map and hasattr(dataset, "__len__") and len(dataset):
         names = dataset[0]
     return names if isinstance(names, list | dict) else ()
 

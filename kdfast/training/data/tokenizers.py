@@ -18,11 +18,12 @@ from kdfast.training.durable.processes import print_once
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
-def own_tokenizer(name: str, *, local: bool = True) -> PreTrainedTokenizerBase | None:
+def own_tokenizer(name: str | None, *, local: bool = True) -> PreTrainedTokenizerBase | None:
     """Return the tokenizer beside a model's weights, of a folder or a name on the hub; None where there is none.
 
     local: look on this disk alone. Of a folder without these files transformers makes a tokenizer without words.
     """
+    name = str(name)
     with suppress(Exception):  # of many classes: no such name, no network, code of its own
         if any(has_file(name, file, local_files_only=local) for file in TOKENIZER_FILES):
             return AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=local)
@@ -32,7 +33,7 @@ def own_tokenizer(name: str, *, local: bool = True) -> PreTrainedTokenizerBase |
 def text_tokenizer(processor: Any, student: PreTrainedModel) -> PreTrainedTokenizerBase | None:
     """Return `processor`, if that is a tokenizer, or the one it has; else the student's own."""
     tokenizer = getattr(processor, "tokenizer", processor)
-    return tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else own_tokenizer(str(student.name_or_path))
+    return tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else own_tokenizer(student.name_or_path)
 
 
 def count_ids(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -79,7 +80,7 @@ def find_valid_vocab(student: Any, teacher: Any, processor: Any = None, valid_vo
     models = student, teacher
     if not all(isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None for model in models):
         return valid_vocab  # for others to refuse
-    ours, theirs = text_tokenizer(processor, student), own_tokenizer(str(teacher.name_or_path))
+    ours, theirs = text_tokenizer(processor, student), own_tokenizer(teacher.name_or_path)
     if ours is None or theirs is None:
         return valid_vocab
     check_tokens("teacher", ours, theirs, valid_vocab)

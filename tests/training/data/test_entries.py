@@ -91,6 +91,9 @@ def test_a_stream_that_does_not_tell_its_columns_is_not_ignored(config):  # noqa
         def __iter__(self):
             return iter(list(make()))
 
+        def __len__(self):  # and no row by its number
+            return 6
+
     given = {"train_dataset": Stream(), "data_collator": default_data_collator}
     with pytest.raises(ValueError, match="has teacher_indices, and recipe='auto' took 'lm_only'"):
         KDTrainer(tiny(seed=1), config(recipe="auto", max_steps=1), **given).train()

@@ -108,6 +108,10 @@ def test_other_words(tmp_path, rows, config, recipe, V):  # noqa: F811
             KDTrainer(student, config(recipe=recipe), teacher=teacher, train_dataset=rows(4), **given)
     with pytest.raises(ValueError, match=said):
         DistillationModel(student, teacher, recipe=recipe)
+    if V == 67:
+        model = DistillationModel(student, teacher, recipe=recipe, tokenizer=swapped())
+        with pytest.raises(ValueError, match=said):
+            KDTrainer(model, config(), train_dataset=rows(4), processing_class=ours)
     with pytest.raises(ValueError, match=f"^teacher_model_name_or_path: .*{said}"):
         load_teacher(tmp_path / "t", tokenizer=ours)
     with pytest.raises(ValueError, match=f"^model_name_or_path: .*{said}"):
