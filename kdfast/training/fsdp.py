@@ -108,6 +108,11 @@ def place_teacher(model: DistillationModel, accelerator: Accelerator, shard: boo
                 "cpu_offload). Load it whole, or leave shard_teacher out"
             )
         return
+    if shard and getattr(teacher, "is_loaded_in_8bit", False):
+        raise ValueError(
+            "shard_teacher=True, and the teacher has bitsandbytes' weights of 8 bits, which FSDP cannot split. Load it "
+            "with load_in_4bit or whole, or leave shard_teacher out"
+        )
     if not shard:
         model._modules.pop("teacher", None)
         object.__setattr__(model, "teacher", teacher.to(accelerator.device))

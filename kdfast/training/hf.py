@@ -146,6 +146,11 @@ def head(model: PreTrainedModel, hidden: Tensor) -> Head:
     """
     linear, config = model.get_output_embeddings(), model.config.get_text_config()
     _check_adapter(linear, type(model).__name__)
+    if getattr(linear.weight, "is_meta", False) and linear.weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{type(model).__name__}: its head's weight is offloaded, or on no device, and would get no gradient. Load "
+            "a student whole; freeze a teacher (teacher.requires_grad_(False))"
+        )
     weight, bias = fetch(linear, "weight", "bias")
     bias = None if bias is None else bias.to(hidden.device)
     return Head(hidden, weight.to(hidden.device), bias, logit_scale=_logit_scale(config), softcap=_softcap(config))

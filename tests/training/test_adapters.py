@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
+from accelerate import Accelerator
 from tiny_models import loss_by_hand
 from torch import nn
 from transformers import default_data_collator
 
 from kdfast.training import DistillationModel, KDTrainer, load_student, load_teacher
+from kdfast.training.fsdp import place_teacher
 from kdfast.training.hf import check_model
 
 # What PEFT leaves inside a Llama that it was given, by kind of adapter. Those on the head are refused at once.
@@ -234,6 +236,12 @@ def test_a_quantized_student_is_refused_and_a_teacher_is_right(tiny, config, row
         data_collator=default_data_collator,
     )
     trainer.train()
+
+
+def test_a_teacher_of_8_bits_is_not_sharded(tiny, tmp_path):
+    model = DistillationModel(tiny("llama"), quantized(tmp_path / "model", 8), recipe="teacher_head")
+    with pytest.raises(ValueError, match="shard_teacher=True, and the teacher has bitsandbytes' weights of 8 bits"):
+        place_teacher(model, Accelerator(cpu=True), shard=True)
 
 
 def test_an_adapted_quantized_student(tiny, config, rows, tmp_path):

@@ -7,7 +7,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 from transformers import AutoModelForCausalLM, default_data_collator
 
-from kdfast.training import DistillationModel, KDTrainer, TeacherCache, cache_teacher
+from kdfast.training import DistillationModel, KDTrainer, TeacherCache, cache_teacher, head
 from kdfast.training.cache.description import teacher_fingerprint
 from kdfast.training.fsdp import place_teacher
 
@@ -154,6 +154,17 @@ def test_under_fsdp_an_offloaded_teacher_is_not_sharded(tiny, tmp_path):
     assert model.teacher is teacher
     with pytest.raises(ValueError, match="shard_teacher=True, and accelerate has offloaded the teacher"):
         place_teacher(model, Accelerator(cpu=True), shard=True)
+
+
+def test_the_head_of_an_offloaded_model_is_read_frozen_alone(tiny, tmp_path):
+    model = tiny("llama")
+    hidden, weight = torch.zeros(3, 16), model.lm_head.weight.detach()
+    on_cpu(model, tmp_path)
+    with pytest.raises(ValueError, match=r"offloaded.*would get no gradient.*requires_grad_\(False\)"):
+        head(model, hidden)
+    with torch.no_grad():
+        assert torch.equal(head(model, hidden).weight, weight)
+    assert torch.equal(head(model.requires_grad_(False), hidden).weight, weight)
 
 
 def test_a_student_with_hooks_on_one_device_is_trained(tiny, batch):
