@@ -168,7 +168,7 @@ class KDTrainer(DurableTrainer):
         elif model.teacher is not None and isinstance(processing_class, PreTrainedTokenizerBase):
             check_tokens("teacher", processing_class, own_tokenizer(model.teacher.name_or_path), model.valid_vocab)
         datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
-        check_columns(datasets, args.remove_unused_columns)
+        check_columns(datasets, args.remove_unused_columns and data_collator is None)
         check_datasets(model, datasets, temperature_schedule)
         own = type(self).evaluate is KDTrainer.evaluate and type(self).evaluation_loop is KDTrainer.evaluation_loop
         if own and args.metric_for_best_model is not None and args.eval_strategy != "no" and eval_dataset is not None:

@@ -5,8 +5,8 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from tiny_models import VISION, image_batch, tiny_vision
-from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM
+from tiny_models import IMAGE, VISION, image_batch, tiny_vision
+from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM, default_data_collator
 
 from kdfast.training import DistillationModel, KDTrainer, cache_teacher
 from kdfast.training.data.text import DataError, load_blocks
@@ -108,11 +108,8 @@ PICTURES = datasets.Features({"text": datasets.Value("string"), "picture": datas
 def test_pictures_that_no_collator_would_see_are_refused(tiny, config, tmp_path):
     pytest.importorskip("PIL")
     rows = {"input_ids": [[3, 4]], "labels": [[3, 4]], "images": [[[0.0]]]}
-    with pytest.raises(ValueError, match=r"train_dataset has a column 'images' of images.*remove_unused_columns=True"):
+    with pytest.raises(ValueError, match=r"train_dataset has a column 'images' of images.*which nobody reads"):
         KDTrainer(tiny(), config(recipe="lm_only"), train_dataset=datasets.Dataset.from_dict(rows))
-    KDTrainer(
-        tiny(), config(recipe="lm_only", remove_unused_columns=False), train_dataset=datasets.Dataset.from_dict(rows)
-    )
     pictures = [np.zeros((2, 2, 3), dtype=np.uint8)]
     data = datasets.Dataset.from_dict({"text": ["a"], "picture": pictures}, features=PICTURES)
     with pytest.raises(ValueError, match=r"eval_dataset\['web'\] has a column 'picture' of images"):
@@ -122,6 +119,31 @@ def test_pictures_that_no_collator_would_see_are_refused(tiny, config, tmp_path)
     rows = [{name: x[0] for name, x in image_batch().items()}] * 2
     with pytest.raises(ValueError, match=r"splits\['train'\] has pixel_values, and a cache is of text alone"):
         cache_teacher(tiny_vision(), {"train": rows}, tmp_path / "cache", k=4)
+
+
+@pytest.mark.parametrize("column", ["images", "picture"])
+def test_a_collator_makes_pixels_of_pictures(config, column):
+    """As a processor does: it asks each row for its picture, which no model reads. One that does not is found out."""
+    image = pytest.importorskip("PIL.Image")
+    batch = image_batch(rows=4)
+    pictures = [image.fromarray(np.full((8, 8, 3), i, dtype=np.uint8)) for i in range(4)]
+    texts = [{"input_ids": ids, "labels": ids.masked_fill(ids == IMAGE, -100)} for ids in batch["input_ids"]]
+    rows = [{**text, column: picture, "source": "web"} for text, picture in zip(texts, pictures, strict=True)]
+    bare = [{**text, "images": []} for text in texts]  # rows of a data set that has pictures elsewhere
+    KDTrainer(
+        tiny_vision(), config(recipe="lm_only", max_steps=1), train_dataset=bare, data_collator=default_data_collator
+    ).train()
+
+    def see(rows):
+        pixels = [torch.from_numpy(np.asarray(row[column], dtype=np.float32)).permute(2, 0, 1) for row in rows]
+        return {**default_data_collator(rows), "pixel_values": torch.stack(pixels)}
+
+    args = config(recipe="lm_only", max_steps=1)
+    student, before = tiny_vision(), tiny_vision().state_dict()
+    KDTrainer(student, args, train_dataset=rows, data_collator=see).train()
+    assert any("vision_tower" in name and not torch.equal(p, before[name]) for name, p in student.state_dict().items())
+    with pytest.raises(ValueError, match=f"the data set has a column '{column}' of images.*nobody reads"):
+        KDTrainer(tiny_vision(), args, train_dataset=rows, data_collator=default_data_collator).train()
 
 
 def test_who_may_leave_parameters_without_a_gradient(tiny):

@@ -25,25 +25,35 @@ def check_names(where: str, names: Iterable[str]) -> None:
             )
 
 
-def check_columns(datasets: Mapping[str, Any], removes_unused: bool) -> None:
+def check_columns(datasets: Mapping[str, Any], loses_unused: bool) -> None:
     """Raise ValueError naming argument and column where a data set's cannot be trained on, or would be lost.
 
     Args:
         datasets: argument → data set, or a mapping of data sets. One that does not tell its columns is not checked.
-        removes_unused: `remove_unused_columns`, which takes a collator the columns that no model reads.
+        loses_unused: nobody is shown columns that no model reads, as under Trainer's own collators.
     """
     for argument, dataset in datasets.items():
         if isinstance(dataset, dict):
-            check_columns({f"{argument}[{name!r}]": one for name, one in dataset.items()}, removes_unused)
+            check_columns({f"{argument}[{name!r}]": one for name, one in dataset.items()}, loses_unused)
             continue
         check_names(argument, names_of(dataset))
         raw = [name for name in media_columns(dataset) if name not in MEDIA]  # those are read, or refused in a batch
-        if raw and removes_unused:
-            raise ValueError(
-                f"{argument} has a column {raw[0]!r} of images, video or sound, which remove_unused_columns=True keeps "
-                "from the collator, so that nobody would read it. Set it to False and make the model's inputs "
-                "(pixel_values, …) in the collator, or remove the column"
-            )
+        if raw and loses_unused:
+            raise ValueError(unread(argument, raw[0]))
+
+
+def unread(where: str, name: str) -> str:
+    """Return what to say of a column that is neither an input of a model nor made one."""
+    return (
+        f"{where} has a column {name!r} of images, video or sound, which nobody reads. Pass a data_collator that makes "
+        f"the model's inputs of row[{name!r}] (pixel_values, …), as its processor does, or remove the column"
+    )
+
+
+def is_raw(name: str, value: Any) -> bool:
+    """Return whether a row's value is of images or videos that are still to be made inputs of."""
+    one = next(iter(value), None) if isinstance(value, list) else value
+    return one is not None and (name in RAW or type(one).__module__.partition(".")[0] == "PIL")
 
 
 def media_columns(dataset: Any) -> list[str]:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdfast.training.data.columns import is_raw, unread
+
 PACKED = "seq_lengths"  # TRL's column: the lengths of the documents that a row is packed of
 
 
@@ -17,20 +19,27 @@ class Row(dict[str, Any]):
     def __init__(self, row: dict[str, Any], columns: Iterable[str]) -> None:
         super().__init__((name, row[name]) for name in row if name in columns)
         self.whole = row
+        self.asked: set[str] = set()
 
     def __missing__(self, name: str) -> Any:
+        self.asked.add(name)
         return self.whole[name]
 
     def __contains__(self, name: object) -> bool:
         return super().__contains__(name) or name in self.whole
 
     def get(self, name: str, default: Any = None) -> Any:
+        self.asked.add(name)
         return super().get(name, self.whole.get(name, default))
 
     def pop(self, name: str, *default: Any) -> Any:
         found = self.get(name, *default) if default else self[name]
         super().pop(name, None)
         return found
+
+    def unseen(self) -> list[str]:
+        """Return the columns of images and videos that nobody has asked for."""
+        return [name for name in self.whole.keys() - self.keys() - self.asked if is_raw(name, self.whole[name])]
 
 
 class Collator:
@@ -49,6 +58,8 @@ class Collator:
         if self.columns is not None:
             given = [Row(row, self.columns) if isinstance(row, dict) else row for row in rows]
         batch = _without_empty_mask(self.collate(given))
+        if unseen := [name for row in given if isinstance(row, Row) for name in row.unseen()]:
+            raise ValueError(unread("the data set", unseen[0]))
         lengths = [row[PACKED] for row in rows if isinstance(row, dict) and PACKED in row]
         documents = [sum(int(n) > 0 for n in row) for row in lengths]
         if max(documents, default=0) > 1 and _segments(batch) < sum(documents):
