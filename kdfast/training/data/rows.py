@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -75,6 +75,8 @@ class Collator:
 
 def _without_empty_mask(batch: dict[str, Any]) -> dict[str, Any]:
     """Leave out a mask of ones beside position_ids that begin anew: transformers looks at these where there is none."""
+    if not isinstance(batch, Mapping):  # a collator's own, which the model will refuse
+        return batch
     mask, positions = batch.get("attention_mask"), batch.get("position_ids")
     if not isinstance(mask, Tensor) or not isinstance(positions, Tensor) or mask.dim() != 2 or positions.dim() != 2:
         return batch
