@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from kdfast._version import __version__
 from kdfast.divergences import (
     JSD,
+    AlphaBeta,
     Divergence,
     ForwardKL,
     ReverseKL,
@@ -48,6 +49,7 @@ _TRAINING = ("DistillationModel", "KDConfig", "KDTrainer")
 
 __all__ = [
     "JSD",
+    "AlphaBeta",
     "CompressedHead",
     "Divergence",
     "ForwardKL",

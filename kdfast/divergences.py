@@ -56,6 +56,11 @@ class Divergence:
     def terms(self, p: Tensor, q: Tensor, g: Tensor) -> Terms:
         raise NotImplementedError
 
+    def solve(self, log_p: Tensor, log_q: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Terms]:
+        """Return p, q, in their logarithms' place, and `terms`; what engines call."""
+        p, q = log_p.exp_(), log_q.exp_()
+        return p, q, self.terms(p, q, g)
+
     @property
     def parameters(self) -> list[float]:
         """Return the dataclass fields, in order: with `key`, all that an operator needs to rebuild it."""
@@ -207,8 +212,86 @@ class TotalVariation(Divergence):
         return Terms(difference(p, q, g).abs_().mul_(0.5), p * half, q * half.neg_())
 
 
+@dataclass(frozen=True)
+class AlphaBeta(Divergence):
+    """−1/(αβ) Σ (p^α·q^β − α/(α+β)·p^(α+β) − β/(α+β)·q^(α+β)), and where α, β or α+β is 0 what that tends to.
+
+    Forward KL at α = 1, β = 0, reverse KL at 0 and 1, four times the squared Hellinger distance at ½ and ½; at 0 and 0
+    ½ Σ (log p − log q)². The limits are Cichocki, Cruces and Amari's, Entropy 13, 2011: at β = 0 a factor 1/α², where
+    the code of ABKD (Wang et al. 2025, arXiv:2505.04560, best between the KLs, such as α = 0.2, β = 0.7) has 1/α.
+    Unless α+β = 1 a sparse teacher must have a bucket. Raises ValueError for what is no finite number.
+    """
+
+    alpha: float = 0.5
+    beta: float = 0.5
+    name: ClassVar[str] = "alpha_beta"
+
+    def __post_init__(self) -> None:
+        for value in (self.alpha, self.beta):
+            if not isinstance(value, Real) or not -inf < value < inf:
+                raise ValueError(f"AlphaBeta(alpha={self.alpha}, beta={self.beta}): expected finite numbers")
+
+    def pointwise(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        # the sum of two differences over α and β, or another two of three, so that none is over what is nearly 0
+        alpha, beta, both = self.alpha, self.beta, self.alpha + self.beta
+        empty = log_p.isneginf() & log_q.isneginf()
+        log_p, log_q = log_p.masked_fill(empty, 0.0), log_q.masked_fill(empty, 0.0)
+        p, q = _power(log_p, both, log_q, 0.0), _power(log_p, 0.0, log_q, both)
+        pq = _power(log_p, alpha, log_q, beta)
+
+        def over(number: float, end: Tensor, start: Tensor) -> Tensor:  # (end − start)/number, log end/start = number·g
+            none = start == 0
+            g = log_p.masked_fill(none, 0.0) - log_q.masked_fill(none, 0.0)
+            if not number:
+                return start * g
+            far = (number * g).abs() > 1
+            return torch.where(far | none, end - start, start * torch.expm1(number * g.masked_fill(far, 0.0))) / number
+
+        if alpha == beta == 0:
+            return (log_p - log_q).square() / 2
+        if alpha * beta >= 0:
+            return (over(beta, p, pq) - over(alpha, pq, q)) / both
+        if abs(alpha) > abs(beta):
+            return (over(beta, p, pq) - over(both, p, q)) / alpha
+        return (over(both, p, q) - over(alpha, pq, q)) / beta
+
+    def terms(self, p: Tensor, q: Tensor, g: Tensor) -> Terms:
+        return self._terms(p.log(), q.log(), g)
+
+    def solve(self, log_p: Tensor, log_q: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Terms]:
+        terms = self._terms(log_p, log_q, g)  # a small power of what underflows does not
+        return log_p.exp_(), log_q.exp_(), terms
+
+    def _terms(self, log_p: Tensor, log_q: Tensor, g: Tensor) -> Terms:
+        alpha, beta, both = self.alpha, self.beta, self.alpha + self.beta
+        empty = log_p.isneginf() & log_q.isneginf()
+        log_p, log_q = log_p.masked_fill(empty, 0.0), log_q.masked_fill(empty, 0.0)
+        p, q = _power(log_p, both, log_q, 0.0), _power(log_p, 0.0, log_q, both)
+        pq = _power(log_p, alpha, log_q, beta)
+
+        def over(number: float, end: Tensor, start: Tensor) -> Tensor:  # the same, to full relative precision
+            return difference(start, end, -number * g).div_(number) if number else weighted(start, g)
+
+        a_p, a_q = over(beta, p, pq), over(alpha, pq, q).neg_()
+        if alpha * beta >= 0:
+            f = (a_p + a_q) / (both or 1)
+        elif abs(alpha) > abs(beta):
+            f = (a_p - over(both, p, q)) / alpha
+        else:
+            f = (over(both, p, q) + a_q) / beta
+        if alpha == beta == 0:
+            f = g.square() / 2
+        elif max(abs(alpha), abs(beta), abs(both)) < 0.8:  # it cancels more: near 0 g²·pq·exp[0, x, y], a series
+            x, y = -alpha * g, beta * g
+            series = 0.5 + (x + y) / 6 + (x * x + x * y + y * y) / 24 + (x + y) * (x * x + y * y) / 120
+            near = torch.maximum(x.abs(), y.abs()) < (2.0**-12 if g.dtype == torch.float64 else 2.0**-4)
+            f = torch.where(near, g.square() * pq * series, f)
+        return Terms(f, a_p, a_q)
+
+
 DIVERGENCES: dict[str, type[Divergence]] = {
-    cls.name: cls for cls in (ForwardKL, ReverseKL, SymmetricKL, JSD, SkewKL, SkewReverseKL, TotalVariation)
+    cls.name: cls
+    for cls in (ForwardKL, ReverseKL, SymmetricKL, JSD, SkewKL, SkewReverseKL, TotalVariation, AlphaBeta)
 }
 for _name, _class in DIVERGENCES.items():  # those that the kernels have
     _class.key = _name
@@ -217,7 +300,7 @@ for _name, _class in DIVERGENCES.items():  # those that the kernels have
 def get_divergence(divergence: str | Divergence, parameters: Sequence[float] = ()) -> Divergence:
     """Return the instance that a name (with its parameters) or an instance stands for.
 
-    JSD and symmetric KL at 0 and 1 and the skew divergences at 0 become the KL they are.
+    JSD and symmetric KL at 0 and 1, the skew divergences at 0 and α-β at 1 and 0 become the KL they are.
 
     Raises ValueError for an unknown name or a parameter out of its range, TypeError for anything else.
     """
@@ -240,6 +323,8 @@ def get_divergence(divergence: str | Divergence, parameters: Sequence[float] = (
         return ForwardKL() if divergence.parameters == [0.0] else ReverseKL()
     if type(divergence) in (SkewKL, SkewReverseKL) and divergence.parameters == [0.0]:
         return ForwardKL() if type(divergence) is SkewKL else ReverseKL()
+    if type(divergence) is AlphaBeta and divergence.parameters in ([1.0, 0.0], [0.0, 1.0]):
+        return ForwardKL() if divergence.alpha == 1.0 else ReverseKL()
     return divergence
 
 
@@ -283,6 +368,12 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 def difference(p: Tensor, q: Tensor, g: Tensor) -> Tensor:
     """Return q − p to full relative precision: ±max(p, q)·expm1(−|g|), which never overflows."""
     return torch.expm1(-g.abs()).mul_(torch.maximum(p, q)).copysign_(-g)
+
+
+def _power(log_p: Tensor, alpha: float, log_q: Tensor, beta: float) -> Tensor:
+    """Return p^α·q^β, where 0⁰ = 1."""
+    zero = torch.zeros_like(log_p)
+    return ((alpha * log_p if alpha else zero) + (beta * log_q if beta else zero)).exp()
 
 
 def _log_mixture(log_p: Tensor, log_q: Tensor, weight: float) -> Tensor:

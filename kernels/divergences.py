@@ -67,8 +67,31 @@ def total_variation(p, q, g):
 
 
 @triton.jit
-def terms(DIVERGENCE: tl.constexpr, p, q, g, parameter):
-    """Return (f, a_p, a_q) of the divergence of that name. parameter: its only number, or 0."""
+def _over(number, end, start, g):
+    """Return (end − start)/number where log end/start = number·g, which may be 0."""
+    return tl.where(number == 0, weighted(start, g), difference(start, end, -number * g) / number)
+
+
+@triton.jit
+def alpha_beta(log_p, log_q, g, alpha, beta):
+    """α-β divergence: a_p = (p^(α+β) − p^α·q^β)/β, a_q likewise. f is the difference of two of three such quotients
+    over the largest of α, β, α+β; where that cancels, g²·p^α·q^β times the divided difference exp[0, x, y]."""
+    NEAR: tl.constexpr = 2**-12 if g.dtype == tl.float64 else 2**-4
+    neither, both = g != g, alpha + beta
+    g = tl.where(neither, 0, g)
+    log_p, log_q = tl.where(neither, 0, tl.maximum(log_p, -1e30)), tl.where(neither, 0, tl.maximum(log_q, -1e30))
+    p, pq, q = tl.exp(both * log_p), tl.exp(alpha * log_p + beta * log_q), tl.exp(both * log_q)
+    a_p, a_q, whole = _over(beta, p, pq, g), -_over(alpha, pq, q, g), _over(both, p, q, g)
+    f = tl.where(tl.abs(alpha) > tl.abs(beta), (a_p - whole) / alpha, (whole + a_q) / beta)
+    f = tl.where(alpha * beta >= 0, (a_p + a_q) / both, f)
+    x, y = -alpha * tl.maximum(tl.minimum(g, 1e30), -1e30), beta * tl.maximum(tl.minimum(g, 1e30), -1e30)
+    series = 0.5 + (x + y) / 6 + (x * x + x * y + y * y) / 24 + (x + y) * (x * x + y * y) / 120
+    return tl.where(tl.maximum(tl.abs(x), tl.abs(y)) < NEAR, g * g * pq * series, f), a_p, a_q
+
+
+@triton.jit
+def terms(DIVERGENCE: tl.constexpr, p, q, g, log_p, log_q, parameter, second):
+    """Return (f, a_p, a_q) of the divergence of that name. parameter, second: its numbers, or 0."""
     if DIVERGENCE == "forward_kl":
         f, a_p, a_q = forward_kl(p, q, g)
     elif DIVERGENCE == "reverse_kl":
@@ -81,6 +104,8 @@ def terms(DIVERGENCE: tl.constexpr, p, q, g, parameter):
         f, a_p, a_q = skew_kl(p, q, g, parameter)
     elif DIVERGENCE == "skew_reverse_kl":
         f, a_q, a_p = skew_kl(q, p, -g, parameter)
+    elif DIVERGENCE == "alpha_beta":
+        f, a_p, a_q = alpha_beta(log_p, log_q, g, parameter, second)
     else:
         tl.static_assert(DIVERGENCE == "total_variation")
         f, a_p, a_q = total_variation(p, q, g)
@@ -100,7 +125,7 @@ class Entry:
 ENTRIES = {
     "forward_kl": Entry(base="t", centred_q=True),
     "reverse_kl": Entry(base="s", centred_p=True),
-    **dict.fromkeys(("symmetric_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation"), Entry()),
+    **dict.fromkeys(("symmetric_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation", "alpha_beta"), Entry()),
 }
 
 

@@ -1,7 +1,4 @@
-"""What launchers take, in two pieces: the heads that make logits, and the loss that is taken of them.
-
-Each turns itself into kernel arguments: NamedTuples of tensors and sizes, and frozen dataclasses of compile-time flags.
-"""
+"""What launchers take, in two pieces: the heads that make logits, and the loss that is taken of them."""
 
 from __future__ import annotations
 
@@ -15,7 +12,6 @@ from torch import Tensor
 from kdfast.kernels.block_sizes import TileConfig, architecture
 from kdfast.kernels.divergences import Entry, entry_of
 
-# Kernel arguments:
 Matrix = namedtuple("Matrix", "pointer row column")  # with its strides
 # what logits are products of: hidden (N, Hs), teacher_hidden (N, Hs) or (N, Ht), weight (V, Hs), teacher_weight
 # (V, Ht), of which the teacher's may have no pointer; biases (V,) or None
@@ -148,7 +144,7 @@ class Term:
     """The loss: a divergence, and what else is wanted of the logits."""
 
     divergence: str  # "sparse": a teacher given by a few entries a row, which the kernels know little of
-    parameter: float  # the divergence's only number, or 0
+    parameter: float  # the divergence's first number, or 0
     temperature: Tensor  # ()
     coefficients: Tensor  # (3, N): kd, ce, anchor
     scale: Tensor  # (): gradients are divided by it
@@ -161,10 +157,7 @@ class Term:
     metrics: bool
     bits: Tensor | None = None  # (rows at hand, words) int32: set bits take entries out of a sparse teacher's bucket
     teacher_temperature: Tensor | None = None  # (), of its own in the KD term
-
-    @property
-    def sparse(self) -> bool:
-        return self.divergence == "sparse"
+    second: float = 0.0  # the divergence's second number
 
     @property
     def intricate(self) -> bool:

@@ -49,8 +49,8 @@ def gradients(
         shared = z_s
         if TRUNCATED:
             shared = tl.where(v < kd_V, z_s, -float("inf"))
-        p, q, g = probabilities(shared, z_t, constants, loss)
-        _, a_p, a_q = terms(NAME, p, q, g, loss.parameter)
+        p, q, g, log_p, log_q = probabilities(shared, z_t, constants, loss)
+        _, a_p, a_q = terms(NAME, p, q, g, log_p, log_q, loss.parameter, loss.second)
         if GRAD.student:
             if not DIVERGENCE.centred_q:
                 a_q -= q * constants.A_q[:, None]

@@ -50,7 +50,7 @@ Move = namedtuple("Move", "by r")  # of a maximum: (old − new)/τ, and its exp
 
 Block = namedtuple("Block", "x e move")  # one side's, [R, BLOCK]; the move [R] of its maximum
 # what the loss asks of a program's rows: ids [R] of the cross entropy and the anchor; 1/τ of both sides (); [1, 1]
-Loss = namedtuple("Loss", "labels targets inv_tau inv_tau_t parameter")
+Loss = namedtuple("Loss", "labels targets inv_tau inv_tau_t parameter second")
 Scales = namedtuple("Scales", "scale_s softcap_s scale_t softcap_t")  # [1, 1]
 
 # tensors in each, as they lie in memory one below the other
@@ -71,7 +71,7 @@ def scales_of(scale_s, softcap_s, scale_t, softcap_t, dtype: tl.constexpr):
 
 
 @triton.jit
-def load_loss(tensors, parameter, n, inside, dtype: tl.constexpr):
+def load_loss(tensors, parameter, second, n, inside, dtype: tl.constexpr):
     """Return what the loss asks of the rows n [R], from `launch.LossTensors`."""
     labels, targets = n, n
     if tensors.labels is not None:
@@ -79,7 +79,8 @@ def load_loss(tensors, parameter, n, inside, dtype: tl.constexpr):
     if tensors.targets is not None:
         targets = tl.load(tensors.targets + n, mask=inside, other=0).to(tl.int32)
     inv_tau, inv_tau_t = 1 / tl.load(tensors.temperature), 1 / tl.load(tensors.teacher_temperature)
-    return Loss(labels, targets, inv_tau, inv_tau_t, tl.full([1, 1], parameter, dtype))
+    parameter, second = tl.full([1, 1], parameter, dtype), tl.full([1, 1], second, dtype)
+    return Loss(labels, targets, inv_tau, inv_tau_t, parameter, second)
 
 
 @triton.jit
@@ -274,8 +275,8 @@ def update_terms(total, z_s, z_t, constants, loss, DIVERGENCE: tl.constexpr, DEC
     """Return the `TermSums` with a block added: the second pass."""
     NAME: tl.constexpr = DIVERGENCE.name
     F, A_p, A_q, aq_aq, aq_q, q_q, ap_aq, ap_q, p_aq, p_q = total
-    p, q, g = probabilities(z_s, z_t, constants, loss)
-    f, a_p, a_q = terms(NAME, p, q, g, loss.parameter)
+    p, q, g, log_p, log_q = probabilities(z_s, z_t, constants, loss)
+    f, a_p, a_q = terms(NAME, p, q, g, log_p, log_q, loss.parameter, loss.second)
     F += tl.sum(f, axis=1)
     if not DIVERGENCE.centred_p:
         A_p += tl.sum(a_p, axis=1)
@@ -321,12 +322,11 @@ def decorrelation_of(dots, ce, kd_coefficient, ce_coefficient, inv_tau, inv_tau_
 
 @triton.jit
 def probabilities(z_s, z_t, constants, loss):
-    """Return (p, q, g = log p − log q) of a block at τ. g is NaN where neither side has any mass."""
+    """Return (p, q, g = log p − log q, log p, log q) of a block at τ. g is NaN where neither side has any mass."""
     x_s = (z_s - constants.m_s[:, None]) * loss.inv_tau
     x_t = (z_t - constants.m_t[:, None]) * loss.inv_tau_t
-    p = tl.exp(x_t - constants.log_S_t[:, None])
-    q = tl.exp(x_s - constants.log_S_s[:, None])
-    return p, q, (x_t - x_s) - constants.gap[:, None]
+    log_p, log_q = x_t - constants.log_S_t[:, None], x_s - constants.log_S_s[:, None]
+    return tl.exp(log_p), tl.exp(log_q), (x_t - x_s) - constants.gap[:, None], log_p, log_q
 
 
 @triton.jit
@@ -346,32 +346,21 @@ def load_tensors(pointers, stride, mask, COUNT: tl.constexpr):
 
 
 @triton.jit
-def cross_entropy(side):
-    """Return −log softmax at τ = 1 of the target's logit, [R]."""
-    return tl.log(side.S1) - (side.target - side.m)
-
-
-@triton.jit
-def entropy(side):
-    return tl.log(side.S1) - side.E / side.S1
-
-
-@triton.jit
 def store_statistics(stats_ptr, stride, mask, student, teacher, DIVERGENCE: tl.constexpr, WANT: tl.constexpr):
     """Write what two sides' states say, rows 1 to 5 of stats (the divergence, row 0, is the caller's), and return the
     cross entropy [R], 0 where it is not wanted. stats_ptr [R]. With a sparse teacher row 5, the agreement, is the
     student's argmax."""
     ce = tl.zeros_like(student.m)
     if WANT.ce:
-        ce = cross_entropy(student)
+        ce = tl.log(student.S1) - (student.target - student.m)
         tl.store(stats_ptr + stride, ce, mask=mask)
     if WANT.anchor:
-        tl.store(stats_ptr + 2 * stride, cross_entropy(teacher), mask=mask)
+        tl.store(stats_ptr + 2 * stride, tl.log(teacher.S1) - (teacher.target - teacher.m), mask=mask)
     if WANT.metrics:
-        tl.store(stats_ptr + 3 * stride, entropy(student), mask=mask)
+        tl.store(stats_ptr + 3 * stride, tl.log(student.S1) - student.E / student.S1, mask=mask)
         if DIVERGENCE.name == "sparse":
             tl.store(stats_ptr + 5 * stride, student.argmax.to(ce.dtype), mask=mask)
         elif WANT.teacher:
-            tl.store(stats_ptr + 4 * stride, entropy(teacher), mask=mask)
+            tl.store(stats_ptr + 4 * stride, tl.log(teacher.S1) - teacher.E / teacher.S1, mask=mask)
             tl.store(stats_ptr + 5 * stride, (student.argmax == teacher.argmax).to(ce.dtype), mask=mask)
     return ce

@@ -18,9 +18,7 @@ nothing is shared between programs. A program walks its row pair up to three tim
 The last three run where something lies between: collectives, where each process has a slice of the vocabulary, and
 arithmetic on its entries (`kdfast.ops.sparse`), where the teacher is a few entries per row.
 
-The first read comes from memory. A row pair is 2·V·4 bytes (402 KB at V=50257); with one program on each of 132
-multiprocessors 53 MB are alive and later reads come from a 60 MB L2, with two 106 MB, and some come from memory. Bytes
-per row pair: 8·V per read, 4·V written in bf16.
+Bytes per row pair: 8·V per read, of which the later ones come from L2, 4·V written in bf16 (docs/performance.md).
 """
 
 from collections import namedtuple
@@ -213,7 +211,7 @@ def store_zeros(pointers, m, rows, COUNT: tl.constexpr):
 @triton.jit(do_not_specialize=["stride_c", "stride_stats", "start", "m"])
 def row_kernel(
     logits, tensors, stride_c, start, m,
-    scale_s: "fp64", softcap_s: "fp64", scale_t: "fp64", softcap_t: "fp64", parameter: "fp64",
+    scale_s: "fp64", softcap_s: "fp64", scale_t: "fp64", softcap_t: "fp64", parameter: "fp64", second: "fp64",
     stats_ptr, stride_stats,  # (6, N): divergence, CE, anchor, student entropy, teacher entropy, agreement
     grads,  # `launch.Gradients`
     HEADS: tl.constexpr, DIVERGENCE: tl.constexpr, WANT: tl.constexpr, GRAD: tl.constexpr, IN_PLACE: tl.constexpr,
@@ -226,7 +224,7 @@ def row_kernel(
         if grads.decorrelation is not None:
             store_zeros(grads.decorrelation, m, rows, 1)
         return
-    loss = online.load_loss(tensors, parameter, rows.n, rows.inside, rows.zero.dtype)
+    loss = online.load_loss(tensors, parameter, second, rows.n, rows.inside, rows.zero.dtype)
     coefficients = load_coefficients(tensors.coefficients + rows.n, stride_c, rows.inside, tl.load(tensors.scale))
 
     student, teacher, pair = statistics_pass(logits, rows, loss, None, HEADS, DIVERGENCE, WANT, BLOCK)
@@ -260,7 +258,7 @@ def row_kernel(
 @triton.jit(do_not_specialize=["stride_c", "start", "m"])
 def states_kernel(
     logits, tensors, stride_c, start, m,
-    scale_s: "fp64", softcap_s: "fp64", scale_t: "fp64", softcap_t: "fp64", parameter: "fp64",
+    scale_s: "fp64", softcap_s: "fp64", scale_t: "fp64", softcap_t: "fp64", parameter: "fp64", second: "fp64",
     bits,  # (m, words) int32 or None
     states_ptr,  # (19, m), or (25, m) where truncated: student, teacher, pair, the student's tokens beyond
     HEADS: tl.constexpr, DIVERGENCE: tl.constexpr, WANT: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
@@ -270,7 +268,7 @@ def states_kernel(
     if tl.max(rows.active.to(tl.int32), axis=0) == 0:
         store_zeros(states_ptr, m, rows, online.STATE + (online.SIDE if HEADS.truncated else 0))
         return
-    loss = online.load_loss(tensors, parameter, rows.n, rows.inside, rows.zero.dtype)
+    loss = online.load_loss(tensors, parameter, second, rows.n, rows.inside, rows.zero.dtype)
     bits_ptr = bits.pointer
     if bits_ptr is not None:
         bits_ptr += rows.r[:, None] * bits.row
@@ -286,7 +284,7 @@ def states_kernel(
 @triton.jit(do_not_specialize=["stride_c", "start", "m"])
 def terms_kernel(
     logits, tensors, stride_c, start, m,
-    scale_s: "fp64", softcap_s: "fp64", scale_t: "fp64", softcap_t: "fp64", parameter: "fp64",
+    scale_s: "fp64", softcap_s: "fp64", scale_t: "fp64", softcap_t: "fp64", parameter: "fp64", second: "fp64",
     constants_ptr,  # (9, m)
     sums_ptr,  # (10, m)
     HEADS: tl.constexpr, DIVERGENCE: tl.constexpr, WANT: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
@@ -296,7 +294,7 @@ def terms_kernel(
     if tl.max(rows.active.to(tl.int32), axis=0) == 0:
         store_zeros(sums_ptr, m, rows, online.TERMS)
         return
-    loss = online.load_loss(tensors, parameter, rows.n, rows.inside, rows.zero.dtype)
+    loss = online.load_loss(tensors, parameter, second, rows.n, rows.inside, rows.zero.dtype)
     constants = online.RowConstants(*online.load_tensors(constants_ptr + rows.r, m, rows.inside, online.CONSTANTS))
     total = terms_pass(logits, rows, loss, constants, HEADS, DIVERGENCE, WANT, BLOCK)
     online.store_tensors(sums_ptr + rows.r, m, total, rows.inside)
@@ -305,7 +303,7 @@ def terms_kernel(
 @triton.jit(do_not_specialize=["stride_c", "start", "m"])
 def row_gradients_kernel(
     logits, tensors, stride_c, start, m,
-    scale_s: "fp64", softcap_s: "fp64", scale_t: "fp64", softcap_t: "fp64", parameter: "fp64",
+    scale_s: "fp64", softcap_s: "fp64", scale_t: "fp64", softcap_t: "fp64", parameter: "fp64", second: "fp64",
     constants_ptr,  # (9, m)
     grads,  # `launch.Gradients`
     HEADS: tl.constexpr, DIVERGENCE: tl.constexpr, GRAD: tl.constexpr, IN_PLACE: tl.constexpr,
@@ -316,7 +314,7 @@ def row_gradients_kernel(
     if tl.max(rows.active.to(tl.int32), axis=0) == 0:
         zero_gradients(logits, rows, grads, R, BLOCK, GRAD)
         return
-    loss = online.load_loss(tensors, parameter, rows.n, rows.inside, rows.zero.dtype)
+    loss = online.load_loss(tensors, parameter, second, rows.n, rows.inside, rows.zero.dtype)
     coefficients = load_coefficients(tensors.coefficients + rows.n, stride_c, rows.inside, tl.load(tensors.scale))
     constants = online.RowConstants(*online.load_tensors(constants_ptr + rows.r, m, rows.inside, online.CONSTANTS))
     decorrelation = rows.zero
@@ -357,8 +355,8 @@ def _launch(
 
     def launch(config: RowConfig) -> None:
         kernel[(triton.cdiv(m, config.rows),)](
-            logits, term.tensors(), term.coefficients.stride(0), chunk.start, m, *heads.scalars(), term.parameter,
-            *arguments, HEADS=heads.flags(), DIVERGENCE=term.entry, **flags,
+            logits, term.tensors(), term.coefficients.stride(0), chunk.start, m, *heads.scalars(),
+            term.parameter, term.second, *arguments, HEADS=heads.flags(), DIVERGENCE=term.entry, **flags,
             R=config.rows, BLOCK=config.block, num_warps=config.warps,
         )  # fmt: skip
 

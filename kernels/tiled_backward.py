@@ -25,7 +25,7 @@ def gradients_kernel(
     constants_ptr,  # (10, N)
     grads,  # `launch.Gradients`, all of one stride
     N, V, kd_V, Hs, Ht, first, width,
-    scale_s: "fp64", softcap_s: "fp64", scale_t: "fp64", softcap_t: "fp64", parameter: "fp64",
+    scale_s: "fp64", softcap_s: "fp64", scale_t: "fp64", softcap_t: "fp64", parameter: "fp64", second: "fp64",
     HEADS: tl.constexpr, DIVERGENCE: tl.constexpr, GRAD: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -39,7 +39,7 @@ def gradients_kernel(
     n = (group * GROUP + within % rows_here) * BLOCK_N + tl.arange(0, BLOCK_N)
     start = (within // rows_here) * BLOCK_V  # in the slab
     inside = n < N
-    loss = load_loss(tensors, parameter, n, inside, dtype)
+    loss = load_loss(tensors, parameter, second, n, inside, dtype)
     products_s, products_t = tile(
         operands, n, first + start + tl.arange(0, BLOCK_V), N, V, kd_V, Hs, Ht, HEADS, dtype, BLOCK_N, BLOCK_V, BLOCK_H
     )
@@ -87,8 +87,8 @@ def slab_gradients(
 
     def launch(config: TileConfig) -> None:
         gradients_kernel[(triton.cdiv(N, config.block_n) * triton.cdiv(width, config.block_v),)](
-            heads.operands(), heads.given(), tensors, term.coefficients.stride(0), constants, grads,
-            N, heads.vocab, heads.kd_vocab, *heads.widths(), first, width, *heads.scalars(), term.parameter,
+            heads.operands(), heads.given(), tensors, term.coefficients.stride(0), constants, grads, N,
+            heads.vocab, heads.kd_vocab, *heads.widths(), first, width, *heads.scalars(), term.parameter, term.second,
             HEADS=heads.flags(config), DIVERGENCE=term.entry, GRAD=flags,
             GROUP=GROUP, PARTS=config.parts, **config.blocks(), num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip

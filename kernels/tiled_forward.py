@@ -34,7 +34,7 @@ def statistics_kernel(
     constants_ptr,  # (10, N): read in the second pass
     out_ptr,  # (splits, state, N)
     N, V, Hs, Ht, tiles_per_split, begin,  # tokens from `begin` to V
-    scale_s: "fp64", softcap_s: "fp64", scale_t: "fp64", softcap_t: "fp64", parameter: "fp64",
+    scale_s: "fp64", softcap_s: "fp64", scale_t: "fp64", softcap_t: "fp64", parameter: "fp64", second: "fp64",
     HEADS: tl.constexpr, DIVERGENCE: tl.constexpr, WANT: tl.constexpr, SECOND: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -42,9 +42,9 @@ def statistics_kernel(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
     inside = n < N
-    labels, targets, inv_tau, inv_tau_t, parameter = online.load_loss(tensors, parameter, n, inside, dtype)
-    labels = tl.where(labels < V, labels, -1)  # another launch's; a tile past V has a column of its number
-    loss = online.Loss(labels, targets, inv_tau, inv_tau_t, parameter)
+    loss = online.load_loss(tensors, parameter, second, n, inside, dtype)
+    labels = tl.where(loss.labels < V, loss.labels, -1)  # another launch's; a tile past V has a column of its number
+    loss = online.Loss(labels, loss.targets, loss.inv_tau, loss.inv_tau_t, loss.parameter, loss.second)
     scales = online.scales_of(scale_s, softcap_s, scale_t, softcap_t, dtype)
     zero = tl.zeros([BLOCK_N], dtype)
     student, teacher = online.empty_side(zero), online.empty_side(zero)
@@ -238,7 +238,7 @@ def _partial_states(
     tensors = term.tensors()._replace(labels=None, targets=None) if second else term.tensors()
     statistics_kernel[(row_blocks, splits)](
         heads.operands(), heads.given(), matrix(term.bits), tensors, constants, partial,
-        N, end, *heads.widths(), per_split, begin, *heads.scalars(), term.parameter,
+        N, end, *heads.widths(), per_split, begin, *heads.scalars(), term.parameter, term.second,
         HEADS=heads.flags(config), DIVERGENCE=term.entry, WANT=term.statistics_flags(heads.teacher, decorrelate),
         SECOND=second, PARTS=config.parts, **config.blocks(), num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip

@@ -87,7 +87,6 @@ def parts(x, PARTS: tl.constexpr):
     elif PARTS == 4:
         return _quarters(x)
     else:
-        tl.static_assert(PARTS == 8)
         a, b = _halves(x)
         return _quarters(a) + _quarters(b)
 

@@ -92,8 +92,7 @@ class TorchRows:
         log_q = torch.log_softmax(z_s / x.temperature, dim=-1)
         unknown = log_p[:, 0].isnan() | log_q[:, 0].isnan()  # a NaN logit makes its whole row NaN
         g = log_ratio(log_p, log_q)
-        p, q = log_p.exp_(), log_q.exp_()
-        terms = divergence.terms(p, q, g)
+        p, q, terms = divergence.solve(log_p, log_q, g)
         value = terms.f.sum(dim=-1).masked_fill_(unknown, float("nan"))
         by_s, by_t = coefficient / x.temperature, coefficient / x.teacher_temperature
         grad_s = times(center(terms.a_q, q, divergence.centred_q), by_s) if self.wanted.student else None

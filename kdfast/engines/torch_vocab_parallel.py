@@ -202,8 +202,8 @@ class TorchVocabParallelRows(TorchRows):
         for part, within, student, teacher in self.blocks(rows, z_s, z_t):
             given = self.teacher_logits(part, teacher)
             assert given is not None
-            p, q, g = self._probabilities(student, given, constants.part(within))
-            found.append(torch.stack([each.sum(dim=-1) for each in self.x.divergence.terms(p, q, g)]))
+            _, _, terms = self.x.divergence.solve(*self._logarithms(student, given, constants.part(within)))
+            found.append(torch.stack([each.sum(dim=-1) for each in terms]))
         return torch.cat(found, dim=1)
 
     def merge_terms(self, rows: slice, terms: Tensor, constants: Constants) -> Constants:
@@ -233,8 +233,7 @@ class TorchVocabParallelRows(TorchRows):
             grad_s = self._sparse_gradient(rows, z_s[:, : x.kd_vocab], constants)
         elif z_t is not None and (wanted.student or wanted.teacher):
             divergence = x.divergence
-            p, q, g = self._probabilities(z_s, z_t, constants)
-            _, a_p, a_q = divergence.terms(p, q, g)
+            p, q, (_, a_p, a_q) = divergence.solve(*self._logarithms(z_s, z_t, constants))
             if wanted.student:
                 grad_s = times(center(a_q, q, divergence.centred_q, constants.A_q), kd / self.tau)
             if wanted.teacher:
@@ -255,14 +254,14 @@ class TorchVocabParallelRows(TorchRows):
             grad.scatter_add_(1, index, torch.where(here, -coefficient, 0.0))
         return grad
 
-    def _probabilities(self, z_s: Tensor, z_t: Tensor, constants: Constants) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (p, q, g = log p − log q) at τ."""
+    def _logarithms(self, z_s: Tensor, z_t: Tensor, constants: Constants) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (log p, log q, g = log p − log q) at τ."""
         m_s, log_s, m_t, log_t, gap = (each[:, None] for each in constants[:5])
         x_s = (z_s[:, : self.x.kd_vocab] - m_s) / self.tau
         x_t = (z_t - m_t) / self.tau_t
         g = log_ratio(x_t, x_s).sub_(gap)
         g.masked_fill_(x_t.isneginf() & x_s.isneginf(), 0.0)
-        return (x_t - log_t).exp_(), (x_s - log_s).exp_(), g
+        return x_t - log_t, x_s - log_s, g
 
     # a sparse teacher
 

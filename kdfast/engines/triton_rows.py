@@ -115,9 +115,11 @@ def heads_of(x: Problem) -> Heads:
 def term_of(x: Problem, scale: Tensor) -> Term:
     """Return the loss that is taken of the logits, as the kernels' launchers take it; scale () divides gradients."""
     want = grad_flags(x)  # with per-row losses too: what the statistics must know of a later backward
+    numbers = [*x.divergence_parameters, 0.0, 0.0]
     return Term(
         divergence="sparse" if x.sparse else x.divergence_name,
-        parameter=x.divergence_parameters[0] if x.divergence_parameters else 0.0,
+        parameter=numbers[0],
+        second=numbers[1],
         temperature=sparse.temperature(x) if x.sparse else x.temperature,
         coefficients=x.coefficients,
         scale=scale,

@@ -138,8 +138,7 @@ def solve(
     if x.teacher_tail == "renormalize":
         log_p = log_p if x.teacher_tempered else log_p / x.temperature
         log_p = log_p - torch.where(first, log_p, -inf).logsumexp(dim=-1, keepdim=True)
-    p, q, g = log_p.exp(), log_q.exp(), log_ratio(log_p, log_q)
-    f, _, a_q = divergence.terms(p, q, g)
+    p, q, (f, _, a_q) = divergence.solve(log_p.clone(), log_q, log_ratio(log_p, log_q))
     q_inside = torch.where(first, q, 0).sum(dim=-1)
     q_outside = (1 - q_inside).clamp_min(0)
     nothing, added = without_teacher(divergence)
@@ -175,8 +174,7 @@ def _categories(x: Problem, rows: slice, z: Tensor, norm: Tensor, rest: Tensor, 
 
     log_t = categories(log_p, x.teacher_log_tail[rows])
     log_s = categories(z - norm[:, None], rest - norm)
-    t, s = log_t.exp(), log_s.exp()
-    f, _, a_s = divergence.terms(t, s, log_ratio(log_t, log_s))
+    p, s, (f, _, a_s) = divergence.solve(log_t, log_s, log_ratio(log_t, log_s))
     gradient = a_s if divergence.centred_q else a_s - s * a_s.sum(dim=-1, keepdim=True)
     most = s > 0.5  # there it is a small difference of numbers near 1, and all that the others do not have
     gradient = torch.where(most, -gradient.masked_fill(most, 0).sum(dim=-1, keepdim=True), gradient)
@@ -186,7 +184,7 @@ def _categories(x: Problem, rows: slice, z: Tensor, norm: Tensor, rest: Tensor, 
     inside = _of_the_first(counted(indices), gradient[:, :-1])
     in_bucket = torch.where(outside[:, None] == 0, 0, outside[:, None] * (z - rest[:, None]).exp())
     inside = torch.where(log_p > -inf, inside, in_bucket)
-    value = f.sum(dim=-1) + 0 * (t[:, 0] + s[:, 0])  # a NaN logit makes its whole row NaN; some terms take that for 0
+    value = f.sum(dim=-1) + 0 * (p[:, 0] + s[:, 0])  # a NaN logit makes its whole row NaN; some terms take that for 0
     return _support(value, inside, outside, coefficient)
 
 

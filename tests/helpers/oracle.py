@@ -37,6 +37,8 @@ def divergence(name, log_p, log_q, beta=0.5, alpha=0.1, lam=0.5):
         return (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
     if name == "symmetric_kl":
         return (1 - lam) * kl(log_p, log_q) + lam * kl(log_q, log_p)
+    if name == "alpha_beta":
+        return alpha_beta(log_p, log_q, alpha, beta)
     if name == "jsd" and 0 < beta < 1:
         log_m = torch.log(beta * log_p.exp() + (1 - beta) * log_q.exp())
         return beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
@@ -46,6 +48,17 @@ def divergence(name, log_p, log_q, beta=0.5, alpha=0.1, lam=0.5):
         return kl(log_q, torch.log((1 - alpha) * log_p.exp() + alpha * log_q.exp()))
     forward = name == "forward_kl" or (name == "jsd" and beta == 0)
     return kl(log_p, log_q) if forward else kl(log_q, log_p)
+
+
+def alpha_beta(log_p, log_q, a, b):
+    """For a > 0 and b ≥ 0, by Cichocki, Cruces and Amari's formulas; either side may lack mass anywhere."""
+    both = log_p.isneginf() & log_q.isneginf()
+    log_p, log_q, q = log_p.masked_fill(both, 0), log_q.masked_fill(both, 0), (a + b) * log_q
+    if b == 0:
+        kl_ = (a * log_p).exp() * a * (log_p - log_q).masked_fill(log_p.isneginf(), 0)
+        return ((kl_ - (a * log_p).exp() + (a * log_q).exp()) / a**2).masked_fill(both, 0).sum(-1)
+    p, pq = ((a + b) * log_p).exp(), (a * log_p + b * log_q).exp()
+    return (-(pq - a / (a + b) * p - b / (a + b) * q.exp()) / (a * b)).masked_fill(both, 0).sum(-1)
 
 
 def loss(
@@ -102,6 +115,8 @@ def loss(
 def value(divergence, log_p, log_q):
     """(N,) of an instance or a name; p is the teacher, and need not sum to one. Either side may lack mass anywhere."""
     name, parameters = (divergence, []) if isinstance(divergence, str) else (divergence.name, divergence.parameters)
+    if name == "alpha_beta":
+        return alpha_beta(log_p, log_q, *(parameters or (0.5, 0.5)))
     (number,) = parameters or [{"jsd": 0.5, "symmetric_kl": 0.5}.get(name, 0.1)]
 
     def kl(log_a, log_b):

@@ -14,7 +14,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from kdfast import JSD, Head, Logits, Projected, SkewKL, SkewReverseKL, SparseLogits, SymmetricKL
+from kdfast import JSD, AlphaBeta, Head, Logits, Projected, SkewKL, SkewReverseKL, SparseLogits, SymmetricKL
 
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 ROUNDING = {F64: 2.0**-53, F32: 2.0**-24, F16: 2.0**-11, BF16: 2.0**-8}  # relative, at most
@@ -30,9 +30,11 @@ LOW_TEMPERATURES = [0.1, 0.3]
 DIVERGENCES = [
     "forward_kl", "reverse_kl", "symmetric_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation",
     JSD(0.0), JSD(0.1), JSD(0.9), JSD(1.0), SkewKL(0.0), SkewKL(0.6), SkewReverseKL(0.0), SkewReverseKL(0.99),
-    SymmetricKL(0.9),
+    SymmetricKL(0.9), "alpha_beta", AlphaBeta(0.2, 0.7),
 ]  # fmt: skip
-INFINITE_ON_A_SUPPORT = ["reverse_kl", "symmetric_kl", SymmetricKL(0.9), JSD(1.0), SkewReverseKL(0.0)]
+INFINITE_ON_A_SUPPORT = [  # or no matter of what ids without mass come to together
+    "reverse_kl", "symmetric_kl", SymmetricKL(0.9), JSD(1.0), SkewReverseKL(0.0), AlphaBeta(0.2, 0.7),
+]  # fmt: skip
 LEAVES = ["hs", "W", "b", "ht", "P", "p"]  # ht: of a projected teacher without a projector
 PLACED = [*LEAVES, "labels", "token_weights", "kd_token_weights", "teacher", "anchor"]  # that have strides to draw
 NUMBERS = ["temperature", "kd_weight", "ce_weight", "anchor_weight", "num_items_in_batch"]

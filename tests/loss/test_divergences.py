@@ -7,14 +7,16 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from cases import relative
 
-from kdfast import JSD, ForwardKL, ReverseKL, SkewKL, SkewReverseKL, SymmetricKL, TotalVariation
+from kdfast import JSD, AlphaBeta, ForwardKL, ReverseKL, SkewKL, SkewReverseKL, SymmetricKL, TotalVariation
 from kdfast.divergences import get_divergence, log_ratio
 from kdfast.kernels.divergences import ENTRIES, terms
 
 ALL = [
     ForwardKL(), ReverseKL(), SymmetricKL(), SymmetricKL(0.1), SymmetricKL(0.9), JSD(0.5), JSD(0.1), JSD(0.9),
     SkewKL(0.1), SkewKL(0.9), SkewReverseKL(0.1), SkewReverseKL(0.9), TotalVariation(),
+    AlphaBeta(), AlphaBeta(0.2, 0.7), AlphaBeta(1.3, 0.4),
 ]  # fmt: skip
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="for the interpreter; a GPU has test_gpu.py")
 
@@ -22,8 +24,7 @@ interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="for the inte
 def evaluate(divergence, z_t, z_s):
     """(value, ∂/∂z_t, ∂/∂z_s) as the fused engines compute them."""
     log_p, log_q = z_t.log_softmax(-1), z_s.log_softmax(-1)
-    p, q = log_p.exp(), log_q.exp()
-    f, a_p, a_q = divergence.terms(p, q, log_ratio(log_p, log_q))
+    p, q, (f, a_p, a_q) = divergence.solve(log_p.clone(), log_q.clone(), log_ratio(log_p, log_q))
     grad_t = a_p - (0 if divergence.centred_p else p * a_p.sum(-1, keepdim=True))
     grad_s = a_q - (0 if divergence.centred_q else q * a_q.sum(-1, keepdim=True))
     return f.sum(-1), grad_t, grad_s
@@ -46,7 +47,21 @@ def by_hand(divergence, p, q):
         "skew_kl": lambda a: kl(p, mixed(a)),
         "skew_reverse_kl": lambda a: kl(q, mixed(1 - a)),
         "total_variation": lambda: np.abs(p - q).sum() / 2,
+        "alpha_beta": lambda a, b: alpha_beta(a, b, p, q),
     }[divergence.name](*divergence.parameters)
+
+
+def alpha_beta(a, b, p, q):
+    """With the limits of Cichocki, Cruces and Amari 2011."""
+    if a == b == 0:
+        return (np.log(p / q) ** 2).sum() / 2
+    if a == 0:
+        return alpha_beta(b, a, q, p)
+    if b == 0:
+        return (p**a * np.log((p / q) ** a) - p**a + q**a).sum() / a**2
+    if a + b == 0:
+        return (np.log((q / p) ** a) + (p / q) ** a - 1).sum() / a**2
+    return -(p**a * q**b - a / (a + b) * p ** (a + b) - b / (a + b) * q ** (a + b)).sum() / (a * b)
 
 
 def logs(*probabilities):
@@ -153,6 +168,11 @@ def test_mass_the_other_side_cannot_produce():
 
 
 BOUNDED = [d for d in ALL if not isinstance(d, ForwardKL | ReverseKL | SymmetricKL)]
+PARAMETERS = [
+    (0.0, 0.0), (0.0, 0.7), (0.7, 0.0), (0.5, -0.5), (-0.8, 0.8), (-0.3, 1.3), (1.3, -0.3), (0.2, 0.7), (2.0, 1.0),
+    (1e-6, 0.7), (0.7, -1e-6), (0.6, -0.6 + 1e-7), (0.1, 0.1), (0.01, 0.002), (-0.2, -0.3), (-0.5, 0.2),
+    (0.1 + 0.2, -0.3),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("divergence", BOUNDED, ids=str)
@@ -171,8 +191,58 @@ def test_bounded_divergences_have_right_gradients_where_a_side_has_no_mass(diver
     bound = {
         "jsd": lambda b: -b * log(b) - (1 - b) * log(1 - b), "skew_kl": lambda a: -log(a),
         "skew_reverse_kl": lambda a: -log(a), "total_variation": lambda: 1.0,
+        "alpha_beta": lambda a, b: 1 / (a * b),
     }[divergence.name](*divergence.parameters)  # fmt: skip
     assert evaluate(divergence, logs(0.0, 1.0), logs(1.0, 0.0))[0].item() == pytest.approx(bound)
+
+
+@pytest.mark.parametrize(("alpha", "beta"), PARAMETERS)
+def test_alpha_beta_and_its_limits(alpha, beta):
+    """Near them too, where the definition's terms are large and cancel; the gradient is the definition's derivative."""
+    divergence, nearby = AlphaBeta(alpha, beta), [x if abs(x) > 1e-3 else 0.0 for x in (alpha, beta)]
+    nearby[1] = -nearby[0] if abs(sum(nearby)) < 1e-3 else nearby[1]
+    for p, q in PAIRS:
+        expected = alpha_beta(*nearby, np.array(p), np.array(q))
+        value = evaluate(divergence, logs(*p), logs(*q))[0].item()
+        assert value == pytest.approx(expected, rel=1e-7 if nearby == [alpha, beta] else 0.01, abs=1e-11)
+        assert divergence.pointwise(logs(*p), logs(*q)).sum().item() == pytest.approx(value, rel=1e-9)
+    for gap in (1.0, 1e-2):
+        test_terms_are_the_pointwise_value_and_its_derivative(divergence, gap)
+    if not torch.cuda.is_available() and min(alpha, beta) >= 0:
+        test_the_device_entry_is_the_same(divergence)
+
+
+@pytest.mark.parametrize(("alpha", "beta"), PARAMETERS)
+@pytest.mark.parametrize("gap", [3.0, 0.1, 0.01])
+def test_alpha_beta_in_single_precision(alpha, beta, gap):
+    """No worse than JSD and eight roundings of the log-probabilities, one row's down to e⁻⁷⁰; the sides exchanged with
+    the parameters too."""
+    generator = torch.Generator().manual_seed(0)
+    z_t = 3 * torch.randn(4, 500, generator=generator)
+    z_s = z_t + gap * torch.randn(4, 500, generator=generator)
+    z_t[0, 0], z_s[0, 0] = 60, 60 + gap
+
+    def errors(divergence, t, s):
+        exact, ours = evaluate(divergence, t.double(), s.double()), evaluate(divergence, t, s)
+        return [relative(a, b) for a, b in zip(ours, exact, strict=True)]
+
+    allowed = max(errors(JSD(0.3), z_t, z_s)) + 8 * 6e-8 * 6 / min(1, gap)
+    assert max(errors(AlphaBeta(alpha, beta), z_t, z_s)) < allowed
+    assert max(errors(AlphaBeta(beta, alpha), z_s, z_t)) < allowed
+
+
+def test_alpha_beta_where_a_side_has_no_mass():
+    """Finite for positive parameters, and of a negative one infinite where its side has none; 0 where neither has."""
+    some, none = logs(0.5, 0.5, 0.0), logs(1.0, 0.0, 0.0)
+    for alpha, beta in ((0.2, 0.7), (1.3, 0.1)):
+        found = evaluate(AlphaBeta(alpha, beta), some, none)[0].item()
+        both = alpha + beta
+        expected = (alpha / both * (0.5**both * 2) + beta / both - 0.5**alpha) / (alpha * beta)
+        assert found == pytest.approx(expected)
+        assert AlphaBeta(alpha, beta).pointwise(some, none).sum().item() == pytest.approx(expected)
+    for (alpha, beta), pair in (((0.7, 0.0), (some, none)), ((0.0, 0.7), (none, some)), ((0.0, 0.0), (some, none))):
+        assert evaluate(AlphaBeta(alpha, beta), *pair)[0].item() == inf
+        assert AlphaBeta(alpha, beta).pointwise(*pair).sum().item() == inf
 
 
 @pytest.mark.parametrize("alpha", [1e-12, 1e-6, 1 - 1e-6])
@@ -207,25 +277,31 @@ def test_near_convergence_the_gradient_is_the_kls_times_a_constant():
     z_t = torch.randn(4, 101, dtype=torch.float64)
     z_s = z_t + 1e-5 * torch.randn_like(z_t)
     kl = evaluate(ForwardKL(), z_t, z_s)[2]
-    factors = {SymmetricKL(): 1.0, SymmetricKL(0.9): 1.0, JSD(0.3): 0.21, SkewKL(0.1): 0.81, SkewReverseKL(0.2): 0.64}
+    factors = {
+        SymmetricKL(): 1.0, SymmetricKL(0.9): 1.0, JSD(0.3): 0.21, SkewKL(0.1): 0.81, SkewReverseKL(0.2): 0.64,
+        AlphaBeta(): 1.0, AlphaBeta(1.3, -0.3): 1.0,
+    }  # fmt: skip
     for divergence, factor in factors.items():
         torch.testing.assert_close(evaluate(divergence, z_t, z_s)[2], factor * kl, rtol=1e-2, atol=1e-9)
 
 
 @triton.jit
-def entry_kernel(p, q, g, parameter, out, DIVERGENCE: tl.constexpr, BLOCK: tl.constexpr):
+def entry_kernel(p, q, g, log_p, parameters, out, DIVERGENCE: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
-    f, a_p, a_q = terms(DIVERGENCE, tl.load(p + i), tl.load(q + i), tl.load(g + i), tl.load(parameter))
+    p, q, g = tl.load(p + i), tl.load(q + i), tl.load(g + i)
+    log_p, log_q = tl.load(log_p + i), tl.load(log_p + BLOCK + i)
+    f, a_p, a_q = terms(DIVERGENCE, p, q, g, log_p, log_q, tl.load(parameters), tl.load(parameters + 1))
     tl.store(out + i, f)
     tl.store(out + BLOCK + i, a_p)
     tl.store(out + 2 * BLOCK + i, a_q)
 
 
-def on_device(divergence, p, q, g):
-    """(f, a_p, a_q) of a power of two of entries, [3, n]."""
-    parameter = torch.tensor((divergence.parameters or [0.0])[0], dtype=p.dtype)
+def on_device(divergence, p, q, g, logarithms=None):
+    """(f, a_p, a_q) of a power of two of entries, [3, n]. logarithms: of p and q, where those are rounded to 0."""
+    parameters = torch.tensor([*divergence.parameters, 0.0, 0.0], dtype=p.dtype)
     out = torch.empty(3, len(p), dtype=p.dtype)
-    entry_kernel[(1,)](p, q, g, parameter, out, DIVERGENCE=divergence.name, BLOCK=len(p))
+    logarithms = torch.cat(logarithms or [p.log(), q.log()])
+    entry_kernel[(1,)](p, q, g, logarithms, parameters, out, DIVERGENCE=divergence.name, BLOCK=len(p))
     return out
 
 
@@ -247,8 +323,8 @@ def test_the_device_entry_is_the_same(divergence):
     log_p, log_q = z_t - z_t.logsumexp(-1), z_s - z_t.logsumexp(-1)  # by one number, so that ties are ties
     p, q, g = log_p.exp(), log_q.exp(), log_p - log_q
     assert g[10:20].isnan().all()
-    expected = divergence.terms(p, q, log_ratio(log_p, log_q))
-    for ours, theirs in zip(on_device(divergence, p, q, g), expected, strict=True):
+    _, _, expected = divergence.solve(log_p.clone(), log_q.clone(), log_ratio(log_p, log_q))
+    for ours, theirs in zip(on_device(divergence, p, q, g, [log_p, log_q]), expected, strict=True):
         assert not ours.isnan().any()
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-15)
 
@@ -267,6 +343,8 @@ def test_ends_that_are_defined_as_the_kls():
     assert get_divergence(JSD(1.0)) == ReverseKL()
     assert get_divergence(SymmetricKL(0.0)) == ForwardKL()
     assert get_divergence("symmetric_kl", [1.0]) == ReverseKL()
+    assert get_divergence(AlphaBeta(1.0, 0.0)) == ForwardKL()
+    assert get_divergence("alpha_beta", [0.0, 1.0]) == ReverseKL()
     assert get_divergence(SkewKL(0.0)) == ForwardKL()
     assert get_divergence("skew_reverse_kl", [0.0]) == ReverseKL()
 
@@ -296,6 +374,9 @@ def test_errors():
             SkewReverseKL(alpha)
     with pytest.raises(ValueError, match="beta"):
         JSD(1.5)
+    for wrong in (inf, float("nan"), "1"):
+        with pytest.raises(ValueError, match=r"AlphaBeta\(alpha=0.5, beta=.*\): expected finite numbers"):
+            AlphaBeta(beta=wrong)
     with pytest.raises(ValueError, match=r"SymmetricKL\(lam=1.5\): lam, the share of KL\(student‖teacher\)"):
         SymmetricKL(1.5)
     with pytest.raises(ValueError, match="'kl' is unknown; expected one of forward_kl"):

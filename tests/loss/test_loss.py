@@ -7,7 +7,18 @@ import pytest
 import torch
 from cases import HS, HT, LEAVES, N, V, copy, gradients, make, relative, student, teacher
 
-from kdfast import JSD, Divergence, FusedKDLoss, Head, Projected, SkewKL, SkewReverseKL, SymmetricKL, fused_kd_loss
+from kdfast import (
+    JSD,
+    AlphaBeta,
+    Divergence,
+    FusedKDLoss,
+    Head,
+    Projected,
+    SkewKL,
+    SkewReverseKL,
+    SymmetricKL,
+    fused_kd_loss,
+)
 
 ENGINES = ["reference", "torch", "triton_chunked", "triton_tiled"]
 SMALL = 5 * 2 * V * 8  # bytes: chunks of five tokens, and 23 is no multiple of five; slabs of 64 ids, a tile's width
@@ -51,7 +62,10 @@ def both(kind, *, seed=0, head=None, teacher_head=None, case=None, upstream=None
 
 
 DIVERGENCES = ["forward_kl", "reverse_kl", JSD(0.5), JSD(0.2), JSD(0.0), JSD(1.0)]
-MORE = ["symmetric_kl", SymmetricKL(0.9), SkewKL(0.1), SkewReverseKL(0.6), "total_variation"]
+MORE = [
+    "symmetric_kl", SymmetricKL(0.9), AlphaBeta(0.2, 0.7), AlphaBeta(0.4, 0.0), SkewKL(0.1), SkewReverseKL(0.6),
+    "total_variation",
+]  # fmt: skip
 SIDES = [("projected", grad) for grad in ("full", "projector", "none")] + [("hidden", "full"), ("head", "full")]
 
 

@@ -11,10 +11,11 @@ from cases import copy, gradients, make, relative, student
 from problems import INFINITE_ON_A_SUPPORT
 from teachers import KINDS, PROJECTED, sources
 
-from kdfast import JSD, SkewKL, SkewReverseKL, SymmetricKL, fused_kd_loss
+from kdfast import JSD, AlphaBeta, SkewKL, SkewReverseKL, SymmetricKL, fused_kd_loss
 
 DIVERGENCES = [
     "forward_kl", "reverse_kl", SymmetricKL(0.9), JSD(0.3), SkewKL(0.2), SkewReverseKL(0.3), "total_variation",
+    AlphaBeta(0.2, 0.7),
 ]  # fmt: skip
 # no multiple of any block: two blocks of the interpreter's 64 ids; two chunks of tokens, slabs of one tile
 SIZES = {"n": 9, "v": 70, "hs": 5, "ht": 7}
