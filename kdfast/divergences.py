@@ -218,8 +218,8 @@ class AlphaBeta(Divergence):
 
     Forward KL at α = 1, β = 0, reverse KL at 0 and 1, four times the squared Hellinger distance at ½ and ½; at 0 and 0
     ½ Σ (log p − log q)². The limits are Cichocki, Cruces and Amari's, Entropy 13, 2011: at β = 0 a factor 1/α², where
-    the code of ABKD (Wang et al. 2025, arXiv:2505.04560, best between the KLs, such as α = 0.2, β = 0.7) has 1/α.
-    Unless α+β = 1 a sparse teacher must have a bucket. Raises ValueError for what is no finite number.
+    the code of ABKD (Wang et al. 2025, arXiv:2505.04560) has 1/α. Unless α+β = 1 a sparse teacher must have a bucket.
+    Raises ValueError for what is no finite number.
     """
 
     alpha: float = 0.5

@@ -1,6 +1,7 @@
 """Every kind of teacher as sources and options, made of a problem of `cases.make`.
 
     projected, hidden              through the student's head, by a projector or of its width already
+    tempered                       projected, at a temperature of its own; not among KINDS
     head, logits                   the teacher's own head, or what it gives
     renormalize, bucket, renormalize_both, weights   some of its log-probabilities, by tail (weights: tail="none")
     log_tail                       a bucket whose mass is given
@@ -9,6 +10,7 @@
 """
 
 import math
+from dataclasses import replace
 
 import torch
 from cases import LEAVES, student, teacher
@@ -69,6 +71,8 @@ def sources(case, kind, given=None):
     given = given or case
     if kind == "truncated":
         return Head(given.ht, given.Wt[:-4], given.bt[:-4]), {"vocab": "truncate"}
+    if kind == "tempered":  # projected, with a temperature of its own
+        return replace(teacher(case, "projected"), temperature=0.7), {}
     if kind == "logits":
         return Logits(own_logits(given)), {}
     if kind in ("renormalize", "bucket", "log_tail", "renormalize_both"):

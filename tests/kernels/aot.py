@@ -149,6 +149,8 @@ def row_cases(arch: str, V: int) -> Iterator[Case]:
     yield Case("row_kernel", f"cross entropy alone, V={V}", partial(solve, alone, Gradients.of(None)))
     if V == PADDED:
         return
+    usual = chunk(lean, term_of(TOKENS, "alpha_beta", labels=True, heavy=False))
+    yield Case("row_kernel", "alpha_beta, CE", partial(solve, usual, both))
     given = full(given=meta(TOKENS, V, dtype=torch.bfloat16), shared=V - 257)
     x = chunk(given, term_of(TOKENS, "skew_kl", labels=True, heavy=False), None)
     launch = partial(solve, x, Gradients.of(grad_s))
@@ -235,6 +237,7 @@ def tile_cases(
     if V != PADDED and not tf32:  # the vocabulary enters a tile's masks only: what lies between is seen once
         combinations += [("forward_kl", "CE", even), ("forward_kl", "everything", even)]
         combinations += [("jsd", "everything", odd)] * (N == TOKENS)
+        combinations += [("alpha_beta", "CE", even)] * (N == TOKENS and dtype == torch.bfloat16)
     for divergence, flags, Ht in combinations:
         heavy = flags == "everything"
         name = f"{divergence}, {flags}, {label}{', odd width' if Ht == odd else ''}"
@@ -247,8 +250,9 @@ def tile_cases(
                 combine, term, meta(4, 19, N), None, stats=stats, constants=constants, decorrelate=True, teacher=True
             )
             yield Case("combine_kernel", f"merged, {name}", partial(merge, merged=meta(19, N)))
-        if (divergence, flags) in (("forward_kl", "nothing else"), ("jsd", "everything")):
-            yield Case("gradients_kernel", name, of_gradients, tensor_core)
+        if (divergence, flags) in (("forward_kl", "nothing else"), ("jsd", "everything"), ("alpha_beta", "CE")):
+            few = "72 bytes on sm_90: three powers more" if divergence == "alpha_beta" else None
+            yield Case("gradients_kernel", name, of_gradients, tensor_core, few)
     for Ht in (even, odd):
         operands = meta(N, Ht, dtype=dtype), meta(Hs, Ht, dtype=dtype), meta(Hs, dtype=dtype)
         yield Case("projection_kernel", f"{label}, Ht={Ht}", partial(project, *operands, tf32=tf32), tensor_core)

@@ -18,7 +18,7 @@ from problems import drawn
 from processes import Processes
 from teachers import ENGINES, KINDS, loss_of
 
-from kdfast import ForwardKL, Head, fused_kd_loss
+from kdfast import AlphaBeta, ForwardKL, Head, SymmetricKL, fused_kd_loss
 from kdfast.frontend.agreement import kind_of_call
 from kdfast.inputs import Options
 from kdfast.kernels.online_softmax import STATE
@@ -75,13 +75,17 @@ def test_every_teacher(pool, engine, kind):
             torch.testing.assert_close(each, gradient, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("engine", ["reference", "torch"])
-@pytest.mark.parametrize("divergence", [Hellinger(0.7), Doubled()], ids=str)
-def test_a_divergence_of_ones_own(pool, engine, divergence):
+ONES_OWN = [(engine, divergence) for engine in ENGINES[:2] for divergence in (Hellinger(0.7), Doubled())]
+PARAMETERS = [(engine, divergence) for engine in ENGINES for divergence in (AlphaBeta(0.2, 0.7), SymmetricKL(0.9))]
+
+
+@pytest.mark.parametrize(("engine", "divergence"), ONES_OWN + PARAMETERS, ids=str)
+@pytest.mark.parametrize("kind", ["projected", "tempered"])
+def test_divergences_with_parameters_and_ones_own(pool, engine, divergence, kind):
     case = make()
-    expected = loss_of(fused_kd_loss, case, "projected", engine="reference", divergence=divergence)
+    expected = loss_of(fused_kd_loss, case, kind, engine="reference", divergence=divergence)
     expected.backward()
-    parts = pool.run(2, meshes.of_kind, "projected", engine, [0, 70, 101], divergence=divergence)
+    parts = pool.run(2, meshes.of_kind, kind, engine, [0, 70, 101], divergence=divergence)
     for loss, _, found in parts:
         torch.testing.assert_close(loss, expected.detach(), rtol=1e-10, atol=0)
         torch.testing.assert_close(found["hs"], case.hs.grad, rtol=1e-9, atol=1e-12)
