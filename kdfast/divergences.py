@@ -59,7 +59,7 @@ class Divergence:
     def solve(self, log_p: Tensor, log_q: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Terms]:
         """Return p, q, in their logarithms' place, and `terms`; what engines call."""
         p, q = log_p.exp_(), log_q.exp_()
-        return p, q, self.terms(p, q, g)
+        return p, q, Terms(*self.terms(p, q, g))
 
     @property
     def parameters(self) -> list[float]:

@@ -194,7 +194,7 @@ def without_teacher(divergence: Divergence) -> tuple[float, float]:
 
     Raises ValueError where f(0, 1) does not tell what ids without teacher mass come to."""
     one = torch.ones((), dtype=torch.float64, device="cpu")  # whatever the default device is: it is read here
-    nothing, half = (float(divergence.terms(0 * one, q, -inf * one).f) for q in (one, one / 2))
+    nothing, half = (float(divergence.terms(0 * one, q, -inf * one)[0]) for q in (one, one / 2))
     if not abs(nothing - 2 * half) <= 1e-9 * abs(nothing):
         raise ValueError(
             f"divergence={divergence!r} with a SparseLogits teacher without a bucket is infinite, or depends on each "

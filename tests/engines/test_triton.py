@@ -12,7 +12,7 @@ import torch
 from cases import LEAVES, copy, gradients, make, relative, student, teacher
 from near_convergence import near_convergence, solve
 
-from kdfast import JSD, Head, Projected, fused_kd_loss
+from kdfast import JSD, AlphaBeta, Head, Projected, fused_kd_loss
 from kdfast.kernels import block_sizes
 from kdfast.kernels.block_sizes import Row, RowConfig, TileConfig
 from kdfast.kernels.launch import Gradients, Heads, Term
@@ -80,7 +80,7 @@ def test_no_worse_than_eager(engine, dtype, shape):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", JSD(0.3)], ids=str)
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", JSD(0.3), AlphaBeta(0.2, 0.7)], ids=str)
 @pytest.mark.parametrize(("weight_std", "temperature"), [(8.0, 0.5), (800.0, 2.0), (0.3, 10.0)])
 def test_extreme_logits(engine, divergence, weight_std, temperature):
     """Logits of ±100 and ±1e4: finite, and as near to float64 as logits rounded to float32 allow."""
@@ -99,7 +99,7 @@ def test_extreme_logits(engine, divergence, weight_std, temperature):
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("kind", ["head", "projected"])
-@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", JSD(0.5)], ids=str)
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", JSD(0.5), AlphaBeta(0.2, 0.7)], ids=str)
 def test_sixteen_bit_gradients_near_convergence(engine, kind, divergence, monkeypatch, wide):
     """Gradients of the logits in 16 bits, as on a GPU, at KL 4e-4: within 0.3% of float64's (which, projected, rounds
     the projected hidden states too). dW of a projected teacher is 3–9% off where its rows are not decorrelated."""

@@ -71,7 +71,9 @@ def test_no_worse_than_eager(size, precision, kind, divergence, request):
 
 @pytest.mark.parametrize("engine", TRITON)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("dtype", "divergence"), [(BF16, d) for d in DIVERGENCES] + [(FP16, "forward_kl")])
+@pytest.mark.parametrize(
+    ("dtype", "divergence"), [*((BF16, d) for d in [*DIVERGENCES, "alpha_beta"]), (FP16, "forward_kl")]
+)
 def test_near_convergence(engine, kind, dtype, divergence, request):
     """At KL 4e-4, within 0.3% of float64's, which rounds the projected hidden states too. cuBLAS may add up a 16-bit
     projection in 16 bits; not here, or the two would round different numbers."""

@@ -20,7 +20,7 @@ class Hellinger(Divergence):
     def terms(self, p, q, g):
         p, q = p.sqrt(), q.sqrt()
         d = self.weight * difference(p, q, g / 2)
-        return Terms(d * d / (2 * self.weight), -p * d / 2, q * d / 2)
+        return d * d / (2 * self.weight), -p * d / 2, q * d / 2  # a tuple will do
 
 
 class Doubled(ForwardKL):
