@@ -364,8 +364,10 @@ def shift_labels(labels: Tensor, attention_mask: Tensor | None = None) -> Tensor
         labels: (B, T) int64, not shifted.
         attention_mask: (B, T), 0 at padding; a mask of another rank says nothing about padding and is not used.
 
-    Returns: (B, T) int64.
+    Returns: (B, T) int64. Raises ValueError for labels of another rank, such as classes.
     """
+    if labels.dim() != 2:
+        raise ValueError(f"labels is {tuple(labels.shape)}; expected (B, T), a token id or -100 for each of input_ids")
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
     if attention_mask is None or attention_mask.dim() != 2:
         return targets

@@ -102,8 +102,8 @@ class KDTrainer(DurableTrainer):
 
     def __init__(
         self,
-        model: PreTrainedModel | DistillationModel,
-        args: KDConfig,
+        model: PreTrainedModel | DistillationModel | None = None,
+        args: KDConfig | None = None,
         *,
         teacher: PreTrainedModel | None = None,
         train_dataset: Any = None,
@@ -116,10 +116,12 @@ class KDTrainer(DurableTrainer):
         temperature_schedule: Schedule | None = None,
         **others: Any,
     ) -> None:
-        for name in others:
+        for name in (name for name, value in others.items() if value is not None or name not in ELSEWHERE):
             known = inspect.signature(KDTrainer).parameters
             why = f": {ELSEWHERE[name]}" if name in ELSEWHERE else did_you_mean(name, known)
             raise TypeError(f"KDTrainer takes no {name}{why}")
+        if model is None:
+            raise TypeError("model is None; expected the student, a PreTrainedModel, or a DistillationModel")
         if not isinstance(args, KDConfig):
             raise TypeError(
                 f"args is {type(args).__name__}; expected a KDConfig, which has every TrainingArguments field"

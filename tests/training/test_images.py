@@ -8,7 +8,7 @@ import torch
 from tiny_models import IMAGE, VISION, image_batch, tiny_vision
 from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM, default_data_collator
 
-from kdfast.training import DistillationModel, KDTrainer, cache_teacher
+from kdfast.training import CacheError, DistillationModel, KDTrainer, TeacherCache, cache_teacher
 from kdfast.training.data.text import DataError, load_blocks
 from kdfast.training.hf import backbone, check_model, may_skip_parameters
 
@@ -119,6 +119,11 @@ def test_pictures_that_no_collator_would_see_are_refused(tiny, config, tmp_path)
     rows = [{name: x[0] for name, x in image_batch().items()}] * 2
     with pytest.raises(ValueError, match=r"splits\['train'\] has pixel_values, and a cache is of text alone"):
         cache_teacher(tiny_vision(), {"train": rows}, tmp_path / "cache", k=4)
+    texts = [{name: row[name] for name in ("input_ids", "labels")} for row in rows]
+    cache_teacher(tiny_vision(), {"train": texts}, tmp_path / "cache", k=4)
+    TeacherCache(tmp_path / "cache").dataset("train", texts)
+    with pytest.raises(CacheError, match="the data has a column 'pixel_values', which the teacher was not shown"):
+        TeacherCache(tmp_path / "cache").dataset("train", rows)
 
 
 @pytest.mark.parametrize("column", ["images", "picture"])

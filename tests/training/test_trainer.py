@@ -368,6 +368,22 @@ def test_arguments_of_other_trainers_are_answered(tiny, config, name, said):
         KDTrainer(tiny(), config(recipe="lm_only"), **{name: object()})
 
 
+def test_arguments_that_say_nothing_are_no_matter(tiny, config, rows):
+    KDTrainer(tiny(), config(recipe="lm_only"), train_dataset=rows(4), compute_metrics=None, model_init=None)
+    with pytest.raises(TypeError, match="KDTrainer takes no model_init: pass the model"):
+        KDTrainer(args=config(recipe="lm_only"), model_init=tiny)
+    with pytest.raises(TypeError, match="model is None; expected the student"):
+        KDTrainer(args=config(recipe="lm_only"))
+    with pytest.raises(TypeError, match="args is NoneType; expected a KDConfig"):
+        KDTrainer(tiny())
+
+
+def test_classes_are_no_labels(tiny, rows, config):
+    data = [{"input_ids": row["input_ids"], "label": 1} for row in rows(4)]
+    with pytest.raises(ValueError, match=r"labels is \(2,\); expected \(B, T\)"):
+        KDTrainer(tiny(), config(recipe="lm_only"), train_dataset=data).train()
+
+
 def test_all_of_trainers_arguments_are_taken_or_answered():
     theirs = inspect.signature(Trainer).parameters.keys()
     assert theirs <= inspect.signature(KDTrainer).parameters.keys() | ELSEWHERE.keys()

@@ -26,7 +26,7 @@ from kdfast.training.cache.description import (
     tokenizer_fingerprint,
 )
 from kdfast.training.cache.entries import decode
-from kdfast.training.data.columns import names_of
+from kdfast.training.data.columns import media_columns, names_of
 from kdfast.training.durable.errors import first_line
 from kdfast.training.durable.processes import print_once
 from kdfast.training.hf import head_shape
@@ -111,6 +111,11 @@ class TeacherCache:
         if split not in self.description.splits:
             raise CacheError(
                 f"{str(self.folder)!r} has no split {split!r}; expected one of {', '.join(self.description.splits)}"
+            )
+        if media := media_columns(dataset):
+            raise CacheError(
+                f"{str(self.folder)!r}, split {split!r}: the data has a column {media[0]!r}, which the teacher was not "
+                "shown; a cache is of text alone. Leave the column out, or train with a live teacher"
             )
         then, now = self.description.splits[split], describe_split(dataset)
         if then != now:
