@@ -105,10 +105,8 @@ def may_skip_parameters(model: PreTrainedModel) -> bool:
     return any(id(p) not in text or re.search("cross_?att|encoder_att", name) for name, p in trained)
 
 
-def embedding_rows(model: PreTrainedModel) -> int | None:
-    """Return how many ids the model can read; None where it has others besides, of images, which it replaces itself."""
-    if model.config.get_text_config() is not model.config:
-        return None
+def embedding_rows(model: PreTrainedModel) -> int:
+    """Return how many ids the model's embedding has."""
     embedding: Any = model.get_input_embeddings()
     return getattr(embedding, "num_embeddings", None) or embedding.weight.shape[0]
 
@@ -121,9 +119,10 @@ def known_ids(
     Raise ValueError for those. Not `look`: their values are not looked at; otherwise the second is None.
     """
     rows = embedding_rows(model)
-    if rows is None:
-        return input_ids, None
     strange = (input_ids < 0) | (input_ids >= rows)
+    for name, value in vars(model.config).items():
+        if re.search("(image|video|audio)_token_(id|index)$", name) and isinstance(value, int) and value >= rows:
+            strange &= input_ids != value  # an image's or a sound's place, which the model fills itself
     ids = input_ids.masked_fill(strange, 0)
     if attention_mask is not None and attention_mask.dim() == 2:
         strange = strange & (attention_mask != 0)

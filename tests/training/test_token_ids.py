@@ -6,6 +6,7 @@ from tiny_models import loss_by_hand
 from transformers import default_data_collator
 
 from kdfast.training import CacheError, DistillationModel, KDTrainer, TeacherCache, cache_teacher
+from kdfast.training.hf import known_ids
 
 ADDED = 67  # the id of a token that was added to the student: its vocabulary is one larger than the teacher's 67
 
@@ -89,6 +90,18 @@ def test_ids_that_a_model_has_no_row_for_are_named(tiny, batch, role, strange):
     batch["input_ids"][0, 3] = strange
     with pytest.raises(ValueError, match=rf"input_ids contains {strange}, and the {role} has \d+ token embeddings"):
         DistillationModel(*models, recipe="teacher_head", valid_vocab=67)(**batch)
+
+
+def test_the_place_of_an_image_is_the_models_own_affair(tiny, batch):
+    model = tiny("llama")
+    model.config.image_token_id, model.config.pad_token_id = 90, 91
+    ids = batch["input_ids"]
+    ids[0, 3] = 90
+    assert known_ids(model, "student", ids, None)[0] is not ids
+    assert torch.equal(known_ids(model, "student", ids, None)[0], ids)
+    ids[0, 4] = 91
+    with pytest.raises(ValueError, match="input_ids contains 91"):
+        known_ids(model, "student", ids, None)
 
 
 def test_labels_past_valid_vocab_say_so(tiny, batch):

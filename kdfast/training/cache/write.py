@@ -10,7 +10,6 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from math import inf
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
@@ -135,7 +134,7 @@ def cache_teacher(
                 "Leave it out of the data, or train with a live teacher"
             )
         for i, text in enumerate(ids_of(dataset, f"splits[{split!r}]")):  # before hours have gone by
-            if text.size and not 0 <= text.min() <= text.max() < (embedding_rows(teacher) or inf):
+            if text.size and not 0 <= text.min() <= text.max() < embedding_rows(teacher):
                 inputs = default_data_collator([inputs_of_row(dataset[i], INPUTS)])
                 known_ids(teacher, "teacher", inputs["input_ids"], inputs.get("attention_mask"))
     described = {split: describe_split(dataset, f"splits[{split!r}]") for split, dataset in splits.items()}
