@@ -55,8 +55,7 @@ OUTSIDE_TO_DICT = ("rope_theta", "rope_scaling", "attn_implementation")  # setti
 def backbone(model: PreTrainedModel) -> Any:
     """Return the module whose output goes into the head: final norm and, where there is one, vision tower included.
 
-        head(model, backbone(model)(**inputs, use_cache=False).last_hidden_state)  # no logits are made
-
+    `head(model, backbone(model)(**inputs, use_cache=False).last_hidden_state)` is what goes into `fused_kd_loss`.
     Raises ValueError for a PEFT model with learned prompts, which are added outside of it.
     """
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):

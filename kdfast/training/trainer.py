@@ -70,8 +70,8 @@ ELSEWHERE = {
 class KDTrainer(DurableTrainer):
     """Trains the student (and the projector) of a `DistillationModel`.
 
-    Batches need input_ids and labels (*not* shifted, −100 ignored); attention_mask and position_ids are used if they
-    are there. The loss of a step is divided by its targets in all micro-batches and processes, so k micro-batches of
+    Batches need input_ids and labels (*not* shifted, −100 ignored); attention_mask, position_ids and what else both
+    backbones read, such as pixel_values, are used if they are there. The loss of a step is divided by its targets in all micro-batches and processes, so k micro-batches of
     b give the gradient of one of k·b. KD weight and temperature follow global_step / max_steps.
 
     Logged besides the Trainer's: kd (without τ²), ce, ce_projected, agreement, both entropies, kd_weight, temperature,
@@ -89,6 +89,7 @@ class KDTrainer(DurableTrainer):
             beside the teacher's weights must have processing_class's tokens. The default collator neither makes nor
             pads labels. With a `TeacherCache`'s data sets the recipe is "cached".
         kd_weight_schedule, temperature_schedule: callables of progress in [0, 1] in place of the recipe's.
+        others: none is taken; TypeError says what to do in place of other trainers', such as compute_metrics.
 
     Raises:
         TypeError, ValueError: args is no KDConfig, several GPUs without a launcher, a launch that is not
