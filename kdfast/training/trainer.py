@@ -71,8 +71,9 @@ class KDTrainer(DurableTrainer):
     """Trains the student (and the projector) of a `DistillationModel`.
 
     Batches need input_ids and labels (*not* shifted, −100 ignored); attention_mask, position_ids and what else both
-    backbones read, such as pixel_values, are used if they are there. The loss of a step is divided by its targets in all micro-batches and processes, so k micro-batches of
-    b give the gradient of one of k·b. KD weight and temperature follow global_step / max_steps.
+    backbones read, such as pixel_values, are used if they are there. The loss of a step is divided by its targets in
+    all micro-batches and processes, so k micro-batches of b give the gradient of one of k·b. KD weight and temperature
+    follow global_step / max_steps.
 
     Logged besides the Trainer's: kd (without τ²), ce, ce_projected, agreement, both entropies, kd_weight, temperature,
     lr_<part>, tokens_per_second, tokens_seen (targets; padding not counted), skipped_steps, memory_bytes (this process;
