@@ -63,8 +63,9 @@ class Divergence:
 
     @property
     def parameters(self) -> list[float]:
-        """Return the dataclass fields, in order: with `key`, all that an operator needs to rebuild it."""
-        return [float(getattr(self, field.name)) for field in fields(self)]
+        """Return the dataclass fields that are arguments, in order: with `key`, all that an operator rebuilds it from.
+        """
+        return [float(getattr(self, name)) for name in _arguments(self)]
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,7 @@ class SymmetricKL(Divergence):
     name: ClassVar[str] = "symmetric_kl"
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.lam <= 1.0:
-            raise ValueError(f"SymmetricKL(lam={self.lam}): lam, the share of KL(student‖teacher), must lie in [0, 1]")
+        _check_share(self, "lam", of=", the share of KL(student‖teacher),")
 
     def pointwise(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         return (1 - self.lam) * _kl(log_p, log_q) + self.lam * _kl(log_q, log_p)
@@ -136,8 +136,7 @@ class JSD(Divergence):
     name: ClassVar[str] = "jsd"
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.beta <= 1.0:
-            raise ValueError(f"JSD(beta={self.beta}): beta must lie in [0, 1]")
+        _check_share(self, "beta")
 
     def pointwise(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         log_m = _log_mixture(log_p, log_q, self.beta)
@@ -157,8 +156,7 @@ class _Skew(Divergence):
     alpha: float = 0.1
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.alpha < 1.0:
-            raise ValueError(f"{type(self).__name__}(alpha={self.alpha}): alpha must lie in [0, 1)")
+        _check_share(self, "alpha", "[0, 1)")
 
 
 @dataclass(frozen=True)
@@ -228,7 +226,7 @@ class AlphaBeta(Divergence):
 
     def __post_init__(self) -> None:
         for value in (self.alpha, self.beta):
-            if not isinstance(value, Real) or not -inf < value < inf:
+            if not isinstance(value, Real) or isinstance(value, bool) or not -inf < value < inf:
                 raise ValueError(f"AlphaBeta(alpha={self.alpha}, beta={self.beta}): expected finite numbers")
 
     def pointwise(self, log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -293,6 +291,13 @@ DIVERGENCES: dict[str, type[Divergence]] = {
     cls.name: cls
     for cls in (ForwardKL, ReverseKL, SymmetricKL, JSD, SkewKL, SkewReverseKL, TotalVariation, AlphaBeta)
 }
+_LIMITS: tuple[tuple[type[Divergence], list[float], list[float]], ...] = (  # at what it is forward, and reverse KL
+    (JSD, [0.0], [1.0]),
+    (SymmetricKL, [0.0], [1.0]),
+    (SkewKL, [0.0], [1.0]),  # 1 it cannot have
+    (SkewReverseKL, [1.0], [0.0]),
+    (AlphaBeta, [1.0, 0.0], [0.0, 1.0]),
+)
 for _name, _class in DIVERGENCES.items():  # those that the kernels have
     _class.key = _name
 
@@ -308,9 +313,7 @@ def get_divergence(divergence: str | Divergence, parameters: Sequence[float] = (
         cls = DIVERGENCES.get(divergence) or _CLASSES.get(divergence)
         if cls is None:
             raise ValueError(f"divergence={divergence!r} is unknown; expected one of {', '.join(DIVERGENCES)}")
-        if not parameters:  # torch.compile knows a class's fields from an instance alone
-            return get_divergence(cls())
-        return get_divergence(cls(**dict(zip((field.name for field in fields(cls)), parameters, strict=False))))
+        return get_divergence(_built(cls, parameters))
     if not isinstance(divergence, Divergence):
         what = f"the class {divergence.__name__}" if isinstance(divergence, type) else type(divergence).__name__
         raise TypeError(
@@ -319,18 +322,38 @@ def get_divergence(divergence: str | Divergence, parameters: Sequence[float] = (
         )
     if divergence.key not in DIVERGENCES and not torch.compiler.is_compiling():
         _check_own(divergence)
-    if type(divergence) in (JSD, SymmetricKL) and divergence.parameters[0] in (0.0, 1.0):
-        return ForwardKL() if divergence.parameters == [0.0] else ReverseKL()
-    if type(divergence) in (SkewKL, SkewReverseKL) and divergence.parameters == [0.0]:
-        return ForwardKL() if type(divergence) is SkewKL else ReverseKL()
-    if type(divergence) is AlphaBeta and divergence.parameters in ([1.0, 0.0], [0.0, 1.0]):
-        return ForwardKL() if divergence.alpha == 1.0 else ReverseKL()
+    own = type(divergence)
+    for cls, forward, reverse in _LIMITS:
+        if isinstance(divergence, cls) and own.pointwise is cls.pointwise and own.terms is cls.terms:
+            given = divergence.parameters[: len(forward)]
+            if given in (forward, reverse):
+                return ForwardKL() if given == forward else ReverseKL()
     return divergence
+
+
+def _arguments(divergence: Divergence) -> list[str]:
+    return [field.name for field in fields(divergence) if field.init]
+
+
+def _built(cls: type[Divergence], parameters: Sequence[float]) -> Divergence:
+    names = _arguments(object.__new__(cls))  # torch.compile knows a class's fields from an instance alone
+    return cls(**dict(zip(names, parameters, strict=False)))
+
+
+def _check_share(divergence: Divergence, name: str, interval: str = "[0, 1]", of: str = "") -> None:
+    """Raise TypeError for a field that is no number, ValueError for one outside `interval`, "[0, 1]" or "[0, 1)"."""
+    value = getattr(divergence, name)
+    what = f"{type(divergence).__name__}({name}={value!r}): {name}{of}"
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not number and not (isinstance(value, Tensor) and value.numel() == 1 and not value.requires_grad):
+        raise TypeError(f"{what} is {type(value).__name__}; expected a number in {interval}, which gets no gradient")
+    if not 0.0 <= value <= 1.0 or (value == 1.0 and interval == "[0, 1)"):
+        raise ValueError(f"{what} must lie in {interval}")
 
 
 def _check_own(divergence: Divergence) -> None:
     """Raise TypeError for an instance of a class from outside that lacks something, or cannot be built once more."""
-    cls, numbers = type(divergence), {field.name for field in fields(divergence)}
+    cls, numbers = type(divergence), _arguments(divergence)
     lacks = [name for name in ("pointwise", "terms") if getattr(cls, name) is getattr(Divergence, name)]
     if not isinstance(getattr(cls, "name", None), str):
         lacks.insert(0, "name")
@@ -339,13 +362,27 @@ def _check_own(divergence: Divergence) -> None:
             f"divergence is an instance of {cls.__name__}, which lacks {', '.join(lacks)}; expected a subclass of "
             "kdfast.Divergence with name, pointwise and terms (docs/extending.md)"
         )
+    computed = {field.name for field in fields(divergence) if not field.init}
     for name, value in vars(divergence).items():
-        if name not in numbers or not isinstance(value, Real):
+        if name not in computed and (name not in numbers or not isinstance(value, Real)):
             what = type(value).__name__ if name in numbers else "no dataclass field"
             raise TypeError(
                 f"divergence is an instance of {cls.__name__}, whose {name} is {what}; engines build it once more from "
                 "its fields, which must be numbers. Make the class a @dataclass(frozen=True) that has no others"
             )
+    given = dict(zip(numbers, divergence.parameters, strict=True))
+    try:
+        again = _built(cls, divergence.parameters).parameters
+    except Exception as error:
+        raise TypeError(
+            f"divergence is an instance of {cls.__name__}, which engines build once more from its fields, and "
+            f"{cls.__name__}(**{given}) raises {type(error).__name__}: {error}"
+        ) from error
+    if str(again) != str(divergence.parameters):  # NaN is itself
+        raise TypeError(
+            f"divergence is an instance of {cls.__name__}, which engines build once more from its fields, and "
+            f"{cls.__name__}(**{given}) has others: {again}. Keep the fields as they are given"
+        )
 
 
 def log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:

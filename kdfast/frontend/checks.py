@@ -468,7 +468,8 @@ def _check_same_device(name: str, value: Tensor, hidden: Tensor, other: str = "s
 
 def _refuse_grad(name: str, tensor: Tensor | None, why: str) -> None:
     if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
-        freeze = ", or freeze the model it is of (teacher.requires_grad_(False))" if name.startswith("teacher") else ""
+        model = name.startswith("teacher") and tensor.dim() > 0  # else it is a number
+        freeze = ", or freeze the model it is of (teacher.requires_grad_(False))" if model else ""
         raise ValueError(f"{name} requires grad, but {why}; pass it detached (.detach()){freeze}")
 
 

@@ -92,6 +92,10 @@ WRONG = {
     "temperature negative": (ValueError, "temperature=-1.0; expected", {"temperature": torch.tensor(-1.0)}),
     "temperature nan": (ValueError, "temperature=nan", {"temperature": float("nan")}),
     "temperature shape": (ValueError, r"temperature is a tensor of shape \(1,\)", {"temperature": torch.ones(1)}),
+    "projected temperature grad": (
+        ValueError, r"Projected.temperature requires grad, but [^;]* gets no gradient; pass it detached \(.detach\(\)\)$",
+        {"teacher_": projected(temperature=torch.ones((), requires_grad=True))},
+    ),
     "temperature grad": (ValueError, "temperature requires grad", {"temperature": torch.ones((), requires_grad=True)}),
     "temperature tiny": (ValueError, "temperature=1e-300; expected a finite number > 0 in float32", {"temperature": 1e-300}),
     "temperature bool tensor": (ValueError, r"temperature is a tensor of shape \(\), torch.bool", {"temperature": torch.tensor(True)}),

@@ -1,6 +1,6 @@
 """Divergences that are not the package's own."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from kdfast import Divergence, ForwardKL
@@ -21,6 +21,24 @@ class Hellinger(Divergence):
         p, q = p.sqrt(), q.sqrt()
         d = self.weight * difference(p, q, g / 2)
         return d * d / (2 * self.weight), -p * d / 2, q * d / 2  # a tuple will do
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weighted(Divergence):
+    """w·KL(p‖q), of a keyword and a field that is computed."""
+
+    w: float
+    half: float = field(init=False)
+    name: ClassVar[str] = "weighted"
+
+    def __post_init__(self):
+        object.__setattr__(self, "half", self.w / 2)
+
+    def pointwise(self, log_p, log_q):
+        return 2 * self.half * ForwardKL().pointwise(log_p, log_q)
+
+    def terms(self, p, q, g):
+        return Terms(*(2 * self.half * each for each in ForwardKL().terms(p, q, g)))
 
 
 class Doubled(ForwardKL):

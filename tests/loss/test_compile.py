@@ -10,10 +10,13 @@ import shutil
 import pytest
 import torch
 from cases import copy, gradients, make, student
+from definition import EVERY
+from own_divergences import Hellinger, Weighted
 from teachers import ENGINES, KINDS, PROJECTED, loss_of, own_logits
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from kdfast import FusedKDLoss, Logits, fused_kd_loss
+from kdfast import FusedKDLoss, Logits, SymmetricKL, fused_kd_loss
+from kdfast.divergences import DIVERGENCES
 from kdfast.engines import chunked
 
 
@@ -23,6 +26,7 @@ def inductor(test):
 
 
 SMALL = {"n": 6, "v": 41}
+OWN = [SymmetricKL(0.9), Hellinger(1.5), Weighted(w=0.7)]
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +96,15 @@ def test_compiled_once_for_any_number_of_tokens_and_any_tensor_weight(backend, e
         case = make(torch.float32, **SMALL | {"n": n})
         with torch._dynamo.config.patch(error_on_recompile=n != 6):
             compare(compiled, case, kind, engine=engine, temperature=tau, **weights)
+
+
+@pytest.mark.parametrize("engine", ENGINES[:2])
+@pytest.mark.parametrize("divergence", [*DIVERGENCES, *EVERY, *OWN], ids=str)
+def test_every_divergence_by_name_and_as_an_instance(divergence, engine):
+    for backend in ("eager", "aot_eager"):
+        torch._dynamo.reset()
+        compiled = torch.compile(fused_kd_loss, fullgraph=True, backend=backend, dynamic=False)
+        compare(compiled, make(torch.float32, **SMALL), "logits", engine=engine, divergence=divergence)
 
 
 def test_numbers_that_follow_a_schedule_compile_once_more():

@@ -374,9 +374,16 @@ def test_errors():
             SkewReverseKL(alpha)
     with pytest.raises(ValueError, match="beta"):
         JSD(1.5)
-    for wrong in (inf, float("nan"), "1"):
+    for wrong in (inf, float("nan"), "1", True, None):
         with pytest.raises(ValueError, match=r"AlphaBeta\(alpha=0.5, beta=.*\): expected finite numbers"):
             AlphaBeta(beta=wrong)
+    for cls, name in ((JSD, "beta"), (SymmetricKL, "lam"), (SkewKL, "alpha"), (SkewReverseKL, "alpha")):
+        for wrong in ("a", None, True, [0.5], 0.5j, torch.tensor(0.5, requires_grad=True), torch.tensor([0.1, 0.2])):
+            with pytest.raises(TypeError, match=rf"{cls.__name__}\({name}=.*\): {name}.* expected a number in \[0, 1"):
+                cls(wrong)
+        with pytest.raises(ValueError, match=rf"{cls.__name__}\({name}=nan\): {name}.* must lie in \[0, 1"):
+            cls(float("nan"))
+        assert get_divergence(cls(torch.tensor(0.25))).parameters == cls(np.float32(0.25)).parameters == [0.25]
     with pytest.raises(ValueError, match=r"SymmetricKL\(lam=1.5\): lam, the share of KL\(student‖teacher\)"):
         SymmetricKL(1.5)
     with pytest.raises(ValueError, match="'kl' is unknown; expected one of forward_kl"):

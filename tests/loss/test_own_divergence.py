@@ -1,15 +1,15 @@
 """An instance of a `Divergence` of one's own: taken as it is where no kernel is needed, refused by name elsewhere."""
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, InitVar, dataclass
 from typing import ClassVar
 
 import pytest
 import torch
 from cases import copy, gradients, make, relative, student
-from own_divergences import Doubled, Hellinger
+from own_divergences import Doubled, Hellinger, Weighted
 from teachers import KINDS, PROJECTED, leaves, sources
 
-from kdfast import JSD, Divergence, FusedKDLoss, Logits, fused_kd_loss
+from kdfast import JSD, AlphaBeta, Divergence, ForwardKL, FusedKDLoss, Logits, SkewReverseKL, fused_kd_loss
 from kdfast.divergences import Terms
 from kdfast.engines import choose
 
@@ -46,6 +46,58 @@ def test_every_teacher(kind, reduction):
         loss.sum().backward()
     for name in leaves(kind) if kind in PROJECTED else leaves(kind)[:3]:
         assert relative(gradients(other)[name], gradients(one)[name]) < 1e-9, name
+
+
+@pytest.mark.parametrize("engine", ["reference", "torch"])
+def test_a_keyword_and_a_field_that_is_computed(engine):
+    case = make()
+    teacher, _ = sources(case, "head")
+    once, thrice = (
+        fused_kd_loss(student(case), teacher, divergence=d, engine=engine) for d in ("forward_kl", Weighted(w=3))
+    )
+    torch.testing.assert_close(thrice, 3 * once)
+
+
+class Named(JSD):
+    name = "named"
+
+
+class Skewed(SkewReverseKL):
+    pass
+
+
+class Balanced(AlphaBeta):
+    pass
+
+
+@pytest.mark.parametrize("engine", ["reference", "torch", "auto"])
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        (Named(0.0), "forward_kl"),
+        (Named(1.0), "reverse_kl"),
+        (Named(0.3), JSD(0.3)),
+        (Skewed(0), "reverse_kl"),
+        (Balanced(0, 1), "reverse_kl"),
+    ],
+    ids=str,
+)
+def test_a_subclass_of_a_listed_one_has_its_limits(theirs, ours, engine):
+    case = make()
+    teacher, _ = sources(case, "head")
+    found, expected = (fused_kd_loss(student(case), teacher, divergence=d, engine=engine) for d in (theirs, ours))
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_subclass_of_its_own_formula_is_what_it_says_at_the_limits_too():
+    """As it says, half the KL, and no forward KL."""
+    case = make()
+    teacher, _ = sources(case, "head")
+    for engine in ("reference", "torch"):
+        half, whole = (
+            fused_kd_loss(student(case), teacher, divergence=d, engine=engine) for d in (Halved(0.0), "forward_kl")
+        )
+        torch.testing.assert_close(half, whole / 2)
 
 
 @pytest.mark.parametrize("engine", ["reference", "torch"])
@@ -98,6 +150,29 @@ class Nameless(Divergence):
     pointwise, terms = Hellinger.pointwise, Hellinger.terms
 
 
+class Halved(JSD):
+    def pointwise(self, log_p, log_q):
+        return ForwardKL().pointwise(log_p, log_q) / 2
+
+    def terms(self, p, q, g):
+        return Terms(*(each / 2 for each in ForwardKL().terms(p, q, g)))
+
+
+@dataclass(frozen=True)
+class Asking(Hellinger):
+    _: KW_ONLY
+    more: InitVar[float]
+
+    def __post_init__(self, more):
+        pass
+
+
+@dataclass(frozen=True)
+class Rescaled(Hellinger):
+    def __post_init__(self):
+        object.__setattr__(self, "weight", 2 * self.weight)
+
+
 class Stateful(Hellinger):
     def __init__(self, table):
         super().__init__()
@@ -111,6 +186,8 @@ class Stateful(Hellinger):
         (Nothing(), "an instance of Nothing, which lacks pointwise, terms"),
         (Nameless(), "an instance of Nameless, which lacks name"),
         (Stateful([1.0]), r"an instance of Stateful, whose table is no dataclass field.*@dataclass\(frozen=True\)"),
+        (Asking(1.0, more=2.0), "an instance of Asking, .*from its fields.* raises TypeError: .*'more'"),
+        (Rescaled(1.0), r"an instance of Rescaled, .*Rescaled\(\*\*{'weight': 2.0}\) has others: \[4.0\]"),
         (Hellinger("1"), "an instance of Hellinger, whose weight is str"),
         (JSD, "divergence is the class JSD; expected a name .* or an instance"),
         (Hellinger, "divergence is the class Hellinger; expected"),
