@@ -493,3 +493,15 @@ def _check_flag(name: str, value: Any) -> None:
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def check_divisor(items: int | Tensor, weights: Tensor, factors: Tensor) -> None:
+    """Raise ValueError where no items are to divide rows that count. Unread, such rows become NaN."""
+    if not can_read(weights) or (isinstance(items, Tensor) and not can_read(items)) or items != 0:
+        return
+    rows = int((weights * factors[:, None] != 0).any(dim=0).sum())
+    if rows:
+        raise ValueError(
+            f"num_items_in_batch=0 with {rows} rows that count; expected how many count in all calls that "
+            "share the divisor, or None for the mean of this call's"
+        )

@@ -78,22 +78,10 @@ def row_weights(
             divisor = weights.sum(dim=1)  # 0 where all weights are
         else:
             divisor = _factor(options.num_items_in_batch, tau).expand(3)
-            _check_divisor(options.num_items_in_batch, weights, factors)
+            checks.check_divisor(options.num_items_in_batch, weights, factors)
         factors = torch.where(factors == 0, 0.0, factors / torch.where(divisor == 0, NAN, divisor))
     coefficients = torch.where(weights == 0, 0.0, weights * factors[:, None])
     return RowWeights(coefficients, weights, (weights != 0).any(dim=0), labels, anchor_targets, has_anchor)
-
-
-def _check_divisor(items: int | Tensor, weights: Tensor, factors: Tensor) -> None:
-    """Raise ValueError where no items are to divide rows that count. Unread, such rows become NaN."""
-    if not checks.can_read(weights) or (isinstance(items, Tensor) and not checks.can_read(items)) or items != 0:
-        return
-    rows = int((weights * factors[:, None] != 0).any(dim=0).sum())
-    if rows:
-        raise ValueError(
-            f"num_items_in_batch=0 with {rows} rows that count; expected how many count in all calls that "
-            "share the divisor, or None for the mean of this call's"
-        )
 
 
 def _targets(targets: Tensor, weights: Tensor, ignore_index: int, valid_vocab: int) -> tuple[Tensor, Tensor]:
