@@ -271,20 +271,18 @@ class AlphaBeta(Divergence):
             return difference(start, end, -number * g).div_(number) if number else weighted(start, g)
 
         a_p, a_q = over(beta, p, pq), over(alpha, pq, q).neg_()
+        if alpha == beta == 0:
+            return Terms(g.square() / 2, a_p, a_q)
         if alpha * beta >= 0:
-            f = (a_p + a_q) / (both or 1)
+            f = (a_p + a_q) / both
         elif abs(alpha) > abs(beta):
             f = (a_p - over(both, p, q)) / alpha
         else:
             f = (over(both, p, q) + a_q) / beta
-        if alpha == beta == 0:
-            f = g.square() / 2
-        elif max(abs(alpha), abs(beta), abs(both)) < 0.8:  # it cancels more: near 0 g²·pq·exp[0, x, y], a series
-            x, y = -alpha * g, beta * g
-            series = 0.5 + (x + y) / 6 + (x * x + x * y + y * y) / 24 + (x + y) * (x * x + y * y) / 120
-            near = torch.maximum(x.abs(), y.abs()) < (2.0**-12 if g.dtype == torch.float64 else 2.0**-4)
-            f = torch.where(near, g.square() * pq * series, f)
-        return Terms(f, a_p, a_q)
+        x, y = -alpha * g, beta * g  # near 0 that cancels: it is g²·pq·exp[0, x, y], a divided difference
+        series = 0.5 + (x + y) / 6 + (x * x + x * y + y * y) / 24 + (x + y) * (x * x + y * y) / 120
+        near = torch.maximum(x.abs(), y.abs()) < (2.0**-12 if g.dtype == torch.float64 else 2.0**-4)
+        return Terms(torch.where(near, g.square() * pq * series, f), a_p, a_q)
 
 
 DIVERGENCES: dict[str, type[Divergence]] = {
