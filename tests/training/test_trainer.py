@@ -384,6 +384,17 @@ def test_classes_are_no_labels(tiny, rows, config):
         KDTrainer(tiny(), config(recipe="lm_only"), train_dataset=data).train()
 
 
+@pytest.mark.parametrize("as_tensors", [True, False])
+def test_rows_of_unlike_length_are_answered(tiny, rows, config, as_tensors):
+    data = [{name: x[: 5 + i] for name, x in row.items()} for i, row in enumerate(rows(4))]
+    if not as_tensors:
+        data = Dataset.from_list([{name: x.tolist() for name, x in row.items()} for row in data])
+    trainer = KDTrainer(tiny(), config(recipe="lm_only", per_device_train_batch_size=4), train_dataset=data)
+    expected = r"rows have 5 to 8 ids, and data_collator \(default_data_collator\).*DataCollatorForSeq2Seq"
+    with pytest.raises(ValueError, match=expected):
+        trainer.train()
+
+
 def test_all_of_trainers_arguments_are_taken_or_answered():
     theirs = inspect.signature(Trainer).parameters.keys()
     assert theirs <= inspect.signature(KDTrainer).parameters.keys() | ELSEWHERE.keys()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kdfast.training.data.columns import is_raw, unread
+from kdfast.training.durable.errors import first_line
 
 PACKED = "seq_lengths"  # TRL's column: the lengths of the documents that a row is packed of
 
@@ -52,21 +53,31 @@ class Collator:
     def __init__(self, collate: Callable[[list[Any]], dict[str, Any]], columns: Iterable[str] | None) -> None:
         self.collate = collate
         self.columns = None if columns is None else frozenset(columns)
+        self._name = getattr(collate, "__name__", type(collate).__name__)
 
     def __call__(self, rows: list[Any]) -> dict[str, Any]:
         given = rows
         if self.columns is not None:
             given = [Row(row, self.columns) if isinstance(row, dict) else row for row in rows]
-        batch = _without_empty_mask(self.collate(given))
+        try:
+            batch = _without_empty_mask(self.collate(given))
+        except (ValueError, RuntimeError) as error:
+            sizes = {len(row["input_ids"]) for row in rows if isinstance(row, dict) and "input_ids" in row}
+            if len(sizes) < 2:
+                raise
+            raise ValueError(
+                f"the data set's rows have {min(sizes)} to {max(sizes)} ids, and data_collator ({self._name}) cannot "
+                f"make a batch of them ({first_line(error)}). Pass one that pads labels too, such as transformers' "
+                "DataCollatorForSeq2Seq(tokenizer), or rows of one length"
+            ) from error
         if unseen := [name for row in given if isinstance(row, Row) for name in row.unseen()]:
             raise ValueError(unread("the data set", unseen[0]))
         lengths = [row[PACKED] for row in rows if isinstance(row, dict) and PACKED in row]
         documents = [sum(int(n) > 0 for n in row) for row in lengths]
         if max(documents, default=0) > 1 and _segments(batch) < sum(documents):
-            name = getattr(self.collate, "__name__", type(self.collate).__name__)
             raise ValueError(
                 f"the data set's rows are packed of several documents ({PACKED}), and the batches of data_collator "
-                f"({name}) do not keep them apart: position_ids that begin anew with each, and no padding in an "
+                f"({self._name}) do not keep them apart: position_ids that begin anew with each, and no padding in an "
                 "attention_mask (B, T) beside them. Take trl's DataCollatorForLanguageModeling(padding_free=True), or "
                 f"remove the column {PACKED} to train on each row as one document"
             )
