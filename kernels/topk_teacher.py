@@ -31,9 +31,9 @@ def bits(indices: Tensor, chosen: Tensor, vocab: int) -> Tensor:
     (N, K), words = indices.shape, triton.cdiv(vocab, 32)
     out = indices.new_zeros(N, words, dtype=torch.int32)
     if N:
-        R = _rows(indices)
+        R, BLOCK = _shape(indices)
         bits_kernel[(triton.cdiv(N, R),)](
-            indices, indices.stride(0), chosen, chosen.stride(0), out, words, N, K, R=R, BLOCK=_block(K),
+            indices, indices.stride(0), chosen, chosen.stride(0), out, words, N, K, R=R, BLOCK=BLOCK,
             num_warps=WARPS,
         )  # fmt: skip
     return out
@@ -68,7 +68,7 @@ def support_logits(x: Tensor, weight: Tensor, indices: Tensor, out: Tensor) -> T
     Reads K rows of weight per token: 2·K·H bytes in 16 bits, mostly from L2."""
     (N, K), H = indices.shape, x.shape[1]
     if N:
-        R = _rows(indices)
+        R, _ = _shape(indices)
         support_logits_kernel[(triton.cdiv(N, R), triton.cdiv(K, BLOCK_K))](
             x, x.stride(0), x.stride(1), weight, weight.stride(0), weight.stride(1), indices, indices.stride(0), out,
             N, K, H, R=R, BLOCK_K=BLOCK_K, BLOCK_H=BLOCK_H, num_warps=WARPS,
@@ -95,17 +95,13 @@ def write(plane: Tensor, indices: Tensor, values: Tensor, first: int = 0) -> Non
     """Set plane[n, indices_nk − first] = values_nk, where plane (N, width) has that column; values (N, K)."""
     N, K = indices.shape
     if N:
-        R = _rows(indices)
+        R, BLOCK = _shape(indices)
         write_kernel[(triton.cdiv(N, R),)](
             plane, plane.stride(0), indices, indices.stride(0), values, values.stride(0), first, plane.shape[1], N, K,
-            R=R, BLOCK=_block(K), num_warps=WARPS,
+            R=R, BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
 
 
-def _block(K: int) -> int:
-    return min(1024, triton.next_power_of_2(K))
-
-
-def _rows(indices: Tensor) -> int:
-    """Return the rows of a program: the interpreter pays per operation."""
-    return 16 if indices.device.type == "cpu" else 1
+def _shape(indices: Tensor) -> tuple[int, int]:
+    """Return a program's rows (the interpreter pays per operation) and the entries it takes at a time."""
+    return 16 if indices.device.type == "cpu" else 1, min(1024, triton.next_power_of_2(indices.shape[1]))
