@@ -76,7 +76,8 @@ def _double(source):
     tensors = [getattr(source, name) for name in source.__dataclass_fields__]
     tensors = [x.detach().double() if isinstance(x, torch.Tensor) else x for x in tensors]
     if isinstance(source, Projected):
-        return Projected(*tensors)
+        hidden, weight, bias, temperature = tensors
+        return Projected(hidden, weight, bias, temperature=temperature)
     hidden, weight, bias, scale, softcap = tensors
     return Head(hidden, weight, bias, logit_scale=scale, softcap=softcap)
 
