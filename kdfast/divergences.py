@@ -173,10 +173,10 @@ class SkewKL(_Skew):
         # Where p < e⁻⁸⁰ q it counts for nothing, so that expm1(−g) may stop there; m = p·(1 + x) > 0 also when rounded
         of_q = min(1 - self.alpha, 1 - torch.finfo(g.dtype).eps)
         x = (-g).clamp_max_(80.0).expm1_().mul_(of_q)  # (m − p)/p
+        a_q = (q / (1 + x)).mul_(-of_q)  # without the (1−α)·q, which changes no gradient and would swamp it for p ≪ q
         r = x / (1 + x)  # (m − p)/m
-        a_q = (q * r).mul_(of_q)
-        a_p = r.mul_(self.alpha).sub_(x.log1p_()).mul_(p)
-        return Terms(a_p + a_q, a_p, a_q)
+        a_p = (r * self.alpha).sub_(x.log1p_()).mul_(p)
+        return Terms(r.mul_(q).mul_(of_q).add_(a_p), a_p, a_q)
 
 
 @dataclass(frozen=True)

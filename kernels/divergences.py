@@ -46,16 +46,15 @@ def jsd(p, q, g, beta):
 
 @triton.jit
 def skew_kl(p, q, g, alpha):
-    """KL(p‖m), m = α p + (1−α) q, plus (1−α)·(q − p), which sums to zero and makes every summand of second order.
-    Where p < e⁻⁸⁰ q it counts for nothing, so that expm1(−g) may stop there; where q is 0, g may be NaN. m = p·(1 + x)
-    stays above 0 also when rounded."""
+    """KL(p‖m), m = α p + (1−α) q, plus (1−α)·(q − p), which sums to zero and makes every summand of second order; not
+    in a_q, which it would swamp where p ≪ q, and change no gradient. Where p < e⁻⁸⁰ q it counts for nothing, so that
+    expm1(−g) may stop there; where q is 0, g may be NaN. m = p·(1 + x) stays above 0 also when rounded."""
     MOST: tl.constexpr = 1 - (2**-52 if g.dtype == tl.float64 else 2**-23)
     of_q = tl.minimum(1 - alpha, MOST)
     x = of_q * expm1(tl.minimum(tl.where(q > 0, -g, -80), 80))  # (m − p)/p
-    r = x / (1 + x)  # (m − p)/m
-    a_q = of_q * r * q
-    a_p = p * (alpha * r - log1p(x))
-    return a_p + a_q, a_p, a_q
+    s = 1 / (1 + x)  # p/m
+    a_p = p * (alpha * x * s - log1p(x))
+    return a_p + of_q * x * s * q, a_p, -of_q * s * q
 
 
 @triton.jit

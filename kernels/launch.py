@@ -64,6 +64,7 @@ class StatisticsFlags:
     ce: bool
     anchor: bool
     metrics: bool
+    teacher_gradient: bool
     decorrelate: bool
 
 
@@ -173,7 +174,7 @@ class Term:
 
     def statistics_flags(self, teacher: bool, decorrelate: bool) -> StatisticsFlags:
         ce, anchor = self.labels is not None, self.targets is not None
-        return StatisticsFlags(teacher, ce, anchor, self.metrics, decorrelate)
+        return StatisticsFlags(teacher, ce, anchor, self.metrics, self.teacher_gradient or decorrelate, decorrelate)
 
     def gradient_flags(self, student: bool, decorrelate: bool) -> GradientFlags:
         return GradientFlags(student, self.ce_gradient, self.teacher_gradient, self.anchor_gradient, decorrelate)
@@ -181,11 +182,6 @@ class Term:
 
 def matrix(operand: Tensor | None) -> Matrix:
     """Return a tensor of two dimensions, or none, as a kernel argument."""
-    return Matrix(None, 0, 0) if operand is None else Matrix(readable(operand), *operand.stride())
-
-
-def readable(operand: Tensor) -> Tensor:
-    """Return the operand, in the interpreter, which has no bf16 product, widened."""
-    if operand.dtype == torch.bfloat16 and architecture(operand.device) == "interpreter":
-        return torch.empty_strided(operand.shape, operand.stride(), dtype=torch.float32).copy_(operand)
-    return operand
+    if operand is not None and operand.dtype == torch.bfloat16 and architecture(operand.device) == "interpreter":
+        operand = operand.float()  # it has no bf16 product
+    return Matrix(None, 0, 0) if operand is None else Matrix(operand, *operand.stride())

@@ -53,11 +53,11 @@ def gradients(
         _, a_p, a_q = terms(NAME, p, q, g, log_p, log_q, loss.parameter, loss.second)
         if GRAD.student:
             if not DIVERGENCE.centred_q:
-                a_q -= q * constants.A_q[:, None]
+                a_q = _centered(a_q, q, constants.A_q, constants.D_q, constants.log_S_s, DIVERGENCE, GRAD)
             grad_s = tl.where(k == 0, 0, k * a_q)  # a row the KD term does not count may diverge
         if GRAD.teacher:
             if not DIVERGENCE.centred_p:
-                a_p -= p * constants.A_p[:, None]
+                a_p = _centered(a_p, p, constants.A_p, constants.D_p, constants.log_S_t, DIVERGENCE, GRAD)
             k = (coefficients.kd * loss.inv_tau_t)[:, None]
             grad_t = tl.where(k == 0, 0, k * a_p)
     if GRAD.student and GRAD.ce:
@@ -69,6 +69,21 @@ def gradients(
     if GRAD.decorrelate:
         grad_t += decorrelation[:, None] * grad_s
     return grad_s, grad_t, grad_a
+
+
+@triton.jit
+def _centered(a, softmax, A, D, log_S, DIVERGENCE: tl.constexpr, GRAD: tl.constexpr):
+    """Return a − softmax·A, and D where that cancels: at an entry with most of the mass, more than in the second pass,
+    as z may be computed anew. A KL's one pass does not know D: 0 at an entry that has all of it, to rounding."""
+    centered = a - softmax * A[:, None]
+    if DIVERGENCE.base != "":
+        NONE: tl.constexpr = 2**-53 if a.dtype == tl.float64 else 2**-24
+        limit = tl.where(log_S < NONE, 0.6, 1 - NONE).to(a.dtype)
+        return tl.where(softmax > limit[:, None], 0, centered)
+    elif GRAD.decorrelate:
+        return centered
+    else:
+        return tl.where((softmax > 0.6) & (D == D)[:, None], D[:, None], centered)
 
 
 @triton.jit

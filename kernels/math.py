@@ -72,12 +72,12 @@ def _add7(a0, a1, a2, a3, a4, a5, a6, b0, b1, b2, b3, b4, b5, b6):
 
 
 @triton.jit
-def sums(xs):
-    """Return the sums over the columns of each of 2, 3 or 7 tensors, [R, BLOCK] → [R], as a tuple.
+def sums(xs, TOGETHER: tl.constexpr = True):
+    """Return the sums over the columns of 2, 3 or 7 tensors, [R, BLOCK] → [R], as a tuple; not TOGETHER: of any number.
 
     A sum across warps takes three barriers; one reduction of a tuple takes three for all of its members. In the
     interpreter, which would run the combine function element by element in Python, each sum is taken on its own."""
-    if INTERPRETED:
+    if INTERPRETED or not TOGETHER:
         out = (tl.sum(xs[0], axis=1),)
         for i in tl.static_range(1, len(xs)):
             out += (tl.sum(xs[i], axis=1),)
@@ -93,8 +93,8 @@ def sums(xs):
 
 @triton.jit
 def added(a, b):
-    """Return the elementwise sums of two tuples of tensors, as a tuple."""
+    """Return the elementwise sums of two tuples of tensors, as a tuple; what b is too short for stays as it is in a."""
     out = (a[0] + b[0],)
     for i in tl.static_range(1, len(a)):
-        out += (a[i] + b[i],)
+        out += (a[i] + b[i] if i < len(b) else a[i],)
     return out

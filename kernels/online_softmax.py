@@ -41,10 +41,12 @@ LOWEST: tl.constexpr = tl.constexpr(-1e30)
 # What follows is [R] each.
 Side = namedtuple("Side", "m S S1 E argmax target")  # argmax int32; target: the target's logit
 Pair = namedtuple("Pair", "G D S2 P Q U R")
-# Σ f, Σ a_p, Σ a_q and, to decorrelate, sums of products: aq_q = Σ a_q·q, …
-TermSums = namedtuple("TermSums", "f a_p a_q aq_aq aq_q q_q ap_aq ap_q p_aq p_q")
-# what a gradient needs to know of a row; gap = log S_t − log S_s, A = Σ a
-RowConstants = namedtuple("RowConstants", "m_s log_S_s m_t log_S_t gap A_p A_q log_S1_s log_S1_t")
+# Σ f, Σ a_q, Σ a_p and, to decorrelate, sums of products: aq_q = Σ a_q·q, …; otherwise, in the place of those beside
+# Σ a of either side, Σ a and Σ of its probabilities without an entry that has most of them, for `D`
+TermSums = namedtuple("TermSums", "f a_q aq_aq aq_q a_p q_q ap_aq ap_q p_aq p_q")
+# what a gradient needs to know of a row; gap = log S_t − log S_s, A = Σ a, D what an entry with most of the mass gets,
+# where a − softmax·A cancels: less the sum of the others; NaN = not known, of gradients that are decorrelated
+RowConstants = namedtuple("RowConstants", "m_s log_S_s m_t log_S_t gap A_p A_q log_S1_s log_S1_t D_p D_q")
 Dots = namedtuple("Dots", "ts ss")  # ⟨G_t, G_s⟩ and ⟨G_s, G_s⟩ of the KD term over (coefficient/τ)²
 Move = namedtuple("Move", "by r")  # of a maximum: (old − new)/τ, and its exponential
 
@@ -187,10 +189,9 @@ def update_pair(pair, S_s, S_t, block_s, block_t, DIVERGENCE: tl.constexpr, DECO
     if DECORRELATE:
         of_student = eu if DIVERGENCE.base == "s" else w
         more = sums((eu, w, base.e * base.e, base.e * w, of_student * of_student, base.e * eu, eu * w))
-        return Pair(*added(pair, more))
     else:
-        more_G, more_D = sums((eu, w))
-        return Pair(pair.G + more_G, pair.D + more_D, pair.S2, pair.P, pair.Q, pair.U, pair.R)
+        more = sums((eu, w))
+    return Pair(*added(pair, more))
 
 
 @triton.jit
@@ -256,7 +257,7 @@ def finalize(student, teacher, pair, DIVERGENCE: tl.constexpr, TEACHER: tl.const
             else:
                 square = scale * (pair.Q + c * (2 * pair.U + c * pair.S2))
     log_S1_s, log_S1_t = tl.log(student.S1), tl.log(teacher.S1)
-    constants = RowConstants(student.m, log_S_s, teacher.m, log_S_t, gap, A_p, A_q, log_S1_s, log_S1_t)
+    constants = RowConstants(student.m, log_S_s, teacher.m, log_S_t, gap, A_p, A_q, log_S1_s, log_S1_t, zero, zero)
     return value, constants, Dots(dot, square)
 
 
@@ -265,47 +266,40 @@ def whole_vocabulary(student, beyond, constants):
     """Return the student's side and the constants where entries beyond the shared ones have been added to `beyond`: a
     cross entropy and an entropy see them, the KD term and the argmax do not."""
     log_S1_s = tl.log(beyond.S1) + (beyond.m - constants.m_s)
-    m_s, log_S_s, m_t, log_S_t, gap, A_p, A_q, _, log_S1_t = constants
-    constants = RowConstants(m_s, log_S_s, m_t, log_S_t, gap, A_p, A_q, log_S1_s, log_S1_t)
+    m_s, log_S_s, m_t, log_S_t, gap, A_p, A_q, _, log_S1_t, D_p, D_q = constants
+    constants = RowConstants(m_s, log_S_s, m_t, log_S_t, gap, A_p, A_q, log_S1_s, log_S1_t, D_p, D_q)
     return Side(beyond.m, student.S, beyond.S1, beyond.E, student.argmax, beyond.target), constants
 
 
 @triton.jit
-def update_terms(total, z_s, z_t, constants, loss, DIVERGENCE: tl.constexpr, DECORRELATE: tl.constexpr):
+def update_terms(total, z_s, z_t, constants, loss, DIVERGENCE: tl.constexpr, WANT: tl.constexpr):
     """Return the `TermSums` with a block added: the second pass."""
     NAME: tl.constexpr = DIVERGENCE.name
-    F, A_p, A_q, aq_aq, aq_q, q_q, ap_aq, ap_q, p_aq, p_q = total
     p, q, g, log_p, log_q = probabilities(z_s, z_t, constants, loss)
     f, a_p, a_q = terms(NAME, p, q, g, log_p, log_q, loss.parameter, loss.second)
-    F += tl.sum(f, axis=1)
-    if not DIVERGENCE.centred_p:
-        A_p += tl.sum(a_p, axis=1)
-    if not DIVERGENCE.centred_q:
-        A_q += tl.sum(a_q, axis=1)
-    if DECORRELATE:
-        aq_aq += tl.sum(a_q * a_q, axis=1)
-        ap_aq += tl.sum(a_p * a_q, axis=1)
-        if not DIVERGENCE.centred_q:
-            aq_q += tl.sum(a_q * q, axis=1)
-            q_q += tl.sum(q * q, axis=1)
-            ap_q += tl.sum(a_p * q, axis=1)
-        if not DIVERGENCE.centred_p:
-            p_aq += tl.sum(p * a_q, axis=1)
-            if not DIVERGENCE.centred_q:
-                p_q += tl.sum(p * q, axis=1)
-    return TermSums(F, A_p, A_q, aq_aq, aq_q, q_q, ap_aq, ap_q, p_aq, p_q)
+    if WANT.decorrelate:
+        more = sums((f, a_q, a_q * a_q, a_q * q, a_p, q * q, a_p * a_q, a_p * q, p * a_q, p * q), False)
+    else:
+        more = sums((f, a_q)) + sums((tl.where(q > 0.5, 0, a_q), tl.where(q > 0.5, 0, q)))
+        if WANT.teacher_gradient:
+            more += sums((a_p, tl.where(p > 0.5, 0, a_p), tl.where(p > 0.5, 0, p)))
+    return TermSums(*added(total, more))
 
 
 @triton.jit
-def finalize_terms(total, constants):
+def finalize_terms(total, constants, DECORRELATE: tl.constexpr):
     """Return as `finalize` does, with what only the second pass knows."""
-    m_s, log_S_s, m_t, log_S_t, gap, _, _, log_S1_s, log_S1_t = constants
-    A_p, A_q = total.a_p, total.a_q
-    dot = total.ap_aq - A_q * total.ap_q - A_p * total.p_aq + A_p * A_q * total.p_q
-    square = total.aq_aq + A_q * (A_q * total.q_q - 2 * total.aq_q)
+    f, A_q, aq_aq, aq_q, A_p, q_q, ap_aq, ap_q, p_aq, p_q = total
+    dot, square, D_p, D_q = tl.zeros_like(f), tl.zeros_like(f), float("nan") + f, float("nan") + f
+    if DECORRELATE:
+        dot = ap_aq - A_q * ap_q - A_p * p_aq + A_p * A_q * p_q
+        square = aq_aq + A_q * (A_q * q_q - 2 * aq_q)
+    else:
+        D_q, D_p = A_q * aq_q - aq_aq, A_p * ap_aq - q_q  # of the sums that stand in their place
     # a row whose logits are NaN has NaN in `gap`, though its terms may have summed to something
-    value = total.f + 0 * gap
-    return value, RowConstants(m_s, log_S_s, m_t, log_S_t, gap, A_p, A_q, log_S1_s, log_S1_t), Dots(dot, square)
+    m_s, log_S_s, m_t, log_S_t, gap, _, _, log_S1_s, log_S1_t, _, _ = constants
+    constants = RowConstants(m_s, log_S_s, m_t, log_S_t, gap, A_p, A_q, log_S1_s, log_S1_t, D_p, D_q)
+    return f + 0 * gap, constants, Dots(dot, square)
 
 
 @triton.jit
@@ -333,7 +327,7 @@ def probabilities(z_s, z_t, constants, loss):
 def store_tensors(pointers, stride, tensors, mask):
     """Write the tensors of a NamedTuple, [R] each, one below the other."""
     for i in tl.static_range(len(tensors)):
-        tl.store(pointers + i * stride, tensors[i], mask=mask)
+        tl.store(pointers + i * stride.to(tl.int64), tensors[i], mask=mask)
 
 
 @triton.jit
@@ -341,7 +335,7 @@ def load_tensors(pointers, stride, mask, COUNT: tl.constexpr):
     """Return COUNT tensors as `store_tensors` left them, as a tuple."""
     out = (tl.load(pointers, mask=mask, other=0),)
     for i in tl.static_range(1, COUNT):
-        out += (tl.load(pointers + i * stride, mask=mask, other=0),)
+        out += (tl.load(pointers + i * stride.to(tl.int64), mask=mask, other=0),)
     return out
 
 
@@ -350,7 +344,7 @@ def store_statistics(stats_ptr, stride, mask, student, teacher, DIVERGENCE: tl.c
     """Write what two sides' states say, rows 1 to 5 of stats (the divergence, row 0, is the caller's), and return the
     cross entropy [R], 0 where it is not wanted. stats_ptr [R]. With a sparse teacher row 5, the agreement, is the
     student's argmax."""
-    ce = tl.zeros_like(student.m)
+    ce, stride = tl.zeros_like(student.m), stride.to(tl.int64)
     if WANT.ce:
         ce = tl.log(student.S1) - (student.target - student.m)
         tl.store(stats_ptr + stride, ce, mask=mask)

@@ -165,7 +165,7 @@ def terms_pass(
         v = block + rows.lanes
         z_s, _ = student_logits(logits, rows, v, logits.kd_V, HEADS)
         z_t, _ = teacher_logits(logits, rows, v, HEADS)
-        total = online.update_terms(total, z_s, z_t, constants, loss, DIVERGENCE, WANT.decorrelate)
+        total = online.update_terms(total, z_s, z_t, constants, loss, DIVERGENCE, WANT)
     return total
 
 
@@ -205,7 +205,7 @@ def zero_gradients(logits, rows, grads, R: tl.constexpr, BLOCK: tl.constexpr, GR
 @triton.jit
 def store_zeros(pointers, m, rows, COUNT: tl.constexpr):
     for i in tl.static_range(COUNT):
-        tl.store(pointers + i * m + rows.r, tl.zeros(rows.r.shape, tl.float32), mask=rows.inside)
+        tl.store(pointers + i * m.to(tl.int64) + rows.r, tl.zeros(rows.r.shape, tl.float32), mask=rows.inside)
 
 
 @triton.jit(do_not_specialize=["stride_c", "stride_stats", "start", "m"])
@@ -235,7 +235,7 @@ def row_kernel(
     student, teacher = with_targets(student, teacher, logits, rows, loss, HEADS, WANT)
     if WANT.teacher and DIVERGENCE.base == "":
         total = terms_pass(logits, rows, loss, constants, HEADS, DIVERGENCE, WANT, BLOCK)
-        value, constants, dots = online.finalize_terms(total, constants)
+        value, constants, dots = online.finalize_terms(total, constants, WANT.decorrelate)
 
     counts = rows.inside & rows.active  # an inactive row's statistics stay 0
     if WANT.teacher:
@@ -276,7 +276,7 @@ def states_kernel(
     states_ptr += rows.r
     if HEADS.truncated:
         beyond = beyond_pass(online.empty_side(rows.zero), logits, rows, loss, HEADS, WANT, BLOCK)
-        online.store_tensors(states_ptr + online.STATE * m, m, beyond, rows.inside)
+        online.store_tensors(states_ptr + online.STATE * m.to(tl.int64), m, beyond, rows.inside)
     student, teacher = with_targets(student, teacher, logits, rows, loss, HEADS, WANT)
     online.store_tensors(states_ptr, m, student + teacher + pair, rows.inside)
 
@@ -285,7 +285,7 @@ def states_kernel(
 def terms_kernel(
     logits, tensors, stride_c, start, m,
     scale_s: "fp64", softcap_s: "fp64", scale_t: "fp64", softcap_t: "fp64", parameter: "fp64", second: "fp64",
-    constants_ptr,  # (9, m)
+    constants_ptr,  # (11, m)
     sums_ptr,  # (10, m)
     HEADS: tl.constexpr, DIVERGENCE: tl.constexpr, WANT: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -304,7 +304,7 @@ def terms_kernel(
 def row_gradients_kernel(
     logits, tensors, stride_c, start, m,
     scale_s: "fp64", softcap_s: "fp64", scale_t: "fp64", softcap_t: "fp64", parameter: "fp64", second: "fp64",
-    constants_ptr,  # (9, m)
+    constants_ptr,  # (11, m)
     grads,  # `launch.Gradients`
     HEADS: tl.constexpr, DIVERGENCE: tl.constexpr, GRAD: tl.constexpr, IN_PLACE: tl.constexpr,
     R: tl.constexpr, BLOCK: tl.constexpr,
@@ -387,12 +387,12 @@ def row_states(chunk: Chunk, states: Tensor, *, decorrelate: bool, config: RowCo
 def row_terms(
     chunk: Chunk, sums: Tensor, *, constants: Tensor, decorrelate: bool, config: RowConfig | None = None
 ) -> None:
-    """Fill sums (10, m) with the second pass over what is here; constants (≥ 9, m)."""
+    """Fill sums (10, m) with the second pass over what is here; constants (≥ 11, m)."""
     want = chunk.term.statistics_flags(chunk.teacher, decorrelate)
     _launch(terms_kernel, chunk, constants, sums, WANT=want, config=config)
 
 
 def row_gradients(chunk: Chunk, grads: Gradients, *, constants: Tensor, config: RowConfig | None = None) -> None:
-    """Take gradients from the rows' constants (≥ 9, m)."""
+    """Take gradients from the rows' constants (≥ 11, m)."""
     if grads.student is not None or grads.teacher is not None:
         _launch(row_gradients_kernel, chunk, constants, grads, **_options(chunk, grads), config=config)

@@ -22,7 +22,7 @@ GROUP = 8  # row blocks that walk a stretch of the vocabulary together, so that 
 @triton.jit(do_not_specialize=["stride_c", "N", "first", "width"])
 def gradients_kernel(
     operands, given, tensors, stride_c,  # `launch.Operands`, `Given`, `LossTensors`
-    constants_ptr,  # (10, N)
+    constants_ptr,  # (12, N)
     grads,  # `launch.Gradients`, all of one stride
     N, V, kd_V, Hs, Ht, first, width,
     scale_s: "fp64", softcap_s: "fp64", scale_t: "fp64", softcap_t: "fp64", parameter: "fp64", second: "fp64",
@@ -75,7 +75,7 @@ def slab_gradients(
 ) -> None:  # fmt: skip
     """Write the gradients towards h·Wᵀ + b of ids first … first + width, over `term.scale`.
 
-    grads (N, width), all of one stride, with room for whole tiles in a row; constants (10, N) from `statistics`."""
+    grads (N, width), all of one stride, with room for whole tiles in a row; constants (12, N) from `statistics`."""
     some = grads.teacher if grads.student is None else grads.student
     assert some is not None
     N, width = some.shape

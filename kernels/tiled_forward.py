@@ -31,7 +31,7 @@ from kdfast.kernels.tiles import both_logits, parts, tile
 @triton.jit(do_not_specialize=["N", "tiles_per_split", "begin"])
 def statistics_kernel(
     operands, given, bits, tensors,  # `launch.Operands`, `Given`, `Matrix` (N, words) int32, `LossTensors`
-    constants_ptr,  # (10, N): read in the second pass
+    constants_ptr,  # (12, N): read in the second pass
     out_ptr,  # (splits, state, N)
     N, V, Hs, Ht, tiles_per_split, begin,  # tokens from `begin` to V
     scale_s: "fp64", softcap_s: "fp64", scale_t: "fp64", softcap_t: "fp64", parameter: "fp64", second: "fp64",
@@ -74,7 +74,7 @@ def statistics_kernel(
                     student, teacher, z_s, v[None, :], loss, bits_ptr, inside[:, None], WANT, True
                 )
             elif SECOND:
-                total = online.update_terms(total, z_s, z_t, constants, loss, DIVERGENCE, WANT.decorrelate)
+                total = online.update_terms(total, z_s, z_t, constants, loss, DIVERGENCE, WANT)
             else:
                 student, teacher, pair = online.update(
                     student, teacher, pair, z_s, z_t, v[None, :], loss, DIVERGENCE, WANT, True
@@ -115,7 +115,7 @@ def combine_kernel(
     beyond_ptr, stride_beyond,  # (splits_beyond, side, N): the student's past the shared vocabulary, or None
     tensors, stride_c,  # `launch.LossTensors`
     stats_ptr, stride_stats,  # (6, N)
-    constants_ptr,  # (10, N): the rows' constants and decorrelation
+    constants_ptr,  # (12, N): the rows' constants and decorrelation
     merged_ptr,  # (state, N) or None; given = the merged state goes there, and no further
     N, splits, splits_beyond,
     DIVERGENCE: tl.constexpr, WANT: tl.constexpr, CE_GRADIENT: tl.constexpr, SECOND: tl.constexpr, BLOCK: tl.constexpr,
@@ -139,7 +139,7 @@ def combine_kernel(
             online.store_tensors(merged_ptr + n, N, total, inside)
             return
         constants = online.RowConstants(*online.load_tensors(constants_ptr + n, N, inside, online.CONSTANTS))
-        value, constants, dots = online.finalize_terms(total, constants)
+        value, constants, dots = online.finalize_terms(total, constants, WANT.decorrelate)
         if CE_GRADIENT:
             ce = tl.load(stats_ptr + stride_stats + n, mask=inside, other=0)
     else:
@@ -189,7 +189,7 @@ COMBINE_BLOCK = 128
 def statistics(
     heads: Heads, term: Term, *, stats: Tensor, constants: Tensor, decorrelate: bool, config: TileConfig | None = None
 ) -> None:
-    """Fill stats (6, N) where computed and constants (10, N): those of each row, then `decorrelation`."""
+    """Fill stats (6, N) where computed and constants (12, N): those of each row, then `decorrelation`."""
     if heads.hidden.shape[0] == 0:
         return
     out = {"stats": stats, "constants": constants, "decorrelate": decorrelate, "teacher": heads.teacher}
@@ -216,7 +216,7 @@ def partial_states(
     heads: Heads, term: Term, *, decorrelate: bool, config: TileConfig, constants: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Return (splits, state, N) partial states of the shared vocabulary, and of the student's side of what lies beyond,
-    None where nothing does. constants (10, N): given = this is the second pass, which returns its terms alone."""
+    None where nothing does. constants (12, N): given = this is the second pass, which returns its terms alone."""
     shared = _partial_states(heads, term, constants, config, decorrelate, 0, heads.kd_vocab)
     if not heads.truncated or constants is not None:
         return shared, None
@@ -250,7 +250,7 @@ def combine(
     teacher: bool, second: bool = False, merged: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Merge partial states in order, of this process's splits or of all processes'; fill stats (6, N) and constants
-    (10, N).
+    (12, N).
 
     parts (splits, state, N), beyond (splits, ≥ side, N), rows one after the other; teacher: there are two sides of
     logits; merged (state, N): given = the merged state goes there, and no further."""

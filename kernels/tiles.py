@@ -33,35 +33,36 @@ def tile(
     hidden, weight = operands.hidden, operands.weight
     teacher_hidden, teacher_weight = operands.teacher_hidden, operands.teacher_weight
     h = tl.arange(0, BLOCK_H)
+    far, step = h.to(tl.int64), tl.full([], BLOCK_H, tl.int64)  # a column's stride may be any
     n_safe = tl.minimum(n, N - 1).to(tl.int64)
     v_safe = tl.minimum(v, V - 1).to(tl.int64)
-    xs = hidden.pointer + n_safe[:, None] * hidden.row + h[None, :] * hidden.column  # [BLOCK_N, BLOCK_H]
-    w = weight.pointer + v_safe[None, :] * weight.row + h[:, None] * weight.column  # [BLOCK_H, BLOCK_V]
+    xs = hidden.pointer + n_safe[:, None] * hidden.row + far[None, :] * hidden.column  # [BLOCK_N, BLOCK_H]
+    w = weight.pointer + v_safe[None, :] * weight.row + far[:, None] * weight.column  # [BLOCK_H, BLOCK_V]
     acc_s = tl.zeros([BLOCK_N, BLOCK_V], dtype)
     acc_t = tl.zeros([BLOCK_N, BLOCK_V], dtype)
     if teacher_hidden.pointer is not None:
-        xt = teacher_hidden.pointer + n_safe[:, None] * teacher_hidden.row + h[None, :] * teacher_hidden.column
+        xt = teacher_hidden.pointer + n_safe[:, None] * teacher_hidden.row + far[None, :] * teacher_hidden.column
     for start in range(0, Hs, BLOCK_H):
         left = Hs - start
         b = _operand(w, h[:, None], left, HEADS.even_s, dtype)
         a = _operand(xs, h[None, :], left, HEADS.even_s, dtype)
         acc_s = tl.dot(a, b, acc_s, input_precision=PRECISION, out_dtype=dtype)
-        xs += BLOCK_H * hidden.column
-        w += BLOCK_H * weight.column
+        xs += step * hidden.column
+        w += step * weight.column
         if teacher_hidden.pointer is not None and teacher_weight.pointer is None:
             a = _operand(xt, h[None, :], left, HEADS.even_s, dtype)
             acc_t = tl.dot(a, b, acc_t, input_precision=PRECISION, out_dtype=dtype)
-            xt += BLOCK_H * teacher_hidden.column
+            xt += step * teacher_hidden.column
     if teacher_weight.pointer is not None:
         wt_safe = tl.minimum(v, V_t - 1).to(tl.int64)
-        wt = teacher_weight.pointer + wt_safe[None, :] * teacher_weight.row + h[:, None] * teacher_weight.column
+        wt = teacher_weight.pointer + wt_safe[None, :] * teacher_weight.row + far[:, None] * teacher_weight.column
         for start in range(0, Ht, BLOCK_H):
             left = Ht - start
             a = _operand(xt, h[None, :], left, HEADS.even_t, dtype)
             b = _operand(wt, h[:, None], left, HEADS.even_t, dtype)
             acc_t = tl.dot(a, b, acc_t, input_precision=PRECISION, out_dtype=dtype)
-            xt += BLOCK_H * teacher_hidden.column
-            wt += BLOCK_H * teacher_weight.column
+            xt += step * teacher_hidden.column
+            wt += step * teacher_weight.column
     return acc_s, acc_t
 
 

@@ -55,7 +55,7 @@ def support_logits_kernel(
     v = tl.load(indices_ptr + n * stride_i + k, mask=mask, other=0)
     total = tl.zeros([R, BLOCK_K], dtype)
     for first in range(0, H, BLOCK_H):
-        h = (first + tl.arange(0, BLOCK_H))[None, None, :]
+        h = (first + tl.arange(0, BLOCK_H).to(tl.int64))[None, None, :]
         x = tl.load(x_ptr + n[:, :, None] * stride_xn + h * stride_xh, mask=(n < N)[:, :, None] & (h < H), other=0)
         w = tl.load(w_ptr + v[:, :, None] * stride_wv + h * stride_wh, mask=mask[:, :, None] & (h < H), other=0)
         total += tl.sum(x.to(dtype) * w.to(dtype), axis=2)

@@ -196,11 +196,14 @@ def times(grad: Tensor, factor: Tensor) -> Tensor:
     return grad.masked_fill_(zero, 0.0)
 
 
-def center(a: Tensor, softmax: Tensor, centred: bool, total: Tensor | None = None) -> Tensor:
-    """Return a − softmax·Σa, in place. total (r,): Σa, where a is a slice of the vocabulary."""
+def center(a: Tensor, softmax: Tensor, centred: bool) -> Tensor:
+    """Return a − softmax·Σa, in place; at the entry with most mass, where that cancels, less the sum of the others."""
     if centred:
         return a
-    return a.addcmul_(softmax, a.sum(dim=-1, keepdim=True) if total is None else total[:, None], value=-1)
+    most = softmax.argmax(dim=-1, keepdim=True)
+    a.addcmul_(softmax, a.sum(dim=-1, keepdim=True), value=-1).scatter_(-1, most, 0)
+    others = a.sum(dim=-1, keepdim=True)  # a subnormal number has no digits to go by
+    return a.scatter_(-1, most, torch.where(others.abs() < torch.finfo(a.dtype).tiny, 0, -others))
 
 
 def add_shared(whole: Tensor | None, shared: Tensor | None) -> Tensor | None:

@@ -14,7 +14,7 @@ Slices are put together by moving their maxima to the largest; then KL = G/S_b +
 
 from __future__ import annotations
 
-from math import inf
+from math import inf, nan
 from typing import NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ from torch.nn.functional import pad
 
 from kdfast.divergences import difference, log_ratio, weighted
 from kdfast.engines.chunk_loop import GradientBuffers
-from kdfast.engines.torch_rows import ENTROPY, TorchRows, add_shared, center, slope_of, times
+from kdfast.engines.torch_rows import ENTROPY, TorchRows, add_shared, slope_of, times
 from kdfast.ops import sparse
 from kdfast.ops.planning import GradFlags
 from kdfast.ops.problem import AGREEMENT, ANCHOR, CE, KD, Problem
@@ -75,6 +75,8 @@ class Constants(NamedTuple):
     gap: Tensor  # log_t − log_s, to more digits
     A_p: Tensor  # Σ a_p
     A_q: Tensor
+    D_p: Tensor  # what an entry with most of p's mass gets, where a_p − p·A_p cancels; NaN = not known
+    D_q: Tensor
     m_1: Tensor
     log_1: Tensor
     log_t1: Tensor
@@ -163,8 +165,9 @@ class TorchVocabParallelRows(TorchRows):
             m_1, log_1 = self._merge_at_one(rows, of.student, CE)
         zero = torch.zeros_like(log_s)
         constants = Constants(
-            m_s=student.m, log_s=log_s, m_t=teacher.m, log_t=log_t, gap=log_t - log_s, A_p=zero, A_q=zero, m_1=m_1,
-            log_1=log_1, log_t1=zero, inside=zero.new_empty(0, len(zero)), outside=zero,
+            m_s=student.m, log_s=log_s, m_t=teacher.m, log_t=log_t, gap=log_t - log_s, A_p=zero, A_q=zero,
+            D_p=_sure(log_t), D_q=_sure(log_s), m_1=m_1, log_1=log_1, log_t1=zero,
+            inside=zero.new_empty(0, len(zero)), outside=zero,
         )  # fmt: skip
         if x.want_metrics and x.has_teacher:
             best = sparse.best(x)[rows] if x.sparse else _first_best(of.teacher)
@@ -197,19 +200,20 @@ class TorchVocabParallelRows(TorchRows):
     # second pass
 
     def terms(self, rows: slice, z_s: Tensor, z_t: Tensor | None, constants: Constants) -> Tensor:
-        """Return Σf, Σa_p, Σa_q (3, r)."""
+        """Return (7, r): Σf, Σa_p, Σa_q; Σa_p and Σp without the entry that has most of p's mass, likewise of q."""
         found = []
         for part, within, student, teacher in self.blocks(rows, z_s, z_t):
             given = self.teacher_logits(part, teacher)
             assert given is not None
-            _, _, terms = self.x.divergence.solve(*self._logarithms(student, given, constants.part(within)))
-            found.append(torch.stack([each.sum(dim=-1) for each in terms]))
+            p, q, (f, a_p, a_q) = self.x.divergence.solve(*self._logarithms(student, given, constants.part(within)))
+            less = [each.masked_fill(of > 0.5, 0) for of, a in ((p, a_p), (q, a_q)) for each in (a, of)]
+            found.append(torch.stack([each.sum(dim=-1) for each in (f, a_p, a_q, *less)]))
         return torch.cat(found, dim=1)
 
     def merge_terms(self, rows: slice, terms: Tensor, constants: Constants) -> Constants:
-        value, A_p, A_q = terms.sum(dim=0)
+        value, A_p, A_q, less_a_p, less_p, less_a_q, less_q = terms.sum(dim=0)
         self.stats[KD, rows] = value + 0 * constants.gap  # a row whose logits are NaN has that in `gap`
-        return constants._replace(A_p=A_p, A_q=A_q)
+        return constants._replace(A_p=A_p, A_q=A_q, D_p=A_p * less_p - less_a_p, D_q=A_q * less_q - less_a_q)
 
     # gradients
 
@@ -235,9 +239,11 @@ class TorchVocabParallelRows(TorchRows):
             divergence = x.divergence
             p, q, (_, a_p, a_q) = divergence.solve(*self._logarithms(z_s, z_t, constants))
             if wanted.student:
-                grad_s = times(center(a_q, q, divergence.centred_q, constants.A_q), kd / self.tau)
+                a_q = a_q if divergence.centred_q else _center(a_q, q, constants.A_q, constants.D_q)
+                grad_s = times(a_q, kd / self.tau)
             if wanted.teacher:
-                grad_t = times(center(a_p, p, divergence.centred_p, constants.A_p), kd / self.tau_t)
+                a_p = a_p if divergence.centred_p else _center(a_p, p, constants.A_p, constants.D_p)
+                grad_t = times(a_p, kd / self.tau_t)
         if wanted.student and x.ce_term:
             grad_s = add_shared(self._softmax_less_onehot(rows, z_s, constants.m_1, constants.log_1, CE), grad_s)
         if z_t is not None and wanted.anchor:
@@ -296,6 +302,17 @@ class TorchVocabParallelRows(TorchRows):
 def _scattered(z: Tensor, index: Tensor, values: Tensor) -> Tensor:
     """Return z (r, v) with values_nk at index_nk; an index v writes nowhere. Equal indices have equal values."""
     return pad(z, (0, 1)).scatter_(1, index, values)[:, :-1]
+
+
+def _sure(log: Tensor) -> Tensor:
+    """Return the D of a KL, whose one pass does not know it: 0 where one entry has all of the mass, else NaN."""
+    return torch.where(log == 0, 0.0, nan)
+
+
+def _center(a: Tensor, softmax: Tensor, total: Tensor, most: Tensor) -> Tensor:
+    """Return a − softmax·total, and `most` at an entry with most of the mass, unless that is NaN. total, most (r,)."""
+    a.addcmul_(softmax, total[:, None], value=-1)
+    return torch.where((softmax > 0.5) & ~most[:, None].isnan(), most[:, None], a)
 
 
 def _maximum(z: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def count_of_states(x: Problem) -> int:
 
 
 def combine_states(x: Problem, term: Term, rows: slice, states: Tensor, *, stats: Tensor, decorrelate: bool) -> Tensor:
-    """Return the rows' constants and decorrelation (10, m), from states (slices, ≥ numbers, m); fill `stats[:, rows]`.
+    """Return the rows' constants and decorrelation (12, m), from states (slices, ≥ numbers, m); fill `stats[:, rows]`.
     """
     constants = states.new_empty(CONSTANTS.value + 1, states.shape[-1])
     beyond = states[:, STATE.value :] if x.truncated else None  # the student's side alone

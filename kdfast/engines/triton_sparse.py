@@ -1,6 +1,6 @@
 """Between statistics and gradients, for a teacher given by K entries per row: arithmetic on (rows, K) in plain torch.
 
-constants (≥ 9, r) are the `RowConstants` of `kernels/online_softmax.py`: the student's maximum and log-sum-exp, in the
+constants (≥ 11, r) are the `RowConstants` of `kernels/online_softmax.py`: the student's maximum and log-sum-exp, in the
 teacher's place the bucket's, and log Σ at τ = 1.
 """
 

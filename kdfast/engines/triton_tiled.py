@@ -6,7 +6,7 @@
     dW (w, H)  = Gᵀ · [h_s; h_p]   one product, complete                                        2u
     dX (2N, H) += G · W            one product, accumulated in fp32                             2u
 
-8u against the chunked engine's 6u. With per-row losses the forward stops after the statistics and keeps ten numbers a
+8u against the chunked engine's 6u. With per-row losses the forward stops after the statistics and keeps 12 numbers a
 row, with which the backward starts at the slabs: 8u again, where the chunked engine takes 8u too.
 
 Memory beyond inputs and gradients: a slab of gradients and its dW within `scratch_bytes`, dX in fp32, and dW once more

@@ -34,7 +34,7 @@ ARGMAX = Side._fields.index("argmax")
 
 
 class Constants(NamedTuple):
-    rows: Tensor  # (10, m): `RowConstants` of `kernels/online_softmax.py`, then `decorrelation`
+    rows: Tensor  # (12, m): `RowConstants` of `kernels/online_softmax.py`, then `decorrelation`
     inside: Tensor | None = None  # (m, K): gradients at a sparse teacher's entries
 
 

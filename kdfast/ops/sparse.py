@@ -141,16 +141,16 @@ def solve(
     p, q, (f, _, a_q) = divergence.solve(log_p.clone(), log_q, log_ratio(log_p, log_q))
     q_inside = torch.where(first, q, 0).sum(dim=-1)
     q_outside = (1 - q_inside).clamp_min(0)
-    nothing, added = without_teacher(divergence)
+    nothing, slope, added = without_teacher(divergence)
     value = torch.where(first, f, 0).sum(dim=-1) + nothing * q_outside
     if x.teacher_tail == "none":  # Σ (q − p) is nothing only where p sums to one
         value = value - added * (1 - torch.where(first, p, 0).sum(dim=-1))
-    total = torch.where(first, a_q, 0).sum(dim=-1) + nothing * q_outside
+    total = torch.where(first, a_q, 0).sum(dim=-1) + slope * q_outside
     if divergence.centred_q and x.teacher_tail == "renormalize":
         total = torch.zeros_like(total)
     factor = coefficient / x.temperature
     inside = factor[:, None] * (a_q - q * total[:, None])
-    return _support(value, inside, factor * (nothing - total), coefficient)
+    return _support(value, inside, factor * (slope - total), coefficient)
 
 
 def between_passes(x: Problem, rows: slice, z: Tensor, constants: Iterable[Tensor], scale: Tensor) -> Support:
@@ -189,8 +189,8 @@ def _categories(x: Problem, rows: slice, z: Tensor, norm: Tensor, rest: Tensor, 
 
 
 @lru_cache
-def without_teacher(divergence: Divergence) -> tuple[float, float]:
-    """Return f(0, 1) of `Divergence.terms`, and the multiple of q − p that `terms` has added to the definition.
+def without_teacher(divergence: Divergence) -> tuple[float, float, float]:
+    """Return f(0, 1) and a_q(0, 1) of `Divergence.terms`, and the multiple of q − p it has added to the definition.
 
     Raises ValueError where f(0, 1) does not tell what ids without teacher mass come to."""
     one = torch.ones((), dtype=torch.float64, device="cpu")  # whatever the default device is: it is read here
@@ -201,7 +201,8 @@ def without_teacher(divergence: Divergence) -> tuple[float, float]:
             "of the student's probabilities where the teacher has none. Pass tail='bucket' or 'renormalize_both', or a "
             "divergence that is finite there and homogeneous of degree one, such as forward_kl or skew_kl"
         )
-    return nothing, nothing - float(divergence.pointwise(-inf * one, 0 * one))
+    slope = float(divergence.terms(0 * one, one, -inf * one).a_q)
+    return nothing, slope, nothing - float(divergence.pointwise(-inf * one, 0 * one))
 
 
 def _support(value: Tensor, inside: Tensor, outside: Tensor, coefficient: Tensor) -> Support:

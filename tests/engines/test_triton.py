@@ -221,7 +221,7 @@ def test_tiled_kernels_beyond_two_billion_elements():
         for tensor, values in zip(which, tensors, strict=True):
             tensor.copy_(values)
         heads = Heads(which[0], which[2], None, 1.0, None, which[1], None, None, 1.0, None, None, None, v, v, False)
-        t, stats, constants = term(n), torch.zeros(6, n), torch.empty(10, n)
+        t, stats, constants = term(n), torch.zeros(6, n), torch.empty(12, n)
         statistics(heads, t, stats=stats, constants=constants, decorrelate=False, config=config)
         room = 96  # whole tiles of 32
         planes = [far_apart(n, room, FAR) if which is far else torch.empty(n, room).half() for _ in range(2)]

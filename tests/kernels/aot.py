@@ -114,12 +114,14 @@ def heads_of(
     )  # fmt: skip
 
 
-def term_of(N: int, divergence: str, *, labels: bool, heavy: bool, bits: torch.Tensor | None = None) -> Term:
-    """heavy: an anchor and metrics too."""
+def term_of(
+    N: int, divergence: str, *, labels: bool, heavy: bool, bits: torch.Tensor | None = None, fixed: bool = False
+) -> Term:
+    """heavy: an anchor and metrics too; fixed: the teacher gets no gradient, as one that is given."""
     ids = meta(N, dtype=torch.int64)
     return Term(
         divergence, 0.5, meta(), meta(3, N), meta(), meta(N, dtype=torch.bool), ids if labels else None,
-        ids if heavy else None, labels, divergence != "sparse", heavy, heavy or bits is not None, bits,
+        ids if heavy else None, labels, divergence != "sparse" and not fixed, heavy, heavy or bits is not None, bits,
     )  # fmt: skip
 
 
@@ -152,20 +154,20 @@ def row_cases(arch: str, V: int) -> Iterator[Case]:
     usual = chunk(lean, term_of(TOKENS, "alpha_beta", labels=True, heavy=False))
     yield Case("row_kernel", "alpha_beta, CE", partial(solve, usual, both))
     given = full(given=meta(TOKENS, V, dtype=torch.bfloat16), shared=V - 257)
-    x = chunk(given, term_of(TOKENS, "skew_kl", labels=True, heavy=False), None)
+    x = chunk(given, term_of(TOKENS, "skew_kl", labels=True, heavy=False, fixed=True), None)
     launch = partial(solve, x, Gradients.of(grad_s))
     few = "16–48 bytes: ptxas keeps to 128 registers, for two programs a multiprocessor"
     few = few if arch in ("sm_100", "sm_120") else None
     yield Case("row_kernel", "skew_kl, given logits, truncated", launch, allow_stack=few)
 
     # one slice of the vocabulary: what processes do between their collectives
-    constants, states, decorrelate = meta(10, CHUNK), meta(25, CHUNK), {"decorrelate": True, **how}
+    constants, states, decorrelate = meta(12, CHUNK), meta(25, CHUNK), {"decorrelate": True, **how}
     for divergence in ("forward_kl", "jsd"):
         x = chunk(full(), term_of(TOKENS, divergence, labels=True, heavy=True))
         yield Case("states_kernel", divergence, partial(row_states, x, states, **decorrelate))
         launch = partial(row_gradients, x, everything, constants=constants, **how)
         yield Case("row_gradients_kernel", divergence, launch)
-    few = "8 bytes: ptxas keeps to 128 registers, for two programs a multiprocessor" if arch == "sm_90" else None
+    few = "16 bytes: ptxas keeps to 128 registers, for two programs a multiprocessor" if arch == "sm_90" else None
     launch = partial(row_terms, x, states, constants=constants, **decorrelate)
     yield Case("terms_kernel", "jsd", launch, allow_stack=few)
 
@@ -202,7 +204,7 @@ def tile_cases(
     Hs, even, odd = 768, 1024, 1000
     bias = meta(V, dtype=dtype)
     planes = meta(3, N, SLAB, dtype=dtype)
-    stats, constants = meta(6, N), meta(10, N)
+    stats, constants = meta(6, N), meta(12, N)
 
     def launches(divergence: str, heavy: bool, plain: bool, Ht: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
         extras = {"extra": bias, "softcap": 30.0} if heavy else {}
@@ -220,7 +222,7 @@ def tile_cases(
         others = {
             "given logits, truncated": (
                 heads_of(V, N, dtype, given=meta(N, V, dtype=dtype), shared=V - 257),
-                term_of(N, "skew_kl", labels=True, heavy=False),
+                term_of(N, "skew_kl", labels=True, heavy=False, fixed=True),
             ),
             "sparse": (
                 heads_of(V, N, dtype, teacher=False), term_of(N, "sparse", labels=True, heavy=False, bits=bits)

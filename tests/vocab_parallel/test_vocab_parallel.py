@@ -6,6 +6,7 @@ process does not have: DTensors, meshes, collectives, and processes that do not 
 """
 
 import communication
+import confident
 import meshes
 import pytest
 import sliced
@@ -18,7 +19,7 @@ from problems import drawn
 from processes import Processes
 from teachers import ENGINES, KINDS, loss_of
 
-from kdfast import AlphaBeta, ForwardKL, Head, SymmetricKL, fused_kd_loss
+from kdfast import JSD, AlphaBeta, ForwardKL, Head, SkewKL, SymmetricKL, fused_kd_loss
 from kdfast.frontend.agreement import kind_of_call
 from kdfast.inputs import Options
 from kdfast.kernels.online_softmax import STATE
@@ -184,6 +185,17 @@ def test_gradients_of_logits_in_16_bits(pool, engine, divergence):
     for found, expected in pool.run(2, meshes.as_on_a_gpu, engine, divergence):
         for name, a, b in zip(("hidden", "teacher's hidden", "W"), found, expected, strict=True):
             assert relative(a, b) < 1e-3, (name, relative(a, b))
+
+
+@pytest.mark.parametrize("engine", ["torch", "triton_chunked", "triton_tiled"])
+def test_confident_rows(pool, engine):
+    """As tests/engines/test_confident_rows.py: an entry with most of the mass is in one process's slice."""
+    for divergence in ("forward_kl", "reverse_kl", SkewKL(0.9), JSD(0.5), "total_variation"):
+        problem = (confident.draw("none", 5.0), "projected", divergence)
+        parts = pool.run(
+            2, confident.row_gradients, *problem, torch.float32, engine, edges=[0, 61, confident.VOCAB], temperature=0.5
+        )
+        confident.check(parts[0], *problem, temperature=0.5)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
