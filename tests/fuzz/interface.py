@@ -246,7 +246,8 @@ def _badly_taken(
     refused, expected = _call({**arguments, "engine": "reference"})
     if refused is not None:
         return f"taken by {engine}, but not by the reference: {type(refused).__name__}: {refused}"[:300]
-    if not 0.05 <= float(arguments["temperature"]) <= 100:
+    taus = (arguments["temperature"], getattr(arguments["teacher"], "temperature", None) or 1.0)
+    if not all(0.05 <= float(tau) <= 100 for tau in taus):
         return None  # τ² times a rounding, or logits past float32
     for ours, theirs in zip(result, expected, strict=True):
         if (ours is None) != (theirs is None):
@@ -284,7 +285,7 @@ def _meant(field: str, value: Any) -> bool:
     if field in FLAGS:
         return isinstance(value, bool | np.bool_)
     if field in NUMBERS or field in ("logit_scale", "softcap"):
-        optional = value is None and field in ("num_items_in_batch", "softcap")
+        optional = value is None and field in ("num_items_in_batch", "softcap", "temperature")  # the teacher's
         if field == "logit_scale" and isinstance(value, Real):  # of either sign, and 0 where it is as good as that
             return not isinstance(value, bool) and abs(value) <= HUGE
         return optional or _is_number(value, field in ("temperature", "softcap"))
