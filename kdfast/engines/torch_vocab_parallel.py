@@ -292,8 +292,8 @@ class TorchVocabParallelRows(TorchRows):
         return torch.where((local >= 0) & (local < self.x.kd_vocab), local, self.x.kd_vocab)
 
     def _sparse_gradient(self, rows: slice, z: Tensor, constants: Constants) -> Tensor:
-        bucket = self.x.teacher_tail == "bucket"
-        m, log = (constants.m_t, constants.log_t) if bucket else (constants.m_s, constants.log_s)
+        rest = sparse.has_rest(self.x)
+        m, log = (constants.m_t, constants.log_t) if rest else (constants.m_s, constants.log_s)
         softmax = ((z - m[:, None]) / self.tau - log[:, None]).exp_()
         grad = times(softmax, constants.outside[:, None])
         return _scattered(grad, self._entries_here(rows), constants.inside.t())

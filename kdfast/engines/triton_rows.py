@@ -66,7 +66,7 @@ def combine_states(x: Problem, term: Term, rows: slice, states: Tensor, *, stats
     """
     constants = states.new_empty(CONSTANTS.value + 1, states.shape[-1])
     beyond = states[:, STATE.value :] if x.truncated else None  # the student's side alone
-    teacher = x.teacher_hidden is not None or x.teacher_logits is not None or x.teacher_tail == "bucket"
+    teacher = x.teacher_hidden is not None or x.teacher_logits is not None or (x.sparse and sparse.has_rest(x))
     parts, out = states[:, : STATE.value], {"stats": stats[:, rows], "constants": constants}
     combine(term_of_rows(term, rows), parts, beyond, **out, decorrelate=decorrelate, teacher=teacher)
     return constants

@@ -1,7 +1,7 @@
 """Between statistics and gradients, for a teacher given by K entries per row: arithmetic on (rows, K) in plain torch.
 
 constants (≥ 11, r) are the `RowConstants` of `kernels/online_softmax.py`: the student's maximum and log-sum-exp, in the
-teacher's place the bucket's, and log Σ at τ = 1.
+teacher's place that of what is not in the support, where that is asked for, and log Σ at τ = 1.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def entries_of(x: Problem, rows: slice, z: Tensor) -> Entries:
 
 
 def bits(x: Problem, rows: slice) -> Tensor | None:
-    """Return (r, words): the vocabulary's entries that are not in the bucket; None where the tail is no bucket."""
+    """Return (r, words): the vocabulary's entries that are not in the rest; None where nothing is asked of it."""
     excluded = sparse.excluded(x)
     if excluded is None or x.teacher_indices is None:
         return None
@@ -87,7 +87,7 @@ def outside(x: Problem, found: sparse.Support, constants: Tensor) -> Tensor:
     """Return the rows' constants as the gradients of a sparse teacher read them: whose softmax, and how much of it."""
     constants = constants.clone()
     row = RowConstants(*constants[: CONSTANTS.value])
-    if x.teacher_tail != "bucket":
+    if not sparse.has_rest(x):
         row.m_t.copy_(row.m_s)
         row.log_S_t.copy_(row.log_S_s)
     row.A_p.copy_(found.outside)

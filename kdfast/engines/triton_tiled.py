@@ -10,8 +10,8 @@
 row, with which the backward starts at the slabs: 8u again, where the chunked engine takes 8u too.
 
 Memory beyond inputs and gradients: a slab of gradients and its dW within `scratch_bytes`, dX in fp32, and dW once more
-(bf16: in bf16; else in fp32); for a sparse teacher's bucket a bit an entry of the vocabulary, N·V/8 bytes. Two runs
-give the same bits.
+(bf16: in bf16; else in fp32); a sparse teacher's bits, one an entry of the vocabulary, N·V/8 bytes, but for forward
+KL of its entries alone. Two runs give the same bits.
 
 Where each process has a slice of the vocabulary, their states are gathered once, twice where a divergence takes the
 statistics twice; a sparse teacher's entries are summed once, and dX, whole, once.

@@ -36,7 +36,7 @@ class Support(NamedTuple):
 
     value: Tensor  # (r,)
     inside: Tensor  # (r, K) at the support's ids
-    outside: Tensor  # (r,): of any other id it is outside · exp(z/τ' − its log-sum-exp); for a bucket, over the rest
+    outside: Tensor  # (r,): of any other id it is outside · exp(z/τ' − its log-sum-exp); with `has_rest`, the rest's
 
 
 def prepare(indices: Tensor, log_probs: Tensor, vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -109,8 +109,17 @@ def temperature(x: Problem) -> Tensor:
 
 
 def excluded(x: Problem) -> Tensor | None:
-    """Return (N, K) bool: entries whose ids are not in the bucket; None where the tail is no bucket."""
-    return x.entries[1] > -inf if x.teacher_tail == "bucket" else None
+    """Return (N, K) bool: entries whose ids are not in `rest`; None where nothing is asked of the rest."""
+    if not has_rest(x):
+        return None
+    log_probs = x.entries[1]
+    return log_probs > -inf if x.teacher_tail == "bucket" else torch.ones_like(log_probs, dtype=torch.bool)
+
+
+def has_rest(x: Problem) -> bool:
+    """Return whether a log-sum-exp of the student's logits outside the support is needed: its mass to full relative
+    precision, which 1 − Σ q is not. Forward KL and the like do without."""
+    return x.teacher_tail == "bucket" or (x.teacher_tail in ("renormalize", "none") and not x.divergence.centred_q)
 
 
 def best(x: Problem) -> Tensor:
@@ -125,12 +134,12 @@ def solve(
     """Return divergence and gradients of `x`'s rows `rows`.
 
     z (r, K): the student's logits at the support; m (r,): any number; norm (r,): log Σ_V exp((z − m)/τ'); rest (r,):
-    likewise over what is in the bucket; τ' is `temperature(x)`; coefficient (r,).
+    likewise over what is not in the support, or None; τ' is `temperature(x)`; coefficient (r,).
     """
     if x.teacher_tail == "renormalize_both":  # whatever the others' logits are, of which m may be one
         return _categories(x, rows, z, torch.zeros_like(norm), torch.full_like(norm, -inf), coefficient)
     z = z - m[:, None]
-    if rest is not None:
+    if x.teacher_tail == "bucket" and rest is not None:
         return _categories(x, rows, z, norm, rest, coefficient)
     indices, log_p = (each[rows] for each in x.entries)
     divergence, first = x.divergence, counted(indices)
@@ -140,24 +149,29 @@ def solve(
         log_p = log_p - torch.where(first, log_p, -inf).logsumexp(dim=-1, keepdim=True)
     p, q, (f, _, a_q) = divergence.solve(log_p.clone(), log_q, log_ratio(log_p, log_q))
     q_inside = torch.where(first, q, 0).sum(dim=-1)
-    q_outside = (1 - q_inside).clamp_min(0)
+    q_outside = (1 - q_inside).clamp_min(0) if rest is None else (rest - norm).exp()
     nothing, slope, added = without_teacher(divergence)
     value = torch.where(first, f, 0).sum(dim=-1) + nothing * q_outside
     if x.teacher_tail == "none":  # Σ (q − p) is nothing only where p sums to one
-        value = value - added * (1 - torch.where(first, p, 0).sum(dim=-1))
-    total = torch.where(first, a_q, 0).sum(dim=-1) + slope * q_outside
+        largest = torch.zeros_like(first).scatter(1, torch.where(first, log_p, -inf).argmax(-1, keepdim=True), True)
+        value = value + added * torch.where(largest, log_p.expm1(), torch.where(first, p, 0)).sum(dim=-1)
+    a_inside = torch.where(first, a_q, 0).sum(dim=-1)
+    total, outside = a_inside + slope * q_outside, slope * q_inside - a_inside
     if divergence.centred_q and x.teacher_tail == "renormalize":
-        total = torch.zeros_like(total)
+        total, outside = torch.zeros_like(total), torch.full_like(total, slope)
+    inside = a_q - q * total[:, None]
+    if rest is not None:
+        outside = outside * q_outside
+        inside = _less_the_others(q, inside, torch.where(first, inside, 0).masked_fill(q > 0.5, 0).sum(-1) + outside)
     factor = coefficient / x.temperature
-    inside = factor[:, None] * (a_q - q * total[:, None])
-    return _support(value, inside, factor * (slope - total), coefficient)
+    return _support(value, factor[:, None] * inside, factor * outside, coefficient)
 
 
 def between_passes(x: Problem, rows: slice, z: Tensor, constants: Iterable[Tensor], scale: Tensor) -> Support:
     """Return what `solve` does, over `scale`, where maxima and log-sum-exps are at hand: m_s, log_s of the student and
-    m_t, log_t of the bucket, (r,) each, of (z − m)/τ'. z (r, K): the student's logits at the support."""
+    m_t, log_t of the rest, (r,) each, of (z − m)/τ'. z (r, K): the student's logits at the support."""
     m_s, log_s, m_t, log_t = constants
-    rest = (m_t - m_s) / temperature(x) + log_t if x.teacher_tail == "bucket" else None
+    rest = (m_t - m_s) / temperature(x) + log_t if has_rest(x) else None
     return solve(x, rows, z, m_s, log_s, rest, x.coefficients[KD, rows] / scale)
 
 
@@ -176,8 +190,7 @@ def _categories(x: Problem, rows: slice, z: Tensor, norm: Tensor, rest: Tensor, 
     log_s = categories(z - norm[:, None], rest - norm)
     p, s, (f, _, a_s) = divergence.solve(log_t, log_s, log_ratio(log_t, log_s))
     gradient = a_s if divergence.centred_q else a_s - s * a_s.sum(dim=-1, keepdim=True)
-    most = s > 0.5  # there it is a small difference of numbers near 1, and all that the others do not have
-    gradient = torch.where(most, -gradient.masked_fill(most, 0).sum(dim=-1, keepdim=True), gradient)
+    gradient = _less_the_others(s, gradient, gradient.masked_fill(s > 0.5, 0).sum(dim=-1))
     gradient = gradient * (coefficient / x.temperature)[:, None]
     outside = gradient[:, -1]
     # the others of a run say what its first one does, and an entry without mass is in the bucket
@@ -186,6 +199,12 @@ def _categories(x: Problem, rows: slice, z: Tensor, norm: Tensor, rest: Tensor, 
     inside = torch.where(log_p > -inf, inside, in_bucket)
     value = f.sum(dim=-1) + 0 * (p[:, 0] + s[:, 0])  # a NaN logit makes its whole row NaN; some terms take that for 0
     return _support(value, inside, outside, coefficient)
+
+
+def _less_the_others(q: Tensor, gradient: Tensor, others: Tensor) -> Tensor:
+    """Return gradient (r, K), minus `others` (r,), the sum of all others, where most of the mass q is: there it is a
+    small difference of numbers near 1."""
+    return torch.where(q > 0.5, -others[:, None], gradient)
 
 
 @lru_cache
