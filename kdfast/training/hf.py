@@ -31,7 +31,6 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file, is_peft_available
 
-from kdfast.frontend.checks import refuse_ids
 from kdfast.inputs import Head, did_you_mean, short
 from kdfast.training.data.tokenizers import check_tokens, count_ids, own_tokenizer
 from kdfast.training.durable.errors import first_line
@@ -112,10 +111,10 @@ def embedding_rows(model: PreTrainedModel) -> int:
 
 def known_ids(
     model: PreTrainedModel, role: str, input_ids: Tensor, attention_mask: Tensor | None, *, look: bool = True
-) -> tuple[Tensor, Tensor | None]:
-    """Return ids (B, T) that the model has rows for, 0 in place of others; whether there were others than padding, ().
+) -> tuple[Tensor, Tensor]:
+    """Return ids (B, T), with 0 for those that the model has no row for, and whether any of these were no padding, ().
 
-    Raise ValueError for those. Not `look`: their values are not looked at; otherwise the second is None.
+    look: raise ValueError if any were, which waits for the device.
     """
     rows = embedding_rows(model)
     strange = (input_ids < 0) | (input_ids >= rows)
@@ -125,10 +124,17 @@ def known_ids(
     ids = input_ids.masked_fill(strange, 0)
     if attention_mask is not None and attention_mask.dim() == 2:
         strange = strange & (attention_mask != 0)
-    if not look:
-        return ids, strange.any()
-    refuse_ids(role, rows, input_ids, strange)
-    return ids, None
+    any_strange = strange.any()
+    if look and bool(any_strange):
+        found = input_ids[strange]
+        largest = int(found.max())
+        resize = f", or give it rows for tokens that were added: {role}.resize_token_embeddings({largest + 1})"
+        raise ValueError(
+            f"input_ids contains {int(found[0])}, and the {role} has {rows} token embeddings, for ids from 0 to "
+            f"{rows - 1} (any id will do at padding, where attention_mask is 0). Take text of the {role}'s own "
+            f"tokenizer{resize if largest >= rows else ''}"
+        )
+    return ids, any_strange
 
 
 def run_backbone(model: PreTrainedModel, **inputs: Any) -> Any:
@@ -532,9 +538,7 @@ def _check_tokenizer(
     """Raise where the ids of `tokenizer` do not fit the model that was loaded, or are other words in its own."""
     if tokenizer is None:
         return
-    embeddings: Any = model.get_input_embeddings()
-    rows = embeddings.weight.shape[0]
-    largest = count_ids(tokenizer) - 1  # there may be more ids than tokens
+    rows, largest = embedding_rows(model), count_ids(tokenizer) - 1  # there may be more ids than tokens
     if len(tokenizer) > rows or largest >= rows:
         raise ValueError(
             f"{argument}: the model has {rows} token embeddings and the tokenizer {len(tokenizer)} tokens with ids up "

@@ -144,15 +144,18 @@ def evaluated(model: DistillationModel, dataset: Any) -> list[str]:
     if teacher in ("none", "own_head", "cached"):
         absent |= {"ce_projected", "kl_teacher_projected"}
     if teacher in ("none", "cached"):
-        absent |= {"teacher_entropy"} if teacher == "cached" else {"kd", "agreement", "teacher_entropy"}
+        absent |= {"teacher_entropy"}
+    if teacher == "none":
+        absent |= {"kd", "agreement"}
     return [name for name in (*EvaluationMeter.NAMES, *EvaluationMeter.ADDED) if name not in absent]
 
 
 def check_best(metric: str, model: DistillationModel, eval_dataset: Any) -> None:
     """Raise ValueError where evaluations of `model` on `eval_dataset`, or a dict of them, do not log `metric`."""
-    several = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
-    prefixes = {name: f"eval_{name}_" if name else "eval_" for name in several}
-    logged = [prefixes[name] + one for name, dataset in several.items() for one in evaluated(model, dataset)]
+    several = {"eval": eval_dataset}
+    if isinstance(eval_dataset, dict):
+        several = {f"eval_{name}": dataset for name, dataset in eval_dataset.items()}
+    logged = [f"{prefix}_{name}" for prefix, dataset in several.items() for name in evaluated(model, dataset)]
     if (metric if metric.startswith("eval_") else f"eval_{metric}") not in logged:
         raise ValueError(
             f"metric_for_best_model={metric!r}, which no evaluation here logs; expected one of {', '.join(logged)}"

@@ -195,7 +195,7 @@ class DistillationModel(nn.Module):
         if self.teacher is not None and (with_fidelity or learns_from_it):
             with torch.no_grad():
                 ids, strange_too = known_ids(self.teacher, "teacher", input_ids, attention_mask, look=look)
-                strange = strange_too if strange is None else strange if strange_too is None else strange | strange_too
+                strange = strange | strange_too
                 teacher_states = run_backbone(self.teacher, input_ids=ids, **inputs)
                 own = head(self.teacher, teacher_states.last_hidden_state.to(input_ids.device))
         cached = read_entries(teacher_indices, teacher_log_probs, teacher_log_tails, self.teacher_tail)
@@ -228,7 +228,7 @@ class DistillationModel(nn.Module):
         if self.hidden_loss is not None:
             states = student_states.hidden_states, teacher_states.hidden_states
             loss = loss + self.recipe.hidden_weight * self.hidden_loss(*states, targets, num_items_in_batch)
-        if strange is not None:  # nobody has looked: as of a bad row
+        if not look:  # an id that nobody has looked at makes the loss NaN, as a bad label does
             loss = loss * torch.where(strange, torch.nan, 1.0)
         true = cached.at_one() if own is None and cached else own
         if true is None or not with_fidelity:

@@ -26,10 +26,11 @@ from kdfast.inputs import did_you_mean
 from kdfast.param_groups import distillation_param_groups
 from kdfast.schedules import Schedule
 from kdfast.training import fsdp
-from kdfast.training.cache.read import are_of, brings_entries, cached_blocks, check_datasets
+from kdfast.training.cache.description import teacher_fingerprint
+from kdfast.training.cache.read import cached_blocks, check_datasets
 from kdfast.training.callbacks import HealthCallback
 from kdfast.training.config import KDConfig
-from kdfast.training.data.columns import MEDIA, check_columns, check_names
+from kdfast.training.data.columns import MEDIA, by_name, check_columns, check_names, names_of
 from kdfast.training.data.rows import Collator
 from kdfast.training.data.tokenizers import check_tokens, find_valid_vocab, own_tokenizer, text_tokenizer
 from kdfast.training.durable import processes, resume
@@ -138,7 +139,7 @@ class KDTrainer(DurableTrainer):
         if not isinstance(model, DistillationModel):
             recipe, valid_vocab = args.recipe, find_valid_vocab(model, teacher, processing_class, args.valid_vocab)
             cached = cached_blocks(train_dataset)
-            entries = brings_entries(train_dataset)
+            entries = bool(cached) or "teacher_indices" in names_of(train_dataset)
             if cached and isinstance(model, PreTrainedModel):
                 tokenizer = text_tokenizer(processing_class, model)
                 for blocks in cached:
@@ -146,7 +147,8 @@ class KDTrainer(DurableTrainer):
                 if valid_vocab is None:
                     valid_vocab = cached[0].cache.find_valid_vocab(head_shape(model)[0], tokenizer)
             if recipe == AUTO:
-                if entries and teacher is not None and not are_of(cached, teacher):
+                made_of = {blocks.description.teacher_sha256 for blocks in cached}
+                if entries and teacher is not None and made_of != {teacher_fingerprint(teacher)}:
                     raise ValueError(
                         "train_dataset brings a teacher's entries (teacher_indices), and teacher is given too, which "
                         "for all that is known is another: recipe='auto' does not know which to learn from. Leave one "
@@ -171,7 +173,7 @@ class KDTrainer(DurableTrainer):
             raise ValueError("teacher is given besides a DistillationModel, which has its own; leave it out")
         elif model.teacher is not None and isinstance(processing_class, PreTrainedTokenizerBase):
             check_tokens("teacher", processing_class, own_tokenizer(model.teacher.name_or_path), model.valid_vocab)
-        datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        datasets = by_name(train_dataset=train_dataset, eval_dataset=eval_dataset)
         check_columns(datasets, args.remove_unused_columns and data_collator is None)
         check_datasets(model, datasets, temperature_schedule)
         own = type(self).evaluate is KDTrainer.evaluate and type(self).evaluation_loop is KDTrainer.evaluation_loop

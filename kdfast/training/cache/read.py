@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, concatenate_datasets, load_from_disk
 from torch import Tensor
 from torch.utils import data
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from kdfast.inputs import same_vocabulary
 from kdfast.schedules import Schedule
@@ -22,7 +22,6 @@ from kdfast.training.cache.description import (
     is_complete,
     read_summary,
     shards,
-    teacher_fingerprint,
     tokenizer_fingerprint,
 )
 from kdfast.training.cache.entries import decode
@@ -152,17 +151,6 @@ def cached_blocks(dataset: Any) -> list[CachedBlocks]:
     return [dataset] if isinstance(dataset, CachedBlocks) else []
 
 
-def brings_entries(dataset: Any) -> bool:
-    """Return whether rows bring a teacher's entries, of a cache or in columns of their own."""
-    return bool(cached_blocks(dataset)) or "teacher_indices" in names_of(dataset)
-
-
-def are_of(blocks: Sequence[CachedBlocks], teacher: PreTrainedModel) -> bool:
-    """Return whether these are the entries of that very teacher, in its dtype."""
-    made_of = {one.description.teacher_sha256 for one in blocks}
-    return bool(made_of) and made_of == {teacher_fingerprint(teacher)}
-
-
 class CachedBlocks(data.Dataset):
     """Add to the rows of `dataset` teacher_indices, teacher_log_probs and teacher_log_tails: what
     `DistillationModel.forward` takes under the recipe "cached", and `CachedEntries` turns into a `SparseLogits`.
@@ -184,23 +172,20 @@ class CachedBlocks(data.Dataset):
 
 
 def check_datasets(model: DistillationModel, datasets: Mapping[str, Any], temperature: Schedule | None) -> None:
-    """Raise CacheError naming the argument whose cached entries do not fit `model` or its recipe.
+    """Raise CacheError for a data set whose entries of a teacher do not fit `model` or its recipe.
 
     Args:
-        datasets: argument → data set, or a mapping of data sets.
+        datasets: what an error calls a data set → the data set.
         temperature: a schedule in the recipe's place, or None.
     """
     recipe = model.recipe
     for argument, dataset in datasets.items():
-        if isinstance(dataset, dict):
-            check_datasets(model, {f"{argument}[{name!r}]": one for name, one in dataset.items()}, temperature)
-            continue
-        blocks_of_it = cached_blocks(dataset)
-        names = set() if blocks_of_it else set(names_of(dataset))
-        tells = "teacher_log_tails" in names or model.teacher_tail is not None
-        if recipe.teacher == "cached" and "teacher_log_probs" in names and not tells:
+        of_cache = cached_blocks(dataset)
+        names = () if of_cache else names_of(dataset)
+        unknown = "teacher_log_tails" not in names and model.teacher_tail is None
+        if recipe.teacher == "cached" and "teacher_log_probs" in names and unknown:
             raise CacheError(f"{argument} has teacher_log_probs of its own, without teacher_log_tails: {OWN_ENTRIES}")
-        for blocks in blocks_of_it:
+        for blocks in of_cache:
             blocks.cache.check_vocabulary(head_shape(model.student)[0], model.valid_vocab)
             if recipe.teacher != "cached":
                 continue

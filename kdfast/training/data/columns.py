@@ -25,17 +25,23 @@ def check_names(where: str, names: Iterable[str]) -> None:
             )
 
 
+def by_name(**datasets: Any) -> dict[str, Any]:
+    """Return the data sets by what an error calls them: an argument, or argument['name'] where it is a dict of some."""
+    named: dict[str, Any] = {}
+    for argument, given in datasets.items():
+        several = isinstance(given, dict)
+        named |= {f"{argument}[{name!r}]": one for name, one in given.items()} if several else {argument: given}
+    return named
+
+
 def check_columns(datasets: Mapping[str, Any], loses_unused: bool) -> None:
-    """Raise ValueError naming argument and column where a data set's cannot be trained on, or would be lost.
+    """Raise ValueError for a column that cannot be trained on, or would be lost.
 
     Args:
-        datasets: argument → data set, or a mapping of data sets. One that does not tell its columns is not checked.
-        loses_unused: nobody is shown columns that no model reads, as under Trainer's own collators.
+        datasets: what an error calls a data set → the data set. One that does not list its columns is not checked.
+        loses_unused: columns that no model reads are dropped before the collator, as under Trainer's own.
     """
     for argument, dataset in datasets.items():
-        if isinstance(dataset, dict):
-            check_columns({f"{argument}[{name!r}]": one for name, one in dataset.items()}, loses_unused)
-            continue
         check_names(argument, names_of(dataset))
         raw = [name for name in media_columns(dataset) if name not in MEDIA]  # those are read, or refused in a batch
         if raw and loses_unused:
