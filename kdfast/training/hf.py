@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file, is_peft_available
 
+from kdfast.frontend.checks import refuse_ids
 from kdfast.inputs import Head, did_you_mean, short
 from kdfast.training.data.tokenizers import check_tokens, count_ids, own_tokenizer
 from kdfast.training.durable.errors import first_line
@@ -124,17 +125,9 @@ def known_ids(
     ids = input_ids.masked_fill(strange, 0)
     if attention_mask is not None and attention_mask.dim() == 2:
         strange = strange & (attention_mask != 0)
-    any_strange = strange.any()
-    if look and bool(any_strange):
-        found = input_ids[strange]
-        largest = int(found.max())
-        resize = f", or give it rows for tokens that were added: {role}.resize_token_embeddings({largest + 1})"
-        raise ValueError(
-            f"input_ids contains {int(found[0])}, and the {role} has {rows} token embeddings, for ids from 0 to "
-            f"{rows - 1} (any id will do at padding, where attention_mask is 0). Take text of the {role}'s own "
-            f"tokenizer{resize if largest >= rows else ''}"
-        )
-    return ids, any_strange
+    if look:
+        refuse_ids(role, rows, input_ids, strange)
+    return ids, strange.any()
 
 
 def run_backbone(model: PreTrainedModel, **inputs: Any) -> Any:
