@@ -80,7 +80,8 @@ class SparseLogits:
     """A teacher given as K log-probabilities per token; the cost grows with K, not with K·V.
 
     indices    (*, K)  integer ids, in any order, K ≤ 1024. The probabilities of equal ids add up
-    log_probs  (*, K)  any float dtype, at τ = 1; −inf: no entry (padding), whatever its id
+    log_probs  (*, K)  any float dtype, at τ = 1; −inf: no entry (padding), whatever its id. A row that counts must have
+                       an entry where entries are normalized: "renormalize" and "renormalize_both"
     tempered           log_probs are at the loss's own temperature: log_softmax(z/τ) over all V, some of it. Then
                        "bucket" is exact at any τ, and "none" allowed
     log_tail   (*,)    "bucket" only: log of the mass of all ids that are not given, at the temperature of log_probs;

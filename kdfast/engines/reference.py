@@ -116,7 +116,7 @@ def _sparse(x: Problem, z: Tensor) -> Tensor:
     else:
         z = _over(z, x.temperature)
         if x.teacher_tail == "renormalize_both":
-            z = z.masked_fill(~within, -inf)
+            z = z.masked_fill(~within & within.any(dim=-1, keepdim=True), -inf)  # NaN, in gradients too, without any
         if x.teacher_tail != "none":
             log_p = (log_p if x.teacher_tempered else _over(log_p, x.temperature)).log_softmax(-1)
         log_q = z.log_softmax(-1)

@@ -53,7 +53,7 @@ def build_problem(x: Arguments) -> tuple[Problem, Tensor]:
         temperature,
         has_kd=x.teacher is not None,
         has_anchor=isinstance(x.teacher, Projected),
-        bad_kd=_out_of_vocabulary(x),
+        bad_kd=_unreadable(x, valid_vocab),
     )
 
     kd_vocab, kd_size = vocabulary.within(valid_vocab), valid_vocab
@@ -157,13 +157,16 @@ def _teacher(teacher: Teacher | None, student: Head, valid_vocab: int, engine: s
     return _Teacher()
 
 
-def _out_of_vocabulary(x: Arguments) -> Tensor | None:
-    """Return (N,) bool: rows of a sparse teacher with mass on an id the student does not have."""
-    if not isinstance(x.teacher, SparseLogits) or x.options.vocab == "truncate":
+def _unreadable(x: Arguments, valid_vocab: int) -> Tensor | None:
+    """Return (N,) bool: rows of a sparse teacher with mass on an id the student does not have, or without an entry."""
+    if not isinstance(x.teacher, SparseLogits):
         return None
+    empty = sparse.without_entries(x.teacher, valid_vocab).reshape(-1)
+    if x.options.vocab == "truncate":
+        return empty
     indices = x.teacher.indices.long()  # a vocabulary past a narrower type's range would be compared modulo that
     strange = (indices < 0) | (indices >= x.vocabulary.size)
-    return _flat(strange & (x.teacher.log_probs > -inf)).any(dim=-1)
+    return empty | _flat(strange & (x.teacher.log_probs > -inf)).any(dim=-1)
 
 
 def _ordinary(source: Any) -> Any:

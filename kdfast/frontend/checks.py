@@ -33,8 +33,7 @@ from kdfast.inputs import (
     same_vocabulary,
     short,
 )
-from kdfast.ops import autocast, transforms
-from kdfast.ops.sparse import without_teacher
+from kdfast.ops import autocast, sparse, transforms
 from kdfast.ops.transforms import has_values
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -77,6 +76,8 @@ def check(x: Arguments) -> None:
     _check_token_weights("token_weights", options.token_weights, student.hidden)
     _check_token_weights("kd_token_weights", options.kd_token_weights, student.hidden)
     _check_terms(teacher, x.labels, options)
+    if isinstance(teacher, SparseLogits):
+        _check_entries(teacher, x)
 
 
 def has_kernels(divergence: Divergence, teacher: Teacher | None) -> bool:
@@ -290,11 +291,17 @@ def _check_sparse(teacher: SparseLogits, x: Arguments) -> None:
             "that is finite there: forward_kl, jsd, skew_kl, skew_reverse_kl, total_variation"
         )
     if tail in ("renormalize", "none") and has_values(indices):
-        without_teacher(x.options.divergence)
-    if not (can_read(indices) and can_read(log_probs)):
+        sparse.without_teacher(x.options.divergence)
+
+
+def _check_entries(teacher: SparseLogits, x: Arguments) -> None:
+    """Raise ValueError for values of a sparse teacher that cannot be, in rows that count."""
+    log_tail, tail, counts = teacher.log_tail, teacher.tail, _rows_that_count(x)
+    if counts is None or not (can_read(teacher.indices) and can_read(teacher.log_probs)):
         return
     V = x.vocabulary.size
-    indices = indices.long()  # V past a narrower type's range would be compared modulo that
+    indices = teacher.indices.long()  # V past a narrower type's range would be compared modulo that
+    log_probs = teacher.log_probs.masked_fill(~counts[..., None], -math.inf)
     strange = ((indices < 0) | (indices >= V)) & (log_probs > -math.inf)
     if x.options.vocab != "truncate" and bool(strange.any()):
         raise ValueError(
@@ -309,12 +316,36 @@ def _check_sparse(teacher: SparseLogits, x: Arguments) -> None:
             f"tail={tail!r} takes log-probabilities, not logits: apply log_softmax over the whole vocabulary first"
         )
     if log_tail is not None and can_read(log_tail):
-        total = log_probs.float().exp().sum(-1) + log_tail.float().exp()
+        total = (log_probs.float().exp().sum(-1) + log_tail.float().exp()).masked_fill(~counts, 0)
         if not bool((total <= 1.1).all()):
             raise ValueError(
                 f"teacher: SparseLogits.log_tail and .log_probs hold a mass of {float(total.max())}; expected 1. "
                 "Is log_tail the log of the mass of all other ids, at the temperature of log_probs?"
             )
+    valid = V if x.options.valid_vocab is None else x.options.valid_vocab
+    empty = counts & sparse.without_entries(teacher, valid)
+    if bool(empty.any()):
+        row = ", ".join(map(str, empty.nonzero()[0].tolist()))
+        raise ValueError(
+            f"teacher: SparseLogits has no entry in row {row}, which counts, and tail={tail!r} normalizes over a row's "
+            f"entries: each of its log_probs is −inf or of an id that is not from 0 to {valid - 1}. Leave the row out "
+            "(label ignore_index, or weight 0), or pass tail='bucket', for mass that is elsewhere"
+        )
+
+
+def _rows_that_count(x: Arguments) -> Tensor | None:
+    """Return (*,) bool: rows whose weight in the KD term is not 0; None where that cannot be read."""
+    options = x.options
+    given = [options.kd_token_weights]
+    if options.kd_token_weights is None:
+        given = [options.token_weights, None if x.labels is None else x.labels.long() != options.ignore_index]
+    counts = torch.ones(x.student.hidden.shape[:-1], dtype=torch.bool, device=x.student.hidden.device)
+    for weights in given:
+        if weights is not None:
+            if not can_read(weights):
+                return None
+            counts = counts & (weights != 0)
+    return counts
 
 
 def _check_same_rows(name: str, hidden: Tensor, student_hidden: Tensor) -> None:

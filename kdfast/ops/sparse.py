@@ -66,6 +66,13 @@ def prepare(indices: Tensor, log_probs: Tensor, vocab: int, dtype: torch.dtype) 
     return indices, _of_the_first(first, log_probs)
 
 
+def without_entries(teacher: SparseLogits, vocab: int) -> Tensor:
+    """Return (*,) bool: rows of which a softmax over their entries would be 0/0. Ids from `vocab` on are left out."""
+    indices = teacher.indices.long()
+    known = (indices >= 0) & (indices < vocab) & (teacher.log_probs != -inf)
+    return ~known.any(dim=-1) & (teacher.tail in ("renormalize", "renormalize_both"))
+
+
 def counted(indices: Tensor) -> Tensor:
     """Return (N, K) bool: the first of each run of equal ids, of ids that ascend."""
     first = torch.ones_like(indices, dtype=torch.bool)

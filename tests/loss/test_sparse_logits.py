@@ -11,6 +11,7 @@ from oracle import sparse_pair, value
 from teachers import ENGINES, entries
 
 from kdfast import JSD, Head, Logits, SkewKL, SkewReverseKL, SparseLogits, fused_kd_loss
+from kdfast.frontend import checks
 
 TAILS = ["renormalize", "bucket", "none", "renormalize_both"]
 
@@ -395,3 +396,63 @@ def test_a_label_that_is_the_ignored_one_modulo_its_type():
     h, W = torch.randn(2, 4), torch.randn(101, 4)
     with pytest.raises(ValueError, match="labels contains 156; expected ids from 0 to 100"):
         fused_kd_loss(Head(h, W), None, torch.tensor([100, 156], dtype=torch.uint8), ce_weight=1.0)
+
+
+@pytest.mark.parametrize("engine", ENGINES[:2])
+@pytest.mark.parametrize("of", ["log_tail", "id", "nan", "inf", "positive", "no entry"])
+def test_entries_of_rows_that_do_not_count_are_not_looked_at(of, engine):
+    """A padded row may hold anything; a row that counts is refused for the same."""
+    case = make(n=3)
+    indices, log_probs = entries(case, k=4, kind="top")
+    log_tail = torch.log1p(-log_probs.exp().sum(-1))
+    tail = "bucket" if of in ("log_tail", "positive") else "renormalize"
+    indices[1], log_probs[1], log_tail[1] = 0, 0.0, 0.0
+    if of == "id":
+        indices[1] = -100
+    elif of in ("nan", "inf", "positive", "no entry"):
+        log_probs[1] = {"nan": torch.nan, "inf": torch.inf, "positive": 3.0, "no entry": -torch.inf}[of]
+    teacher = SparseLogits(indices, log_probs, tail=tail, log_tail=log_tail if tail == "bucket" else None)
+    rows = SparseLogits(indices[::2], log_probs[::2], tail=tail, log_tail=log_tail[::2] if tail == "bucket" else None)
+    labels, weights = torch.tensor([1, -100, 2]), torch.tensor([1.0, 0.0, 1.0])
+    expected = fused_kd_loss(Head(case.hs[::2], case.W, case.b), rows, engine=engine)
+    for which in ({"labels": labels}, {"token_weights": weights}, {"kd_token_weights": weights}):
+        torch.testing.assert_close(fused_kd_loss(student(case), teacher, engine=engine, **which), expected)
+    for which in ({}, {"token_weights": 1 - weights}, {"labels": labels, "kd_token_weights": torch.ones(3)}):
+        with pytest.raises(ValueError, match=r"teacher: SparseLogits"):
+            fused_kd_loss(student(case), teacher, engine=engine, **which)
+
+
+@pytest.mark.parametrize("tail", ["renormalize", "renormalize_both"])
+@pytest.mark.parametrize("how", ["truncate", "valid_vocab", "all −inf"])
+def test_a_row_that_counts_without_an_entry(how, tail, monkeypatch):
+    """Its softmax would be 0/0: an error where values are read, else NaN, in the gradients of all engines alike."""
+    case = make(torch.float64, n=6)
+    vocab = case.W.shape[0]
+    indices, log_probs = (each.reshape(2, 3, 4) for each in entries(case, k=4, kind="top"))
+    options = {"truncate": {"vocab": "truncate"}, "valid_vocab": {"valid_vocab": vocab - 4}, "all −inf": {}}[how]
+    indices = indices % (vocab - 4)
+    if how == "all −inf":
+        log_probs[1, 2] = -torch.inf
+    else:
+        indices[1, 2] = torch.arange(4) + (vocab if how == "truncate" else vocab - 4)
+    shaped = Head(case.hs.reshape(2, 3, -1), case.W, case.b)
+    teacher = SparseLogits(indices, log_probs, tail=tail)
+    valid = options.get("valid_vocab", vocab)
+    with pytest.raises(ValueError, match=rf"no entry in row 1, 2, which counts, .*'{tail}' .* from 0 to {valid - 1}"):
+        fused_kd_loss(shaped, teacher, **options)
+    out = torch.ones(2, 3)
+    out[1, 2] = 0
+    assert fused_kd_loss(shaped, teacher, token_weights=out, **options).isfinite()
+    monkeypatch.setattr(checks, "can_read", lambda tensor: False)
+    assert fused_kd_loss(shaped, teacher, token_weights=out, **options).isfinite()
+    found = []
+    for engine in ENGINES:
+        own = copy(case)
+        head = Head(own.hs.reshape(2, 3, -1), own.W, own.b)
+        loss = fused_kd_loss(head, teacher, engine=engine, reduction="none", divergence="jsd", **options)
+        assert loss.isnan().tolist() == [[False] * 3, [False, False, True]]
+        loss.sum().backward()
+        found.append((own.hs.grad, own.W.grad[:valid], own.b.grad[:valid]))
+        torch.testing.assert_close(found[-1], found[0], equal_nan=True)
+    assert found[0][0][-1].isnan().all()
+    assert found[0][0][:-1].isfinite().all()
