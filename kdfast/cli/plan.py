@@ -100,14 +100,11 @@ def _models(args: argparse.Namespace) -> tuple[Model, Model | None]:
 
 
 def _valid_vocab(student: str, teacher: str) -> int | None:
-    """Return the ids of two models' tokenizers, if that is one; None if not, or unknown. Raises ValueError."""
-    from kdfast.training.data.tokenizers import check_tokens, own_tokenizer, shared_ids
+    """Return how many ids the tokenizer of two models has; None if they have two, or one is unknown."""
+    from kdfast.training.data.tokenizers import own_tokenizer, shared_ids
 
     ours, theirs = (own_tokenizer(os.path.expanduser(name), local=False) for name in (student, teacher))
-    if ours is None or theirs is None:
-        return None
-    check_tokens("--teacher", ours, theirs)
-    return shared_ids(ours, theirs)
+    return shared_ids("--teacher", ours, theirs)
 
 
 def _resident(args: argparse.Namespace, student: Model, teacher: Model | None) -> dict[str, int]:
@@ -147,11 +144,9 @@ def _text(found: dict[str, Any]) -> str:
         *(f"{what}: {_size(size)}" for what, size in found["resident"].items()),
     ]
     if found["teacher_vocab"] not in (None, x["vocab"]):
-        rows, valid = (
-            f"the teacher's head has {found['teacher_vocab']} rows: planned for the student's",
-            found["valid_vocab"],
-        )
+        valid = found["valid_vocab"]
         known = f"valid_vocab={valid}, their tokenizer's ids" if valid else "valid_vocab, if they have one tokenizer"
+        rows = f"the teacher's head has {found['teacher_vocab']} rows: planned for the student's"
         lines.append(f"{rows}; a run takes {known}")
     largest = "" if left is None else f"{'largest N':>12} of {_size(found['memory_bytes'])}"
     lines.append(f"\n{'':16}{'peak':>11}{'total':>11}{largest}")

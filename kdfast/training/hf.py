@@ -218,35 +218,35 @@ def check_model(model: PreTrainedModel, role: str, *, compare: bool = True) -> N
             f"{name} has {type(linear).__name__} as its head; expected a linear layer with a floating-point weight "
             "(V, H). A quantized head has to stay in floating point"
         )
-    if role == "student" and adapted_layer(model) is None:
-        _refuse_quantized(model, name)
+    if role == "student":
+        _check_student(model, name)
+    if compare and (weight.device.type != "meta" or is_dispatched(model)):
+        _compare_logits(model, name)
+
+
+def _check_student(model: PreTrainedModel, name: str) -> None:
+    """Raise ValueError for what a teacher may have, and a model that is trained may not."""
+    quantized = (parameter for parameter, weight in model.named_parameters() if _is_quantized(weight))
+    first = next(quantized, None) or (getattr(model, "is_quantized", False) and "as its hf_quantizer has it")
+    trainable = getattr(getattr(model, "hf_quantizer", None), "is_qat_trainable", False)
+    if first and not trainable and adapted_layer(model) is None:  # as transformers.Trainer decides
+        raise ValueError(
+            f"{name} is quantized ({first}), and such weights are not trained: only the others would be. Load it "
+            "without a quantization_config, or take model.dequantize(). Train an adapter on it in a loop of your own; "
+            "a teacher may be quantized"
+        )
     configs = model.config, model.config.get_text_config()
-    if role == "student" and any(getattr(config, "output_router_logits", False) for config in configs):
+    if any(getattr(config, "output_router_logits", False) for config in configs):
         raise ValueError(
             f"{name} has output_router_logits=True: its loss has a load-balancing term, which is computed with the "
             "logits and would be left out here. Set config.output_router_logits=False"
         )
     devices = {str(parameter.device) for parameter in model.parameters()}
-    if role == "student" and is_dispatched(model) and (len(devices) > 1 or "meta" in devices):
+    if is_dispatched(model) and (len(devices) > 1 or "meta" in devices):
         raise ValueError(
             f"{name} has been spread over devices or offloaded by accelerate (its weights are on "
             f"{', '.join(sorted(devices))}); a student that is trained stays on one: load it without device_map and "
             "cpu_offload. A teacher may be offloaded; FSDP2 shards a student that is too large"
-        )
-    if compare and (weight.device.type != "meta" or is_dispatched(model)):
-        _compare_logits(model, name)
-
-
-def _refuse_quantized(model: PreTrainedModel, name: str) -> None:
-    """Raise ValueError for a student without an adapter whose weights are quantized, as transformers.Trainer does."""
-    quantizer = getattr(model, "hf_quantizer", None)
-    quantized = (parameter for parameter, weight in model.named_parameters() if _is_quantized(weight))
-    first = next(quantized, None) or (getattr(model, "is_quantized", False) and "as its hf_quantizer has it")
-    if first and not getattr(quantizer, "is_qat_trainable", False):
-        raise ValueError(
-            f"{name} is quantized ({first}), and such weights are not trained: only the others would be. Load it "
-            "without a quantization_config, or take model.dequantize(). Train an adapter on it in a loop of your own; "
-            "a teacher may be quantized"
         )
 
 
@@ -254,6 +254,20 @@ def _is_quantized(weight: Tensor) -> bool:
     """Return whether it is packed into integers, of 8 bits, or a tensor class of another library's (torchao's)."""
     wrapped = is_traceable_wrapper_subclass(weight) and not isinstance(weight, DTensor)
     return wrapped or not weight.is_floating_point() or weight.element_size() == 1
+
+
+def _check_adapter(linear: nn.Module, name: str) -> None:
+    """Raise ValueError for PEFT's: LoRA and its kin wrap a base_layer, a copy trained whole sits in modules_to_save."""
+    if hasattr(linear, "base_layer") or hasattr(linear, "modules_to_save") or _is_peft(linear):
+        raise ValueError(
+            f"{name} has an adapter on its head ({type(linear).__name__}); the loss takes one weight (V, H). Leave "
+            "lm_head out of the adapter's target modules, or merge the adapter into it first"
+        )
+
+
+def _is_peft(module: object) -> bool:
+    """Return whether its class, or one that it is derived from, is PEFT's, which need not be imported for that."""
+    return any(cls.__module__.partition(".")[0] == "peft" for cls in type(module).__mro__)
 
 
 def adapted_layer(model: nn.Module) -> str | None:
@@ -335,20 +349,6 @@ def _logit_scale(config: Any) -> float:
 def _softcap(config: Any) -> float | None:
     """Return the cap on the logits: Gemma's and NanoChat's, or RecurrentGemma's name for it."""
     return getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
-
-
-def _check_adapter(linear: nn.Module, name: str) -> None:
-    """Raise ValueError for PEFT's: LoRA and its kin wrap a base_layer, a copy trained whole sits in modules_to_save."""
-    if hasattr(linear, "base_layer") or hasattr(linear, "modules_to_save") or _is_peft(linear):
-        raise ValueError(
-            f"{name} has an adapter on its head ({type(linear).__name__}); the loss takes one weight (V, H). Leave "
-            "lm_head out of the adapter's target modules, or merge the adapter into it first"
-        )
-
-
-def _is_peft(module: object) -> bool:
-    """Return whether its class, or one that it is derived from, is PEFT's, which need not be imported for that."""
-    return any(cls.__module__.partition(".")[0] == "peft" for cls in type(module).__mro__)
 
 
 def shift_labels(labels: Tensor, attention_mask: Tensor | None = None) -> Tensor:

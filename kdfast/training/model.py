@@ -113,7 +113,9 @@ class DistillationModel(nn.Module):
             teacher.requires_grad_(False).eval()
         keep = object.__setattr__ if teacher is not None and is_dispatched(teacher) else setattr
         keep(self, "teacher", teacher)  # one that accelerate has placed is no submodule, which .to() would move
-        self.inputs = {"student": inputs_of(student), "teacher": frozenset() if teacher is None else inputs_of(teacher)}
+        self.inputs = {"student": inputs_of(student)}
+        if teacher is not None:
+            self.inputs["teacher"] = inputs_of(teacher)
         self.valid_vocab = valid_vocab
         self.kd_teacher = KINDS[self.recipe.teacher](self.recipe)
         self.logit_projector = self.kd_teacher.make_projector(student, teacher)
@@ -172,9 +174,8 @@ class DistillationModel(nn.Module):
             )
         targets = shift_labels(labels, attention_mask)
         inputs = {name: x for name, x in {**backbone_inputs, "position_ids": position_ids}.items() if x is not None}
-        for role, model in {"student": self.student, "teacher": self.teacher}.items():
-            if model is not None:
-                check_inputs(model, role, inputs, self.inputs[role])
+        for role, known in self.inputs.items():
+            check_inputs(getattr(self, role), role, inputs, known)
         inputs |= {"attention_mask": attention_mask, "use_cache": False}
         if self.hidden_loss is not None:
             inputs["output_hidden_states"] = True

@@ -103,6 +103,7 @@ def test_images_for_nobody_are_refused(tiny, config, as_list):
 
 
 PICTURES = datasets.Features({"text": datasets.Value("string"), "picture": datasets.Image()})
+PICTURES_OF_IDS = datasets.Features({"input_ids": datasets.List(datasets.Value("int64")), "picture": datasets.Image()})
 
 
 def test_pictures_that_no_collator_would_see_are_refused(tiny, config, tmp_path):
@@ -119,6 +120,9 @@ def test_pictures_that_no_collator_would_see_are_refused(tiny, config, tmp_path)
     rows = [{name: x[0] for name, x in image_batch().items()}] * 2
     with pytest.raises(ValueError, match=r"splits\['train'\] has pixel_values, and a cache is of text alone"):
         cache_teacher(tiny_vision(), {"train": rows}, tmp_path / "cache", k=4)
+    raw = datasets.Dataset.from_dict({"input_ids": [[3, 4]], "picture": pictures}, features=PICTURES_OF_IDS)
+    with pytest.raises(ValueError, match=r"splits\['train'\] has picture, and a cache is of text alone"):
+        cache_teacher(tiny(), {"train": raw}, tmp_path / "cache", k=4)
     texts = [{name: row[name] for name in ("input_ids", "labels")} for row in rows]
     cache_teacher(tiny_vision(), {"train": texts}, tmp_path / "cache", k=4)
     TeacherCache(tmp_path / "cache").dataset("train", texts)

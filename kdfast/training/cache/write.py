@@ -43,7 +43,7 @@ from kdfast.training.cache.description import (
     tokenizer_fingerprint,
 )
 from kdfast.training.cache.entries import TopK, draw, encode, table, top_k
-from kdfast.training.data.columns import MEDIA
+from kdfast.training.data.columns import MEDIA, media_columns
 from kdfast.training.data.rows import inputs_of_row
 from kdfast.training.data.tokenizers import check_tokens, count_ids, own_tokenizer
 from kdfast.training.durable import atomic_io, checksums, processes
@@ -128,7 +128,8 @@ def cache_teacher(
     for split, dataset in splits.items():
         row = dataset[0] if len(dataset) else {}
         check_inputs(teacher, "teacher", [name for name in INPUTS if name in row])
-        if lost := [name for name in row if name not in INPUTS and (name in MEDIA or name in inputs_of(teacher))]:
+        read = inputs_of(teacher).difference(INPUTS)
+        if lost := [*media_columns(dataset), *(name for name in row if name in MEDIA or name in read)]:
             raise ValueError(
                 f"splits[{split!r}] has {lost[0]}, and a cache is of text alone: the teacher would not be shown it. "
                 "Leave it out of the data, or train with a live teacher"

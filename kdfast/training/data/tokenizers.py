@@ -41,11 +41,6 @@ def count_ids(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
-def shared_ids(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> int | None:
-    """Return how many ids two tokenizers have that are the same, token by token; None where they are not."""
-    return count_ids(one) if one.get_vocab() == other.get_vocab() else None
-
-
 def check_tokens(
     argument: str,
     tokenizer: PreTrainedTokenizerBase,
@@ -71,6 +66,22 @@ def check_tokens(
         )
 
 
+def shared_ids(
+    argument: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    own: PreTrainedTokenizerBase | None,
+    valid_vocab: int | None = None,
+) -> int | None:
+    """Return how many ids two tokenizers have, if all their tokens are the same; None if not, or if one is unknown.
+
+    Raise where `check_tokens` does.
+    """
+    if tokenizer is None or own is None:
+        return None
+    check_tokens(argument, tokenizer, own, valid_vocab)
+    return count_ids(tokenizer) if tokenizer.get_vocab() == own.get_vocab() else None
+
+
 def find_valid_vocab(student: Any, teacher: Any, processor: Any = None, valid_vocab: int | None = None) -> int | None:
     """Return `valid_vocab`, or where it is None and two heads are one tokenizer's, padded differently: its ids.
 
@@ -80,11 +91,8 @@ def find_valid_vocab(student: Any, teacher: Any, processor: Any = None, valid_vo
     models = student, teacher
     if not all(isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None for model in models):
         return valid_vocab  # for others to refuse
-    ours, theirs = text_tokenizer(processor, student), own_tokenizer(teacher.name_or_path)
-    if ours is None or theirs is None:
-        return valid_vocab
-    check_tokens("teacher", ours, theirs, valid_vocab)
-    rows, ids = [_rows(model) for model in models], shared_ids(ours, theirs)
+    ids = shared_ids("teacher", text_tokenizer(processor, student), own_tokenizer(teacher.name_or_path), valid_vocab)
+    rows = [_rows(model) for model in models]
     if valid_vocab is not None or rows[0] == rows[1] or ids is None or ids > min(rows):
         return valid_vocab
     print_once(f"valid_vocab={ids}: the student's head has {rows[0]} rows, the teacher's {rows[1]}, of one tokenizer")
