@@ -167,7 +167,8 @@ def row_cases(arch: str, V: int) -> Iterator[Case]:
         yield Case("states_kernel", divergence, partial(row_states, x, states, **decorrelate))
         launch = partial(row_gradients, x, everything, constants=constants, **how)
         yield Case("row_gradients_kernel", divergence, launch)
-    few = "16 bytes: ptxas keeps to 128 registers, for two programs a multiprocessor" if arch == "sm_90" else None
+    few = "16 bytes: ptxas keeps to 128 registers, for two programs a multiprocessor"
+    few = few if arch in ("sm_80", "sm_86", "sm_89", "sm_90") else None
     launch = partial(row_terms, x, states, constants=constants, **decorrelate)
     yield Case("terms_kernel", "jsd", launch, allow_stack=few)
 
