@@ -257,6 +257,8 @@ class AlphaBeta(Divergence):
         return self._terms(p.log(), q.log(), g)
 
     def solve(self, log_p: Tensor, log_q: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Terms]:
+        if type(self).terms is not AlphaBeta.terms:  # a subclass has its own
+            return super().solve(log_p, log_q, g)
         terms = self._terms(log_p, log_q, g)  # a small power of what underflows does not
         return log_p.exp_(), log_q.exp_(), terms
 

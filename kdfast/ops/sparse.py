@@ -227,7 +227,7 @@ def without_teacher(divergence: Divergence) -> tuple[float, float, float]:
             "of the student's probabilities where the teacher has none. Pass tail='bucket' or 'renormalize_both', or a "
             "divergence that is finite there and homogeneous of degree one, such as forward_kl or skew_kl"
         )
-    slope = float(divergence.terms(0 * one, one, -inf * one).a_q)
+    slope = float(divergence.terms(0 * one, one, -inf * one)[2])  # a plain tuple will do
     return nothing, slope, nothing - float(divergence.pointwise(-inf * one, 0 * one))
 
 

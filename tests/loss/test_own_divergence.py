@@ -1,5 +1,6 @@
 """An instance of a `Divergence` of one's own: taken as it is where no kernel is needed, refused by name elsewhere."""
 
+import itertools
 from dataclasses import KW_ONLY, InitVar, dataclass
 from typing import ClassVar
 
@@ -93,9 +94,9 @@ def test_a_subclass_of_its_own_formula_is_what_it_says_at_the_limits_too():
     """As it says, half the KL, and no forward KL."""
     case = make()
     teacher, _ = sources(case, "head")
-    for engine in ("reference", "torch"):
+    for engine, own in itertools.product(("reference", "torch"), (Halved(0.0), HalvedAlphaBeta(1.0, 0.0))):
         half, whole = (
-            fused_kd_loss(student(case), teacher, divergence=d, engine=engine) for d in (Halved(0.0), "forward_kl")
+            fused_kd_loss(student(case), teacher, divergence=d, engine=engine) for d in (own, "forward_kl")
         )
         torch.testing.assert_close(half, whole / 2)
 
@@ -156,6 +157,10 @@ class Halved(JSD):
 
     def terms(self, p, q, g):
         return Terms(*(each / 2 for each in ForwardKL().terms(p, q, g)))
+
+
+class HalvedAlphaBeta(AlphaBeta):
+    pointwise, terms = Halved.pointwise, Halved.terms
 
 
 @dataclass(frozen=True)
