@@ -25,7 +25,7 @@ from kdfast.training.recipes import AUTO, CACHED, current_name
 Command = Literal["distill", "cache"]
 LM_ONLY = "lm_only"
 
-# what other libraries, or people in a hurry, call a key
+# what other libraries call a key, or people in a hurry
 ELSEWHERE = {
     **dict.fromkeys(("teacher", "teacher_model", "teacher_name_or_path"), "teacher_model_name_or_path"),
     **dict.fromkeys(("student", "student_model", "model", "model_name", "base_model"), "model_name_or_path"),

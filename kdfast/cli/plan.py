@@ -100,7 +100,7 @@ def _models(args: argparse.Namespace) -> tuple[Model, Model | None]:
 
 
 def _valid_vocab(student: str, teacher: str) -> int | None:
-    """Return how many ids the tokenizer of two models has; None if they have two, or one is unknown."""
+    """Return how many ids the tokenizer that two models share has; None if theirs differ, or one is unknown."""
     from kdfast.training.data.tokenizers import own_tokenizer, shared_ids
 
     ours, theirs = (own_tokenizer(os.path.expanduser(name), local=False) for name in (student, teacher))

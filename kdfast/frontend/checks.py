@@ -81,7 +81,7 @@ def check(x: Arguments) -> None:
 
 
 def has_kernels(divergence: Divergence, teacher: Teacher | None) -> bool:
-    """Return whether Triton engines can take it: it is listed, or no kernel sees it, as with a sparse teacher."""
+    """Return whether Triton engines can take it: it is listed, or no kernel computes it, as with a sparse teacher."""
     return divergence.key in DIVERGENCES or not isinstance(teacher, (Projected, Head, Logits))
 
 
@@ -527,7 +527,7 @@ def _is_int(value: Any) -> bool:
 
 
 def check_divisor(items: int | Tensor, weights: Tensor, factors: Tensor) -> None:
-    """Raise ValueError where no items are to divide rows that count. Unread, such rows become NaN."""
+    """Raise ValueError where rows count and num_items_in_batch is 0; where that cannot be read, they become NaN."""
     if not can_read(weights) or (isinstance(items, Tensor) and not can_read(items)) or items != 0:
         return
     rows = int((weights * factors[:, None] != 0).any(dim=0).sum())

@@ -23,7 +23,7 @@ from kdfast.training.teachers import TeacherTail
 
 logger = logging.getLogger(__name__)
 
-# evaluation metrics → whether more of one is better, for metric_for_best_model; None: neither is
+# evaluation metrics → whether a greater value is better, for metric_for_best_model; None: neither is
 GREATER_IS_BETTER: dict[str, bool | None] = {
     **dict.fromkeys(("loss", "ce", "ce_projected", "perplexity", "kd", "kl_teacher_student"), False),
     **dict.fromkeys(("kl_teacher_projected", "runtime"), False),
@@ -67,9 +67,8 @@ class KDConfig(TrainingArguments):
     """Extend `TrainingArguments` by the settings of a distillation.
 
     Changed defaults: `logging_nan_inf_filter=False` (a NaN is never averaged away);
-    `ddp_find_unused_parameters=None` is True for students that text alone leaves parts of unused, such as a vision
-    tower; and `metric_for_best_model="ce"`, "eval_web_ce" of a data set "web" and the like
-    know that less is better.
+    `ddp_find_unused_parameters=None` means True where text alone leaves parts of the student unused, such as a vision
+    tower; and of `metric_for_best_model="ce"`, "eval_web_ce" (of a data set "web") and the like less is better.
 
     Raises ValueError naming the field, what came and what was expected.
     """
@@ -180,9 +179,9 @@ class KDConfig(TrainingArguments):
 
 
 def _greater_is_better(metric: str) -> bool | None:
-    """Return whether more of a metric is better, by how its name ends: before it stand "eval_" and a data set's name.
+    """Return whether a greater value is better, by the end of the name: "eval_" and a data set's name may precede it.
 
-    None for a name that is not known here, of which TrainingArguments has its own idea.
+    None for a name that is not known here; TrainingArguments decides on those.
     """
     known = max((name for name in GREATER_IS_BETTER if f"_{metric}".endswith(f"_{name}")), key=len, default=None)
     if known is None:

@@ -41,11 +41,11 @@ IGNORE_INDEX = -100  # a target that counts for nothing
 CHECK_PEAK = 60.0  # largest logit in the check: twice the usual cap of 30, so a missed cap cannot hide
 CHECK_TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 3e-2}  # of the largest logit; other dtypes 1e-4
 
-# parameters of a backbone's forward that are no data, or that only its own loss would make use of
+# parameters of a backbone's forward that are not data, or that only its own loss would use
 NO_INPUTS = {"self", "labels", "logits_to_keep", "num_items_in_batch", "past_key_values", "return_dict", "use_cache"}
 NO_INPUTS |= {"output_attentions", "output_router_logits"}
 PACKING = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}  # position_ids say it too
-ALWAYS = {"input_ids", "attention_mask"}  # the latter is no loss to a model that reads from left to right alone
+ALWAYS = {"input_ids", "attention_mask"}  # a model that reads left to right can do without the mask
 
 MOST_LAYERS = 10_000
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -71,12 +71,12 @@ def backbone(model: PreTrainedModel) -> Any:
 
 
 def inputs_of(model: PreTrainedModel) -> frozenset[str]:
-    """Return the names of what its backbone reads; whatever else it is given, its `**kwargs` would swallow."""
+    """Return the names of the inputs that its backbone reads; its `**kwargs` would swallow any other."""
     names: set[str] = set()
     outer = backbone(model)
-    for module in (outer, outer.get_decoder()):  # to which the outer one passes on what it does not name
+    for module in (outer, outer.get_decoder()):  # the outer one passes on what it does not name
         for name, parameter in inspect.signature(type(module).forward).parameters.items():
-            if parameter.kind is parameter.VAR_KEYWORD:  # Unpack[TransformersKwargs], whose position_ids not all read
+            if parameter.kind is parameter.VAR_KEYWORD:  # Unpack[TransformersKwargs]; not all read its position_ids
                 for typed in get_args(parameter.annotation):
                     names |= typed.__annotations__.keys() - {"position_ids"}
             elif parameter.kind is not parameter.VAR_POSITIONAL:
@@ -85,7 +85,7 @@ def inputs_of(model: PreTrainedModel) -> frozenset[str]:
 
 
 def check_inputs(model: PreTrainedModel, role: str, given: Iterable[str], known: frozenset[str] | None = None) -> None:
-    """Raise ValueError for an input that its backbone does not read. `known` is what `inputs_of(model)` returned."""
+    """Raise ValueError for an input that the backbone does not read; `known` is what `inputs_of(model)` returned."""
     given = list(given)
     fine = ALWAYS | PACKING if "position_ids" in given else ALWAYS
     for name in given:
@@ -98,7 +98,7 @@ def check_inputs(model: PreTrainedModel, role: str, given: Iterable[str], known:
 
 
 def may_skip_parameters(model: PreTrainedModel) -> bool:
-    """Return whether text alone leaves trained parameters without a gradient: a vision tower's, cross attention's."""
+    """Return whether text alone leaves trained parameters without a gradient, as a vision tower's."""
     text = {id(p) for part in (backbone(model).get_decoder(), model.get_output_embeddings()) for p in part.parameters()}
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     return any(id(p) not in text or re.search("cross_?att|encoder_att", name) for name, p in trained)
@@ -113,7 +113,7 @@ def embedding_rows(model: PreTrainedModel) -> int:
 def known_ids(
     model: PreTrainedModel, role: str, input_ids: Tensor, attention_mask: Tensor | None, *, look: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Return ids (B, T), with 0 for those that the model has no row for, and whether any of these were no padding, ().
+    """Return ids (B, T), with 0 for those that the model has no row for, and whether any of those was not padding, ().
 
     look: raise ValueError if any were, which waits for the device.
     """
@@ -121,7 +121,7 @@ def known_ids(
     strange = (input_ids < 0) | (input_ids >= rows)
     for name, value in vars(model.config).items():
         if re.search("(image|video|audio)_token_(id|index)$", name) and isinstance(value, int) and value >= rows:
-            strange &= input_ids != value  # an image's or a sound's place, which the model fills itself
+            strange &= input_ids != value  # the place of an image or a sound, which the model fills in
     ids = input_ids.masked_fill(strange, 0)
     if attention_mask is not None and attention_mask.dim() == 2:
         strange = strange & (attention_mask != 0)
@@ -131,7 +131,7 @@ def known_ids(
 
 
 def run_backbone(model: PreTrainedModel, **inputs: Any) -> Any:
-    """Return the backbone's output for tensors on any device: they are fed where its embedding is computed."""
+    """Return the backbone's output for tensors on any device, moved to where its embedding is computed."""
     device = input_device(model)
     return backbone(model)(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()})
 
@@ -154,12 +154,12 @@ def head(model: PreTrainedModel, hidden: Tensor) -> Head:
 
 
 def is_dispatched(model: nn.Module) -> bool:
-    """Return whether accelerate has spread the model over devices, or offloaded it: it is to stay where it is."""
+    """Return whether accelerate has spread the model over devices or offloaded it; then it must stay where it is."""
     return any(hasattr(module, "_hf_hook") for module in model.modules())
 
 
 def fetch(module: nn.Module, *names: str) -> list[Any]:
-    """Return tensors of the module, from where accelerate has offloaded them; None where there is none of that name."""
+    """Return tensors of the module by name, fetched if accelerate has offloaded them; None for those it lacks."""
     hook: Any = getattr(module, "_hf_hook", None)
     if hook is not None:
         hook.pre_forward(module)
@@ -225,7 +225,7 @@ def check_model(model: PreTrainedModel, role: str, *, compare: bool = True) -> N
 
 
 def _check_student(model: PreTrainedModel, name: str) -> None:
-    """Raise ValueError for what a teacher may have, and a model that is trained may not."""
+    """Raise ValueError for what is fine in a teacher and not in a model that is trained."""
     quantized = (parameter for parameter, weight in model.named_parameters() if _is_quantized(weight))
     first = next(quantized, None) or (getattr(model, "is_quantized", False) and "as its hf_quantizer has it")
     trainable = getattr(getattr(model, "hf_quantizer", None), "is_qat_trainable", False)
@@ -251,13 +251,13 @@ def _check_student(model: PreTrainedModel, name: str) -> None:
 
 
 def _is_quantized(weight: Tensor) -> bool:
-    """Return whether it is packed into integers, of 8 bits, or a tensor class of another library's (torchao's)."""
+    """Return whether it is packed into integers, has 8 bits, or is of another library's tensor class, as torchao's."""
     wrapped = is_traceable_wrapper_subclass(weight) and not isinstance(weight, DTensor)
     return wrapped or not weight.is_floating_point() or weight.element_size() == 1
 
 
 def _check_adapter(linear: nn.Module, name: str) -> None:
-    """Raise ValueError for PEFT's: LoRA and its kin wrap a base_layer, a copy trained whole sits in modules_to_save."""
+    """Raise ValueError for a layer of PEFT's: LoRA wraps a base_layer; a copy trained whole is in modules_to_save."""
     if hasattr(linear, "base_layer") or hasattr(linear, "modules_to_save") or _is_peft(linear):
         raise ValueError(
             f"{name} has an adapter on its head ({type(linear).__name__}); the loss takes one weight (V, H). Leave "
@@ -266,19 +266,19 @@ def _check_adapter(linear: nn.Module, name: str) -> None:
 
 
 def _is_peft(module: object) -> bool:
-    """Return whether its class, or one that it is derived from, is PEFT's, which need not be imported for that."""
+    """Return whether its class or one of its bases comes from PEFT, without importing PEFT."""
     return any(cls.__module__.partition(".")[0] == "peft" for cls in type(module).__mro__)
 
 
 def adapted_layer(model: nn.Module) -> str | None:
-    """Return the name of the first module that PEFT has put into `model`, however it did; None where there is none."""
+    """Return the name of the first module in `model` that is PEFT's; None where there is none."""
     return next((name for name, module in model.named_modules() if _is_peft(module)), None)
 
 
 def refuse_adapter(student: nn.Module) -> None:
-    """Raise ValueError for a student with an adapter, which KDTrainer cannot train: it saves whole models."""
+    """Raise ValueError for a student with an adapter: KDTrainer saves whole models, so it cannot train one."""
     layer = adapted_layer(student)
-    if layer:  # "" is a PeftModel, no PreTrainedModel: check_model's
+    if layer:  # "" is a PeftModel itself, which check_model refuses
         raise ValueError(
             f"the student carries a PEFT adapter (at {layer!r}), and KDTrainer has no LoRA yet: its checkpoints hold "
             "whole models, and would not be read again. Train the adapter in a loop of your own, around "
@@ -528,7 +528,7 @@ def _config_from_dict(settings: dict[str, Any]) -> PreTrainedConfig:
 def _check_tokenizer(
     argument: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, valid_vocab: int | None
 ) -> None:
-    """Raise where the ids of `tokenizer` do not fit the model that was loaded, or are other words in its own."""
+    """Raise where the ids of `tokenizer` do not fit the model, or mean other words in the model's own tokenizer."""
     if tokenizer is None:
         return
     rows, largest = embedding_rows(model), count_ids(tokenizer) - 1  # there may be more ids than tokens

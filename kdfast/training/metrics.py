@@ -110,7 +110,7 @@ class EvaluationMeter:
     """Collect the metrics of a whole evaluation set."""
 
     NAMES = ("loss", *LOGGED.values(), "kl_teacher_student", "kl_teacher_projected")
-    ADDED = ("perplexity", "tokens", "runtime", "samples_per_second", "steps_per_second")  # the last three by Trainer
+    ADDED = ("perplexity", "tokens", "runtime", "samples_per_second", "steps_per_second")  # from runtime on Trainer's
 
     def __init__(self, device: torch.device) -> None:
         self._means = TokenMeans(self.NAMES, device)
@@ -130,9 +130,9 @@ class EvaluationMeter:
 
 
 def evaluated(model: DistillationModel, dataset: Any) -> list[str]:
-    """Return the names of what an evaluation of `model` on `dataset`, whose rows have targets, logs."""
+    """Return the names of what an evaluation of `model` logs, on a `dataset` whose rows have targets."""
     teacher, absent = model.recipe.teacher, set()
-    if model.teacher is None:  # the true teacher may be known by its entries
+    if model.teacher is None:  # the data set may bring the true teacher's entries
         names, blocks = names_of(dataset), cached_blocks(dataset)
         own = "teacher_indices" in names and (model.teacher_tail == "bucket" or "teacher_log_tails" in names)
         known = any(one.description.method == "top_k" for one in blocks) or (own and not blocks)

@@ -69,7 +69,7 @@ class DistillationModel(nn.Module):
             different numbers of rows for one tokenizer, it is that tokenizer's ids.
         tokenizer: the text's; None = the one beside the student's weights. One beside the teacher's must have its
             tokens.
-        teacher_tail: what a batch's teacher_log_probs are, where they are not a `TeacherCache`'s, which tells; see
+        teacher_tail: what a batch's teacher_log_probs are, where they do not come from a `TeacherCache`; see
             `SparseLogits`. "bucket", "renormalize", "renormalize_both": log-probabilities at τ = 1; "none": log(n/N) of
             ids that came n times in N draws at the KD term's temperature.
         check_heads: compare both heads with their models once, on four tokens.
@@ -99,7 +99,7 @@ class DistillationModel(nn.Module):
         super().__init__()
         valid_vocab = find_valid_vocab(student, teacher, tokenizer, valid_vocab)
         self.teacher_tail = teacher_tail
-        self.by_default = recipe == AUTO  # nobody has asked for the recipe
+        self.by_default = recipe == AUTO  # the caller did not choose it
         if recipe == AUTO:
             recipe = choose_recipe(student, teacher, valid_vocab).recipe
         self.recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
@@ -112,7 +112,7 @@ class DistillationModel(nn.Module):
         if teacher is not None:
             teacher.requires_grad_(False).eval()
         keep = object.__setattr__ if teacher is not None and is_dispatched(teacher) else setattr
-        keep(self, "teacher", teacher)  # one that accelerate has placed is no submodule, which .to() would move
+        keep(self, "teacher", teacher)  # as a submodule, one that accelerate has placed would be moved by .to()
         self.inputs = {"student": inputs_of(student)}
         if teacher is not None:
             self.inputs["teacher"] = inputs_of(teacher)
@@ -122,7 +122,7 @@ class DistillationModel(nn.Module):
         self.hidden_loss = _make_hidden_loss(student, teacher, self.recipe)
         self.compressed_head: CompressedHead | None = None  # made by solve()
         self.solved = not self.recipe.solves
-        self.looked = False  # at the ids of a batch: on a GPU the first one's alone, for it waits
+        self.looked = False  # at a batch's ids; on a GPU only at the first batch's, because looking waits for it
         self.loaded = False  # with trained weights, which solving leaves as they are
         self.vocab_weights: Tensor | None = None  # (V,) float64, for solving the projector again; made by solve()
         self.register_state_dict_post_hook(_drop_teacher)
@@ -185,7 +185,7 @@ class DistillationModel(nn.Module):
                 "merge_and_unload() and prompt tuning leave it so). Call student.requires_grad_(True); to evaluate, "
                 "model.eval()"
             )
-        look = can_read(input_ids) or (not self.looked and has_values(input_ids))  # at the first batch anywhere
+        look = can_read(input_ids) or (not self.looked and has_values(input_ids))  # the first batch, on any device
         if look:
             self.looked = True
         ids, strange = known_ids(self.student, "student", input_ids, attention_mask, look=look)
@@ -229,7 +229,7 @@ class DistillationModel(nn.Module):
         if self.hidden_loss is not None:
             states = student_states.hidden_states, teacher_states.hidden_states
             loss = loss + self.recipe.hidden_weight * self.hidden_loss(*states, targets, num_items_in_batch)
-        if not look:  # an id that nobody has looked at makes the loss NaN, as a bad label does
+        if not look:  # an unknown id makes the loss NaN, as a bad label does
             loss = loss * torch.where(strange, torch.nan, 1.0)
         true = cached.at_one() if own is None and cached else own
         if true is None or not with_fidelity:

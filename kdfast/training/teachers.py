@@ -53,7 +53,7 @@ class CachedEntries(NamedTuple):
     indices: Tensor  # (*, K) integer
     log_probs: Tensor  # (*, K) any float dtype: of top-k entries at τ = 1; of drawn ones the log of their weights
     log_tails: Tensor | None  # (*, 2): log of the mass they do not hold, at τ = 1 and at the KD term's; drawn: (*, 0)
-    tail: TeacherTail | None = "none"  # what they are where log_tails is None; None: nobody knows
+    tail: TeacherTail | None = "none"  # what they are where log_tails is None; None: not known
 
     def at(self, temperature: float | Tensor) -> SparseLogits:
         """Return the teacher for a KD term at `temperature`, the one the data set was made with."""
@@ -62,7 +62,7 @@ class CachedEntries(NamedTuple):
         return self._at(temperature, self.log_tails[..., 1])
 
     def at_one(self) -> SparseLogits | None:
-        """Return the teacher at τ = 1; None where that is not known: of drawn entries, or of a tail that is not."""
+        """Return the teacher at τ = 1; None where that is unknown: entries were drawn, or log_tails are missing."""
         if self.log_tails is not None and self.log_tails.shape[-1]:
             return self._at(1.0, self.log_tails[..., 0])
         return SparseLogits(self.indices, self.log_probs, tail="bucket") if self.tail == "bucket" else None
@@ -79,7 +79,7 @@ class CachedEntries(NamedTuple):
 def read_entries(
     indices: Tensor | None, log_probs: Tensor | None, log_tails: Tensor | None, tail: TeacherTail | None
 ) -> CachedEntries | None:
-    """Return a batch's entries, if it has any; `tail` is what it is said to have. ValueError for half of them."""
+    """Return a batch's entries, None where it has none; `tail` as in `CachedEntries`. ValueError for half of them."""
     if indices is None and log_probs is None:
         return None
     if indices is None or log_probs is None:
@@ -92,10 +92,10 @@ def read_entries(
             f"teacher_log_tails is {tuple(log_tails.shape)} beside teacher_indices {tuple(indices.shape)}; expected "
             "(B, T, 2), the log of the other ids' mass at τ = 1 and at the KD term's τ; of drawn ids (B, T, 0)"
         )
-    told: TeacherTail = "bucket" if log_tails.shape[-1] else "none"
-    if tail not in (None, told):
-        raise ValueError(f"teacher_tail={tail!r}, and by its teacher_log_tails the batch's is {told!r}; leave it out")
-    return CachedEntries(indices, log_probs, log_tails, told)
+    known: TeacherTail = "bucket" if log_tails.shape[-1] else "none"
+    if tail not in (None, known):
+        raise ValueError(f"teacher_tail={tail!r}, and by its teacher_log_tails the batch's is {known!r}; leave it out")
+    return CachedEntries(indices, log_probs, log_tails, known)
 
 
 class Batch(NamedTuple):
@@ -287,7 +287,7 @@ class HiddenStateLoss(nn.Module):
             total = total + ((ours - theirs).square().mean(-1) / 2 * counted).sum()
         rows = counted.sum()
         divisor = rows if items is None else items
-        return total / ((divisor + (rows == 0)) * len(self.pairs))  # 0 without rows, whatever divides it
+        return total / ((divisor + (rows == 0)) * len(self.pairs))  # 0 without rows, whatever the divisor
 
 
 def _standardized(x: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ PRIVATE_OVERRIDES = {
     "_get_grad_norm": "a step that is not finite is left out before the optimizer acts, and no callback sees the norm",
 }
 
-# what Trainer, or TRL's, takes and this one does not → what to do instead
+# arguments of Trainer, or of TRL's trainers, that are not taken here → what to do instead
 ELSEWHERE = {
     **dict.fromkeys(
         ("compute_metrics", "preprocess_logits_for_metrics"),
@@ -119,10 +119,12 @@ class KDTrainer(DurableTrainer):
         temperature_schedule: Schedule | None = None,
         **others: Any,
     ) -> None:
-        for name in (name for name, value in others.items() if value is not None or name not in ELSEWHERE):
-            known = inspect.signature(KDTrainer).parameters
-            why = f": {ELSEWHERE[name]}" if name in ELSEWHERE else did_you_mean(name, known)
-            raise TypeError(f"KDTrainer takes no {name}{why}")
+        for name, value in others.items():
+            if name not in ELSEWHERE:
+                near = did_you_mean(name, inspect.signature(KDTrainer).parameters)
+                raise TypeError(f"KDTrainer takes no {name}{near}")
+            if value is not None:
+                raise TypeError(f"KDTrainer takes no {name}: {ELSEWHERE[name]}")
         if model is None:
             raise TypeError("model is None; expected the student, a PreTrainedModel, or a DistillationModel")
         if not isinstance(args, KDConfig):
@@ -196,7 +198,7 @@ class KDTrainer(DurableTrainer):
         )
         if use_cache is not None:  # Trainer turns it off in the config that gets saved; the forward here does without
             model.config.use_cache = use_cache
-        self._may_skip_parameters = may_skip_parameters(model.student)  # as long as it is whole
+        self._may_skip_parameters = may_skip_parameters(model.student)  # found while it is whole
         fsdp.check_launch(self, args.shard_teacher, model.recipe.projector_resolve_steps)
         if self.is_fsdp_enabled:
             fsdp.set_mixed_precision(self.accelerator)
@@ -234,7 +236,7 @@ class KDTrainer(DurableTrainer):
     @contextmanager
     def training(self) -> Iterator[None]:
         """Solve the starts before a run, and keep the heads together while the model is sharded."""
-        refuse_adapter(self.accelerator.unwrap_model(self.model).student)  # one that came since
+        refuse_adapter(self.accelerator.unwrap_model(self.model).student)  # one may have come since
         self._start_run()
         self._solve_starts()
         if self.model_wrapped is self.model and self.accelerator.num_processes > 1 and not self.is_fsdp_enabled:
@@ -308,12 +310,12 @@ class KDTrainer(DurableTrainer):
             columns += sorted(MEDIA.union(*self.model.inputs.values()))
 
     def get_train_dataloader(self) -> DataLoader:
-        """Return Trainer's loader; a collator finds the columns that no model takes, if it asks for them by name."""
+        """Return Trainer's loader; a collator that asks for columns by name finds those that no model takes, too."""
         with replaced(self, data_collator=self._collator), replaced(self.args, remove_unused_columns=False):
             return super().get_train_dataloader()
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """Return Trainer's loader, likewise."""
+        """Return Trainer's loader, with the same columns."""
         with replaced(self, data_collator=self._collator), replaced(self.args, remove_unused_columns=False):
             return super().get_eval_dataloader(eval_dataset)
 
@@ -518,7 +520,7 @@ class KDTrainer(DurableTrainer):
         return {**inputs, "labels": labels.masked_fill(~kept, IGNORE_INDEX)}
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
-        """Raise NotImplementedError: a run here is one model's."""
+        """Raise NotImplementedError: a run trains one model."""
         raise NotImplementedError(
             "hyperparameter_search would make the student anew for every trial, which KDTrainer does not. Make a "
             "KDConfig and a KDTrainer for each trial, in a loop or in the objective of a search, and compare what "

@@ -70,7 +70,7 @@ class TeacherCache:
         return (1.0,) * (self.description.method == "top_k") + self.description.temperatures
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        """Raise CacheError where its tokens are not those the cache was made with; None is not known, and passes."""
+        """Raise CacheError where its tokens are not those the cache was made with; None, not known, passes."""
         then, now = self.description.tokenizer_sha256, tokenizer_fingerprint(tokenizer)
         if tokenizer is not None and then not in ("", now):
             raise CacheError(
@@ -80,7 +80,7 @@ class TeacherCache:
             )
 
     def find_valid_vocab(self, vocab: int, tokenizer: PreTrainedTokenizerBase | None) -> int | None:
-        """Return the cache's valid_vocab where a student of `vocab` rows has its tokenizer and other padding."""
+        """Return the cache's valid_vocab where a student's `vocab` rows pad its tokenizer differently; else None."""
         x = self.description
         if x.valid_vocab is None or x.vocab == vocab or tokenizer is None or not x.tokenizer_sha256:
             return None
@@ -175,7 +175,7 @@ def check_datasets(model: DistillationModel, datasets: Mapping[str, Any], temper
     """Raise CacheError for a data set whose entries of a teacher do not fit `model` or its recipe.
 
     Args:
-        datasets: what an error calls a data set → the data set.
+        datasets: as `by_name` returns them.
         temperature: a schedule in the recipe's place, or None.
     """
     recipe = model.recipe

@@ -1,4 +1,4 @@
-"""Columns of a data set: names that no batch may have, and images, which must not be lost without a word."""
+"""Columns of a data set: names that a batch cannot have, and images, which must not be dropped silently."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Any
 
 from torch.utils.data import Dataset, IterableDataset
 
-# arguments of DistillationModel.forward that are no data
+# arguments of DistillationModel.forward that are not data
 ARGUMENTS = ("self", "temperature", "kd_weight", "num_items_in_batch", "with_fidelity", "backbone_inputs")
-# what processors make of images, video and sound, and what TRL calls them before
+# what processors turn images, video and sound into, and what TRL calls the columns they come from
 MEDIA = frozenset(("pixel_values", "pixel_values_videos", "input_features", "input_values"))
 RAW = ("images", "videos")
-MEDIA_TYPES = ("Image", "Video", "Audio")  # of `datasets`
+MEDIA_TYPES = ("Image", "Video", "Audio")  # feature types of `datasets`
 
 
 def check_names(where: str, names: Iterable[str]) -> None:
-    """Raise ValueError for a column that the call of the model would take for an argument of its own."""
+    """Raise ValueError for a column whose name is that of another argument of the model's forward."""
     for name in names:
         if name in ARGUMENTS:
             raise ValueError(
@@ -26,7 +26,7 @@ def check_names(where: str, names: Iterable[str]) -> None:
 
 
 def by_name(**datasets: Any) -> dict[str, Any]:
-    """Return the data sets by what an error calls them: an argument, or argument['name'] where it is a dict of some."""
+    """Return the data sets by the names errors use: the argument's, or argument['name'] for each one of a dict."""
     named: dict[str, Any] = {}
     for argument, given in datasets.items():
         several = isinstance(given, dict)
@@ -38,18 +38,18 @@ def check_columns(datasets: Mapping[str, Any], loses_unused: bool) -> None:
     """Raise ValueError for a column that cannot be trained on, or would be lost.
 
     Args:
-        datasets: what an error calls a data set → the data set. One that does not list its columns is not checked.
+        datasets: as `by_name` returns them. One that does not list its columns is not checked.
         loses_unused: columns that no model reads are dropped before the collator, as under Trainer's own.
     """
     for argument, dataset in datasets.items():
         check_names(argument, names_of(dataset))
-        raw = [name for name in media_columns(dataset) if name not in MEDIA]  # those are read, or refused in a batch
+        raw = [name for name in media_columns(dataset) if name not in MEDIA]  # a model reads or refuses those
         if raw and loses_unused:
             raise ValueError(unread(argument, raw[0]))
 
 
 def unread(where: str, name: str) -> str:
-    """Return what to say of a column that is neither an input of a model nor made one."""
+    """Return the error message for a column that is no input of a model and is not turned into one."""
     return (
         f"{where} has a column {name!r} of images, video or sound, which nobody reads. Pass a data_collator that makes "
         f"the model's inputs of row[{name!r}] (pixel_values, …), as its processor does, or remove the column"
@@ -57,19 +57,19 @@ def unread(where: str, name: str) -> str:
 
 
 def is_raw(name: str, value: Any) -> bool:
-    """Return whether a row's value is of images or videos that are still to be made inputs of."""
+    """Return whether a row's value holds images or videos that have not been turned into inputs yet."""
     one = next(iter(value), None) if isinstance(value, list) else value
     return one is not None and (name in RAW or type(one).__module__.partition(".")[0] == "PIL")
 
 
 def media_columns(dataset: Any) -> list[str]:
-    """Return the columns that hold images, video or sound, by their type or their usual names."""
+    """Return the columns that hold images, video or sound, judged by type or by their usual names."""
     features = getattr(dataset, "features", None) or {}
     return [name for name in names_of(dataset) if name in MEDIA or name in RAW or _is_media(features.get(name))]
 
 
 def names_of(dataset: Any) -> Iterable[str]:
-    """Return the names of a data set's columns, where it tells them or has a first row."""
+    """Return the names of a data set's columns, or of its first row's entries; () where it has neither."""
     names = getattr(dataset, "column_names", None)
     is_map = isinstance(dataset, list | Dataset) and not isinstance(dataset, IterableDataset)
     if names is None and is_map and hasattr(dataset, "__len__") and len(dataset):

@@ -1,4 +1,4 @@
-"""Rows on their way into a batch: columns that a collator asks for by name, and documents that are to stay apart."""
+"""Rows on their way into a batch: columns that a collator asks for by name, and packed documents, kept apart."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 from kdfast.training.data.columns import is_raw, unread
 from kdfast.training.durable.errors import first_line
 
-PACKED = "seq_lengths"  # TRL's column: the lengths of the documents that a row is packed of
+PACKED = "seq_lengths"  # TRL's column: the lengths of the documents packed into a row
 
 
 class Row(dict[str, Any]):
-    """A row of the columns that a model takes. The others are there too, for whoever asks for one by name."""
+    """A row that lists only the columns a model takes; code that asks for another one by name gets it too."""
 
     def __init__(self, row: dict[str, Any], columns: Iterable[str]) -> None:
         super().__init__((name, row[name]) for name in row if name in columns)
@@ -39,15 +39,15 @@ class Row(dict[str, Any]):
         return found
 
     def unseen(self) -> list[str]:
-        """Return the columns of images and videos that nobody has asked for."""
+        """Return the columns of images and videos that nothing has asked for."""
         return [name for name in self.whole.keys() - self.keys() - self.asked if is_raw(name, self.whole[name])]
 
 
 class Collator:
-    """Make batches with `collate`, of `Row`s, and see to it that packed documents are kept apart.
+    """Make batches of `Row`s with `collate`, and raise where packed documents would not be kept apart.
 
-    A collator that goes over all columns, as transformers' do, gets those in `columns`; what another one reads by name,
-    as TRL's does `seq_lengths`, it finds. columns: None = all.
+    A collator that goes over all columns, as transformers' do, sees those in `columns` (None = all); one that reads a
+    column by name, as TRL's reads `seq_lengths`, finds it.
     """
 
     def __init__(self, collate: Callable[[list[Any]], dict[str, Any]], columns: Iterable[str] | None) -> None:
@@ -85,8 +85,8 @@ class Collator:
 
 
 def _without_empty_mask(batch: dict[str, Any]) -> dict[str, Any]:
-    """Leave out a mask of ones beside position_ids that begin anew: transformers looks at these where there is none."""
-    if not isinstance(batch, Mapping):  # a collator's own, which the model will refuse
+    """Drop a mask of ones beside position_ids that start over: transformers ignores those where there is a mask."""
+    if not isinstance(batch, Mapping):  # some type of the collator's own, which the model will refuse
         return batch
     mask, positions = batch.get("attention_mask"), batch.get("position_ids")
     if not isinstance(mask, Tensor) or not isinstance(positions, Tensor) or mask.dim() != 2 or positions.dim() != 2:
@@ -97,11 +97,11 @@ def _without_empty_mask(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def _segments(batch: dict[str, Any]) -> float:
-    """Return how many documents a model will see in a batch; inf where a mask says so in another way."""
+    """Return how many documents a model will see in a batch; inf where that cannot be read off position_ids."""
     mask, positions = batch.get("attention_mask"), batch.get("position_ids")
     if (isinstance(mask, Tensor) and mask.dim() != 2) or (isinstance(positions, Tensor) and positions.dim() != 2):
-        return torch.inf  # a mask of the collator's own, or positions along several axes
-    if mask is not None:  # transformers looks at positions where there is no mask
+        return torch.inf  # a mask of several axes, or positions along several
+    if mask is not None:  # transformers looks at positions only where there is no mask
         return 0
     if positions is None:
         return len(batch.get("cu_seq_lens_q", ())) - 1
@@ -110,7 +110,7 @@ def _segments(batch: dict[str, Any]) -> float:
 
 
 def inputs_of_row(row: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """Return a row's inputs among `names`; of a packed row position_ids, made of its seq_lengths, in a mask's place."""
+    """Return a row's inputs among `names`; a packed row gets position_ids from its seq_lengths instead of a mask."""
     inputs = {name: row[name] for name in names if name in row}
     if PACKED in row and "position_ids" not in row:
         inputs.pop("attention_mask", None)

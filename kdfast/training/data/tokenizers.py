@@ -1,4 +1,4 @@
-"""Whose words the ids are: tokenizers compared by their tokens, and the ids that two models share.
+"""Tokenizers compared token by token, and the ids that two models share.
 
 Student and teacher read the same ids. A teacher with another tokenizer reads other words than are there, whatever the
 recipe: that is an error wherever both tokenizers are known. Heads of different sizes over one tokenizer differ by
@@ -19,25 +19,25 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 
 
 def own_tokenizer(name: str | None, *, local: bool = True) -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer beside a model's weights, of a folder or a name on the hub; None where there is none.
+    """Return the tokenizer saved beside a model's weights, by folder or name on the hub; None where there is none.
 
-    local: look on this disk alone. Of a folder without these files transformers makes a tokenizer without words.
+    local: look on this disk only. (From a folder without TOKENIZER_FILES transformers makes an empty tokenizer.)
     """
     name = str(name)
-    with suppress(Exception):  # of many classes: no such name, no network, code of its own
+    with suppress(Exception):  # of many classes: no such name, no network, a tokenizer with code of its own
         if any(has_file(name, file, local_files_only=local) for file in TOKENIZER_FILES):
             return AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=local)
     return None
 
 
 def text_tokenizer(processor: Any, student: PreTrainedModel) -> PreTrainedTokenizerBase | None:
-    """Return `processor`, if that is a tokenizer, or the one it has; else the student's own."""
+    """Return `processor` if it is a tokenizer, the tokenizer it holds, or else the student's own."""
     tokenizer = getattr(processor, "tokenizer", processor)
     return tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else own_tokenizer(student.name_or_path)
 
 
 def count_ids(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the highest id + 1: len(tokenizer), and more where ids are left out."""
+    """Return the highest id + 1, which is more than len(tokenizer) where ids are skipped."""
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
@@ -49,7 +49,7 @@ def check_tokens(
 ) -> None:
     """Raise where an id below `valid_vocab` is one token in `tokenizer`, the text's, and another in the model's own.
 
-    Ids that one of the two lacks, templates, merges and other settings do not matter: one of them makes the text.
+    Ids that one of the two lacks do not matter, nor do templates, merges and other settings: only one makes the text.
     """
     if own is None:
         return
@@ -83,14 +83,14 @@ def shared_ids(
 
 
 def find_valid_vocab(student: Any, teacher: Any, processor: Any = None, valid_vocab: int | None = None) -> int | None:
-    """Return `valid_vocab`, or where it is None and two heads are one tokenizer's, padded differently: its ids.
+    """Return `valid_vocab`; where it is None and two heads pad one tokenizer differently, the number of its ids.
 
-    processor: the text's tokenizer, or a processor that has one; None = the student's own.
+    processor: the text's tokenizer, or a processor that holds it; None = the student's own.
     Raise ValueError where the teacher's own tokenizer has other tokens.
     """
     models = student, teacher
     if not all(isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None for model in models):
-        return valid_vocab  # for others to refuse
+        return valid_vocab  # refused later, with a message of its own
     ids = shared_ids("teacher", text_tokenizer(processor, student), own_tokenizer(teacher.name_or_path), valid_vocab)
     rows = [_rows(model) for model in models]
     if valid_vocab is not None or rows[0] == rows[1] or ids is None or ids > min(rows):
@@ -100,7 +100,7 @@ def find_valid_vocab(student: Any, teacher: Any, processor: Any = None, valid_vo
 
 
 def other_vocabulary(student: PreTrainedModel, teacher: PreTrainedModel) -> str:
-    """Return what is wrong with two heads of different sizes, and what to do, for an error."""
+    """Return the text of an error about two heads of different sizes: what is wrong, and what to do."""
     ours, theirs = _rows(student), _rows(teacher)
     smaller = "teacher" if theirs < ours else "student"
     return (

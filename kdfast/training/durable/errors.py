@@ -28,7 +28,7 @@ _LOST_PEER = re.compile(
     r"|remote (process|peer|error)|ncclRemoteError|NCCL communicator was aborted",
     re.I,
 )
-# torch.save's, which gives no reason
+# what torch.save raises, which gives no reason
 _FAILED_WRITE = re.compile(r"inline_container|PytorchStreamWriter|file write failed|Parent directory")
 _NO_FOLDER = re.compile(r"No such file or directory|Parent directory .* does not exist", re.S)
 
@@ -119,7 +119,7 @@ def naming_failed_writes(
         if (why := _failed_write(error)) is None:
             raise
         checkpoint = last_checkpoint()
-        if _is_one_of_several() and _NO_FOLDER.search(why):  # one that fails clears up
+        if _is_one_of_several() and _NO_FOLDER.search(why):  # a process that fails removes it
             raise _lost_process(error, step(), checkpoint) from error
         raise CheckpointWriteError(
             f"{str(folder)!r} could not be written: {why}. {_free_space(folder)} free there; make room, or check quota "

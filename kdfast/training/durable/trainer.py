@@ -248,7 +248,7 @@ class _MendedState(TrainerCallback):
 
 @contextmanager
 def replaced(of: Any, **values: Any) -> Iterator[None]:
-    """Hold other values in an object for a while, past what it checks."""
+    """Set attributes for a while, bypassing an object's own checks."""
     before = {name: getattr(of, name) for name in values}
     vars(of).update(values)
     try:
