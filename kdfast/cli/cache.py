@@ -7,6 +7,7 @@ command again resumes an interrupted one, and leaves a complete cache alone.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,8 +45,8 @@ def make_cache(arguments: Arguments) -> CacheSummary:
     autocast = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None  # as for a live teacher
     try:
         tokenizer, train, evaluation = load_text(arguments)
-        given = {"tokenizer": tokenizer, "valid_vocab": training.valid_vocab, "dtype": models.teacher_dtype}
-        teacher = load_teacher(models.teacher_model_name_or_path, **given)  # type: ignore[arg-type]
+        text: dict[str, Any] = {"tokenizer": tokenizer, "valid_vocab": training.valid_vocab}
+        teacher = load_teacher(models.teacher_model_name_or_path, dtype=models.teacher_dtype, **text)
         check_positions("teacher", teacher, arguments.data.max_length)
         teacher.to(training.device)  # type: ignore[arg-type]
         complete = is_complete(folder)

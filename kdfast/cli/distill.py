@@ -114,19 +114,14 @@ def _trainer(arguments: Arguments, name: str) -> KDTrainer:
     training.dataloader_pin_memory &= torch.accelerator.is_available()  # without one, a warning is all it brings
     tokenizer, train, evaluation = load_text(arguments)
     set_seed(training.seed)  # a fresh student's weights
-    student = load_student(
-        models.model_name_or_path,
-        student_config=_student_config(models.student_config),
-        tokenizer=tokenizer,
-        valid_vocab=training.valid_vocab,
-        dtype=models.dtype,
-    )
+    text: dict[str, Any] = {"tokenizer": tokenizer, "valid_vocab": training.valid_vocab}
+    config = _student_config(models.student_config)
+    student = load_student(models.model_name_or_path, student_config=config, dtype=models.dtype, **text)
     loaded = {"student": student}
     if arguments.cache.teacher_cache:
         train, evaluation = _with_cache(arguments, tokenizer, train, evaluation)
     elif (teacher := models.teacher_model_name_or_path) is not None:
-        given = {"tokenizer": tokenizer, "valid_vocab": training.valid_vocab, "dtype": models.teacher_dtype}
-        loaded["teacher"] = load_teacher(teacher, **given)  # type: ignore[arg-type]
+        loaded["teacher"] = load_teacher(teacher, dtype=models.teacher_dtype, **text)
     for which, model in loaded.items():
         check_positions(which, model, arguments.data.max_length)
     sizes = ", ".join(f"{which} {model.num_parameters() / 1e6:.1f}M parameters" for which, model in loaded.items())

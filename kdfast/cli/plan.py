@@ -51,7 +51,7 @@ def plan(**options: Any) -> int:
         widths = (student.width, 0 if teacher is None else teacher.width)
         kind: Any = "none" if teacher is None else args.kind
         dtype = getattr(torch, args.dtype)
-        valid = None if teacher is None or teacher.vocab == student.vocab else _valid_vocab(args.student, args.teacher)
+        valid = _valid_vocab(args, student, teacher)
         shape = Shape(args.tokens, student.vocab, *widths, dtype, args.device, kind, args.scratch_bytes)
         resident = _resident(args, student, teacher)
     except ValueError as error:
@@ -99,12 +99,14 @@ def _models(args: argparse.Namespace) -> tuple[Model, Model | None]:
     return Model(args.student_width, args.vocab), teacher
 
 
-def _valid_vocab(student: str, teacher: str) -> int | None:
-    """Return how many ids the tokenizer that two models share has; None if theirs differ, or one is unknown."""
+def _valid_vocab(args: argparse.Namespace, student: Model, teacher: Model | None) -> int | None:
+    """Return the ids of one tokenizer that two heads pad differently; None if they do not, or that is not known."""
+    if teacher is None or teacher.vocab == student.vocab:
+        return None
     from kdfast.training.data.tokenizers import own_tokenizer, shared_ids
 
-    ours, theirs = (own_tokenizer(os.path.expanduser(name), local=False) for name in (student, teacher))
-    return shared_ids("--teacher", ours, theirs)
+    ours, theirs = (own_tokenizer(os.path.expanduser(name), local=False) for name in (args.student, args.teacher))
+    return shared_ids("--teacher", ours, theirs, min(student.vocab, teacher.vocab))
 
 
 def _resident(args: argparse.Namespace, student: Model, teacher: Model | None) -> dict[str, int]:

@@ -98,7 +98,7 @@ class KDConfig(TrainingArguments):
     teacher_tail: str | None = _field(
         None, "What teacher_log_probs of the data's own are: bucket, renormalize, renormalize_both; none, of drawn ids."
     )
-    valid_vocab: int | None = _field(None, "Ids from here on are padding rows of the embedding; None = there are none.")
+    valid_vocab: int | None = _field(None, "Ids from here on are padding rows; None = as the tokenizer says, or none.")
 
     shard_teacher: bool = _field(False, "Under FSDP: shard the teacher too, in place of a whole copy per process.")
     non_finite: str = _field("stop", "At a loss or gradient that is not finite: stop, or skip the step (synchronizes).")

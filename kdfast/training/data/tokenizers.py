@@ -70,16 +70,18 @@ def shared_ids(
     argument: str,
     tokenizer: PreTrainedTokenizerBase | None,
     own: PreTrainedTokenizerBase | None,
+    rows: int,
     valid_vocab: int | None = None,
 ) -> int | None:
-    """Return how many ids two tokenizers have, if all their tokens are the same; None if not, or if one is unknown.
+    """Return how many ids two tokenizers have, if all their tokens are the same and two heads have rows for them.
 
-    Raise where `check_tokens` does.
+    None if not, or if a tokenizer is unknown (None). rows: the smaller head's. Raise where `check_tokens` does.
     """
     if tokenizer is None or own is None:
         return None
     check_tokens(argument, tokenizer, own, valid_vocab)
-    return count_ids(tokenizer) if tokenizer.get_vocab() == own.get_vocab() else None
+    ids = count_ids(tokenizer)
+    return ids if ids <= rows and tokenizer.get_vocab() == own.get_vocab() else None
 
 
 def find_valid_vocab(student: Any, teacher: Any, processor: Any = None, valid_vocab: int | None = None) -> int | None:
@@ -91,9 +93,10 @@ def find_valid_vocab(student: Any, teacher: Any, processor: Any = None, valid_vo
     models = student, teacher
     if not all(isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None for model in models):
         return valid_vocab  # refused later, with a message of its own
-    ids = shared_ids("teacher", text_tokenizer(processor, student), own_tokenizer(teacher.name_or_path), valid_vocab)
+    ours, theirs = text_tokenizer(processor, student), own_tokenizer(teacher.name_or_path)
     rows = [_rows(model) for model in models]
-    if valid_vocab is not None or rows[0] == rows[1] or ids is None or ids > min(rows):
+    ids = shared_ids("teacher", ours, theirs, min(rows), valid_vocab)
+    if valid_vocab is not None or rows[0] == rows[1] or ids is None:
         return valid_vocab
     print_once(f"valid_vocab={ids}: the student's head has {rows[0]} rows, the teacher's {rows[1]}, of one tokenizer")
     return ids

@@ -226,6 +226,15 @@ def test_on_the_command_line(place, capsys):
         (place / file.name).rename(file)
 
 
+def test_ids_that_a_head_has_no_rows_for_are_no_valid_vocab(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    student, teacher = save("student", make_tokenizer(), V=67), save("teacher", make_tokenizer(), V=64)
+    with pytest.raises(ValueError, match="the teacher's head has 64 rows and the student's 67"):
+        DistillationModel(load_student(student), load_teacher(teacher))
+    assert main(["plan", "--student", student, "--teacher", teacher]) == 0
+    assert "a run takes valid_vocab, if they have one tokenizer" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("command", ["distill", "cache", "plan"])
 def test_other_words_on_the_command_line(place, capsys, command):
     tokenizer = json.loads((place / "teacher/tokenizer.json").read_text())
