@@ -101,12 +101,13 @@ def _models(args: argparse.Namespace) -> tuple[Model, Model | None]:
 
 def _valid_vocab(args: argparse.Namespace, student: Model, teacher: Model | None) -> int | None:
     """Return the ids of one tokenizer that two heads pad differently; None if they do not, or that is not known."""
-    if teacher is None or teacher.vocab == student.vocab:
+    if teacher is None or args.teacher is None:
         return None
     from kdfast.training.data.tokenizers import own_tokenizer, shared_ids
 
     ours, theirs = (own_tokenizer(os.path.expanduser(name), local=False) for name in (args.student, args.teacher))
-    return shared_ids("--teacher", ours, theirs, min(student.vocab, teacher.vocab))
+    ids = shared_ids("--teacher", ours, theirs, min(student.vocab, teacher.vocab))
+    return None if teacher.vocab == student.vocab else ids
 
 
 def _resident(args: argparse.Namespace, student: Model, teacher: Model | None) -> dict[str, int]:

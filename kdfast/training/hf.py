@@ -275,10 +275,10 @@ def adapted_layer(model: nn.Module) -> str | None:
     return next((name for name, module in model.named_modules() if _is_peft(module)), None)
 
 
-def refuse_adapter(student: nn.Module) -> None:
+def refuse_adapter(student: Any) -> None:
     """Raise ValueError for a student with an adapter: KDTrainer saves whole models, so it cannot train one."""
-    layer = adapted_layer(student)
-    if layer:  # "" is a PeftModel itself, which check_model refuses
+    layer = isinstance(student, nn.Module) and adapted_layer(student)
+    if layer:  # "" is a PeftModel itself, which check_model refuses, as it does what is no model
         raise ValueError(
             f"the student carries a PEFT adapter (at {layer!r}), and KDTrainer has no LoRA yet: its checkpoints hold "
             "whole models, and would not be read again. Train the adapter in a loop of your own, around "

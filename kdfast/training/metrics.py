@@ -158,7 +158,8 @@ def check_best(metric: str, model: DistillationModel, eval_dataset: Any) -> None
     logged = [f"{prefix}_{name}" for prefix, dataset in several.items() for name in evaluated(model, dataset)]
     if (metric if metric.startswith("eval_") else f"eval_{metric}") not in logged:
         raise ValueError(
-            f"metric_for_best_model={metric!r}, which no evaluation here logs; expected one of {', '.join(logged)}"
+            f"metric_for_best_model={metric!r}, which no evaluation here logs; expected one of {', '.join(logged)}, or "
+            "one that a callback given as callbacks= adds in its on_evaluate"
         )
 
 

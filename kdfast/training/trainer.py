@@ -32,7 +32,7 @@ from kdfast.training.callbacks import HealthCallback
 from kdfast.training.config import KDConfig
 from kdfast.training.data.columns import MEDIA, by_name, check_columns, check_names, names_of
 from kdfast.training.data.rows import Collator
-from kdfast.training.data.tokenizers import check_tokens, find_valid_vocab, own_tokenizer, text_tokenizer
+from kdfast.training.data.tokenizers import check_tokens, find_valid_vocab, own_tokenizer, text_tokenizer, tokenizer_of
 from kdfast.training.durable import processes, resume
 from kdfast.training.durable.trainer import DurableTrainer, replaced
 from kdfast.training.hf import IGNORE_INDEX, head_shape, may_skip_parameters, refuse_adapter, shift_labels
@@ -137,17 +137,19 @@ class KDTrainer(DurableTrainer):
                 "with torchrun or accelerate launch, or show one GPU: CUDA_VISIBLE_DEVICES=0"
             )
         refuse_adapter(model.student if isinstance(model, DistillationModel) else model)
+        datasets = by_name(train_dataset=train_dataset, eval_dataset=eval_dataset)
         choice: Choice | None = None
         if not isinstance(model, DistillationModel):
             recipe, valid_vocab = args.recipe, find_valid_vocab(model, teacher, processing_class, args.valid_vocab)
             cached = cached_blocks(train_dataset)
             entries = bool(cached) or "teacher_indices" in names_of(train_dataset)
-            if cached and isinstance(model, PreTrainedModel):
+            everywhere = [blocks for one in datasets.values() for blocks in cached_blocks(one)]
+            if everywhere and isinstance(model, PreTrainedModel):
                 tokenizer = text_tokenizer(processing_class, model)
-                for blocks in cached:
+                for blocks in everywhere:
                     blocks.cache.check_tokenizer(tokenizer)
                 if valid_vocab is None:
-                    valid_vocab = cached[0].cache.find_valid_vocab(head_shape(model)[0], tokenizer)
+                    valid_vocab = everywhere[0].cache.find_valid_vocab(head_shape(model)[0], tokenizer)
             if recipe == AUTO:
                 made_of = {blocks.description.teacher_sha256 for blocks in cached}
                 if entries and teacher is not None and made_of != {teacher_fingerprint(teacher)}:
@@ -173,12 +175,15 @@ class KDTrainer(DurableTrainer):
             model.by_default = choice is not None
         elif teacher is not None:
             raise ValueError("teacher is given besides a DistillationModel, which has its own; leave it out")
-        elif model.teacher is not None and isinstance(processing_class, PreTrainedTokenizerBase):
-            check_tokens("teacher", processing_class, own_tokenizer(model.teacher.name_or_path), model.valid_vocab)
-        datasets = by_name(train_dataset=train_dataset, eval_dataset=eval_dataset)
+        elif isinstance(processing_class, PreTrainedTokenizerBase):
+            check_tokens("student", processing_class, tokenizer_of(model.student), model.valid_vocab)
+            if model.teacher is not None:
+                check_tokens("teacher", processing_class, own_tokenizer(model.teacher.name_or_path), model.valid_vocab)
         check_columns(datasets, args.remove_unused_columns and data_collator is None)
         check_datasets(model, datasets, temperature_schedule)
         own = type(self).evaluate is KDTrainer.evaluate and type(self).evaluation_loop is KDTrainer.evaluation_loop
+        packages = {one.on_evaluate.__module__.partition(".")[0] for one in callbacks or ()}
+        own = own and packages <= {"transformers", "kdfast"}  # another's on_evaluate may add to what is logged
         if own and args.metric_for_best_model is not None and args.eval_strategy != "no" and eval_dataset is not None:
             check_best(args.metric_for_best_model, model, eval_dataset)
         self.kd_weight_schedule = kd_weight_schedule or model.recipe.kd_weight_schedule()

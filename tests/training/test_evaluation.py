@@ -192,3 +192,19 @@ def test_a_metric_that_is_never_logged_is_refused_at_the_start(tiny, rows, confi
             return super().evaluate(*args, **kwargs)
 
     WithMore(tiny(), args, teacher=tiny(width=24, seed=1), **given)
+
+
+def test_a_callback_may_add_the_metric(tiny, rows, config):
+    class Adds(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            metrics["eval_accuracy"] = 1.0 + (state.global_step == 1)
+
+    every = dict.fromkeys(("eval_steps", "save_steps"), 1) | dict.fromkeys(("eval_strategy", "save_strategy"), "steps")
+    args = config(**every, recipe="lm_only", max_steps=2, metric_for_best_model="accuracy", greater_is_better=True)
+    given = {"train_dataset": rows(4), "eval_dataset": rows(2)}
+    trainer = KDTrainer(tiny(), args, callbacks=[Adds()], **given)
+    trainer.train()
+    assert (trainer.state.best_metric, trainer.state.best_global_step) == (2.0, 1)
+    for callbacks in ([], [EarlyStoppingCallback()]):
+        with pytest.raises(ValueError, match=r"'accuracy', which no evaluation here logs.*callbacks= adds"):
+            KDTrainer(tiny(), args, callbacks=callbacks, **given)

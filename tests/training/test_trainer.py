@@ -404,3 +404,11 @@ def test_a_search_is_answered(tiny, rows, config):
     trainer = KDTrainer(tiny(), config(recipe="lm_only"), train_dataset=rows(4))
     with pytest.raises(NotImplementedError, match="KDConfig and a KDTrainer for each trial"):
         trainer.hyperparameter_search(n_trials=1)
+
+
+@pytest.mark.parametrize("recipe", ["auto", "lm_only", "teacher_head"])
+def test_a_name_in_a_models_place(tiny, rows, config, recipe):
+    with pytest.raises(TypeError, match="student is str; expected a transformers PreTrainedModel"):
+        KDTrainer("gpt2", config(recipe=recipe), teacher=tiny(), train_dataset=rows(4))
+    with pytest.raises(TypeError, match="teacher is str; expected a transformers PreTrainedModel"):
+        KDTrainer(tiny(), config(recipe=recipe), teacher="gpt2", train_dataset=rows(4))

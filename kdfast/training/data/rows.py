@@ -17,9 +17,9 @@ PACKED = "seq_lengths"  # TRL's column: the lengths of the documents packed into
 class Row(dict[str, Any]):
     """A row that lists only the columns a model takes; code that asks for another one by name gets it too."""
 
-    def __init__(self, row: dict[str, Any], columns: Iterable[str]) -> None:
-        super().__init__((name, row[name]) for name in row if name in columns)
-        self.whole = row
+    def __init__(self, row: Any = (), columns: Iterable[str] | None = None, **others: Any) -> None:
+        self.whole = dict(row, **others)  # as a dict's, for a collator that makes its batch of type(row)
+        super().__init__((name, value) for name, value in self.whole.items() if columns is None or name in columns)
         self.asked: set[str] = set()
 
     def __missing__(self, name: str) -> Any:
@@ -60,7 +60,7 @@ class Collator:
         if self.columns is not None:
             given = [Row(row, self.columns) if isinstance(row, dict) else row for row in rows]
         try:
-            batch = _without_empty_mask(self.collate(given))
+            batch: Any = self.collate(given)
         except (ValueError, RuntimeError) as error:
             sizes = {len(row["input_ids"]) for row in rows if isinstance(row, dict) and "input_ids" in row}
             if len(sizes) < 2:
@@ -70,10 +70,10 @@ class Collator:
                 f"make a batch of them ({first_line(error)}). Pass one that pads labels too, such as transformers' "
                 "DataCollatorForSeq2Seq(tokenizer), or rows of one length"
             ) from error
+        batch = _without_empty_mask(dict(batch) if isinstance(batch, Row) else batch)
         if unseen := [name for row in given if isinstance(row, Row) for name in row.unseen()]:
             raise ValueError(unread("the data set", unseen[0]))
-        lengths = [row[PACKED] for row in rows if isinstance(row, dict) and PACKED in row]
-        documents = [sum(int(n) > 0 for n in row) for row in lengths]
+        documents = [sum(n > 0 for n in _lengths(row)) for row in rows if isinstance(row, dict)]
         if max(documents, default=0) > 1 and _segments(batch) < sum(documents):
             raise ValueError(
                 f"the data set's rows are packed of several documents ({PACKED}), and the batches of data_collator "
@@ -112,7 +112,14 @@ def _segments(batch: dict[str, Any]) -> float:
 def inputs_of_row(row: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
     """Return a row's inputs among `names`; a packed row gets position_ids from its seq_lengths instead of a mask."""
     inputs = {name: row[name] for name in names if name in row}
-    if PACKED in row and "position_ids" not in row:
+    if (lengths := _lengths(row)) and "position_ids" not in row:
         inputs.pop("attention_mask", None)
-        inputs["position_ids"] = torch.cat([torch.arange(int(n)) for n in row[PACKED]])
+        inputs["position_ids"] = torch.cat([torch.arange(n) for n in lengths])
     return inputs
+
+
+def _lengths(row: dict[str, Any]) -> list[int]:
+    """Return the lengths of the documents that a row is packed of; none where its column of that name is another."""
+    lengths: Any = row.get(PACKED)
+    lengths = lengths.tolist() if hasattr(lengths, "tolist") else lengths
+    return lengths if isinstance(lengths, list) and all(isinstance(n, int) for n in lengths) else []

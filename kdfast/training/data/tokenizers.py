@@ -8,6 +8,7 @@ padding rows, and `valid_vocab` is its highest id + 1.
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import cache
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -36,9 +37,20 @@ def text_tokenizer(processor: Any, student: PreTrainedModel) -> PreTrainedTokeni
     return tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else own_tokenizer(student.name_or_path)
 
 
+def tokenizer_of(student: PreTrainedModel) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer beside the student's weights; None for a fresh one, which has but a folder's config."""
+    loaded = hasattr(student, "_weight_conversions")  # from_pretrained leaves them, from_config does not
+    return own_tokenizer(student.name_or_path) if loaded else None
+
+
 def count_ids(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the highest id + 1, which is more than len(tokenizer) where ids are skipped."""
     return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+@cache
+def _say(line: str) -> None:
+    print_once(line)
 
 
 def check_tokens(
@@ -50,19 +62,29 @@ def check_tokens(
     """Raise where an id below `valid_vocab` is one token in `tokenizer`, the text's, and another in the model's own.
 
     Ids that one of the two lacks do not matter, nor do templates, merges and other settings: only one makes the text.
+    Special tokens under another name, as Llama-3's reserved ones have in Llama-3.1, pass, and a line names some: those
+    that both have added to their words, at least one as special. Whoever puts them into the text knows their meaning.
     """
     if own is None:
         return
     ours, theirs = ({i: token for token, i in one.get_vocab().items()} for one in (tokenizer, own))
     others = sorted(i for i in ours.keys() & theirs.keys() if ours[i] != theirs[i] and i < (valid_vocab or i + 1))
-    if others:
+    added = [one.added_tokens_decoder for one in (tokenizer, own)]
+    renamed = [i for i in others if all(i in one for one in added) and any(one[i].special for one in added)]
+    if renamed and renamed == others:
+        some = ", ".join(f"{i} is {ours[i]!r} in the text's and {theirs[i]!r} there" for i in renamed[:3])
+        _say(
+            f"{argument}: the tokenizer of {str(own.name_or_path)!r} has other names for {len(renamed)} special tokens "
+            f"than the text's: {some}. They are taken for the same"
+        )
+    elif others := [i for i in others if i not in renamed]:
         some = ", ".join(f"{i} is {ours[i]!r} in the text's and {theirs[i]!r} there" for i in others[:3])
         rest = f". If the text has no id from {others[0]} on, valid_vocab={others[0]} leaves those out"
         raise ValueError(
             f"{argument}: the tokenizer of {str(own.name_or_path)!r} has other tokens than the text's, of "
             f"{len(others)} ids: {some}. The model would read other words than are there. Take one "
-            "tokenizer for student, teacher and text: another teacher, or a fresh student (student_config) with its"
-            f"{rest if others[0] > len(theirs) // 2 else ''}"
+            "tokenizer for student, teacher and text: another teacher, or a fresh student (student_config) with its: "
+            f"processing_class= tells KDTrainer the text's{rest if others[0] > len(theirs) // 2 else ''}"
         )
 
 
@@ -73,24 +95,27 @@ def shared_ids(
     rows: int,
     valid_vocab: int | None = None,
 ) -> int | None:
-    """Return how many ids two tokenizers have, if all their tokens are the same and two heads have rows for them.
+    """Return how many ids two tokenizers have, if they have the same ones and two heads have rows for them.
 
     None if not, or if a tokenizer is unknown (None). rows: the smaller head's. Raise where `check_tokens` does.
     """
     if tokenizer is None or own is None:
         return None
     check_tokens(argument, tokenizer, own, valid_vocab)
-    ids = count_ids(tokenizer)
-    return ids if ids <= rows and tokenizer.get_vocab() == own.get_vocab() else None
+    ids, theirs = ({*one.get_vocab().values()} for one in (tokenizer, own))
+    return count_ids(tokenizer) if ids == theirs and count_ids(tokenizer) <= rows else None
 
 
 def find_valid_vocab(student: Any, teacher: Any, processor: Any = None, valid_vocab: int | None = None) -> int | None:
     """Return `valid_vocab`; where it is None and two heads pad one tokenizer differently, the number of its ids.
 
     processor: the text's tokenizer, or a processor that holds it; None = the student's own.
-    Raise ValueError where the teacher's own tokenizer has other tokens.
+    Raise ValueError where the student's or the teacher's own tokenizer has other tokens.
     """
     models = student, teacher
+    given = isinstance(student, PreTrainedModel) and processor is not None and text_tokenizer(processor, student)
+    if given:
+        check_tokens("student", given, tokenizer_of(student), valid_vocab)
     if not all(isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None for model in models):
         return valid_vocab  # refused later, with a message of its own
     ours, theirs = text_tokenizer(processor, student), own_tokenizer(teacher.name_or_path)

@@ -1,5 +1,6 @@
 """Columns on their way into a batch, and packed documents, held against the same documents one by one."""
 
+import copy
 import itertools
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from tiny_models import tiny
+from torch.utils.data import default_collate
 from training_fixtures import config, rows  # noqa: F401
 from transformers import DataCollatorWithFlattening, default_data_collator
 
@@ -189,6 +191,42 @@ def test_a_collator_finds_columns_that_no_model_takes_by_name(config):  # noqa: 
     data = packed(labels=packed()["input_ids"], weight=[1.0, 2.0, 3.0, 4.0]).remove_columns("seq_lengths")
     KDTrainer(tiny(), config(recipe="lm_only", max_steps=2), train_dataset=data, data_collator=collate).train()
     assert sorted(found) == [1, 2, 3, 4]
+
+
+def _updated(batch, values):
+    batch.update(values)
+    return batch
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        default_collate,
+        lambda some: _updated(copy.deepcopy(some[0]), default_data_collator(some)),
+        lambda some: type(some[0])(default_data_collator(some)),
+        lambda some: type(some[0])(**default_data_collator(some)),
+    ],
+)
+def test_a_collator_may_make_its_batch_of_a_rows_own_class(config, make):  # noqa: F811
+    data = Dataset.from_dict({name: packed()["input_ids"] for name in ("input_ids", "labels")})
+    data = data.add_column("text", ["…"] * 4).with_format("torch")
+    batch = Collator(make, {"input_ids", "labels"})(list(data))
+    assert type(batch) is dict
+    assert batch.keys() == {"input_ids", "labels"}
+    KDTrainer(tiny(), config(recipe="lm_only", max_steps=1), train_dataset=data, data_collator=make).train()
+
+
+@pytest.mark.parametrize("column", [12, 1.5, [0.5, 0.5], "12", None])
+def test_another_column_of_the_name_of_packed_lengths(config, tmp_path, column):  # noqa: F811
+    plain = Dataset.from_dict({name: packed()["input_ids"] for name in ("input_ids", "labels")})
+    data = plain.add_column("seq_lengths", [column] * 4)
+    args = config(recipe="lm_only", max_steps=1)
+    KDTrainer(tiny(), args, train_dataset=data, data_collator=default_data_collator).train()
+    found = []
+    for name, some in {"with": data, "without": plain}.items():
+        cache_teacher(tiny(seed=2, width=24), {"train": some}, tmp_path / name, k=4, temperatures=(1.0,))
+        found.append(TeacherCache(tmp_path / name).dataset("train", some, temperature=1.0)[3]["teacher_log_probs"])
+    assert torch.equal(*found)
 
 
 def test_a_row_is_a_dict_of_what_is_shown():

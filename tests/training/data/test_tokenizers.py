@@ -9,7 +9,7 @@ import yaml
 from tiny_models import tiny
 from tokenizers import AddedToken, Tokenizer, models
 from training_fixtures import config, rows  # noqa: F401
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from kdfast.cli.main import main
 from kdfast.training import DistillationModel, KDTrainer, TeacherCache, cache_teacher, load_student, load_teacher
@@ -111,7 +111,10 @@ def test_other_words(tmp_path, rows, config, recipe, V):  # noqa: F811
     with pytest.raises(ValueError, match=said):
         DistillationModel(student, teacher, recipe=recipe)
     if V == 67:
-        model = DistillationModel(student, teacher, recipe=recipe, tokenizer=swapped())
+        with pytest.raises(ValueError, match=r"^student: .*s' has other tokens than the text's"):
+            DistillationModel(student, teacher, recipe=recipe, tokenizer=swapped())
+        fresh = AutoModelForCausalLM.from_config(student.config)
+        model = DistillationModel(fresh, teacher, recipe=recipe, tokenizer=swapped())
         with pytest.raises(ValueError, match=said):
             KDTrainer(model, config(), train_dataset=rows(4), processing_class=ours)
     with pytest.raises(ValueError, match=f"^teacher_model_name_or_path: .*{said}"):
@@ -120,6 +123,54 @@ def test_other_words(tmp_path, rows, config, recipe, V):  # noqa: F811
         load_student(tmp_path / "t", tokenizer=ours)
     with pytest.raises(ValueError, match=f"^tokenizer: .*{said}"):
         cache_teacher(teacher, {"train": rows(2)}, tmp_path / "cache", k=4, tokenizer=ours)
+
+
+@pytest.mark.parametrize("with_teacher", [False, True])
+def test_a_text_of_other_words_than_the_students(tmp_path, rows, config, with_teacher):  # noqa: F811
+    student = load_student(save(tmp_path / "s", swapped(), 67))
+    given = {"teacher": tiny(seed=1, width=24)} if with_teacher else {}
+    options = {"train_dataset": rows(4), "processing_class": make_tokenizer()}
+    said = "^student: the tokenizer of .*s' has other tokens than the text's, of 2 ids"
+    for recipe in ("lm_only", "auto"):
+        with pytest.raises(ValueError, match=said):
+            KDTrainer(student, config(recipe=recipe), **given, **options)
+    with pytest.raises(ValueError, match=said):
+        KDTrainer(DistillationModel(student, recipe="lm_only"), config(), **options)
+    fresh = AutoModelForCausalLM.from_config(student.config)
+    KDTrainer(fresh, config(recipe="lm_only"), **given, **options)
+    # a fresh one with its teacher's tokens: the text's tokenizer has to be named
+    teacher = load_teacher(save(tmp_path / "t", make_tokenizer(), 67))
+    with pytest.raises(ValueError, match="processing_class= tells KDTrainer the text's"):
+        KDTrainer(fresh, config(recipe="lm_only"), teacher=teacher, train_dataset=rows(4))
+    KDTrainer(fresh, config(recipe="lm_only"), teacher=teacher, **options)
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_special_tokens_under_other_names(tmp_path, rows, config, capsys, special):  # noqa: F811
+    def with_added(*names):
+        tokenizer = make_tokenizer()
+        tokenizer.add_tokens([AddedToken(name, special=special) for name in names])
+        return tokenizer
+
+    ours, theirs = with_added("<r0>", "<r1>", "<eot>"), with_added("<pad>", "<tool>", "<eot>")
+    student = load_student(save(tmp_path / "s", ours, 72))
+    teacher = save(tmp_path / "t", theirs, 80, 24, 1)
+    if not special:  # words that each has added for itself
+        with pytest.raises(ValueError, match="other tokens than the text's, of 2 ids: 67 is '<r0>'"):
+            load_teacher(teacher, tokenizer=ours)
+        return
+    trainer = KDTrainer(
+        student, config(recipe="teacher_head"), teacher=load_teacher(teacher), train_dataset=rows(4),
+        processing_class=ours,
+    )  # fmt: skip
+    assert trainer.model.valid_vocab == 70
+    line = "has other names for 2 special tokens than the text's: 67 is '<r0>' in the text's and '<pad>' there"
+    assert capsys.readouterr().out.count(line) == 1
+    words = [*WORDS[:5], WORDS[9], *WORDS[6:9], WORDS[5], *WORDS[10:]]
+    other = make_tokenizer(words)
+    other.add_tokens([AddedToken("<pad>", special=True)])
+    with pytest.raises(ValueError, match="of 2 ids: 5 is 'w5'"):  # ordinary ones are still compared
+        load_teacher(save(tmp_path / "o", other, 72), tokenizer=ours)
 
 
 def test_what_does_not_make_it_another_tokenizer(tmp_path):
@@ -169,6 +220,11 @@ def test_a_cache_of_a_padded_teacher(tmp_path, rows, config, V):  # noqa: F811
         metrics.append(trainer.evaluate())
     for name in ("eval_kd", "eval_ce", "eval_kl_teacher_student"):
         assert metrics[0][name] == pytest.approx(metrics[1][name], rel=1e-5)
+    plain = KDTrainer(
+        load_student(student), config(recipe="lm_only"), processing_class=tokenizer, train_dataset=data,
+        eval_dataset=blocks if V == 67 else {"kept": blocks},
+    )  # fmt: skip
+    assert plain.model.valid_vocab == 67
     with pytest.raises(ValueError, match="valid_vocab"):  # without a tokenizer nobody knows
         KDTrainer(load_student(student), config(recipe="auto"), train_dataset=blocks)
 
@@ -181,7 +237,11 @@ def test_a_cache_of_other_words(tmp_path, rows, config):  # noqa: F811
     for given in ({}, {"processing_class": swapped()}):
         with pytest.raises(ValueError, match=r"has other tokens \("):
             KDTrainer(student, config(recipe="auto"), train_dataset=blocks, **given)
-    KDTrainer(student, config(recipe="auto"), train_dataset=blocks, processing_class=make_tokenizer())
+    with pytest.raises(ValueError, match=r"^student: .*other tokens than the text's"):
+        KDTrainer(student, config(recipe="auto"), train_dataset=blocks, processing_class=make_tokenizer())
+    fresh = AutoModelForCausalLM.from_config(student.config)  # with the folder's configuration alone
+    assert fresh.name_or_path == student.name_or_path
+    KDTrainer(fresh, config(recipe="auto"), train_dataset=blocks, processing_class=make_tokenizer())
 
 
 @pytest.fixture
@@ -213,6 +273,10 @@ def test_on_the_command_line(place, capsys):
     assert main(["distill", "c.yaml", "--teacher_cache", "kept", "--output_dir", "from_cache"]) == 0
     assert "valid_vocab=257: the student's head has 260 rows, the cached teacher's 272" in capsys.readouterr().out
 
+    alone = ["--recipe", "lm_only", "--output_dir", "alone"]
+    assert main(["distill", "c.yaml", "--teacher_cache", "kept", *alone]) == 0
+    assert "eval_kl_teacher_student" in json.loads((place / "out/summary.json").read_text())["evaluation"]
+
     assert main(["plan", "--student", "student", "--teacher", "teacher"]) == 0
     assert "the teacher's head has 272 rows: planned for the student's; a run takes valid_vocab=257" in (
         capsys.readouterr().out
@@ -235,8 +299,10 @@ def test_ids_that_a_head_has_no_rows_for_are_no_valid_vocab(tmp_path, monkeypatc
     assert "a run takes valid_vocab, if they have one tokenizer" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("V", [260, 272])
 @pytest.mark.parametrize("command", ["distill", "cache", "plan"])
-def test_other_words_on_the_command_line(place, capsys, command):
+def test_other_words_on_the_command_line(place, capsys, command, V):
+    tiny(V=V, width=24, seed=1).save_pretrained("teacher")
     tokenizer = json.loads((place / "teacher/tokenizer.json").read_text())
     words = tokenizer["model"]["vocab"]
     words["a"], words["b"] = words["b"], words["a"]
