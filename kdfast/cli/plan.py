@@ -147,10 +147,9 @@ def _text(found: dict[str, Any]) -> str:
         *(f"{what}: {_size(size)}" for what, size in found["resident"].items()),
     ]
     if found["teacher_vocab"] not in (None, x["vocab"]):
-        valid = found["valid_vocab"]
+        valid, theirs = found["valid_vocab"], found["teacher_vocab"]
         known = f"valid_vocab={valid}, their tokenizer's ids" if valid else "valid_vocab, if they have one tokenizer"
-        rows = f"the teacher's head has {found['teacher_vocab']} rows: planned for the student's"
-        lines.append(f"{rows}; a run takes {known}")
+        lines.append(f"the teacher's head has {theirs} rows: planned for the student's; a run takes {known}")
     largest = "" if left is None else f"{'largest N':>12} of {_size(found['memory_bytes'])}"
     lines.append(f"\n{'':16}{'peak':>11}{'total':>11}{largest}")
     for row in found["methods"]:

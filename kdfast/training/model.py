@@ -67,7 +67,7 @@ class DistillationModel(nn.Module):
             models. One with solved starts wants `solve` called before the first step, as KDTrainer does.
         engine, scratch_bytes, valid_vocab: as in `fused_kd_loss`. Where valid_vocab is None and the heads have
             different numbers of rows for one tokenizer, it is that tokenizer's ids.
-        tokenizer: the text's; None = the one beside the student's weights. One beside the teacher's must have its
+        tokenizer: the text's; None = the one beside the student's weights. One beside either's must have its
             tokens.
         teacher_tail: what a batch's teacher_log_probs are, where they do not come from a `TeacherCache`; see
             `SparseLogits`. "bucket", "renormalize", "renormalize_both": log-probabilities at τ = 1; "none": log(n/N) of
