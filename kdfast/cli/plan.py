@@ -51,7 +51,7 @@ def plan(**options: Any) -> int:
         widths = (student.width, 0 if teacher is None else teacher.width)
         kind: Any = "none" if teacher is None else args.kind
         dtype = getattr(torch, args.dtype)
-        valid = _valid_vocab(args, student, teacher)
+        valid = _valid_vocab(args, student, teacher) if args.teacher and teacher else None
         shape = Shape(args.tokens, student.vocab, *widths, dtype, args.device, kind, args.scratch_bytes)
         resident = _resident(args, student, teacher)
     except ValueError as error:
@@ -99,10 +99,8 @@ def _models(args: argparse.Namespace) -> tuple[Model, Model | None]:
     return Model(args.student_width, args.vocab), teacher
 
 
-def _valid_vocab(args: argparse.Namespace, student: Model, teacher: Model | None) -> int | None:
+def _valid_vocab(args: argparse.Namespace, student: Model, teacher: Model) -> int | None:
     """Return the ids of one tokenizer that two heads pad differently; None if they do not, or that is not known."""
-    if teacher is None or args.teacher is None:
-        return None
     from kdfast.training.data.tokenizers import own_tokenizer, shared_ids
 
     ours, theirs = (own_tokenizer(os.path.expanduser(name), local=False) for name in (args.student, args.teacher))

@@ -89,7 +89,8 @@ class KDTrainer(DurableTrainer):
             evaluation.
         train_dataset, eval_dataset, processing_class, data_collator, callbacks, optimizers: as in Trainer. A tokenizer
             beside the weights of student or teacher must have processing_class's tokens (special ones by whatever
-            name). The default collator neither makes nor pads labels. With a `TeacherCache`'s data sets the recipe is "cached".
+            name). The default collator neither makes nor pads labels. With a `TeacherCache`'s data sets the recipe is
+            "cached".
         kd_weight_schedule, temperature_schedule: callables of progress in [0, 1] in place of the recipe's.
         others: none is taken; TypeError says what to do in place of other trainers', such as compute_metrics.
 
