@@ -43,7 +43,8 @@ def reference(x: Shape) -> Phases:
         # logits, log_softmax, gradient; dW and its transpose
         return {"logits": 3 * L + kept, "products": L + W + A + kept, "transpose": 2 * W + A}
     teacher = x.tokens * x.teacher_width * x.dtype.itemsize
-    middle = 9 * L + x.tokens * x.vocab + rows  # two sides' logits, scaled, log_softmax; p, masked; a mask of bytes
+    mask = x.tokens * x.vocab  # of bytes, one for the divergence and one for each side that gets a gradient
+    middle = 9 * L + 2 * mask + rows  # two sides' logits, scaled, log_softmax; p, masked
     if x.teacher == "head":
         kept = A + cast * W  # masked hidden states
         return {
@@ -54,7 +55,7 @@ def reference(x: Shape) -> Phases:
         }
     kept = 2 * A + 2 * cast * W  # hidden states and projected ones; W widened for each of the two products
     return {
-        "logits": middle + kept + x.hidden * (1 + cast),
+        "logits": middle + mask + kept + x.hidden * (1 + cast),
         "products": 2 * L + A + W + kept,
         "transpose": (2 + cast) * W + 2 * A + L,
         "sum": 3 * W + 2 * A,
