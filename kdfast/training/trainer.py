@@ -141,39 +141,7 @@ class KDTrainer(DurableTrainer):
         datasets = by_name(train_dataset=train_dataset, eval_dataset=eval_dataset)
         choice: Choice | None = None
         if not isinstance(model, DistillationModel):
-            recipe, valid_vocab = args.recipe, find_valid_vocab(model, teacher, processing_class, args.valid_vocab)
-            cached = cached_blocks(train_dataset)
-            entries = bool(cached) or "teacher_indices" in names_of(train_dataset)
-            everywhere = [blocks for one in datasets.values() for blocks in cached_blocks(one)]
-            if everywhere and isinstance(model, PreTrainedModel):
-                tokenizer = text_tokenizer(processing_class, model)
-                for blocks in everywhere:
-                    blocks.cache.check_tokenizer(tokenizer)
-                if valid_vocab is None:
-                    valid_vocab = everywhere[0].cache.find_valid_vocab(head_shape(model)[0], tokenizer)
-            if recipe == AUTO:
-                made_of = {blocks.description.teacher_sha256 for blocks in cached}
-                if entries and teacher is not None and made_of != {teacher_fingerprint(teacher)}:
-                    raise ValueError(
-                        "train_dataset brings a teacher's entries (teacher_indices), and teacher is given too, which "
-                        "for all that is known is another: recipe='auto' does not know which to learn from. Leave one "
-                        "out, or name the recipe: 'cached' learns from the entries, and has teacher for evaluation; "
-                        "the others learn from teacher"
-                    )
-                choice = FROM_CACHE if entries else choose_recipe(model, teacher, valid_vocab)
-                recipe = choice.recipe
-            set_seed(args.seed)  # the projector's start
-            model = DistillationModel(
-                model,
-                teacher,
-                recipe=args.resolved(recipe),
-                engine=args.engine,
-                scratch_bytes=args.scratch_bytes,
-                valid_vocab=valid_vocab,
-                tokenizer=processing_class,
-                teacher_tail=args.teacher_tail,  # type: ignore[arg-type]  # checked there
-            )
-            model.by_default = choice is not None
+            model, choice = _wrap(model, args, teacher, processing_class, train_dataset, datasets)
         elif teacher is not None:
             raise ValueError("teacher is given besides a DistillationModel, which has its own; leave it out")
         elif isinstance(processing_class, PreTrainedTokenizerBase):
@@ -554,6 +522,52 @@ class KDTrainer(DurableTrainer):
     @property
     def _recipe(self) -> Any:
         return self.accelerator.unwrap_model(self.model).recipe
+
+
+def _wrap(
+    student: PreTrainedModel,
+    args: KDConfig,
+    teacher: PreTrainedModel | None,
+    processing_class: Any,
+    train_dataset: Any,
+    datasets: dict[str, Any],
+) -> tuple[DistillationModel, Choice | None]:
+    """Return the student under the recipe of `args`, and the choice that "auto" made; None where it had none."""
+    choice: Choice | None = None
+    recipe, valid_vocab = args.recipe, find_valid_vocab(student, teacher, processing_class, args.valid_vocab)
+    cached = cached_blocks(train_dataset)
+    entries = bool(cached) or "teacher_indices" in names_of(train_dataset)
+    everywhere = [blocks for one in datasets.values() for blocks in cached_blocks(one)]
+    if everywhere and isinstance(student, PreTrainedModel):
+        tokenizer = text_tokenizer(processing_class, student)
+        for blocks in everywhere:
+            blocks.cache.check_tokenizer(tokenizer)
+        if valid_vocab is None:
+            valid_vocab = everywhere[0].cache.find_valid_vocab(head_shape(student)[0], tokenizer)
+    if recipe == AUTO:
+        made_of = {blocks.description.teacher_sha256 for blocks in cached}
+        if entries and teacher is not None and made_of != {teacher_fingerprint(teacher)}:
+            raise ValueError(
+                "train_dataset brings a teacher's entries (teacher_indices), and teacher is given too, which "
+                "for all that is known is another: recipe='auto' does not know which to learn from. Leave one "
+                "out, or name the recipe: 'cached' learns from the entries, and has teacher for evaluation; "
+                "the others learn from teacher"
+            )
+        choice = FROM_CACHE if entries else choose_recipe(student, teacher, valid_vocab)
+        recipe = choice.recipe
+    set_seed(args.seed)  # the projector's start
+    model = DistillationModel(
+        student,
+        teacher,
+        recipe=args.resolved(recipe),
+        engine=args.engine,
+        scratch_bytes=args.scratch_bytes,
+        valid_vocab=valid_vocab,
+        tokenizer=processing_class,
+        teacher_tail=args.teacher_tail,  # type: ignore[arg-type]  # checked there
+    )
+    model.by_default = choice is not None
+    return model, choice
 
 
 def _share_starts(model: DistillationModel, starts: list[Start], device: torch.device) -> list[Start]:
