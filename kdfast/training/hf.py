@@ -278,7 +278,7 @@ def adapted_layer(model: nn.Module) -> str | None:
 def refuse_adapter(student: Any) -> None:
     """Raise ValueError for a student with an adapter: KDTrainer saves whole models, so it cannot train one."""
     layer = isinstance(student, nn.Module) and adapted_layer(student)
-    if layer:  # "" is a PeftModel itself, which check_model refuses, as it does what is no model
+    if layer:  # "" is a PeftModel itself, which check_model refuses, as it does anything else
         raise ValueError(
             f"the student carries a PEFT adapter (at {layer!r}), and KDTrainer has no LoRA yet: its checkpoints hold "
             "whole models, and would not be read again. Train the adapter in a loop of your own, around "

@@ -16,6 +16,7 @@ from transformers.utils import has_file
 
 from kdfast.training.durable.processes import print_once
 
+_say_once = cache(print_once)  # models and trainer compare the same tokenizers
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
@@ -38,7 +39,7 @@ def text_tokenizer(processor: Any, student: PreTrainedModel) -> PreTrainedTokeni
 
 
 def tokenizer_of(student: PreTrainedModel) -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer beside the student's weights; None for a fresh one, which has but a folder's config."""
+    """Return the tokenizer beside the student's weights; None for a fresh student."""
     loaded = hasattr(student, "_weight_conversions")  # from_pretrained leaves them, from_config does not
     return own_tokenizer(student.name_or_path) if loaded else None
 
@@ -46,11 +47,6 @@ def tokenizer_of(student: PreTrainedModel) -> PreTrainedTokenizerBase | None:
 def count_ids(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the highest id + 1, which is more than len(tokenizer) where ids are skipped."""
     return max(tokenizer.get_vocab().values(), default=-1) + 1
-
-
-@cache
-def _say(line: str) -> None:
-    print_once(line)
 
 
 def check_tokens(
@@ -62,8 +58,8 @@ def check_tokens(
     """Raise where an id below `valid_vocab` is one token in `tokenizer`, the text's, and another in the model's own.
 
     Ids that one of the two lacks do not matter, nor do templates, merges and other settings: only one makes the text.
-    Special tokens under another name, as Llama-3's reserved ones have in Llama-3.1, pass, and a line names some: those
-    that both have added to their words, at least one as special. Whoever puts them into the text knows their meaning.
+    Special tokens under another name, as Llama-3's reserved ones have in Llama-3.1, pass, and a line names some: ids
+    that both have added to their words, at least one of them as special. Text has them only where it was meant to.
     """
     if own is None:
         return
@@ -71,20 +67,20 @@ def check_tokens(
     others = sorted(i for i in ours.keys() & theirs.keys() if ours[i] != theirs[i] and i < (valid_vocab or i + 1))
     added = [one.added_tokens_decoder for one in (tokenizer, own)]
     renamed = [i for i in others if all(i in one for one in added) and any(one[i].special for one in added)]
-    if renamed and renamed == others:
-        some = ", ".join(f"{i} is {ours[i]!r} in the text's and {theirs[i]!r} there" for i in renamed[:3])
-        _say(
-            f"{argument}: the tokenizer of {str(own.name_or_path)!r} has other names for {len(renamed)} special tokens "
-            f"than the text's: {some}. They are taken for the same"
-        )
-    elif others := [i for i in others if i not in renamed]:
-        some = ", ".join(f"{i} is {ours[i]!r} in the text's and {theirs[i]!r} there" for i in others[:3])
+    others = sorted({*others}.difference(renamed))
+    some = ", ".join(f"{i} is {ours[i]!r} in the text's and {theirs[i]!r} there" for i in (others or renamed)[:3])
+    if others:
         rest = f". If the text has no id from {others[0]} on, valid_vocab={others[0]} leaves those out"
         raise ValueError(
             f"{argument}: the tokenizer of {str(own.name_or_path)!r} has other tokens than the text's, of "
             f"{len(others)} ids: {some}. The model would read other words than are there. Take one "
             "tokenizer for student, teacher and text: another teacher, or a fresh student (student_config) with its: "
             f"processing_class= tells KDTrainer the text's{rest if others[0] > len(theirs) // 2 else ''}"
+        )
+    if renamed:
+        _say_once(
+            f"{argument}: the tokenizer of {str(own.name_or_path)!r} has other names for {len(renamed)} special tokens "
+            f"than the text's: {some}. They are taken for the same"
         )
 
 
