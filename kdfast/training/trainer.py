@@ -141,7 +141,7 @@ class KDTrainer(DurableTrainer):
         datasets = by_name(train_dataset=train_dataset, eval_dataset=eval_dataset)
         choice: Choice | None = None
         if not isinstance(model, DistillationModel):
-            model, choice = _wrap(model, args, teacher, processing_class, train_dataset, datasets)
+            model, choice = _wrap(model, args, teacher, processing_class, datasets)
         elif teacher is not None:
             raise ValueError("teacher is given besides a DistillationModel, which has its own; leave it out")
         elif isinstance(processing_class, PreTrainedTokenizerBase):
@@ -525,21 +525,17 @@ class KDTrainer(DurableTrainer):
 
 
 def _wrap(
-    student: PreTrainedModel,
-    args: KDConfig,
-    teacher: PreTrainedModel | None,
-    processing_class: Any,
-    train_dataset: Any,
-    datasets: dict[str, Any],
+    student: PreTrainedModel, args: KDConfig, teacher: PreTrainedModel | None, processor: Any, datasets: dict[str, Any]
 ) -> tuple[DistillationModel, Choice | None]:
     """Return the student under the recipe of `args`, and the choice that "auto" made; None where it had none."""
     choice: Choice | None = None
-    recipe, valid_vocab = args.recipe, find_valid_vocab(student, teacher, processing_class, args.valid_vocab)
+    recipe, valid_vocab = args.recipe, find_valid_vocab(student, teacher, processor, args.valid_vocab)
+    train_dataset = datasets.get("train_dataset")
     cached = cached_blocks(train_dataset)
     entries = bool(cached) or "teacher_indices" in names_of(train_dataset)
     everywhere = [blocks for one in datasets.values() for blocks in cached_blocks(one)]
     if everywhere and isinstance(student, PreTrainedModel):
-        tokenizer = text_tokenizer(processing_class, student)
+        tokenizer = text_tokenizer(processor, student)
         for blocks in everywhere:
             blocks.cache.check_tokenizer(tokenizer)
         if valid_vocab is None:
@@ -563,7 +559,7 @@ def _wrap(
         engine=args.engine,
         scratch_bytes=args.scratch_bytes,
         valid_vocab=valid_vocab,
-        tokenizer=processing_class,
+        tokenizer=processor,
         teacher_tail=args.teacher_tail,  # type: ignore[arg-type]  # checked there
     )
     model.by_default = choice is not None
