@@ -70,7 +70,10 @@ def distillation_param_groups(
     }
     parameters = [(_WRAPPERS.sub("", name), p) for name, p in model.named_parameters() if p.requires_grad]
     if not parameters:
-        raise ValueError("model has no parameter that requires a gradient; expected something to train")
+        raise ValueError(
+            "model has no parameter that requires a gradient; expected something to train: "
+            "student.requires_grad_(True) (PEFT's merge_and_unload() leaves all frozen)"
+        )
     has_student = any(name.startswith("student.") for name, _ in parameters)
     undecayed = _biases_and_norms(model)
 

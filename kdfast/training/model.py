@@ -200,12 +200,15 @@ class DistillationModel(nn.Module):
                 teacher_states = run_backbone(self.teacher, input_ids=ids, **inputs)
                 own = head(self.teacher, teacher_states.last_hidden_state.to(input_ids.device))
         cached = read_entries(teacher_indices, teacher_log_probs, teacher_log_tails, self.teacher_tail)
-        if cached and self.by_default and self.recipe.teacher == "none":
+        learns_from_entries = self.recipe.teacher == "cached"
+        if cached and self.by_default and not learns_from_entries and (self.training or self.teacher is None):
             raise ValueError(
-                "the batch has teacher_indices, and recipe='auto' took 'lm_only', for there was no teacher; name the "
-                "recipe: 'cached' learns from them, 'lm_only' does not"
+                f"the batch has teacher_indices, and recipe='auto' took {self.recipe.name!r}, which learns nothing of "
+                "them, for no column said that they would come; name the recipe: 'cached' learns from them"
             )
         temperature = self.recipe.temperature if temperature is None else temperature
+        if cached and learns_from_entries and look:
+            cached.check(temperature, targets != IGNORE_INDEX)
         options = {**self.loss_options, "num_items_in_batch": num_items_in_batch}
         batch = Batch(student, own, cached, targets, temperature, options)
         kd = self.kd_teacher.terms(batch, self.logit_projector or self.compressed_head)

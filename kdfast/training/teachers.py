@@ -61,6 +61,18 @@ class CachedEntries(NamedTuple):
             return SparseLogits(self.indices, self.log_probs, tail=self.tail or "none", tempered=self.tail == "none")
         return self._at(temperature, self.log_tails[..., 1])
 
+    def check(self, temperature: float | Tensor, counted: Tensor) -> None:
+        """Raise ValueError where the tails of rows that count are seen to be of another temperature."""
+        if self.log_tails is None or not self.log_tails.shape[-1] or float(temperature) != 1:
+            return
+        at_one, here = self.log_tails[counted].unbind(-1)
+        if not torch.allclose(at_one, here, rtol=1e-3, atol=1e-3):
+            raise ValueError(
+                "teacher_log_tails is of another temperature: the run's is 1, where its two columns, the log of the "
+                "other ids' mass at τ = 1 and at the KD term's τ, have to be equal. Set temperature to the τ they were "
+                "made for, or give the first column twice"
+            )
+
     def at_one(self) -> SparseLogits | None:
         """Return the teacher at τ = 1; None where that is unknown: entries were drawn, or log_tails are missing."""
         if self.log_tails is not None and self.log_tails.shape[-1]:

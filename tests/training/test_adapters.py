@@ -215,6 +215,19 @@ def quantized(folder, bits):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
+def test_an_adapter_on_a_quantized_student_gets_gradients(tiny, tmp_path, bits):
+    peft = pytest.importorskip("peft")
+    student = quantized(tmp_path / "model", bits)
+    peft.get_peft_model(student, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    model = DistillationModel(student, tiny("llama", seed=2), recipe="teacher_head").train()
+    ids = torch.randint(3, 67, (2, 9), generator=torch.Generator().manual_seed(0))
+    model(input_ids=ids, labels=ids).loss.backward()
+    trained = [p for p in student.parameters() if p.requires_grad]
+    assert len(trained) == 4
+    assert all(p.grad is not None for p in trained)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
 def test_a_quantized_student_is_refused_and_a_teacher_is_right(tiny, config, rows, tmp_path, bits):
     teacher = quantized(tmp_path / "model", bits)
     for recipe in ("teacher_head", "auto"):

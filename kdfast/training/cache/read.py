@@ -179,24 +179,39 @@ def check_datasets(model: DistillationModel, datasets: Mapping[str, Any], temper
         temperature: a schedule in the recipe's place, or None.
     """
     recipe = model.recipe
+    several = temperature is not None or len(set(recipe.temperatures)) > 1
+    run = "a temperature_schedule" if temperature is not None else ", ".join(f"{tau:g}" for tau in recipe.temperatures)
     for argument, dataset in datasets.items():
         of_cache = cached_blocks(dataset)
         names = () if of_cache else names_of(dataset)
         unknown = "teacher_log_tails" not in names and model.teacher_tail is None
         if recipe.teacher == "cached" and "teacher_log_probs" in names and unknown:
             raise CacheError(f"{argument} has teacher_log_probs of its own, without teacher_log_tails: {OWN_ENTRIES}")
+        at_one_temperature = model.teacher_tail == "none" or "teacher_log_tails" in names
+        if recipe.teacher == "cached" and several and at_one_temperature and dataset is not None and not of_cache:
+            raise CacheError(
+                f"{argument} has a teacher's entries for one temperature (drawn ids, or teacher_log_tails), and the "
+                f"run is at {run}; expected one throughout: leave out temperature_steps and temperature_schedule"
+            )
         for blocks in of_cache:
             blocks.cache.check_vocabulary(head_shape(model.student)[0], model.valid_vocab)
             if recipe.teacher != "cached":
                 continue
             if temperature is not None or set(recipe.temperatures) != {blocks.temperature}:
-                run = ", ".join(f"{tau:g}" for tau in recipe.temperatures)
                 raise CacheError(
                     f"{argument} has a teacher's entries for temperature={blocks.temperature:g}, and the run is at "
-                    f"{run if temperature is None else 'a temperature_schedule'}; expected the same, throughout the run"
+                    f"{run}; expected the same, throughout the run"
                 )
             if blocks.description.method == "sample" and recipe.divergence in ("reverse_kl", "symmetric_kl"):
                 raise CacheError(
                     f"divergence={recipe.divergence!r} and {argument} has ids drawn at random, against which it is "
                     "infinite; expected another divergence, or a cache made with cache_method: top_k"
                 )
+    names = {argument: list(names_of(dataset)) for argument, dataset in datasets.items()}
+    bringing = [argument for argument, columns in names.items() if "teacher_indices" in columns]
+    lacking = [argument for argument, columns in names.items() if columns and argument not in bringing]
+    if recipe.teacher == "cached" and bringing and lacking:
+        raise CacheError(
+            f"{lacking[0]} has no teacher_indices, which {bringing[0]} has; recipe 'cached' wants a teacher's entries "
+            "in both. Cache that data too (TeacherCache.dataset gives the rows), or leave it out"
+        )

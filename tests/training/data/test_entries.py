@@ -102,6 +102,11 @@ def test_a_stream_that_does_not_tell_its_columns_is_not_ignored(config):  # noqa
     trainer = KDTrainer(tiny(seed=1), config(recipe="cached", teacher_tail="bucket", max_steps=1), **given)
     trainer.train()
     KDTrainer(tiny(seed=1), config(recipe="lm_only", max_steps=1), **given).train()  # asked for
+    teacher = tiny(seed=2, width=24)
+    trainer = KDTrainer(tiny(seed=1), config(recipe="auto", max_steps=1), teacher=teacher, **given)
+    with pytest.raises(ValueError, match=r"recipe='auto' took 'svd_init', which learns nothing of them.*'cached'"):
+        trainer.train()
+    KDTrainer(tiny(seed=1), config(recipe="teacher_head", max_steps=1), teacher=teacher, **given).train()
 
 
 def test_a_live_teacher_besides_has_to_be_chosen(config, tmp_path):  # noqa: F811
@@ -116,6 +121,59 @@ def test_a_live_teacher_besides_has_to_be_chosen(config, tmp_path):  # noqa: F81
         for recipe in ("cached", "teacher_head"):
             trainer = KDTrainer(tiny(seed=1), config(recipe=recipe, **given), teacher=teacher, **both)
             assert trainer.evaluate()["eval_kl_teacher_student"] > 0
+
+
+def with_tails(tau):
+    """The same rows with the tails of `tau`."""
+    given = make()
+    with torch.no_grad():
+        z = tiny(seed=2, width=24)(ids()).logits
+    at = torch.tensor(given["teacher_indices"][:])
+    tails = [torch.log1p(-(z / t).softmax(-1).gather(-1, at).sum(-1)) for t in (1.0, tau)]
+    return given.add_column("teacher_log_tails", torch.stack(tails, -1).tolist())
+
+
+@pytest.mark.parametrize("kind", ["drawn", "tails"])
+def test_entries_of_one_temperature_at_several(config, kind):  # noqa: F811
+    dataset = make() if kind == "drawn" else with_tails(2.0)
+    tail = {"teacher_tail": "none"} if kind == "drawn" else {}
+    steps = {"temperature_steps": [2.0, 1.0]}
+    said = "train_dataset has a teacher's entries for one temperature.*run is at"
+    with pytest.raises(CacheError, match=rf"{said} 2, 1; expected one throughout: leave out temperature_steps"):
+        KDTrainer(tiny(seed=1), config(recipe="cached", **tail, **steps), train_dataset=dataset)
+    args = config(recipe="cached", **tail)
+    with pytest.raises(CacheError, match=rf"{said} a temperature_schedule"):
+        KDTrainer(tiny(seed=1), args, train_dataset=dataset, temperature_schedule=lambda progress: 2.0 - progress)
+    KDTrainer(tiny(seed=1), config(recipe="cached", teacher_tail="bucket", **steps), train_dataset=make()).train()
+
+
+def test_tails_of_another_temperature(config):  # noqa: F811
+    for tau in (1.0, 2.0):
+        args = config(recipe="cached", temperature=tau, max_steps=1, per_device_eval_batch_size=6)
+        trainer = KDTrainer(tiny(seed=1), args, train_dataset=with_tails(tau), eval_dataset=with_tails(tau))
+        by_hand = kd_by_hand(tiny(seed=1), "bucket", 1.0)
+        assert trainer.evaluate()["eval_kl_teacher_student"] == pytest.approx(by_hand, rel=1e-4)
+        trainer.train()
+    with pytest.raises(ValueError, match="teacher_log_tails is of another temperature: the run's is 1"):
+        KDTrainer(tiny(seed=1), config(recipe="cached", temperature=1.0), train_dataset=with_tails(2.0)).train()
+
+
+@pytest.mark.parametrize("tail", ["renormalize", "renormalize_both"])
+def test_a_row_without_an_entry_to_normalize(config, tail):  # noqa: F811
+    rows = list(make())
+    rows[0]["teacher_log_probs"][3] = [-torch.inf] * K
+    args = config(recipe="cached", teacher_tail=tail, per_device_train_batch_size=6, max_steps=1)
+    with pytest.raises(ValueError, match="log_probs") as raised:
+        KDTrainer(tiny(seed=1), args, train_dataset=rows, data_collator=default_data_collator).train()
+    assert "learning_rate" not in str(raised.value)
+
+
+def test_a_data_set_without_entries_beside_one_with(config):  # noqa: F811
+    plain = make().remove_columns(["teacher_indices", "teacher_log_probs"])
+    args = config(recipe="cached", teacher_tail="bucket")
+    for given, argument in ((plain, "eval_dataset"), ({"a": make(), "b": plain}, r"eval_dataset\['b'\]")):
+        with pytest.raises(CacheError, match=rf"{argument} has no teacher_indices, which train_dataset has"):
+            KDTrainer(tiny(seed=1), args, train_dataset=make(), eval_dataset=given)
 
 
 def test_in_a_loop_of_ones_own(tmp_path):
