@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput
@@ -268,10 +268,11 @@ class KDTrainer(DurableTrainer):
         """Yield batches of training text, not from the loader, which a run goes through in order."""
         dataset: Any = self.train_dataset
         order = torch.Generator().manual_seed(0)
+        by_number = hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset)
         loader = DataLoader(
             dataset,
             self.args.per_device_train_batch_size,
-            sampler=RandomSampler(dataset, generator=order) if hasattr(dataset, "__len__") else None,
+            sampler=RandomSampler(dataset, generator=order) if by_number else None,
             collate_fn=self._collator,
             generator=torch.Generator(),  # of its own, so that the run's random states stay as they are
         )
