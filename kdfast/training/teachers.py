@@ -48,6 +48,8 @@ class CachedEntries(NamedTuple):
 
     teacher = CachedEntries(batch["teacher_indices"], batch["teacher_log_probs"], batch["teacher_log_tails"])
     loss = fused_kd_loss(student, teacher.at(2.0), labels, temperature=2.0)
+
+    Its `check` raises ValueError for tails that are seen to be of another temperature.
     """
 
     indices: Tensor  # (*, K) integer
