@@ -46,18 +46,17 @@ def gradients(
             grad_s = tl.where(outside == 0, 0, outside * softmax)
     elif TEACHER and (GRAD.student or GRAD.teacher):
         k = (coefficients.kd * loss.inv_tau)[:, None]
-        shared = z_s
-        if TRUNCATED:
-            shared = tl.where(v < kd_V, z_s, -float("inf"))
+        shared = tl.where(v < kd_V, z_s, -float("inf")) if TRUNCATED else z_s
+        size = tl.abs(constants.m_s) * loss.inv_tau + tl.abs(constants.m_t) * loss.inv_tau_t
         p, q, g, log_p, log_q = probabilities(shared, z_t, constants, loss)
         _, a_p, a_q = terms(NAME, p, q, g, log_p, log_q, loss.parameter, loss.second)
         if GRAD.student:
             if not DIVERGENCE.centred_q:
-                a_q = _centered(a_q, q, constants.A_q, constants.D_q, constants.log_S_s, DIVERGENCE, GRAD)
+                a_q = _centered(a_q, q, constants.A_q, constants.D_q, constants.log_S_s, size, DIVERGENCE, GRAD)
             grad_s = tl.where(k == 0, 0, k * a_q)  # a row the KD term does not count may diverge
         if GRAD.teacher:
             if not DIVERGENCE.centred_p:
-                a_p = _centered(a_p, p, constants.A_p, constants.D_p, constants.log_S_t, DIVERGENCE, GRAD)
+                a_p = _centered(a_p, p, constants.A_p, constants.D_p, constants.log_S_t, size, DIVERGENCE, GRAD)
             k = (coefficients.kd * loss.inv_tau_t)[:, None]
             grad_t = tl.where(k == 0, 0, k * a_p)
     if GRAD.student and GRAD.ce:
@@ -72,14 +71,15 @@ def gradients(
 
 
 @triton.jit
-def _centered(a, softmax, A, D, log_S, DIVERGENCE: tl.constexpr, GRAD: tl.constexpr):
+def _centered(a, softmax, A, D, log_S, size, DIVERGENCE: tl.constexpr, GRAD: tl.constexpr):
     """Return a − softmax·A, and D where that cancels: at an entry with most of the mass, more than in the second pass,
-    as z may be computed anew. A KL's one pass does not know D: 0 at an entry that has all of it, to rounding."""
+    as z may be computed anew. A KL's one pass does not know D: 0 at an entry that has all of it, to rounding, where
+    A and the logits over τ are so large that a − softmax·A is their rounding."""
     centered = a - softmax * A[:, None]
     if DIVERGENCE.base != "":
         NONE: tl.constexpr = 2**-53 if a.dtype == tl.float64 else 2**-24
-        limit = tl.where(log_S < NONE, 0.6, 1 - NONE).to(a.dtype)
-        return tl.where(softmax > limit[:, None], 0, centered)
+        sure = (log_S < NONE) & (size + tl.abs(A) > 256)
+        return tl.where((softmax > 0.6) & sure[:, None], 0, centered)
     elif GRAD.decorrelate:
         return centered
     else:

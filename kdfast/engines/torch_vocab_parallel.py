@@ -166,7 +166,7 @@ class TorchVocabParallelRows(TorchRows):
         zero = torch.zeros_like(log_s)
         constants = Constants(
             m_s=student.m, log_s=log_s, m_t=teacher.m, log_t=log_t, gap=log_t - log_s, A_p=zero, A_q=zero,
-            D_p=_sure(log_t), D_q=_sure(log_s), m_1=m_1, log_1=log_1, log_t1=zero,
+            D_p=zero + nan, D_q=zero + nan, m_1=m_1, log_1=log_1, log_t1=zero,
             inside=zero.new_empty(0, len(zero)), outside=zero,
         )  # fmt: skip
         if x.want_metrics and x.has_teacher:
@@ -184,7 +184,10 @@ class TorchVocabParallelRows(TorchRows):
         base = (of.teacher.S, teacher, student) if self.forward_kl else (of.student.S, student, teacher)
         value, rise = _kl(of.G, of.D, *base)
         stats[KD, rows] = value
-        return constants._replace(gap=-rise, A_p=value) if self.forward_kl else constants._replace(gap=rise, A_q=value)
+        size = value.abs() + (student.m / self.tau).abs() + (teacher.m / self.tau_t).abs()
+        if self.forward_kl:
+            return constants._replace(gap=-rise, A_p=value, D_p=_sure(log_t, size))
+        return constants._replace(gap=rise, A_q=value, D_q=_sure(log_s, size))
 
     def _merge_at_one(self, rows: slice, side: Side, term: int) -> tuple[Tensor, Tensor]:
         """Return (maximum, log Σ exp) at τ = 1 of all slices; fill the statistics of `term`, CE or ANCHOR."""
@@ -304,9 +307,10 @@ def _scattered(z: Tensor, index: Tensor, values: Tensor) -> Tensor:
     return pad(z, (0, 1)).scatter_(1, index, values)[:, :-1]
 
 
-def _sure(log: Tensor) -> Tensor:
-    """Return the D of a KL, whose one pass does not know it: 0 where one entry has all of the mass, else NaN."""
-    return torch.where(log == 0, 0.0, nan)
+def _sure(log: Tensor, size: Tensor) -> Tensor:
+    """Return the D of a KL, whose one pass does not know it: NaN, and 0 where one entry has all of the mass and the KL
+    and the logits over τ are so large that a − softmax·A is their rounding."""
+    return torch.where((log == 0) & (size > 256), 0.0, nan)
 
 
 def _center(a: Tensor, softmax: Tensor, total: Tensor, most: Tensor) -> Tensor:

@@ -74,3 +74,27 @@ def test_saturated_teacher_in_double_precision(engine):
         ours = saturated(engine, torch.float64, 10.0, divergence, 1e-3)
         for name, truth in exact.items():
             assert float((ours[name] - truth).norm()) <= 1e-10 * float(truth.norm()) + 1e-15, name
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    ("divergence", "student", "teacher"), [("forward_kl", 30, 21), ("forward_kl", 18, 25), ("reverse_kl", 25, 18)]
+)
+def test_sides_that_are_sure_of_one_token(engine, divergence, student, teacher):
+    """The gradient of the token that has all of the mass is minus the others', 1e-8, and the KL as small: so
+    that nothing cancels, and it must not become 0."""
+    generator = torch.Generator().manual_seed(0)
+    z_s, z_t = (torch.randn(40, 60, generator=generator) for _ in range(2))
+    z_s[:, 3] += student
+    z_t[:, 3] += teacher
+
+    def gradient(dtype, engine):
+        sides = [z.to(dtype).requires_grad_() for z in (z_s, z_t)]
+        loss = fused_kd_loss(
+            Head(sides[0], torch.eye(60, dtype=dtype)), Projected(sides[1]), divergence=divergence, temperature=1.0,
+            engine=engine, reduction="sum",
+        )  # fmt: skip
+        return torch.autograd.grad(loss, sides)[divergence == "forward_kl"].double()
+
+    exact = gradient(torch.float64, "reference")
+    assert float((gradient(torch.float32, engine) - exact).norm() / exact.norm()) < 1e-4
