@@ -2,8 +2,8 @@
 
     PYTHONPATH=.:tests:tests/helpers python -m fuzz.against_commit COMMIT [--number 300] [--seed 0]
 
-Both sides solve the same problems (helpers/problems.py of this checkout, which needs the public interface only) on
-every engine, the other commit from a worktree in a temporary folder. Values, metrics and every gradient must be the
+Both sides solve the same problems (helpers/problems.py of the other commit, whose interface both have) on every engine,
+the other commit from a worktree in a temporary folder. Values, metrics and every gradient must be the
 same bits on the `reference` and `torch` engines, and within 1e-6 of the norm on the Triton engines, which run in the
 interpreter. Exit status 1 and one line for each that is not.
 """
@@ -30,6 +30,9 @@ def solve(number: int, seed: int, out: str) -> None:
     from agree import run
     from problems import Given, a_problem
 
+    import kdfast
+
+    assert Path(kdfast.__file__).is_relative_to(Path.cwd()), f"{kdfast.__file__} is not of this side"
     torch.use_deterministic_algorithms(True, warn_only=True)
     chance, found = random.Random(seed), []
     while len(found) < number:
@@ -92,7 +95,7 @@ def main() -> int:
         subprocess.run(["git", "worktree", "add", "--detach", other, arguments.commit], cwd=ROOT, check=True)
         try:
             for name, root in (("before", other), ("after", ROOT)):
-                path = os.pathsep.join(map(str, (root, ROOT / "tests" / "helpers", ROOT / "tests")))
+                path = os.pathsep.join(map(str, (root, other / "tests" / "helpers", other / "tests")))
                 command = [sys.executable, __file__, arguments.commit, "--solve", f"{folder}/{name}"]
                 command += ["--number", str(arguments.number), "--seed", str(arguments.seed)]
                 same = {**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "0"}  # frozensets are printed in one order
