@@ -172,7 +172,6 @@ class KDTrainer(DurableTrainer):
         )
         if use_cache is not None:  # Trainer turns it off in the config that gets saved; the forward here does without
             model.config.use_cache = use_cache
-        self._may_skip_parameters = may_skip_parameters(model.student)  # found while it is whole
         fsdp.check_launch(self, args.shard_teacher, model.recipe.projector_resolve_steps)
         if self.is_fsdp_enabled:
             fsdp.set_mixed_precision(self.accelerator)
@@ -185,8 +184,9 @@ class KDTrainer(DurableTrainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator as Trainer does, with FSDP on CPUs too."""
+        self._may_skip_parameters = may_skip_parameters(self.model.student)  # found while it is whole
         find = self.args.ddp_find_unused_parameters
-        find = may_skip_parameters(self.model.student) if find is None else find
+        find = self._may_skip_parameters if find is None else find
         with replaced(self.args, ddp_find_unused_parameters=find):
             super().create_accelerator_and_postprocess()
         fsdp.turn_on_for_cpus(self.accelerator, self.args.fsdp_plugin_args)

@@ -108,13 +108,14 @@ def find_valid_vocab(student: Any, teacher: Any, processor: Any = None, valid_vo
     processor: the text's tokenizer, or a processor that holds it; None = the student's own.
     Raise ValueError where the student's or the teacher's own tokenizer has other tokens.
     """
-    models = student, teacher
-    given = isinstance(student, PreTrainedModel) and processor is not None and text_tokenizer(processor, student)
-    if given:
-        check_tokens("student", given, tokenizer_of(student), valid_vocab)
+    if not isinstance(student, PreTrainedModel) or (processor is None and teacher is None):
+        return valid_vocab  # what is no model is refused later, with a message of its own
+    ours, models = text_tokenizer(processor, student), (student, teacher)
+    if processor is not None and ours is not None:
+        check_tokens("student", ours, tokenizer_of(student), valid_vocab)
     if not all(isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None for model in models):
-        return valid_vocab  # refused later, with a message of its own
-    ours, theirs = text_tokenizer(processor, student), own_tokenizer(teacher.name_or_path)
+        return valid_vocab
+    theirs = own_tokenizer(teacher.name_or_path)
     rows = [_rows(model) for model in models]
     ids = shared_ids("teacher", ours, theirs, min(rows), valid_vocab)
     if valid_vocab is not None or rows[0] == rows[1] or ids is None:
