@@ -1,1 +1,1 @@
-"""What engines are made of: the problem, products, collectives, a sparse teacher's arithmetic."""
+"""What engines are made of: the problem, products, collectives, transforms, a sparse teacher's arithmetic."""

@@ -11,7 +11,7 @@ trainer.py   KDTrainer                     fsdp.py         sharding
 metrics.py   means for logs, memory        callbacks.py    health in words, the progress bar
 nan_guard.py stop at NaN                   diagnostics.py  what a log tells
 durable/     runs that survive kills       cache/          a teacher run once
-data/        text to blocks
+data/        text to blocks, columns, packed rows, tokenizers
 """
 
 import importlib
