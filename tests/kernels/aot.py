@@ -1,10 +1,18 @@
 """Compile every kernel exactly as its host launcher launches it, for GPUs that need not be there, and read the result.
 
-    make aot                                                           # every row of the table, minutes
-    python tests/kernels/aot.py --quick --arch sm_90 gfx942 --kernel row_kernel
+    make aot                                                           # every row of the table, half an hour
+    python tests/kernels/aot.py --arch sm_90 --kernel row_kernel --case "forward_kl, plain" --classes
 
 Exit status 1 and a list of what is wrong where a kernel does not compile, has a stack frame (spills lie there), wants
 more shared memory than the chip has, or makes of `tl.dot` anything but the architecture's best tensor-core instruction.
+What does not keep to `LIMITS` is listed as missed.
+
+    per_pair   instructions that are executed per pair of logits, pass by pass: loops times their trips over the
+               vocabulary, with what the last trips waste. Of a tiled kernel the work on a tile's logits
+    branches   of those loops, what lies behind a branch that few trips take (a label's block): its size per pair
+    product    of a tiled kernel: the product loops, at a width of 768
+    once       instructions in no loop, per pair: once per row; an upper bound, as branches in it are counted
+    programs   that a multiprocessor holds, by registers, warps and shared memory
 
 How: a launcher gets tensors on the "meta" device while torch and Triton believe in a GPU of that architecture, and
 every launch becomes Triton's own warm-up, which compiles and stops before loading. So signature, specialisation and
@@ -26,7 +34,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,12 +43,14 @@ from unittest import mock
 
 import torch
 import triton
+from machine_code import Loop, Program, bytes_read, classes, loops_of, read_cuda, read_gcn
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from kdfast.kernels import topk_teacher
 from kdfast.kernels.block_sizes import TABLE
+from kdfast.kernels.divergences import ENTRIES
 from kdfast.kernels.launch import Gradients, Heads, Term
 from kdfast.kernels.logit_gradients import add_column_sums
 from kdfast.kernels.projector import project
@@ -48,16 +58,44 @@ from kdfast.kernels.row_kernel import Chunk, row_gradients, row_states, row_term
 from kdfast.kernels.tiled_backward import slab_gradients
 from kdfast.kernels.tiled_forward import combine, statistics
 
-# target, multiprocessors, KiB of shared memory a block may have, tensor-core instruction in the PTX or GCN assembly
+
+class Chip(NamedTuple):
+    target: GPUTarget
+    multiprocessors: int
+    shared: int  # KiB a block may have; a multiprocessor of NVIDIA's has one more, and each block takes one
+    tensor_core: str  # instruction in the PTX or GCN assembly
+    warps: int  # that each of a multiprocessor's four schedulers holds
+    programs: int  # that a multiprocessor holds
+
+
 CHIPS = {
-    "sm_80": (GPUTarget("cuda", 80, 32), 108, 163, "mma.sync"),
-    "sm_86": (GPUTarget("cuda", 86, 32), 84, 99, "mma.sync"),
-    "sm_89": (GPUTarget("cuda", 89, 32), 128, 99, "mma.sync"),
-    "sm_90": (GPUTarget("cuda", 90, 32), 132, 227, "wgmma.mma_async"),
-    "sm_100": (GPUTarget("cuda", 100, 32), 148, 227, "tcgen05.mma"),
-    "sm_120": (GPUTarget("cuda", 120, 32), 170, 99, "mma.sync"),
-    "gfx942": (GPUTarget("hip", "gfx942", 64), 304, 64, "v_mfma"),
+    "sm_80": Chip(GPUTarget("cuda", 80, 32), 108, 163, "mma.sync", 16, 32),
+    "sm_86": Chip(GPUTarget("cuda", 86, 32), 84, 99, "mma.sync", 12, 16),
+    "sm_89": Chip(GPUTarget("cuda", 89, 32), 128, 99, "mma.sync", 12, 24),
+    "sm_90": Chip(GPUTarget("cuda", 90, 32), 132, 227, "wgmma.mma_async", 16, 32),
+    "sm_100": Chip(GPUTarget("cuda", 100, 32), 148, 227, "tcgen05.mma", 16, 32),
+    "sm_120": Chip(GPUTarget("cuda", 120, 32), 170, 99, "mma.sync", 12, 24),
+    "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 304, 64, "v_mfma", 8, 32),
 }
+# Kernel, a case's beginning: instructions per pair on sm_90, and programs per multiprocessor. sm_80 and sm_100 may
+# execute 15% more; other chips are listed
+LIMITS = {
+    ("row_kernel", "forward_kl, plain"): (60, 3),
+    ("row_kernel", "reverse_kl, plain"): (60, 3),
+    ("row_kernel", "forward_kl, metrics"): (72, 1),
+    ("row_kernel", "reverse_kl, metrics"): (72, 1),
+    ("row_kernel", "forward_kl alone"): (43, 1),
+    ("row_kernel", "own head"): (45, 1),
+    ("row_kernel", "cross entropy alone"): (14, 1),
+    ("row_kernel", "jsd, plain"): (80, 1),
+    ("row_kernel", "skew_kl, plain"): (90, 1),
+    ("row_kernel", "skew_reverse_kl, plain"): (90, 1),
+    ("row_kernel", "symmetric_kl, plain"): (90, 1),
+    ("row_kernel", "total_variation, plain"): (90, 1),
+    ("statistics_kernel", "forward_kl, CE, bfloat16, N=4096"): (55, 1),
+    ("gradients_kernel", "forward_kl, CE, bfloat16, N=4096"): (33, 1),
+}
+MARGINS = {"sm_90": 1.0, "sm_80": 1.15, "sm_100": 1.15}
 
 
 class Case(NamedTuple):
@@ -66,9 +104,10 @@ class Case(NamedTuple):
     launch: Callable[[], Any]
     tensor_core: bool = False  # expected
     allow_stack: str | None = None  # why a stack frame is accepted
+    pair: int = 0  # bytes that a row kernel reads per pair of logits; 0: its instructions are not counted
 
 
-TOKENS, CHUNK, FEW, SLAB = 4096, 1024, 48, 8192
+TOKENS, CHUNK, FEW, SLAB, VOCAB, WIDTH = 4096, 1024, 48, 8192, 50257, 768
 PADDED = 50304  # 50257 is odd, so nothing in a row is known to be aligned but its start; 50304 is its padded twin
 
 
@@ -129,54 +168,74 @@ def row_cases(arch: str, V: int) -> Iterator[Case]:
     z_s, z_t = scratch(2 * CHUNK, V).split(CHUNK)
     grad_s, grad_t, grad_a = scratch(3 * CHUNK, V, torch.bfloat16).split(CHUNK)
     how = {"config": TABLE[arch, 4, "many"].rows}
-    solve = partial(solve_rows, stats=meta(6, TOKENS), **how)
     extra = meta(V, dtype=torch.bfloat16)
     full = partial(heads_of, V, TOKENS, torch.bfloat16, extra=extra, softcap=30.0)
+    lean = heads_of(V, TOKENS, torch.bfloat16)
+    usual = partial(term_of, TOKENS, labels=True, heavy=False)
     both = Gradients.of(grad_s, grad_t, decorrelation=meta(CHUNK))
     everything = Gradients.of(grad_s, grad_t, grad_a, meta(CHUNK))
 
     def chunk(heads: Heads, term: Term, z_t: torch.Tensor | None = z_t) -> Chunk:
         return Chunk(heads, term, z_s, z_t, width=PADDED, start=0)
 
-    lean = heads_of(V, TOKENS, torch.bfloat16)
-    for divergence in ("forward_kl", "jsd"):
-        most = chunk(full(), term_of(TOKENS, divergence, labels=True, heavy=True))
-        yield Case("row_kernel", f"{divergence}, everything, V={V}", partial(solve, most, everything))
-        few = "8–16 bytes: ptxas keeps to 128 registers, for two programs a multiprocessor"
-        few = few if divergence == "jsd" and arch != "gfx942" else None
-        usual = chunk(lean, term_of(TOKENS, divergence, labels=True, heavy=False))
-        yield Case("row_kernel", f"{divergence}, CE, V={V}", partial(solve, usual, both), allow_stack=few)
-    term = term_of(TOKENS, "forward_kl", labels=True, heavy=False)
-    alone = chunk(heads_of(V, TOKENS, torch.bfloat16, teacher=False), term, None)
-    yield Case("row_kernel", f"cross entropy alone, V={V}", partial(solve, alone, Gradients.of(None)))
+    def solve(label: str, chunk: Chunk, grads: Gradients, few: str | None = None) -> Case:
+        launch = partial(solve_rows, chunk, grads, stats=meta(6, TOKENS), **how)
+        label += f", V={V}" * (V == PADDED)
+        return Case("row_kernel", label, launch, allow_stack=few, pair=pair_bytes(chunk))
+
+    tight = "8–16 bytes: ptxas keeps to 128 registers, for two programs a multiprocessor"
+    divergences = ("forward_kl", "jsd") if V == PADDED else tuple(ENTRIES)
+    for divergence in divergences:
+        few = None if divergence in ("forward_kl", "reverse_kl") or arch == "gfx942" else tight
+        yield solve(f"{divergence}, plain", chunk(lean, usual(divergence)), both, few)
+        heavy = chunk(full(), term_of(TOKENS, divergence, labels=True, heavy=True))
+        yield solve(f"{divergence}, everything", heavy, everything)
+        if V != PADDED:
+            x = chunk(lean, replace(usual(divergence), metrics=True))
+            yield solve(f"{divergence}, metrics", x, both, few)
+    alone = chunk(heads_of(V, TOKENS, torch.bfloat16, teacher=False), usual("forward_kl", fixed=True), None)
+    yield solve("cross entropy alone", alone, Gradients.of(grad_s))
     if V == PADDED:
         return
-    usual = chunk(lean, term_of(TOKENS, "alpha_beta", labels=True, heavy=False))
-    yield Case("row_kernel", "alpha_beta, CE", partial(solve, usual, both))
+    yield solve("no gradients: cross entropy", alone, Gradients.of(None))
+    yield solve("no gradients: forward_kl, CE", chunk(lean, usual("forward_kl", fixed=True)), Gradients.of(None))
+    yield solve("own head: forward_kl, CE", chunk(lean, usual("forward_kl", fixed=True)), Gradients.of(grad_s))
+    for divergence in ("forward_kl", "jsd"):
+        x = chunk(lean, term_of(TOKENS, divergence, labels=False, heavy=False))
+        yield solve(f"{divergence} alone", x, Gradients.of(grad_s, grad_t), tight if divergence == "jsd" else None)
+        in_place = Gradients.of(z_s, z_t, decorrelation=meta(CHUNK))  # as the loop does where all is fp32
+        yield solve(f"fp32, {divergence}, plain", chunk(lean, usual(divergence)), in_place, tight)
     given = full(given=meta(TOKENS, V, dtype=torch.bfloat16), shared=V - 257)
-    x = chunk(given, term_of(TOKENS, "skew_kl", labels=True, heavy=False, fixed=True), None)
-    launch = partial(solve, x, Gradients.of(grad_s))
     few = "16–48 bytes: ptxas keeps to 128 registers, for two programs a multiprocessor"
     few = few if arch in ("sm_100", "sm_120") else None
-    yield Case("row_kernel", "skew_kl, given logits, truncated", launch, allow_stack=few)
+    x = chunk(given, usual("skew_kl", fixed=True), None)
+    yield solve("skew_kl, given logits, truncated", x, Gradients.of(grad_s), few)
 
     # one slice of the vocabulary: what processes do between their collectives
     constants, states, decorrelate = meta(12, CHUNK), meta(25, CHUNK), {"decorrelate": True, **how}
     for divergence in ("forward_kl", "jsd"):
         x = chunk(full(), term_of(TOKENS, divergence, labels=True, heavy=True))
-        yield Case("states_kernel", divergence, partial(row_states, x, states, **decorrelate))
+        yield Case("states_kernel", divergence, partial(row_states, x, states, **decorrelate), pair=pair_bytes(x))
         launch = partial(row_gradients, x, everything, constants=constants, **how)
-        yield Case("row_gradients_kernel", divergence, launch)
+        yield Case("row_gradients_kernel", divergence, launch, pair=pair_bytes(x))
     few = "16 bytes: ptxas keeps to 128 registers, for two programs a multiprocessor"
     few = few if arch in ("sm_80", "sm_86", "sm_89", "sm_90") else None
     launch = partial(row_terms, x, states, constants=constants, **decorrelate)
-    yield Case("terms_kernel", "jsd", launch, allow_stack=few)
+    yield Case("terms_kernel", "jsd", launch, allow_stack=few, pair=pair_bytes(x))
 
     bits = meta(TOKENS, -(-V // 32), dtype=torch.int32)
     x = chunk(full(teacher=False), term_of(TOKENS, "sparse", labels=True, heavy=False, bits=bits), None)
     yield Case("states_kernel", "sparse", partial(row_states, x, states, decorrelate=False, **how))
     launch = partial(row_gradients, x, Gradients.of(grad_s), constants=constants, **how)
-    yield Case("row_gradients_kernel", "sparse", launch)
+    yield Case("row_gradients_kernel", "sparse", launch, pair=pair_bytes(x))
+
+
+def pair_bytes(chunk: Chunk) -> int:
+    """Return the bytes that a kernel reads of one token's logits and biases."""
+    heads = chunk.heads
+    operands = [chunk.z_s, chunk.z_t, heads.teacher_logits, heads.bias]
+    operands += [heads.teacher_bias] * (chunk.z_t is not None)
+    return sum(operand.element_size() for operand in operands if operand is not None)
 
 
 def support_cases(V: int) -> Iterator[Case]:
@@ -267,23 +326,32 @@ class Result:
     arch: str
     kernel: str
     case: str
-    blocks: str = ""  # the integer constexprs
-    warps: int = 0
+    per_pair: str = ""
+    branches: str = ""
+    product: str = ""
+    once: str = ""
     regs: int = 0  # a thread
+    programs: int = 0  # a multiprocessor
     stack: int = 0  # bytes a thread
+    warps: int = 0
     shared: int = 0  # bytes a block
     tensor: int = 0  # tensor-core instructions; those of PTX or GCN
-    mufu: int = 0  # exp, log, 1/x and their kin
     total: int = 0  # instructions
     seconds: float = 0.0  # near 0: from Triton's cache
+    blocks: str = ""  # the integer constexprs
     hash: str = ""  # from here on not in the table
+    loops: list[dict[str, Any]] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
+    missed: list[str] = field(default_factory=list)
+
+
+COLUMNS = list(Result.__annotations__).index("hash")
 
 
 @contextmanager
 def pretending(arch: str) -> Iterator[None]:
     """What launchers ask of torch and Triton is answered as if a GPU of that architecture were there."""
-    target, multiprocessors, _, _ = CHIPS[arch]
+    target, multiprocessors = CHIPS[arch][:2]
     cuda = target.backend == "cuda"
     # the target is also the device's name, so that what a JITFunction keeps per device it keeps per target
     device = {"get_current_target": lambda: target, "get_current_device": lambda: target}
@@ -320,7 +388,8 @@ def compile_case(arch: str, quick: bool, index: int) -> list[Result]:
 
 
 def read(binary: Any, kernel: JITFunction, case: Case, arch: str, seconds: float) -> Result:
-    target, _, shared, tensor_core = CHIPS[arch]
+    chip = CHIPS[arch]
+    target = chip.target
     result = Result(arch, case.kernel, case.label, seconds=round(seconds, 2), hash=binary.hash)
     result.warps, result.shared = binary.metadata.num_warps, binary.metadata.shared
     constants = {kernel.params[path[0]].name: value for path, value in binary.src.constants.items()}
@@ -329,23 +398,99 @@ def read(binary: Any, kernel: JITFunction, case: Case, arch: str, seconds: float
     if target.backend == "cuda":
         assembly, sass = binary.asm["ptx"], disassemble(binary.asm["cubin"])
         result.regs, result.stack = (int(re.search(rf"\b{key}:(\d+)", sass)[1]) for key in ("REG", "STACK"))
-        opcodes = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+ +)?(?!NOP)([A-Z][\w.]*)", sass, re.M)
+        instructions = read_cuda(sass)
     else:
         assembly = binary.asm["amdgcn"]
         counts = dict(re.findall(r"^\s+\.(\w+):\s+(\d+)$", assembly, re.M))
         result.regs, result.stack = int(counts["vgpr_count"]), int(counts["private_segment_fixed_size"])
-        opcodes = re.findall(r"^\t([a-z]\w+)", assembly, re.M)
-    result.mufu = sum(bool(re.match(r"MUFU|v_(exp|log|rcp|rsq|sqrt)_", opcode)) for opcode in opcodes)
-    result.total, result.tensor = len(opcodes), assembly.count(tensor_core)
+        instructions = read_gcn(assembly)
+    result.total, result.tensor = len(instructions), assembly.count(chip.tensor_core)
+    result.programs = programs_of(chip, result)
+    count(result, loops_of(instructions), case, constants, result.warps * target.warp_size)
     if result.stack and case.allow_stack is None:
         result.wrong.append(f"stack frame of {result.stack} bytes a thread (spills?)")
-    if result.shared > shared * 1024:
-        result.wrong.append(f"{result.shared} bytes of shared memory, the chip has {shared * 1024}")
+    if result.shared > chip.shared * 1024:
+        result.wrong.append(f"{result.shared} bytes of shared memory, the chip has {chip.shared * 1024}")
     if (getattr(binary.metadata, "tmem_size", None) or 0) > 512:
         result.wrong.append(f"{binary.metadata.tmem_size} columns of tensor memory, the chip has 512")
     if case.tensor_core and not result.tensor:
-        result.wrong.append(f"no {tensor_core}: tl.dot does not run on the architecture's tensor cores")
+        result.wrong.append(f"no {chip.tensor_core}: tl.dot does not run on the architecture's tensor cores")
     return result
+
+
+def programs_of(chip: Chip, result: Result) -> int:
+    """Return how many programs a multiprocessor holds. A scheduler has 512 registers a lane, dealt out in eights."""
+    cuda = chip.target.backend == "cuda"
+    warps = 4 * min(chip.warps, 512 // max(8, -(-result.regs // 8) * 8))
+    reserved = 1024 if cuda else 0
+    room = (chip.shared + cuda) * 1024 // max(1, result.shared + reserved)
+    return min(chip.programs, warps // result.warps, room)
+
+
+def count(result: Result, code: Program, case: Case, constants: dict[str, Any], threads: int) -> None:
+    """Fill in what is executed per pair of logits, and what of it misses its limit."""
+    products = [x for loop in code.loops for x in loop.walk() if not x.inner and classes(x.always)["tensor"]]
+    if case.kernel in ("statistics_kernel", "gradients_kernel") and products:
+        pairs = constants["BLOCK_N"] * constants["BLOCK_V"] / threads  # of a thread in a tile
+        walks = [loop for loop in code.loops if loop not in products and any(x in products for x in loop.walk())]
+        work = [(x.always, x.branches) for x in walks] or [(code.outside, [])]
+        trips = -(-WIDTH // constants["BLOCK_H"])
+        result.product = f"{sum(len(x.always) for x in products) * trips / pairs / len(work):.1f}"
+        passes = [(len(always) / pairs, len(branches) / pairs) for always, branches in work]
+        result.once = f"{len(code.outside) / pairs:.1f}" if walks else ""
+        result.loops += [report(x, pairs, trips) for x in products]
+        result.loops += [report(x, pairs, 1) for x in walks]
+    elif case.pair:
+        passes = passes_of(result, code, case.pair, threads)
+        result.once = f"{len(code.outside) * threads / VOCAB:.1f}"
+    else:
+        return
+    result.per_pair = "+".join(f"{always:.1f}" for always, _ in passes)
+    result.branches = "+".join(f"{branches:.1f}" for _, branches in passes)
+    for (kernel, label), (most, programs) in LIMITS.items():
+        if kernel == case.kernel and case.label.startswith(label) and result.arch in MARGINS:
+            executed, most = sum(always for always, _ in passes), most * MARGINS[result.arch]
+            if executed > most:
+                result.missed.append(f"{executed:.1f} instructions per pair, at most {most:.1f}")
+            if result.stack:
+                result.missed.append(f"stack frame of {result.stack} bytes a thread")
+            if result.programs < programs:
+                result.missed.append(f"{result.programs} programs per multiprocessor, at least {programs}")
+
+
+def passes_of(result: Result, code: Program, pair: int, threads: int) -> list[tuple[float, float]]:
+    """Return of each pass over the vocabulary what it executes per pair, and what lies behind branches.
+
+    How many pairs a thread has in a trip is seen by what it loads. Loops with fewer than the most are the end of a pass
+    that stores as they do, the one before them if there is one."""
+    loops = [(loop, bytes_read(loop.always) // pair) for loop in code.loops]
+    loops = [(loop, pairs) for loop, pairs in loops if pairs and not pairs & (pairs - 1)]
+    most = max((pairs for _, pairs in loops), default=0)
+    mains = [i for i, (_, pairs) in enumerate(loops) if pairs == most]
+    ends: dict[int, list[int]] = {i: [] for i in mains}
+    for i, (loop, pairs) in enumerate(loops):
+        if pairs < most:
+            alike = [j for j in mains if stores(loops[j][0]) == stores(loop)] or mains
+            ends[max((j for j in alike if j < i), default=alike[0])].append(i)
+    passes = []
+    for main in mains:
+        step = most * threads
+        trips = {main: VOCAB // step if ends[main] else -(-VOCAB // step)}
+        trips |= {i: -(-(VOCAB - trips[main] * step) // (loops[i][1] * threads)) for i in ends[main]}
+        for i, n in trips.items():
+            result.loops.append(report(loops[i][0], loops[i][1], n))
+        executed = sum(len(loops[i][0].always) * n for i, n in trips.items())
+        passes.append((executed * threads / VOCAB, len(loops[main][0].branches) / most))
+    return passes
+
+
+def stores(loop: Loop) -> bool:
+    return any(re.match(r"STG|(buffer|global|flat)_store", opcode) for opcode in loop.always + loop.branches)
+
+
+def report(loop: Loop, pairs: float, trips: int) -> dict[str, Any]:
+    found = {name: round(n / pairs, 2) for name, n in classes(loop.always).most_common()}
+    return {"pairs": pairs, "trips": trips, "instructions": len(loop.always), "branches": len(loop.branches)} | found
 
 
 def disassemble(cubin: bytes) -> str:
@@ -357,10 +502,11 @@ def disassemble(cubin: bytes) -> str:
 
 
 def print_table(results: list[Result]) -> None:
-    lines = [list(asdict(results[0]))[:-2], *([str(cell) for cell in asdict(r).values()][:-2] for r in results)]
+    names = list(Result.__annotations__)[:COLUMNS]
+    lines = [names, *([str(getattr(r, name)) for name in names] for r in results)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
-        print(*(f"{c:<{w}} " if i < 4 else f"{c:>{w}}" for i, (c, w) in enumerate(zip(line, widths, strict=True))))
+        print(*(f"{c:<{w}} " if i < 3 else f"{c:>{w}}" for i, (c, w) in enumerate(zip(line, widths, strict=True))))
 
 
 def main() -> int:
@@ -368,6 +514,8 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="one vocabulary size")
     parser.add_argument("--arch", nargs="+", choices=CHIPS, default=list(CHIPS), metavar="ARCH", help=" ".join(CHIPS))
     parser.add_argument("--kernel", nargs="+", metavar="NAME", help="these kernels only")
+    parser.add_argument("--case", default="", metavar="PART", help="cases with that in their label only")
+    parser.add_argument("--classes", action="store_true", help="what each loop executes, by class of opcode")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
     args = parser.parse_args()
@@ -377,10 +525,11 @@ def main() -> int:
     tasks = []
     for arch in args.arch:
         with pretending(arch):
-            kernels = [case.kernel for case in cases(arch, args.quick)]
-        tasks += [(arch, args.quick, i) for i, name in enumerate(kernels) if not args.kernel or name in args.kernel]
+            for i, case in enumerate(cases(arch, args.quick)):
+                if args.case in case.label and (not args.kernel or case.kernel in args.kernel):
+                    tasks.append((arch, args.quick, i))
     if not tasks:
-        parser.error(f"--kernel {' '.join(args.kernel)}: there is no such kernel")
+        parser.error(f"--kernel {' '.join(args.kernel or ['of any name'])} --case {args.case!r}: there is none")
     began = time.perf_counter()
     lines: dict[tuple[str, str], Result] = {}  # cases that came out as the same compilation share one
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
@@ -390,9 +539,12 @@ def main() -> int:
                     same.case += f" = {result.case}"
     results = list(lines.values())
     print_table(results)
+    for r in results if args.classes else ():
+        print(f"\n{r.arch} {r.kernel} {r.case}", *r.loops, sep="\n    ")
+    missed = [f"missed: {r.arch} {r.kernel} ({r.case}): {what}" for r in results for what in r.missed]
     wrong = [f"{r.arch} {r.kernel} ({r.case}): {what}" for r in results for what in r.wrong]
     print(f"\n{len(results)} compilations, triton {triton.__version__}, {time.perf_counter() - began:.0f} s")
-    print("\n".join([*wrong, f"{len(wrong)} wrong"]))
+    print("\n".join([*missed, *wrong, f"{len(missed)} missed, {len(wrong)} wrong"]))
     if args.json:
         args.json.write_text(json.dumps([asdict(result) for result in results], indent=1))
     return int(bool(wrong))
