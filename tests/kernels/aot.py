@@ -43,10 +43,13 @@ from unittest import mock
 
 import torch
 import triton
-from machine_code import Loop, Program, bytes_read, classes, loops_of, read_cuda, read_gcn
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
+
+from machine_code import Loop, Program, bytes_read, classes, loops_of, read_cuda, read_gcn
 
 from kdfast.kernels import topk_teacher
 from kdfast.kernels.block_sizes import TABLE
@@ -514,7 +517,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="one vocabulary size")
     parser.add_argument("--arch", nargs="+", choices=CHIPS, default=list(CHIPS), metavar="ARCH", help=" ".join(CHIPS))
     parser.add_argument("--kernel", nargs="+", metavar="NAME", help="these kernels only")
-    parser.add_argument("--case", default="", metavar="PART", help="cases with that in their label only")
+    parser.add_argument("--case", nargs="+", default=[""], metavar="PART", help="cases with such a part in their label")
     parser.add_argument("--classes", action="store_true", help="what each loop executes, by class of opcode")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
@@ -526,10 +529,10 @@ def main() -> int:
     for arch in args.arch:
         with pretending(arch):
             for i, case in enumerate(cases(arch, args.quick)):
-                if args.case in case.label and (not args.kernel or case.kernel in args.kernel):
+                if any(part in case.label for part in args.case) and (not args.kernel or case.kernel in args.kernel):
                     tasks.append((arch, args.quick, i))
     if not tasks:
-        parser.error(f"--kernel {' '.join(args.kernel or ['of any name'])} --case {args.case!r}: there is none")
+        parser.error(f"there is no case of {args.kernel or 'any kernel'} with {args.case} in its label")
     began = time.perf_counter()
     lines: dict[tuple[str, str], Result] = {}  # cases that came out as the same compilation share one
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
