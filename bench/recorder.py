@@ -15,9 +15,7 @@ from kdfast.ops import collectives, matmul
 PRODUCTS = {  # function of ops.matmul → kind, and which of its arguments is of shape (V, H)
     "logits": ("logits", 1),
     "input_gradient": ("input_gradient", 1),
-    "add_input_gradient": ("input_gradient", 1),
     "weight_gradient": ("weight_gradient", 2),
-    "whole_weight_gradient": ("weight_gradient", 2),
 }
 
 
@@ -52,23 +50,15 @@ class Collective(NamedTuple):
 def products(note: Callable[[Product], None] | None = None) -> Iterator[list[Product]]:
     """Collect the products made inside, and call `note` with each where it is given."""
     found: list[Product] = []
-    nested = False  # one function of ops.matmul may call another
 
     def recorded(name: str) -> Callable[..., Any]:
         function, (kind, head) = getattr(matmul, name), PRODUCTS[name]
 
-        def call(*args: Any) -> Any:
-            nonlocal nested
-            if nested:
-                return function(*args)
+        def call(*args: Any, **how: Any) -> Any:
             found.append(Product(kind, args[0].shape[0], *args[head].shape))
             if note is not None:
                 note(found[-1])
-            nested = True
-            try:
-                return function(*args)
-            finally:
-                nested = False
+            return function(*args, **how)
 
         return call
 

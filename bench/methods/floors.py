@@ -47,16 +47,18 @@ def floor_b(inputs: Inputs) -> tuple[Run, Run]:
     z = normal(most, stride, dtype=torch.float32)[:, :V]
     g = z if narrow == z.dtype else normal(most, stride, dtype=narrow)[:, :V]
     x, heads = ({H: normal(n, H) for H in widths} for n in (most, V))
-    d_weight = torch.zeros(V, inputs.workload.student_width, device=device)
+    d_weight = torch.empty(V, inputs.workload.student_width, device=device)
 
     def replay(calls: list[Product]) -> None:
+        first = True
         for kind, rows, _, width in calls:
             if kind == "logits":
                 matmul.logits(x[width][:rows], heads[width], z[:rows])
             elif kind == "input_gradient":
-                matmul.input_gradient(g[:rows], heads[width], z.dtype)
+                matmul.input_gradient(g[:rows], heads[width], z.new_empty(rows, width))
             else:
-                matmul.weight_gradient(g[:rows], x[width][:rows], d_weight)
+                matmul.weight_gradient(g[:rows], x[width][:rows], d_weight, add=not first)
+                first = False
 
     return lambda: replay(forward), lambda: replay(step)
 

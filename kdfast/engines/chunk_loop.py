@@ -4,7 +4,7 @@ For each chunk of m tokens, with student and projected rows stacked (they share 
 
     logits            Z  (2m, V) = [h_s; h_p] · Wᵀ        one product, fp32                      2u
     row_solver        G  (2m, V) = dL/dZ                  in Z's memory where the dtype is the same
-    weight_gradient   dW (V, H) += Gᵀ · [h_s; h_p]        one product, accumulated in fp32       2u
+    weight_gradient   dW (V, H) += Gᵀ · [h_s; h_p]        one product, in fp32; = in the first   2u
     input_gradients   dX (2m, H) = G · W                  one product                            2u
 
 A product whose result is not wanted is not made: 6u with `teacher_grad="full"`, 5u for "projector", 4u for "none"; a
@@ -71,14 +71,19 @@ class ChunkLoop:
         self.stats = torch.zeros((6, N), device=device, dtype=x.dtype)
         self.row_solver = resolve_name(row_classes[x.engine])(x, self.scale, self.wanted, self.stats)
 
-        def gradient(needed: bool, *shape: int) -> Tensor:
-            return torch.zeros(shape if needed else (0,), device=device, dtype=x.dtype)
-
-        self.d_hidden = gradient(x.need_hidden, N, H)
-        self.d_weight = gradient(x.need_weight, *x.weight.shape)
-        self.d_bias = gradient(x.need_bias, x.weight.shape[0])
-        self.d_teacher = gradient(x.need_teacher_hidden, N, H)
         self.teacher_input = x.need_teacher_hidden and (self.wanted.teacher or self.wanted.anchor)
+
+        def gradient(needed: bool, *shape: int, written: int = 0) -> Tensor:
+            """Return zeros, but for the first rows, which chunks will write."""
+            out = torch.empty(shape if needed else (0,), device=device, dtype=x.dtype)
+            if written < out.shape[0]:
+                out[written:].zero_()
+            return out
+
+        self.d_hidden = gradient(x.need_hidden, N, H, written=N)
+        self.d_weight = gradient(x.need_weight, *x.weight.shape, written=V if N else 0)
+        self.d_bias = gradient(x.need_bias, x.weight.shape[0])
+        self.d_teacher = gradient(x.need_teacher_hidden, N, H, written=N if self.teacher_input else 0)
 
         self.sides = 2 if x.teacher_hidden is not None else 1
         per_token = planning.bytes_per_token(
@@ -139,7 +144,8 @@ class ChunkLoop:
         )
 
     def weight_gradient(self, chunk: Chunk) -> None:
-        """Add the chunk's part to dW; then add the anchor's gradient to the teacher's, as it can no longer reach W."""
+        """Add the chunk's part to dW, or write it; then add the anchor's gradient, as it can no longer reach W, to
+        the teacher's."""
         x, m, g, inputs = self.x, chunk.tokens, chunk.gradients, chunk.inputs
         if x.need_weight:
             if self.decorrelation is not None:
@@ -147,7 +153,8 @@ class ChunkLoop:
                 inputs[:m] = torch.addcmul(inputs[:m].to(x.dtype), inputs[m:].to(x.dtype), c, value=-1)
             to_weight = slice(0, 2 * m if self.wanted.teacher_to_weight else m)
             if x.valid_vocab:
-                matmul.weight_gradient(g[to_weight], inputs[to_weight], self.d_weight[: x.valid_vocab])
+                d_weight = self.d_weight[: x.valid_vocab]
+                matmul.weight_gradient(g[to_weight], inputs[to_weight], d_weight, add=chunk.rows.start > 0)
         if self.anchor_plane is not None:
             g[m:] += self.anchor_plane[:m]
 
@@ -157,9 +164,10 @@ class ChunkLoop:
         to_input = slice(0 if x.need_hidden else m, 2 * m if self.teacher_input else m)
         if to_input.start >= to_input.stop:
             return None
+        d_inputs = self.stats.new_empty(to_input.stop - to_input.start, x.hidden.shape[1])
         if not x.valid_vocab:  # a slice of the vocabulary may be empty
-            return self.stats.new_zeros(to_input.stop - to_input.start, x.hidden.shape[1])
-        d_inputs = matmul.input_gradient(chunk.gradients[to_input], self.weight, x.dtype)
+            return d_inputs.zero_()
+        matmul.input_gradient(chunk.gradients[to_input], self.weight, d_inputs)
         if self.teacher_input and self.decorrelation is not None:
             d_inputs[m:] -= self.decorrelation[:m, None] * d_inputs[:m]
         return d_inputs

@@ -137,7 +137,9 @@ def _gradients(
     to_weight = slice(0, 2 * N if want.teacher_to_weight else N)
     teacher_input = x.need_teacher_hidden and teacher
     to_input = slice(N if want.student and not x.need_hidden else 0, sides * N if teacher_input else N)
-    d_inputs = x.coefficients.new_zeros(max(0, to_input.stop - to_input.start), x.hidden.shape[1])
+    d_inputs = x.coefficients.new_empty(max(0, to_input.stop - to_input.start), x.hidden.shape[1])
+    if not V:
+        d_inputs.zero_()
 
     for first in range(0, V, width):
         ids = slice(first, min(first + width, V))
@@ -152,7 +154,7 @@ def _gradients(
             topk_teacher.write(slab[0], x.teacher_indices, entries, x.vocab_start + first)
         g = planes[:sides].flatten(0, 1)[:, : ids.stop - first]
         if inputs is not None:
-            matmul.whole_weight_gradient(g[to_weight], inputs[to_weight], d_weight[ids])
+            matmul.weight_gradient(g[to_weight], inputs[to_weight], d_weight[ids])
         if x.need_bias:
             add_column_sums(g[:N], None if decorrelation is None else 1 - decorrelation, d_bias[ids])
             if want.teacher_to_weight:
@@ -160,7 +162,7 @@ def _gradients(
         if want.anchor_apart:
             slab[1] += slab[-1]
         if d_inputs.numel():
-            matmul.add_input_gradient(g[to_input], x.weight[ids], d_inputs)
+            matmul.input_gradient(g[to_input], x.weight[ids], d_inputs, add=first > 0)
 
     if teacher_input and decorrelation is not None and x.need_hidden:
         d_inputs[-N:].addcmul_(decorrelation[:, None], d_inputs[:N], value=-1)

@@ -1,14 +1,17 @@
-"""Every matrix product with the vocabulary that an engine hands to the vendor: precision in one place.
+"""Every matrix product with the vocabulary that an engine hands to the vendor: precision and extents in one place.
 
     logits           Z (m, V)  = X (m, H) · Wᵀ        Z in fp32 (fp64), whatever X and W are
-    input_gradient   dX (m, H) = G (m, V) · W         returned in fp32 (fp64)
-    weight_gradient  dW (V, H) += Gᵀ · X              accumulated in fp32 (fp64)
+    input_gradient   dX (m, H) = G (m, V) · W         in fp32 (fp64)
+    weight_gradient  dW (V, H) = Gᵀ · X               summed in fp32 (fp64)
 
-Each is u = 2·m·V·H operations. 16-bit operands: on a GPU G has their dtype, and products accumulate and return fp32.
-A CPU has no 16-bit product with an fp32 result. There G stays fp32; logits and dW are fp32 products, of operands
-widened a vocabulary block at a time; dX is a bf16 product, rounded once. (A bf16 dW product is no faster than an
-fp32 one on the CPUs tried, and would be rounded once more per chunk.) fp16, for which CPUs have no fast product, is
-widened throughout.
+The last two add to what is there where they are asked to. Each is u = 2·m·V·H operations. 16-bit operands: on a GPU G
+has their dtype, and products accumulate and return fp32. A CPU has no 16-bit product with an fp32 result, ROCm none
+before PyTorch 2.10. There G stays fp32; logits and dW are fp32 products, of operands widened a vocabulary block at a
+time; dX is so too, but on CPUs that multiply bf16, rounded once. (A bf16 dW product is no faster than an fp32 one on
+the CPUs tried, and would be rounded once more per chunk.)
+
+Vendors' GPU kernels for a contiguous extent that is no multiple of 8 may be several times slower, however far apart
+its rows lie (NVIDIA's "align1"). So a GPU takes a vocabulary of 50257 as 50256 entries, then one.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import torch
 from torch import Tensor
 
 VOCAB_BLOCK = 8192  # rows of W widened, or of dW added up, at a time: 8192·H·4 bytes of temporary
+SINCE_2_10 = torch.__version__ >= "2.10"
 
 
 def tf32(device: torch.device) -> bool:
@@ -31,79 +35,79 @@ def tf32(device: torch.device) -> bool:
     return torch.backends.cuda.matmul.allow_tf32 if setting is None else setting == "tf32"
 
 
+def widens(device: torch.device) -> bool:
+    """Return whether `device` has no product of 16-bit operands with an fp32 result."""
+    return device.type == "cpu" or (torch.version.hip is not None and not SINCE_2_10)
+
+
 def gradient_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """Return the dtype in which the gradients of the logits are kept for the products, for heads of `dtype`."""
-    return torch.float64 if dtype == torch.float64 else torch.float32 if device.type == "cpu" else dtype
+    return torch.float64 if dtype == torch.float64 else torch.float32 if widens(device) else dtype
+
+
+def extent(device: torch.device) -> int:
+    """Return what the vocabulary's part in a product is a multiple of, or less than."""
+    return 1 if device.type == "cpu" else 8
+
+
+def stretches(total: int, device: torch.device, size: int | None = None) -> Iterator[slice]:
+    """Yield the slices of range(total) that products take, in order, of at most `size` where it is given."""
+    even = total - total % extent(device)
+    yield from blocks(even, size or max(1, even))
+    if even < total:
+        yield slice(even, total)
 
 
 def logits(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     """Write out = x · weightᵀ and return it.  x (m, H), weight (V, H) of one dtype; out (m, V) fp32 or fp64, whose rows
     may be strided."""
-    if x.dtype == weight.dtype == out.dtype:
-        return torch.mm(x, weight.t(), out=out)
-    if x.is_cuda and out.dtype == torch.float32 and x.dtype == weight.dtype:
-        return torch.ops.aten.mm.dtype_out(x, weight.t(), out.dtype, out=out)
-    x = x.to(out.dtype)
-    for block in blocks(weight.shape[0]):
-        torch.mm(x, weight[block].to(out.dtype).t(), out=out[:, block])
+    widened = x.dtype != weight.dtype or not _multiplies(x, out.dtype)
+    x = x.to(out.dtype) if widened else x
+    for ids in stretches(weight.shape[0], x.device, VOCAB_BLOCK if widened else None):
+        _multiply(x, weight[ids].to(x.dtype).t(), out[:, ids])
     return out
 
 
-def input_gradient(g: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return g · weight.  g (m, V), weight (V, H) → (m, H) in `dtype` (fp32 or fp64)."""
-    if g.dtype == weight.dtype:
-        return _product(g, weight, dtype)
-    if weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return torch.mm(g.to(torch.bfloat16), weight).to(dtype)
-    out = torch.zeros(g.shape[0], weight.shape[1], dtype=dtype, device=g.device)
-    for block in blocks(weight.shape[0]):
-        out.addmm_(g[:, block].to(dtype), weight[block].to(dtype))
+def input_gradient(g: Tensor, weight: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
+    """Write out = g · weight, or add it to `out`; return out.  g (m, V), weight (V, H), V > 0; out (m, H) fp32 or fp64.
+    """
+    widened = g.dtype != weight.dtype
+    if widened and weight.dtype == torch.bfloat16 and not g.is_cuda and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        product = torch.mm(g.to(torch.bfloat16), weight)
+        return out.add_(product) if add else out.copy_(product)
+    for ids in stretches(weight.shape[0], g.device, VOCAB_BLOCK if widened else None):
+        _multiply(g[:, ids], weight[ids].to(g.dtype), out, add=add or ids.start > 0)
     return out
 
 
-def add_input_gradient(g: Tensor, weight: Tensor, accumulator: Tensor) -> None:
-    """Add g · weight to `accumulator`.  g (m, V), weight (V, H), accumulator (m, H) fp32 or fp64."""
-    if g.dtype == weight.dtype and _accumulates(g, accumulator):
-        _accumulate(accumulator, g, weight)
-    else:
-        accumulator += input_gradient(g, weight, accumulator.dtype)
-
-
-def weight_gradient(g: Tensor, x: Tensor, accumulator: Tensor) -> Tensor:
-    """Add gᵀ · x to `accumulator` and return it.  g (m, V), x (m, H), accumulator (V, H) fp32 or fp64."""
+def weight_gradient(g: Tensor, x: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
+    """Write out = gᵀ · x, or add it to `out`; return out.  g (m, V), x (m, H), out (V, H) fp32 or fp64; where nothing
+    is added of any dtype, to which the sums are rounded once."""
     x = x.to(g.dtype)
-    if _accumulates(g, accumulator):
-        return _accumulate(accumulator, g.t(), x)
-    for block in blocks(accumulator.shape[0]):
-        accumulator[block] += _product(g[:, block].t(), x, accumulator.dtype)
-    return accumulator
+    for ids in stretches(out.shape[0], g.device):
+        _multiply(g[:, ids].t(), x, out[ids], add=add)
+    return out
 
 
-def whole_weight_gradient(g: Tensor, x: Tensor, out: Tensor) -> None:
-    """Write out = gᵀ · x, summed in fp32 (fp64) and rounded once.  g (m, V), x (m, H), out (V, H) of any dtype."""
+def _multiplies(operand: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether the device multiplies such operands into `dtype`."""
+    return operand.dtype == dtype or (dtype == torch.float32 and operand.is_cuda and not widens(operand.device))
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
+    """Write out = a · b, or add it to `out`, summed in fp32 (fp64).  a, b of one dtype."""
     wide = torch.promote_types(out.dtype, torch.float32)
-    out.copy_(_product(g.t(), x.to(g.dtype), wide))
-
-
-def _accumulates(operand: Tensor, accumulator: Tensor) -> bool:
-    """Return whether a product of such operands can be added to `accumulator` in its own call, without a temporary.
-    Before PyTorch 2.10 a 16-bit product would not be added to fp32."""
-    narrow = operand.is_cuda and accumulator.dtype == torch.float32 and torch.__version__ >= "2.10"
-    return operand.dtype == accumulator.dtype or narrow
-
-
-def _accumulate(accumulator: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Add a · b to `accumulator`."""
-    if a.dtype == accumulator.dtype:
-        return accumulator.addmm_(a, b)
-    return torch.ops.aten.addmm.dtype_out(accumulator, a, b, accumulator.dtype, out=accumulator)
-
-
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a · b, of one dtype, in `dtype`."""
-    if a.is_cuda and a.dtype != dtype == torch.float32:
-        return torch.ops.aten.mm.dtype(a, b, dtype)
-    return torch.mm(a, b).to(dtype)
+    if a.dtype == out.dtype == wide:
+        out.addmm_(a, b, beta=int(add))  # with 0 what is there is not read
+    elif out.dtype == wide and _multiplies(a, wide) and not add:
+        torch.ops.aten.mm.dtype_out(a, b, wide, out=out)
+    elif out.dtype == wide and _multiplies(a, wide) and SINCE_2_10:  # added to fp32 without a temporary
+        torch.ops.aten.addmm.dtype_out(out, a, b, wide, out=out)
+    else:
+        for rows in blocks(out.shape[0], VOCAB_BLOCK if add else len(out)):
+            mixed = a.dtype != wide and _multiplies(a, wide)
+            product = torch.ops.aten.mm.dtype(a[rows], b, wide) if mixed else torch.mm(a[rows], b)
+            _ = out[rows].add_(product) if add else out[rows].copy_(product)
 
 
 def blocks(total: int, size: int = VOCAB_BLOCK) -> Iterator[slice]:

@@ -171,14 +171,15 @@ def tiled(x: Shape) -> Phases | None:
     projected = x.teacher == "projected"
     pairs = 1 + projected
     A, wide = x.hidden, x.tokens * Hs * w  # in the inputs' dtype, in fp32
-    dW = V * Hs * (s if x.dtype == torch.bfloat16 else w)
+    rounded = x.dtype == torch.bfloat16  # dW, slab by slab
+    dW = V * Hs * (s if rounded else w)
     width = slab_width(x)
     always = pairs * wide + dW + projected * A + 2 * ROW * x.tokens
     planes = pairs * x.tokens * width * s
     stacked = pairs * A
     return {
         # gradients of a slab; rows of both sides, in one piece; dX of both in fp32; dW of the slab before it is rounded
-        "slab": always + planes + stacked + pairs * wide + min(width, V) * Hs * w,
+        "slab": always + planes + stacked + pairs * wide + rounded * min(width, V) * Hs * w,
         # for 16-bit gradients [h_s − mix·h_p; h_p] is made, in fp32
         "stack": always + planes + (stacked + 3 * wide if projected and s == 2 else 2 * stacked),
         "finish": always + stacked + x.weight,

@@ -16,7 +16,7 @@ def test_the_comparison_itself(kind, divergence, monkeypatch):
     arguments = ("cpu", "fp32", (7, 70, 16, 20), kind, divergence)
     compare(*arguments, TRITON, rows=3)
     weight_gradient = matmul.weight_gradient
-    monkeypatch.setattr(matmul, "weight_gradient", lambda g, x, out: weight_gradient(g * 1.001, x, out))
+    monkeypatch.setattr(matmul, "weight_gradient", lambda g, x, out, **how: weight_gradient(g * 1.001, x, out, **how))
     with pytest.raises(AssertionError, match=r"'triton_chunked', 'W'"):
         compare(*arguments, TRITON[:1], rows=3)
 

@@ -75,20 +75,14 @@ class _NotLaunched:
         return lambda *args, **kwargs: None
 
 
-def _input_gradient(g, weight, dtype):
-    return g.new_empty(g.shape[0], weight.shape[1], dtype=dtype)
-
-
-def _whole_weight_gradient(g, x, out):
-    out.copy_(x.new_empty(out.shape, dtype=torch.float32))
+def _weight_gradient(g, x, out, add=False):
+    return out if out.itemsize >= 4 else out.copy_(x.new_empty(out.shape, dtype=torch.float32))
 
 
 PRODUCTS = {
     "logits": lambda x, weight, out: out,
-    "input_gradient": _input_gradient,
-    "add_input_gradient": lambda g, weight, accumulator: None,
-    "weight_gradient": lambda g, x, accumulator: accumulator,
-    "whole_weight_gradient": _whole_weight_gradient,
+    "input_gradient": lambda g, weight, out, add=False: out,
+    "weight_gradient": _weight_gradient,
 }
 
 
