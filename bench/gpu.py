@@ -6,24 +6,29 @@
     loss          pytest bench/test_loss.py a workload at a time, test_accuracy.py; then bench/report.py has the tables
     step          pytest bench/test_step.py
     kernels       each Triton kernel alone: time, and bytes or operations a second
+    counters      the same kernels under ncu: bytes from memory, hits in L2, active warps, instructions
     autotune      the search for block sizes
     sanitizer     compute-sanitizer's memcheck and racecheck on a small call of each Triton engine
 
 A row is written to gpu-PART.json under --out as soon as it is known; to measure it again, delete that file. None is
-begun after --minutes; the same command goes on from there. --quick is tiny and runs without a GPU too, interpreted.
+begun after --minutes; the same command goes on from there. Nothing is timed where a test has failed. --quick is tiny
+and runs without a GPU too, interpreted.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import importlib
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from importlib import metadata, util
 from pathlib import Path
@@ -80,39 +85,64 @@ class Results(dict[str, Row]):
         return {"command": " ".join(command), "status": status, "output": output.decode(errors="replace")[-100000:]}
 
 
-KERNELS = {  # engine's module, launcher, divergence, with gradients, reads of each logit
-    "row kernel, 1 read": ("triton_rows", "solve_rows", "forward_kl", False, 1),
-    "row kernel, 2 reads": ("triton_rows", "solve_rows", "forward_kl", True, 2),
-    "row kernel, 3 reads (jsd)": ("triton_rows", "solve_rows", "jsd", True, 3),
-    "statistics kernel": ("triton_tiled", "statistics", "forward_kl", False, 0),
-    "gradient kernel, one slab": ("triton_tiled", "slab_gradients", "forward_kl", True, 0),
+CE = {"ce_weight": 0.5}
+KERNELS = {  # launcher, options of the loss, with gradients, reads of each logit: 0 for the tiled engine's
+    "row kernel, 1 read": ("solve_rows", CE, False, 1),
+    "row kernel, KL alone": ("solve_rows", {}, True, 2),
+    "row kernel, KL and CE": ("solve_rows", CE, True, 2),
+    "row kernel, with metrics": ("solve_rows", CE | {"return_metrics": True}, True, 2),
+    "row kernel, jsd": ("solve_rows", CE | {"divergence": "jsd"}, True, 3),
+    "row kernel, skew_kl": ("solve_rows", CE | {"divergence": "skew_kl"}, True, 3),
+    "row kernel, symmetric_kl": ("solve_rows", CE | {"divergence": "symmetric_kl"}, True, 3),
+    "row kernel, total_variation": ("solve_rows", CE | {"divergence": "total_variation"}, True, 3),
+    "statistics kernel": ("statistics", CE, False, 0),
+    "gradient kernel, one slab": ("slab_gradients", CE, True, 0),
 }
+# bytes from memory, whether the second read of a logit finds it in L2, what keeps the multiprocessors waiting, and the
+# warp instructions that `make aot` predicts
+COUNTERS = [
+    "gpu__time_duration.sum",
+    "dram__bytes_read.sum",
+    "dram__bytes_write.sum",
+    "lts__t_sector_hit_rate.pct",
+    "smsp__inst_executed.sum",
+    "sm__warps_active.avg.pct_of_peak_sustained_active",
+    "smsp__issue_active.avg.pct_of_peak_sustained_active",
+    "sm__inst_executed_pipe_xu.avg.pct_of_peak_sustained_active",
+    "launch__registers_per_thread",
+    "launch__occupancy_limit_registers",
+]
+
+
+def launch_of(inputs: Inputs, label: str) -> tuple[Callable[[], None], Row]:
+    """The first such launch of a run, to be done again with its very arguments. `bytes`: if memory is read once."""
+    launcher, options, backward, reads = KERNELS[label]
+    module = importlib.import_module(f"kdfast.engines.triton_{'rows' if reads else 'tiled'}")
+    with mock.patch.object(module, launcher, wraps=getattr(module, launcher)) as launch:
+        with torch.set_grad_enabled(backward):
+            value = loss(inputs, "triton_chunked" if reads else "triton_tiled", **options)
+        if backward:
+            (value[0] if isinstance(value, tuple) else value).backward()
+    inputs.clear()
+    arguments, keywords = launch.call_args_list[0]
+    written = arguments[1 if reads else 2].student if backward else None  # `launch.Gradients`
+    workload = inputs.workload
+    whole = workload.tokens * workload.vocab
+    logits = 2 * (arguments[0].z_s.numel() if reads else whole if written is None else written.numel())
+    moved = logits * (4 * bool(reads) + (0 if written is None else written.element_size()))
+    operations = 0 if reads else 2 * logits * workload.student_width
+    row = {"reads": reads, "logits": logits, "bytes": moved, "operations": operations}
+    return partial(getattr(module, launcher), *arguments, **keywords), row
 
 
 def time_kernels(workload: Workload, rounds: int) -> dict[str, Row]:
-    """Each kernel alone: the first launch of a run, again with its very arguments. `bytes`: if memory is read once."""
-    inputs, runs, rows = Inputs(workload), {}, {}
-    for label, (module, launcher, divergence, backward, reads) in KERNELS.items():
-        module = importlib.import_module(f"kdfast.engines.{module}")
-        engine = "triton_chunked" if reads else "triton_tiled"
-        with mock.patch.object(module, launcher, wraps=getattr(module, launcher)) as launch:
-            with torch.set_grad_enabled(backward):
-                value = loss(inputs, engine, divergence)
-            if backward:
-                value.backward()
-        inputs.clear()
-        arguments, options = launch.call_args_list[0]
-        runs[label] = partial(getattr(module, launcher), *arguments, **options)
-        written = arguments[1 if reads else 2].student if backward else None  # `launch.Gradients`
-        tokens, vocab = workload.tokens, workload.vocab
-        logits = 2 * (arguments[0].z_s.numel() if reads else tokens * vocab if written is None else written.numel())
-        moved = logits * (4 * bool(reads) + (0 if written is None else written.element_size()))
-        operations = 0 if reads else 2 * logits * workload.student_width
-        rows[label] = {"reads": reads, "bytes": moved, "operations": operations}
-    for run in runs.values():
+    inputs = Inputs(workload)
+    launches = {label: launch_of(inputs, label) for label in KERNELS}
+    runs, rows = [run for run, _ in launches.values()], {label: row for label, (_, row) in launches.items()}
+    for run in runs:
         run(), run()
     gpu = measure.known_gpu(str(measure.machine()["device"]))
-    for row, seconds in zip(rows.values(), measure.alternate([*runs.values()], rounds), strict=True):
+    for row, seconds in zip(rows.values(), measure.alternate(runs, rounds), strict=True):
         median = statistics.median(seconds)
         row |= {"seconds": seconds, "flops": row["operations"] / median, "bytes_per_second": row["bytes"] / median}
         if gpu:
@@ -120,10 +150,52 @@ def time_kernels(workload: Workload, rounds: int) -> dict[str, Row]:
     return rows
 
 
+def launch_once(name: str, label: str) -> None:
+    """What ncu looks at: one launch, of a kernel that is compiled and warm."""
+    workload = next(workload for workload in WORKLOADS if str(workload) == name)
+    run, _ = launch_of(Inputs(workload), label)
+    run()
+    torch.cuda.synchronize()
+    torch.cuda.profiler.start()
+    run()
+    torch.cuda.synchronize()
+    torch.cuda.profiler.stop()
+
+
+def counters(results: Results, args: argparse.Namespace) -> None:
+    """One process per kernel: ncu replays a launch for every group of counters."""
+    if not shutil.which("ncu"):
+        print(f"{results.path.stem}: ncu is not installed, no counters")
+        return
+    # clocks stay as they are; what is launched before is not looked at
+    ncu = ["ncu", "--csv", "--clock-control", "none", "--profile-from-start", "off", "--metrics", ",".join(COUNTERS)]
+    for workload in measured_alone():
+        for label in KERNELS:
+            if results.due(name := f"{workload}, {label}"):
+                script = f"import gpu; gpu.launch_once({str(workload)!r}, {label!r})"
+                row = results.command(*ncu, sys.executable, "-c", script)
+                results.add(name, row | {"counters": read_counters(row["output"])})
+
+
+def read_counters(output: str) -> dict[str, dict[str, str]]:
+    """ncu's table, a line for each kernel and metric: {kernel: {metric: value and unit}}."""
+    found: dict[str, dict[str, str]] = {}
+    lines = [line for line in output.splitlines() if line.startswith('"')]
+    for row in csv.DictReader(lines):
+        kernel = found.setdefault(row["Kernel Name"], {})
+        kernel[row["Metric Name"]] = f"{row['Metric Value']} {row['Metric Unit']}".strip()
+    return found
+
+
+def measured_alone() -> list[Workload]:
+    """The workloads of which each kernel is measured alone."""
+    dtype = WORKLOADS[0].dtype
+    return [w for w in WORKLOADS if w.name in (*PAIRS, "wide") and w.teacher == "projected" and w.dtype == dtype]
+
+
 def kernels(results: Results, args: argparse.Namespace) -> None:
-    for workload in WORKLOADS:
-        wanted = workload.name in PAIRS and workload.teacher == "projected"
-        if wanted and workload.dtype == WORKLOADS[0].dtype and results.due(str(workload)):
+    for workload in measured_alone():
+        if results.due(str(workload)):
             results.add(str(workload), time_kernels(workload, args.rounds))
 
 
@@ -177,7 +249,7 @@ def show(results: Results) -> bool:
         print(f"\n{results.path.stem} {title}")
         if "status" in rows:
             fine &= rows["status"] == 0
-            print(f"status {rows['status']}\n{rows['output'][-600:]}")
+            print(f"status {rows['status']}\n{rows.get('counters') or rows['output'][-600:]}")
             continue
         for name, row in rows.items():
             operations, moved = row["flops"] / 1e12, row["bytes_per_second"] / 1e9
@@ -189,7 +261,7 @@ def show(results: Results) -> bool:
 def main() -> int:
     commands = {"loss": loss_commands(), "step": {"step": pytest_command("test_step")}}
     commands |= {"sanitizer": sanitizer_commands(), "autotune": search_commands()}
-    parts = {"correctness": correctness, "kernels": kernels}
+    parts = {"correctness": correctness, "kernels": kernels, "counters": counters}
     parts |= {name: partial(run_commands, commands=those) for name, those in commands.items()}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=[*parts, "all"], default="all")
@@ -202,6 +274,9 @@ def main() -> int:
     every = {name: Results(args, name) for name in parts if args.part in (name, "all")}
     for name in every:
         parts[name](every[name], args)
+        if name == "correctness" and every[name]["pytest"]["status"] not in (0, 124):
+            every = {name: every[name]}
+            break
     return 1 - min(map(show, every.values()))
 
 

@@ -124,6 +124,9 @@ def _workloads() -> list[Workload]:
             found += [Workload(name, teacher, *sizes, other) for teacher in ("projected", "head")]
             found += [Workload(name, "none", *sizes, dtype) for dtype in (FP32, BF16)]
     widths, dtype = ((768, 1024), BF16) if CUDA else ((256, 384), FP32)
+    if CUDA:  # what peers' figures are of; a CPU would take minutes a step
+        sizes = (8192, 128256, 4096, 4096, BF16)
+        found += [Workload("wide", teacher, *sizes) for teacher in ("projected", "head", "none")]
     found += [Workload(f"N{N}", "head", N, 50257, *widths, dtype) for N in SWEEP_N]
     found += [Workload(f"V{V}", "head", 4096 if CUDA else 512, V, *widths, dtype) for V in SWEEP_V]
     return found

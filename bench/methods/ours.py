@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,13 +15,14 @@ from kdfast.engines import unavailable
 from .method import Method
 
 
-def loss(inputs: Inputs, engine: str, divergence: str = "forward_kl") -> Tensor:
+def loss(inputs: Inputs, engine: str, **options: Any) -> Tensor:
+    """options: of `fused_kd_loss`; with a weight of the cross entropy there are labels."""
     student, kind = Head(inputs.hs, inputs.W), inputs.workload.teacher
     if kind == "none":
         return fused_kd_loss(student, None, inputs.labels, ce_weight=1.0, engine=engine)
     teacher = Projected(inputs.ht, inputs.P) if kind == "projected" else Head(inputs.ht, inputs.Wt)
-    options = {"temperature": TEMPERATURE, "temperature_squared": False, "divergence": divergence, "engine": engine}
-    return fused_kd_loss(student, teacher, **options)
+    options = {"temperature": TEMPERATURE, "temperature_squared": False, "engine": engine, **options}
+    return fused_kd_loss(student, teacher, inputs.labels if "ce_weight" in options else None, **options)
 
 
 def _why_not(device: str, engine: str) -> str | None:
