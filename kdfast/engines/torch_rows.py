@@ -4,25 +4,28 @@ z_s, z_t (m, V) are the raw products h·Wᵀ; they are overwritten. A gradient i
 (temperature, softcap and logit_scale included), divided by the problem's scale, in the dtype of its buffer; the
 buffers may be the logits' own memory, since nothing is read after the first write.
 
-On a CPU so few rows are taken at a time that the dozen temporaries stay in the cache: there the passes cost little.
+On a CPU each thread takes a few rows at a time, so few that the dozen temporaries stay in its cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from math import inf
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from kdfast.divergences import log_ratio, weighted
 from kdfast.engines.chunk_loop import GradientBuffers
-from kdfast.ops import matmul, sparse
+from kdfast.ops import matmul, sparse, threads
 from kdfast.ops.planning import GradFlags, on_cpu
 from kdfast.ops.problem import AGREEMENT, ANCHOR, CE, KD, STUDENT_ENTROPY, TEACHER_ENTROPY, Problem
 
-CPU_BLOCK = 1 << 17  # logits a CPU works on at a time (512 KB in fp32), so that they stay in its cache
+CPU_BLOCK = 1 << 16  # logits a CPU's thread works on at a time (256 KB in fp32), so that they stay in its cache
 ENTROPY = {CE: STUDENT_ENTROPY, ANCHOR: TEACHER_ENTROPY}  # of the logits that a cross entropy is taken of
+
+R = TypeVar("R")
 
 
 class TorchRows:
@@ -33,18 +36,27 @@ class TorchRows:
         self.targets = {CE: x.labels if x.use_ce else None, ANCHOR: x.anchor_targets if x.use_anchor else None}
 
     def __call__(self, rows: slice, z_s: Tensor, z_t: Tensor | None, out: GradientBuffers) -> None:
-        for part, within, student, teacher in self.blocks(rows, z_s, z_t):
-            self._solve(part, student, teacher, out.part(within))
+        self.in_blocks(self._solve, rows, z_s, z_t, out)
 
-    def blocks(
-        self, rows: slice, z_s: Tensor, z_t: Tensor | None
-    ) -> Iterator[tuple[slice, slice, Tensor, Tensor | None]]:
-        """Yield some of a chunk's rows at a time: of x, counted from the chunk's first, and both sides' logits."""
-        x, m = self.x, rows.stop - rows.start
-        size = max(1, CPU_BLOCK // max(1, x.valid_vocab)) if on_cpu(x.hidden.device, x.engine) else m
-        for within in matmul.blocks(m, max(1, size)):
+    def in_blocks(
+        self, solve: Callable[..., R], rows: slice, z_s: Tensor, z_t: Tensor | None, *of_rows: Any
+    ) -> list[R]:
+        """Return what `solve` makes of a few of a chunk's rows at a time: given their slice of x's, both sides' logits,
+        and their part of each of `of_rows`, buffers or constants."""
+        x, m, cpu = self.x, rows.stop - rows.start, on_cpu(self.x.hidden.device, self.x.engine)
+        apart = [each._replace(bias=None) if cpu and isinstance(each, GradientBuffers) else each for each in of_rows]
+
+        def block(within: slice) -> R:
             part = slice(rows.start + within.start, rows.start + within.stop)
-            yield part, within, z_s[within], None if z_t is None else z_t[within]
+            parts = (each.part(within) for each in apart)
+            return solve(part, z_s[within], None if z_t is None else z_t[within], *parts)
+
+        size = max(1, CPU_BLOCK // max(1, x.valid_vocab)) if cpu else m
+        found = threads.map_on_threads(block, list(matmul.blocks(m, max(1, size))))
+        for out in of_rows:  # a sum over rows in the order of the rows, whichever thread took which
+            if cpu and isinstance(out, GradientBuffers):
+                self._sum_bias(out.bias, out.student, out.teacher)
+        return found
 
     def coefficients(self, rows: slice) -> Tensor:
         """Return (3, r, 1): of the terms' gradients."""
@@ -151,10 +163,7 @@ class TorchRows:
         _chain(grad_s, slope_s, x.logit_scale)
         _chain(grad_t, slope_t, x.teacher_logit_scale)
         _chain(grad_a, slope_t, x.teacher_logit_scale)
-        if out.bias is not None:
-            for grad in (grad_s, grad_t if self.wanted.teacher_to_weight else None):
-                if grad is not None:
-                    out.bias[: grad.shape[1]].add_(grad.sum(dim=0))
+        self._sum_bias(out.bias, grad_s, grad_t)
         if out.anchor is None and grad_a is not None:
             grad_t, grad_a = grad_a if grad_t is None else grad_t.add_(grad_a), None
         if out.decorrelation is not None:
@@ -164,6 +173,11 @@ class TorchRows:
         for buffer, grad in ((out.student, grad_s), (out.teacher, grad_t), (out.anchor, grad_a)):
             if buffer is not None:
                 _fill(buffer, grad)
+
+    def _sum_bias(self, bias: Tensor | None, grad_s: Tensor | None, grad_t: Tensor | None) -> None:
+        for grad in (grad_s, grad_t if self.wanted.teacher_to_weight else None):
+            if bias is not None and grad is not None:
+                bias[: grad.shape[1]].add_(grad.sum(dim=0))
 
 
 def add_bias_and_transform(z: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None) -> Tensor | None:

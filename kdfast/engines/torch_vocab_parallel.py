@@ -113,8 +113,10 @@ class TorchVocabParallelRows(TorchRows):
     # first pass
 
     def update(self, rows: slice, z_s: Tensor, z_t: Tensor | None) -> Tensor:
-        states = [self._state(part, s, t).packed() for part, _, s, t in self.blocks(rows, z_s, z_t)]
-        return torch.cat(states, dim=1)
+        return torch.cat(self.in_blocks(self._packed, rows, z_s, z_t), dim=1)
+
+    def _packed(self, rows: slice, z_s: Tensor, z_t: Tensor | None) -> Tensor:
+        return self._state(rows, z_s, z_t).packed()
 
     def _state(self, rows: slice, z_s: Tensor, z_t: Tensor | None) -> State:
         x = self.x
@@ -204,14 +206,14 @@ class TorchVocabParallelRows(TorchRows):
 
     def terms(self, rows: slice, z_s: Tensor, z_t: Tensor | None, constants: Constants) -> Tensor:
         """Return (7, r): Σf, Σa_p, Σa_q; Σa_p and Σp without the entry that has most of p's mass, likewise of q."""
-        found = []
-        for part, within, student, teacher in self.blocks(rows, z_s, z_t):
-            given = self.teacher_logits(part, teacher)
-            assert given is not None
-            p, q, (f, a_p, a_q) = self.x.divergence.solve(*self._logarithms(student, given, constants.part(within)))
-            less = [each.masked_fill(of > 0.5, 0) for of, a in ((p, a_p), (q, a_q)) for each in (a, of)]
-            found.append(torch.stack([each.sum(dim=-1) for each in (f, a_p, a_q, *less)]))
-        return torch.cat(found, dim=1)
+        return torch.cat(self.in_blocks(self._terms, rows, z_s, z_t, constants), dim=1)
+
+    def _terms(self, rows: slice, z_s: Tensor, z_t: Tensor | None, constants: Constants) -> Tensor:
+        given = self.teacher_logits(rows, z_t)
+        assert given is not None
+        p, q, (f, a_p, a_q) = self.x.divergence.solve(*self._logarithms(z_s, given, constants))
+        less = [each.masked_fill(of > 0.5, 0) for of, a in ((p, a_p), (q, a_q)) for each in (a, of)]
+        return torch.stack([each.sum(dim=-1) for each in (f, a_p, a_q, *less)])
 
     def merge_terms(self, rows: slice, terms: Tensor, constants: Constants) -> Constants:
         value, A_p, A_q, less_a_p, less_p, less_a_q, less_q = terms.sum(dim=0)
@@ -223,8 +225,7 @@ class TorchVocabParallelRows(TorchRows):
     def gradients(
         self, rows: slice, z_s: Tensor, z_t: Tensor | None, constants: Constants, out: GradientBuffers
     ) -> None:
-        for part, within, student, teacher in self.blocks(rows, z_s, z_t):
-            self._gradients(part, student, teacher, constants.part(within), out.part(within))
+        self.in_blocks(self._gradients, rows, z_s, z_t, constants, out)
 
     def _gradients(
         self, rows: slice, z_s: Tensor, z_t: Tensor | None, constants: Constants, out: GradientBuffers

@@ -145,7 +145,8 @@ def chunked(x: Shape, engine: str) -> Phases | None:
     blocks = 0
     if engine == "torch":
         rows = min(m, max(1, CPU_BLOCK // V)) if cpu else m
-        blocks = ROW_WORK[x.sides == 2] * rows * V * w
+        at_once = min(torch.get_num_threads(), -(-m // rows)) if cpu else 1
+        blocks = ROW_WORK[x.sides == 2] * at_once * rows * V * w
     widened = 0  # 16-bit operands on a CPU, a block of the vocabulary at a time
     if cpu and s == 2:
         width = max(Hs, x.teacher_width if x.teacher == "head" else 0)
