@@ -109,7 +109,7 @@ def fused_kd_loss(
             GPU; fewest operations) or "triton_tiled" (a GPU; least memory). An explicit choice never falls back.
         scratch_bytes: memory for one chunk's logits and their gradients, or one slab's gradients; None =
             KDFAST_SCRATCH_BYTES or the default, 128 MiB on a CPU and for "triton_tiled", else
-            max(512 MiB, 1024 tokens).
+            max(512 MiB, 1024 to 1536 tokens, as the GPU's waves fill).
         return_metrics: also return `KDMetrics`.
 
     Returns:

@@ -99,8 +99,8 @@ def row_work(method: str, shape: Shape) -> tuple[float, float]:
     s, dW = shape.dtype.itemsize, shape.vocab * shape.student_width
     if method == "triton_chunked":
         chunks = -(-shape.tokens // chunk_of(shape, method))
-        # fp32 logits written and read, gradients written and read twice; dW in fp32 read and written a chunk, then done
-        moved = entries * (8 * sides + 3 * s * trained) + dW * (8 * chunks + 8 + s)
+        # fp32 logits written and read, gradients written and read twice; dW in fp32 written a chunk, read later, done
+        moved = entries * (8 * sides + 3 * s * trained) + dW * (8 * chunks + s)
         return moved, entries * ROW_INSTRUCTIONS * sides / 2
     if method == "triton_tiled":
         slabs = -(-shape.vocab // slab_width(shape))

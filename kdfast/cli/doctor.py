@@ -11,23 +11,25 @@ import torch
 
 from kdfast.cli.errors import UserError
 from kdfast.engines import choose
+from kdfast.ops.planning import InputGradient, multiprocessors
 from kdfast.versions import PACKAGES, installed_version
 
 
-def doctor(tokens: int, vocab: int, dtype: str, scratch_bytes: int | None = None) -> int:
+def doctor(tokens: int, vocab: int, student_width: int, dtype: str, scratch_bytes: int | None = None) -> int:
     """Print the findings, and what `auto` picks for such a loss; return 1 where something will not work."""
     import kdfast
 
-    for name, value in (("--tokens", tokens), ("--vocab", vocab), ("--scratch-bytes", scratch_bytes)):
+    numbers = {"tokens": tokens, "vocab": vocab, "student-width": student_width, "scratch-bytes": scratch_bytes}
+    for name, value in numbers.items():
         if value is not None and value <= 0:
-            raise UserError(f"doctor: {name} {value}; expected a positive number")
+            raise UserError(f"doctor: --{name} {value}; expected a positive number")
 
     ours, theirs = _kernels()
     rows = {"kdfast": f"{kdfast.__version__}  {Path(kdfast.__file__).parent}"}
     rows["python"] = f"{platform.python_version()}  {platform.platform()}"
     rows |= {name: installed_version(name) or "not installed" for name in PACKAGES}
     rows |= {"kdfast.kernels": ours, "kernels": theirs}
-    rows[f"\nFor N={tokens} tokens, V={vocab}, {dtype}, a teacher, all gradients:"] = ""
+    rows[f"\nFor N={tokens} tokens, V={vocab}, Hs={student_width}, {dtype}, a projected teacher, all gradients:"] = ""
     devices = {"cpu": f"{torch.get_num_threads()} threads"}
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
@@ -35,9 +37,9 @@ def doctor(tokens: int, vocab: int, dtype: str, scratch_bytes: int | None = None
     if torch.backends.mps.is_available():
         devices["mps"] = "Apple GPU"
     for name, what in devices.items():
-        choice = choose(
-            torch.device(name), getattr(torch, dtype), tokens=tokens, vocab=vocab, scratch_bytes=scratch_bytes or 0
-        )
+        device, budget = torch.device(name), scratch_bytes or 0
+        dx = InputGradient(2, student_width, multiprocessors(device))
+        choice = choose(device, getattr(torch, dtype), tokens=tokens, vocab=vocab, scratch_bytes=budget, dx=dx)
         chunks = "" if choice.tokens is None else f", {-(-tokens // choice.tokens)} chunks of {choice.tokens} tokens"
         rows[name] = f"{what}; engine auto is {choice.engine}{chunks} ({choice.why})"
     for name, what in rows.items():

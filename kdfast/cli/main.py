@@ -90,6 +90,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     demo("--seed", type=int, default=0)
     doctor("--tokens", type=int, default=8192, help="N, tokens per step (default: %(default)s)")
     doctor("--vocab", type=int, default=50257, help="V (default: %(default)s)")
+    doctor("--student-width", type=int, default=768, help="Hs (default: %(default)s)")
     doctor("--dtype", choices=DTYPES, default="bfloat16", help="the head's (default: %(default)s)")
     doctor("--scratch-bytes", type=int, help="as in fused_kd_loss (default: the engine's)")
     if argv[:1] == ["plan"]:

@@ -18,8 +18,8 @@ vocabulary on each process the chunks go through `vocab_parallel.py`.
     where that cannot run: Triton not installed, no block sizes for the GPU        torch
 
 The chunked engine does 6u operations where the tiled one does 8u, so it is preferred wherever its matrix products get
-enough rows; by default the budget is made large enough (1024 tokens). This order is derived from operation counts
-(docs/performance.md), not yet from measurements.
+enough rows; by default the budget is made large enough (1024 to 1536 tokens). This order is derived from operation
+counts (docs/performance.md), not yet from measurements.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdfast.ops.planning import bytes_per_token, chunk_tokens
+from kdfast.ops.planning import InputGradient, bytes_per_token, chunk_tokens
 from kdfast.ops.problem import Problem
 
 NAMES = ("auto", "reference", "torch", "triton_chunked", "triton_tiled")
@@ -99,14 +99,17 @@ def choose(
     teacher: bool = True,
     scratch_bytes: int = 0,
     buffers: int = 1,
+    dx: InputGradient | None = None,
     kernels: bool = True,
     anywhere: bool = False,
 ) -> EngineChoice:
     """Return what `engine="auto"` runs for `tokens` rows over `vocab` entries, the head's dtype, with a `teacher` or
     none, in `scratch_bytes`, of `buffers` chunks at a time: torch where the preferred engine cannot run here.
-    kernels: the divergence has them; anywhere: take it that each can, whether such a device is here or not."""
+    dx: what the size of the chunks depends on, but not the choice; kernels: the divergence has them; anywhere: take it
+    that each can, whether such a device is here or not."""
     per_token = bytes_per_token(device, dtype, vocab, sides=1 + teacher, buffers=buffers)
-    chunk = chunk_tokens(tokens, per_token, device, scratch_bytes)
+    fits = chunk_tokens(tokens, per_token, device, scratch_bytes)
+    chunk = chunk_tokens(tokens, per_token, device, scratch_bytes, dx) if dx else fits
     if device.type != "cuda":
         return EngineChoice("torch", chunk, f"Triton needs a GPU; this is {device.type}")
     if dtype == torch.float64:
@@ -114,7 +117,7 @@ def choose(
     if not kernels:
         return EngineChoice("torch", chunk, "the divergence has no kernel")
     choice = EngineChoice("triton_chunked", chunk, "6u operations against the tiled engine's 8u")
-    if chunk < min(MIN_TOKENS, tokens):
-        choice = EngineChoice("triton_tiled", None, f"the scratch budget holds the logits of {chunk} tokens only")
+    if fits < min(MIN_TOKENS, tokens):
+        choice = EngineChoice("triton_tiled", None, f"the scratch budget holds the logits of {fits} tokens only")
     obstacle = None if anywhere else unavailable(choice.engine, device)
     return choice if obstacle is None else EngineChoice("torch", chunk, f"{choice.engine} {obstacle}")

@@ -96,7 +96,10 @@ class ChunkLoop:
             engine=x.engine,
             buffers=2 if x.group else 1,
         )
-        self.tokens = m = planning.chunk_tokens(N, per_token, device, x.scratch_bytes)
+        # what another process's GPU has, which may be another one, must not count
+        processors = planning.multiprocessors(torch.device("meta") if x.group else device)
+        dx = planning.InputGradient(x.need_hidden + self.teacher_input, H, processors)
+        self.tokens = m = planning.chunk_tokens(N, per_token, device, x.scratch_bytes, dx)
         stride, narrow = planning.row_stride(V, device, x.engine), matmul.gradient_dtype(x.weight.dtype, device)
 
         def scratch(rows: int, dtype: torch.dtype) -> Tensor:

@@ -50,7 +50,9 @@ def decorrelate(x: Problem) -> bool:
 CPU_SCRATCH = 128 << 20  # 316 tokens at V=50257: past that the products gain nothing
 DEVICE_SCRATCH = 512 << 20
 SLAB_SCRATCH = 128 << 20  # with dX and dW 4% of what eager takes at V=50257, Hs=768
-DEVICE_TOKENS = 1024  # fewer rows than this starve a GPU's matrix units
+DEVICE_TOKENS = 1024  # fewer rows than this starve a GPU's matrix units; half as many more where they fill its waves
+TILE = 128  # rows and columns of a product that a GPU's multiprocessor takes at a time
+PASS_OVER_DW = 0.05  # reading and writing its 128 columns once, in waves of dX: on A100, H100 and H200 alike
 ALIGNMENT = 128  # elements a row of scratch is padded to, so that products see an aligned leading dimension
 
 
@@ -90,11 +92,57 @@ def bytes_per_token(
     return size * row_stride(vocab, device, engine)
 
 
-def chunk_tokens(tokens: int, per_token: int, device: torch.device, scratch_bytes: int = 0) -> int:
-    """Return the tokens of a chunk: as many as the budget holds, in chunks of equal size."""
-    default = CPU_SCRATCH if device.type == "cpu" else max(DEVICE_SCRATCH, DEVICE_TOKENS * per_token)
+class InputGradient(NamedTuple):
+    """dX of a chunk on a GPU: the one product with so few tiles that a last wave half idle shows."""
+
+    rows: int  # per token: two where student's and teacher's hidden states share W
+    width: int
+    multiprocessors: int
+
+    @property
+    def columns(self) -> int:
+        return -(-self.width // TILE)
+
+    def waves(self, tokens: int) -> int:
+        """Return in how many rounds the multiprocessors take the tiles of so many tokens."""
+        return -(-(-(-self.rows * tokens // TILE) * self.columns) // self.multiprocessors)
+
+    def tokens(self, waves: int) -> int:
+        """Return the most tokens that take no more than `waves`."""
+        return waves * self.multiprocessors // self.columns * TILE // self.rows
+
+    def cost(self, tokens: int, chunk: int) -> float:
+        """Return the waves of all chunks and, in waves, their passes over dW."""
+        chunks = -(-tokens // chunk)
+        last = self.waves(tokens - (chunks - 1) * chunk)
+        return (chunks - 1) * self.waves(chunk) + last + chunks * self.columns * PASS_OVER_DW
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Return how many a GPU has; an H200's 132 for one that is not there."""
+    here = device.type == "cuda" and torch.cuda.is_available()
+    return torch.cuda.get_device_properties(device).multi_processor_count if here else 132
+
+
+def chunk_tokens(
+    tokens: int, per_token: int, device: torch.device, scratch_bytes: int = 0, dx: InputGradient | None = None
+) -> int:
+    """Return the tokens of a chunk: as many as the budget holds, in chunks of about equal size; given `dx`, on a GPU,
+    multiples of 16, and somewhat fewer where that takes fewer waves."""
+    if device.type == "cpu" or (dx is not None and not dx.rows):
+        dx = None
+    full = DEVICE_TOKENS if dx is None else dx.tokens(dx.waves(DEVICE_TOKENS))
+    least = full if full <= 1.5 * DEVICE_TOKENS else DEVICE_TOKENS
+    default = CPU_SCRATCH if device.type == "cpu" else max(DEVICE_SCRATCH, least * per_token)
     most = min(max(1, scratch_budget(scratch_bytes, default) // per_token), max(1, tokens))
-    return -(-tokens // -(-tokens // most)) if tokens else 1
+    if dx is None or most >= tokens:
+        return -(-tokens // -(-tokens // most)) if tokens else 1
+    found = []
+    for limit in (most, dx.tokens(dx.waves(most) - 1)):
+        if limit > 0:
+            equal = -(-tokens // -(-tokens // limit))
+            found.append(equal if -(-equal // 16) * 16 > limit else -(-equal // 16) * 16)
+    return min(found, key=lambda chunk: dx.cost(tokens, chunk))
 
 
 def slab_width(vocab: int, bytes_per_entry: int, tile: int, scratch_bytes: int = 0) -> int:

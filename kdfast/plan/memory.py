@@ -19,7 +19,7 @@ import torch
 from kdfast.engines import choose
 from kdfast.engines.torch_rows import CPU_BLOCK
 from kdfast.ops import matmul, planning
-from kdfast.ops.planning import bytes_per_token, chunk_tokens, row_stride
+from kdfast.ops.planning import InputGradient, bytes_per_token, chunk_tokens, multiprocessors, row_stride
 
 Phases = dict[str, int]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -88,6 +88,12 @@ class Shape:
         return self.student_width * self.teacher_width * self.dtype.itemsize if self.teacher == "projected" else 0
 
     @property
+    def input_gradient(self) -> InputGradient:
+        """Return what the size of a GPU's chunks depends on: dX, per token."""
+        rows = 1 + (self.teacher == "projected")
+        return InputGradient(rows, self.student_width, multiprocessors(torch.device(self.device)))
+
+    @property
     def inputs(self) -> int:
         """Return the bytes of hidden states, W, P or the teacher's W, and labels."""
         rows = {"none": 0, "projected": self.tokens, "head": self.tokens + self.vocab}[self.teacher]
@@ -123,7 +129,7 @@ def chunk_of(x: Shape, engine: str) -> int:
     """Return the tokens of a chunk."""
     device = torch.device(x.device)
     per_token = bytes_per_token(device, x.dtype, x.vocab, sides=x.sides, engine=engine)
-    return chunk_tokens(x.tokens, per_token, device, x.scratch_bytes)
+    return chunk_tokens(x.tokens, per_token, device, x.scratch_bytes, x.input_gradient)
 
 
 def chunked(x: Shape, engine: str) -> Phases | None:
@@ -261,6 +267,7 @@ def portion(shape: Shape) -> Portion:
         vocab=shape.vocab,
         teacher=shape.sides == 2,
         scratch_bytes=shape.scratch_bytes,
+        dx=shape.input_gradient,
         anywhere=True,
     )
     passes = shape.vocab / slab_width(shape) if choice.tokens is None else shape.tokens / choice.tokens
