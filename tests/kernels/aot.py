@@ -95,8 +95,8 @@ LIMITS = {
     ("row_kernel", "skew_reverse_kl, plain"): (90, 1),
     ("row_kernel", "symmetric_kl, plain"): (90, 1),
     ("row_kernel", "total_variation, plain"): (90, 1),
-    ("statistics_kernel", "forward_kl, CE, bfloat16, N=4096"): (55, 1),
-    ("gradients_kernel", "forward_kl, CE, bfloat16, N=4096"): (33, 1),
+    ("statistics_kernel", "forward_kl, plain, bfloat16, N=4096"): (55, 1),
+    ("gradients_kernel", "forward_kl, plain, bfloat16, N=4096"): (33, 1),
 }
 MARGINS = {"sm_90": 1.0, "sm_80": 1.15, "sm_100": 1.15}
 
@@ -123,7 +123,7 @@ def cases(arch: str, quick: bool) -> Iterator[Case]:
         yield from column_sums_cases(V)
         if V != PADDED:
             yield from support_cases(V)
-        yield from tile_cases(V, TOKENS, torch.bfloat16)
+        yield from tile_cases(V, TOKENS, torch.bfloat16, usual=not quick and V != PADDED)
         if not quick:
             yield from tile_cases(V, FEW, torch.bfloat16)
             yield from tile_cases(V, TOKENS, torch.float32, tensor_core=tensor_cores_for_fp32)
@@ -192,7 +192,8 @@ def row_cases(arch: str, V: int) -> Iterator[Case]:
         few = None if divergence in ("forward_kl", "reverse_kl") or arch == "gfx942" else tight
         yield solve(f"{divergence}, plain", chunk(lean, usual(divergence)), both, few)
         heavy = chunk(full(), term_of(TOKENS, divergence, labels=True, heavy=True))
-        yield solve(f"{divergence}, everything", heavy, everything)
+        powers = "56 bytes on sm_80: three powers more" if divergence == "alpha_beta" else None
+        yield solve(f"{divergence}, everything", heavy, everything, powers)
         if V != PADDED:
             x = chunk(lean, replace(usual(divergence), metrics=True))
             yield solve(f"{divergence}, metrics", x, both, few)
@@ -258,22 +259,23 @@ def column_sums_cases(V: int) -> Iterator[Case]:
 
 
 def tile_cases(
-    V: int, N: int, dtype: torch.dtype, *, tensor_core: bool = True, tf32: bool = False
+    V: int, N: int, dtype: torch.dtype, *, usual: bool = False, tensor_core: bool = True, tf32: bool = False
 ) -> Iterator[Case]:
     """The tiled engine's kernels. Lightest: a projected teacher, forward KL, nothing else; heaviest: everything, the
     teacher's own head for a JSD; between them the heaviest that the table's `lean` configuration is for; and the
-    heaviest with a width that no block divides."""
+    heaviest with a width that no block divides. usual: every divergence."""
     label = f"{'TF32' if tf32 else str(dtype)[6:]}, N={N}, V={V}"
     Hs, even, odd = 768, 1024, 1000
     bias = meta(V, dtype=dtype)
     planes = meta(3, N, SLAB, dtype=dtype)
     stats, constants = meta(6, N), meta(12, N)
 
-    def launches(divergence: str, heavy: bool, plain: bool, Ht: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    def launches(divergence: str, flags: str, Ht: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
+        heavy, decorrelate = flags == "everything", flags != "alone"
         extras = {"extra": bias, "softcap": 30.0} if heavy else {}
         heads = heads_of(V, N, dtype, own=Ht if heavy and divergence == "jsd" else None, tf32=tf32, **extras)
-        term = term_of(N, divergence, labels=heavy or plain, heavy=heavy)
-        decorrelate = heavy or plain
+        term = term_of(N, divergence, labels=decorrelate, heavy=heavy)
+        term = replace(term, metrics=flags in ("metrics", "everything"))
         grads = Gradients.of(*planes[: 3 if heavy else 2])
         return (
             partial(statistics, heads, term, stats=stats, constants=constants, decorrelate=decorrelate),
@@ -298,15 +300,16 @@ def tile_cases(
             yield Case("statistics_kernel", f"{name}, {label}", of_statistics, tensor_core)
             yield Case("combine_kernel", f"{name}, {label}", of_statistics)
             yield Case("gradients_kernel", f"{name}, {label}", of_gradients, tensor_core)
-    combinations = [("forward_kl", "nothing else", even), ("jsd", "everything", even)]
+    combinations = [("forward_kl", "alone", even), ("jsd", "everything", even)]
     if V != PADDED and not tf32:  # the vocabulary enters a tile's masks only: what lies between is seen once
-        combinations += [("forward_kl", "CE", even), ("forward_kl", "everything", even)]
+        combinations += [("forward_kl", "plain", even), ("forward_kl", "everything", even)]
         combinations += [("jsd", "everything", odd)] * (N == TOKENS)
-        combinations += [("alpha_beta", "CE", even)] * (N == TOKENS and dtype == torch.bfloat16)
+    if usual:
+        combinations += [("forward_kl", "metrics", even), ("jsd", "metrics", even)]
+        combinations += [(divergence, "plain", even) for divergence in ENTRIES if divergence != "forward_kl"]
     for divergence, flags, Ht in combinations:
-        heavy = flags == "everything"
         name = f"{divergence}, {flags}, {label}{', odd width' if Ht == odd else ''}"
-        of_statistics, of_gradients = launches(divergence, heavy, flags == "CE", Ht)
+        of_statistics, of_gradients = launches(divergence, flags, Ht)
         few = "16 bytes on sm_80: the heaviest case" if (divergence, flags) == ("jsd", "everything") else None
         yield Case("statistics_kernel", name, of_statistics, tensor_core, few)
         yield Case("combine_kernel", name, of_statistics)
@@ -316,8 +319,9 @@ def tile_cases(
                 combine, term, meta(4, 19, N), None, stats=stats, constants=constants, decorrelate=True, teacher=True
             )
             yield Case("combine_kernel", f"merged, {name}", partial(merge, merged=meta(19, N)))
-        if flags in ("nothing else", "CE") or (divergence, flags) == ("jsd", "everything"):
-            few = {"alpha_beta": "72 bytes on sm_90: three powers more", "forward_kl": "56 on sm_90: saturated rows"}
+        if flags in ("alone", "plain") or (divergence, flags) == ("jsd", "everything"):
+            few = {"alpha_beta": "72 bytes on sm_90: three powers more", "skew_reverse_kl": "24 on sm_90"}
+            few |= dict.fromkeys(("forward_kl", "reverse_kl"), "56 on sm_90: saturated rows")
             yield Case("gradients_kernel", name, of_gradients, tensor_core, few.get(divergence))
     for Ht in (even, odd):
         operands = meta(N, Ht, dtype=dtype), meta(Hs, Ht, dtype=dtype), meta(Hs, dtype=dtype)
