@@ -468,8 +468,8 @@ def count(result: Result, code: Program, case: Case, constants: dict[str, Any], 
 def passes_of(result: Result, code: Program, pair: int, threads: int) -> list[tuple[float, float]]:
     """Return of each pass over the vocabulary what it executes per pair, and what lies behind branches.
 
-    How many pairs a thread has in a trip is seen by what it loads. Loops with fewer than the most are the end of a pass
-    that stores as they do, the one before them if there is one."""
+    How many pairs a thread has in a trip is seen by what it loads. Loops with fewer than the most are a pass's end: of
+    the last before them, else of the next after them, that stores as they do and has none yet."""
     loops = [(loop, bytes_read(loop.always) // pair) for loop in code.loops]
     loops = [(loop, pairs) for loop, pairs in loops if pairs and not pairs & (pairs - 1)]
     most = max((pairs for _, pairs in loops), default=0)
@@ -477,7 +477,7 @@ def passes_of(result: Result, code: Program, pair: int, threads: int) -> list[tu
     ends: dict[int, list[int]] = {i: [] for i in mains}
     for i, (loop, pairs) in enumerate(loops):
         if pairs < most:
-            alike = [j for j in mains if stores(loops[j][0]) == stores(loop)] or mains
+            alike = [j for j in mains if stores(loops[j][0]) == stores(loop) and not ends[j]] or mains
             ends[max((j for j in alike if j < i), default=alike[0])].append(i)
     passes = []
     for main in mains:
