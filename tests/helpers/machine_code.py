@@ -40,6 +40,7 @@ CLASS = re.compile("|".join(f"(?P<{name}>{pattern})" for name, pattern in CLASSE
 class Instruction:
     opcode: str
     goes_on: bool = True  # the next may follow
+    predicated: bool = False
     target: int | None = None  # index of the instruction that a branch goes to
 
 
@@ -48,6 +49,7 @@ class Loop:
     blocks: set[int]
     always: list[str]  # opcodes of a trip, without those of loops inside
     branches: list[str]  # behind a branch
+    masked: bool = False  # it reads memory under predicates
     inner: list[Loop] = field(default_factory=list)
 
     def walk(self) -> Iterator[Loop]:
@@ -74,7 +76,7 @@ def read_cuda(sass: str) -> list[Instruction]:
     instructions = []
     for _, predicate, opcode, operands in (m.groups() for m in lines):
         name, to = opcode.partition(".")[0], re.search(r"0x([0-9a-f]+)\s*$", operands)
-        instruction = Instruction(opcode)
+        instruction = Instruction(opcode, predicated=bool(predicate))
         if name == "BRA" and to:
             instruction.target = bisect_left(addresses, int(to[1], 16))
             instruction.goes_on = bool(predicate) or "," in operands
@@ -152,7 +154,10 @@ def loops_of(instructions: list[Instruction]) -> Program:
         own = body.difference(*(loop.blocks for loop in inner))
         always = own & set.intersection(*(dominators[latch] for latch in latches[head]))
         found = [loop for loop in found if loop not in inner]
-        found.append(Loop(body, opcodes(always), opcodes(own - always), sorted(inner, key=lambda x: min(x.blocks))))
+        reads = [x for b in always for x in instructions[starts[b] : ends[b]] if x.opcode.startswith("LDG.")]
+        inner.sort(key=lambda loop: min(loop.blocks))
+        masked = any(x.predicated for x in reads)
+        found.append(Loop(body, opcodes(always), opcodes(own - always), masked, inner))
     found.sort(key=lambda loop: min(loop.blocks))
     return Program(opcodes(reached.difference(*(loop.blocks for loop in found))), found)
 

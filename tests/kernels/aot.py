@@ -468,22 +468,27 @@ def count(result: Result, code: Program, case: Case, constants: dict[str, Any], 
 def passes_of(result: Result, code: Program, pair: int, threads: int) -> list[tuple[float, float]]:
     """Return of each pass over the vocabulary what it executes per pair, and what lies behind branches.
 
-    How many pairs a thread has in a trip is seen by what it loads. Loops with fewer than the most are a pass's end: of
-    the last before them, else of the next after them, that stores as they do and has none yet."""
+    How many pairs a thread has in a trip is seen by what it loads. Loops with fewer than the most, and beside loops
+    without masks those with them, are a pass's end: of the last before them, else of the next after them, that stores
+    as they do and has none yet."""
     loops = [(loop, bytes_read(loop.always) // pair) for loop in code.loops]
     loops = [(loop, pairs) for loop, pairs in loops if pairs and not pairs & (pairs - 1)]
     most = max((pairs for _, pairs in loops), default=0)
     mains = [i for i, (_, pairs) in enumerate(loops) if pairs == most]
+    mains = [i for i in mains if not loops[i][0].masked] or mains
     ends: dict[int, list[int]] = {i: [] for i in mains}
-    for i, (loop, pairs) in enumerate(loops):
-        if pairs < most:
+    for i, (loop, _) in enumerate(loops):
+        if i not in ends:
             alike = [j for j in mains if stores(loops[j][0]) == stores(loop) and not ends[j]] or mains
             ends[max((j for j in alike if j < i), default=alike[0])].append(i)
     passes = []
     for main in mains:
-        step = most * threads
-        trips = {main: VOCAB // step if ends[main] else -(-VOCAB // step)}
-        trips |= {i: -(-(VOCAB - trips[main] * step) // (loops[i][1] * threads)) for i in ends[main]}
+        whole = VOCAB // (most * threads)
+        left = VOCAB - whole * most * threads
+        trips: dict[int, float] = {main: whole if ends[main] else -(-VOCAB // (most * threads))}
+        for i in ends[main]:
+            once = min(4, loops[i][1])  # pairs; ptxas may have made one trip of several
+            trips[i] = -(-left // (once * threads)) * once / loops[i][1]
         for i, n in trips.items():
             result.loops.append(report(loops[i][0], loops[i][1], n))
         executed = sum(len(loops[i][0].always) * n for i, n in trips.items())
@@ -495,7 +500,7 @@ def stores(loop: Loop) -> bool:
     return any(re.match(r"STG|(buffer|global|flat)_store", opcode) for opcode in loop.always + loop.branches)
 
 
-def report(loop: Loop, pairs: float, trips: int) -> dict[str, Any]:
+def report(loop: Loop, pairs: float, trips: float) -> dict[str, Any]:
     found = {name: round(n / pairs, 2) for name, n in classes(loop.always).most_common()}
     return {"pairs": pairs, "trips": trips, "instructions": len(loop.always), "branches": len(loop.branches)} | found
 

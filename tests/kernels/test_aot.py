@@ -58,6 +58,7 @@ def test_loops_of_nvidias_machine_code():
     assert row.always == ["LDG.E.128.CONSTANT", "LDG.E.64", "MUFU.EX2", "BRA", "FADD.FTZ", "BRA"]
     assert row.branches == ["ISETP.NE.AND", "FSEL", "BRA"]
     assert machine_code.bytes_read(row.always) == 16 + 8
+    assert not row.masked
     assert tile.always == ["IMAD.MOV.U32", "STG.E.128", "BRA"]
     assert [loop.always for loop in tile.walk()][1:] == [["HGMMA.64x128x16.F32.BF16", "BRA.U"]]
     assert code.outside == ["LDG.E", "BRA", "FFMA", "EXIT", "BRA", "EXIT"]  # the trap is never reached
