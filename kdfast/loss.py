@@ -17,7 +17,7 @@ from kdfast.frontend.build import build_problem
 from kdfast.frontend.checks import check, check_kinds, check_transforms
 from kdfast.frontend.vocab_parallel import localize
 from kdfast.inputs import Head, Options, Teacher
-from kdfast.ops.problem import AGREEMENT, ANCHOR, CE, KD, STUDENT_ENTROPY, TEACHER_ENTROPY, Problem
+from kdfast.ops.problem import Problem
 
 
 class KDMetrics(NamedTuple):
@@ -193,18 +193,9 @@ class FusedKDLoss(nn.Module):
 
 def _metrics(problem: Problem, stats: Tensor, weights: Tensor) -> KDMetrics:
     """Return means of `stats` (6, N) weighted by `weights` (3, N), whose rows are zero for terms that do not exist."""
-    main = KD if problem.has_teacher else CE
-
-    def mean(row: int, weight_row: int) -> Tensor:
-        w = weights[weight_row]
-        return (torch.where(w == 0, 0.0, w * stats[row]).sum() / w.sum()).float()  # 0/0 is the NaN we promise
-
-    return KDMetrics(
-        kd=mean(KD, KD),
-        ce=mean(CE, CE),
-        anchor=mean(ANCHOR, ANCHOR),
-        student_entropy=mean(STUDENT_ENTROPY, main),
-        teacher_entropy=mean(TEACHER_ENTROPY, KD) * (float("nan") if problem.sparse else 1.0),
-        agreement=mean(AGREEMENT, KD),
-        tokens=(weights[main] != 0).sum().float(),
-    )
+    kd, ce, anchor = weights
+    main = kd if problem.has_teacher else ce
+    w = torch.stack([kd, ce, anchor, main, kd, kd])  # of each row of `stats`
+    means = ((w * stats).masked_fill_(w == 0, 0.0).sum(dim=1) / w.sum(dim=1)).float()  # 0/0 is the NaN we promise
+    metrics = KDMetrics._make([*means.unbind(), (main != 0).sum(dtype=torch.float32)])
+    return metrics._replace(teacher_entropy=metrics.teacher_entropy * float("nan")) if problem.sparse else metrics

@@ -69,6 +69,8 @@ class ChunkLoop:
         self.x, self.wanted, self.scale = x, planning.grad_flags(x), planning.gradient_scale(x)
         self.weight = x.weight[:V]
         self.stats = torch.zeros((6, N), device=device, dtype=x.dtype)
+        # a CPU has dropped the inactive rows (`on_active_rows`)
+        self.inactive = None if planning.on_cpu(device, x.engine) else ~x.active[:, None]
         self.row_solver = resolve_name(row_classes[x.engine])(x, self.scale, self.wanted, self.stats)
 
         self.teacher_input = x.need_teacher_hidden and (self.wanted.teacher or self.wanted.anchor)
@@ -118,21 +120,23 @@ class ChunkLoop:
     def logits(self, rows: slice, buffer: int = 0) -> Chunk:
         """Multiply the chunk's hidden states with the heads."""
         x, planes, m = self.x, self.planes[buffer], rows.stop - rows.start
-        dropped = planning.on_cpu(x.hidden.device, x.engine)  # the inactive rows, by `on_active_rows`
 
-        def taken(hidden: Tensor) -> Tensor:
-            return hidden[rows] if dropped else planning.active_rows(hidden[rows], x.active[rows])
+        def taken(*sides: Tensor) -> Tensor:
+            here = [side[rows] for side in sides]
+            if self.inactive is not None:
+                return planning.active_rows(here, self.inactive[rows])
+            return torch.cat(here) if len(here) > 1 else here[0]
 
         gradients = (planes if self.narrow is None else self.narrow)[: self.sides * m]
-        student, teacher = taken(x.hidden), None if x.teacher_hidden is None else taken(x.teacher_hidden)
-        inputs = torch.cat([student, teacher]) if teacher is not None and x.projected else student
+        teacher = x.teacher_hidden
+        inputs = taken(x.hidden, teacher) if teacher is not None and x.projected else taken(x.hidden)
         if x.valid_vocab:
             matmul.logits(inputs, self.weight, planes[: inputs.shape[0]])
         if teacher is None:
             return Chunk(rows, inputs, planes[:m], None, gradients)
         z_t = planes[m : 2 * m, : x.kd_vocab]
         if x.teacher_weight is not None and x.kd_vocab:
-            matmul.logits(teacher, x.teacher_weight[: x.kd_vocab], z_t)
+            matmul.logits(taken(teacher), x.teacher_weight[: x.kd_vocab], z_t)
         return Chunk(rows, inputs, planes[:m], z_t, gradients)
 
     def buffers(self, chunk: Chunk) -> GradientBuffers:
@@ -152,14 +156,13 @@ class ChunkLoop:
         x, m, g, inputs = self.x, chunk.tokens, chunk.gradients, chunk.inputs
         if x.need_weight:
             if self.decorrelation is not None:
-                c = self.decorrelation[:m, None]
-                inputs[:m] = torch.addcmul(inputs[:m].to(x.dtype), inputs[m:].to(x.dtype), c, value=-1)
+                planning.decorrelate_inputs(inputs, self.decorrelation[:m])
             to_weight = slice(0, 2 * m if self.wanted.teacher_to_weight else m)
             if x.valid_vocab:
                 d_weight = self.d_weight[: x.valid_vocab]
                 matmul.weight_gradient(g[to_weight], inputs[to_weight], d_weight, add=chunk.rows.start > 0)
         if self.anchor_plane is not None:
-            g[m:] += self.anchor_plane[:m]
+            g[m:].add_(self.anchor_plane[:m])
 
     def input_gradients(self, chunk: Chunk) -> Tensor | None:
         """Return dX (m or 2m, H) of the student's and of the teacher's rows, what is wanted of them; None = nothing."""
@@ -172,7 +175,7 @@ class ChunkLoop:
             return d_inputs.zero_()
         matmul.input_gradient(chunk.gradients[to_input], self.weight, d_inputs)
         if self.teacher_input and self.decorrelation is not None:
-            d_inputs[m:] -= self.decorrelation[:m, None] * d_inputs[:m]
+            d_inputs[m:].addcmul_(self.decorrelation[:m, None], d_inputs[:m], value=-1)
         return d_inputs
 
     def store(self, rows: slice, d_inputs: Tensor | None) -> None:

@@ -2,7 +2,7 @@
 
     kdfast::fused_kd            loss, statistics, and gradients taken in the forward where they are wanted
     kdfast::fused_kd_gradients  the gradients alone, for a vector of upstream gradients (reduction="none")
-    kdfast::finalize_gradient   saved gradient · scale · upstream gradient → the input's dtype
+    kdfast::finalize_gradient   saved gradient · (scale · upstream gradient) → the input's dtype
     kdfast::project             the projector of the tiled engine, hidden · Pᵀ + p
 
 The arguments of the first two are the fields of `Problem`, in order, the flags which gradients are needed among
@@ -134,14 +134,14 @@ def _where_needed(x: Problem, gradient: Callable[[Tensor, str], Tensor]) -> tupl
 
 
 @torch.library.custom_op("kdfast::finalize_gradient", mutates_args=())
-def finalize_gradient(saved: Tensor, scale: Tensor, upstream: Tensor, like: Tensor) -> Tensor:
-    """Return saved · scale · upstream in `like`'s dtype. `like` is the input itself: through it autograd sees that the
+def finalize_gradient(saved: Tensor, factor: Tensor, like: Tensor) -> Tensor:
+    """Return saved · factor in `like`'s dtype. `like` is the input itself: through it autograd sees that the
     gradient depends on the inputs, and a second derivative reaches the error instead of a silent constant."""
-    return _finalize(saved, scale * upstream, like)
+    return _finalize(saved, factor, like)
 
 
 @finalize_gradient.register_fake
-def _(saved: Tensor, scale: Tensor, upstream: Tensor, like: Tensor) -> Tensor:
+def _(saved: Tensor, factor: Tensor, like: Tensor) -> Tensor:
     return torch.empty_like(saved, dtype=like.dtype)
 
 
@@ -175,25 +175,24 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None
         gradients = dict(zip(_DIFFERENTIABLE, fused_kd_gradients(*_values(x), rows, upstream), strict=True))
     elif upstream is not None:
         scale, *saved = ctx.saved_tensors
+        factor = scale * upstream
         for name, gradient, like in zip(ctx.needed, saved[::2], saved[1::2], strict=True):
-            if _is_final(gradient, scale, upstream, like):
-                gradients[name] = gradient
-            else:
-                gradients[name] = finalize_gradient(gradient, scale, upstream, like)
+            final = _is_final(gradient, factor, like)
+            gradients[name] = gradient if final else finalize_gradient(gradient, factor, like)
     return tuple(gradients.get(name) if name in ctx.needed else None for name in _TYPES)
 
 
-def _is_final(gradient: Tensor, scale: Tensor, upstream: Tensor, like: Tensor) -> bool:
+def _is_final(gradient: Tensor, factor: Tensor, like: Tensor) -> bool:
     """Return whether the saved gradient is the answer: `loss.backward()` in full precision. It saves a pass over dW and
     its memory. Only where looking is free (a CPU), nothing is being traced or differentiated again, and autograd drops
     the saved one right after: what another backward will hand out once more must not be in anyone's hands, and a view
     of it would be taken for a tensor of its own."""
-    looking = type(upstream) is Tensor and upstream.device.type == "cpu" and not torch.compiler.is_compiling()
+    looking = type(factor) is Tensor and factor.device.type == "cpu" and not torch.compiler.is_compiling()
     if not looking or torch.is_grad_enabled():
         return False
     if torch._C._autograd._get_current_graph_task_keep_graph():  # retain_graph; also outside of a backward
         return False
-    return gradient.dtype == like.dtype and bool(scale * upstream == 1)
+    return gradient.dtype == like.dtype and bool(factor == 1)
 
 
 def _no_second_derivative(ctx: Any, *_: Any) -> None:

@@ -35,7 +35,15 @@ from kdfast.kernels.online_softmax import CONSTANTS, STATE, TERMS
 from kdfast.kernels.tiled_backward import slab_gradients
 from kdfast.kernels.tiled_forward import combine, config_of, partial_states, statistics
 from kdfast.ops import collectives, matmul
-from kdfast.ops.planning import active_rows, decorrelate, grad_flags, gradient_scale, slab_width, total
+from kdfast.ops.planning import (
+    active_rows,
+    decorrelate,
+    decorrelate_inputs,
+    grad_flags,
+    gradient_scale,
+    slab_width,
+    total,
+)
 from kdfast.ops.problem import Problem, Result
 
 
@@ -160,7 +168,7 @@ def _gradients(
             if want.teacher_to_weight:
                 add_column_sums(g[N:], None, d_bias[ids])
         if want.anchor_apart:
-            slab[1] += slab[-1]
+            slab[1].add_(slab[-1])
         if d_inputs.numel():
             matmul.input_gradient(g[to_input], x.weight[ids], d_inputs, add=first > 0)
 
@@ -177,14 +185,11 @@ def _gradients(
 def _inputs(x: Problem, decorrelation: Tensor | None) -> Tensor:
     """Return what dW is taken of, [h_s − decorrelation·h_p; h_p] (2N, H); h_s alone where the teacher has its own head.
     """
-    student = active_rows(x.hidden, x.active)
-    if not x.projected or x.teacher_hidden is None:
-        return student
-    teacher = active_rows(x.teacher_hidden, x.active)
-    if decorrelation is None:
-        return torch.cat([student, teacher])
-    mixed = torch.addcmul(student.to(x.dtype), teacher.to(x.dtype), decorrelation[:, None], value=-1)
-    return torch.cat([mixed.to(student.dtype), teacher])
+    teacher = [x.teacher_hidden] if x.projected and x.teacher_hidden is not None else []
+    inputs = active_rows([x.hidden, *teacher], ~x.active[:, None])
+    if decorrelation is not None:
+        decorrelate_inputs(inputs, decorrelation)
+    return inputs
 
 
 def _zeros(needed: bool, shape: tuple[int, ...], dtype: torch.dtype, x: Problem) -> Tensor:

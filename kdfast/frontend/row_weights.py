@@ -21,7 +21,7 @@ class RowWeights(NamedTuple):
     coefficients: Tensor  # (3, N): what each row's KD, CE and anchor term is multiplied by in the loss
     weights: Tensor  # (3, N): the row's weight in each term's mean
     active: Tensor  # (N,) bool: the row counts for something
-    labels: Tensor | None  # (N,) int64, ignored and bad entries replaced by 0
+    labels: Tensor | None  # (N,) int64; ignored and bad entries that are no ids are replaced by ids
     anchor_targets: Tensor | None  # likewise; `labels` where none were given
     has_anchor: bool  # there is something to anchor to
 
@@ -43,8 +43,10 @@ def row_weights(
     device and dtype of what is returned; bad_kd (N,) bool: rows whose teacher cannot be read.
     """
     dtype = temperature.dtype
-    zeros = torch.zeros(N, device=temperature.device, dtype=dtype)
-    base = zeros + 1 if options.token_weights is None else _non_negative(options.token_weights.reshape(-1).to(dtype))
+    base = torch.ones(N, device=temperature.device, dtype=dtype)
+    zeros = torch.zeros_like(base)
+    if options.token_weights is not None:
+        base = _non_negative(options.token_weights.reshape(-1).to(dtype))
     if labels is not None:
         labels, base = _targets(labels, base, options.ignore_index, valid_vocab)
     kd = base
@@ -64,7 +66,9 @@ def row_weights(
             anchor if has_anchor else zeros,
         ]
     )
-    tau = torch.where(temperature <= 0, NAN, temperature)
+    tau = temperature
+    if isinstance(options.temperature, Tensor):  # a number has been checked
+        tau = tau.masked_fill(tau <= 0, NAN)
     kd_factor = tau * tau if options.temperature_squared else torch.ones_like(tau)
     factors = torch.stack(
         [
@@ -75,22 +79,22 @@ def row_weights(
     )
     if options.reduction == "mean":
         if options.num_items_in_batch is None:
-            divisor = weights.sum(dim=1)  # 0 where all weights are
+            divisor = weights.sum(dim=1)  # 0 where all weights are: whatever they are multiplied by
         else:
-            divisor = _factor(options.num_items_in_batch, tau).expand(3)
+            divisor = _factor(options.num_items_in_batch, tau)
+            divisor = divisor.masked_fill(divisor == 0, NAN)
             checks.check_divisor(options.num_items_in_batch, weights, factors)
-        factors = torch.where(factors == 0, 0.0, factors / torch.where(divisor == 0, NAN, divisor))
-    coefficients = torch.where(weights == 0, 0.0, weights * factors[:, None])
-    return RowWeights(coefficients, weights, (weights != 0).any(dim=0), labels, anchor_targets, has_anchor)
+        factors = (factors / divisor).masked_fill_(factors == 0, 0.0)
+    coefficients = (weights * factors[:, None]).masked_fill_(weights == 0, 0.0)
+    return RowWeights(coefficients, weights, weights.any(dim=0), labels, anchor_targets, has_anchor)
 
 
 def _targets(targets: Tensor, weights: Tensor, ignore_index: int, valid_vocab: int) -> tuple[Tensor, Tensor]:
     """Return targets that are safe to gather with, and weights that are 0 at ignored rows and NaN at bad ones."""
     targets = targets.reshape(-1).long()
-    ignored = targets == ignore_index
-    bad = ((targets < 0) | (targets >= valid_vocab)) & ~ignored
-    weights = weights.masked_fill(bad, NAN).masked_fill(ignored, 0.0)
-    return targets.masked_fill(ignored | bad, 0), weights
+    safe = targets.clamp(0, valid_vocab - 1)
+    weights = weights.masked_fill(targets != safe, NAN).masked_fill_(targets == ignore_index, 0.0)
+    return safe, weights
 
 
 def scalar(value: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -104,8 +108,9 @@ def scalar(value: float | Tensor, device: torch.device, dtype: torch.dtype) -> T
 
 def _factor(value: float | Tensor, like: Tensor) -> Tensor:
     """Return a term's weight or divisor as a 0-d tensor like τ."""
-    return _non_negative(scalar(value, like.device, like.dtype))
+    x = scalar(value, like.device, like.dtype)
+    return _non_negative(x) if isinstance(value, Tensor) else x
 
 
 def _non_negative(x: Tensor) -> Tensor:
-    return torch.where(x < 0, NAN, x)
+    return x.masked_fill(x < 0, NAN)

@@ -162,13 +162,12 @@ def gradient_scale(x: Problem) -> Tensor:
     For 16-bit inputs the power of two at or below the largest coefficient, so that 1/N comes last. float16 holds
     nothing below 6e-8, and q − p is smaller than that for most of a large vocabulary: there gradients, of the order
     of 1 at most, are made 1024 times larger still (and saturate at 65504 rather than becoming infinite)."""
-    one = torch.ones((), device=x.coefficients.device, dtype=x.dtype)
     if x.weight.dtype == x.dtype or x.coefficients.numel() == 0:
-        return one
-    largest = x.coefficients.abs().max()
-    usable = (largest > 0) & largest.isfinite()
-    scale = torch.ldexp(one, torch.frexp(torch.where(usable, largest, one)).exponent - 1)
-    return scale / FLOAT16_HEADROOM if x.weight.dtype == torch.float16 else scale
+        return torch.ones((), device=x.coefficients.device, dtype=x.dtype)
+    largest = torch.linalg.vector_norm(x.coefficients, torch.inf)
+    one = 1 / FLOAT16_HEADROOM if x.weight.dtype == torch.float16 else 1.0
+    # exact: the quotient by the mantissa, which is from ½ to 1, is a power of two, and NaN for 0, infinity and NaN
+    return (largest / torch.frexp(largest).mantissa * (one / 2)).nan_to_num_(one, one)
 
 
 def scratch_budget(scratch_bytes: int, default: int) -> int:
@@ -183,12 +182,21 @@ def scratch_budget(scratch_bytes: int, default: int) -> int:
     return int(setting)
 
 
-def active_rows(hidden: Tensor, active: Tensor) -> Tensor:
-    """Return `hidden` with zeros in inactive rows: whatever they hold, NaN included, must not reach a sum."""
-    return hidden.masked_fill(~active[:, None], 0)
+def active_rows(sides: list[Tensor], inactive: Tensor) -> Tensor:
+    """Return one or two sides' hidden states (n, H), stacked, with zeros in inactive rows (n, 1): whatever they hold,
+    NaN included, must not reach a sum."""
+    if len(sides) == 1:
+        return sides[0].masked_fill(inactive, 0)
+    return torch.stack(sides).masked_fill_(inactive, 0).flatten(0, 1)
+
+
+def decorrelate_inputs(inputs: Tensor, c: Tensor) -> None:
+    """Turn inputs [h_s; h_p] (2n, H) into [h_s − c·h_p; h_p], c (n,) in fp32, rounded once."""
+    student, teacher = inputs.chunk(2)
+    torch.addcmul(student, teacher, c[:, None], value=-1, out=student)
 
 
 def total(x: Problem, stats: Tensor) -> Tensor:
     """Return the loss, (N,) or (), from the terms' values in stats (6, N)."""
-    terms = torch.where(x.coefficients == 0, 0.0, x.coefficients * stats[: x.coefficients.shape[0]])
+    terms = (x.coefficients * stats[: x.coefficients.shape[0]]).masked_fill_(x.coefficients == 0, 0.0)
     return terms.sum(dim=0) if x.per_row else terms.sum()

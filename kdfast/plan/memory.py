@@ -157,7 +157,7 @@ def chunked(x: Shape, engine: str) -> Phases | None:
     if cpu and s == 2:
         width = max(Hs, x.teacher_width if x.teacher == "head" else 0)
         widened = min(V, matmul.VOCAB_BLOCK) * width * w + stacked * w
-    rounded = pairs * m * V * 2 if cpu and x.dtype == torch.bfloat16 else 0  # G in bf16, for dX
+    rounded = pairs * m * (V + Hs) * 2 if cpu and x.dtype == torch.bfloat16 else 0  # G in bf16, and dX
     taken = 0 if cpu and not projected else stacked * s  # a CPU reads one side's rows where they are
     phases = {
         "rows": always + planes + blocks + taken,
@@ -187,8 +187,6 @@ def tiled(x: Shape) -> Phases | None:
     return {
         # gradients of a slab; rows of both sides, in one piece; dX of both in fp32; dW of the slab before it is rounded
         "slab": always + planes + stacked + pairs * wide + rounded * min(width, V) * Hs * w,
-        # for 16-bit gradients [h_s − mix·h_p; h_p] is made, in fp32
-        "stack": always + planes + (stacked + 3 * wide if projected and s == 2 else 2 * stacked),
         "finish": always + stacked + x.weight,
     }
 

@@ -66,10 +66,6 @@ class _Unrolled(torch.autograd.Function):
         return operators._backward(ctx, *upstream)
 
 
-def _finalize_gradient(saved, scale, upstream, like):
-    return operators._finalize(saved, scale * upstream, like)
-
-
 class _NotLaunched:
     def __getitem__(self, grid):
         return lambda *args, **kwargs: None
@@ -86,7 +82,7 @@ PRODUCTS = {
 }
 
 
-BOUNDARY = [(operators, "fused_kd", _Unrolled.apply), (operators, "finalize_gradient", _finalize_gradient)]
+BOUNDARY = [(operators, "fused_kd", _Unrolled.apply), (operators, "finalize_gradient", operators._finalize)]
 KERNELS = [
     (row_kernel, "row_kernel"),
     (row_kernel, "states_kernel"),

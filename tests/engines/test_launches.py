@@ -1,10 +1,13 @@
-"""The vocabulary's part in the vendor's products: a multiple of 8 on a GPU, and a rest of at most 7 entries."""
+"""What is launched on a GPU: products whose part of the vocabulary is a multiple of 8, and a rest of at most 7 entries;
+and few operators beside them."""
 
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
 from cases import LEAVES, copy, make, student
+from fake_gpu import highest_on_a_gpu
 from teachers import ENGINES, KINDS, leaves, loss_of, sources
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,6 +22,15 @@ from kdfast.ops import matmul
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's kernels can be left out")
 FUSED = ENGINES[1:]
 aten = torch.ops.aten
+
+
+@pytest.fixture
+def no_kernels(monkeypatch):
+    monkeypatch.setattr(InterpretedFunction, "__getitem__", lambda self, grid: lambda *args, **options: None)
+
+
+def meta(x):
+    return x.detach().to("meta").requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
 
 
 class Products(TorchDispatchMode):
@@ -38,9 +50,8 @@ class Products(TorchDispatchMode):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("engine", FUSED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_on_a_device_that_is_no_cpu(engine, kind, dtype, monkeypatch):
+def test_on_a_device_that_is_no_cpu(engine, kind, dtype, monkeypatch, no_kernels):
     """Meta tensors go a GPU's way. Every other extent is a multiple of 8 here, and V = 101, 99 or 97 is odd."""
-    monkeypatch.setattr(InterpretedFunction, "__getitem__", lambda self, grid: lambda *args, **options: None)
     monkeypatch.setattr(checks, "unavailable", lambda engine, device, *dtypes: None)
     for module in (block_sizes, launch):
         monkeypatch.setattr(module, "architecture", lambda device: "sm_90")
@@ -49,10 +60,7 @@ def test_on_a_device_that_is_no_cpu(engine, kind, dtype, monkeypatch):
         monkeypatch.setattr(operators, name, getattr(operators, name)._init_fn)
     case = copy(make(n=48, hs=16, ht=24), dtype)
 
-    def on_meta(x):
-        return x.detach().to("meta").requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
-
-    head, (source, own), labels = pytree.tree_map(on_meta, (student(case), sources(case, kind), case.labels))
+    head, (source, own), labels = pytree.tree_map(meta, (student(case), sources(case, kind), case.labels))
     with Products() as products:
         for valid in ({}, {"valid_vocab": 99}):
             fused_kd_loss(head, source, labels, engine=engine, ce_weight=0.5, scratch_bytes=24 * 2**10, **valid, **own)
@@ -98,6 +106,51 @@ def test_what_is_there_is_written_over_or_added_to(dtype, vocab, add, monkeypatc
     if not add:
         rounded = matmul.weight_gradient(g.to(wide), x, torch.full((vocab, 5), torch.nan, dtype=dtype))
         assert torch.equal(rounded, d_w.to(dtype))
+
+
+class Launches(TorchDispatchMode):
+    """Operators that compute something: neither views nor allocations."""
+
+    IDLE = ("view", "_unsafe_view", "slice", "select", "t", "transpose", "unsqueeze", "expand", "split", "unbind",
+            "detach", "alias", "empty", "new_empty", "empty_like")  # fmt: skip
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        self.names += [name] * (name not in self.IDLE)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("engine", "kind", "metrics", "most"),
+    [
+        ("triton_chunked", "projected", False, 53),
+        ("triton_chunked", "projected", True, 62),
+        ("triton_chunked", "head", False, 45),
+        ("triton_tiled", "projected", False, 56),
+    ],
+)
+def test_few_operators_beside_products_and_kernels(engine, kind, metrics, most, no_kernels):
+    """Of a forward and backward of one chunk, and of one chunk more. Half of them make coefficients of the options."""
+    counts = []
+    for N in (256, 512):
+        case = SimpleNamespace(**{name: meta(x) for name, x in vars(copy(make(n=N), torch.bfloat16)).items()})
+
+        def run(case, N=N):
+            with Launches() as launches:
+                scratch = 128 * 12 * 256 if engine == "triton_chunked" else 0
+                loss = loss_of(
+                    fused_kd_loss, case, kind, engine=engine, return_metrics=metrics, scratch_bytes=scratch or None
+                )
+                (loss[0] if metrics else loss).backward()
+            counts.append(len(launches.names))
+
+        highest_on_a_gpu(case, run)
+    assert counts[0] <= most
+    assert counts[1] - counts[0] <= 7
 
 
 @pytest.mark.parametrize(
