@@ -145,7 +145,7 @@ class JSD(Divergence):
     def terms(self, p: Tensor, q: Tensor, g: Tensor) -> Terms:
         # log m/p = log1p((1−β)·expm1(−g)) is safe for g ≥ 0, log m/q = log1p(β·expm1(g)) for g ≤ 0; they differ by g
         other = (g >= 0).to(g.dtype).mul_(1 - 2 * self.beta).add_(self.beta)
-        mixed = torch.expm1(-g.abs()).mul_(other).log1p_()
+        mixed = expm1(-g.abs()).mul_(other).log1p_()
         a_p = weighted(p, mixed + (-g).clamp_min_(0)).mul_(-self.beta)
         a_q = weighted(q, mixed + g.clamp_min(0)).mul_(self.beta - 1)
         return Terms(a_p + a_q, a_p, a_q)
@@ -172,7 +172,7 @@ class SkewKL(_Skew):
         # f = p·log(p/m) + (1−α)·(q − p): what is added sums to zero and makes every summand of second order.
         # Where p < e⁻⁸⁰ q it counts for nothing, so that expm1(−g) may stop there; m = p·(1 + x) > 0 also when rounded
         of_q = min(1 - self.alpha, 1 - torch.finfo(g.dtype).eps)
-        x = (-g).clamp_max_(80.0).expm1_().mul_(of_q)  # (m − p)/p
+        x = expm1((-g).clamp_max_(80.0)).mul_(of_q)  # (m − p)/p
         a_q = (q / (1 + x)).mul_(-of_q)  # without the (1−α)·q, which changes no gradient and would swamp it for p ≪ q
         r = x / (1 + x)  # (m − p)/m
         a_p = (r * self.alpha).sub_(x.log1p_()).mul_(p)
@@ -387,12 +387,28 @@ def _check_own(divergence: Divergence) -> None:
 
 def log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
     """Return g = log p − log q, and 0 where both have no mass (−inf − −inf)."""
-    return (log_p - log_q).nan_to_num_(nan=0.0, posinf=inf, neginf=-inf)
+    return _nan_to_zero(log_p - log_q)
 
 
 def weighted(p: Tensor, x: Tensor) -> Tensor:
     """Return p·x with 0·∞ = 0."""
-    return (p * x).nan_to_num_(nan=0.0, posinf=inf, neginf=-inf)
+    return _nan_to_zero(p * x)
+
+
+def _nan_to_zero(x: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():  # inductor takes nan_to_num one number at a time
+        return torch.where(x == x, x, 0.0)
+    return x.nan_to_num_(nan=0.0, posinf=inf, neginf=-inf)
+
+
+def expm1(x: Tensor) -> Tensor:
+    """Return exp(x) − 1 to full relative precision: torch.expm1, but where inductor would make exp(x) − 1 of that."""
+    if not torch.compiler.is_compiling():
+        return torch.expm1(x)
+    series = torch.ones_like(x)
+    for n in range(15 if x.dtype == torch.float64 else 8, 1, -1):
+        series = 1 + x * (1 / n) * series
+    return torch.where(x.abs() < 0.5, x * series, x.exp() - 1)
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -404,7 +420,7 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 def difference(p: Tensor, q: Tensor, g: Tensor) -> Tensor:
     """Return q − p to full relative precision: ±max(p, q)·expm1(−|g|), which never overflows."""
-    return torch.expm1(-g.abs()).mul_(torch.maximum(p, q)).copysign_(-g)
+    return expm1(-g.abs()).mul_(torch.maximum(p, q)).copysign_(-g)
 
 
 def _power(log_p: Tensor, alpha: float, log_q: Tensor, beta: float) -> Tensor:

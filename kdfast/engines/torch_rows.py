@@ -10,13 +10,14 @@ On a CPU each thread takes a few rows at a time, so few that the dozen temporari
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import inf
+from math import inf, nan
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from kdfast.divergences import log_ratio, weighted
+from kdfast.engines import compiled_rows
 from kdfast.engines.chunk_loop import GradientBuffers
 from kdfast.ops import matmul, sparse, threads
 from kdfast.ops.planning import GradFlags, on_cpu
@@ -26,6 +27,7 @@ CPU_BLOCK = 1 << 16  # logits a CPU's thread works on at a time (256 KB in fp32)
 ENTROPY = {CE: STUDENT_ENTROPY, ANCHOR: TEACHER_ENTROPY}  # of the logits that a cross entropy is taken of
 
 R = TypeVar("R")
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of student, teacher and anchor, (r, ≤ V) each
 
 
 class TorchRows:
@@ -36,7 +38,8 @@ class TorchRows:
         self.targets = {CE: x.labels if x.use_ce else None, ANCHOR: x.anchor_targets if x.use_anchor else None}
 
     def __call__(self, rows: slice, z_s: Tensor, z_t: Tensor | None, out: GradientBuffers) -> None:
-        self.in_blocks(self._solve, rows, z_s, z_t, out)
+        if not compiled_rows.solve(self, rows, z_s, z_t, out):
+            self.in_blocks(self._solve, rows, z_s, z_t, out)
 
     def in_blocks(
         self, solve: Callable[..., R], rows: slice, z_s: Tensor, z_t: Tensor | None, *of_rows: Any
@@ -55,7 +58,7 @@ class TorchRows:
         found = threads.map_on_threads(block, list(matmul.blocks(m, max(1, size))))
         for out in of_rows:  # a sum over rows in the order of the rows, whichever thread took which
             if cpu and isinstance(out, GradientBuffers):
-                self._sum_bias(out.bias, out.student, out.teacher)
+                self.sum_bias(out.bias, out.student, out.teacher)
         return found
 
     def coefficients(self, rows: slice) -> Tensor:
@@ -76,6 +79,10 @@ class TorchRows:
         return z_t if self.x.teacher_logits is None else self.x.dense_teacher(rows).to(self.x.dtype)
 
     def _solve(self, rows: slice, z_s: Tensor, z_t: Tensor | None, out: GradientBuffers) -> None:
+        self.write(out, self.gradients_of(rows, z_s, z_t))
+
+    def gradients_of(self, rows: slice, z_s: Tensor, z_t: Tensor | None) -> Gradients:
+        """Fill the statistics of `rows`; return the gradients towards the raw products."""
         x, wanted, stats = self.x, self.wanted, self.stats
         kd = self.coefficients(rows)[KD]
         slopes = self.transform(z_s, z_t)
@@ -95,17 +102,16 @@ class TorchRows:
             grad_s = add_shared(self._cross_entropy(rows, z_s, CE, wanted.student and x.ce_term), grad_s)
         if z_t is not None and (x.use_anchor or x.want_metrics):
             grad_a = self._cross_entropy(rows, z_t, ANCHOR, wanted.anchor)
-        self.write(out, (grad_s, grad_t, grad_a), slopes)
+        return self.chained((grad_s, grad_t, grad_a), slopes)
 
     def _divergence(self, z_s: Tensor, z_t: Tensor, coefficient: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return (divergence (r,), coefficient·∂/∂z_s, coefficient·∂/∂z_t)."""
         x, divergence = self.x, self.x.divergence
-        log_p = torch.log_softmax(z_t / x.teacher_temperature, dim=-1)
-        log_q = torch.log_softmax(z_s / x.temperature, dim=-1)
-        unknown = log_p[:, 0].isnan() | log_q[:, 0].isnan()  # a NaN logit makes its whole row NaN
+        log_p, unknown_p = log_softmax(z_t, x.teacher_temperature)
+        log_q, unknown_q = log_softmax(z_s, x.temperature)
         g = log_ratio(log_p, log_q)
         p, q, terms = divergence.solve(log_p, log_q, g)
-        value = terms.f.sum(dim=-1).masked_fill_(unknown, float("nan"))
+        value = terms.f.sum(dim=-1).masked_fill_(unknown_p | unknown_q, nan)
         by_s, by_t = coefficient / x.temperature, coefficient / x.teacher_temperature
         grad_s = times(center(terms.a_q, q, divergence.centred_q), by_s) if self.wanted.student else None
         grad_t = times(center(terms.a_p, p, divergence.centred_p), by_t) if self.wanted.teacher else None
@@ -139,7 +145,7 @@ class TorchRows:
     def _cross_entropy(self, rows: slice, z: Tensor, term: int, gradient: bool) -> Tensor | None:
         """Fill the statistics at τ = 1 of the logits that `term`, CE or ANCHOR, is taken of; return
         coefficient·(softmax − onehot) (r, V) where that is wanted."""
-        log_q = z.log_softmax(dim=-1)
+        log_q, _ = log_softmax(z)
         targets = self.targets[term]
         index = None if targets is None else targets[rows, None]
         if index is not None:
@@ -152,18 +158,20 @@ class TorchRows:
         if not gradient or index is None:
             return None
         coefficient = self.coefficients(rows)[term]
-        return q.mul_(coefficient).scatter_add_(1, index, -coefficient)
+        return add_at(q.mul_(coefficient), index, -coefficient)
 
-    def write(
-        self, out: GradientBuffers, gradients: tuple[Tensor | None, ...], slopes: tuple[Tensor | None, ...]
-    ) -> None:
-        """Write gradients towards some rows' logits, of student, teacher and anchor (r, ≤ V), into their buffers.
-        slopes: of student and teacher, as `transform` returns them."""
+    def chained(self, gradients: Gradients, slopes: tuple[Tensor | None, Tensor | None]) -> Gradients:
+        """Return gradients towards logits taken to the raw products, in place. slopes: as `transform` returns them."""
         (grad_s, grad_t, grad_a), (slope_s, slope_t), x = gradients, slopes, self.x
         _chain(grad_s, slope_s, x.logit_scale)
         _chain(grad_t, slope_t, x.teacher_logit_scale)
         _chain(grad_a, slope_t, x.teacher_logit_scale)
-        self._sum_bias(out.bias, grad_s, grad_t)
+        return gradients
+
+    def write(self, out: GradientBuffers, gradients: Gradients) -> None:
+        """Write gradients towards some rows' raw products into their buffers."""
+        grad_s, grad_t, grad_a = gradients
+        self.sum_bias(out.bias, grad_s, grad_t)
         if out.anchor is None and grad_a is not None:
             grad_t, grad_a = grad_a if grad_t is None else grad_t.add_(grad_a), None
         if out.decorrelation is not None:
@@ -174,7 +182,7 @@ class TorchRows:
             if buffer is not None:
                 _fill(buffer, grad)
 
-    def _sum_bias(self, bias: Tensor | None, grad_s: Tensor | None, grad_t: Tensor | None) -> None:
+    def sum_bias(self, bias: Tensor | None, grad_s: Tensor | None, grad_t: Tensor | None) -> None:
         for grad in (grad_s, grad_t if self.wanted.teacher_to_weight else None):
             if bias is not None and grad is not None:
                 bias[: grad.shape[1]].add_(grad.sum(dim=0))
@@ -201,11 +209,30 @@ def slope_of(z: Tensor, softcap: float | None) -> Tensor | None:
     return None if softcap is None else 1 - (z / softcap).square_()
 
 
+def log_softmax(z: Tensor, tau: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return (log softmax(z/τ), (r,) bool: which rows are NaN, as one NaN logit makes them)."""
+    if not torch.compiler.is_compiling():
+        log_q = (z if tau is None else z / tau).log_softmax(dim=-1)
+        return log_q, log_q[:, 0].isnan()
+    shifted = z - z.amax(dim=-1, keepdim=True)  # spelled out, what passes over the logits share
+    shifted = shifted if tau is None else shifted * (1 / tau)
+    norm = shifted.exp().sum(dim=-1, keepdim=True).log()
+    return shifted - norm, norm[:, 0].isnan()
+
+
+def add_at(grad: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    """Return grad (r, V) with values (r, 1) added at index (r, 1), in place."""
+    if not torch.compiler.is_compiling():
+        return grad.scatter_add_(1, index, values)
+    here = torch.arange(grad.shape[1], device=grad.device) == index  # what can be one pass with the rest
+    return grad + torch.where(here, values, 0.0)
+
+
 def times(grad: Tensor, factor: Tensor) -> Tensor:
     """Return grad·factor, in place, with 0·∞ = 0: an infinite divergence does not reach rows it does not count for."""
     zero = factor == 0
     grad.mul_(factor)
-    if grad.device.type == "cpu" and not bool(zero.any()):
+    if grad.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(zero.any()):
         return grad
     return grad.masked_fill_(zero, 0.0)
 
@@ -214,6 +241,10 @@ def center(a: Tensor, softmax: Tensor, centred: bool) -> Tensor:
     """Return a − softmax·Σa, in place; at the entry with most mass, where that cancels, less the sum of the others."""
     if centred:
         return a
+    if torch.compiler.is_compiling():
+        a, most = a - softmax * a.sum(dim=-1, keepdim=True), softmax > 0.5
+        others = a.masked_fill(most, 0.0).sum(dim=-1, keepdim=True)
+        return torch.where(most, torch.where(others.abs() < torch.finfo(a.dtype).tiny, 0.0, -others), a)
     most = softmax.argmax(dim=-1, keepdim=True)
     a.addcmul_(softmax, a.sum(dim=-1, keepdim=True), value=-1).scatter_(-1, most, 0)
     others = a.sum(dim=-1, keepdim=True)  # a subnormal number has no digits to go by

@@ -252,7 +252,7 @@ class TorchVocabParallelRows(TorchRows):
             grad_s = add_shared(self._softmax_less_onehot(rows, z_s, constants.m_1, constants.log_1, CE), grad_s)
         if z_t is not None and wanted.anchor:
             grad_a = self._softmax_less_onehot(rows, z_t, constants.m_t, constants.log_t1, ANCHOR)
-        self.write(out, (grad_s, grad_t, grad_a), slopes)
+        self.write(out, self.chained((grad_s, grad_t, grad_a), slopes))
 
     def _softmax_less_onehot(self, rows: slice, z: Tensor, m: Tensor, log: Tensor, term: int) -> Tensor:
         """Return coefficient·(softmax − onehot) of the CE or ANCHOR term."""
