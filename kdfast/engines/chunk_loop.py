@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pkgutil import resolve_name
 from typing import NamedTuple
 
@@ -74,18 +75,11 @@ class ChunkLoop:
         self.row_solver = resolve_name(row_classes[x.engine])(x, self.scale, self.wanted, self.stats)
 
         self.teacher_input = x.need_teacher_hidden and (self.wanted.teacher or self.wanted.anchor)
-
-        def gradient(needed: bool, *shape: int, written: int = 0) -> Tensor:
-            """Return zeros, but for the first rows, which chunks will write."""
-            out = torch.empty(shape if needed else (0,), device=device, dtype=x.dtype)
-            if written < out.shape[0]:
-                out[written:].zero_()
-            return out
-
-        self.d_hidden = gradient(x.need_hidden, N, H, written=N)
-        self.d_weight = gradient(x.need_weight, *x.weight.shape, written=V if N else 0)
-        self.d_bias = gradient(x.need_bias, x.weight.shape[0])
-        self.d_teacher = gradient(x.need_teacher_hidden, N, H, written=N if self.teacher_input else 0)
+        gradient = partial(planning.gradient_buffer, x)
+        self.d_hidden = gradient(x.need_hidden, (N, H), N)
+        self.d_weight = gradient(x.need_weight, x.weight.shape, V if N else 0)
+        self.d_bias = gradient(x.need_bias, x.weight.shape[:1])
+        self.d_teacher = gradient(x.need_teacher_hidden, (N, H), N if self.teacher_input else 0)
 
         self.sides = 2 if x.teacher_hidden is not None else 1
         per_token = planning.bytes_per_token(

@@ -40,6 +40,7 @@ from kdfast.ops.planning import (
     decorrelate,
     decorrelate_inputs,
     grad_flags,
+    gradient_buffer,
     gradient_scale,
     slab_width,
     total,
@@ -67,11 +68,12 @@ def run(x: Problem, rows: Tensor | None = None) -> Result:
         rows, values = _sparse(x, rows, scale, stats if fresh else None)
 
     now = x.forward_problem()
-    d_hidden = _zeros(now.need_hidden, (N, H), x.dtype, x)
-    d_weight = _zeros(now.need_weight, tuple(x.weight.shape), x.weight_gradient_dtype, x)
-    d_bias = _zeros(now.need_bias, (x.weight.shape[0],), x.dtype, x)
-    d_teacher = _zeros(now.need_teacher_hidden, (N, H), x.dtype, x)
-    if any(grad_flags(now)) and N:
+    want = grad_flags(now)
+    d_hidden = gradient_buffer(x, now.need_hidden, (N, H), N)
+    d_weight = gradient_buffer(x, now.need_weight, x.weight.shape, x.valid_vocab if N else 0, x.weight_gradient_dtype)
+    d_bias = gradient_buffer(x, now.need_bias, x.weight.shape[:1])
+    d_teacher = gradient_buffer(x, now.need_teacher_hidden, (N, H), N if want.teacher or want.anchor else 0)
+    if any(want) and N:
         _gradients(now, heads, term, rows, values, d_hidden, d_weight, d_bias, d_teacher)
     return Result(total(x, stats), stats, d_hidden, d_weight, d_bias, d_teacher, scale, kept)
 
@@ -190,7 +192,3 @@ def _inputs(x: Problem, decorrelation: Tensor | None) -> Tensor:
     if decorrelation is not None:
         decorrelate_inputs(inputs, decorrelation)
     return inputs
-
-
-def _zeros(needed: bool, shape: tuple[int, ...], dtype: torch.dtype, x: Problem) -> Tensor:
-    return torch.zeros(shape if needed else (0,), device=x.hidden.device, dtype=dtype)

@@ -26,8 +26,11 @@ SINCE_2_10 = torch.__version__ >= "2.10"
 
 
 def tf32(device: torch.device) -> bool:
-    """Return whether PyTorch is set to round fp32 operands of products on `device` to TF32; kernels follow it."""
+    """Return whether PyTorch is set to round fp32 operands of products on `device` to TF32; kernels follow it, where
+    Triton can: of AMD's chips gfx942 has it."""
     if device.type != "cuda":
+        return False
+    if torch.version.hip is not None and "gfx942" not in torch.cuda.get_device_properties(device).gcnArchName:
         return False
     setting = getattr(torch.backends.cuda.matmul, "fp32_precision", None)  # torch ≥ 2.9
     if setting == "none":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -151,6 +152,16 @@ def slab_width(vocab: int, bytes_per_entry: int, tile: int, scratch_bytes: int =
     tiles = -(-vocab // tile)
     slabs = -(-tiles // max(1, scratch_budget(scratch_bytes, SLAB_SCRATCH) // (bytes_per_entry * tile)))
     return -(-tiles // slabs) * tile
+
+
+def gradient_buffer(
+    x: Problem, needed: bool, shape: Sequence[int], written: int = 0, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Return zeros, of no elements where not needed. written: rows that will be, which are left as they are."""
+    out = torch.empty(shape if needed else (0,), device=x.hidden.device, dtype=dtype or x.dtype)
+    if written < out.shape[0]:
+        out[written:].zero_()
+    return out
 
 
 FLOAT16_HEADROOM = 1024.0

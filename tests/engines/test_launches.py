@@ -172,3 +172,14 @@ def test_rocm_has_no_mixed_product_before_torch_2_10(hip, since_2_10, gradients,
     assert matmul.gradient_dtype(torch.float64, gpu) == torch.float64
     operand = type("Operand", (), {"dtype": torch.bfloat16, "device": gpu, "is_cuda": True})()
     assert matmul._multiplies(operand, torch.float32) == (gradients == torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("hip", "chip", "expected"),
+    [(None, "", True), ("6.4", "gfx942:sramecc+:xnack-", True), ("6.4", "gfx90a:sramecc+", False)],
+)
+def test_kernels_round_to_tf32_where_triton_can(hip, chip, expected, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName=chip))
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision="tf32"))
+    assert matmul.tf32(torch.device("cuda")) == expected
