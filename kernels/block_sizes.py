@@ -218,6 +218,13 @@ def row_of(device: torch.device, itemsize: int, N: int) -> Row:
     return INTERPRETER if key[0] == "interpreter" else TABLE[key]
 
 
+def threads_of_row(device: torch.device) -> int:
+    """Return how many threads share a row of a product, each two neighboring columns of every so many: the layout of
+    the architecture's accumulators."""
+    name = known_architecture(device) or "interpreter"
+    return 1 if name == "sm_100" else 32 if name.startswith("gfx") else 4
+
+
 def splits_of(row_blocks: int, tiles: int, device: torch.device) -> int:
     """Return how many programs share a row block's vocabulary: enough to fill the chip in whole waves, and no more.
 

@@ -54,6 +54,8 @@ class HeadFlags:
     even_s: bool = True  # Hs is a multiple of a tile's BLOCK_H
     even_t: bool = True
     precision: str = "ieee"
+    scaled_s: bool = False  # there is a logit_scale
+    scaled_t: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class StatisticsFlags:
     metrics: bool
     teacher_gradient: bool
     decorrelate: bool
+    precise: bool  # gradients are kept in float32 or float64
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ class GradientFlags:
     teacher: bool
     anchor: bool
     decorrelate: bool
+    precise: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +137,10 @@ class Heads:
     def flags(self, config: TileConfig | None = None) -> HeadFlags:
         """Return the flags of a kernel that reads logits or, with tiles of a configuration, multiplies."""
         given_stride = 0 if self.teacher_logits is None else self.teacher_logits.stride(-1)
-        flags = HeadFlags(self.softcap is not None, self.teacher_softcap is not None, self.truncated, given_stride)
+        flags = HeadFlags(
+            self.softcap is not None, self.teacher_softcap is not None, self.truncated, given_stride,
+            scaled_s=self.logit_scale != 1, scaled_t=self.teacher_logit_scale != 1,
+        )  # fmt: skip
         if config is None:
             return flags
         even_s, even_t = (width % config.block_h == 0 for width in self.widths())
@@ -159,6 +166,7 @@ class Term:
     bits: Tensor | None = None  # (rows at hand, words) int32: set bits take entries out of a sparse teacher's bucket
     teacher_temperature: Tensor | None = None  # (), of its own in the KD term
     second: float = 0.0  # the divergence's second number
+    precise: bool = True  # gradients are kept in float32 or float64
 
     @property
     def intricate(self) -> bool:
@@ -174,10 +182,12 @@ class Term:
 
     def statistics_flags(self, teacher: bool, decorrelate: bool) -> StatisticsFlags:
         ce, anchor = self.labels is not None, self.targets is not None
-        return StatisticsFlags(teacher, ce, anchor, self.metrics, self.teacher_gradient or decorrelate, decorrelate)
+        of_teacher = self.teacher_gradient or decorrelate
+        return StatisticsFlags(teacher, ce, anchor, self.metrics, of_teacher, decorrelate, self.precise)
 
     def gradient_flags(self, student: bool, decorrelate: bool) -> GradientFlags:
-        return GradientFlags(student, self.ce_gradient, self.teacher_gradient, self.anchor_gradient, decorrelate)
+        anchor, precise = self.anchor_gradient, self.precise
+        return GradientFlags(student, self.ce_gradient, self.teacher_gradient, anchor, decorrelate, precise)
 
 
 def matrix(operand: Tensor | None) -> Matrix:

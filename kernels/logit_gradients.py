@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kdfast.kernels.divergences import terms
-from kdfast.kernels.online_softmax import load_tensors, probabilities
+from kdfast.kernels.math import LN2, LOG2E, difference, weighted
+from kdfast.kernels.online_softmax import exponent, load_tensors, power, probabilities, shift
 
 Coefficients = namedtuple("Coefficients", "kd ce anchor")  # of a program's rows, [R] each, over the gradients' scale
 
@@ -28,41 +29,42 @@ def load_coefficients(pointers, stride, mask, scale):
 
 @triton.jit
 def gradients(
-    z_s, z_t, slope_s, slope_t, v, kd_V, constants, decorrelation, coefficients, loss,
+    z_s, z_t, slope_s, slope_t, v, begin, kd_V, constants, decorrelation, coefficients, loss,
     TEACHER: tl.constexpr, TRUNCATED: tl.constexpr, DIVERGENCE: tl.constexpr, GRAD: tl.constexpr,
 ):  # fmt: skip
     """Return (student's, teacher's KD part, teacher's anchor part), [R, BLOCK] each; an unwanted one is 0.
 
-    z, slope [R, BLOCK]; v [1, BLOCK]; decorrelation [R]: the teacher's part has that much of the student's added.
-    TRUNCATED: the KD term ends at kd_V. For a "sparse" teacher the student's part is what tokens get that it does not
-    have: A_p·exp(x − log S), with the constants in the teacher's place."""
+    z [R, BLOCK]; v [1, BLOCK], from `begin` on; decorrelation [R]: the teacher's part has that much of the student's
+    added. TRUNCATED: the KD term ends at kd_V. For a "sparse" teacher the student's part is what tokens get that it
+    does not have: A_p·exp(x − log S), with the constants in the teacher's place."""
     NAME: tl.constexpr = DIVERGENCE.name
     grad_s = tl.zeros_like(z_s)
     grad_t, grad_a = grad_s, grad_s
     if DIVERGENCE.name == "sparse":
         if GRAD.student:
-            outside = constants.A_p[:, None]
-            softmax = tl.exp((z_s - constants.m_t[:, None]) * loss.inv_tau - constants.log_S_t[:, None])
-            grad_s = tl.where(outside == 0, 0, outside * softmax)
+            factor = constants.A_p * _over_sum(constants.log_S_t, constants.m_t, loss.c_s, GRAD)
+            e = power(exponent(z_s, constants.m_t, loss.c_s, GRAD.precise), GRAD.precise)
+            grad_s = tl.where((constants.A_p == 0)[:, None], 0, factor[:, None] * e)
     elif TEACHER and (GRAD.student or GRAD.teacher):
-        k = (coefficients.kd * loss.inv_tau)[:, None]
         shared = tl.where(v < kd_V, z_s, -float("inf")) if TRUNCATED else z_s
-        size = tl.abs(constants.m_s) * loss.inv_tau + tl.abs(constants.m_t) * loss.inv_tau_t
-        p, q, g, log_p, log_q = probabilities(shared, z_t, constants, loss)
-        _, a_p, a_q = terms(NAME, p, q, g, log_p, log_q, loss.parameter, loss.second)
-        if GRAD.student:
-            if not DIVERGENCE.centred_q:
-                a_q = _centered(a_q, q, constants.A_q, constants.D_q, constants.log_S_s, size, DIVERGENCE, GRAD)
-            grad_s = tl.where(k == 0, 0, k * a_q)  # a row the KD term does not count may diverge
-        if GRAD.teacher:
-            if not DIVERGENCE.centred_p:
-                a_p = _centered(a_p, p, constants.A_p, constants.D_p, constants.log_S_t, size, DIVERGENCE, GRAD)
-            k = (coefficients.kd * loss.inv_tau_t)[:, None]
-            grad_t = tl.where(k == 0, 0, k * a_p)
+        if DIVERGENCE.base != "":
+            grad_s, grad_t = _kl_gradients(shared, z_t, constants, coefficients.kd, loss, DIVERGENCE, GRAD)
+        else:
+            p, q, g, log_p, log_q = probabilities(shared, z_t, constants, loss, GRAD.precise)
+            _, a_p, a_q = terms(NAME, p, q, g, log_p, log_q, loss.parameter, loss.second)
+            if GRAD.student:
+                k = (coefficients.kd * loss.inv_tau)[:, None]
+                grad_s = tl.where(k == 0, 0, k * _centered(a_q, q, constants.A_q, constants.D_q, GRAD))
+            if GRAD.teacher:
+                k = (coefficients.kd * loss.inv_tau_t)[:, None]
+                grad_t = tl.where(k == 0, 0, k * _centered(a_p, p, constants.A_p, constants.D_p, GRAD))
     if GRAD.student and GRAD.ce:
-        grad_s += _cross_entropy(z_s, v, constants.m_s, constants.log_S1_s, loss.labels, coefficients.ce)
+        grad_s = _add_cross_entropy(
+            grad_s, z_s, v, begin, constants.m_s, constants.log_S1_s, loss.labels, coefficients.ce, GRAD
+        )
     if GRAD.anchor:
-        grad_a = _cross_entropy(z_t, v, constants.m_t, constants.log_S1_t, loss.targets, coefficients.anchor) * slope_t
+        m, log_S1 = constants.m_t, constants.log_S1_t
+        grad_a = _add_cross_entropy(grad_a, z_t, v, begin, m, log_S1, loss.targets, coefficients.anchor, GRAD) * slope_t
     grad_s *= slope_s
     grad_t *= slope_t
     if GRAD.decorrelate:
@@ -71,25 +73,77 @@ def gradients(
 
 
 @triton.jit
-def _centered(a, softmax, A, D, log_S, size, DIVERGENCE: tl.constexpr, GRAD: tl.constexpr):
+def _over_sum(log_S, m, c, GRAD: tl.constexpr):
+    """Return what makes probabilities of the powers of `exponent` [R]."""
+    return tl.exp2(-log_S * LOG2E - shift(m, c, GRAD.precise))
+
+
+@triton.jit
+def _kl_gradients(z_s, z_t, constants, kd, loss, DIVERGENCE: tl.constexpr, GRAD: tl.constexpr):
+    """Return kd/τ·(gradients towards z_s, z_t) of a KL. With b the side the expectation is under, u = x_b − x_o and
+    u − mean = g − KL: p_o − p_b and p_b·(u − mean)."""
+    m_s, log_S_s, m_t, log_S_t, gap, A_p, A_q, _, _, _, _ = constants
+    x_s, x_t = exponent(z_s, m_s, loss.c_s, GRAD.precise), exponent(z_t, m_t, loss.c_t, GRAD.precise)
+    over_s, over_t = _over_sum(log_S_s, m_s, loss.c_s, GRAD), _over_sum(log_S_t, m_t, loss.c_t, GRAD)
+    size = tl.abs(m_s) * loss.inv_tau + tl.abs(m_t) * loss.inv_tau_t
+    if DIVERGENCE.base == "t":
+        x_b, x_o, over_b, over_o, log_S_b, log_S_o, mean = x_t, x_s, over_t, over_s, log_S_t, log_S_s, A_p
+        inv_tau_b, inv_tau_o = loss.inv_tau_t, loss.inv_tau
+    else:
+        x_b, x_o, over_b, over_o, log_S_b, log_S_o, mean = x_s, x_t, over_s, over_t, log_S_s, log_S_t, A_q
+        gap, inv_tau_b, inv_tau_o = -gap, loss.inv_tau, loss.inv_tau_t
+    size += tl.abs(mean)
+    if GRAD.precise:
+        # where one token has all of the mass to rounding, u − mean is the rounding of large numbers
+        sure = (log_S_b < (2**-53 if z_s.dtype == tl.float64 else 2**-24)) & (size > 256)
+        u, k_b, k_o = x_b - x_o, (kd * inv_tau_b)[:, None], (kd * inv_tau_o)[:, None]
+        p_b, p_o = tl.exp(x_b - log_S_b[:, None]), tl.exp(x_o - log_S_o[:, None])
+        of_o = tl.where(k_o == 0, 0, k_o * difference(p_b, p_o, u - gap[:, None]))
+        of_b = tl.where((p_b > 0.6) & sure[:, None], 0, weighted(p_b, u - mean[:, None]))
+        of_b = tl.where(k_b == 0, 0, k_b * of_b)  # a row the KD term does not count may diverge, or be NaN
+    else:
+        # the same, and then the rest of the mass is less than that rounding; where both sides have the same token, what
+        # p_o − p_b has left is its own
+        sure = (log_S_b < 2**-22) & (size > 256) & (size < float("inf"))
+        same = (tl.maximum(log_S_b, log_S_o) < 2**-21) & (mean - gap < 2**-20)
+        off = (kd == 0) | same
+        ratio, k = tl.where(sure | off, 0, inv_tau_b / inv_tau_o), kd * inv_tau_o
+        over_b, over_o = tl.where(off, 0, k * over_b), tl.where(off, 0, k * over_o)
+        BOTH: tl.constexpr = GRAD.teacher or DIVERGENCE.base == "s"
+        if BOTH:  # masked logits and NaN become finite, of no mass; where a NaN counts `over` is NaN
+            x_b, x_o = tl.maximum(x_b, -1e30), tl.maximum(x_o, -1e30)
+        p = tl.exp2(x_b) * over_b[:, None]
+        of_o = tl.exp2(x_o) * over_o[:, None] - p
+        if not BOTH:
+            of_o = tl.where(off[:, None], 0, of_o)
+        of_b = p * ((x_b - x_o) * (ratio * LN2)[:, None] - tl.where(off, 0, ratio * mean)[:, None])
+    return (of_o, of_b) if DIVERGENCE.base == "t" else (of_b, of_o)
+
+
+@triton.jit
+def _centered(a, softmax, A, D, GRAD: tl.constexpr):
     """Return a − softmax·A, and D where that cancels: at an entry with most of the mass, more than in the second pass,
-    as z may be computed anew. A KL's one pass does not know D: 0 at an entry that has all of it, to rounding, where
-    A and the logits over τ are so large that a − softmax·A is their rounding."""
+    as z may be computed anew."""
     centered = a - softmax * A[:, None]
-    if DIVERGENCE.base != "":
-        NONE: tl.constexpr = 2**-53 if a.dtype == tl.float64 else 2**-24
-        sure = (log_S < NONE) & (size + tl.abs(A) > 256)
-        return tl.where((softmax > 0.6) & sure[:, None], 0, centered)
-    elif GRAD.decorrelate:
+    if GRAD.decorrelate or not GRAD.precise:
         return centered
     else:
         return tl.where((softmax > 0.6) & (D == D)[:, None], D[:, None], centered)
 
 
 @triton.jit
-def _cross_entropy(z, v, m, log_S1, targets, coefficient):
-    softmax = tl.exp((z - m[:, None]) - log_S1[:, None])
-    return coefficient[:, None] * tl.where(v == targets[:, None], softmax - 1, softmax)
+def _add_cross_entropy(grad, z, v, begin, m, log_S1, targets, coefficient, GRAD: tl.constexpr):
+    """Return grad + coefficient·(softmax(z) − onehot(targets))."""
+    ONE: tl.constexpr = 1.0 if GRAD.precise else LOG2E
+    factor = coefficient * _over_sum(log_S1, m, ONE, GRAD)
+    grad += factor[:, None] * power(exponent(z, m, ONE, GRAD.precise), GRAD.precise)
+    if z.shape[0] == 1:  # one row: its target is in one block
+        target = tl.max(targets, axis=0)
+        if (target >= begin) & (target < begin + z.shape[1]):
+            grad = tl.where(v == target, grad - coefficient[:, None], grad)
+    else:
+        grad = tl.where(v == targets[:, None], grad - coefficient[:, None], grad)
+    return grad
 
 
 @triton.jit
@@ -111,7 +165,9 @@ def _store(pointers, grad, counts, mask):
     """Write a block, rounded to the buffer's dtype; 0 where `counts` is false. float16 saturates, NaN stays NaN."""
     if pointers.dtype.element_ty == tl.float16:
         grad = tl.where(grad > 65504, 65504, tl.where(grad < -65504, -65504, grad))
-    tl.store(pointers, tl.where(counts, grad, 0), mask=mask)
+    if counts is not None:
+        grad = tl.where(counts, grad, 0)
+    tl.store(pointers, grad, mask=mask)
 
 
 BLOCK_M, BLOCK_V, WARPS = 32, 64, 4  # 16-bit rows of 128 bytes; V/64 programs fill any chip at V ≥ 32K

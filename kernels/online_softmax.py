@@ -1,29 +1,33 @@
 r"""Statistics of a row pair's logits, updated block by block: what the row kernel and the tiled kernels share.
 
-z_s, z_t are the student's and the teacher's logits of R rows; a block is [R, BLOCK]. Shifted by the running maximum m,
-x = (z − m)/τ and e = exp(x). Of each side (`Side`):
+z_s, z_t are the student's and the teacher's logits of R rows; a block is [R, J, LANES, VEC], of which each thread has
+its own lane, and what is kept of a row is [R, LANES]: no thread waits for another before `merge_threads`, once a row.
+With c = log₂e/τ and the running maximum m, x = z·c − m·c and e = 2^x. Of each side (`Side`):
 
-    m, S = Σ e, and at τ = 1: S1 = Σ exp(z − m), E = Σ exp(z − m)·(z − m), the first argmax, the target's logit
+    m, S = Σ e, and at τ = 1: S1 = Σ e1, E = Σ e1·x1, the first argmax, the target's logit
 
-A KL divergence needs no second pass. With b the side its expectation is under and o the other, u = x_b − x_o,
-w = e_o − e_b (by expm1 where u is small), of both sides (`Pair`):
+A KL divergence needs no second pass. With b the side its expectation is under and o the other, u = (x_b − x_o)·ln 2,
+φ(u) = u + e^−u − 1, w = e_o − e_b, of both sides (`Pair`):
 
-    G = Σ e_b·u,  D = Σ w      KL = G/S_b + log1p(D/S_b)
+    F = Σ e_b·φ(u),  D = Σ w      KL = F/S_b + log1p(d) − d,  d = D/S_b
 
-2e-5 in float32 at KL 4e-4, where Σ p·(log p − log q) and differences of log-sum-exps lose 2e-3 and more. Where the gap
-is large log1p(D/S_b) is taken as log S_o − log S_b. Every other divergence takes a second pass, `update_terms`, which
-knows both log-sum-exps (`TermSums`). What a gradient needs to know of each row are its `RowConstants`.
+Every summand of F is of second order and none is negative: 4e-6 in float32 at KL 4e-4, where Σ p·(log p − log q) and
+differences of log-sum-exps lose 2e-3 and more. Every other divergence takes a second pass, `update_terms`, which knows
+both log-sum-exps (`TermSums`). What a gradient needs to know of each row are its `RowConstants`.
 
-`decorrelate`: engines that round gradients to 16 bits make each row's G_t orthogonal to its G_s first, by adding
-decorrelation·G_s, decorrelation = −⟨G_t, G_s⟩/⟨G_s, G_s⟩ (docs/log.md: dW is 3–9% off near convergence otherwise). Any
-factor gives the same dW and dX in exact arithmetic, so the dot products may be rough: the softcaps' slopes are left
-out, and of the cross entropy's gradient only its norm is counted. For a KL they come from sums over the same pass,
-B = p_b·(g − KL) and O = p_o − p_b being the two sides' gradients:
+PRECISE is for gradients that are kept in float32 or float64: c is then 1/τ, x = (z − m)·c, 0 at the maximum itself,
+e = exp(x), and w is taken by expm1 where u is small, so that the gradient of a token with all of the mass is minus that
+of the others. For gradients in 16 bits x is one fused multiply-add, m·c being rounded: as if the logits of a side were
+all shifted by that rounding (`shift`), which no probability and no divergence notices.
 
-    S2 = Σ e_b², P = Σ e_b·w, U = Σ e_b²·u, R = Σ e_b·u·w, Q = Σ w² (o the student) or Σ e_b²·u² (b the student)
+`decorrelate`: engines that round gradients to 16 bits make each row's G_t nearly orthogonal to its G_s first, by adding
+decorrelation·G_s (docs/log.md: dW is 3–9% off near convergence otherwise). Any factor gives the same dW and dX in exact
+arithmetic; this is −⟨G_t, G_s⟩/⟨G_s, G_s⟩ under the metric 1/p_b, where the products are known without sums of their
+own: the variance of u under p_b, V = Σ e_b·u², and near p ≈ q twice the divergence, which both are there. PRECISE,
+which needs no decorrelation, has Σ e_b·u in that place: F − D with more digits where u is large.
 
 When a maximum moves, sums are rescaled: with r = exp of each maximum's move, Δ = move_b − move_o, ρ = r_o − r_b,
-e_b → r_b·e_b, u → u + Δ, w → r_o·w + ρ·e_b.
+e_b → r_b·e_b, u → u + Δ, w → r_o·w + ρ·e_b; Σ e_b·u is F − D.
 """
 
 from collections import namedtuple
@@ -32,28 +36,39 @@ import triton
 import triton.language as tl
 
 from kdfast.kernels.divergences import terms
-from kdfast.kernels.math import added, difference, log1p, sums, tanh, weighted
+from kdfast.kernels.math import (
+    LN2,
+    LOG2E,
+    NEAR,
+    along,
+    curve,
+    log1p,
+    log1p_less,
+    over_threads,
+    tanh,
+    thread_max,
+    thread_sum,
+)
 
 # Below any logit, yet finite: differences of two such maxima are 0, not NaN.
 LOWEST: tl.constexpr = tl.constexpr(-1e30)
 
 
-# What follows is [R] each.
+# What follows is [R, LANES] each in a pass over the vocabulary, and [R] from then on.
 Side = namedtuple("Side", "m S S1 E argmax target")  # argmax int32; target: the target's logit
-Pair = namedtuple("Pair", "G D S2 P Q U R")
+Pair = namedtuple("Pair", "F D V")
 # Σ f, Σ a_q, Σ a_p and, to decorrelate, sums of products: aq_q = Σ a_q·q, …; otherwise, in the place of those beside
 # Σ a of either side, Σ a and Σ of its probabilities without an entry that has most of them, for `D`
-TermSums = namedtuple("TermSums", "f a_q aq_aq aq_q a_p q_q ap_aq ap_q p_aq p_q")
-# what a gradient needs to know of a row; gap = log S_t − log S_s, A = Σ a, D what an entry with most of the mass gets,
-# where a − softmax·A cancels: less the sum of the others; NaN = not known, of gradients that are decorrelated
+TermSums = namedtuple("TermSums", "f a_q aq_aq aq_q a_p q_q p_rest")
+# what a gradient needs to know of a row; gap = log S_t − log S_s, A = Σ a, of a KL Σ p_b·u, D what an entry with most
+# of the mass gets, where a − softmax·A cancels: less the sum of the others; NaN = not known
 RowConstants = namedtuple("RowConstants", "m_s log_S_s m_t log_S_t gap A_p A_q log_S1_s log_S1_t D_p D_q")
 Dots = namedtuple("Dots", "ts ss")  # ⟨G_t, G_s⟩ and ⟨G_s, G_s⟩ of the KD term over (coefficient/τ)²
-Move = namedtuple("Move", "by r")  # of a maximum: (old − new)/τ, and its exponential
-
-Block = namedtuple("Block", "x e move")  # one side's, [R, BLOCK]; the move [R] of its maximum
-# what the loss asks of a program's rows: ids [R] of the cross entropy and the anchor; 1/τ of both sides (); [1, 1]
-Loss = namedtuple("Loss", "labels targets inv_tau inv_tau_t parameter second")
-Scales = namedtuple("Scales", "scale_s softcap_s scale_t softcap_t")  # [1, 1]
+Move = namedtuple("Move", "by r")  # of a maximum: (old − new)·c, and 2 to that
+Block = namedtuple("Block", "x e move")  # one side's, in log2; the move [R, LANES] of its maximum
+# what the loss asks of a program's rows: ids [R] of the cross entropy and the anchor; of both sides 1/τ and log₂e/τ ()
+Loss = namedtuple("Loss", "labels targets inv_tau inv_tau_t c_s c_t parameter second")
+Scales = namedtuple("Scales", "scale_s softcap_s scale_t softcap_t")
 
 # tensors in each, as they lie in memory one below the other
 SIDE: tl.constexpr = tl.constexpr(len(Side._fields))
@@ -64,16 +79,22 @@ CONSTANTS: tl.constexpr = tl.constexpr(len(RowConstants._fields))
 
 
 @triton.jit
+def power(x, PRECISE: tl.constexpr):
+    """Return e^x, or 2^x."""
+    return tl.exp(x) if PRECISE else tl.exp2(x)
+
+
+@triton.jit
 def scales_of(scale_s, softcap_s, scale_t, softcap_t, dtype: tl.constexpr):
     """Return `Scales` in that dtype."""
     return Scales(
-        tl.full([1, 1], scale_s, dtype), tl.full([1, 1], softcap_s, dtype),
-        tl.full([1, 1], scale_t, dtype), tl.full([1, 1], softcap_t, dtype),
+        tl.full([], scale_s, dtype), tl.full([], softcap_s, dtype),
+        tl.full([], scale_t, dtype), tl.full([], softcap_t, dtype),
     )  # fmt: skip
 
 
 @triton.jit
-def load_loss(tensors, parameter, second, n, inside, dtype: tl.constexpr):
+def load_loss(tensors, parameter, second, n, inside, dtype: tl.constexpr, PRECISE: tl.constexpr):
     """Return what the loss asks of the rows n [R], from `launch.LossTensors`."""
     labels, targets = n, n
     if tensors.labels is not None:
@@ -81,191 +102,252 @@ def load_loss(tensors, parameter, second, n, inside, dtype: tl.constexpr):
     if tensors.targets is not None:
         targets = tl.load(tensors.targets + n, mask=inside, other=0).to(tl.int32)
     inv_tau, inv_tau_t = 1 / tl.load(tensors.temperature), 1 / tl.load(tensors.teacher_temperature)
-    parameter, second = tl.full([1, 1], parameter, dtype), tl.full([1, 1], second, dtype)
-    return Loss(labels, targets, inv_tau, inv_tau_t, parameter, second)
+    parameter, second = tl.full([], parameter, dtype), tl.full([], second, dtype)
+    ONE: tl.constexpr = 1.0 if PRECISE else LOG2E
+    return Loss(labels, targets, inv_tau, inv_tau_t, inv_tau * ONE, inv_tau_t * ONE, parameter, second)
 
 
 @triton.jit
-def transform(z, scale, softcap, SOFTCAP: tl.constexpr):
+def transform(z, scale, softcap, SCALED: tl.constexpr, SOFTCAP: tl.constexpr):
     """Return softcap·tanh(scale·z/softcap) and its derivative towards z."""
-    z = z * scale
-    slope = tl.zeros_like(z) + scale
+    slope = tl.full([], 1.0, z.dtype)
+    if SCALED:
+        z = z * scale
+        slope = scale
     if SOFTCAP:
         t, flat = tanh(z / softcap)
         z = softcap * t
-        slope = flat * scale
+        slope = flat * slope
     return z, slope
 
 
 @triton.jit
 def empty_side(zero):
-    """Return the statistics of no logits; zero [R]."""
+    """Return the statistics of no logits; zero [R, LANES]."""
     return Side(zero + LOWEST, zero, zero, zero, zero.to(tl.int32), zero)
 
 
 @triton.jit
 def empty_pair(zero):
-    return Pair(zero, zero, zero, zero, zero, zero, zero)
+    return Pair(zero, zero, zero)
 
 
 @triton.jit
 def empty_terms(zero):
-    return TermSums(zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)
+    return TermSums(zero, zero, zero, zero, zero, zero, zero)
 
 
 @triton.jit
-def rescale_side(side, m, inv_tau, AT_ONE: tl.constexpr):
-    """Return the state as if its maximum had been `m` ([R], no smaller), and the move there."""
-    by = (side.m - m) * inv_tau
-    r = tl.exp(by)
+def scaled(m, c):
+    """Return m·c rounded, a product that no compiler fuses with what is taken from it."""
+    return tl.fma(m, c, 0.0)
+
+
+@triton.jit
+def exponent(z, m, c, PRECISE: tl.constexpr):
+    """Return (z − m)·c of a block; m [R] or [R, LANES]."""
+    if PRECISE:
+        return (z - along(m, z)) * c
+    else:
+        return tl.fma(z, c, along(-scaled(m, c), z))
+
+
+@triton.jit
+def shift(m, c, PRECISE: tl.constexpr):
+    """Return what `exponent` gives the maximum itself: 0, or the rounding of m·c."""
+    return tl.zeros_like(m) if PRECISE else tl.fma(m, c, -scaled(m, c))
+
+
+@triton.jit
+def log_sum(S, m, c, PRECISE: tl.constexpr):
+    """Return log Σ exp((z − m)/τ) [R], which is no less than 0, from S = Σ 2^exponent."""
+    log_S = tl.log(S) - LN2 * shift(m, c, PRECISE)
+    return tl.where((log_S < 0) & (S > 0.5), 0, log_S)
+
+
+@triton.jit
+def move_of(m, to, c, PRECISE: tl.constexpr):
+    """Return the `Move` of a maximum from m to `to`, no smaller."""
+    by = (m - to) * c if PRECISE else scaled(m, c) - scaled(to, c)
+    return Move(by, power(by, PRECISE))
+
+
+@triton.jit
+def rescale_side(side, m, c, AT_ONE: tl.constexpr, ENTROPY: tl.constexpr, PRECISE: tl.constexpr):
+    """Return the state as if its maximum had been `m`, no smaller, and the move there."""
+    move = move_of(side.m, m, c, PRECISE)
     S1, E = side.S1, side.E
     if AT_ONE:
-        r1 = tl.exp(side.m - m)
-        E = r1 * (E + (side.m - m) * S1)
-        S1 = r1 * S1
-    return Side(m, r * side.S, S1, E, side.argmax, side.target), Move(by, r)
+        one = move_of(side.m, m, 1.0 if PRECISE else LOG2E, PRECISE)
+        if ENTROPY:
+            E = one.r * (E + one.by * S1)
+        S1 = one.r * S1
+    return Side(m, move.r * side.S, S1, E, side.argmax, side.target), move
 
 
 @triton.jit
-def rescale_pair(pair, S_s, S_t, move_s, move_t, DIVERGENCE: tl.constexpr, DECORRELATE: tl.constexpr):
-    """Return the state after the two sides' moves; S [R] is a side's before its move."""
-    S_b, base, other = (S_t, move_t, move_s) if DIVERGENCE.base == "t" else (S_s, move_s, move_t)
-    G, D, S2, P, Q, U, R = pair
-    r_b, r_o = base.r, other.r
-    delta = base.by - other.by
-    rho = difference(r_b, r_o, delta)
-    if DECORRELATE:
-        if DIVERGENCE.base == "s":  # Q = Σ e_b²·u²
-            Q = r_b * r_b * (Q + delta * (2 * U + delta * S2))
-        else:
-            Q = r_o * r_o * Q + rho * (2 * r_o * P + rho * S2)
-        R = r_b * (r_o * (R + delta * P) + rho * (U + delta * S2))
-        P = r_b * (r_o * P + rho * S2)
-        U = r_b * r_b * (U + delta * S2)
-        S2 = r_b * r_b * S2
-    D = r_o * D + rho * S_b
-    G = r_b * (G + delta * S_b)
-    return Pair(G, D, S2, P, Q, U, R)
+def rescale_pair(pair, S_s, S_t, move_s, move_t, DIVERGENCE: tl.constexpr, WANT: tl.constexpr):
+    """Return the state as if the maxima had moved so; S is a side's, before."""
+    base, other = (move_t, move_s) if DIVERGENCE.base == "t" else (move_s, move_t)
+    S_b = S_t if DIVERGENCE.base == "t" else S_s
+    r_b, r_o, delta = base.r, other.r, base.by - other.by
+    u = delta * LOG2E if WANT.precise else delta
+    delta = delta if WANT.precise else delta * LN2
+    phi, near = u * (u * curve(u)), tl.abs(u) < NEAR
+    rho = tl.where(near, r_b * (phi - delta), r_o - r_b)
+    lift, all_o = tl.where(near, phi, delta), tl.where(near, 0, S_b) + pair.D
+    V = pair.V
+    if WANT.decorrelate:
+        V = r_b * (V + delta * (2 * (pair.F - pair.D) + delta * S_b))
+    elif WANT.precise:
+        V = r_b * (V + delta * S_b)
+    F = tl.where(r_b > 0, r_b * (pair.F + lift * S_b), 0) + rho * all_o
+    return Pair(F, r_o * pair.D + rho * S_b, V)
 
 
 @triton.jit
-def update_side(side, z, v, targets, inv_tau, AT_ONE: tl.constexpr, ENTROPY: tl.constexpr, TARGET: tl.constexpr):
-    """Return the state with a block added, and the `Block`. z [R, BLOCK], −inf where there is no entry; v [1, BLOCK]
-    ids; targets [R] ids."""
-    highest = tl.max(z, axis=1)
-    m = tl.maximum(side.m, highest)
-    argmax = side.argmax
-    if ENTROPY:
-        first = tl.min(tl.where(z == highest[:, None], v, 2147483647), axis=1)
-        argmax = tl.where(highest > side.m, first, argmax)
-    side, move = rescale_side(side, m, inv_tau, AT_ONE)
-    S1, E, target = side.S1, side.E, side.target
-    y = z - m[:, None]
-    x = y * inv_tau
-    e = tl.exp(x)
-    if ENTROPY:
-        e1 = tl.exp(y)
-        more, more1, more_E = sums((e, e1, weighted(e1, y)))
-        S1 += more1
-        E += more_E
-    elif AT_ONE:
-        more, more1 = sums((e, tl.exp(y)))
-        S1 += more1
-    else:
-        more = tl.sum(e, axis=1)
-    if TARGET:
-        target += tl.sum(tl.where(v == targets[:, None], z, 0), axis=1)
-    return Side(m, side.S + more, S1, E, argmax, target), Block(x, e, move)
+def update_side(side, z, c, AT_ONE: tl.constexpr, ENTROPY: tl.constexpr, PRECISE: tl.constexpr):
+    """Return the state with a block added, and the `Block`. z: −inf where there is no entry. Argmax and target are the
+    caller's."""
+    m = tl.maximum(side.m, thread_max(z))
+    side, move = rescale_side(side, m, c, AT_ONE, ENTROPY, PRECISE)
+    S1, E = side.S1, side.E
+    x = exponent(z, m, c, PRECISE)
+    e = power(x, PRECISE)
+    if AT_ONE:
+        x1 = exponent(z, m, 1.0 if PRECISE else LOG2E, PRECISE)
+        e1 = power(x1, PRECISE)
+        S1 += thread_sum(e1)
+        if ENTROPY:
+            E += thread_sum(e1 * tl.maximum(x1, -1e4))  # 2^−1e4 is 0, and 0·∞ is to be
+    return Side(m, side.S + thread_sum(e), S1, E, side.argmax, side.target), Block(x, e, move)
 
 
 @triton.jit
-def update_pair(pair, S_s, S_t, block_s, block_t, DIVERGENCE: tl.constexpr, DECORRELATE: tl.constexpr):
-    """Return the state with both sides' `Block`s added; S [R] is a side's before them."""
-    pair = rescale_pair(pair, S_s, S_t, block_s.move, block_t.move, DIVERGENCE, DECORRELATE)
+def update_pair(pair, S_s, S_t, block_s, block_t, DIVERGENCE: tl.constexpr, WANT: tl.constexpr):
+    """Return the state with both sides' `Block`s added; S is a side's before them."""
+    pair = rescale_pair(pair, S_s, S_t, block_s.move, block_t.move, DIVERGENCE, WANT)
     base, other = (block_t, block_s) if DIVERGENCE.base == "t" else (block_s, block_t)
-    u = base.x - other.x
-    w = difference(base.e, other.e, u)
-    eu = weighted(base.e, u)
-    if DECORRELATE:
-        of_student = eu if DIVERGENCE.base == "s" else w
-        more = sums((eu, w, base.e * base.e, base.e * w, of_student * of_student, base.e * eu, eu * w))
-    else:
-        more = sums((eu, w))
-    return Pair(*added(pair, more))
+    u, w = base.x - other.x, other.e - base.e
+    NAT: tl.constexpr = 1.0 if WANT.precise else LN2
+    near = tl.abs(u) < NEAR * LN2 / NAT
+    u = tl.where(base.e == 0, 0, u)
+    eu = base.e * u
+    log2 = u * LOG2E if WANT.precise else u
+    second_order = (base.e * log2 if WANT.precise else eu) * (log2 * curve(log2))
+    if WANT.precise:
+        w = tl.where(near, second_order - eu, w)
+    F = pair.F + thread_sum(tl.where(near, second_order, w + eu * NAT))
+    V = pair.V
+    if WANT.decorrelate:
+        V += thread_sum(eu * u) * (NAT * NAT)
+    elif WANT.precise:
+        V += thread_sum(eu)
+    return Pair(F, pair.D + thread_sum(w), V)
 
 
 @triton.jit
-def update(
-    student, teacher, pair, z_s, z_t, v, loss, DIVERGENCE: tl.constexpr, WANT: tl.constexpr, TARGETS: tl.constexpr
-):
-    """Return the states with a block of both sides added: the first pass. TARGETS: look for the targets' logits (a
-    caller that has the logits in memory need not)."""
+def update(student, teacher, pair, z_s, z_t, loss, DIVERGENCE: tl.constexpr, WANT: tl.constexpr):
+    """Return the states with a block of both sides added: the first pass."""
     S_s, S_t = student.S, teacher.S
-    student, block_s = update_side(
-        student, z_s, v, loss.labels, loss.inv_tau, WANT.ce or WANT.metrics, WANT.metrics, WANT.ce and TARGETS
-    )
+    student, block_s = update_side(student, z_s, loss.c_s, WANT.ce or WANT.metrics, WANT.metrics, WANT.precise)
     if WANT.teacher:
         at_one: tl.constexpr = WANT.anchor or WANT.metrics
-        teacher, block_t = update_side(
-            teacher, z_t, v, loss.targets, loss.inv_tau_t, at_one, WANT.metrics, WANT.anchor and TARGETS
-        )
+        teacher, block_t = update_side(teacher, z_t, loss.c_t, at_one, WANT.metrics, WANT.precise)
         if DIVERGENCE.base != "":
-            pair = update_pair(pair, S_s, S_t, block_s, block_t, DIVERGENCE, WANT.decorrelate)
+            pair = update_pair(pair, S_s, S_t, block_s, block_t, DIVERGENCE, WANT)
     return student, teacher, pair
 
 
 @triton.jit
-def update_sparse(student, bucket, z, v, loss, bits_ptr, inside, WANT: tl.constexpr, TARGETS: tl.constexpr):
-    """As `update` for a teacher that is given by a few entries a row: the student's side and, where bits_ptr [R, 1] is
-    given, in the teacher's place the student's without the entries whose bits are set. inside [R, 1]."""
-    student, _ = update_side(
-        student, z, v, loss.labels, loss.inv_tau, WANT.ce or WANT.metrics, WANT.metrics, WANT.ce and TARGETS
-    )
+def with_argmax(side, argmax):
+    return Side(side.m, side.S, side.S1, side.E, argmax, side.target)
+
+
+@triton.jit
+def at_tokens(side, m, z, v, targets, TARGET: tl.constexpr, ARGMAX: tl.constexpr):
+    """Return the state with the target's logit and the argmax of a block of other tokens than before; m: its maximum
+    before that block."""
+    argmax, target = side.argmax, side.target
+    if ARGMAX:
+        first = tl.where(z == along(side.m, z), v, 2147483647)
+        argmax = tl.where(side.m > m, tl.min(tl.min(first, axis=3), axis=1), argmax)
+    if TARGET:
+        target += thread_sum(tl.where(v == along(targets, z), z, 0))
+    return Side(side.m, side.S, side.S1, side.E, argmax, target)
+
+
+@triton.jit
+def update_sparse(student, bucket, z, v, loss, bits_ptr, WANT: tl.constexpr):
+    """As `update` for a teacher that is given by a few entries a row: the student's side and, where bits_ptr (rows, one
+    each) is given, in the teacher's place the student's without the entries whose bits are set."""
+    student, _ = update_side(student, z, loss.c_s, WANT.ce or WANT.metrics, WANT.metrics, WANT.precise)
     if bits_ptr is not None:
-        word = tl.load(bits_ptr + v // 32, mask=inside & (z > -float("inf")), other=0)
+        word = tl.load(along(bits_ptr, z) + v // 32, mask=z > -float("inf"), other=0)
         rest = tl.where(((word >> (v % 32)) & 1) == 0, z, -float("inf"))
-        bucket, _ = update_side(bucket, rest, v, loss.labels, loss.inv_tau, False, False, False)
+        bucket, _ = update_side(bucket, rest, loss.c_s, False, False, WANT.precise)
     return student, bucket
 
 
 @triton.jit
-def finalize(student, teacher, pair, DIVERGENCE: tl.constexpr, TEACHER: tl.constexpr, DECORRELATE: tl.constexpr):
+def merge_side(side, c, AT_ONE: tl.constexpr, ENTROPY: tl.constexpr, PRECISE: tl.constexpr):
+    """Return the state of all threads [R], and each thread's `Move` there. The argmax is the first of the maximum's."""
+    m = tl.max(side.m, axis=1)
+    first = tl.min(tl.where(side.m == m[:, None], side.argmax, 2147483647), axis=1)
+    side, move = rescale_side(side, tl.zeros_like(side.m) + m[:, None], c, AT_ONE, ENTROPY, PRECISE)
+    S, S1, E, target = over_threads((side.S, side.S1, side.E, side.target))
+    return Side(m, S, S1, E, first, target), move
+
+
+@triton.jit
+def merge_threads(student, teacher, pair, loss, DIVERGENCE: tl.constexpr, WANT: tl.constexpr):
+    """Return the states of all threads, [R] each."""
+    S_s, S_t = student.S, teacher.S
+    at_one: tl.constexpr = WANT.anchor or WANT.metrics
+    student, move_s = merge_side(student, loss.c_s, WANT.ce or WANT.metrics, WANT.metrics, WANT.precise)
+    teacher, move_t = merge_side(teacher, loss.c_t, at_one, WANT.metrics, WANT.precise)
+    if WANT.teacher and DIVERGENCE.base != "":
+        pair = rescale_pair(pair, S_s, S_t, move_s, move_t, DIVERGENCE, WANT)
+    return student, teacher, Pair(*over_threads(pair))
+
+
+@triton.jit
+def finalize(student, teacher, pair, loss, DIVERGENCE: tl.constexpr, WANT: tl.constexpr):
     """Return what the first pass knows: the divergence of a KL (else 0) [R], the `RowConstants` and the `Dots`."""
     zero = tl.zeros_like(student.m)
-    log_S_s, log_S_t = tl.log(student.S), zero
+    log_S_s, log_S_t = log_sum(student.S, student.m, loss.c_s, WANT.precise), zero
     gap, value, A_p, A_q, dot, square = zero, zero, zero, zero, zero, zero
-    if TEACHER:
-        log_S_t = tl.log(teacher.S)
-        gap = log_S_t - log_S_s
-    if TEACHER and DIVERGENCE.base != "":
+    if WANT.teacher:
+        log_S_t = log_sum(teacher.S, teacher.m, loss.c_t, WANT.precise)
+        gap = tl.log(teacher.S) - tl.log(student.S)
+    if WANT.teacher and DIVERGENCE.base != "":
         S_b = teacher.S if DIVERGENCE.base == "t" else student.S
-        S_o = student.S if DIVERGENCE.base == "t" else teacher.S
         d = pair.D / S_b
-        rise = tl.where(tl.abs(d) < 0.5, log1p(d), tl.log(S_o) - tl.log(S_b))  # log S_o − log S_b
-        value = pair.G / S_b + rise
+        near = tl.abs(d) < 0.5
+        apart = -gap if DIVERGENCE.base == "t" else gap
+        rise = tl.where(near, log1p(d), apart)  # log S_o − log S_b
+        value = pair.F / S_b + tl.where(near, log1p_less(d), apart - d)
+        mean = (pair.V if WANT.precise and not WANT.decorrelate else pair.F - pair.D) / S_b  # of u, g and `gap`
         if DIVERGENCE.base == "t":
-            gap, A_p = -rise, value
+            gap, A_p = -rise, mean
         else:
-            gap, A_q = rise, value
-        if DECORRELATE:
-            c = rise - value
-            ratio = S_o / S_b
-            scale = 1 / (S_b * S_b)
-            dot = scale / ratio * (pair.R - d * pair.U + c * (pair.P - d * pair.S2))
-            if DIVERGENCE.base == "t":
-                square = scale / (ratio * ratio) * (pair.Q + d * (d * pair.S2 - 2 * pair.P))
-            else:
-                square = scale * (pair.Q + c * (2 * pair.U + c * pair.S2))
-    log_S1_s, log_S1_t = tl.log(student.S1), tl.log(teacher.S1)
+            gap, A_q = rise, mean
+        if WANT.decorrelate:
+            variance = pair.V / S_b - mean * mean
+            dot = -tl.minimum(variance, 2 * value)
+            square = 2 * value if DIVERGENCE.base == "t" else variance
+    ONE: tl.constexpr = 1.0 if WANT.precise else LOG2E
+    log_S1_s = log_sum(student.S1, student.m, ONE, WANT.precise)
+    log_S1_t = log_sum(teacher.S1, teacher.m, ONE, WANT.precise)
     constants = RowConstants(student.m, log_S_s, teacher.m, log_S_t, gap, A_p, A_q, log_S1_s, log_S1_t, zero, zero)
     return value, constants, Dots(dot, square)
 
 
 @triton.jit
-def whole_vocabulary(student, beyond, constants):
+def whole_vocabulary(student, beyond, constants, PRECISE: tl.constexpr):
     """Return the student's side and the constants where entries beyond the shared ones have been added to `beyond`: a
     cross entropy and an entropy see them, the KD term and the argmax do not."""
-    log_S1_s = tl.log(beyond.S1) + (beyond.m - constants.m_s)
+    log_S1_s = log_sum(beyond.S1, beyond.m, 1.0 if PRECISE else LOG2E, PRECISE) + (beyond.m - constants.m_s)
     m_s, log_S_s, m_t, log_S_t, gap, A_p, A_q, _, log_S1_t, D_p, D_q = constants
     constants = RowConstants(m_s, log_S_s, m_t, log_S_t, gap, A_p, A_q, log_S1_s, log_S1_t, D_p, D_q)
     return Side(beyond.m, student.S, beyond.S1, beyond.E, student.argmax, beyond.target), constants
@@ -275,52 +357,56 @@ def whole_vocabulary(student, beyond, constants):
 def update_terms(total, z_s, z_t, constants, loss, DIVERGENCE: tl.constexpr, WANT: tl.constexpr):
     """Return the `TermSums` with a block added: the second pass."""
     NAME: tl.constexpr = DIVERGENCE.name
-    p, q, g, log_p, log_q = probabilities(z_s, z_t, constants, loss)
+    p, q, g, log_p, log_q = probabilities(z_s, z_t, constants, loss, WANT.precise)
     f, a_p, a_q = terms(NAME, p, q, g, log_p, log_q, loss.parameter, loss.second)
     if WANT.decorrelate:
-        more = sums((f, a_q, a_q * a_q, a_q * q, a_p, q * q, a_p * a_q, a_p * q, p * a_q, p * q), False)
+        more = (f, a_q, a_q * a_q, a_q * q, a_p, q * q)
     else:
-        more = sums((f, a_q)) + sums((tl.where(q > 0.5, 0, a_q), tl.where(q > 0.5, 0, q)))
-        if WANT.teacher_gradient:
-            more += sums((a_p, tl.where(p > 0.5, 0, a_p), tl.where(p > 0.5, 0, p)))
-    return TermSums(*added(total, more))
+        most_q, most_p = q > 0.5, p > 0.5
+        more = (f, a_q, tl.where(most_q, 0, a_q), tl.where(most_q, 0, q), a_p, tl.where(most_p, 0, a_p))
+        more += (tl.where(most_p, 0, p),)
+    out = (total[0] + thread_sum(more[0]),)
+    for i in tl.static_range(1, len(total)):
+        out += (total[i] + thread_sum(more[i]) if i < len(more) else total[i],)
+    return TermSums(*out)
 
 
 @triton.jit
 def finalize_terms(total, constants, DECORRELATE: tl.constexpr):
     """Return as `finalize` does, with what only the second pass knows."""
-    f, A_q, aq_aq, aq_q, A_p, q_q, ap_aq, ap_q, p_aq, p_q = total
-    dot, square, D_p, D_q = tl.zeros_like(f), tl.zeros_like(f), float("nan") + f, float("nan") + f
+    f, A_q, aq_aq, aq_q, A_p, q_q, p_rest = total
+    square, D_p, D_q = tl.zeros_like(f), float("nan") + f, float("nan") + f
     if DECORRELATE:
-        dot = ap_aq - A_q * ap_q - A_p * p_aq + A_p * A_q * p_q
         square = aq_aq + A_q * (A_q * q_q - 2 * aq_q)
     else:
-        D_q, D_p = A_q * aq_q - aq_aq, A_p * ap_aq - q_q  # of the sums that stand in their place
+        D_q, D_p = A_q * aq_q - aq_aq, A_p * p_rest - q_q  # of the sums that stand in their place
     # a row whose logits are NaN has NaN in `gap`, though its terms may have summed to something
     m_s, log_S_s, m_t, log_S_t, gap, _, _, log_S1_s, log_S1_t, _, _ = constants
     constants = RowConstants(m_s, log_S_s, m_t, log_S_t, gap, A_p, A_q, log_S1_s, log_S1_t, D_p, D_q)
-    return f + 0 * gap, constants, Dots(dot, square)
+    return f + 0 * gap, constants, Dots(-square, square)
 
 
 @triton.jit
 def decorrelation_of(dots, ce, kd_coefficient, ce_coefficient, inv_tau, inv_tau_t):
     """Return −⟨G_t, G_s⟩/⟨G_s, G_s⟩ of the rows, [R]; ce [R]: their cross entropy where its gradient is part of G_s,
-    else 0.
-
-    The cross entropy's gradient, softmax − onehot, has a norm between 1 and √2 times 1 − exp(−ce)."""
+    else 0. The square of that gradient, Σ (q − onehot)²/q, is exp(ce) − 1."""
     k = kd_coefficient * inv_tau
-    wrong = ce_coefficient * (1 - tl.exp(-ce))
-    factor = -k * kd_coefficient * inv_tau_t * dots.ts / (k * k * dots.ss + 1.5 * wrong * wrong)
+    of_ce = ce_coefficient * ce_coefficient * (tl.exp(tl.minimum(ce, 80)) - 1)
+    factor = -k * kd_coefficient * inv_tau_t * dots.ts / (k * k * dots.ss + of_ce)
     return tl.where(tl.abs(factor) < 1e4, factor, 0)  # 0 for NaN too
 
 
 @triton.jit
-def probabilities(z_s, z_t, constants, loss):
+def probabilities(z_s, z_t, constants, loss, PRECISE: tl.constexpr):
     """Return (p, q, g = log p − log q, log p, log q) of a block at τ. g is NaN where neither side has any mass."""
-    x_s = (z_s - constants.m_s[:, None]) * loss.inv_tau
-    x_t = (z_t - constants.m_t[:, None]) * loss.inv_tau_t
-    log_p, log_q = x_t - constants.log_S_t[:, None], x_s - constants.log_S_s[:, None]
-    return tl.exp(log_p), tl.exp(log_q), (x_t - x_s) - constants.gap[:, None], log_p, log_q
+    x_s = exponent(z_s, constants.m_s, loss.c_s, PRECISE)
+    x_t = exponent(z_t, constants.m_t, loss.c_t, PRECISE)
+    NAT: tl.constexpr = 1.0 if PRECISE else LN2
+    log_S_s = constants.log_S_s / NAT + shift(constants.m_s, loss.c_s, PRECISE)
+    log_S_t = constants.log_S_t / NAT + shift(constants.m_t, loss.c_t, PRECISE)
+    log_p, log_q = x_t - along(log_S_t, z_s), x_s - along(log_S_s, z_s)
+    g = (x_t - x_s) * NAT - along(constants.gap, z_s)
+    return power(log_p, PRECISE), power(log_q, PRECISE), g, log_p * NAT, log_q * NAT
 
 
 @triton.jit
@@ -345,16 +431,18 @@ def store_statistics(stats_ptr, stride, mask, student, teacher, DIVERGENCE: tl.c
     cross entropy [R], 0 where it is not wanted. stats_ptr [R]. With a sparse teacher row 5, the agreement, is the
     student's argmax."""
     ce, stride = tl.zeros_like(student.m), stride.to(tl.int64)
+    ONE: tl.constexpr = 1.0 if WANT.precise else LOG2E
     if WANT.ce:
-        ce = tl.log(student.S1) - (student.target - student.m)
+        ce = log_sum(student.S1, student.m, ONE, WANT.precise) - (student.target - student.m)
         tl.store(stats_ptr + stride, ce, mask=mask)
     if WANT.anchor:
-        tl.store(stats_ptr + 2 * stride, tl.log(teacher.S1) - (teacher.target - teacher.m), mask=mask)
+        anchor = log_sum(teacher.S1, teacher.m, ONE, WANT.precise) - (teacher.target - teacher.m)
+        tl.store(stats_ptr + 2 * stride, anchor, mask=mask)
     if WANT.metrics:
-        tl.store(stats_ptr + 3 * stride, tl.log(student.S1) - student.E / student.S1, mask=mask)
+        tl.store(stats_ptr + 3 * stride, tl.log(student.S1) - student.E / student.S1 / ONE, mask=mask)
         if DIVERGENCE.name == "sparse":
             tl.store(stats_ptr + 5 * stride, student.argmax.to(ce.dtype), mask=mask)
         elif WANT.teacher:
-            tl.store(stats_ptr + 4 * stride, tl.log(teacher.S1) - teacher.E / teacher.S1, mask=mask)
+            tl.store(stats_ptr + 4 * stride, tl.log(teacher.S1) - teacher.E / teacher.S1 / ONE, mask=mask)
             tl.store(stats_ptr + 5 * stride, (student.argmax == teacher.argmax).to(ce.dtype), mask=mask)
     return ce

@@ -25,6 +25,7 @@ from collections import namedtuple
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -34,172 +35,274 @@ from kdfast.kernels.autotune import choose
 from kdfast.kernels.block_sizes import RowConfig, row_of
 from kdfast.kernels.launch import Gradients, Heads, Term, matrix
 from kdfast.kernels.logit_gradients import gradients, load_coefficients, store_gradients
+from kdfast.kernels.math import along, over_threads
 from kdfast.kernels.tiles import given_logits
 
 # Kernel argument, the chunk's logits and what turns products into them: student (m, V); teacher (m, ≥ kd_V), or None
 # where not computed; `launch.Given`; biases (V,) or None; width: what may be read and written of a row, ≥ V
 Logits = namedtuple("Logits", "student teacher stride given bias_s bias_t V kd_V width")
-# The rows of one program: r [R] of the chunk, n [R] of all tokens, inside [R], active [R]; offset, given_offset [R, 1]
-# to the rows' first logits; zero [R], of the dtype in which everything is computed; lanes [1, BLOCK]
-Rows = namedtuple("Rows", "r n inside active offset given_offset scales zero lanes")
+# The rows of one program: r [R] of the chunk, n [R] of all tokens, where there are fewer the last again; inside [R],
+# active [R]; offset, given_offset [R] to the rows' first logits; zero [R], of the dtype in which everything is computed
+Rows = namedtuple("Rows", "r n inside active offset given_offset scales zero")
+VEC: tl.constexpr = tl.constexpr(4)  # logits a thread reads at a time
 
 
 @triton.jit
-def open_rows(
-    logits, tensors, start, m, scale_s, softcap_s, scale_t, softcap_t, R: tl.constexpr, BLOCK: tl.constexpr
-):
+def open_rows(logits, tensors, start, m, scale_s, softcap_s, scale_t, softcap_t, R: tl.constexpr):
     """Return the program's `Rows`. (Triton 3.4 returns no tuple that has None in it, so `Logits` goes beside it.)"""
     dtype: tl.constexpr = logits.student.dtype.element_ty
     r = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
-    n = start.to(tl.int64) + r
     inside = r < m
-    offset = r[:, None] * logits.stride
+    r = tl.minimum(r, m - 1)
+    n = start.to(tl.int64) + r
+    offset = r * logits.stride
     given_offset = offset
     if logits.given.logits is not None:
-        given_offset = tl.load(logits.given.offsets + n, mask=inside, other=0)[:, None]
+        given_offset = tl.load(logits.given.offsets + n)
     scales = online.scales_of(scale_s, softcap_s, scale_t, softcap_t, dtype)
-    active = tl.load(tensors.active + n, mask=inside, other=0) != 0
-    return Rows(r, n, inside, active, offset, given_offset, scales, tl.zeros([R], dtype), tl.arange(0, BLOCK)[None, :])
+    active = tl.load(tensors.active + n) != 0
+    return Rows(r, n, inside, active, offset, given_offset, scales, tl.zeros([R], dtype))
 
 
 @triton.jit
-def _logits(z_ptr, bias_ptr, rows, v, width, V, scale, softcap, SOFTCAP: tl.constexpr):
-    """Return a block [R, BLOCK] of rows' logits, −inf from V on, and their slope towards the raw products."""
+def lanes(BLOCK: tl.constexpr, LANES: tl.constexpr):
+    """Return the places of a block's logits [1, J, LANES, VEC], those of a thread in one lane."""
+    j = tl.arange(0, BLOCK // (LANES * VEC))[None, :, None, None]
+    return (j * LANES + tl.arange(0, LANES)[None, None, :, None]) * VEC + tl.arange(0, VEC)[None, None, None, :]
+
+
+@triton.jit
+def _logits(
+    z_ptr, bias_ptr, rows, v, width, V, scale, softcap,
+    SCALED: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """Return a block of rows' logits and their slope towards the raw products. MASKED: −inf from V on; KEEP: how long
+    L2 shall hold them."""
+    pointers = z_ptr + along(rows.offset, v) + v
     # a mask that ends where 16 elements do keeps the loads wide; what lies between V and width is never used
-    z = tl.load(z_ptr + rows.offset + v, mask=rows.inside[:, None] & (v < width), other=0)
+    z = tl.load(pointers, mask=v < width if MASKED else None, other=0 if MASKED else None, eviction_policy=KEEP)
     if bias_ptr is not None:
-        z += tl.load(bias_ptr + v, mask=v < V, other=0).to(z.dtype)
-    z, slope = online.transform(z, scale, softcap, SOFTCAP)
-    return tl.where(v < V, z, -float("inf")), slope
+        bias = tl.load(bias_ptr + v, mask=v < V if MASKED else None, other=0 if MASKED else None)
+        z += bias.to(z.dtype)
+    z, slope = online.transform(z, scale, softcap, SCALED, SOFTCAP)
+    return tl.where(v < V, z, -float("inf")) if MASKED else z, slope
 
 
 @triton.jit
-def student_logits(logits, rows, v, V, HEADS: tl.constexpr):
-    """Return a block of the student's logits, −inf from V on, and their slope."""
+def student_logits(logits, rows, v, V, HEADS: tl.constexpr, MASKED: tl.constexpr, KEEP: tl.constexpr):
+    """Return a block of the student's logits and their slope."""
     x = rows.scales
-    return _logits(logits.student, logits.bias_s, rows, v, logits.width, V, x.scale_s, x.softcap_s, HEADS.softcap_s)
+    return _logits(
+        logits.student, logits.bias_s, rows, v, logits.width, V, x.scale_s, x.softcap_s,
+        HEADS.scaled_s, HEADS.softcap_s, MASKED, KEEP,
+    )  # fmt: skip
 
 
 @triton.jit
-def teacher_logits(logits, rows, v, HEADS: tl.constexpr):
+def teacher_logits(logits, rows, v, HEADS: tl.constexpr, MASKED: tl.constexpr, KEEP: tl.constexpr):
     """Return the same of the teacher, computed or given; what is given gets no gradient."""
     if logits.given.logits is not None:
         dtype: tl.constexpr = rows.zero.dtype
-        given_ptr = logits.given.logits + rows.given_offset
-        z = given_logits(given_ptr, HEADS.given_stride, rows.inside[:, None], v, logits.kd_V, dtype)
-        slope = tl.zeros_like(z)
+        given_ptr = logits.given.logits + along(rows.given_offset, v)
+        z = given_logits(given_ptr, HEADS.given_stride, v, logits.kd_V, dtype, MASKED or HEADS.truncated)
+        slope = tl.full([], 1.0, dtype)
     else:
-        x, V = rows.scales, logits.kd_V
+        x = rows.scales
         z, slope = _logits(
-            logits.teacher, logits.bias_t, rows, v, logits.width, V, x.scale_t, x.softcap_t, HEADS.softcap_t
-        )
+            logits.teacher, logits.bias_t, rows, v, logits.width, logits.kd_V, x.scale_t, x.softcap_t,
+            HEADS.scaled_t, HEADS.softcap_t, MASKED or HEADS.truncated, KEEP,
+        )  # fmt: skip
     return z, slope
 
 
 @triton.jit
-def _with_target(side, z_ptr, bias_ptr, rows, targets, scale, softcap, SOFTCAP: tl.constexpr):
-    """Return the side's state with its target's logit; targets [R]."""
-    one = targets[:, None]
-    here = rows.inside[:, None] & (one >= 0)  # a target may be in another process's slice of the vocabulary
-    z = tl.load(z_ptr + rows.offset + one, mask=here, other=0)
-    if bias_ptr is not None:
-        z += tl.load(bias_ptr + one, mask=here, other=0).to(z.dtype)
-    z, _ = online.transform(z, scale, softcap, SOFTCAP)
-    return online.Side(side.m, side.S, side.S1, side.E, side.argmax, tl.sum(tl.where(here, z, 0), axis=1))
-
-
-@triton.jit
-def statistics_pass(
-    logits, rows, loss, bits_ptr, HEADS: tl.constexpr, DIVERGENCE: tl.constexpr, WANT: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Return student's and teacher's `Side` and their `Pair` over the shared vocabulary. bits_ptr [R, 1] or None: of a
-    sparse teacher."""
-    student, teacher, pair = online.empty_side(rows.zero), online.empty_side(rows.zero), online.empty_pair(rows.zero)
-    for block in range(0, logits.kd_V, BLOCK):
-        v = block + rows.lanes
-        z_s, _ = student_logits(logits, rows, v, logits.kd_V, HEADS)
-        if DIVERGENCE.name == "sparse":
-            student, teacher = online.update_sparse(
-                student, teacher, z_s, v, loss, bits_ptr, rows.inside[:, None], WANT, False
-            )
-        else:
-            z_t = z_s
-            if WANT.teacher:
-                z_t, _ = teacher_logits(logits, rows, v, HEADS)
-            student, teacher, pair = online.update(student, teacher, pair, z_s, z_t, v, loss, DIVERGENCE, WANT, False)
+def _update(
+    student, teacher, pair, logits, rows, loss, block, lane, bits_ptr,
+    HEADS: tl.constexpr, DIVERGENCE: tl.constexpr, WANT: tl.constexpr, MASKED: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """Return the states with a block added. An argmax is the first token of the block in which a maximum last rose."""
+    v, m_s, m_t = block + lane, student.m, teacher.m
+    z_s, _ = student_logits(logits, rows, v, logits.kd_V, HEADS, MASKED, KEEP)
+    if DIVERGENCE.name == "sparse":
+        student, teacher = online.update_sparse(student, teacher, z_s, v, loss, bits_ptr, WANT)
+    else:
+        z_t = z_s
+        if WANT.teacher:
+            z_t, _ = teacher_logits(logits, rows, v, HEADS, MASKED, KEEP)
+        student, teacher, pair = online.update(student, teacher, pair, z_s, z_t, loss, DIVERGENCE, WANT)
+    if WANT.metrics:
+        student = online.with_argmax(student, tl.where(student.m > m_s, block, student.argmax))
+        teacher = online.with_argmax(teacher, tl.where(teacher.m > m_t, block, teacher.argmax))
     return student, teacher, pair
 
 
 @triton.jit
-def beyond_pass(student, logits, rows, loss, HEADS: tl.constexpr, WANT: tl.constexpr, BLOCK: tl.constexpr):
-    """Return the student's `Side` with the tokens added that the teacher's vocabulary does not have."""
-    for block in range(logits.kd_V // BLOCK * BLOCK, logits.V, BLOCK):
-        v = block + rows.lanes
-        z_s, _ = student_logits(logits, rows, v, logits.V, HEADS)
+def statistics_pass(
+    logits, rows, loss, bits_ptr,
+    HEADS: tl.constexpr, DIVERGENCE: tl.constexpr, WANT: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
+    KEEP: tl.constexpr,
+):  # fmt: skip
+    """Return student's and teacher's `Side` and their `Pair` over the shared vocabulary, each thread's of its own.
+    bits_ptr [R] or None: of a sparse teacher."""
+    zero = tl.zeros([rows.zero.shape[0], LANES], rows.zero.dtype)
+    student, teacher, pair = online.empty_side(zero), online.empty_side(zero), online.empty_pair(zero)
+    full = logits.kd_V // BLOCK * BLOCK
+    for block in range(0, full, BLOCK):
+        student, teacher, pair = _update(
+            student, teacher, pair, logits, rows, loss, block, lanes(BLOCK, LANES), bits_ptr,
+            HEADS, DIVERGENCE, WANT, False, KEEP,
+        )  # fmt: skip
+    for block in range(full, logits.kd_V, LANES * VEC):
+        student, teacher, pair = _update(
+            student, teacher, pair, logits, rows, loss, block, lanes(LANES * VEC, LANES), bits_ptr,
+            HEADS, DIVERGENCE, WANT, True, KEEP,
+        )  # fmt: skip
+    return student, teacher, pair
+
+
+@triton.jit
+def beyond_pass(
+    student, logits, rows, loss, HEADS: tl.constexpr, WANT: tl.constexpr, LANES: tl.constexpr, KEEP: tl.constexpr
+):
+    """Return the student's `Side` with the tokens added that the teacher's vocabulary does not have; merged."""
+    STEP: tl.constexpr = LANES * VEC
+    for block in range(logits.kd_V // STEP * STEP, logits.V, STEP):
+        v = block + lanes(STEP, LANES)
+        z_s, _ = student_logits(logits, rows, v, logits.V, HEADS, True, KEEP)
         z_s = tl.where(v >= logits.kd_V, z_s, -float("inf"))
-        student, _ = online.update_side(student, z_s, v, loss.labels, loss.inv_tau, True, WANT.metrics, False)
+        student, _ = online.update_side(student, z_s, loss.c_s, True, WANT.metrics, WANT.precise)
+    student, _ = online.merge_side(student, loss.c_s, True, WANT.metrics, WANT.precise)
     return student
 
 
 @triton.jit
-def with_targets(student, teacher, logits, rows, loss, HEADS: tl.constexpr, WANT: tl.constexpr):
-    """Return both sides with their targets' logits, where these are wanted."""
+def _target_logit(z_ptr, bias_ptr, rows, targets, scale, softcap, SCALED: tl.constexpr, SOFTCAP: tl.constexpr):
+    """Return the logits of targets [R], or 0 of one that is in another process's slice of the vocabulary."""
+    here = targets >= 0
+    z = tl.load(z_ptr + rows.offset + targets, mask=here, other=0)
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + targets, mask=here, other=0).to(z.dtype)
+    z, _ = online.transform(z, scale, softcap, SCALED, SOFTCAP)
+    return tl.where(here, z, 0)
+
+
+@triton.jit
+def _first(z, v):
+    """Return the token [R] of the first maximum; z, v [R, BLOCK]."""
+    return tl.min(tl.where(z == tl.max(z, axis=1)[:, None], v, 2147483647), axis=1)
+
+
+@triton.jit
+def at_tokens(
+    student, teacher, logits, rows, loss, HEADS: tl.constexpr, WANT: tl.constexpr, BLOCK: tl.constexpr,
+    KEEP: tl.constexpr,
+):  # fmt: skip
+    """Return both sides with their targets' logits and their argmaxes, where these are wanted."""
     x = rows.scales
     if WANT.ce:
-        z_ptr, bias_ptr = logits.student, logits.bias_s
-        student = _with_target(student, z_ptr, bias_ptr, rows, loss.labels, x.scale_s, x.softcap_s, HEADS.softcap_s)
+        z = _target_logit(
+            logits.student, logits.bias_s, rows, loss.labels, x.scale_s, x.softcap_s, HEADS.scaled_s, HEADS.softcap_s
+        )
+        student = online.Side(student.m, student.S, student.S1, student.E, student.argmax, z)
     if WANT.anchor:
-        z_ptr, bias_ptr = logits.teacher, logits.bias_t
-        teacher = _with_target(teacher, z_ptr, bias_ptr, rows, loss.targets, x.scale_t, x.softcap_t, HEADS.softcap_t)
+        z = _target_logit(
+            logits.teacher, logits.bias_t, rows, loss.targets, x.scale_t, x.softcap_t, HEADS.scaled_t, HEADS.softcap_t
+        )
+        teacher = online.Side(teacher.m, teacher.S, teacher.S1, teacher.E, teacher.argmax, z)
+    if WANT.metrics:
+        v = student.argmax[:, None] + tl.arange(0, BLOCK)[None, :]
+        z, _ = student_logits(logits, rows, v, logits.kd_V, HEADS, True, KEEP)
+        student = online.with_argmax(student, _first(z, v))
+        if (logits.teacher is not None) or (logits.given.logits is not None):
+            v = teacher.argmax[:, None] + tl.arange(0, BLOCK)[None, :]
+            z, _ = teacher_logits(logits, rows, v, HEADS, True, KEEP)
+            teacher = online.with_argmax(teacher, _first(z, v))
     return student, teacher
+
+
+@triton.jit
+def _terms(
+    total, logits, rows, loss, constants, v,
+    HEADS: tl.constexpr, DIVERGENCE: tl.constexpr, WANT: tl.constexpr, MASKED: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    z_s, _ = student_logits(logits, rows, v, logits.kd_V, HEADS, MASKED, KEEP)
+    z_t, _ = teacher_logits(logits, rows, v, HEADS, MASKED, KEEP)
+    return online.update_terms(total, z_s, z_t, constants, loss, DIVERGENCE, WANT)
 
 
 @triton.jit
 def terms_pass(
     logits, rows, loss, constants,
-    HEADS: tl.constexpr, DIVERGENCE: tl.constexpr, WANT: tl.constexpr, BLOCK: tl.constexpr,
+    HEADS: tl.constexpr, DIVERGENCE: tl.constexpr, WANT: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
+    KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Return the `TermSums` over the shared vocabulary."""
-    total = online.empty_terms(rows.zero)
-    for block in range(0, logits.kd_V, BLOCK):
-        v = block + rows.lanes
-        z_s, _ = student_logits(logits, rows, v, logits.kd_V, HEADS)
-        z_t, _ = teacher_logits(logits, rows, v, HEADS)
-        total = online.update_terms(total, z_s, z_t, constants, loss, DIVERGENCE, WANT)
-    return total
+    """Return the `TermSums` over the shared vocabulary, read backwards: what was read last is what L2 still holds."""
+    total = online.empty_terms(tl.zeros([rows.zero.shape[0], LANES], rows.zero.dtype))
+    full = logits.kd_V // BLOCK * BLOCK
+    for block in range(full, logits.kd_V, LANES * VEC):
+        v = block + lanes(LANES * VEC, LANES)
+        total = _terms(total, logits, rows, loss, constants, v, HEADS, DIVERGENCE, WANT, True, KEEP)
+    for back in range(BLOCK, full + BLOCK, BLOCK):
+        v = full - back + lanes(BLOCK, LANES)
+        total = _terms(total, logits, rows, loss, constants, v, HEADS, DIVERGENCE, WANT, False, KEEP)
+    return online.TermSums(*over_threads(total))
+
+
+@triton.jit
+def _gradients(
+    logits, rows, loss, constants, decorrelation, coefficients, grads, block,
+    HEADS: tl.constexpr, DIVERGENCE: tl.constexpr, GRAD: tl.constexpr, IN_PLACE: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    TEACHER: tl.constexpr = (logits.teacher is not None) or (logits.given.logits is not None)
+    ONE: tl.constexpr = rows.zero.shape[0] == 1
+    v = block + tl.arange(0, BLOCK)[None, :]
+    z_s, slope_s = student_logits(logits, rows, v, logits.V, HEADS, MASKED, "evict_first")
+    z_t, slope_t = z_s, slope_s
+    if TEACHER:
+        z_t, slope_t = teacher_logits(logits, rows, v, HEADS, MASKED, "evict_first")
+    grad_s, grad_t, grad_a = gradients(
+        z_s, z_t, slope_s, slope_t, v, block, logits.kd_V, constants, decorrelation, coefficients, loss,
+        TEACHER, HEADS.truncated, DIVERGENCE, GRAD,
+    )  # fmt: skip
+    if IN_PLACE:
+        tl.debug_barrier()  # the block has been read by every thread before any of it is written
+    if MASKED:
+        mask = rows.inside[:, None] & (v < logits.width)
+    else:
+        mask = None if ONE else rows.inside[:, None] & (v >= 0)
+    counts = None if ONE else rows.active[:, None]
+    store_gradients(grads, rows.r[:, None], v, grad_s, grad_t, grad_a, counts, mask, GRAD)
 
 
 @triton.jit
 def gradients_pass(
     logits, rows, loss, constants, decorrelation, coefficients, grads,
     HEADS: tl.constexpr, DIVERGENCE: tl.constexpr, GRAD: tl.constexpr, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr,
+    TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradients of the whole vocabulary's logits."""
-    TEACHER: tl.constexpr = (logits.teacher is not None) or (logits.given.logits is not None)
-    for block in range(0, logits.V, BLOCK):
-        v = block + rows.lanes
-        z_s, slope_s = student_logits(logits, rows, v, logits.V, HEADS)
-        z_t, slope_t = z_s, slope_s
-        if TEACHER:
-            z_t, slope_t = teacher_logits(logits, rows, v, HEADS)
-        grad_s, grad_t, grad_a = gradients(
-            z_s, z_t, slope_s, slope_t, v, logits.kd_V, constants, decorrelation, coefficients, loss,
-            TEACHER, HEADS.truncated, DIVERGENCE, GRAD,
+    """Write the gradients of the whole vocabulary's logits, backwards as `terms_pass`; TAIL: a block at the end."""
+    full = logits.V // BLOCK * BLOCK
+    for block in range(full, logits.V, TAIL):
+        _gradients(
+            logits, rows, loss, constants, decorrelation, coefficients, grads, block,
+            HEADS, DIVERGENCE, GRAD, IN_PLACE, True, TAIL,
         )  # fmt: skip
-        if IN_PLACE:
-            tl.debug_barrier()  # the block has been read by every thread before any of it is written
-        mask = rows.inside[:, None] & (v < logits.width)
-        store_gradients(grads, rows.r[:, None], v, grad_s, grad_t, grad_a, rows.active[:, None], mask, GRAD)
+    for back in range(BLOCK, full + BLOCK, BLOCK):
+        _gradients(
+            logits, rows, loss, constants, decorrelation, coefficients, grads, full - back,
+            HEADS, DIVERGENCE, GRAD, IN_PLACE, False, BLOCK,
+        )  # fmt: skip
 
 
 @triton.jit
 def zero_gradients(logits, rows, grads, R: tl.constexpr, BLOCK: tl.constexpr, GRAD: tl.constexpr):
     """Write the gradients of rows that count for nothing."""
     for block in range(0, logits.V, BLOCK):
-        v = block + rows.lanes
+        v = block + tl.arange(0, BLOCK)[None, :]
         mask = rows.inside[:, None] & (v < logits.width)
         zero = tl.zeros([R, BLOCK], tl.float32)
-        store_gradients(grads, rows.r[:, None], v, zero, zero, zero, mask, mask, GRAD)
+        store_gradients(grads, rows.r[:, None], v, zero, zero, zero, None, mask, GRAD)
 
 
 @triton.jit
@@ -215,26 +318,32 @@ def row_kernel(
     stats_ptr, stride_stats,  # (6, N): divergence, CE, anchor, student entropy, teacher entropy, agreement
     grads,  # `launch.Gradients`
     HEADS: tl.constexpr, DIVERGENCE: tl.constexpr, WANT: tl.constexpr, GRAD: tl.constexpr, IN_PLACE: tl.constexpr,
-    R: tl.constexpr, BLOCK: tl.constexpr,
+    R: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Statistics, losses and gradients in one launch. logits `Logits`; tensors `launch.LossTensors`."""
-    rows = open_rows(logits, tensors, start, m, scale_s, softcap_s, scale_t, softcap_t, R, BLOCK)
+    rows = open_rows(logits, tensors, start, m, scale_s, softcap_s, scale_t, softcap_t, R)
     if tl.max(rows.active.to(tl.int32), axis=0) == 0:
         zero_gradients(logits, rows, grads, R, BLOCK, GRAD)
         if grads.decorrelation is not None:
             store_zeros(grads.decorrelation, m, rows, 1)
         return
-    loss = online.load_loss(tensors, parameter, second, rows.n, rows.inside, rows.zero.dtype)
+    loss = online.load_loss(tensors, parameter, second, rows.n, rows.inside, rows.zero.dtype, WANT.precise)
     coefficients = load_coefficients(tensors.coefficients + rows.n, stride_c, rows.inside, tl.load(tensors.scale))
+    SECOND: tl.constexpr = WANT.teacher and DIVERGENCE.base == ""
+    WRITES: tl.constexpr = (grads.student is not None) or (grads.teacher is not None)
+    AGAIN: tl.constexpr = "evict_last" if WRITES or SECOND else "evict_first"
 
-    student, teacher, pair = statistics_pass(logits, rows, loss, None, HEADS, DIVERGENCE, WANT, BLOCK)
-    value, constants, dots = online.finalize(student, teacher, pair, DIVERGENCE, WANT.teacher, WANT.decorrelate)
+    student, teacher, pair = statistics_pass(logits, rows, loss, None, HEADS, DIVERGENCE, WANT, BLOCK, LANES, AGAIN)
+    beyond = student
+    student, teacher, pair = online.merge_threads(student, teacher, pair, loss, DIVERGENCE, WANT)
+    value, constants, dots = online.finalize(student, teacher, pair, loss, DIVERGENCE, WANT)
     if HEADS.truncated:
-        beyond = beyond_pass(student, logits, rows, loss, HEADS, WANT, BLOCK)
-        student, constants = online.whole_vocabulary(student, beyond, constants)
-    student, teacher = with_targets(student, teacher, logits, rows, loss, HEADS, WANT)
-    if WANT.teacher and DIVERGENCE.base == "":
-        total = terms_pass(logits, rows, loss, constants, HEADS, DIVERGENCE, WANT, BLOCK)
+        beyond = beyond_pass(beyond, logits, rows, loss, HEADS, WANT, LANES, AGAIN)
+        student, constants = online.whole_vocabulary(student, beyond, constants, WANT.precise)
+    student, teacher = at_tokens(student, teacher, logits, rows, loss, HEADS, WANT, BLOCK, AGAIN)
+    if SECOND:
+        KEEP: tl.constexpr = "evict_last" if WRITES else "evict_first"
+        total = terms_pass(logits, rows, loss, constants, HEADS, DIVERGENCE, WANT, BLOCK, LANES, KEEP)
         value, constants, dots = online.finalize_terms(total, constants, WANT.decorrelate)
 
     counts = rows.inside & rows.active  # an inactive row's statistics stay 0
@@ -242,7 +351,7 @@ def row_kernel(
         tl.store(stats_ptr + rows.n, value, mask=counts)
     ce = online.store_statistics(stats_ptr + rows.n, stride_stats, counts, student, teacher, DIVERGENCE, WANT)
 
-    if (grads.student is not None) or (grads.teacher is not None):
+    if WRITES:
         decorrelation = rows.zero
         if GRAD.decorrelate:
             ce = ce if GRAD.ce else rows.zero
@@ -251,8 +360,9 @@ def row_kernel(
             decorrelation = tl.where(rows.active, decorrelation, 0)
             tl.store(grads.decorrelation + rows.r, decorrelation, mask=rows.inside)
         gradients_pass(
-            logits, rows, loss, constants, decorrelation, coefficients, grads, HEADS, DIVERGENCE, GRAD, IN_PLACE, BLOCK
-        )
+            logits, rows, loss, constants, decorrelation, coefficients, grads,
+            HEADS, DIVERGENCE, GRAD, IN_PLACE, BLOCK, LANES * VEC,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["stride_c", "start", "m"])
@@ -260,24 +370,29 @@ def states_kernel(
     logits, tensors, stride_c, start, m,
     scale_s: "fp64", softcap_s: "fp64", scale_t: "fp64", softcap_t: "fp64", parameter: "fp64", second: "fp64",
     bits,  # (m, words) int32 or None
-    states_ptr,  # (19, m), or (25, m) where truncated: student, teacher, pair, the student's tokens beyond
+    states_ptr,  # (15, m), or (21, m) where truncated: student, teacher, pair, the student's tokens beyond
     HEADS: tl.constexpr, DIVERGENCE: tl.constexpr, WANT: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
 ):  # fmt: skip
     """The statistics of the vocabulary that is here, before what is only known with the rest of it."""
-    rows = open_rows(logits, tensors, start, m, scale_s, softcap_s, scale_t, softcap_t, R, BLOCK)
+    rows = open_rows(logits, tensors, start, m, scale_s, softcap_s, scale_t, softcap_t, R)
     if tl.max(rows.active.to(tl.int32), axis=0) == 0:
         store_zeros(states_ptr, m, rows, online.STATE + (online.SIDE if HEADS.truncated else 0))
         return
-    loss = online.load_loss(tensors, parameter, second, rows.n, rows.inside, rows.zero.dtype)
+    loss = online.load_loss(tensors, parameter, second, rows.n, rows.inside, rows.zero.dtype, WANT.precise)
     bits_ptr = bits.pointer
     if bits_ptr is not None:
-        bits_ptr += rows.r[:, None] * bits.row
-    student, teacher, pair = statistics_pass(logits, rows, loss, bits_ptr, HEADS, DIVERGENCE, WANT, BLOCK)
+        bits_ptr += rows.r * bits.row
+    student, teacher, pair = statistics_pass(
+        logits, rows, loss, bits_ptr, HEADS, DIVERGENCE, WANT, BLOCK, LANES, "evict_last"
+    )
+    student, teacher, pair = online.merge_threads(student, teacher, pair, loss, DIVERGENCE, WANT)
     states_ptr += rows.r
     if HEADS.truncated:
-        beyond = beyond_pass(online.empty_side(rows.zero), logits, rows, loss, HEADS, WANT, BLOCK)
+        nothing = online.empty_side(tl.zeros([R, LANES], rows.zero.dtype))
+        beyond = beyond_pass(nothing, logits, rows, loss, HEADS, WANT, LANES, "evict_last")
         online.store_tensors(states_ptr + online.STATE * m.to(tl.int64), m, beyond, rows.inside)
-    student, teacher = with_targets(student, teacher, logits, rows, loss, HEADS, WANT)
+    student, teacher = at_tokens(student, teacher, logits, rows, loss, HEADS, WANT, BLOCK, "evict_last")
     online.store_tensors(states_ptr, m, student + teacher + pair, rows.inside)
 
 
@@ -286,17 +401,18 @@ def terms_kernel(
     logits, tensors, stride_c, start, m,
     scale_s: "fp64", softcap_s: "fp64", scale_t: "fp64", softcap_t: "fp64", parameter: "fp64", second: "fp64",
     constants_ptr,  # (11, m)
-    sums_ptr,  # (10, m)
+    sums_ptr,  # (7, m)
     HEADS: tl.constexpr, DIVERGENCE: tl.constexpr, WANT: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
 ):  # fmt: skip
     """The second pass over the vocabulary that is here."""
-    rows = open_rows(logits, tensors, start, m, scale_s, softcap_s, scale_t, softcap_t, R, BLOCK)
+    rows = open_rows(logits, tensors, start, m, scale_s, softcap_s, scale_t, softcap_t, R)
     if tl.max(rows.active.to(tl.int32), axis=0) == 0:
         store_zeros(sums_ptr, m, rows, online.TERMS)
         return
-    loss = online.load_loss(tensors, parameter, second, rows.n, rows.inside, rows.zero.dtype)
+    loss = online.load_loss(tensors, parameter, second, rows.n, rows.inside, rows.zero.dtype, WANT.precise)
     constants = online.RowConstants(*online.load_tensors(constants_ptr + rows.r, m, rows.inside, online.CONSTANTS))
-    total = terms_pass(logits, rows, loss, constants, HEADS, DIVERGENCE, WANT, BLOCK)
+    total = terms_pass(logits, rows, loss, constants, HEADS, DIVERGENCE, WANT, BLOCK, LANES, "evict_last")
     online.store_tensors(sums_ptr + rows.r, m, total, rows.inside)
 
 
@@ -307,22 +423,23 @@ def row_gradients_kernel(
     constants_ptr,  # (11, m)
     grads,  # `launch.Gradients`
     HEADS: tl.constexpr, DIVERGENCE: tl.constexpr, GRAD: tl.constexpr, IN_PLACE: tl.constexpr,
-    R: tl.constexpr, BLOCK: tl.constexpr,
+    R: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Gradients from the rows' constants."""
-    rows = open_rows(logits, tensors, start, m, scale_s, softcap_s, scale_t, softcap_t, R, BLOCK)
+    rows = open_rows(logits, tensors, start, m, scale_s, softcap_s, scale_t, softcap_t, R)
     if tl.max(rows.active.to(tl.int32), axis=0) == 0:
         zero_gradients(logits, rows, grads, R, BLOCK, GRAD)
         return
-    loss = online.load_loss(tensors, parameter, second, rows.n, rows.inside, rows.zero.dtype)
+    loss = online.load_loss(tensors, parameter, second, rows.n, rows.inside, rows.zero.dtype, GRAD.precise)
     coefficients = load_coefficients(tensors.coefficients + rows.n, stride_c, rows.inside, tl.load(tensors.scale))
     constants = online.RowConstants(*online.load_tensors(constants_ptr + rows.r, m, rows.inside, online.CONSTANTS))
     decorrelation = rows.zero
     if GRAD.decorrelate:
         decorrelation = tl.load(grads.decorrelation + rows.r, mask=rows.inside, other=0)
     gradients_pass(
-        logits, rows, loss, constants, decorrelation, coefficients, grads, HEADS, DIVERGENCE, GRAD, IN_PLACE, BLOCK
-    )
+        logits, rows, loss, constants, decorrelation, coefficients, grads,
+        HEADS, DIVERGENCE, GRAD, IN_PLACE, BLOCK, LANES * VEC,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -354,10 +471,12 @@ def _launch(
     logits = Logits(z_s, chunk.z_t, z_s.stride(0), heads.given(), *biases, V, heads.kd_vocab, chunk.width)
 
     def launch(config: RowConfig) -> None:
+        threads = config.warps * (64 if torch.version.hip else 32)
+        lanes = max(1, min(threads, config.block // (2 * VEC.value)))
         kernel[(triton.cdiv(m, config.rows),)](
             logits, term.tensors(), term.coefficients.stride(0), chunk.start, m, *heads.scalars(),
             term.parameter, term.second, *arguments, HEADS=heads.flags(), DIVERGENCE=term.entry, **flags,
-            R=config.rows, BLOCK=config.block, num_warps=config.warps,
+            R=config.rows, BLOCK=config.block, LANES=lanes, num_warps=config.warps,
         )  # fmt: skip
 
     if config is None and once:
@@ -379,7 +498,7 @@ def solve_rows(chunk: Chunk, grads: Gradients, *, stats: Tensor, config: RowConf
 
 
 def row_states(chunk: Chunk, states: Tensor, *, decorrelate: bool, config: RowConfig | None = None) -> None:
-    """Fill states (19, m), or (25, m) where the vocabulary is truncated, with the statistics of what is here."""
+    """Fill states (15, m), or (21, m) where the vocabulary is truncated, with the statistics of what is here."""
     want = chunk.term.statistics_flags(chunk.teacher, decorrelate)
     _launch(states_kernel, chunk, matrix(chunk.term.bits), states, WANT=want, config=config)
 
@@ -387,7 +506,7 @@ def row_states(chunk: Chunk, states: Tensor, *, decorrelate: bool, config: RowCo
 def row_terms(
     chunk: Chunk, sums: Tensor, *, constants: Tensor, decorrelate: bool, config: RowConfig | None = None
 ) -> None:
-    """Fill sums (10, m) with the second pass over what is here; constants (≥ 11, m)."""
+    """Fill sums (7, m) with the second pass over what is here; constants (≥ 11, m)."""
     want = chunk.term.statistics_flags(chunk.teacher, decorrelate)
     _launch(terms_kernel, chunk, constants, sums, WANT=want, config=config)
 

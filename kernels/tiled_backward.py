@@ -39,7 +39,7 @@ def gradients_kernel(
     n = (group * GROUP + within % rows_here) * BLOCK_N + tl.arange(0, BLOCK_N)
     start = (within // rows_here) * BLOCK_V  # in the slab
     inside = n < N
-    loss = load_loss(tensors, parameter, second, n, inside, dtype)
+    loss = load_loss(tensors, parameter, second, n, inside, dtype, GRAD.precise)
     products_s, products_t = tile(
         operands, n, first + start + tl.arange(0, BLOCK_V), N, V, kd_V, Hs, Ht, HEADS, dtype, BLOCK_N, BLOCK_V, BLOCK_H
     )
@@ -58,10 +58,10 @@ def gradients_kernel(
         column = start + i * (BLOCK_V // PARTS) + tl.arange(0, BLOCK_V // PARTS)
         v = first + column
         z_s, slope_s, z_t, slope_t = both_logits(
-            parts_s[i], parts_t[i], operands, given_ptr, inside, v, V, kd_V, scales, HEADS, dtype
+            parts_s[i], parts_t[i], operands, given_ptr, v, V, kd_V, scales, HEADS, dtype
         )
         grad_s, grad_t, grad_a = gradients(
-            z_s, z_t, slope_s, slope_t, v[None, :], kd_V, constants, decorrelation, coefficients, loss,
+            z_s, z_t, slope_s, slope_t, v[None, :], 0, kd_V, constants, decorrelation, coefficients, loss,
             TEACHER, HEADS.truncated, DIVERGENCE, GRAD,
         )  # fmt: skip
         # what lies between `width` and the end of its last tile is padding of the slab, and takes the store whole

@@ -9,7 +9,7 @@ Where the teacher's vocabulary ends before the student's, what lies beyond is wa
 A divergence that is no KL needs both log-sum-exps first and takes both kernels twice: 2u more operations.
 
 Operations: 2u(Hs) for a projected teacher, u(Hs) + u(Ht) for one with its own head, u(Hs) without. Read per tile:
-(2·BLOCK_N + BLOCK_V)·H operands, from L2 mostly; written: 19 numbers per row and split.
+(2·BLOCK_N + BLOCK_V)·H operands, from L2 mostly; written: 15 numbers per row and split.
 """
 
 from collections.abc import Callable
@@ -22,10 +22,10 @@ from torch import Tensor
 
 from kdfast.kernels import online_softmax as online
 from kdfast.kernels.autotune import choose
-from kdfast.kernels.block_sizes import TileConfig, splits_of
+from kdfast.kernels.block_sizes import TileConfig, splits_of, threads_of_row
 from kdfast.kernels.launch import Heads, Term, matrix
-from kdfast.kernels.math import added
-from kdfast.kernels.tiles import both_logits, parts, tile
+from kdfast.kernels.math import added, over_threads
+from kdfast.kernels.tiles import both_logits, lanes, parts, tile
 
 
 @triton.jit(do_not_specialize=["N", "tiles_per_split", "begin"])
@@ -36,17 +36,17 @@ def statistics_kernel(
     N, V, Hs, Ht, tiles_per_split, begin,  # tokens from `begin` to V
     scale_s: "fp64", softcap_s: "fp64", scale_t: "fp64", softcap_t: "fp64", parameter: "fp64", second: "fp64",
     HEADS: tl.constexpr, DIVERGENCE: tl.constexpr, WANT: tl.constexpr, SECOND: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
     inside = n < N
-    loss = online.load_loss(tensors, parameter, second, n, inside, dtype)
+    loss = online.load_loss(tensors, parameter, second, n, inside, dtype, WANT.precise)
     labels = tl.where(loss.labels < V, loss.labels, -1)  # another launch's; a tile past V has a column of its number
-    loss = online.Loss(labels, loss.targets, loss.inv_tau, loss.inv_tau_t, loss.parameter, loss.second)
+    loss = online.Loss(labels, *loss[1:])
     scales = online.scales_of(scale_s, softcap_s, scale_t, softcap_t, dtype)
-    zero = tl.zeros([BLOCK_N], dtype)
+    zero = tl.zeros([BLOCK_N, LANES], dtype)
     student, teacher = online.empty_side(zero), online.empty_side(zero)
     pair, total = online.empty_pair(zero), online.empty_terms(zero)
     if SECOND:
@@ -56,7 +56,7 @@ def statistics_kernel(
     if given_ptr is not None:
         given_ptr += tl.load(given.offsets + n, mask=inside, other=0)[:, None]
     if bits_ptr is not None:
-        bits_ptr += n.to(tl.int64)[:, None] * bits.row
+        bits_ptr += tl.minimum(n, N - 1).to(tl.int64) * bits.row
 
     first = begin + split * tiles_per_split * BLOCK_V
     for start in range(first, tl.minimum(first + tiles_per_split * BLOCK_V, V), BLOCK_V):
@@ -66,25 +66,27 @@ def statistics_kernel(
         parts_s, parts_t = parts(products_s, PARTS), parts(products_t, PARTS)
         for i in tl.static_range(PARTS):
             v = start + i * (BLOCK_V // PARTS) + tl.arange(0, BLOCK_V // PARTS)
-            z_s, _, z_t, _ = both_logits(
-                parts_s[i], parts_t[i], operands, given_ptr, inside, v, V, V, scales, HEADS, dtype
-            )
-            if DIVERGENCE.name == "sparse":
-                student, teacher = online.update_sparse(
-                    student, teacher, z_s, v[None, :], loss, bits_ptr, inside[:, None], WANT, True
-                )
-            elif SECOND:
+            z_s, _, z_t, _ = both_logits(parts_s[i], parts_t[i], operands, given_ptr, v, V, V, scales, HEADS, dtype)
+            z_s, z_t, v = lanes(z_s, LANES), lanes(z_t, LANES), lanes(v[None, :], LANES)
+            if SECOND:
                 total = online.update_terms(total, z_s, z_t, constants, loss, DIVERGENCE, WANT)
             else:
-                student, teacher, pair = online.update(
-                    student, teacher, pair, z_s, z_t, v[None, :], loss, DIVERGENCE, WANT, True
-                )
+                m_s, m_t = student.m, teacher.m
+                if DIVERGENCE.name == "sparse":
+                    student, teacher = online.update_sparse(student, teacher, z_s, v, loss, bits_ptr, WANT)
+                else:
+                    student, teacher, pair = online.update(student, teacher, pair, z_s, z_t, loss, DIVERGENCE, WANT)
+                student = online.at_tokens(student, m_s, z_s, v, loss.labels, WANT.ce, WANT.metrics)
+                if WANT.teacher:
+                    teacher = online.at_tokens(teacher, m_t, z_t, v, loss.targets, WANT.anchor, WANT.metrics)
 
     stride = N.to(tl.int64)
     out = out_ptr + n + split * stride * (online.TERMS if SECOND else online.STATE)
     if SECOND:
-        online.store_tensors(out, stride, total, inside)
-    elif WANT.teacher or bits_ptr is not None:
+        online.store_tensors(out, stride, over_threads(total), inside)
+        return
+    student, teacher, pair = online.merge_threads(student, teacher, pair, loss, DIVERGENCE, WANT)
+    if WANT.teacher or bits_ptr is not None:
         online.store_tensors(out, stride, student + teacher + pair, inside)
     else:
         online.store_tensors(out, stride, student, inside)
@@ -97,13 +99,13 @@ def _load_side(pointers, stride, mask):
 
 
 @triton.jit
-def _merge_sides(a, b, inv_tau):
+def _merge_sides(a, b, c, WANT: tl.constexpr):
     """Return the state of both and the moves of a and of b; in a tie the smaller id is the argmax."""
     m = tl.maximum(a.m, b.m)
     smaller = tl.minimum(a.argmax, b.argmax)
     argmax = tl.where(b.m > a.m, b.argmax, tl.where(a.m > b.m, a.argmax, smaller))
-    a, move_a = online.rescale_side(a, m, inv_tau, True)
-    b, move_b = online.rescale_side(b, m, inv_tau, True)
+    a, move_a = online.rescale_side(a, m, c, True, WANT.metrics, WANT.precise)
+    b, move_b = online.rescale_side(b, m, c, True, WANT.metrics, WANT.precise)
     return online.Side(m, a.S + b.S, a.S1 + b.S1, a.E + b.E, argmax, a.target + b.target), move_a, move_b
 
 
@@ -125,7 +127,7 @@ def combine_kernel(
     inside = n < N
     stride = N.to(tl.int64)
     parts_ptr += n
-    inv_tau, inv_tau_t = 1 / tl.load(tensors.temperature), 1 / tl.load(tensors.teacher_temperature)
+    loss = online.load_loss(tensors, 0.0, 0.0, n, inside, dtype, WANT.precise)
     zero = tl.zeros([BLOCK], dtype)
     counts = tl.load(tensors.active + n, mask=inside, other=0) != 0
     ce = zero
@@ -148,26 +150,26 @@ def combine_kernel(
             p = parts_ptr + split * stride_parts.to(tl.int64)
             other = _load_side(p, stride, inside)
             S_s, S_so = student.S, other.S
-            student, move_s, move_so = _merge_sides(student, other, inv_tau)
+            student, move_s, move_so = _merge_sides(student, other, loss.c_s, WANT)
             if WANT.teacher:
                 other = _load_side(p + online.SIDE * stride, stride, inside)
                 S_t, S_to = teacher.S, other.S
-                teacher, move_t, move_to = _merge_sides(teacher, other, inv_tau_t)
+                teacher, move_t, move_to = _merge_sides(teacher, other, loss.c_t, WANT)
                 other = online.Pair(*online.load_tensors(p + 2 * online.SIDE * stride, stride, inside, online.PAIR))
                 if DIVERGENCE.base != "":
-                    a = online.rescale_pair(pair, S_s, S_t, move_s, move_t, DIVERGENCE, WANT.decorrelate)
-                    b = online.rescale_pair(other, S_so, S_to, move_so, move_to, DIVERGENCE, WANT.decorrelate)
+                    a = online.rescale_pair(pair, S_s, S_t, move_s, move_t, DIVERGENCE, WANT)
+                    b = online.rescale_pair(other, S_so, S_to, move_so, move_to, DIVERGENCE, WANT)
                     pair = online.Pair(*added(a, b))
         if merged_ptr is not None:
             online.store_tensors(merged_ptr + n, stride, student + teacher + pair, inside)
             return
-        value, constants, dots = online.finalize(student, teacher, pair, DIVERGENCE, WANT.teacher, WANT.decorrelate)
+        value, constants, dots = online.finalize(student, teacher, pair, loss, DIVERGENCE, WANT)
         if beyond_ptr is not None:
             beyond = student
             for split in range(splits_beyond):
                 other = _load_side(beyond_ptr + n + split * stride_beyond.to(tl.int64), stride, inside)
-                beyond, _, _ = _merge_sides(beyond, other, inv_tau)
-            student, constants = online.whole_vocabulary(student, beyond, constants)
+                beyond, _, _ = _merge_sides(beyond, other, loss.c_s, WANT)
+            student, constants = online.whole_vocabulary(student, beyond, constants, WANT.precise)
         ce = online.store_statistics(stats_ptr + n, stride_stats, inside & counts, student, teacher, DIVERGENCE, WANT)
 
     if WANT.teacher:
@@ -177,7 +179,7 @@ def combine_kernel(
         kd = tl.load(tensors.coefficients + n, mask=inside, other=0)
         of_ce = tl.load(tensors.coefficients + stride_c + n, mask=inside, other=0)
         ce = ce if CE_GRADIENT else zero
-        decorrelation = online.decorrelation_of(dots, ce, kd, of_ce, inv_tau, inv_tau_t)
+        decorrelation = online.decorrelation_of(dots, ce, kd, of_ce, loss.inv_tau, loss.inv_tau_t)
         decorrelation = tl.where(counts, decorrelation, 0)
     online.store_tensors(constants_ptr + n, N, constants, inside)
     tl.store(constants_ptr + online.CONSTANTS * stride + n, decorrelation, mask=inside)
@@ -236,11 +238,15 @@ def _partial_states(
     splits = triton.cdiv(tiles, per_split)
     partial = term.coefficients.new_empty(splits, online.TERMS.value if second else online.STATE.value, N)
     tensors = term.tensors()._replace(labels=None, targets=None) if second else term.tensors()
+    lanes = (
+        1 if term.precise else threads_of_row(partial.device)
+    )  # threads merged are rounded once more
     statistics_kernel[(row_blocks, splits)](
         heads.operands(), heads.given(), matrix(term.bits), tensors, constants, partial,
         N, end, *heads.widths(), per_split, begin, *heads.scalars(), term.parameter, term.second,
         HEADS=heads.flags(config), DIVERGENCE=term.entry, WANT=term.statistics_flags(heads.teacher, decorrelate),
-        SECOND=second, PARTS=config.parts, **config.blocks(), num_warps=config.warps, num_stages=config.stages,
+        SECOND=second, LANES=lanes, PARTS=config.parts, **config.blocks(),
+        num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return partial
 

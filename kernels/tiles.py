@@ -93,34 +93,47 @@ def parts(x, PARTS: tl.constexpr):
 
 
 @triton.jit
-def logits(acc, bias_ptr, v, V, scale, softcap, SOFTCAP: tl.constexpr):
+def lanes(x, LANES: tl.constexpr):
+    """Return a block [N, BLOCK] of a product's columns as [N, J, LANES, 2], each thread's own in one lane."""
+    return x.reshape(x.shape[0], x.shape[1] // (2 * LANES), LANES, 2)
+
+
+@triton.jit
+def logits(acc, bias_ptr, v, V, scale, softcap, SCALED: tl.constexpr, SOFTCAP: tl.constexpr):
     """Return the logits of a block of products, −inf from V on, and their slope towards h·Wᵀ + b."""
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + tl.minimum(v, V - 1)).to(acc.dtype)[None, :]
-    z, slope = transform(acc, scale, softcap, SOFTCAP)
+    z, slope = transform(acc, scale, softcap, SCALED, SOFTCAP)
     return tl.where((v < V)[None, :], z, -float("inf")), slope
 
 
 @triton.jit
 def both_logits(
-    products_s, products_t, operands, given_ptr, inside, v, V, kd_V, scales, HEADS: tl.constexpr, dtype: tl.constexpr
+    products_s, products_t, operands, given_ptr, v, V, kd_V, scales, HEADS: tl.constexpr, dtype: tl.constexpr
 ):
     """Return student's logits and slope and teacher's logits and slope, where there is no teacher the student's again.
 
-    products [BLOCK_N, BLOCK]; given_ptr [BLOCK_N, 1] or None; inside [BLOCK_N]; v [BLOCK]; kd_V: the teacher's V."""
-    z_s, slope_s = logits(products_s, operands.bias, v, V, scales.scale_s, scales.softcap_s, HEADS.softcap_s)
+    products [BLOCK_N, BLOCK]; given_ptr [BLOCK_N, 1] or None; v [BLOCK]; kd_V: the teacher's V."""
+    z_s, slope_s = logits(
+        products_s, operands.bias, v, V, scales.scale_s, scales.softcap_s, HEADS.scaled_s, HEADS.softcap_s
+    )
     z_t, slope_t = z_s, slope_s
     if given_ptr is not None:
-        z_t = given_logits(given_ptr, HEADS.given_stride, inside[:, None], v[None, :], kd_V, dtype)
+        z_t = given_logits(given_ptr, HEADS.given_stride, v[None, :], kd_V, dtype, True)
     elif operands.teacher_hidden.pointer is not None:
         z_t, slope_t = logits(
-            products_t, operands.teacher_bias, v, kd_V, scales.scale_t, scales.softcap_t, HEADS.softcap_t
-        )
+            products_t, operands.teacher_bias, v, kd_V, scales.scale_t, scales.softcap_t,
+            HEADS.scaled_t, HEADS.softcap_t,
+        )  # fmt: skip
     return z_s, slope_s, z_t, slope_t
 
 
 @triton.jit
-def given_logits(pointers, STRIDE: tl.constexpr, inside, v, V, dtype: tl.constexpr):
-    """Return a block of logits the caller gave, −inf from V on; pointers, inside [R, 1], v [1, BLOCK]."""
+def given_logits(pointers, STRIDE: tl.constexpr, v, V, dtype: tl.constexpr, MASKED: tl.constexpr):
+    """Return a block of logits the caller gave; pointers [R, 1], v [1, BLOCK], or of more dimensions. MASKED: −inf from
+    V on."""
     offsets = v if STRIDE == 1 else v.to(tl.int64) * STRIDE
-    return tl.load(pointers + offsets, mask=inside & (v < V), other=-float("inf")).to(dtype)
+    if MASKED:
+        return tl.load(pointers + offsets, mask=v < V, other=-float("inf")).to(dtype)
+    else:
+        return tl.load(pointers + offsets).to(dtype)

@@ -131,4 +131,5 @@ def term_of(x: Problem, scale: Tensor) -> Term:
         anchor_gradient=want.anchor,
         metrics=x.want_metrics,
         teacher_temperature=None if x.sparse else x.teacher_temperature,
+        precise=matmul.gradient_dtype(x.weight.dtype, x.weight.device) == x.dtype,
     )

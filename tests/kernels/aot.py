@@ -157,13 +157,16 @@ def heads_of(
 
 
 def term_of(
-    N: int, divergence: str, *, labels: bool, heavy: bool, bits: torch.Tensor | None = None, fixed: bool = False
-) -> Term:
-    """heavy: an anchor and metrics too; fixed: the teacher gets no gradient, as one that is given."""
+    N: int, divergence: str, *, labels: bool, heavy: bool, bits: torch.Tensor | None = None, fixed: bool = False,
+    precise: bool = False,
+) -> Term:  # fmt: skip
+    """heavy: an anchor and metrics too; fixed: the teacher gets no gradient, as one that is given; precise: gradients
+    in float32."""
     ids = meta(N, dtype=torch.int64)
     return Term(
         divergence, 0.5, meta(), meta(3, N), meta(), meta(N, dtype=torch.bool), ids if labels else None,
         ids if heavy else None, labels, divergence != "sparse" and not fixed, heavy, heavy or bits is not None, bits,
+        precise=precise,
     )  # fmt: skip
 
 
@@ -208,7 +211,8 @@ def row_cases(arch: str, V: int) -> Iterator[Case]:
         x = chunk(lean, term_of(TOKENS, divergence, labels=False, heavy=False))
         yield solve(f"{divergence} alone", x, Gradients.of(grad_s, grad_t), tight if divergence == "jsd" else None)
         in_place = Gradients.of(z_s, z_t, decorrelation=meta(CHUNK))  # as the loop does where all is fp32
-        yield solve(f"fp32, {divergence}, plain", chunk(lean, usual(divergence)), in_place, tight)
+        x = chunk(lean, replace(usual(divergence), precise=True))
+        yield solve(f"fp32, {divergence}, plain", x, in_place, tight)
     given = full(given=meta(TOKENS, V, dtype=torch.bfloat16), shared=V - 257)
     few = "16–48 bytes: ptxas keeps to 128 registers, for two programs a multiprocessor"
     few = few if arch in ("sm_100", "sm_120") else None
@@ -274,7 +278,7 @@ def tile_cases(
         heavy, decorrelate = flags == "everything", flags != "alone"
         extras = {"extra": bias, "softcap": 30.0} if heavy else {}
         heads = heads_of(V, N, dtype, own=Ht if heavy and divergence == "jsd" else None, tf32=tf32, **extras)
-        term = term_of(N, divergence, labels=decorrelate, heavy=heavy)
+        term = term_of(N, divergence, labels=decorrelate, heavy=heavy, precise=dtype == torch.float32)
         term = replace(term, metrics=flags in ("metrics", "everything"))
         grads = Gradients.of(*planes[: 3 if heavy else 2])
         return (
