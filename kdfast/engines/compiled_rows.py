@@ -22,17 +22,19 @@ from torch.nn.functional import pad
 
 from kdfast.divergences import DIVERGENCES
 from kdfast.engines.chunk_loop import GradientBuffers
+from kdfast.ops import threads
 from kdfast.ops.planning import on_cpu
 from kdfast.ops.problem import PER_TOKEN
 
 LEAST = 1 << 21  # logits of a problem from which on it is compiled
-BLOCK = 1 << 20  # logits at a time, or four rows per thread: what is not one pass waits in the cache
+BLOCK = 1 << 19  # logits a thread takes at a time: what is not one pass waits in its cache
 READ = ("labels", "anchor_targets", "temperature", "teacher_temperature", "coefficients", "bias", "teacher_bias")
 ANY = {"scratch_bytes", "per_row", "need_hidden", "need_weight", "need_bias", "need_teacher_hidden"}  # not read there
 OPTIONS: dict[str, Any] = {
     "realize_reads_threshold": 64,  # what one pass needs of another is computed once more, not kept
     "realize_opcount_threshold": 400,
     "cpp.dynamic_threads": True,
+    "cpp_wrapper": True,  # without the interpreter's lock: blocks on several threads
     "compile_threads": 1,  # no processes that compile, and stay
 }
 MADE_FOR = (2, 10)  # PyTorch's version
@@ -50,25 +52,28 @@ def solve(solver: Any, rows: slice, z_s: Tensor, z_t: Tensor | None, out: Gradie
         return False
     values = [getattr(x, field.name) for field in fields(x) if field.name not in ANY]
     key = (solver.wanted, *(each.dtype if isinstance(each, Tensor) else str(each) for each in values))
-    function = _functions.get(key)
+    function: Any = _functions.get(key)
     if function is None:
         logger.warning("compiling the row work of this kind of loss takes some seconds (KDFAST_COMPILE=0: plain torch)")
-    rows_each = max(2, BLOCK // x.valid_vocab, 4 * torch.get_num_threads())
-    count = max(1, min(m // 2, -(-m // rows_each)))
-    for i in range(count):
-        within = slice(i * m // count, (i + 1) * m // count)
+    count = max(1, min(m // 2, -(-m * x.valid_vocab // BLOCK)))
+    blocks = [slice(i * m // count, (i + 1) * m // count) for i in range(count)]
+
+    def block(within: slice) -> None:
         part = slice(rows.start + within.start, rows.start + within.stop)
-        parts = (part, z_s[within], None if z_t is None else z_t[within], out.part(within))
+        teacher = None if z_t is None else z_t[within]
+        _solve_block(function, solver, part, z_s[within], teacher, out.part(within))
+
+    if function is None:
         try:
-            made = function or _compiled(solver)
-            _solve_block(made, solver, *parts)
+            function = _compiled(solver)
+            block(blocks.pop(0))
         except Exception as error:  # what a compiler may raise
-            if function is not None:
-                raise
             _off.append(f"{type(error).__name__}: {error}")
             logger.warning("not compiled, plain torch does it: %s", _off[-1].partition("\n")[0])
             return False
-        function = _functions[key] = made
+        _functions[key] = function
+    threads.map_on_threads(block, blocks)
+    solver.sum_bias(out.bias, out.student, out.teacher)
     return True
 
 
@@ -127,4 +132,3 @@ def _solve_block(
         out.anchor.copy_(grad_a)
     if out.teacher is not None and z_t is not None:
         out.teacher[:, z_t.shape[1] :].zero_()
-    solver.sum_bias(out.bias, out.student, out.teacher)
