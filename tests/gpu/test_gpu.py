@@ -31,10 +31,10 @@ from gpu_checks import (
     gradients_of,
     make,
 )
-from near_convergence import near_convergence, solve
+from near_convergence import errors_of_rows, near_convergence, solve
 from operator_arguments import problem
 
-from kdfast import fused_kd_loss
+from kdfast import JSD, SkewKL, SymmetricKL, fused_kd_loss
 from kdfast.engines import triton_rows
 from kdfast.engines.chunk_loop import GradientBuffers
 from kdfast.ops import matmul
@@ -90,6 +90,14 @@ def test_near_convergence(engine, kind, dtype, divergence, request):
     for name, gradient, expected in zip(("hidden", "weight", "projector"), ours, exact, strict=False):
         assert relative(gradient, expected) < 3e-3, name
 
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP16, BF16])
+@pytest.mark.parametrize("engine", TRITON)
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", JSD(0.5), SkewKL(0.1), SymmetricKL(0.5)], ids=str)
+def test_values_of_rows_near_convergence(divergence, engine, dtype):
+    """Here exponentials and quotients are the device's own; test_device_accuracy.py has a model of them."""
+    assert errors_of_rows(divergence, engine, dtype, "cuda").max() <= 4e-6
 
 
 EVERY = [(engine, kind) for engine in teachers.ENGINES for kind in teachers.KINDS]

@@ -210,9 +210,8 @@ def row_cases(arch: str, V: int) -> Iterator[Case]:
     for divergence in ("forward_kl", "jsd"):
         x = chunk(lean, term_of(TOKENS, divergence, labels=False, heavy=False))
         yield solve(f"{divergence} alone", x, Gradients.of(grad_s, grad_t), tight if divergence == "jsd" else None)
-        in_place = Gradients.of(z_s, z_t, decorrelation=meta(CHUNK))  # as the loop does where all is fp32
-        x = chunk(lean, replace(usual(divergence), precise=True))
-        yield solve(f"fp32, {divergence}, plain", x, in_place, tight)
+        x = chunk(lean, usual(divergence, precise=True))
+        yield solve(f"fp32, {divergence}, CE", x, Gradients.of(z_s, z_t), tight)  # in place, as the loop does then
     given = full(given=meta(TOKENS, V, dtype=torch.bfloat16), shared=V - 257)
     few = "16–48 bytes: ptxas keeps to 128 registers, for two programs a multiprocessor"
     few = few if arch in ("sm_100", "sm_120") else None
@@ -275,10 +274,11 @@ def tile_cases(
     stats, constants = meta(6, N), meta(12, N)
 
     def launches(divergence: str, flags: str, Ht: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
-        heavy, decorrelate = flags == "everything", flags != "alone"
+        heavy, precise = flags == "everything", dtype == torch.float32
+        decorrelate = flags != "alone" and not precise
         extras = {"extra": bias, "softcap": 30.0} if heavy else {}
         heads = heads_of(V, N, dtype, own=Ht if heavy and divergence == "jsd" else None, tf32=tf32, **extras)
-        term = term_of(N, divergence, labels=decorrelate, heavy=heavy, precise=dtype == torch.float32)
+        term = term_of(N, divergence, labels=flags != "alone", heavy=heavy, precise=precise)
         term = replace(term, metrics=flags in ("metrics", "everything"))
         grads = Gradients.of(*planes[: 3 if heavy else 2])
         return (
@@ -291,10 +291,11 @@ def tile_cases(
         others = {
             "given logits, truncated": (
                 heads_of(V, N, dtype, given=meta(N, V, dtype=dtype), shared=V - 257),
-                term_of(N, "skew_kl", labels=True, heavy=False, fixed=True),
+                term_of(N, "skew_kl", labels=True, heavy=False, fixed=True, precise=dtype == torch.float32),
             ),
             "sparse": (
-                heads_of(V, N, dtype, teacher=False), term_of(N, "sparse", labels=True, heavy=False, bits=bits)
+                heads_of(V, N, dtype, teacher=False),
+                term_of(N, "sparse", labels=True, heavy=False, bits=bits, precise=dtype == torch.float32),
             ),
         }  # fmt: skip
         for name, (heads, term) in others.items():
