@@ -29,7 +29,7 @@ from workloads import DEVICE, Inputs, Workload
 
 Row = dict[str, Any]
 # relative error of a gradient that counts as right. In bf16 the products' own rounding is 0.2–0.4%, and a projected
-# teacher's hidden states are rounded to bf16 before the vocabulary product
+# teacher's hidden states are rounded to bf16 before the vocabulary product on a GPU
 LIMITS = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-2}
 PATIENCE = 30.0  # seconds: what takes longer for one step is not run again
 FLOORS = {"of_floor_a": "floor A (whole products)", "of_floor_b": "floor B (our products)"}

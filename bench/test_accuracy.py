@@ -51,6 +51,6 @@ def test_accuracy(teacher: str, dtype: torch.dtype) -> None:
     entry = {"teacher": teacher, "dtype": workload.precision, "sizes": workload.sizes, "kl": reached, "rows": rows}
     records.add("accuracy", str(workload), entry)
     ours = rows["kdfast triton_chunked" if DEVICE == "cuda" else "kdfast torch"]
-    # a projected teacher's hidden states are rounded to bf16 ahead of the vocabulary product: shown, not hidden
-    limit = 1e-3 if dtype == torch.float32 else 5e-3 if teacher == "head" else 1.0
+    # on a GPU a projected teacher's hidden states are rounded to bf16 first: shown, not hidden
+    limit = 1e-3 if dtype == torch.float32 else 5e-3 if teacher == "head" or DEVICE == "cpu" else 1.0
     assert max(ours["hidden"] + ours["weight"]) < limit

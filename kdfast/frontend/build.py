@@ -133,10 +133,13 @@ class _Teacher(NamedTuple):
 def _teacher(teacher: Teacher | None, student: Head, valid_vocab: int, engine: str) -> _Teacher:
     if isinstance(teacher, Projected):
         hidden = _flat(teacher.hidden)
+        dtype = student.weight.dtype
+        if engine == "torch" and hidden.device.type == "cpu":  # its logits are products of fp32 operands
+            dtype = torch.promote_types(dtype, torch.float32)
         if teacher.projector_weight is not None:
-            hidden = _project(hidden, teacher.projector_weight, teacher.projector_bias, engine)
+            hidden = _project(hidden, teacher.projector_weight, teacher.projector_bias, engine, dtype)
         scale, softcap = float(student.logit_scale), _float(student.softcap)
-        return _Teacher(hidden.to(student.weight.dtype), logit_scale=scale, softcap=softcap)
+        return _Teacher(hidden.to(dtype), logit_scale=scale, softcap=softcap)
     if isinstance(teacher, Head):
         head = _autocast(teacher)
         scale, softcap, vocab = float(head.logit_scale), _float(head.softcap), head.weight.shape[0]
@@ -181,7 +184,14 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, engine: str) -> Tensor:
+def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, engine: str, dtype: torch.dtype) -> Tensor:
+    """Return hidden · weightᵀ + bias, of operands in the projector's dtype or autocast's, and in `dtype` if wider."""
+    narrow = autocast.dtype_of(hidden.device) or hidden.dtype
+    if torch.promote_types(narrow, dtype) != narrow:
+        head = _autocast(Head(hidden, weight, bias))
+        with autocast.disabled(hidden.device):
+            bias = None if head.bias is None else head.bias.to(dtype)
+            return F.linear(head.hidden.to(dtype), head.weight.to(dtype), bias)
     if engine != "triton_tiled":
         if bias is None or bias.dtype == hidden.dtype or autocast.dtype_of(hidden.device) is not None:
             return F.linear(hidden, weight, bias)

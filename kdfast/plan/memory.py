@@ -144,7 +144,10 @@ def chunked(x: Shape, engine: str) -> Phases | None:
     gradient = matmul.gradient_dtype(x.dtype, device).itemsize
     A, W = x.tokens * Hs * w, V * Hs * w
     # dX, dW and the projected rows' gradient in fp32 from the first chunk on, and the projected rows
-    always = pairs * A + W + projected * x.hidden + ROW * x.tokens
+    rows_of_teacher = projected * x.hidden
+    if projected and cpu and engine == "torch" and s == 2:  # fp32, and so is what they are made of
+        rows_of_teacher = A + x.tokens * x.teacher_width * w
+    always = pairs * A + W + rows_of_teacher + ROW * x.tokens
     # fp32 logits; fp32 gradients overwrite them
     planes = x.sides * m * row_stride(V, device, engine) * (w + (gradient if gradient != w else 0))
     stacked = pairs * m * Hs  # numbers in [h_s; h_p] of a chunk

@@ -68,30 +68,33 @@ def test_bfloat16_near_convergence_own_head(noise):
 
 @pytest.mark.parametrize("products", ["as on a CPU", "as on a GPU"])
 @pytest.mark.parametrize("noise", [0.2, 0.02])
-def test_bfloat16_near_convergence_projected(noise, products, capsys, monkeypatch):
-    """The same where the truth also rounds the projected hidden states. What that rounding itself costs is printed:
-    it is the price of projected hidden states in bf16, and no engine behind them can win it back."""
+def test_bfloat16_near_convergence_projected(noise, products, monkeypatch):
+    """The same through a projector, whose output is not rounded to bf16 on a CPU: that would leave the gradients 5 to
+    10% off at a KL of 4e-4."""
     if products == "as on a GPU":  # gradients of the logits rounded to bf16 before every product
         monkeypatch.setattr(matmul, "gradient_dtype", lambda dtype, device: dtype)
     tensors = near_convergence(torch.bfloat16, noise)
-    truth, kl, exact = solve(tensors, "projected", torch.float64, "reference", rounded=True)
+    truth, _, exact = solve(tensors, "projected", torch.float64, "reference")
     loss, _, ours = solve(tensors, "projected", torch.bfloat16, "torch")
     assert relative(loss, truth) < 1e-4
     for name, gradient, expected in zip(("hidden", "weight", "projector"), ours, exact, strict=True):
         assert relative(gradient, expected) < 3e-3, name
-    unrounded = solve(tensors, "projected", torch.float64, "reference")
-    errors = [relative(gradient, expected) for gradient, expected in zip(ours, unrounded[2], strict=True)]
-    with capsys.disabled():
-        print(f"\n  bf16 projected, KL {float(kl):.1e}: against unrounded projected hidden states, loss "
-              f"{relative(loss, unrounded[0]):.1e}, hidden/weight/projector gradient "
-              f"{' / '.join(f'{100 * e:.2f}%' for e in errors)}")  # fmt: skip
+
+
+def test_projected_hidden_states_are_not_rounded_under_autocast():
+    tensors = near_convergence(torch.bfloat16, 0.02)
+    _, _, exact = solve(tensors, "projected", torch.float64, "reference")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, _, ours = solve(tensors, "projected", torch.float32, "torch")
+    for gradient, expected in zip(ours, exact, strict=True):
+        assert relative(gradient, expected) < 3e-3
 
 
 def test_float16_gradients_survive_a_loss_scaler():
     """The saved gradients carry no 1/N: with a scaler's upstream factor nothing has underflowed before it acts."""
     tensors = near_convergence(torch.float16, 0.02)
     for kind in ("head", "projected"):
-        _, _, exact = solve(tensors, kind, torch.float64, "reference", rounded=True, upstream=2.0**16)
+        _, _, exact = solve(tensors, kind, torch.float64, "reference", upstream=2.0**16)
         _, _, ours = solve(tensors, kind, torch.float16, "torch", upstream=2.0**16)
         for gradient, expected in zip(ours, exact, strict=True):
             assert relative(gradient, expected) < 3e-3
