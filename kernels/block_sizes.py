@@ -91,8 +91,7 @@ SM_90_FEW = Row(
 SM_100 = replace(
     SM_90,
     lean=SM_90.full,
-    why="tcgen05 takes 128 rows; accumulators leave tensor memory a part at a time; 128 columns spill 16–64 bytes with "
-    "a cross entropy, four parts 40 with given logits, eight 24 with everything else. Not timed",
+    why="tcgen05 takes 128 rows; accumulators leave tensor memory a part at a time; 128 columns spill. Not timed",
 )
 SM_80 = Row(
     ROWS,
@@ -102,8 +101,7 @@ SM_80 = Row(
     projection=TileConfig(128, 128, 32, 8, 3),
     odd=TileConfig(128, 32, 32, 8, 3, 2),
     given=TileConfig(128, 64, 32, 8, 3, 8),
-    why="mma.sync reads operands into registers: 128 columns spill 24–340 bytes, a width of 64 too, four parts 48 with "
-    "a sparse teacher. Not timed",
+    why="mma.sync reads operands into registers: 128 columns spill, and so does a width of 64. Not timed",
 )
 SM_80_FEW = Row(
     ROWS,
@@ -121,9 +119,7 @@ SM_120 = replace(
     given=None,
     why="as sm_80, but 64 columns spill 8–16 bytes with everything and the teacher's own head. Not timed",
 )
-SM_120_FEW = replace(
-    SM_80_FEW, full=TileConfig(64, 32, 32, 4, 3, 2), given=None, why=f"one row block of 64; {SM_120.why}"
-)
+SM_120_FEW = replace(SM_80_FEW, full=TileConfig(64, 32, 32, 4, 3, 2), given=None, why=f"one row block; {SM_120.why}")
 GFX942 = Row(
     AMD_ROWS,
     lean=TileConfig(128, 64, 32, 8, 2, 4),
@@ -150,9 +146,7 @@ FP32 = Row(
     odd=TileConfig(64, 32, 16, 8, 2),
     why="fp32 without TF32 is multiplied outside the tensor cores: as many registers for operands as for sums",
 )
-SM_100_FP32 = replace(
-    FP32, full=TileConfig(64, 32, 16, 8, 2, 2), why=f"{FP32.why}; with TF32 and everything 64 columns spill 24 bytes"
-)
+SM_100_FP32 = replace(FP32, full=TileConfig(64, 32, 16, 8, 2, 2), why=f"{FP32.why}; 64 columns spill with TF32")
 SM_120_FP32 = replace(
     FP32,
     gradients=TileConfig(64, 64, 16, 8, 2, 8),
@@ -160,8 +154,9 @@ SM_120_FP32 = replace(
     why=f"{FP32.why}; one part of an odd width spills 8 bytes, four of a gradient 16 without a second side",
 )
 AMD_FP32 = replace(FP32, rows=AMD_ROWS, why="fp32 operands: v_mfma_f32 exists, at a quarter of the 16-bit rate")
+FP64 = Row(RowConfig(1, 2048, 8), *[TileConfig(16, 32, 16, 4, 2, 2)] * 5, why="a number takes two registers. Not timed")
 
-# architecture → rows for 16-bit operands and many tokens, 16-bit operands and few, fp32 operands (float64 shares them)
+# architecture → rows for 16-bit operands and many tokens, 16-bit operands and few, fp32 operands
 PRESETS = dict.fromkeys(("sm_80", "sm_86", "sm_89"), (SM_80, SM_80_FEW, FP32)) | {
     "sm_90": (SM_90, SM_90_FEW, FP32),
     "sm_100": (SM_100, SM_100, SM_100_FP32),
@@ -173,7 +168,7 @@ TABLE: dict[tuple[str, int, str], Row] = {
     (architecture, size, band): row
     for architecture, (many, few, fp32) in PRESETS.items()
     for size, band, row in ((2, "many", many), (2, "few", few), (4, "many", fp32), (4, "few", fp32))
-}
+} | {(architecture, 8, band): FP64 for architecture in PRESETS for band in ("many", "few")}
 ARCHITECTURES = tuple(PRESETS)
 MULTIPLIES_FLOAT64 = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5)  # tl.dot; torch 2.8 has Triton 3.4
 
@@ -199,8 +194,6 @@ def known_architecture(device: torch.device) -> str | None:
     name = architecture(device)
     if name == "interpreter" or name in ARCHITECTURES:
         return name
-    if not name.startswith("sm_"):
-        return None
     relatives = [a for a in ARCHITECTURES if a[:-1] == name[:-1] and int(a[3:]) < int(name[3:])]
     return max(relatives, key=lambda a: int(a[3:]), default=None)
 
@@ -209,7 +202,7 @@ def key_of(device: torch.device, itemsize: int, N: int) -> tuple[str, int, str]:
     """Return the key in the table for operands of `itemsize` bytes and N tokens."""
     name = known_architecture(device)
     assert name is not None, architecture(device)
-    return name, min(itemsize, 4), "few" if N <= FEW else "many"
+    return name, itemsize, "few" if N <= FEW else "many"
 
 
 def row_of(device: torch.device, itemsize: int, N: int) -> Row:

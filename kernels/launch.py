@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kdfast.kernels.block_sizes import TileConfig, architecture
+from kdfast.kernels.block_sizes import TileConfig
 from kdfast.kernels.divergences import Entry, entry_of
 
 Matrix = namedtuple("Matrix", "pointer row column")  # with its strides
@@ -192,6 +192,6 @@ class Term:
 
 def matrix(operand: Tensor | None) -> Matrix:
     """Return a tensor of two dimensions, or none, as a kernel argument."""
-    if operand is not None and operand.dtype == torch.bfloat16 and architecture(operand.device) == "interpreter":
-        operand = operand.float()  # it has no bf16 product
+    if operand is not None and operand.dtype == torch.bfloat16 and operand.device.type == "cpu":
+        operand = operand.float()  # the interpreter has no bf16 product
     return Matrix(None, 0, 0) if operand is None else Matrix(operand, *operand.stride())

@@ -16,7 +16,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from kdfast import fused_kd_loss
 from kdfast.engines import operators
 from kdfast.frontend import checks
-from kdfast.kernels import block_sizes, launch, tiled_forward
+from kdfast.kernels import block_sizes, tiled_forward
 from kdfast.ops import matmul
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's kernels can be left out")
@@ -53,8 +53,7 @@ class Products(TorchDispatchMode):
 def test_on_a_device_that_is_no_cpu(engine, kind, dtype, monkeypatch, no_kernels):
     """Meta tensors go a GPU's way. Every other extent is a multiple of 8 here, and V = 101, 99 or 97 is odd."""
     monkeypatch.setattr(checks, "unavailable", lambda engine, device, *dtypes: None)
-    for module in (block_sizes, launch):
-        monkeypatch.setattr(module, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(block_sizes, "architecture", lambda device: "sm_90")
     monkeypatch.setattr(tiled_forward, "splits_of", lambda *sizes: 2)
     for name in ("fused_kd", "fused_kd_gradients"):  # as they run, behind no boundary
         monkeypatch.setattr(operators, name, getattr(operators, name)._init_fn)

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_iter
 
 from kdfast.engines import operators
 from kdfast.frontend import checks
-from kdfast.kernels import block_sizes, launch, projector, row_kernel, tiled_backward, tiled_forward
+from kdfast.kernels import block_sizes, projector, row_kernel, tiled_backward, tiled_forward
 from kdfast.ops import matmul
 from kdfast.ops.problem import Problem
 
@@ -110,7 +110,7 @@ def highest_on_a_gpu(inputs, run, replaced=()):
     with ExitStack() as stack:
         change = [(matmul, name, function) for name, function in PRODUCTS.items()]
         change += [*BOUNDARY, (checks, "unavailable", lambda engine, device, *dtypes: None)]
-        change += [(module, "architecture", lambda device: "sm_90") for module in (block_sizes, launch)]
+        change += [(block_sizes, "architecture", lambda device: "sm_90")]
         change += [
             (tiled_forward, "splits_of", lambda blocks, tiles, device: block_sizes._splits(blocks, tiles, 132))
         ]

@@ -127,6 +127,8 @@ def cases(arch: str, quick: bool) -> Iterator[Case]:
         if not quick:
             yield from tile_cases(V, FEW, torch.bfloat16)
             yield from tile_cases(V, TOKENS, torch.float32, tensor_core=tensor_cores_for_fp32)
+            if V != PADDED:
+                yield from tile_cases(V, TOKENS, torch.float64, tensor_core=False)
             if arch != "gfx942" and V == 50257:
                 yield from tile_cases(V, TOKENS, torch.float32, tf32=True)
 
@@ -158,15 +160,15 @@ def heads_of(
 
 def term_of(
     N: int, divergence: str, *, labels: bool, heavy: bool, bits: torch.Tensor | None = None, fixed: bool = False,
-    precise: bool = False,
+    precise: bool = False, dtype: torch.dtype = torch.float32,
 ) -> Term:  # fmt: skip
     """heavy: an anchor and metrics too; fixed: the teacher gets no gradient, as one that is given; precise: gradients
-    in float32."""
+    in float32; dtype: of what is computed."""
     ids = meta(N, dtype=torch.int64)
     return Term(
-        divergence, 0.5, meta(), meta(3, N), meta(), meta(N, dtype=torch.bool), ids if labels else None,
-        ids if heavy else None, labels, divergence != "sparse" and not fixed, heavy, heavy or bits is not None, bits,
-        precise=precise,
+        divergence, 0.5, *(meta(*shape, dtype=dtype) for shape in ((), (3, N), ())), meta(N, dtype=torch.bool),
+        ids if labels else None, ids if heavy else None, labels, divergence != "sparse" and not fixed, heavy,
+        heavy or bits is not None, bits, precise=precise,
     )  # fmt: skip
 
 
@@ -271,14 +273,15 @@ def tile_cases(
     Hs, even, odd = 768, 1024, 1000
     bias = meta(V, dtype=dtype)
     planes = meta(3, N, SLAB, dtype=dtype)
-    stats, constants = meta(6, N), meta(12, N)
+    wide = torch.promote_types(dtype, torch.float32)
+    stats, constants = meta(6, N, dtype=wide), meta(12, N, dtype=wide)
+    terms = partial(term_of, N, precise=dtype == wide, dtype=wide)
 
     def launches(divergence: str, flags: str, Ht: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
-        heavy, precise = flags == "everything", dtype == torch.float32
-        decorrelate = flags != "alone" and not precise
+        heavy, decorrelate = flags == "everything", flags != "alone" and dtype != wide
         extras = {"extra": bias, "softcap": 30.0} if heavy else {}
         heads = heads_of(V, N, dtype, own=Ht if heavy and divergence == "jsd" else None, tf32=tf32, **extras)
-        term = term_of(N, divergence, labels=flags != "alone", heavy=heavy, precise=precise)
+        term = terms(divergence, labels=flags != "alone", heavy=heavy)
         term = replace(term, metrics=flags in ("metrics", "everything"))
         grads = Gradients.of(*planes[: 3 if heavy else 2])
         return (
@@ -291,11 +294,10 @@ def tile_cases(
         others = {
             "given logits, truncated": (
                 heads_of(V, N, dtype, given=meta(N, V, dtype=dtype), shared=V - 257),
-                term_of(N, "skew_kl", labels=True, heavy=False, fixed=True, precise=dtype == torch.float32),
+                terms("skew_kl", labels=True, heavy=False, fixed=True),
             ),
             "sparse": (
-                heads_of(V, N, dtype, teacher=False),
-                term_of(N, "sparse", labels=True, heavy=False, bits=bits, precise=dtype == torch.float32),
+                heads_of(V, N, dtype, teacher=False), terms("sparse", labels=True, heavy=False, bits=bits)
             ),
         }  # fmt: skip
         for name, (heads, term) in others.items():
@@ -317,13 +319,13 @@ def tile_cases(
         of_statistics, of_gradients = launches(divergence, flags, Ht)
         few = "16 bytes on sm_80: the heaviest case" if (divergence, flags) == ("jsd", "everything") else None
         yield Case("statistics_kernel", name, of_statistics, tensor_core, few)
-        yield Case("combine_kernel", name, of_statistics)
+        few = "8 bytes on sm_90: float64" if dtype == torch.float64 else None
+        yield Case("combine_kernel", name, of_statistics, allow_stack=few)
         if flags == "everything" and Ht == even:  # of one process's splits, where the vocabulary lies in slices
-            term = term_of(N, divergence, labels=True, heavy=True)
-            merge = partial(
-                combine, term, meta(4, 19, N), None, stats=stats, constants=constants, decorrelate=True, teacher=True
-            )
-            yield Case("combine_kernel", f"merged, {name}", partial(merge, merged=meta(19, N)))
+            states, how = meta(4, 19, N, dtype=wide), {"decorrelate": True, "teacher": True}
+            merge = partial(combine, terms(divergence, labels=True, heavy=True), states, None, stats=stats, **how)
+            merge = partial(merge, constants=constants, merged=states[0])
+            yield Case("combine_kernel", f"merged, {name}", merge)
         if flags in ("alone", "plain") or (divergence, flags) == ("jsd", "everything"):
             few = {"alpha_beta": "72 bytes on sm_90: three powers more", "skew_reverse_kl": "24 on sm_90"}
             few |= dict.fromkeys(("forward_kl", "reverse_kl"), "56 on sm_90: saturated rows")

@@ -44,7 +44,7 @@ def test_a_newer_relative_uses_the_closest_older_row(monkeypatch, capability, ro
 
 def test_every_architecture_has_every_row():
     assert set(ARCHITECTURES) == {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"}
-    assert set(TABLE) == {(a, size, band) for a in ARCHITECTURES for size in (2, 4) for band in ("few", "many")}
+    assert set(TABLE) == {(a, size, band) for a in ARCHITECTURES for size in (2, 4, 8) for band in ("few", "many")}
     assert all(row.why for row in TABLE.values())
     assert row_of(torch.device("cpu"), 2, 1) is block_sizes.INTERPRETER
 
