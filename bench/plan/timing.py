@@ -19,8 +19,8 @@ from .gpus import Gpu, get_gpu
 from .memory import live_bytes
 
 TRITON_PRODUCTS = 0.6  # a Triton product's share of the vendor's rate: a guess, as in bench/gpu.py
-# instructions a pair of logits, counted in what the compiler made for sm_90 (docs/performance.md)
-ROW_INSTRUCTIONS, STATISTICS_INSTRUCTIONS, GRADIENT_INSTRUCTIONS = 181, 64, 81
+# executed per pair of logits on sm_90 (`make aot`; docs/performance.md): with a cross entropy and decorrelation
+ROW_INSTRUCTIONS, STATISTICS_INSTRUCTIONS, GRADIENT_INSTRUCTIONS = 57, 41, 39
 
 
 @dataclass(frozen=True)
