@@ -4,8 +4,8 @@
     python tests/kernels/aot.py --arch sm_90 --kernel row_kernel --case "forward_kl, plain" --classes
 
 Exit status 1 and a list of what is wrong where a kernel does not compile, has a stack frame (spills lie there), wants
-more shared memory than the chip has, or makes of `tl.dot` anything but the architecture's best tensor-core instruction.
-What does not keep to `LIMITS` is listed as missed.
+more shared memory than the chip has, makes of `tl.dot` anything but the architecture's best tensor-core instruction, or
+does not keep to `LIMITS`; of those in `NOT_YET` that is listed as missed.
 
     per_pair   instructions that are executed per pair of logits, pass by pass: loops times their trips over the
                vocabulary, with what the last trips waste. Of a tiled kernel the work on a tile's logits
@@ -80,8 +80,8 @@ CHIPS = {
     "sm_120": Chip(GPUTarget("cuda", 120, 32), 170, 99, "mma.sync", 12, 24),
     "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 304, 64, "v_mfma", 8, 32),
 }
-# Kernel, a case's beginning: instructions per pair on sm_90, and programs per multiprocessor. sm_80 and sm_100 may
-# execute 15% more; other chips are listed
+# Kernel, a case's beginning: instructions per pair and, there alone, programs per multiprocessor on sm_90. sm_80 and
+# sm_100 may execute 15% more; other chips are listed
 LIMITS = {
     ("row_kernel", "forward_kl, plain"): (60, 3),
     ("row_kernel", "reverse_kl, plain"): (60, 3),
@@ -99,6 +99,9 @@ LIMITS = {
     ("gradients_kernel", "forward_kl, plain, bfloat16, N=4096"): (33, 1),
 }
 MARGINS = {"sm_90": 1.0, "sm_80": 1.15, "sm_100": 1.15}
+SECOND_PASS = ("jsd", "skew_kl", "skew_reverse_kl", "symmetric_kl", "total_variation")
+NOT_YET = {("row_kernel", f"{divergence}, plain") for divergence in SECOND_PASS}
+NOT_YET |= {("row_kernel", "own head"), ("gradients_kernel", "forward_kl, plain, bfloat16, N=4096")}
 
 
 class Case(NamedTuple):
@@ -464,12 +467,13 @@ def count(result: Result, code: Program, case: Case, constants: dict[str, Any], 
     for (kernel, label), (most, programs) in LIMITS.items():
         if kernel == case.kernel and case.label.startswith(label) and result.arch in MARGINS:
             executed, most = sum(always for always, _ in passes), most * MARGINS[result.arch]
+            broken = result.missed if (kernel, label) in NOT_YET else result.wrong
             if executed > most:
-                result.missed.append(f"{executed:.1f} instructions per pair, at most {most:.1f}")
+                broken.append(f"{executed:.1f} instructions per pair, at most {most:.1f}")
             if result.stack:
-                result.missed.append(f"stack frame of {result.stack} bytes a thread")
-            if result.programs < programs:
-                result.missed.append(f"{result.programs} programs per multiprocessor, at least {programs}")
+                broken.append(f"stack frame of {result.stack} bytes a thread, of a kernel with a limit")
+            if result.programs < programs and result.arch == "sm_90":
+                broken.append(f"{result.programs} programs per multiprocessor, at least {programs}")
 
 
 def passes_of(result: Result, code: Program, pair: int, threads: int) -> list[tuple[float, float]]:

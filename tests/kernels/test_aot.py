@@ -78,7 +78,7 @@ def test_loops_of_amds_assembly():
 
 
 def test_kernels_keep_to_their_limits(tmp_path):
-    """In a process of its own: where Triton interprets, it does not compile."""
+    """A few of `aot.LIMITS`, in a process of its own: where Triton interprets, it does not compile."""
     pytest.importorskip("triton")
     cases = ["forward_kl, plain", "forward_kl, metrics", "cross entropy alone", "forward_kl, plain, bfloat16, N=4096"]
     options = ["--arch", "sm_90", "--quick", "--jobs", "1", "--json", tmp_path / "aot.json", "--case", *cases]
