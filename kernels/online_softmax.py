@@ -7,27 +7,27 @@ With c = log₂e/τ and the running maximum m, x = z·c − m·c and e = 2^x. Of
     m, S = Σ e, and at τ = 1: S1 = Σ e1, E = Σ e1·x1, the first argmax, the target's logit
 
 A KL divergence needs no second pass. With b the side its expectation is under and o the other, u = (x_b − x_o)·ln 2,
-φ(u) = u + e^−u − 1, w = e_o − e_b, of both sides (`Pair`):
+φ(u) = u + e^−u − 1, of both sides (`Pair`):
 
-    F = Σ e_b·φ(u),  D = Σ w      KL = F/S_b + log1p(d) − d,  d = D/S_b
+    F = Σ e_b·φ(u),  G = Σ e_b·u      KL = F/S_b + log1p(d) − d,  d = (F − G)/S_b = (S_o − S_b)/S_b
 
-Every summand of F is of second order and none is negative: 3e-6 in float32 at KL 4e-4, where Σ p·(log p − log q) and
-differences of log-sum-exps lose 2e-3 and more. Every other divergence takes a second pass, `update_terms`, which knows
-both log-sum-exps (`TermSums`). What a gradient needs to know of each row are its `RowConstants`.
+Every summand of F is of second order and none is negative, and d is of first order with its own digits: 3e-6 in float32
+at KL 4e-4, where Σ p·(log p − log q) and differences of log-sum-exps lose 2e-3 and more. Far apart, where d has none,
+KL = G/S_b + log S_o − log S_b. Every other divergence takes a second pass, `update_terms`, which knows both
+log-sum-exps (`TermSums`). What a gradient needs to know of each row are its `RowConstants`.
 
 PRECISE is for gradients that are kept in float32 or float64: c is then 1/τ, x = (z − m)·c, 0 at the maximum itself,
-e = exp(x), and w is taken by expm1 where u is small, so that the gradient of a token with all of the mass is minus that
-of the others. For gradients in 16 bits x is one fused multiply-add, m·c being rounded: as if the logits of a side were
-all shifted by that rounding (`shift`), which no probability and no divergence notices.
+and e = exp(x), so that the gradient of a token with all of the mass is minus that of the others. For gradients in 16
+bits x is one fused multiply-add, m·c being rounded: as if the logits of a side were all shifted by that rounding
+(`shift`), which no probability and no divergence notices.
 
 `decorrelate`: engines that round gradients to 16 bits make each row's G_t nearly orthogonal to its G_s first, by adding
 decorrelation·G_s (docs/log.md: dW is 3–9% off near convergence otherwise). Any factor gives the same dW and dX in exact
-arithmetic; this is −⟨G_t, G_s⟩/⟨G_s, G_s⟩ under the metric 1/p_b, where the products are known without sums of their
-own: the variance of u under p_b, V = Σ e_b·u², and near p ≈ q twice the divergence, which both are there. PRECISE,
-which needs no decorrelation, has Σ e_b·u in that place: F − D with more digits where u is large.
+arithmetic; this is −⟨G_t, G_s⟩/⟨G_s, G_s⟩ under the metric 1/p_b, where the products are known with one sum more: the
+variance of u under p_b, V = Σ e_b·u², and near p ≈ q twice the divergence, which both are there.
 
-When a maximum moves, sums are rescaled: with r = exp of each maximum's move, Δ = move_b − move_o, ρ = r_o − r_b,
-e_b → r_b·e_b, u → u + Δ, w → r_o·w + ρ·e_b; Σ e_b·u is F − D.
+When a maximum moves, sums are rescaled: with r = exp of each maximum's move and Δ = move_b − move_o, e_b → r_b·e_b and
+u → u + Δ; Σ e_o is S_b + F − G.
 """
 
 from collections import namedtuple
@@ -50,13 +50,15 @@ from kdfast.kernels.math import (
     thread_sum,
 )
 
-# Below any logit, yet finite: differences of two such maxima are 0, not NaN.
+# Below any logit, yet finite: differences of two such maxima are 0, not NaN. Where maxima are rounded (not PRECISE) a
+# maximum is no less than HARDLY: rounded, that of logits masked by −1e10 would be off by hundreds.
 LOWEST: tl.constexpr = tl.constexpr(-1e30)
+HARDLY: tl.constexpr = tl.constexpr(-1e8)
 
 
 # What follows is [R, LANES] each in a pass over the vocabulary, and [R] from then on.
 Side = namedtuple("Side", "m S S1 E argmax target")  # argmax int32; target: the target's logit
-Pair = namedtuple("Pair", "F D V")
+Pair = namedtuple("Pair", "F G V")
 # Σ f, Σ a_q, Σ a_p and, to decorrelate, sums of products: aq_q = Σ a_q·q, …; otherwise, in the place of those beside
 # Σ a of either side, Σ a and Σ of its probabilities without an entry that has most of them, for `D`
 TermSums = namedtuple("TermSums", "f a_q aq_aq aq_q a_p q_q p_rest")
@@ -122,9 +124,9 @@ def transform(z, scale, softcap, SCALED: tl.constexpr, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def empty_side(zero):
+def empty_side(zero, PRECISE: tl.constexpr):
     """Return the statistics of no logits; zero [R, LANES]."""
-    return Side(zero + LOWEST, zero, zero, zero, zero.to(tl.int32), zero)
+    return Side(zero + (LOWEST if PRECISE else HARDLY), zero, zero, zero, zero.to(tl.int32), zero)
 
 
 @triton.jit
@@ -189,20 +191,18 @@ def rescale_side(side, m, c, AT_ONE: tl.constexpr, ENTROPY: tl.constexpr, PRECIS
 def rescale_pair(pair, S_s, S_t, move_s, move_t, DIVERGENCE: tl.constexpr, WANT: tl.constexpr):
     """Return the state as if the maxima had moved so; S is a side's, before."""
     base, other = (move_t, move_s) if DIVERGENCE.base == "t" else (move_s, move_t)
-    S_b = S_t if DIVERGENCE.base == "t" else S_s
+    S_b, S_o = (S_t, S_s) if DIVERGENCE.base == "t" else (S_s, S_t)
     r_b, r_o, delta = base.r, other.r, base.by - other.by
     u = delta * LOG2E if WANT.precise else delta
     delta = delta if WANT.precise else delta * LN2
-    phi, near = u * (u * curve(u)), tl.abs(u) < NEAR
-    rho = tl.where(near, r_b * (phi - delta), r_o - r_b)
-    lift, all_o = tl.where(near, phi, delta), tl.where(near, 0, S_b) + pair.D
+    phi, near, here = u * (u * curve(u)), tl.abs(u) < NEAR, r_b > 0  # what has no mass left may have been infinite
     V = pair.V
     if WANT.decorrelate:
-        V = r_b * (V + delta * (2 * (pair.F - pair.D) + delta * S_b))
-    elif WANT.precise:
-        V = r_b * (V + delta * S_b)
-    F = tl.where(r_b > 0, r_b * (pair.F + lift * S_b), 0) + rho * all_o
-    return Pair(F, r_o * pair.D + rho * S_b, V)
+        V = r_b * (V + delta * (2 * pair.G + delta * S_b))
+    G = tl.where(here, r_b * (pair.G + delta * S_b), 0)
+    of_o = tl.where(near, r_b * (phi - delta) * (pair.F - pair.G), (r_o - r_b) * S_o)
+    F = tl.where(here, r_b * (pair.F + tl.where(near, phi, delta) * S_b) + of_o, r_o * S_o)
+    return Pair(F, G, V)
 
 
 @triton.jit
@@ -228,22 +228,18 @@ def update_pair(pair, S_s, S_t, block_s, block_t, DIVERGENCE: tl.constexpr, WANT
     """Return the state with both sides' `Block`s added; S is a side's before them."""
     pair = rescale_pair(pair, S_s, S_t, block_s.move, block_t.move, DIVERGENCE, WANT)
     base, other = (block_t, block_s) if DIVERGENCE.base == "t" else (block_s, block_t)
-    u, w = base.x - other.x, other.e - base.e
-    NAT: tl.constexpr = 1.0 if WANT.precise else LN2
+    NAT: tl.constexpr = 1.0 if WANT.precise else LN2  # in the exponents' units
+    u = base.x - other.x
     near = tl.abs(u) < NEAR * LN2 / NAT
     u = tl.where(base.e == 0, 0, u)
     eu = base.e * u
     log2 = u * LOG2E if WANT.precise else u
     second_order = (base.e * log2 if WANT.precise else eu) * (log2 * curve(log2))
-    if WANT.precise:
-        w = tl.where(near, second_order - eu, w)
-    F = pair.F + thread_sum(tl.where(near, second_order, w + eu * NAT))
+    F = pair.F + thread_sum(tl.where(near, second_order, (other.e - base.e) + eu * NAT))
     V = pair.V
     if WANT.decorrelate:
         V += thread_sum(eu * u) * (NAT * NAT)
-    elif WANT.precise:
-        V += thread_sum(eu)
-    return Pair(F, pair.D + thread_sum(w), V)
+    return Pair(F, pair.G + thread_sum(eu) * NAT, V)
 
 
 @triton.jit
@@ -322,12 +318,11 @@ def finalize(student, teacher, pair, loss, DIVERGENCE: tl.constexpr, WANT: tl.co
         gap = tl.log(teacher.S) - tl.log(student.S)
     if WANT.teacher and DIVERGENCE.base != "":
         S_b = teacher.S if DIVERGENCE.base == "t" else student.S
-        d = pair.D / S_b
+        mean, d = pair.G / S_b, (pair.F - pair.G) / S_b
         near = tl.abs(d) < 0.5
         apart = -gap if DIVERGENCE.base == "t" else gap
         rise = tl.where(near, log1p(d), apart)  # log S_o − log S_b
-        value = pair.F / S_b + tl.where(near, log1p_less(d), apart - d)
-        mean = (pair.V if WANT.precise and not WANT.decorrelate else pair.F - pair.D) / S_b  # of u, g and `gap`
+        value = tl.where(near, pair.F / S_b + log1p_less(d), mean + apart)
         if DIVERGENCE.base == "t":
             gap, A_p = -rise, mean
         else:

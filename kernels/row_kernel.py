@@ -145,7 +145,7 @@ def statistics_pass(
     """Return student's and teacher's `Side` and their `Pair` over the shared vocabulary, each thread's of its own.
     bits_ptr [R] or None: of a sparse teacher."""
     zero = tl.zeros([rows.zero.shape[0], LANES], rows.zero.dtype)
-    student, teacher, pair = online.empty_side(zero), online.empty_side(zero), online.empty_pair(zero)
+    student, teacher, pair = online.empty_side(zero, WANT.precise), online.empty_side(zero, WANT.precise), online.empty_pair(zero)
     full = logits.kd_V // BLOCK * BLOCK
     for block in range(0, full, BLOCK):
         student, teacher, pair = _update(
@@ -389,7 +389,7 @@ def states_kernel(
     student, teacher, pair = online.merge_threads(student, teacher, pair, loss, DIVERGENCE, WANT)
     states_ptr += rows.r
     if HEADS.truncated:
-        nothing = online.empty_side(tl.zeros([R, LANES], rows.zero.dtype))
+        nothing = online.empty_side(tl.zeros([R, LANES], rows.zero.dtype), WANT.precise)
         beyond = beyond_pass(nothing, logits, rows, loss, HEADS, WANT, LANES, "evict_last")
         online.store_tensors(states_ptr + online.STATE * m.to(tl.int64), m, beyond, rows.inside)
     student, teacher = at_tokens(student, teacher, logits, rows, loss, HEADS, WANT, BLOCK, "evict_last")

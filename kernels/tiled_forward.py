@@ -47,7 +47,7 @@ def statistics_kernel(
     loss = online.Loss(labels, *loss[1:])
     scales = online.scales_of(scale_s, softcap_s, scale_t, softcap_t, dtype)
     zero = tl.zeros([BLOCK_N, LANES], dtype)
-    student, teacher = online.empty_side(zero), online.empty_side(zero)
+    student, teacher = online.empty_side(zero, WANT.precise), online.empty_side(zero, WANT.precise)
     pair, total = online.empty_pair(zero), online.empty_terms(zero)
     if SECOND:
         constants = online.RowConstants(*online.load_tensors(constants_ptr + n, N, inside, online.CONSTANTS))
@@ -145,7 +145,7 @@ def combine_kernel(
         if CE_GRADIENT:
             ce = tl.load(stats_ptr + stride_stats + n, mask=inside, other=0)
     else:
-        student, teacher, pair = online.empty_side(zero), online.empty_side(zero), online.empty_pair(zero)
+        student, teacher, pair = online.empty_side(zero, WANT.precise), online.empty_side(zero, WANT.precise), online.empty_pair(zero)
         for split in range(splits):
             p = parts_ptr + split * stride_parts.to(tl.int64)
             other = _load_side(p, stride, inside)
