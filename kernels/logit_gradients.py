@@ -60,11 +60,12 @@ def gradients(
                 grad_t = tl.where(k == 0, 0, k * _centered(a_p, p, constants.A_p, constants.D_p, GRAD))
     if GRAD.student and GRAD.ce:
         grad_s = _add_cross_entropy(
-            grad_s, z_s, v, begin, constants.m_s, constants.log_S1_s, loss.labels, coefficients.ce, GRAD
+            grad_s, z_s, v, begin, constants.m_s, constants.log_S1_s, loss.labels, coefficients.ce, TRUNCATED, GRAD
         )
     if GRAD.anchor:
-        m, log_S1 = constants.m_t, constants.log_S1_t
-        grad_a = _add_cross_entropy(grad_a, z_t, v, begin, m, log_S1, loss.targets, coefficients.anchor, GRAD) * slope_t
+        grad_a = slope_t * _add_cross_entropy(
+            grad_a, z_t, v, begin, constants.m_t, constants.log_S1_t, loss.targets, coefficients.anchor, False, GRAD
+        )
     grad_s *= slope_s
     grad_t *= slope_t
     if GRAD.decorrelate:
@@ -132,11 +133,15 @@ def _centered(a, softmax, A, D, GRAD: tl.constexpr):
 
 
 @triton.jit
-def _add_cross_entropy(grad, z, v, begin, m, log_S1, targets, coefficient, GRAD: tl.constexpr):
-    """Return grad + coefficient·(softmax(z) − onehot(targets))."""
+def _add_cross_entropy(grad, z, v, begin, m, log_S1, targets, coefficient, TRUNCATED: tl.constexpr, GRAD: tl.constexpr):
+    """Return grad + coefficient·(softmax(z) − onehot(targets)). TRUNCATED: m may be less than what lies beyond."""
     ONE: tl.constexpr = 1.0 if GRAD.precise else LOG2E
-    factor = coefficient * _over_sum(log_S1, m, ONE, GRAD)
-    grad += factor[:, None] * power(exponent(z, m, ONE, GRAD.precise), GRAD.precise)
+    x = exponent(z, m, ONE, GRAD.precise)
+    if TRUNCATED:
+        x -= (log_S1 * ONE + shift(m, ONE, GRAD.precise))[:, None]
+        grad += coefficient[:, None] * power(x, GRAD.precise)
+    else:
+        grad += (coefficient * _over_sum(log_S1, m, ONE, GRAD))[:, None] * power(x, GRAD.precise)
     if z.shape[0] == 1:  # one row: its target is in one block
         target = tl.max(targets, axis=0)
         if (target >= begin) & (target < begin + z.shape[1]):

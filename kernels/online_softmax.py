@@ -130,8 +130,9 @@ def empty_side(zero, PRECISE: tl.constexpr):
 
 
 @triton.jit
-def empty_pair(zero):
-    return Pair(zero, zero, zero)
+def empty_state(zero, PRECISE: tl.constexpr):
+    """Return student's and teacher's `Side` and their `Pair` of no logits."""
+    return empty_side(zero, PRECISE), empty_side(zero, PRECISE), Pair(zero, zero, zero)
 
 
 @triton.jit

@@ -145,7 +145,7 @@ def statistics_pass(
     """Return student's and teacher's `Side` and their `Pair` over the shared vocabulary, each thread's of its own.
     bits_ptr [R] or None: of a sparse teacher."""
     zero = tl.zeros([rows.zero.shape[0], LANES], rows.zero.dtype)
-    student, teacher, pair = online.empty_side(zero, WANT.precise), online.empty_side(zero, WANT.precise), online.empty_pair(zero)
+    student, teacher, pair = online.empty_state(zero, WANT.precise)
     full = logits.kd_V // BLOCK * BLOCK
     for block in range(0, full, BLOCK):
         student, teacher, pair = _update(
@@ -493,8 +493,11 @@ def _options(chunk: Chunk, grads: Gradients) -> dict[str, Any]:
 
 def solve_rows(chunk: Chunk, grads: Gradients, *, stats: Tensor, config: RowConfig | None = None) -> None:
     """Take statistics, losses and gradients in one launch; stats (6, N) is written where computed."""
-    want = chunk.term.statistics_flags(chunk.teacher, grads.decorrelation is not None)
-    _launch(row_kernel, chunk, stats, stats.stride(0), grads, WANT=want, **_options(chunk, grads), config=config)
+    heads, term, options = chunk.heads, chunk.term, _options(chunk, grads)
+    want = term.statistics_flags(chunk.teacher, grads.decorrelation is not None)
+    if want.decorrelate and want.ce and not (term.intricate or heads.intricate or torch.version.hip):
+        options["maxnreg"] = 80  # three programs a multiprocessor: ptxas may miss them by a few, or spill for four
+    _launch(row_kernel, chunk, stats, stats.stride(0), grads, WANT=want, **options, config=config)
 
 
 def row_states(chunk: Chunk, states: Tensor, *, decorrelate: bool, config: RowConfig | None = None) -> None:

@@ -47,8 +47,8 @@ def statistics_kernel(
     loss = online.Loss(labels, *loss[1:])
     scales = online.scales_of(scale_s, softcap_s, scale_t, softcap_t, dtype)
     zero = tl.zeros([BLOCK_N, LANES], dtype)
-    student, teacher = online.empty_side(zero, WANT.precise), online.empty_side(zero, WANT.precise)
-    pair, total = online.empty_pair(zero), online.empty_terms(zero)
+    student, teacher, pair = online.empty_state(zero, WANT.precise)
+    total = online.empty_terms(zero)
     if SECOND:
         constants = online.RowConstants(*online.load_tensors(constants_ptr + n, N, inside, online.CONSTANTS))
 
@@ -145,7 +145,7 @@ def combine_kernel(
         if CE_GRADIENT:
             ce = tl.load(stats_ptr + stride_stats + n, mask=inside, other=0)
     else:
-        student, teacher, pair = online.empty_side(zero, WANT.precise), online.empty_side(zero, WANT.precise), online.empty_pair(zero)
+        student, teacher, pair = online.empty_state(zero, WANT.precise)
         for split in range(splits):
             p = parts_ptr + split * stride_parts.to(tl.int64)
             other = _load_side(p, stride, inside)
@@ -238,9 +238,7 @@ def _partial_states(
     splits = triton.cdiv(tiles, per_split)
     partial = term.coefficients.new_empty(splits, online.TERMS.value if second else online.STATE.value, N)
     tensors = term.tensors()._replace(labels=None, targets=None) if second else term.tensors()
-    lanes = (
-        1 if term.precise else threads_of_row(partial.device)
-    )  # threads merged are rounded once more
+    lanes = 1 if term.precise else threads_of_row(partial.device)  # threads merged are rounded once more
     statistics_kernel[(row_blocks, splits)](
         heads.operands(), heads.given(), matrix(term.bits), tensors, constants, partial,
         N, end, *heads.widths(), per_split, begin, *heads.scalars(), term.parameter, term.second,
