@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kdfast.kernels.divergences import terms
-from kdfast.kernels.math import LN2, LOG2E, difference, weighted
+from kdfast.kernels.math import LN2, LOG2E, difference
 from kdfast.kernels.online_softmax import exponent, load_tensors, power, probabilities, shift
 
 Coefficients = namedtuple("Coefficients", "kd ce anchor")  # of a program's rows, [R] each, over the gradients' scale
@@ -100,7 +100,7 @@ def _kl_gradients(z_s, z_t, constants, kd, loss, DIVERGENCE: tl.constexpr, GRAD:
         u, k_b, k_o = x_b - x_o, (kd * inv_tau_b)[:, None], (kd * inv_tau_o)[:, None]
         p_b, p_o = tl.exp(x_b - log_S_b[:, None]), tl.exp(x_o - log_S_o[:, None])
         of_o = tl.where(k_o == 0, 0, k_o * difference(p_b, p_o, u - gap[:, None]))
-        of_b = tl.where((p_b > 0.6) & sure[:, None], 0, weighted(p_b, u - mean[:, None]))
+        of_b = tl.where(((p_b > 0.6) & sure[:, None]) | (p_b == 0), 0, p_b * (u - mean[:, None]))
         of_b = tl.where(k_b == 0, 0, k_b * of_b)  # a row the KD term does not count may diverge, or be NaN
     else:
         # the same, and then the rest of the mass is less than that rounding; where both sides have the same token, what

@@ -111,7 +111,9 @@ class TorchRows:
         log_q, unknown_q = log_softmax(z_s, x.temperature)
         g = log_ratio(log_p, log_q)
         p, q, terms = divergence.solve(log_p, log_q, g)
-        value = terms.f.sum(dim=-1).masked_fill_(unknown_p | unknown_q, nan)
+        unknown = unknown_p | unknown_q  # a NaN on one side makes both sides' gradients NaN, where the row counts
+        value = terms.f.sum(dim=-1).masked_fill_(unknown, nan)
+        coefficient = coefficient.masked_fill(unknown[:, None] & (coefficient != 0), nan)
         by_s, by_t = coefficient / x.temperature, coefficient / x.teacher_temperature
         grad_s = times(center(terms.a_q, q, divergence.centred_q), by_s) if self.wanted.student else None
         grad_t = times(center(terms.a_p, p, divergence.centred_p), by_t) if self.wanted.teacher else None

@@ -1,4 +1,4 @@
-"""Logits that finite numbers mask, and tokens that only one side of a truncated vocabulary has, in every engine."""
+"""What a row may hold: finite masks, a token that one side of a truncated vocabulary has alone, a flat side, NaN."""
 
 import pytest
 import torch
@@ -81,3 +81,18 @@ def test_one_side_is_flat(engine, divergence, sharp, monkeypatch):
     (exact, gradient), (ours, found) = losses(torch.float64, "reference"), losses(torch.float16, engine)
     assert ((ours - exact).abs() / exact).max() < 2e-6
     assert relative(found, gradient) < 2e-3
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_a_row_that_is_not_a_number_says_so_in_both_gradients(engine, dtype, divergence, side, monkeypatch):
+    monkeypatch.setattr(matmul, "gradient_dtype", lambda dtype, device: dtype)
+    generator = torch.Generator().manual_seed(0)
+    h, W, ht = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((4, 24), (70, 24), (4, 24)))
+    (h if side == "student" else ht)[2, 3] = torch.nan
+    leaves = [h.requires_grad_(), ht.requires_grad_()]
+    loss = fused_kd_loss(Head(h, W), Projected(ht), divergence=divergence, reduction="none", engine=engine)
+    for gradient in torch.autograd.grad(loss.sum(), leaves):
+        assert gradient.isnan().any(dim=1).tolist() == [False, False, True, False]
