@@ -52,7 +52,10 @@ def problem(kind, dtype=torch.float32, *, tokens=23, shorter=0, mask=False, bias
         {"hidden": hidden, "weight": weight} | ({"bias": b} if bias else {}) | ({"P": P} if kind == "projected" else {})
     )
     leaves = {name: leaf.to(dtype, copy=True).requires_grad_() for name, leaf in leaves.items()}
-    student = Head(leaves["hidden"], leaves["weight"], leaves.get("bias"), softcap=options.pop("softcap", None))
+    transform = {name: options.pop(name) for name in ("softcap", "logit_scale") if name in options}
+    student = Head(leaves["hidden"], leaves["weight"], leaves.get("bias"), **transform)
+    if "anchor_weight" in options:
+        options["anchor_targets"] = labels.clamp_min(2)
     logits = ht @ Wt[: V - shorter].T + (b[: V - shorter] if mask else 0)
     teacher = {
         "head": lambda: Head(ht.to(dtype), Wt[: V - shorter].to(dtype), b[: V - shorter].to(dtype) if mask else None),
@@ -86,7 +89,10 @@ def compared(kind, **options):
 
 
 CASES = {  # one in every run: each compiles for ten seconds
-    "everything": ("projected", {"ce_weight": 0.5, "return_metrics": True, "softcap": 8.0, "temperature": 1.5}),
+    "everything": (
+        "projected",
+        {"ce_weight": 0.5, "return_metrics": True, "softcap": 8.0, "logit_scale": 0.7, "anchor_weight": 0.2},
+    ),
 }
 MORE = {
     "jsd": ("head", {"divergence": JSD(0.3), "ce_weight": 0.5, "shorter": 13, "vocab": "truncate"}),
