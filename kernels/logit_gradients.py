@@ -49,6 +49,8 @@ def gradients(
         shared = tl.where(v < kd_V, z_s, -float("inf")) if TRUNCATED else z_s
         if DIVERGENCE.base != "":
             grad_s, grad_t = _kl_gradients(shared, z_t, constants, coefficients.kd, loss, DIVERGENCE, GRAD)
+            if not GRAD.teacher:  # where it goes there may be the anchor's alone
+                grad_t = grad_a
         else:
             p, q, g, log_p, log_q = probabilities(shared, z_t, constants, loss, GRAD.precise)
             _, a_p, a_q = terms(NAME, p, q, g, log_p, log_q, loss.parameter, loss.second)

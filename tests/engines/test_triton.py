@@ -116,6 +116,21 @@ def test_sixteen_bit_gradients_near_convergence(engine, kind, divergence, monkey
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("teacher_grad", ["full", "projector", "none"])
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+def test_where_the_kd_term_and_the_anchor_go(engine, teacher_grad, divergence):
+    """With "none" the projector gets the anchor's gradient alone."""
+    results = []
+    for name in ("reference", engine):
+        case = make(n=6, v=41)
+        options = {"teacher_grad": teacher_grad, "anchor_weight": 0.3, "ce_weight": 0.5, "divergence": divergence}
+        fused_kd_loss(student(case), teacher(case, "projected"), case.labels, engine=name, **options).backward()
+        results.append(gradients(case))
+    for name, expected in results[0].items():
+        torch.testing.assert_close(results[1][name], expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_teacher_gradient_survives_a_large_cross_entropy(engine, monkeypatch, wide):
     """Decorrelated teacher rows carry no more rounding than their own size allows, however large the student's are."""
     monkeypatch.setattr(matmul, "gradient_dtype", lambda dtype, device: dtype)
