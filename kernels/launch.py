@@ -51,6 +51,7 @@ class HeadFlags:
     softcap_t: bool = False
     truncated: bool = False  # the KD term ends before the student's vocabulary does
     given_stride: int = 0  # of the entries of given logits
+    given_even: bool = False  # their rows start at multiples of 8 entries
     even_s: bool = True  # Hs is a multiple of a tile's BLOCK_H
     even_t: bool = True
     precision: str = "ieee"
@@ -136,9 +137,12 @@ class Heads:
 
     def flags(self, config: TileConfig | None = None) -> HeadFlags:
         """Return the flags of a kernel that reads logits or, with tiles of a configuration, multiplies."""
-        given_stride = 0 if self.teacher_logits is None else self.teacher_logits.stride(-1)
+        given_stride, given_even = 0, False
+        if self.teacher_logits is not None:
+            *strides, given_stride = self.teacher_logits.stride()
+            given_even = given_stride == 1 and all(stride % 8 == 0 for stride in strides)
         flags = HeadFlags(
-            self.softcap is not None, self.teacher_softcap is not None, self.truncated, given_stride,
+            self.softcap is not None, self.teacher_softcap is not None, self.truncated, given_stride, given_even,
             scaled_s=self.logit_scale != 1, scaled_t=self.teacher_logit_scale != 1,
         )  # fmt: skip
         if config is None:

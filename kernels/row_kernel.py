@@ -48,7 +48,9 @@ VEC: tl.constexpr = tl.constexpr(4)  # logits a thread reads at a time
 
 
 @triton.jit
-def open_rows(logits, tensors, start, m, scale_s, softcap_s, scale_t, softcap_t, R: tl.constexpr):
+def open_rows(
+    logits, tensors, start, m, scale_s, softcap_s, scale_t, softcap_t, HEADS: tl.constexpr, R: tl.constexpr
+):  # fmt: skip
     """Return the program's `Rows`. (Triton 3.4 returns no tuple that has None in it, so `Logits` goes beside it.)"""
     dtype: tl.constexpr = logits.student.dtype.element_ty
     r = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
@@ -59,6 +61,8 @@ def open_rows(logits, tensors, start, m, scale_s, softcap_s, scale_t, softcap_t,
     given_offset = offset
     if logits.given.logits is not None:
         given_offset = tl.load(logits.given.offsets + n)
+        if HEADS.given_even:
+            given_offset = tl.multiple_of(given_offset, 8)
     scales = online.scales_of(scale_s, softcap_s, scale_t, softcap_t, dtype)
     active = tl.load(tensors.active + n) != 0
     return Rows(r, n, inside, active, offset, given_offset, scales, tl.zeros([R], dtype))
@@ -321,7 +325,7 @@ def row_kernel(
     R: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Statistics, losses and gradients in one launch. logits `Logits`; tensors `launch.LossTensors`."""
-    rows = open_rows(logits, tensors, start, m, scale_s, softcap_s, scale_t, softcap_t, R)
+    rows = open_rows(logits, tensors, start, m, scale_s, softcap_s, scale_t, softcap_t, HEADS, R)
     if tl.max(rows.active.to(tl.int32), axis=0) == 0:
         zero_gradients(logits, rows, grads, R, BLOCK, GRAD)
         if grads.decorrelation is not None:
@@ -375,7 +379,7 @@ def states_kernel(
     LANES: tl.constexpr,
 ):  # fmt: skip
     """The statistics of the vocabulary that is here, before what is only known with the rest of it."""
-    rows = open_rows(logits, tensors, start, m, scale_s, softcap_s, scale_t, softcap_t, R)
+    rows = open_rows(logits, tensors, start, m, scale_s, softcap_s, scale_t, softcap_t, HEADS, R)
     if tl.max(rows.active.to(tl.int32), axis=0) == 0:
         store_zeros(states_ptr, m, rows, online.STATE + (online.SIDE if HEADS.truncated else 0))
         return
@@ -406,7 +410,7 @@ def terms_kernel(
     LANES: tl.constexpr,
 ):  # fmt: skip
     """The second pass over the vocabulary that is here."""
-    rows = open_rows(logits, tensors, start, m, scale_s, softcap_s, scale_t, softcap_t, R)
+    rows = open_rows(logits, tensors, start, m, scale_s, softcap_s, scale_t, softcap_t, HEADS, R)
     if tl.max(rows.active.to(tl.int32), axis=0) == 0:
         store_zeros(sums_ptr, m, rows, online.TERMS)
         return
@@ -426,7 +430,7 @@ def row_gradients_kernel(
     R: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Gradients from the rows' constants."""
-    rows = open_rows(logits, tensors, start, m, scale_s, softcap_s, scale_t, softcap_t, R)
+    rows = open_rows(logits, tensors, start, m, scale_s, softcap_s, scale_t, softcap_t, HEADS, R)
     if tl.max(rows.active.to(tl.int32), axis=0) == 0:
         zero_gradients(logits, rows, grads, R, BLOCK, GRAD)
         return

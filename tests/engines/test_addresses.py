@@ -94,3 +94,20 @@ def test_of_statistics_and_coefficients():
     for near, there in zip(*results, strict=True):
         assert torch.equal(near, there)
     assert results[0][0].all(dim=1).any()
+
+
+def test_rows_of_given_logits_are_aligned_where_every_stride_says_so():
+    """Then they are read four at a time."""
+    x, w = torch.randn(6, 8), torch.randn(72, 8)
+
+    def even(logits):
+        heads = Heads(x, w, None, 1.0, None, None, None, None, 1.0, None, logits, torch.arange(6) * 72, 72, 72, False)
+        return heads.flags().given_even
+
+    whole = torch.zeros(6, 72)
+    assert even(whole)
+    assert even(whole[:, :71])
+    assert not even(torch.zeros(6, 71))
+    assert not even(torch.zeros(72, 6).t())
+    assert even(torch.zeros(2, 3, 72))
+    assert not even(torch.zeros(2, 3 * 72 + 1)[:, 1:].unflatten(1, (3, 72)))
