@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from kdfast.kernels.block_sizes import TileConfig
-from kdfast.kernels.divergences import Entry, entry_of
+from kdfast.kernels.divergences import Entry, entry_of, series
 
 Matrix = namedtuple("Matrix", "pointer row column")  # with its strides
 # what logits are products of: hidden (N, Hs), teacher_hidden (N, Hs) or (N, Ht), weight (V, Hs), teacher_weight
 # (V, Ht), of which the teacher's may have no pointer; biases (V,) or None
 Operands = namedtuple("Operands", "hidden teacher_hidden weight teacher_weight bias teacher_bias")
 Given = namedtuple("Given", "logits offsets")  # dense teacher logits the caller made, their rows' offsets; or None
-LossTensors = namedtuple("LossTensors", "labels targets active coefficients temperature teacher_temperature scale")
+LossTensors = namedtuple("LossTensors", "labels targets active coefficients tau teacher_tau scale series")
 
 PRECISION = {True: "tf32", False: "ieee"}  # of fp32 products, as Triton names it
 
@@ -178,11 +178,12 @@ class Term:
 
     @property
     def entry(self) -> Entry:
-        return entry_of(self.divergence)
+        return entry_of(self.divergence, self.active.device.type != "cpu" and torch.version.hip is None)
 
     def tensors(self) -> LossTensors:
         taus = (self.temperature, self.temperature if self.teacher_temperature is None else self.teacher_temperature)
-        return LossTensors(self.labels, self.targets, self.active, self.coefficients, *taus, self.scale)
+        numbers = series(self.divergence, self.parameter)
+        return LossTensors(self.labels, self.targets, self.active, self.coefficients, *taus, self.scale, numbers)
 
     def statistics_flags(self, teacher: bool, decorrelate: bool) -> StatisticsFlags:
         ce, anchor = self.labels is not None, self.targets is not None

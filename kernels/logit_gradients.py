@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kdfast.kernels.divergences import terms
+from kdfast.kernels.divergences import factors, in_log2, terms
 from kdfast.kernels.math import LN2, LOG2E, difference
-from kdfast.kernels.online_softmax import exponent, load_tensors, power, probabilities, shift
+from kdfast.kernels.online_softmax import exponent, load_tensors, log2_probabilities, power, probabilities, shift
 
 Coefficients = namedtuple("Coefficients", "kd ce anchor")  # of a program's rows, [R] each, over the gradients' scale
 
@@ -49,8 +49,12 @@ def gradients(
         shared = tl.where(v < kd_V, z_s, -float("inf")) if TRUNCATED else z_s
         if DIVERGENCE.base != "":
             grad_s, grad_t = _kl_gradients(shared, z_t, constants, coefficients.kd, loss, DIVERGENCE, GRAD)
-            if not GRAD.teacher:  # where it goes there may be the anchor's alone
-                grad_t = grad_a
+        elif DIVERGENCE.in_log2 and not GRAD.precise:
+            x_p, x_q = log2_probabilities(shared, z_t, constants, loss)
+            p, q, _, a_p, a_q = in_log2(DIVERGENCE, x_p, x_q, loss.series, loss.parameter)
+            _, of_p, of_q = factors(NAME, loss.parameter)
+            grad_s = _less_mean(a_q, q, of_q, constants.A_q, coefficients.kd * loss.inv_tau, NAME)
+            grad_t = _less_mean(a_p, p, of_p, constants.A_p, coefficients.kd * loss.inv_tau_t, NAME)
         else:
             p, q, g, log_p, log_q = probabilities(shared, z_t, constants, loss, GRAD.precise)
             _, a_p, a_q = terms(NAME, p, q, g, log_p, log_q, loss.parameter, loss.second)
@@ -60,6 +64,8 @@ def gradients(
             if GRAD.teacher:
                 k = (coefficients.kd * loss.inv_tau_t)[:, None]
                 grad_t = tl.where(k == 0, 0, k * _centered(a_p, p, constants.A_p, constants.D_p, GRAD))
+        if not GRAD.teacher:  # where it goes there may be the anchor's alone
+            grad_t = grad_a
     if GRAD.student and GRAD.ce:
         grad_s = _add_cross_entropy(
             grad_s, z_s, v, begin, constants.m_s, constants.log_S1_s, loss.labels, coefficients.ce, TRUNCATED, GRAD
@@ -124,11 +130,21 @@ def _kl_gradients(z_s, z_t, constants, kd, loss, DIVERGENCE: tl.constexpr, GRAD:
 
 
 @triton.jit
+def _less_mean(a, softmax, factor, A, k, NAME: tl.constexpr):
+    """Return k·(factor·a − softmax·A), 0 where k is: a row the KD term does not count may diverge, or be NaN."""
+    A = tl.where(k == 0, 0, k * A)[:, None]
+    if NAME == "symmetric_kl":
+        return tl.where((k == 0)[:, None], 0, (k * factor)[:, None] * a - A * softmax)
+    else:
+        return softmax * ((k * factor)[:, None] * a - A)
+
+
+@triton.jit
 def _centered(a, softmax, A, D, GRAD: tl.constexpr):
     """Return a − softmax·A, and D where that cancels: at an entry with most of the mass, more than in the second pass,
     as z may be computed anew."""
     centered = a - softmax * A[:, None]
-    if GRAD.decorrelate or not GRAD.precise:
+    if not GRAD.precise:
         return centered
     else:
         return tl.where((softmax > 0.6) & (D == D)[:, None], D[:, None], centered)

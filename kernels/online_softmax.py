@@ -24,7 +24,8 @@ bits x is one fused multiply-add, m·c being rounded: as if the logits of a side
 `decorrelate`: engines that round gradients to 16 bits make each row's G_t nearly orthogonal to its G_s first, by adding
 decorrelation·G_s (docs/log.md: dW is 3–9% off near convergence otherwise). Any factor gives the same dW and dX in exact
 arithmetic; this is −⟨G_t, G_s⟩/⟨G_s, G_s⟩ under the metric 1/p_b, where the products are known with one sum more: the
-variance of u under p_b, V = Σ e_b·u², and near p ≈ q twice the divergence, which both are there.
+variance of u under p_b, V = Σ e_b·u², and near p ≈ q twice the divergence, which both are there. Of a second pass it is
+⟨G_t, G_t⟩/⟨G_s, G_s⟩, each under the metric of its own side, at most 1.
 
 When a maximum moves, sums are rescaled: with r = exp of each maximum's move and Δ = move_b − move_o, e_b → r_b·e_b and
 u → u + Δ; Σ e_o is S_b + F − G.
@@ -35,7 +36,7 @@ from collections import namedtuple
 import triton
 import triton.language as tl
 
-from kdfast.kernels.divergences import terms
+from kdfast.kernels.divergences import factors, in_log2, terms
 from kdfast.kernels.math import (
     LN2,
     LOG2E,
@@ -59,9 +60,9 @@ HARDLY: tl.constexpr = tl.constexpr(-1e8)
 # What follows is [R, LANES] each in a pass over the vocabulary, and [R] from then on.
 Side = namedtuple("Side", "m S S1 E argmax target")  # argmax int32; target: the target's logit
 Pair = namedtuple("Pair", "F G V")
-# Σ f, Σ a_q, Σ a_p and, to decorrelate, sums of products: aq_q = Σ a_q·q, …; otherwise, in the place of those beside
-# Σ a of either side, Σ a and Σ of its probabilities without an entry that has most of them, for `D`
-TermSums = namedtuple("TermSums", "f a_q aq_aq aq_q a_p q_q p_rest")
+# Σ f and Σ a; to decorrelate, v = Σ a²/p of either side (symmetric KL: Σ p·g², α-β: Σ a_p·g, in v_p); where PRECISE, in
+# their place Σ a without an entry that has most of the probability, and the sum of the rest of those, for `D`
+TermSums = namedtuple("TermSums", "f a_p a_q v_p v_q p_rest q_rest")
 # what a gradient needs to know of a row; gap = log S_t − log S_s, A = Σ a, of a KL Σ p_b·u, D what an entry with most
 # of the mass gets, where a − softmax·A cancels: less the sum of the others; NaN = not known
 RowConstants = namedtuple("RowConstants", "m_s log_S_s m_t log_S_t gap A_p A_q log_S1_s log_S1_t D_p D_q")
@@ -69,7 +70,7 @@ Dots = namedtuple("Dots", "ts ss")  # ⟨G_t, G_s⟩ and ⟨G_s, G_s⟩ of the K
 Move = namedtuple("Move", "by r")  # of a maximum: (old − new)·c, and 2 to that
 Block = namedtuple("Block", "x e move")  # one side's, in log2; the move [R, LANES] of its maximum
 # what the loss asks of a program's rows: ids [R] of the cross entropy and the anchor; of both sides 1/τ and log₂e/τ ()
-Loss = namedtuple("Loss", "labels targets inv_tau inv_tau_t c_s c_t parameter second")
+Loss = namedtuple("Loss", "labels targets inv_tau inv_tau_t c_s c_t parameter second series")
 Scales = namedtuple("Scales", "scale_s softcap_s scale_t softcap_t")
 
 # tensors in each, as they lie in memory one below the other
@@ -103,10 +104,10 @@ def load_loss(tensors, parameter, second, n, inside, dtype: tl.constexpr, PRECIS
         labels = tl.load(tensors.labels + n, mask=inside, other=0).to(tl.int32)
     if tensors.targets is not None:
         targets = tl.load(tensors.targets + n, mask=inside, other=0).to(tl.int32)
-    inv_tau, inv_tau_t = 1 / tl.load(tensors.temperature), 1 / tl.load(tensors.teacher_temperature)
+    inv_tau, inv_tau_t = 1 / tl.load(tensors.tau), 1 / tl.load(tensors.teacher_tau)
     parameter, second = tl.full([], parameter, dtype), tl.full([], second, dtype)
     ONE: tl.constexpr = 1.0 if PRECISE else LOG2E
-    return Loss(labels, targets, inv_tau, inv_tau_t, inv_tau * ONE, inv_tau_t * ONE, parameter, second)
+    return Loss(labels, targets, inv_tau, inv_tau_t, inv_tau * ONE, inv_tau_t * ONE, parameter, second, tensors.series)
 
 
 @triton.jit
@@ -352,15 +353,24 @@ def whole_vocabulary(student, beyond, constants, PRECISE: tl.constexpr):
 @triton.jit
 def update_terms(total, z_s, z_t, constants, loss, DIVERGENCE: tl.constexpr, WANT: tl.constexpr):
     """Return the `TermSums` with a block added: the second pass."""
-    NAME: tl.constexpr = DIVERGENCE.name
-    p, q, g, log_p, log_q = probabilities(z_s, z_t, constants, loss, WANT.precise)
-    f, a_p, a_q = terms(NAME, p, q, g, log_p, log_q, loss.parameter, loss.second)
-    if WANT.decorrelate:
-        more = (f, a_q, a_q * a_q, a_q * q, a_p, q * q)
+    if DIVERGENCE.in_log2 and not WANT.precise:
+        x_p, x_q = log2_probabilities(z_s, z_t, constants, loss)
+        p, q, f, a_p, a_q = in_log2(DIVERGENCE, x_p, x_q, loss.series, loss.parameter)
+        if DIVERGENCE.name == "symmetric_kl":
+            u = tl.where(p > 0, x_p - x_q, 0)
+            more = (f, a_p, a_q, p * u * u)
+        else:
+            by_p, by_q = p * a_p, q * a_q
+            more = (f, by_p, by_q, by_p * a_p, by_q * a_q)
     else:
-        most_q, most_p = q > 0.5, p > 0.5
-        more = (f, a_q, tl.where(most_q, 0, a_q), tl.where(most_q, 0, q), a_p, tl.where(most_p, 0, a_p))
-        more += (tl.where(most_p, 0, p),)
+        p, q, g, log_p, log_q = probabilities(z_s, z_t, constants, loss, WANT.precise)
+        f, a_p, a_q = terms(DIVERGENCE.name, p, q, g, log_p, log_q, loss.parameter, loss.second)
+        if WANT.precise:
+            most_q, most_p = q > 0.5, p > 0.5
+            more = (f, a_p, a_q, tl.where(most_p, 0, a_p), tl.where(most_q, 0, a_q))
+            more += (tl.where(most_p, 0, p), tl.where(most_q, 0, q))
+        else:
+            more = (f, a_p, a_q, tl.where(a_p == 0, 0, a_p * g))
     out = (total[0] + thread_sum(more[0]),)
     for i in tl.static_range(1, len(total)):
         out += (total[i] + thread_sum(more[i]) if i < len(more) else total[i],)
@@ -368,18 +378,30 @@ def update_terms(total, z_s, z_t, constants, loss, DIVERGENCE: tl.constexpr, WAN
 
 
 @triton.jit
-def finalize_terms(total, constants, DECORRELATE: tl.constexpr):
+def finalize_terms(total, constants, loss, DIVERGENCE: tl.constexpr, WANT: tl.constexpr):
     """Return as `finalize` does, with what only the second pass knows."""
-    f, A_q, aq_aq, aq_q, A_p, q_q, p_rest = total
-    square, D_p, D_q = tl.zeros_like(f), float("nan") + f, float("nan") + f
-    if DECORRELATE:
-        square = aq_aq + A_q * (A_q * q_q - 2 * aq_q)
+    f, A_p, A_q, v_p, v_q, p_rest, q_rest = total
+    dot, square, D_p, D_q = tl.zeros_like(f), tl.zeros_like(f), float("nan") + f, float("nan") + f
+    if WANT.precise:
+        D_p, D_q = A_p * p_rest - v_p, A_q * q_rest - v_q
     else:
-        D_q, D_p = A_q * aq_q - aq_aq, A_p * p_rest - q_q  # of the sums that stand in their place
+        v, square = v_p, 2 * f
+        if DIVERGENCE.in_log2:
+            of_f, of_p, of_q = factors(DIVERGENCE.name, loss.parameter)
+            _, sum_s = normalizer(constants.m_s, constants.log_S_s, loss.c_s)
+            _, sum_t = normalizer(constants.m_t, constants.log_S_t, loss.c_t)
+            f, A_p, A_q = f * of_f, A_p * of_p / sum_t, A_q * of_q / sum_s
+            v, square = v_p * of_p * of_p - A_p * A_p, v_q * of_q * of_q - A_q * A_q
+            if DIVERGENCE.name == "symmetric_kl":
+                mean = A_p / (1 - loss.parameter)
+                v, square = v_p * (LN2 * LN2) - mean * mean, 2 * f
+        dot = -tl.minimum(v, square)
     # a row whose logits are NaN has NaN in `gap`, though its terms may have summed to something
     m_s, log_S_s, m_t, log_S_t, gap, _, _, log_S1_s, log_S1_t, _, _ = constants
+    nan = 0 * gap
+    A_p, A_q = A_p + nan, A_q + nan
     constants = RowConstants(m_s, log_S_s, m_t, log_S_t, gap, A_p, A_q, log_S1_s, log_S1_t, D_p, D_q)
-    return f + 0 * gap, constants, Dots(-square, square)
+    return f + nan, constants, Dots(dot, square)
 
 
 @triton.jit
@@ -403,6 +425,22 @@ def probabilities(z_s, z_t, constants, loss, PRECISE: tl.constexpr):
     log_p, log_q = x_t - along(log_S_t, z_s), x_s - along(log_S_s, z_s)
     g = (x_t - x_s) * NAT - along(constants.gap, z_s)
     return power(log_p, PRECISE), power(log_q, PRECISE), g, log_p * NAT, log_q * NAT
+
+
+@triton.jit
+def normalizer(m, log_S, c):
+    """Return (log2 Σ 2^(z·c), rounded; the sum of probabilities taken with it) [R]."""
+    M, log2_S = scaled(m, c), log_S * LOG2E + shift(m, c, False)
+    L = M + log2_S
+    return L, tl.exp2((M - L) + log2_S)
+
+
+@triton.jit
+def log2_probabilities(z_s, z_t, constants, loss):
+    """Return (log2 p, log2 q) of a block, of one rounding each."""
+    L_s, _ = normalizer(constants.m_s, constants.log_S_s, loss.c_s)
+    L_t, _ = normalizer(constants.m_t, constants.log_S_t, loss.c_t)
+    return tl.fma(z_t, loss.c_t, along(-L_t, z_t)), tl.fma(z_s, loss.c_s, along(-L_s, z_s))
 
 
 @triton.jit

@@ -348,7 +348,7 @@ def row_kernel(
     if SECOND:
         KEEP: tl.constexpr = "evict_last" if WRITES else "evict_first"
         total = terms_pass(logits, rows, loss, constants, HEADS, DIVERGENCE, WANT, BLOCK, LANES, KEEP)
-        value, constants, dots = online.finalize_terms(total, constants, WANT.decorrelate)
+        value, constants, dots = online.finalize_terms(total, constants, loss, DIVERGENCE, WANT)
 
     counts = rows.inside & rows.active  # an inactive row's statistics stay 0
     if WANT.teacher:

@@ -115,7 +115,7 @@ def _merge_sides(a, b, c, WANT: tl.constexpr):
 def combine_kernel(
     parts_ptr, stride_parts,  # (splits, state, N)
     beyond_ptr, stride_beyond,  # (splits_beyond, side, N): the student's past the shared vocabulary, or None
-    tensors, stride_c,  # `launch.LossTensors`
+    tensors, stride_c, parameter: "fp64",  # `launch.LossTensors`
     stats_ptr, stride_stats,  # (6, N)
     constants_ptr,  # (12, N): the rows' constants and decorrelation
     merged_ptr,  # (state, N) or None; given = the merged state goes there, and no further
@@ -127,7 +127,7 @@ def combine_kernel(
     inside = n < N
     stride = N.to(tl.int64)
     parts_ptr += n
-    loss = online.load_loss(tensors, 0.0, 0.0, n, inside, dtype, WANT.precise)
+    loss = online.load_loss(tensors, parameter, 0.0, n, inside, dtype, WANT.precise)
     zero = tl.zeros([BLOCK], dtype)
     counts = tl.load(tensors.active + n, mask=inside, other=0) != 0
     ce = zero
@@ -141,7 +141,7 @@ def combine_kernel(
             online.store_tensors(merged_ptr + n, N, total, inside)
             return
         constants = online.RowConstants(*online.load_tensors(constants_ptr + n, N, inside, online.CONSTANTS))
-        value, constants, dots = online.finalize_terms(total, constants, WANT.decorrelate)
+        value, constants, dots = online.finalize_terms(total, constants, loss, DIVERGENCE, WANT)
         if CE_GRADIENT:
             ce = tl.load(stats_ptr + stride_stats + n, mask=inside, other=0)
     else:
@@ -263,8 +263,8 @@ def combine(
     assert beyond is None or beyond.stride()[1:] == (N, 1)
     further = (None, 0) if beyond is None else (beyond, beyond.stride(0))
     combine_kernel[(triton.cdiv(N, COMBINE_BLOCK),)](
-        parts, parts.stride(0), *further, term.tensors(), term.coefficients.stride(0), stats, stats.stride(0),
-        constants, merged,
+        parts, parts.stride(0), *further, term.tensors(), term.coefficients.stride(0), term.parameter,
+        stats, stats.stride(0), constants, merged,
         N, parts.shape[0], 0 if beyond is None else beyond.shape[0],
         DIVERGENCE=term.entry, WANT=term.statistics_flags(teacher or term.bits is not None, decorrelate),
         CE_GRADIENT=term.ce_gradient, SECOND=second, BLOCK=COMBINE_BLOCK, num_warps=4,

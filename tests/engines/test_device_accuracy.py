@@ -48,8 +48,10 @@ def test_sixteen_bit_gradients_near_convergence(divergence, engine, monkeypatch)
 def test_the_functions_are_as_far_off_as_a_devices():
     x = np.linspace(-100, 100, 100000, dtype=np.float32)
     y = np.float32(3) + np.abs(x[::-1])
+    z = np.float32(0.6) + y / 128
     errors = (
         device_functions.exp2(x) / np.exp2(x.astype(np.float64)) - 1,
+        device_functions.log2(z) - np.log2(z.astype(np.float64)),
         device_functions.divide(x, y) / (x.astype(np.float64) / y) - 1,
     )
     for error in errors:
