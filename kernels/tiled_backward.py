@@ -13,7 +13,7 @@ from kdfast.kernels.autotune import choose
 from kdfast.kernels.block_sizes import TileConfig
 from kdfast.kernels.launch import Gradients, Heads, Term
 from kdfast.kernels.logit_gradients import gradients, load_coefficients, store_gradients
-from kdfast.kernels.online_softmax import CONSTANTS, RowConstants, load_loss, load_tensors, scales_of
+from kdfast.kernels.online_softmax import CONSTANTS, Loss, RowConstants, load_loss, load_tensors, scales_of
 from kdfast.kernels.tiles import both_logits, parts, tile
 
 GROUP = 8  # row blocks that walk a stretch of the vocabulary together, so that tiles of W are read from L2
@@ -40,8 +40,10 @@ def gradients_kernel(
     start = (within // rows_here) * BLOCK_V  # in the slab
     inside = n < N
     loss = load_loss(tensors, parameter, second, n, inside, dtype, GRAD.precise)
+    begin = first + start  # of the tile, in the vocabulary; ids are counted from there, for comparisons with constants
+    loss = Loss(loss.labels - begin, loss.targets - begin, *loss[2:])
     products_s, products_t = tile(
-        operands, n, first + start + tl.arange(0, BLOCK_V), N, V, kd_V, Hs, Ht, HEADS, dtype, BLOCK_N, BLOCK_V, BLOCK_H
+        operands, n, begin + tl.arange(0, BLOCK_V), N, V, kd_V, Hs, Ht, HEADS, dtype, BLOCK_N, BLOCK_V, BLOCK_H
     )
 
     coefficients = load_coefficients(tensors.coefficients + n, stride_c, inside, tl.load(tensors.scale))
@@ -55,18 +57,17 @@ def gradients_kernel(
     r = n.to(tl.int64)[:, None]
     parts_s, parts_t = parts(products_s, PARTS), parts(products_t, PARTS)
     for i in tl.static_range(PARTS):
-        column = start + i * (BLOCK_V // PARTS) + tl.arange(0, BLOCK_V // PARTS)
-        v = first + column
+        v = i * (BLOCK_V // PARTS) + tl.arange(0, BLOCK_V // PARTS)
         z_s, slope_s, z_t, slope_t = both_logits(
-            parts_s[i], parts_t[i], operands, given_ptr, v, V, kd_V, scales, HEADS, dtype
+            parts_s[i], parts_t[i], operands, given_ptr, begin + v, V, kd_V, scales, HEADS, False, HEADS.truncated, dtype
         )
         grad_s, grad_t, grad_a = gradients(
-            z_s, z_t, slope_s, slope_t, v[None, :], 0, kd_V, constants, decorrelation, coefficients, loss,
+            z_s, z_t, slope_s, slope_t, v[None, :], 0, kd_V - begin, constants, decorrelation, coefficients, loss,
             TEACHER, HEADS.truncated, DIVERGENCE, GRAD,
         )  # fmt: skip
         # what lies between `width` and the end of its last tile is padding of the slab, and takes the store whole
-        mask = inside[:, None] & (column < grads.stride)[None, :]
-        store_gradients(grads, r, column[None, :], grad_s, grad_t, grad_a, counts, mask, GRAD)
+        mask = inside[:, None] & (start + v < grads.stride)[None, :]
+        store_gradients(grads, r, (start + v)[None, :], grad_s, grad_t, grad_a, counts, mask, GRAD)
 
 
 def slab_gradients(
