@@ -43,7 +43,8 @@ def choose(kernel: str, operand: Tensor, N: int, launch: Callable[[Any], Any], w
     row = row_of(operand.device, operand.element_size(), N)
     config = getattr(row, kernel)
     if config is None:
-        kernel, config = "full", row.full
+        kernel = "full" if kernel == "given" else "gradients"
+        config = getattr(row, kernel)
     if any(width % config.block_h for width in widths):
         kernel, config = "odd", row.odd
     if os.environ.get("KDFAST_AUTOTUNE", "0") in ("", "0") or not operand.is_cuda:

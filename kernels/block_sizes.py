@@ -49,13 +49,14 @@ class Row:
     rows: RowConfig
     lean: TileConfig  # statistics kernel, without softcap, bias, metrics and anchor
     full: TileConfig  # statistics kernel, with any of them
-    gradients: TileConfig
+    gradients: TileConfig  # of a KL, or of none
     projection: TileConfig
     # in place of each, for a width that is no multiple of its block_h: it is read through masks, and element by element
     # where it is no multiple of 16 either, for which a full tile leaves too few registers
     odd: TileConfig
     why: str
     given: TileConfig | None = None  # in place of `full` for logits that are given and for a sparse teacher's bucket
+    gradients_full: TileConfig | None = None  # in place of `gradients` where a loss is "full"
 
 
 ROWS = RowConfig(1, 4096, 8)

@@ -59,7 +59,18 @@ def gradients_kernel(
     for i in tl.static_range(PARTS):
         v = i * (BLOCK_V // PARTS) + tl.arange(0, BLOCK_V // PARTS)
         z_s, slope_s, z_t, slope_t = both_logits(
-            parts_s[i], parts_t[i], operands, given_ptr, begin + v, V, kd_V, scales, HEADS, False, HEADS.truncated, dtype
+            parts_s[i],
+            parts_t[i],
+            operands,
+            given_ptr,
+            begin + v,
+            V,
+            kd_V,
+            scales,
+            HEADS,
+            False,
+            HEADS.truncated,
+            dtype,
         )
         grad_s, grad_t, grad_a = gradients(
             z_s, z_t, slope_s, slope_t, v[None, :], 0, kd_V - begin, constants, decorrelation, coefficients, loss,
@@ -94,4 +105,5 @@ def slab_gradients(
             GROUP=GROUP, PARTS=config.parts, **config.blocks(), num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
 
-    launch(config or choose("gradients", heads.weight, N, launch, widths=heads.widths()))
+    kernel = "gradients_full" if heads.intricate or term.intricate else "gradients"
+    launch(config or choose(kernel, heads.weight, N, launch, widths=heads.widths()))

@@ -116,7 +116,14 @@ def both_logits(
 
     products [BLOCK_N, BLOCK]; given_ptr [BLOCK_N, 1] or None; v [BLOCK]; kd_V: the teacher's V."""
     z_s, slope_s = logits(
-        products_s, operands.bias, v, V, scales.scale_s, scales.softcap_s, HEADS.scaled_s, HEADS.softcap_s,
+        products_s,
+        operands.bias,
+        v,
+        V,
+        scales.scale_s,
+        scales.softcap_s,
+        HEADS.scaled_s,
+        HEADS.softcap_s,
         MASKED_S,
     )
     z_t, slope_t = z_s, slope_s
