@@ -59,19 +59,10 @@ def gradients_kernel(
     for i in tl.static_range(PARTS):
         v = i * (BLOCK_V // PARTS) + tl.arange(0, BLOCK_V // PARTS)
         z_s, slope_s, z_t, slope_t = both_logits(
-            parts_s[i],
-            parts_t[i],
-            operands,
-            given_ptr,
-            begin + v,
-            V,
-            kd_V,
-            scales,
-            HEADS,
-            False,
-            HEADS.truncated,
-            dtype,
+            parts_s[i], parts_t[i], operands, given_ptr, begin + v, V, kd_V, scales, HEADS, dtype
         )
+        if HEADS.truncated:
+            z_t = tl.where((v < kd_V - begin)[None, :], z_t, -float("inf"))
         grad_s, grad_t, grad_a = gradients(
             z_s, z_t, slope_s, slope_t, v[None, :], 0, kd_V - begin, constants, decorrelation, coefficients, loss,
             TEACHER, HEADS.truncated, DIVERGENCE, GRAD,

@@ -66,9 +66,7 @@ def statistics_kernel(
         parts_s, parts_t = parts(products_s, PARTS), parts(products_t, PARTS)
         for i in tl.static_range(PARTS):
             v = start + i * (BLOCK_V // PARTS) + tl.arange(0, BLOCK_V // PARTS)
-            z_s, _, z_t, _ = both_logits(
-                parts_s[i], parts_t[i], operands, given_ptr, v, V, V, scales, HEADS, False, False, dtype
-            )
+            z_s, _, z_t, _ = both_logits(parts_s[i], parts_t[i], operands, given_ptr, v, V, V, scales, HEADS, dtype)
             if start + BLOCK_V > V:
                 z_s = tl.where((v < V)[None, :], z_s, -float("inf"))
                 z_t = tl.where((v < V)[None, :], z_t, -float("inf"))

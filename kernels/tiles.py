@@ -99,41 +99,25 @@ def lanes(x, LANES: tl.constexpr):
 
 
 @triton.jit
-def logits(acc, bias_ptr, v, V, scale, softcap, SCALED: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr):
-    """Return the logits of a block of products and their slope towards h·Wᵀ + b. MASKED: −inf from V on, else any."""
+def logits(acc, bias_ptr, v, V, scale, softcap, SCALED: tl.constexpr, SOFTCAP: tl.constexpr):
+    """Return the logits of a block of products, anything from V on, and their slope towards h·Wᵀ + b."""
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + tl.minimum(v, V - 1)).to(acc.dtype)[None, :]
-    z, slope = transform(acc, scale, softcap, SCALED, SOFTCAP)
-    return tl.where((v < V)[None, :], z, -float("inf")) if MASKED else z, slope
+    return transform(acc, scale, softcap, SCALED, SOFTCAP)
 
 
 @triton.jit
-def both_logits(
-    products_s, products_t, operands, given_ptr, v, V, kd_V, scales,
-    HEADS: tl.constexpr, MASKED_S: tl.constexpr, MASKED_T: tl.constexpr, dtype: tl.constexpr,
-):  # fmt: skip
+def both_logits(acc_s, acc_t, operands, given_ptr, v, V, kd_V, x, HEADS: tl.constexpr, dtype: tl.constexpr):
     """Return student's logits and slope and teacher's logits and slope, where there is no teacher the student's again.
 
-    products [BLOCK_N, BLOCK]; given_ptr [BLOCK_N, 1] or None; v [BLOCK]; kd_V: the teacher's V."""
-    z_s, slope_s = logits(
-        products_s,
-        operands.bias,
-        v,
-        V,
-        scales.scale_s,
-        scales.softcap_s,
-        HEADS.scaled_s,
-        HEADS.softcap_s,
-        MASKED_S,
-    )
+    acc [BLOCK_N, BLOCK] products; given_ptr [BLOCK_N, 1] or None; v [BLOCK]; kd_V: the teacher's V; x `Scales`."""
+    z_s, slope_s = logits(acc_s, operands.bias, v, V, x.scale_s, x.softcap_s, HEADS.scaled_s, HEADS.softcap_s)
     z_t, slope_t = z_s, slope_s
     if given_ptr is not None:
         z_t = given_logits(given_ptr, HEADS.given_stride, v[None, :], kd_V, dtype, True)
     elif operands.teacher_hidden.pointer is not None:
-        z_t, slope_t = logits(
-            products_t, operands.teacher_bias, v, kd_V, scales.scale_t, scales.softcap_t,
-            HEADS.scaled_t, HEADS.softcap_t, MASKED_T,
-        )  # fmt: skip
+        bias = operands.teacher_bias
+        z_t, slope_t = logits(acc_t, bias, v, kd_V, x.scale_t, x.softcap_t, HEADS.scaled_t, HEADS.softcap_t)
     return z_s, slope_s, z_t, slope_t
 
 
