@@ -25,7 +25,7 @@ from kdfast.kernels.autotune import choose
 from kdfast.kernels.block_sizes import TileConfig, splits_of, threads_of_row
 from kdfast.kernels.launch import Heads, Term, matrix
 from kdfast.kernels.math import added, over_threads
-from kdfast.kernels.tiles import both_logits, lanes, parts, tile
+from kdfast.kernels.tiles import both_logits, lanes, masked, parts, tile
 
 
 @triton.jit(do_not_specialize=["N", "tiles_per_split", "begin"])
@@ -67,9 +67,10 @@ def statistics_kernel(
         for i in tl.static_range(PARTS):
             v = start + i * (BLOCK_V // PARTS) + tl.arange(0, BLOCK_V // PARTS)
             z_s, _, z_t, _ = both_logits(parts_s[i], parts_t[i], operands, given_ptr, v, V, V, scales, HEADS, dtype)
-            if start + BLOCK_V > V:
-                z_s = tl.where((v < V)[None, :], z_s, -float("inf"))
-                z_t = tl.where((v < V)[None, :], z_t, -float("inf"))
+            if SECOND or given_ptr is not None:
+                z_s, z_t = masked(z_s, z_t, v, V)
+            elif start + BLOCK_V > V:  # in the last tile, at no cost in the others but registers
+                z_s, z_t = masked(z_s, z_t, v, V)
             z_s, z_t, v = lanes(z_s, LANES), lanes(z_t, LANES), lanes(v[None, :], LANES)
             if SECOND:
                 total = online.update_terms(total, z_s, z_t, constants, loss, DIVERGENCE, WANT)

@@ -122,6 +122,13 @@ def both_logits(acc_s, acc_t, operands, given_ptr, v, V, kd_V, x, HEADS: tl.cons
 
 
 @triton.jit
+def masked(z_s, z_t, v, V):
+    """Return both sides' logits, −inf from V on."""
+    within = (v < V)[None, :]
+    return tl.where(within, z_s, -float("inf")), tl.where(within, z_t, -float("inf"))
+
+
+@triton.jit
 def given_logits(pointers, STRIDE: tl.constexpr, v, V, dtype: tl.constexpr, MASKED: tl.constexpr):
     """Return a block of logits the caller gave; pointers [R, 1], v [1, BLOCK], or of more dimensions. MASKED: −inf from
     V on."""
