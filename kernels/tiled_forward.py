@@ -69,7 +69,7 @@ def statistics_kernel(
             z_s, _, z_t, _ = both_logits(parts_s[i], parts_t[i], operands, given_ptr, v, V, V, scales, HEADS, dtype)
             if SECOND or given_ptr is not None:
                 z_s, z_t = masked(z_s, z_t, v, V)
-            elif start + BLOCK_V > V:  # in the last tile, at no cost in the others but registers
+            elif start + BLOCK_V > V:  # noqa: SIM114; a branch, which costs a second pass registers
                 z_s, z_t = masked(z_s, z_t, v, V)
             z_s, z_t, v = lanes(z_s, LANES), lanes(z_t, LANES), lanes(v[None, :], LANES)
             if SECOND:
