@@ -67,9 +67,9 @@ def statistics_kernel(
         for i in tl.static_range(PARTS):
             v = start + i * (BLOCK_V // PARTS) + tl.arange(0, BLOCK_V // PARTS)
             z_s, _, z_t, _ = both_logits(parts_s[i], parts_t[i], operands, given_ptr, v, V, V, scales, HEADS, dtype)
-            if SECOND or given_ptr is not None:
+            if SECOND or given_ptr is not None:  # noqa: SIM114
                 z_s, z_t = masked(z_s, z_t, v, V)
-            elif start + BLOCK_V > V:  # noqa: SIM114; a branch, which costs a second pass registers
+            elif start + BLOCK_V > V:  # a branch, which costs the others registers
                 z_s, z_t = masked(z_s, z_t, v, V)
             z_s, z_t, v = lanes(z_s, LANES), lanes(z_t, LANES), lanes(v[None, :], LANES)
             if SECOND:
