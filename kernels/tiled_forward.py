@@ -242,7 +242,8 @@ def _partial_states(
     splits = triton.cdiv(tiles, per_split)
     partial = term.coefficients.new_empty(splits, online.TERMS.value if second else online.STATE.value, N)
     tensors = term.tensors()._replace(labels=None, targets=None) if second else term.tensors()
-    lanes = 1 if term.precise else threads_of_row(partial.device)  # threads merged are rounded once more
+    few = 1 if term.precise else threads_of_row(partial.device)  # threads merged are rounded once more
+    lanes = min(few, config.block_v // (2 * config.parts))
     statistics_kernel[(row_blocks, splits)](
         heads.operands(), heads.given(), matrix(term.bits), tensors, constants, partial,
         N, end, *heads.widths(), per_split, begin, *heads.scalars(), term.parameter, term.second,

@@ -444,7 +444,7 @@ def programs_of(chip: Chip, result: Result) -> int:
 
 def count(result: Result, code: Program, case: Case, constants: dict[str, Any], threads: int) -> None:
     """Fill in what is executed per pair of logits, and what of it misses its limit."""
-    products = [x for loop in code.loops for x in loop.walk() if not x.inner and classes(x.always)["tensor"]]
+    products = [x for loop in code.loops for x in loop.walk() if sum(map(multiplies, x.walk())) == 1 and multiplies(x)]
     if case.kernel in ("statistics_kernel", "gradients_kernel") and products:
         pairs = constants["BLOCK_N"] * constants["BLOCK_V"] / threads  # of a thread in a tile
         walks = [loop for loop in code.loops if loop not in products and any(x in products for x in loop.walk())]
@@ -503,6 +503,10 @@ def passes_of(result: Result, code: Program, pair: int, threads: int) -> list[tu
         executed = sum(len(loops[i][0].always) * n for i, n in trips.items())
         passes.append((executed * threads / VOCAB, len(loops[main][0].branches) / most))
     return passes
+
+
+def multiplies(loop: Loop) -> bool:
+    return bool(classes(loop.always + loop.branches)["tensor"])  # on sm_100 one thread does, behind a branch
 
 
 def stores(loop: Loop) -> bool:
