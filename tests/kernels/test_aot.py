@@ -80,7 +80,8 @@ def test_loops_of_amds_assembly():
 def test_kernels_keep_to_their_limits(tmp_path):
     """A few of `aot.LIMITS`, in a process of its own: where Triton interprets, it does not compile."""
     pytest.importorskip("triton")
-    cases = ["forward_kl, plain", "forward_kl, metrics", "cross entropy alone", "forward_kl, plain, bfloat16, N=4096"]
+    cases = ["forward_kl, plain", "forward_kl, metrics", "cross entropy alone", "jsd, plain"]
+    cases += ["forward_kl, plain, bfloat16, N=4096"]
     options = ["--arch", "sm_90", "--quick", "--jobs", "1", "--json", tmp_path / "aot.json", "--case", *cases]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([".", environment.get("PYTHONPATH", "")])
@@ -92,6 +93,7 @@ def test_kernels_keep_to_their_limits(tmp_path):
     assert {case for case in cases for result in results if result["case"].startswith(case)} == {*cases}
     for result in results:
         passes = [float(figure) for figure in result["per_pair"].split("+") if figure]
-        assert len(passes) == {"row_kernel": 2, "combine_kernel": 0}.get(result["kernel"], 1), result
+        passes_of = 3 if "jsd" in result["case"] else 2
+        assert len(passes) == {"row_kernel": passes_of, "combine_kernel": 0}.get(result["kernel"], 1), result
         assert all(5 < figure < 500 for figure in passes), result
         assert result["programs"] >= 1
