@@ -91,7 +91,9 @@ SM_90_FEW = Row(
 )
 SM_100 = replace(
     SM_90,
+    full=TileConfig(128, 64, 64, 8, 3, 2),
     given=TileConfig(128, 32, 64, 8, 3, 4),
+    gradients_full=TileConfig(128, 64, 64, 8, 3, 8),
     why="tcgen05 takes 128 rows; accumulators leave tensor memory a part at a time. Not timed",
 )
 SM_80 = Row(
