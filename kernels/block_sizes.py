@@ -216,11 +216,11 @@ def row_of(device: torch.device, itemsize: int, N: int) -> Row:
     return INTERPRETER if key[0] == "interpreter" else TABLE[key]
 
 
-def threads_of_row(device: torch.device) -> int:
-    """Return how many threads share a row of a product, each two neighboring columns of every so many: the layout of
-    the architecture's accumulators."""
+def threads_of_row(device: torch.device, columns: int) -> tuple[int, int]:
+    """Return how many threads share a row of a product's part, and how many neighboring columns one has at a time: the
+    layout of the architecture's accumulators. On sm_100 each of two warps has half of the row."""
     name = known_architecture(device) or "interpreter"
-    return 1 if name == "sm_100" else 32 if name.startswith("gfx") else 4
+    return (2, columns // 2) if name == "sm_100" else (32 if name.startswith("gfx") else 4, 2)
 
 
 def splits_of(row_blocks: int, tiles: int, device: torch.device) -> int:

@@ -37,6 +37,7 @@ def statistics_kernel(
     scale_s: "fp64", softcap_s: "fp64", scale_t: "fp64", softcap_t: "fp64", parameter: "fp64", second: "fp64",
     HEADS: tl.constexpr, DIVERGENCE: tl.constexpr, WANT: tl.constexpr, SECOND: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr,
+    VEC: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -71,7 +72,7 @@ def statistics_kernel(
                 z_s, z_t = masked(z_s, z_t, v, V)
             elif start + BLOCK_V > V:  # a branch, which costs the others registers
                 z_s, z_t = masked(z_s, z_t, v, V)
-            z_s, z_t, v = lanes(z_s, LANES), lanes(z_t, LANES), lanes(v[None, :], LANES)
+            z_s, z_t, v = lanes(z_s, LANES, VEC), lanes(z_t, LANES, VEC), lanes(v[None, :], LANES, VEC)
             if SECOND:
                 total = online.update_terms(total, z_s, z_t, constants, loss, DIVERGENCE, WANT)
             else:
@@ -242,13 +243,14 @@ def _partial_states(
     splits = triton.cdiv(tiles, per_split)
     partial = term.coefficients.new_empty(splits, online.TERMS.value if second else online.STATE.value, N)
     tensors = term.tensors()._replace(labels=None, targets=None) if second else term.tensors()
-    few = 1 if term.precise else threads_of_row(partial.device)  # threads merged are rounded once more
-    lanes = min(few, config.block_v // (2 * config.parts))
+    columns = config.block_v // config.parts
+    lanes, vec = (1, 2) if term.precise else threads_of_row(partial.device, columns)  # merging rounds once more
+    lanes = min(lanes, columns // vec)
     statistics_kernel[(row_blocks, splits)](
         heads.operands(), heads.given(), matrix(term.bits), tensors, constants, partial,
         N, end, *heads.widths(), per_split, begin, *heads.scalars(), term.parameter, term.second,
         HEADS=heads.flags(config), DIVERGENCE=term.entry, WANT=term.statistics_flags(heads.teacher, decorrelate),
-        SECOND=second, LANES=lanes, PARTS=config.parts, **config.blocks(),
+        SECOND=second, LANES=lanes, VEC=vec, PARTS=config.parts, **config.blocks(),
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return partial

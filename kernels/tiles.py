@@ -93,9 +93,9 @@ def parts(x, PARTS: tl.constexpr):
 
 
 @triton.jit
-def lanes(x, LANES: tl.constexpr):
-    """Return a block [N, BLOCK] of a product's columns as [N, J, LANES, 2], each thread's own in one lane."""
-    return x.reshape(x.shape[0], x.shape[1] // (2 * LANES), LANES, 2)
+def lanes(x, LANES: tl.constexpr, VEC: tl.constexpr):
+    """Return a block [N, BLOCK] of a product's columns as [N, J, LANES, VEC], each thread's own in one lane."""
+    return x.reshape(x.shape[0], x.shape[1] // (VEC * LANES), LANES, VEC)
 
 
 @triton.jit
