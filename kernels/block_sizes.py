@@ -127,7 +127,7 @@ SM_120 = replace(
 SM_120_FEW = replace(SM_80_FEW, full=TileConfig(64, 32, 32, 4, 3, 2), given=None, why=f"one row block; {SM_120.why}")
 GFX942 = Row(
     AMD_ROWS,
-    lean=TileConfig(128, 64, 32, 8, 2, 4),
+    lean=TileConfig(128, 64, 32, 4, 2),
     full=TileConfig(128, 64, 32, 8, 2, 4),
     gradients=TileConfig(128, 128, 32, 8, 2, 8),
     projection=TileConfig(128, 128, 32, 8, 2),
@@ -218,9 +218,10 @@ def row_of(device: torch.device, itemsize: int, N: int) -> Row:
 
 def threads_of_row(device: torch.device, columns: int) -> tuple[int, int]:
     """Return how many threads share a row of a product's part, and how many neighboring columns one has at a time: the
-    layout of the architecture's accumulators. On sm_100 each of two warps has half of the row."""
+    layout of the architecture's accumulators. On sm_100 each of two warps has half of the row; v_mfma's is transposed.
+    """
     name = known_architecture(device) or "interpreter"
-    return (2, columns // 2) if name == "sm_100" else (32 if name.startswith("gfx") else 4, 2)
+    return (2, columns // 2) if name == "sm_100" else (2, 4) if name.startswith("gfx") else (4, 2)
 
 
 def splits_of(row_blocks: int, tiles: int, device: torch.device) -> int:
