@@ -128,16 +128,19 @@ SM_120_FEW = replace(SM_80_FEW, full=TileConfig(64, 32, 32, 4, 3, 2), given=None
 GFX942 = Row(
     AMD_ROWS,
     lean=TileConfig(128, 64, 32, 4, 2),
-    full=TileConfig(128, 64, 32, 8, 2, 4),
-    gradients=TileConfig(128, 128, 32, 8, 2, 8),
+    full=TileConfig(128, 64, 32, 4, 2),
+    gradients=TileConfig(128, 128, 32, 8, 2),
     projection=TileConfig(128, 128, 32, 8, 2),
     odd=TileConfig(64, 64, 32, 4, 2, 2),
-    why="512 registers a thread, of which half are accumulators'; 64 KB of LDS. Not timed",
+    given=TileConfig(128, 64, 32, 8, 2, 4),
+    why="512 registers a thread, of which half are accumulators'; 64 KB of LDS; warps side by side share a row, whose "
+    "parts go through LDS. Not timed",
 )
 GFX942_FEW = replace(
     GFX942,
     lean=GFX942.odd,
     full=GFX942.odd,
+    given=None,
     gradients=TileConfig(64, 64, 32, 4, 2, 4),
     projection=TileConfig(64, 64, 32, 4, 2),
     why="one row block of 64. Not timed",

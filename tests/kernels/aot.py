@@ -319,7 +319,7 @@ def tile_cases(
     for divergence, flags, Ht in combinations:
         name = f"{divergence}, {flags}, {label}{', odd width' if Ht == odd else ''}"
         of_statistics, of_gradients = launches(divergence, flags, Ht)
-        few = "16 bytes on sm_80: the heaviest case" if (divergence, flags) == ("jsd", "everything") else None
+        few = "40 bytes on sm_100: three powers more" if divergence == "alpha_beta" else None
         yield Case("statistics_kernel", name, of_statistics, tensor_core, few)
         few = "8 bytes on sm_90: float64" if dtype == torch.float64 else None
         yield Case("combine_kernel", name, of_statistics, allow_stack=few)
@@ -330,7 +330,6 @@ def tile_cases(
             yield Case("combine_kernel", f"merged, {name}", merge)
         if flags in ("alone", "plain") or (divergence, flags) == ("jsd", "everything"):
             few = {"alpha_beta": "72 bytes on sm_90: three powers more", "skew_reverse_kl": "24 on sm_90"}
-            few |= dict.fromkeys(("forward_kl", "reverse_kl"), "56 on sm_90: saturated rows")
             yield Case("gradients_kernel", name, of_gradients, tensor_core, few.get(divergence))
     for Ht in (even, odd):
         operands = meta(N, Ht, dtype=dtype), meta(Hs, Ht, dtype=dtype), meta(Hs, dtype=dtype)
