@@ -13,7 +13,7 @@ from cases import LEAVES, copy, gradients, make, relative, student, teacher
 from near_convergence import near_convergence, solve
 
 from kdfast import JSD, AlphaBeta, Head, Projected, fused_kd_loss
-from kdfast.kernels import block_sizes
+from kdfast.kernels import block_sizes, tiled_forward
 from kdfast.kernels.block_sizes import Row, RowConfig, TileConfig
 from kdfast.kernels.launch import Gradients, Heads, Term
 from kdfast.kernels.logit_gradients import add_column_sums
@@ -113,6 +113,21 @@ def test_sixteen_bit_gradients_near_convergence(engine, kind, divergence, monkey
     for gradient, expected in zip(ours, exact, strict=True):
         assert gradient.dtype == torch.float16
         assert relative(gradient, expected) < 3e-3
+
+
+@pytest.mark.parametrize("layout", [(4, 2), (2, 16), (2, 4)], ids=["mma", "tcgen05", "v_mfma"])
+def test_threads_that_share_a_row(layout, monkeypatch, wide):
+    """Whichever columns of a tile an architecture gives to a thread: loss, cross entropy, entropies, agreement."""
+    monkeypatch.setattr(matmul, "gradient_dtype", lambda dtype, device: dtype)
+    monkeypatch.setattr(tiled_forward, "threads_of_row", lambda device, columns: layout)
+    case = make(torch.float16, n=20, v=300)
+    options = {"ce_weight": 0.5, "return_metrics": True}
+    for divergence in ("forward_kl", "jsd"):
+        found, expected = (
+            fused_kd_loss(student(case), teacher(case, "head"), case.labels, engine=e, divergence=divergence, **options)
+            for e in ("triton_tiled", "reference")
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3, equal_nan=True)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
