@@ -32,7 +32,7 @@ quick: $(READY)  ## every divergence, teacher and engine once: seconds
 # Triton's interpreter is one thread of Python: two workers of one thread each use two cores
 PYTEST_ON_TWO_CORES := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-test: $(READY)  ## the tests, but for those that start processes or take long: five minutes on two cores
+test: $(READY)  ## the tests, but for those that start processes or take long: six minutes on two cores
 	$(PYTEST_ON_TWO_CORES) --ignore tests/system -m "not slow and not long" $(ARGS)
 
 test-all: $(READY)  ## every test but the random ones of test-long, what CI runs: twenty minutes on two cores

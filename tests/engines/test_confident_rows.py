@@ -9,6 +9,7 @@ from confident import DIVERGENCES, ROWS, check, draw, row_gradients
 
 from kdfast import JSD, Head, Projected, SkewKL, fused_kd_loss
 
+pytestmark = pytest.mark.slow
 ENGINES = ["torch", "triton_chunked", "triton_tiled"]
 
 

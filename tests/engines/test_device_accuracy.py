@@ -12,7 +12,10 @@ from kdfast.kernels import block_sizes
 from kdfast.kernels.block_sizes import Row, RowConfig, TileConfig
 from kdfast.ops import matmul
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="for the interpreter; a GPU has test_gpu.py")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="for the interpreter; a GPU has test_gpu.py"),
+]
 DIVERGENCES = ["forward_kl", "reverse_kl", JSD(0.5), SkewKL(0.1), SymmetricKL(0.5)]
 
 

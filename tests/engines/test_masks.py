@@ -60,6 +60,7 @@ def test_a_token_beyond_the_shared_vocabulary_has_all_of_the_mass(engine, dtype,
     compare(engine, dtype, make, monkeypatch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
 @pytest.mark.parametrize("sharp", ["student", "teacher"])
