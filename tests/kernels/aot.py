@@ -197,8 +197,9 @@ def row_cases(arch: str, V: int) -> Iterator[Case]:
         few = None if divergence in ("forward_kl", "reverse_kl") or arch == "gfx942" else tight
         yield solve(f"{divergence}, plain", chunk(lean, usual(divergence)), both, few)
         heavy = chunk(full(), term_of(TOKENS, divergence, labels=True, heavy=True))
-        powers = "56 bytes on sm_80: three powers more" if divergence == "alpha_beta" else None
-        yield solve(f"{divergence}, everything", heavy, everything, powers)
+        most = {"alpha_beta": "56 bytes on sm_80: three powers more"}
+        most |= dict.fromkeys(("forward_kl", "skew_kl"), "16–24 bytes on sm_80 to sm_89, at 128 registers")
+        yield solve(f"{divergence}, everything", heavy, everything, most.get(divergence))
         if V != PADDED:
             x = chunk(lean, replace(usual(divergence), metrics=True))
             yield solve(f"{divergence}, metrics", x, both, tight if arch == "sm_100" else few)
