@@ -263,6 +263,11 @@ def with_argmax(side, argmax):
 
 
 @triton.jit
+def with_target(side, target):
+    return Side(side.m, side.S, side.S1, side.E, side.argmax, target)
+
+
+@triton.jit
 def at_tokens(side, m, z, v, targets, TARGET: tl.constexpr, ARGMAX: tl.constexpr):
     """Return the state with the target's logit and the argmax of a block of other tokens than before; m: its maximum
     before that block."""

@@ -69,7 +69,7 @@ def open_rows(
 
 
 @triton.jit
-def lanes(BLOCK: tl.constexpr, LANES: tl.constexpr):
+def places(BLOCK: tl.constexpr, LANES: tl.constexpr):
     """Return the places of a block's logits [1, J, LANES, VEC], those of a thread in one lane."""
     j = tl.arange(0, BLOCK // (LANES * VEC))[None, :, None, None]
     return (j * LANES + tl.arange(0, LANES)[None, None, :, None]) * VEC + tl.arange(0, VEC)[None, None, None, :]
@@ -153,12 +153,12 @@ def statistics_pass(
     full = logits.kd_V // BLOCK * BLOCK
     for block in range(0, full, BLOCK):
         student, teacher, pair = _update(
-            student, teacher, pair, logits, rows, loss, block, lanes(BLOCK, LANES), bits_ptr,
+            student, teacher, pair, logits, rows, loss, block, places(BLOCK, LANES), bits_ptr,
             HEADS, DIVERGENCE, WANT, False, KEEP,
         )  # fmt: skip
     for block in range(full, logits.kd_V, LANES * VEC):
         student, teacher, pair = _update(
-            student, teacher, pair, logits, rows, loss, block, lanes(LANES * VEC, LANES), bits_ptr,
+            student, teacher, pair, logits, rows, loss, block, places(LANES * VEC, LANES), bits_ptr,
             HEADS, DIVERGENCE, WANT, True, KEEP,
         )  # fmt: skip
     return student, teacher, pair
@@ -171,23 +171,12 @@ def beyond_pass(
     """Return the student's `Side` with the tokens added that the teacher's vocabulary does not have; merged."""
     STEP: tl.constexpr = LANES * VEC
     for block in range(logits.kd_V // STEP * STEP, logits.V, STEP):
-        v = block + lanes(STEP, LANES)
+        v = block + places(STEP, LANES)
         z_s, _ = student_logits(logits, rows, v, logits.V, HEADS, True, KEEP)
         z_s = tl.where(v >= logits.kd_V, z_s, -float("inf"))
         student, _ = online.update_side(student, z_s, loss.c_s, True, WANT.metrics, WANT.precise)
     student, _ = online.merge_side(student, loss.c_s, True, WANT.metrics, WANT.precise)
     return student
-
-
-@triton.jit
-def _target_logit(z_ptr, bias_ptr, rows, targets, scale, softcap, SCALED: tl.constexpr, SOFTCAP: tl.constexpr):
-    """Return the logits of targets [R], or 0 of one that is in another process's slice of the vocabulary."""
-    here = targets >= 0
-    z = tl.load(z_ptr + rows.offset + targets, mask=here, other=0)
-    if bias_ptr is not None:
-        z += tl.load(bias_ptr + targets, mask=here, other=0).to(z.dtype)
-    z, _ = online.transform(z, scale, softcap, SCALED, SOFTCAP)
-    return tl.where(here, z, 0)
 
 
 @triton.jit
@@ -197,22 +186,18 @@ def _first(z, v):
 
 
 @triton.jit
-def at_tokens(
+def targets_and_argmaxes(
     student, teacher, logits, rows, loss, HEADS: tl.constexpr, WANT: tl.constexpr, BLOCK: tl.constexpr,
     KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Return both sides with their targets' logits and their argmaxes, where these are wanted."""
-    x = rows.scales
+    """Return both sides with their targets' logits, 0 of one that is in another process's slice of the vocabulary, and
+    their argmaxes, where these are wanted."""
     if WANT.ce:
-        z = _target_logit(
-            logits.student, logits.bias_s, rows, loss.labels, x.scale_s, x.softcap_s, HEADS.scaled_s, HEADS.softcap_s
-        )
-        student = online.Side(student.m, student.S, student.S1, student.E, student.argmax, z)
+        z, _ = student_logits(logits, rows, tl.maximum(loss.labels, 0)[:, None], logits.V, HEADS, False, KEEP)
+        student = online.with_target(student, tl.where(loss.labels >= 0, tl.sum(z, axis=1), 0))
     if WANT.anchor:
-        z = _target_logit(
-            logits.teacher, logits.bias_t, rows, loss.targets, x.scale_t, x.softcap_t, HEADS.scaled_t, HEADS.softcap_t
-        )
-        teacher = online.Side(teacher.m, teacher.S, teacher.S1, teacher.E, teacher.argmax, z)
+        z, _ = teacher_logits(logits, rows, tl.maximum(loss.targets, 0)[:, None], HEADS, False, KEEP)
+        teacher = online.with_target(teacher, tl.where(loss.targets >= 0, tl.sum(z, axis=1), 0))
     if WANT.metrics:
         v = student.argmax[:, None] + tl.arange(0, BLOCK)[None, :]
         z, _ = student_logits(logits, rows, v, logits.kd_V, HEADS, True, KEEP)
@@ -244,10 +229,10 @@ def terms_pass(
     total = online.empty_terms(tl.zeros([rows.zero.shape[0], LANES], rows.zero.dtype))
     full = logits.kd_V // BLOCK * BLOCK
     for block in range(full, logits.kd_V, LANES * VEC):
-        v = block + lanes(LANES * VEC, LANES)
+        v = block + places(LANES * VEC, LANES)
         total = _terms(total, logits, rows, loss, constants, v, HEADS, DIVERGENCE, WANT, True, KEEP)
     for back in range(BLOCK, full + BLOCK, BLOCK):
-        v = full - back + lanes(BLOCK, LANES)
+        v = full - back + places(BLOCK, LANES)
         total = _terms(total, logits, rows, loss, constants, v, HEADS, DIVERGENCE, WANT, False, KEEP)
     return online.TermSums(*over_threads(total))
 
@@ -344,7 +329,7 @@ def row_kernel(
     if HEADS.truncated:
         beyond = beyond_pass(beyond, logits, rows, loss, HEADS, WANT, LANES, AGAIN)
         student, constants = online.whole_vocabulary(student, beyond, constants, WANT.precise)
-    student, teacher = at_tokens(student, teacher, logits, rows, loss, HEADS, WANT, BLOCK, AGAIN)
+    student, teacher = targets_and_argmaxes(student, teacher, logits, rows, loss, HEADS, WANT, BLOCK, AGAIN)
     if SECOND:
         KEEP: tl.constexpr = "evict_last" if WRITES else "evict_first"
         total = terms_pass(logits, rows, loss, constants, HEADS, DIVERGENCE, WANT, BLOCK, LANES, KEEP)
@@ -396,7 +381,7 @@ def states_kernel(
         nothing = online.empty_side(tl.zeros([R, LANES], rows.zero.dtype), WANT.precise)
         beyond = beyond_pass(nothing, logits, rows, loss, HEADS, WANT, LANES, "evict_last")
         online.store_tensors(states_ptr + online.STATE * m.to(tl.int64), m, beyond, rows.inside)
-    student, teacher = at_tokens(student, teacher, logits, rows, loss, HEADS, WANT, BLOCK, "evict_last")
+    student, teacher = targets_and_argmaxes(student, teacher, logits, rows, loss, HEADS, WANT, BLOCK, "evict_last")
     online.store_tensors(states_ptr, m, student + teacher + pair, rows.inside)
 
 
