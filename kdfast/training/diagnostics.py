@@ -87,7 +87,8 @@ class Log:
         self.ces_projected: deque[float] = deque(maxlen=HISTORY)  # smoothed; of evaluation as soon as there is one
         self._started = self._evaluated = False
         self._temperature: float | None = None
-        self._losses: deque[tuple[float, float]] = deque(maxlen=HISTORY)  # without the KD term; τ²·KL
+        # without the KD term; τ²·KL, None in steps of KD weight 0
+        self._losses: deque[tuple[float, float | None]] = deque(maxlen=HISTORY)
         self._window: deque[Compared] = deque(maxlen=limits.window)
         self._steps: deque[float] = deque(maxlen=HISTORY)  # of the projected CE, from line to line of training
 
@@ -112,14 +113,15 @@ class Log:
 
     @property
     def nats(self) -> float:
-        """τ²·KL of a line of training."""
+        """τ²·KL of a line of training; 0 where it has none."""
         return self.line.get("temperature", 0.0) ** 2 * self.line.get("kd", 0.0)
 
     @property
     def losses(self) -> list[float]:
         """The losses so far, if this line has one, under the KD weight of now: a ramp alone raises no loss."""
         weight = self.line.get("kd_weight", 0.0)
-        return [rest + weight * kd for rest, kd in self._losses] if self.trains("loss") else []
+        known = ((rest, kd) for rest, kd in self._losses if kd is not None or weight == 0)
+        return [rest + weight * (kd or 0.0) for rest, kd in known] if self.trains("loss") else []
 
     @property
     def rates(self) -> str:
@@ -144,7 +146,8 @@ class Log:
             self._losses.clear()  # KL at another temperature is another number
             self._window.clear()
             self._temperature = temperature
-        self._losses.append((self.line["loss"] - self.line.get("kd_weight", 0.0) * self.nats, self.nats))
+        weight, nats = self.line.get("kd_weight", 0.0), self.nats
+        self._losses.append((self.line["loss"] - weight * nats, nats if "kd" in self.line else None))
 
     def _read_projected(self, temperature: float) -> None:
         """Evaluation says more of the projected teacher than training: once there is one, it alone decides."""

@@ -40,6 +40,7 @@ from kdfast.training.teachers import (
     Batch,
     Fidelity,
     HiddenStateLoss,
+    KDTerms,
     TeacherTail,
     fidelity,
     read_entries,
@@ -156,7 +157,8 @@ class DistillationModel(nn.Module):
                 distribution *after* token t, as logits are. −inf: no entry.
             teacher_log_tails: (B, T, 2), of a teacher cache (`CachedBlocks`) made for this temperature: the log of the
                 other ids' mass at τ = 1 and there; (B, T, 0), of drawn ids. None: `teacher_tail` says what they are.
-            temperature, kd_weight: number or 0-d tensor; None = the recipe's, without its schedule.
+            temperature, kd_weight: number or 0-d tensor; None = the recipe's, without its schedule. In training a
+                kd_weight of 0, given as a number, leaves the teacher out, where nothing else needs it: kd is NaN then.
             num_items_in_batch: the divisor of every term: the targets (`shift_labels(…) != -100`) in all
                 micro-batches and processes of this step. None = those of this batch.
             with_fidelity: also compare with the true teacher.
@@ -192,8 +194,10 @@ class DistillationModel(nn.Module):
         student_states = backbone(self.student)(input_ids=ids, **inputs)
         student = head(self.student, student_states.last_hidden_state)
         own: Head | None = None
+        kd_weight = self.recipe.kd_weight if kd_weight is None else kd_weight
+        needed = with_fidelity or self._needs_teacher(kd_weight)
         learns_from_it = self.recipe.teacher not in ("none", "cached") or self.hidden_loss is not None
-        if self.teacher is not None and (with_fidelity or learns_from_it):
+        if self.teacher is not None and (with_fidelity or (needed and learns_from_it)):
             with torch.no_grad():
                 ids, strange_too = known_ids(self.teacher, "teacher", input_ids, attention_mask, look=look)
                 strange = strange | strange_too
@@ -211,13 +215,15 @@ class DistillationModel(nn.Module):
             cached.check(temperature, targets != IGNORE_INDEX)
         options = {**self.loss_options, "num_items_in_batch": num_items_in_batch}
         batch = Batch(student, own, cached, targets, temperature, options)
-        kd = self.kd_teacher.terms(batch, self.logit_projector or self.compressed_head)
+        kd = KDTerms(None, options)
+        if needed or learns_from_entries:  # a batch that lacks them is an error under any weight
+            kd = self.kd_teacher.terms(batch, self.logit_projector or self.compressed_head)
         loss, metrics = fused_kd_loss(
             student,
-            kd.teacher,
+            kd.teacher if needed else None,
             targets,
             temperature=temperature,
-            kd_weight=self.recipe.kd_weight if kd_weight is None else kd_weight,
+            kd_weight=kd_weight,
             divergence=self.recipe.divergence,
             ce_weight=self.recipe.ce_weight,
             return_metrics=True,
@@ -238,6 +244,16 @@ class DistillationModel(nn.Module):
         if true is None or not with_fidelity:
             return DistillationOutput(loss, metrics, None)
         return DistillationOutput(loss, metrics, fidelity(student, kd.surrogate, true, targets, **self.loss_options))
+
+    def _needs_teacher(self, kd_weight: float | Tensor) -> bool:
+        """Return whether a batch has a use for its teacher: not in training under a KD weight that is known to be 0.
+
+        A projector that is trained is fed even so: DDP waits for its gradient.
+        """
+        if isinstance(kd_weight, Tensor) or kd_weight != 0 or not self.training or self.hidden_loss is not None:
+            return True
+        trained = self.logit_projector is not None and self.recipe.projector_resolve_steps == 0
+        return trained or self.recipe.anchor_weight > 0
 
     def train(self, mode: bool = True) -> DistillationModel:
         """As nn.Module's, but the teacher stays in eval mode."""

@@ -74,7 +74,7 @@ class KDTrainer(DurableTrainer):
     Batches need input_ids and labels (*not* shifted, −100 ignored); attention_mask, position_ids and what else both
     backbones read, such as pixel_values, are used if they are there. The loss of a step is divided by its targets in
     all micro-batches and processes, so k micro-batches of b give the gradient of one of k·b. KD weight and temperature
-    follow global_step / max_steps.
+    follow global_step / max_steps; a step of KD weight 0 does not run the teacher.
 
     Logged besides the Trainer's: kd (without τ²), ce, ce_projected, agreement, both entropies, kd_weight, temperature,
     lr_<part>, tokens_per_second, tokens_seen (targets; padding not counted), skipped_steps, memory_bytes (this process;
@@ -332,7 +332,10 @@ class KDTrainer(DurableTrainer):
         self._learning_rates = {f"lr_{group['name']}": float(group["lr"]) for group in groups if "name" in group}
         self._solve_projector_again()
         check_names("the batch", inputs)
-        output = model(**inputs, **self._on_device(self._weights), num_items_in_batch=num_items_in_batch)
+        weights: dict[str, Any] = self._on_device(self._weights)
+        if self._weights["kd_weight"] == 0:
+            weights["kd_weight"] = 0.0  # a number, which the model can see without waiting for the device
+        output = model(**inputs, **weights, num_items_in_batch=num_items_in_batch)
         loss, metrics = output.loss, output.metrics
         self._guard.watch_loss(self.state.global_step + 1, loss, metrics.ce, metrics.kd, **self._weights)
         self._meter.add(metrics)

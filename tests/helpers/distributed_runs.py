@@ -37,11 +37,12 @@ class Scenario:
         return "-".join([self.how, self.family, self.recipe, self.dtype, *flags, *(key for key, _ in self.more)])
 
 
+FROM_ZERO = (("kd_ramp", 1.0), ("kd_ramp_start", 0.0))  # the first step's KD weight is 0: it does not run the teacher
 DDP = [
     Scenario(),
     Scenario(family="llama", accumulation=2, recompute=True),
     Scenario(family="llama", recipe="projector_refit"),
-    Scenario(dtype="float32"),
+    Scenario(dtype="float32", more=FROM_ZERO),
 ]
 FSDP = [
     Scenario("fsdp"),
@@ -49,12 +50,12 @@ FSDP = [
     Scenario("fsdp", family="llama", recompute=True, shard_teacher=True),
     Scenario("fsdp", recipe="svd_init", recompute=True, shard_teacher=True),
     Scenario("fsdp", dtype="float32", accumulation=2),
-    Scenario("fsdp", family="llama", recipe="teacher_head", dtype="float32", shard_teacher=True),
+    Scenario("fsdp", family="llama", recipe="teacher_head", dtype="float32", shard_teacher=True, more=FROM_ZERO),
 ]
 SCENARIOS = {
     2: [*DDP, *FSDP],
     4: [
-        Scenario(family="llama", recipe="compressed_head"),
+        Scenario(family="llama", recipe="compressed_head", more=FROM_ZERO),
         Scenario("fsdp", accumulation=2),
         Scenario("fsdp", family="llama", dtype="float32"),
         Scenario("fsdp", family="llama", recipe="svd_init", recompute=True, shard_teacher=True),

@@ -184,6 +184,13 @@ def test_a_rising_loss():
     assert 45 < finding.step < 56
 
 
+def test_a_kd_term_that_begins_late_is_no_rising_loss():
+    lines = train([4.0] * 30 + [6.0] * 30, kd_weight=[0.0] * 30 + [0.7] * 30, temperature=2.0, kd=2 / 0.7 / 4)
+    for line in lines[:30]:
+        del line["kd"]  # steps of KD weight 0 do not measure it
+    assert kinds(lines) == []
+
+
 def test_a_ramp_of_the_kd_weight_is_no_rising_loss():
     kd, weights = 0.5, [0.1 + 0.6 * min(1.0, i / 20) for i in range(60)]
     losses = [4.0 + w * 4 * kd for w in weights]

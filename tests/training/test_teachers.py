@@ -86,6 +86,67 @@ def test_the_compressed_head_is_a_fixed_teacher(tiny, batch):
     model.load_state_dict(model.state_dict())
 
 
+NO_WEIGHT = [
+    {"teacher": "own_head"},
+    {"teacher": "compressed_head", "compressed_rank": 8},
+    {"teacher": "projected", "projector_init": "svd", "projector_resolve_steps": 16},
+    {"teacher": "cached"},
+]
+
+
+@pytest.mark.parametrize("recipe", NO_WEIGHT, ids=lambda recipe: recipe["teacher"])
+def test_a_kd_weight_of_zero_leaves_the_teacher_out(tiny, batch, recipe):
+    model = make(tiny, batch, **recipe)
+    if recipe["teacher"] == "cached":
+        entries = torch.zeros(*batch["input_ids"].shape, 1)
+        batch = {**batch, "teacher_indices": entries.long(), "teacher_log_probs": entries}
+        model.teacher_tail = "renormalize"
+    runs = []
+    model.teacher.base_model.register_forward_hook(lambda *_: runs.append(1))
+    alone = DistillationModel(model.student, recipe=Recipe("test", teacher="none", kd_weight=0.0))
+    expected = alone(**batch)
+    expected.loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.student.named_parameters()}
+    model.student.zero_grad()
+    loss, metrics, _ = model(**batch, kd_weight=0.0)
+    loss.backward()
+    torch.testing.assert_close(loss, expected.loss, rtol=0, atol=0)
+    for name, p in model.student.named_parameters():
+        torch.testing.assert_close(p.grad, gradients[name], rtol=0, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+    assert [bool(value.isnan()) for value in (metrics.kd, metrics.agreement, metrics.ce)] == [True, True, False]
+    assert metrics.tokens == expected.metrics.tokens
+    assert runs == []
+    if recipe["teacher"] != "cached":  # a tensor's value is not waited for, and evaluation has its metrics
+        assert model(**batch, kd_weight=torch.zeros(())).metrics.kd > 0
+        assert model.eval()(**batch, kd_weight=0.0).metrics.kd > 0
+        assert len(runs) == 2
+    assert model.train()(**batch, kd_weight=0.0, with_fidelity=True).fidelity.kl_teacher_student > 0
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"teacher": "own_head", "hidden_weight": 1.0},
+        {"teacher": "projected", "projector_resolve_steps": 16, "anchor_weight": 1.0},
+        {"teacher": "projected"},  # trained: DDP waits for its gradient
+        {"teacher": "probe", "anchor_weight": 1.0},
+    ],
+)
+def test_what_else_needs_the_teacher_has_it_at_a_kd_weight_of_zero(tiny, batch, recipe):
+    model = make(tiny, batch, **recipe)
+    found, expected = model(**batch, kd_weight=0.0), model(**batch, kd_weight=torch.zeros(()))
+    assert found.metrics.kd > 0
+    torch.testing.assert_close(found.loss, expected.loss)
+    found.loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_entries_are_missed_at_a_kd_weight_of_zero_too(tiny, batch):
+    model = make(tiny, batch, teacher="cached")
+    with pytest.raises(ValueError, match="teacher_indices is None"):
+        model(**batch, kd_weight=0.0)
+
+
 def test_a_compressed_head_has_to_be_made_first(tiny, batch):
     model = DistillationModel(tiny(), tiny(width=24, seed=1), recipe=Recipe("test", teacher="compressed_head"))
     with pytest.raises(RuntimeError, match=r"call model\.solve\(batches\)"):

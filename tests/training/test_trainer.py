@@ -9,7 +9,7 @@ from tiny_models import RECOMPUTE
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainingArguments, default_data_collator
 
-from kdfast.schedules import Linear
+from kdfast.schedules import Linear, Piecewise
 from kdfast.training import DistillationModel, KDTrainer
 from kdfast.training.data.columns import ARGUMENTS
 from kdfast.training.trainer import ELSEWHERE
@@ -83,6 +83,24 @@ def test_schedules_follow_the_run_and_are_logged(tiny, rows, config):
     for line in logs:  # what is logged is what was in the loss
         expected = line["ce"] + line["kd_weight"] * line["temperature"] ** 2 * line["kd"]
         assert line["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_steps_of_kd_weight_zero_do_not_run_the_teacher(tiny, rows, config):
+    teacher, runs = tiny(width=24, seed=1), []
+    args = config(recipe="teacher_head", max_steps=6, gradient_accumulation_steps=2, eval_strategy="epoch")
+    early = Piecewise([0.7, 0.0])
+    trainer = KDTrainer(
+        tiny(), args, teacher=teacher, train_dataset=rows(24), eval_dataset=rows(2), kd_weight_schedule=early
+    )
+    teacher.base_model.register_forward_hook(lambda module, *_: runs.append(trainer.state.global_step))
+    trainer.train()
+    assert runs == [0, 0, 1, 1, 2, 2, 6], "the last is the evaluation"
+    logs = train_logs(trainer)
+    assert [("kd" in line, "agreement" in line) for line in logs] == [(True, True)] * 3 + [(False, False)] * 3
+    assert all(line["loss"] == pytest.approx(line["ce"], rel=1e-6) for line in logs[3:])
+    (evaluation,) = (line for line in trainer.state.log_history if "eval_ce" in line)
+    assert evaluation["eval_kd"] > 0
+    assert evaluation["eval_kl_teacher_student"] > 0
 
 
 def test_a_schedule_of_ones_own(tiny, rows, config):
