@@ -15,6 +15,7 @@ from kdfast.cli.errors import UserError
 from kdfast.plan import METHODS, Shape, largest_tokens, total_bytes
 from kdfast.plan.memory import fitting_portion, portion
 from kdfast.plan.models import Model, describe
+from kdfast.plan.price import price_per_token
 
 UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40, "mb": 10**6, "gb": 10**9}
 KINDS = {"projected": "Ht={}, projected", "head": "Ht={}, its own head", "none": "no teacher"}
@@ -72,6 +73,7 @@ def plan(**options: Any) -> int:
         "gradients_bytes": shape.gradients,
         "memory_bytes": memory,
         "resident": resident,
+        "times_lm_only": _prices(student, teacher),
         "left_bytes": left,
         "methods": methods,
         "auto": own.engine,
@@ -97,6 +99,17 @@ def _models(args: argparse.Namespace) -> tuple[Model, Model | None]:
         )
     teacher = None if args.teacher_width is None else Model(args.teacher_width, args.vocab)
     return Model(args.student_width, args.vocab), teacher
+
+
+def _prices(student: Model, teacher: Model | None) -> dict[str, float]:
+    """Return {recipe: operations of training on a token, over LM only's} of two models by name."""
+    if student.size is None or teacher is None or teacher.size is None:
+        return {}
+    from kdfast.training.recipes import RECIPES
+
+    names = ("cached", "compressed_head", "teacher_head", "projector")
+    rank = min(student.width, teacher.width)
+    return {name: price_per_token(RECIPES[name], student.size, teacher.size, rank).ratio for name in names}
 
 
 def _valid_vocab(args: argparse.Namespace, student: Model, teacher: Model) -> int | None:
@@ -144,6 +157,9 @@ def _text(found: dict[str, Any]) -> str:
         f"inputs {_size(found['inputs_bytes'])}, gradients {_size(found['gradients_bytes'])}",
         *(f"{what}: {_size(size)}" for what, size in found["resident"].items()),
     ]
+    if prices := ", ".join(f"{name} {times:.2f}" for name, times in found["times_lm_only"].items()):
+        rank = min(x["student_width"], x["teacher_width"])
+        lines.append(f"operations of training on a token, times LM only's: {prices} (compressed at rank {rank})")
     if found["teacher_vocab"] not in (None, x["vocab"]):
         valid, theirs = found["valid_vocab"], found["teacher_vocab"]
         known = f"valid_vocab={valid}, their tokenizer's ids" if valid else "valid_vocab, if they have one tokenizer"

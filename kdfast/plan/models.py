@@ -7,6 +7,8 @@ from os.path import expanduser
 
 import torch
 
+from kdfast.plan.price import Size, size_of
+
 
 @dataclass(frozen=True)
 class Model:
@@ -14,6 +16,7 @@ class Model:
     vocab: int  # rows of the head
     parameters: int = 0  # a tied embedding once
     head_tied: bool = True
+    size: Size | None = None  # of a model by name
 
 
 def describe(name: str, argument: str) -> Model:
@@ -28,7 +31,7 @@ def describe(name: str, argument: str) -> Model:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         head = model.get_output_embeddings().weight
-        tied = head is model.get_input_embeddings().weight
+        tied, size = head is model.get_input_embeddings().weight, size_of(model)
     except (AttributeError, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
@@ -36,4 +39,4 @@ def describe(name: str, argument: str) -> Model:
             f"({reason}); expected a config.json there, and transformers (pip install 'kdfast[train]'); or give "
             "--student-width, --teacher-width and --vocab instead"
         ) from error
-    return Model(width=head.shape[1], vocab=head.shape[0], parameters=model.num_parameters(), head_tied=tied)
+    return Model(head.shape[1], head.shape[0], model.num_parameters(), tied, size)

@@ -30,6 +30,8 @@ def summarize(trainer: KDTrainer, evaluation: dict[str, float]) -> dict[str, Any
         "device": torch.cuda.get_device_name(device) if on_gpu else f"{device.type}, {torch.get_num_threads()} threads",
         "student_parameters": model.student.num_parameters(),
         "teacher_parameters": None if model.teacher is None else model.teacher.num_parameters(),
+        "operations_per_token": sum(trainer.price),
+        "times_lm_only": trainer.price.ratio,
         "seed": trainer.args.seed,
         "starts": [start._asdict() for start in trainer.starts],
         "health": [dataclasses.asdict(finding) for finding in trainer.health.findings] if trainer.health else [],

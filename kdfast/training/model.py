@@ -243,7 +243,8 @@ class DistillationModel(nn.Module):
         true = cached.at_one() if own is None and cached else own
         if true is None or not with_fidelity:
             return DistillationOutput(loss, metrics, None)
-        return DistillationOutput(loss, metrics, fidelity(student, kd.surrogate, true, targets, **self.loss_options))
+        surrogate = kd.surrogate and kd.surrogate()
+        return DistillationOutput(loss, metrics, fidelity(student, surrogate, true, targets, **self.loss_options))
 
     def _needs_teacher(self, kd_weight: float | Tensor) -> bool:
         """Return whether a batch has a use for its teacher: not in training under a KD weight that is known to be 0.

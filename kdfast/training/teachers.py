@@ -7,7 +7,7 @@ teacher into the student; what tells is `Fidelity`, the surrogate's KL to the tr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import inf
 from typing import Any, Literal, NamedTuple
@@ -128,7 +128,7 @@ class KDTerms(NamedTuple):
 
     teacher: Teacher | None
     options: dict[str, Any]
-    surrogate: Head | None = None  # None where the teacher's own head is the teacher, or there is none
+    surrogate: Callable[[], Head] | None = None  # None where the teacher's own head is the teacher, or there is none
     anchor_loss: Tensor | None = None  # (), where the anchor is no part of the loss's own computation
 
 
@@ -173,8 +173,10 @@ class Compressed(NoTeacher):
 
     def terms(self, batch: Batch, part: nn.Module | None) -> KDTerms:
         assert batch.own is not None
-        surrogate = None if part is None else part(batch.own.hidden)
-        return KDTerms(surrogate or batch.own, batch.options, surrogate)
+        if part is None:
+            return KDTerms(batch.own, batch.options)
+        surrogate = part(batch.own.hidden)
+        return KDTerms(surrogate, batch.options, lambda: surrogate)
 
 
 class ThroughProjector(NoTeacher):
@@ -198,10 +200,13 @@ class ThroughProjector(NoTeacher):
         assert batch.own is not None
         assert isinstance(part, LogitProjector)
         hidden = batch.own.hidden.to(part.weight.dtype)
-        surrogate = replace(batch.student, hidden=part(hidden).to(batch.student.hidden.dtype))
-        recipe = self.recipe
+        student, recipe = batch.student, self.recipe
+
+        def surrogate() -> Head:  # for evaluation alone: the loss projects within its engine
+            return _detached(replace(student, hidden=part(hidden).to(student.hidden.dtype)))
+
         options = {**batch.options, "teacher_grad": recipe.teacher_grad, "anchor_weight": recipe.anchor_weight}
-        return KDTerms(Projected(hidden, part.weight, part.bias), options, _detached(surrogate))
+        return KDTerms(Projected(hidden, part.weight, part.bias), options, surrogate)
 
 
 class ThroughProbe(ThroughProjector):
@@ -219,7 +224,7 @@ class ThroughProbe(ThroughProjector):
         anchor_loss = fused_kd_loss(surrogate, None, batch.targets, ce_weight=1.0, **batch.options)
         assert isinstance(anchor_loss, Tensor)
         surrogate = _detached(surrogate)
-        return KDTerms(surrogate, batch.options, surrogate, anchor_loss)
+        return KDTerms(surrogate, batch.options, lambda: surrogate, anchor_loss)
 
 
 KINDS: dict[str, type[NoTeacher]] = {  # by `Recipe.teacher`

@@ -24,6 +24,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from kdfast.inputs import did_you_mean
 from kdfast.param_groups import distillation_param_groups
+from kdfast.plan.price import Price, price_per_token, size_of
 from kdfast.schedules import Schedule
 from kdfast.training import fsdp
 from kdfast.training.cache.description import teacher_fingerprint
@@ -213,6 +214,7 @@ class KDTrainer(DurableTrainer):
         refuse_adapter(self.accelerator.unwrap_model(self.model).student)  # one may have come since
         self._start_run()
         self._solve_starts()
+        processes.print_once(f"{self._recipe.name}: {self.price}")
         if self.model_wrapped is self.model and self.accelerator.num_processes > 1 and not self.is_fsdp_enabled:
             # accelerate took an evaluation before the run for the model's preparation, and would leave out DDP
             self.model._is_accelerate_prepared = False  # type: ignore[assignment]
@@ -522,6 +524,14 @@ class KDTrainer(DurableTrainer):
             self._guard.check_weights(trained, self._reduce)
             self._count_tokens()
             yield
+
+    @property
+    def price(self) -> Price:
+        """Return what a token costs under the recipe; before a run, that of a compressed head is the whole one's."""
+        model: DistillationModel = self.accelerator.unwrap_model(self.model)
+        teacher = None if model.teacher is None else size_of(model.teacher)
+        rank = None if model.compressed_head is None else model.compressed_head.rank
+        return price_per_token(model.recipe, size_of(model.student), teacher, rank)
 
     @property
     def _recipe(self) -> Any:

@@ -20,6 +20,7 @@ def test_widths_alone(kdfast):
     for text in ("N=8192 V=50257 Hs=768 Ht=1024, projected", "triton_tiled", "of 24.00 GiB",
                  "auto takes triton_chunked: 6 chunks", "It fits as it is", "measured on a GPU yet"):  # fmt: skip
         assert text in out
+    assert "times LM only's" not in out
     assert "Ht=1024, its own head" in kdfast("plan", *WIDTHS, "--kind", "head")[1]
     assert "no teacher" in kdfast("plan", "--student-width", "768", "--vocab", "50257")[1]
 
@@ -51,6 +52,12 @@ def test_models_by_folder(kdfast, tmp_path):
     assert code == 0
     for text in ("V=257 Hs=16 Ht=32", "optimizer state", "their gradients", "teacher's parameters"):
         assert text in out
+    # student: 6·P + 3u with P = 2·12·16², u = 2·257·16; teacher: 2·P with P = 2·12·32²
+    lm_only, teacher = 6 * 6144 + 3 * 8224, 2 * 24576
+    heads = {"cached": -teacher, "compressed_head": 2 * 16 * (257 + 32), "teacher_head": 2 * 257 * 32}
+    heads["projector"] = 2 * 1024 + 3 * 8224
+    prices = ", ".join(f"{name} {1 + (teacher + head) / lm_only:.2f}" for name, head in heads.items())
+    assert f"operations of training on a token, times LM only's: {prices} (compressed at rank 16)\n" in out
 
 
 def test_a_cpu(kdfast):

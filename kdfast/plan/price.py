@@ -1,0 +1,88 @@
+"""The price of a token: the matrix operations of training a student on it under a recipe, beside those of LM only."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from kdfast.training.recipes import Recipe
+
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # what configurations call their number
+
+
+class Size(NamedTuple):
+    """What a price depends on of a model."""
+
+    parameters: int  # of the matrices that a token passes: no embedding, no head, of experts those that take it
+    vocab: int
+    width: int
+    layers: int
+
+
+class Price(NamedTuple):
+    """Operations per token, without row work, attention's products and what recomputing activations takes."""
+
+    lm_only: int
+    teacher: int  # what distilling adds
+
+    @property
+    def ratio(self) -> float:
+        """Return the price in those of LM only."""
+        return 1 + self.teacher / self.lm_only
+
+    def __str__(self) -> str:
+        return f"{self.lm_only + self.teacher:.3g} operations per token, {self.ratio:.2f} times LM only's"
+
+
+def size_of(model: Any) -> Size:
+    """Return the sizes of a causal model of transformers, on any device; of one with images, its text model's."""
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    apart = {id(p) for module in (head, *tables) for p in module.parameters()}
+    experts = next((n for name in EXPERTS if (n := getattr(config, name, None))), None)
+    taken = (getattr(config, "num_experts_per_tok", None) or experts or 1) / (experts or 1)
+    passed = 0.0
+    for name, p in model.get_decoder().named_parameters():
+        if p.dim() > 1 and id(p) not in apart:
+            packed = getattr(p, "quant_state", None)  # bitsandbytes' 4 bits, two to an element
+            elements = p.numel() if packed is None else math.prod(packed.shape)
+            passed += elements * (taken if re.search(r"\bexperts\.", name) else 1)
+    vocab, width = head.weight.shape
+    return Size(round(passed), vocab, width, getattr(config, "num_hidden_layers", 0))
+
+
+def price_per_token(recipe: Recipe, student: Size, teacher: Size | None, rank: int | None = None) -> Price:
+    """Return what a token costs under `recipe`. With u = 2·V·H, one product with a head:
+
+        LM only                    6·P + 3·u(Hs)
+        any teacher that runs      + 2·Pt
+        its own head               + u(Ht)
+        compressed, of `rank` r    + 2·r·(V + Ht); None: the head stays whole
+        projected                  + 2·Ht·Hs + u(Hs), and what its gradients take
+        entries kept of it         nothing
+
+    Solves, before the first step or again on the way, are not in it.
+    """
+    product = 2 * student.vocab * student.width
+    lm_only = 6 * student.parameters + 3 * product
+    if teacher is None or (recipe.teacher in ("none", "cached") and not recipe.hidden_weight):
+        return Price(lm_only, 0)
+    own, projector = 2 * teacher.vocab * teacher.width, 2 * teacher.width * student.width
+    heads = 0
+    if recipe.teacher == "compressed_head" and rank is not None:
+        heads = 2 * rank * (teacher.vocab + teacher.width)
+    elif recipe.teacher in ("own_head", "compressed_head"):
+        heads = own
+    elif recipe.teacher == "projected":
+        trained = recipe.projector_resolve_steps == 0
+        reached = trained and (recipe.teacher_grad != "none" or recipe.anchor_weight > 0)
+        heads = (1 + trained) * projector + (1 + reached + (recipe.teacher_grad == "full")) * product
+    elif recipe.teacher == "probe":
+        heads = 2 * projector + 4 * product  # its own training's three, and the one that the student learns from
+    if recipe.hidden_weight:
+        heads += 3 * projector * student.layers
+    return Price(lm_only, 2 * teacher.parameters + heads)

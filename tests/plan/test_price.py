@@ -1,0 +1,88 @@
+"""The price of a token, held against the operations that torch counts in one step of training."""
+
+import pytest
+import torch
+from tiny_models import tiny
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from kdfast.engines import operators
+from kdfast.plan.price import Price, Size, price_per_token, size_of
+from kdfast.training import RECIPES, DistillationModel
+from kdfast.training.recipes import Recipe
+
+FAMILIES = ("gpt2", "llama", "qwen2")
+RECIPE_CASES = [
+    *(recipe for recipe in RECIPES.values() if recipe.name not in ("cached", "svd_init", "projector_refit")),
+    Recipe("svd_init at rank 8", teacher="compressed_head", compressed_rank=8, student_init="svd"),
+    Recipe("projector's gradient", teacher="projected", teacher_grad="projector"),
+    Recipe("no gradient", teacher="projected", teacher_grad="none"),
+    Recipe("no gradient, anchor", teacher="projected", teacher_grad="none", anchor_weight=0.5),
+    Recipe("solved again", teacher="projected", teacher_grad="none", projector_init="svd", projector_resolve_steps=4),
+    Recipe("hidden states", teacher="none", kd_weight=0.0, hidden_weight=1.0),
+]
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Return the matrix operations of what is called, those within an engine, where no mode looks, too."""
+
+    def product(out, a, b, **_):
+        return 2 * a[0] * a[1] * b[1]
+
+    def count(work):
+        within = []
+        counting = {"custom_mapping": {torch.ops.aten.addmm_: product}, "display": False}
+        solve = operators._solve
+
+        def watched(*args):
+            with FlopCounterMode(**counting) as inside:
+                result = solve(*args)
+            within.append(inside.get_total_flops())
+            return result
+
+        monkeypatch.setattr(operators, "_solve", watched)
+        with FlopCounterMode(**counting) as outside:
+            work()
+        by_operator = outside.get_flop_counts()["Global"]
+        return sum(within) + sum(n for op, n in by_operator.items() if "bmm" not in str(op))  # attention's products
+
+    return count
+
+
+@pytest.mark.parametrize("recipe", RECIPE_CASES, ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_is_what_torch_counts(family, recipe, counted, monkeypatch):
+    # a target for every token: the engine leaves out rows without one
+    monkeypatch.setattr("kdfast.training.model.shift_labels", lambda labels, mask: labels.roll(-1, 1))
+    student, teacher = tiny(family, width=16, layers=2), tiny(family, width=24, layers=3, seed=1)
+    for one in (student, teacher):
+        one.set_attn_implementation("eager")
+    given = None if recipe.name == "lm_only" else teacher
+    model = DistillationModel(student, given, recipe=recipe, engine="torch", check_heads=False)
+    batch = {"input_ids": torch.randint(3, 67, (8, 16), generator=torch.Generator().manual_seed(0))}
+    batch["labels"] = batch["input_ids"]
+    model.solve([batch])
+    operations = counted(lambda: model(**batch).loss.backward())
+    rank = None if model.compressed_head is None else model.compressed_head.rank
+    price = price_per_token(recipe, size_of(student), given and size_of(teacher), rank)
+    assert operations == batch["input_ids"].numel() * (price.lm_only + price.teacher)
+
+
+def test_experts_count_as_often_as_they_are_taken():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    sizes |= {"intermediate_size": 32, "vocab_size": 67, "num_local_experts": 8, "num_experts_per_tok": 2}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **sizes))
+    attention, router, expert = 4 * 16 * 16, 8 * 16, 3 * 16 * 32
+    assert size_of(model) == Size(2 * (attention + router + 2 * expert), 67, 16, 2)
+
+
+def test_entries_that_were_kept_cost_nothing_and_it_says_what_it_is():
+    student, teacher = Size(1000, 100, 10, 2), Size(5000, 100, 20, 4)
+    lm_only = 6 * 1000 + 3 * 2 * 100 * 10
+    assert price_per_token(RECIPES["cached"], student, None) == Price(lm_only, 0)
+    assert price_per_token(RECIPES["cached"], student, teacher).ratio == 1
+    live = price_per_token(RECIPES["teacher_head"], student, teacher)
+    assert live == Price(lm_only, 2 * 5000 + 2 * 100 * 20)
+    assert str(live) == "2.6e+04 operations per token, 2.17 times LM only's"
