@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ COLUMNS = {  # header: key of the summary, digits, unit
     "unfinished": ("unfinished", 0, 1),
     "recipe": ("recipe", 0, 1),
     "student CE": ("eval_ce", 4, 1),
+    "less LM only, equal tokens": ("less_lm_only_tokens", 0, 1),
+    "less LM only, equal seconds": ("less_lm_only_seconds", 0, 1),
     "perplexity": ("perplexity", 2, 1),
     "KL(true‖student)": ("kl_teacher_student", 4, 1),
     "KL(true‖projected)": ("kl_teacher_projected", 4, 1),
@@ -32,15 +35,58 @@ COLUMNS = {  # header: key of the summary, digits, unit
     "steps": ("steps", 0, 1),
     "tokens/s": ("tokens_per_second", 0, 1),
     "seconds": ("seconds", 1, 1),
+    "teacher's seconds": ("teacher_seconds", 1, 1),
+    "operations × LM only": ("times_lm_only", 2, 1),
     "peak MiB": ("peak_memory_bytes", 0, 2**20),
 }
 
 
 def table(runs: Sequence[Run]) -> pd.DataFrame:
     """Return one row of text per run, without the columns that are empty for every run."""
-    rows = {header: [_cell(run.summary.get(key), *form) for run in runs] for header, (key, *form) in COLUMNS.items()}
+    summaries = [{**run.summary, **_differences(run, runs)} for run in runs]
+    rows = {header: [_cell(one.get(key), *form) for one in summaries] for header, (key, *form) in COLUMNS.items()}
     cells = pd.DataFrame(rows, index=[run.name for run in runs]).rename_axis(columns="run")
     return cells.loc[:, (cells != "–").any()]
+
+
+def whole_seconds(summary: Mapping[str, Any]) -> float | None:
+    """Return the seconds of the training steps and of the teacher's run over the text, where it was run beforehand."""
+    seconds = summary.get("seconds")
+    return None if seconds is None else seconds + (summary.get("teacher_seconds") or 0.0)
+
+
+BUDGETS: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
+    "tokens": lambda summary: summary.get("tokens"),
+    "seconds": whole_seconds,
+}
+EQUAL = 0.1  # of a budget: what two may differ by and be called equal
+
+
+def less_lm_only(run: Run, runs: Sequence[Run], budget: str) -> float | None:
+    """Return the run's cross entropy less that of LM only at equal "tokens" or "seconds", nats.
+
+    LM only is the finished `lm_only` run of a student of this size on this evaluation text whose own budget is the
+    nearest and at most a tenth off. None where there is none: nothing is read off a curve, whose learning rate was
+    another's, or extrapolated.
+    """
+    of, mine = BUDGETS[budget], run.summary
+    own, ce = of(mine), mine.get("eval_ce")
+    if own is None or ce is None or mine.get("recipe") == "lm_only" or "unfinished" in mine:
+        return None
+    found = []
+    for other in (other.summary for other in runs if other.summary.get("recipe") == "lm_only"):
+        theirs, their_ce = of(other), other.get("eval_ce")
+        same = all(other.get(key) == mine.get(key) for key in ("student_parameters", "eval_tokens"))
+        if theirs is not None and their_ce is not None and same and "unfinished" not in other:
+            found.append((abs(theirs - own), their_ce))
+    off, nearest = min(found, default=(inf, 0.0))
+    return ce - nearest if off <= EQUAL * own else None
+
+
+def _differences(run: Run, runs: Sequence[Run]) -> dict[str, str]:
+    """Return those to LM only, as text."""
+    differences = {f"less_lm_only_{budget}": less_lm_only(run, runs, budget) for budget in BUDGETS}
+    return {name: f"{value:+.3f}" for name, value in differences.items() if value is not None}
 
 
 def _cell(value: Any, digits: int, unit: int) -> str:

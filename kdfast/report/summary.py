@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from kdfast.engines import resolve
 from kdfast.report.read_runs import log_table, summarize_log
+from kdfast.training.cache.read import cached_blocks
 from kdfast.training.config import KDConfig
 from kdfast.training.durable.atomic_io import write_text
 from kdfast.training.trainer import KDTrainer
@@ -22,9 +23,11 @@ def summarize(trainer: KDTrainer, evaluation: dict[str, float]) -> dict[str, Any
     """Return the summary of a trained run and of its last `evaluation`; `summarize_log` says what came of it."""
     model, device = trainer.model, trainer.args.device
     on_gpu = device.type == "cuda"
+    caches = {blocks.cache.folder: blocks.cache for blocks in cached_blocks(trainer.train_dataset)}
     return {
         "recipe": model.recipe.name,
         **summarize_log(log_table(trainer.state.log_history), evaluation),
+        "teacher_seconds": sum(cache.summary.seconds for cache in caches.values()) or None,
         "eval_tokens": evaluation.get("eval_tokens"),
         "engine": engine_of(trainer.args, model.student),
         "device": torch.cuda.get_device_name(device) if on_gpu else f"{device.type}, {torch.get_num_threads()} threads",

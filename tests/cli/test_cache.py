@@ -49,7 +49,10 @@ def test_from_a_cache_as_from_the_live_teacher(configured, kdfast, monkeypatch):
     code, out, err = kdfast("distill", "c.yaml")
     assert code == 0, err
     assert "recipe cached: the data set brings a teacher's cached entries" in out
-    assert json.loads((configured / "out/summary.json").read_text())["recipe"] == "cached"
+    trained = json.loads((configured / "out/summary.json").read_text())
+    assert trained["recipe"] == "cached"
+    assert trained["teacher_seconds"] == summary["seconds"]
+    assert trained["times_lm_only"] == 1
     assert losses(configured, "out") == pytest.approx(losses(configured, "live"), rel=1e-6)
     assert len(losses(configured, "out")) == 2 + 2
 

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import pytest
 
 from kdfast.report.curves import PANELS, differ_in_tokens, limits_after_the_fall, panels
-from kdfast.report.page import made_here, png_names, table, text_table, write_pngs, write_report
+from kdfast.report.page import less_lm_only, made_here, png_names, table, text_table, write_pngs, write_report
 from kdfast.report.read_runs import Run, log_table
 
 LOG = [
@@ -174,6 +174,35 @@ def test_table_shows_a_dash_where_a_number_does_not_apply_and_drops_empty_column
         ["with KD <b>", "run5", "7.5000", "1,808.04", "1.2500", "4,096"],
         ["without", "lm_only", "7.2500", "–", "–", "–"],
     ]
+
+
+def test_students_are_compared_with_lm_only_at_equal_tokens_and_at_equal_seconds():
+    def student(name, recipe, ce, tokens, seconds, **more):
+        summary = {"recipe": recipe, "eval_ce": ce, "tokens": tokens, "seconds": seconds, "student_parameters": 9}
+        return run(name, [], {**summary, **more})
+
+    runs = [
+        student("teacher", "lm_only", 4.0, 1000, 100.0, student_parameters=99),
+        student("short", "lm_only", 6.0, 1000, 10.0),
+        student("long", "lm_only", 5.5, 4000, 42.0),
+        student("killed", "lm_only", 5.9, 1005, 31.0, unfinished="step 9 of 10"),
+        student("live", "teacher_head", 5.75, 1010, 39.0),
+        student("kept", "svd_init", 5.25, 2000, 12.0, teacher_seconds=30.0),
+        student("slow", "projector", 5.5, 1000, 60.0),
+        student("other text", "probe", 5.5, 1000, 10.0, eval_tokens=7),
+    ]
+    made = table(runs)
+    assert dict(made["less LM only, equal tokens"]) == {
+        **dict.fromkeys(("teacher", "short", "long", "killed", "kept", "other text"), "–"),
+        "live": "-0.250",  # 1000 of 1010, not 1005 of a run that is not finished
+        "slow": "-0.500",
+    }
+    assert {name: less_lm_only(one, runs, "seconds") for name, one in zip(made.index, runs, strict=True)} == {
+        **dict.fromkeys(("teacher", "short", "long", "killed", "slow", "other text")),
+        "live": 0.25,  # 42 s of 39
+        "kept": -0.25,  # 42 s of 12 + 30
+    }
+    assert made["teacher's seconds"]["kept"] == "30.0"
 
 
 def test_text_table_is_aligned():
