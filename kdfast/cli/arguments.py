@@ -20,7 +20,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from kdfast.cli.errors import UserError
 from kdfast.inputs import did_you_mean
 from kdfast.training import KDConfig
-from kdfast.training.recipes import AUTO, CACHED, current_name
+from kdfast.training.recipes import AUTO, CACHED, RECIPES, current_name
 
 Command = Literal["distill", "cache"]
 LM_ONLY = "lm_only"
@@ -66,17 +66,6 @@ class DataArguments:
 
 
 @dataclass
-class CacheArguments:
-    teacher_cache: str | None = _key(None, "folder that `kdfast cache` writes, to train from without a live teacher")
-    cache_method: str = _key("top_k", "top_k, or sample: ids drawn at random and counted")
-    cache_top_k: int = _key(64, "ids kept per token, at most 1024")
-    cache_samples: int = _key(64, "ids drawn per token, at most 1024")
-    cache_dtype: str = _key("float16", "float16 or float32, of log-probabilities")
-    cache_temperatures: list[float] | None = _key(None, "of the runs to come, besides 1; default: temperature")  # noqa: RUF009
-    cache_shard_tokens: int = _key(2**20, "about how many tokens go into a shard")
-
-
-@dataclass
 class RunArguments:
     overwrite_output_dir: bool = _key(False, "throw away the run that output_dir holds and start anew")
 
@@ -85,7 +74,6 @@ class RunArguments:
 ARGUMENT_CLASSES: dict[Any, str] = {
     ModelArguments: "models",
     DataArguments: "data",
-    CacheArguments: "teacher cache",
     RunArguments: "run",
     KDConfig: "training",
 }
@@ -99,7 +87,6 @@ EPILOGS = {
 class Arguments(NamedTuple):
     model: ModelArguments
     data: DataArguments
-    cache: CacheArguments
     run: RunArguments
     training: KDConfig
     given: dict[str, Any]  # what differs from the defaults, by key
@@ -203,11 +190,13 @@ def _problems(given: Mapping[str, Any], command: Command) -> Iterator[str]:
     if not 0 < given["eval_fraction"] < 1:
         yield f"eval_fraction={given['eval_fraction']}; expected a number between 0 and 1"
     recipe, live, cached = given["recipe"], given["teacher_model_name_or_path"], given["teacher_cache"]
-    fits = {LM_ONLY: True, CACHED: cached, AUTO: live or cached}.get(recipe, live and not cached)
+    direct = RECIPES.get(recipe, RECIPES[LM_ONLY]).teacher in ("own_head", "compressed_head")
+    fits = {LM_ONLY: True, CACHED: cached, AUTO: live or cached}.get(recipe, live and (direct or not cached))
     if distills and not fits:
         yield (
             f"recipe {recipe!r} with teacher_model_name_or_path={live!r} and teacher_cache={cached!r}; expected a "
-            f"cache for {CACHED}, either for {AUTO}, a live teacher and no cache for every other one but {LM_ONLY}"
+            f"cache for {CACHED}, either for {AUTO}, a live teacher for every other one but {LM_ONLY}, and a cache "
+            "besides only where that learns from the teacher's own head"
         )
 
 
@@ -221,11 +210,12 @@ def format_help(command: Command) -> str:
     )
     trainers = {f.name for f in dataclasses.fields(TrainingArguments)} - {"output_dir"}
     for cls, title in ARGUMENT_CLASSES.items():
-        if command == "cache" and cls in (RunArguments, KDConfig):
+        if command == "cache" and cls is RunArguments:
             continue
         group = parser.add_argument_group(title)
         for f in dataclasses.fields(cls):
-            if f.init and f.name not in trainers:
+            of_cache = cls is not KDConfig or f.name.startswith(("teacher_cache", "cache_"))
+            if f.init and f.name not in trainers and (command == "distill" or of_cache):
                 default = "" if f.default in (None, dataclasses.MISSING) else f" [{f.default}]"
                 group.add_argument(f"--{f.name}", metavar="", help=f"{f.metadata['help']}{default}".replace("%", "%%"))
     return parser.format_help()

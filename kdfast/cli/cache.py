@@ -27,7 +27,7 @@ def cache(argv: list[str]) -> int:
     """Do what the command line says; return the exit code."""
     arguments = parse_argv(argv, "cache")
     summary = make_cache(arguments)
-    print_once(f"{arguments.cache.teacher_cache}: {summary}")
+    print_once(f"{arguments.training.teacher_cache}: {summary}")
     leave()
     return 0
 
@@ -37,11 +37,11 @@ def make_cache(arguments: Arguments) -> CacheSummary:
 
     Raises UserError where they cannot be run, RunFailed where it cannot be written.
     """
-    asked, training, models = arguments.cache, arguments.training, arguments.model
-    assert asked.teacher_cache is not None  # parse saw to it
+    training, models = arguments.training, arguments.model
+    assert training.teacher_cache is not None  # parse saw to it
     assert models.teacher_model_name_or_path is not None
-    folder = Path(asked.teacher_cache)
-    count = "cache_top_k" if asked.cache_method == "top_k" else "cache_samples"
+    folder = Path(training.teacher_cache)
+    count = "cache_top_k" if training.cache_method == "top_k" else "cache_samples"
     autocast = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None  # as for a live teacher
     try:
         tokenizer, train, evaluation = load_text(arguments)
@@ -55,17 +55,12 @@ def make_cache(arguments: Arguments) -> CacheSummary:
                 teacher,
                 {"train": train, "eval": evaluation},
                 folder,
-                method=asked.cache_method,  # type: ignore[arg-type]  # checked there
-                k=getattr(asked, count),
-                temperatures=asked.cache_temperatures or sorted(set(training.resolved(CACHED).temperatures)),
-                dtype=asked.cache_dtype,  # type: ignore[arg-type]
                 tokenizer=tokenizer,
                 valid_vocab=training.valid_vocab,
-                seed=training.seed,
                 batch_size=training.per_device_eval_batch_size,
-                shard_tokens=asked.cache_shard_tokens,
                 name=models.teacher_model_name_or_path,
                 tell=lambda text: print_once(f"{folder}: {text}"),
+                **training.cache_options(training.resolved(CACHED).temperatures),
             )
         if complete:
             by_first(lambda: TeacherCache(folder).summary)  # its checksums

@@ -24,11 +24,12 @@ from kdfast.report.page import text_table, write_report
 from kdfast.report.read_runs import REPORT, SUMMARY, Run, is_finished, log_table, read_run
 from kdfast.report.summary import engine_of, summarize, write_summary
 from kdfast.training import KDTrainer, load_student, load_teacher
+from kdfast.training.cache.description import Description, is_complete
 from kdfast.training.cache.read import TeacherCache
 from kdfast.training.callbacks import show_progress
 from kdfast.training.durable.errors import RunStoppedError, TerminatedError
 from kdfast.training.durable.processes import by_first, leave, print_once
-from kdfast.training.recipes import CACHED
+from kdfast.training.recipes import AUTO, CACHED
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -118,7 +119,7 @@ def _trainer(arguments: Arguments, name: str) -> KDTrainer:
     config = _student_config(models.student_config)
     student = load_student(models.model_name_or_path, student_config=config, dtype=models.dtype, **text)
     loaded = {"student": student}
-    if arguments.cache.teacher_cache:
+    if _learns_without_teacher(arguments):
         train, evaluation = _with_cache(arguments, tokenizer, train, evaluation)
     elif (teacher := models.teacher_model_name_or_path) is not None:
         loaded["teacher"] = load_teacher(teacher, dtype=models.teacher_dtype, **text)
@@ -139,11 +140,21 @@ def _trainer(arguments: Arguments, name: str) -> KDTrainer:
     )
 
 
+def _learns_without_teacher(arguments: Arguments) -> bool:
+    """Return whether a cache is all that a run needs: no other teacher is named, or `kdfast cache` has kept both."""
+    training, folder = arguments.training, arguments.training.teacher_cache
+    if not folder or training.recipe in (CACHED, LM_ONLY) or arguments.model.teacher_model_name_or_path is None:
+        return bool(folder)
+    return training.recipe == AUTO and by_first(
+        lambda: is_complete(Path(folder)) and "eval" in Description.read(Path(folder)).splits
+    )
+
+
 def _with_cache(
     arguments: Arguments, tokenizer: PreTrainedTokenizerBase, train: Dataset, evaluation: Dataset
 ) -> tuple[Any, Any]:
     """Return the blocks with the teacher's entries; those to train on as they are if a run learns from text alone."""
-    training, folder = arguments.training, arguments.cache.teacher_cache or ""
+    training, folder = arguments.training, arguments.training.teacher_cache or ""
     cache = by_first(lambda: TeacherCache(folder))  # its checksums, read once
     cache.check_tokenizer(tokenizer)
     then, now = cache.description.teacher, arguments.model.teacher_model_name_or_path

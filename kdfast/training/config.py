@@ -8,7 +8,7 @@ A distillation field left at None comes from the recipe; `resolved()` gives what
 import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from numbers import Real
 from typing import Any, get_args
@@ -22,6 +22,8 @@ from kdfast.training.recipes import AUTO, RECIPES, UNUSED, ProjectorStart, Recip
 from kdfast.training.teachers import TeacherTail
 
 logger = logging.getLogger(__name__)
+
+DRAWN = 32  # ids drawn per token
 
 # evaluation metrics → whether a greater value is better, for metric_for_best_model; None: neither is
 GREATER_IS_BETTER: dict[str, bool | None] = {
@@ -100,6 +102,19 @@ class KDConfig(TrainingArguments):
     )
     valid_vocab: int | None = _field(None, "Ids from here on are padding rows; None = as the tokenizer says, or none.")
 
+    precompute_teacher_log_probs: bool | None = _field(
+        None, "Run the teacher once over the training text, before the first step. None = where the text comes again."
+    )
+    teacher_cache: str | None = _field(
+        None, "Folder of the teacher's entries: read, or made where it is not there; None = output_dir/teacher_cache."
+    )
+    cache_method: str = _field("sample", "What is kept of the teacher: sample, ids drawn at random; or top_k.")
+    cache_samples: int = _field(DRAWN, "Ids drawn per token, at most 1024.")
+    cache_top_k: int = _field(64, "Ids kept per token, at most 1024.")
+    cache_dtype: str = _field("float16", "float16 or float32, of top_k's log-probabilities.")
+    cache_temperatures: list[float] | None = _field(None, "Of the runs to come, besides 1; default: the run's.")
+    cache_shard_tokens: int | None = _field(None, "Tokens in a shard; None = a 64th of the text, 2^14 to 2^20.")
+
     shard_teacher: bool = _field(False, "Under FSDP: shard the teacher too, in place of a whole copy per process.")
     non_finite: str = _field("stop", "At a loss or gradient that is not finite: stop, or skip the step (synchronizes).")
     max_skipped_steps: int = _field(10, "With non_finite=skip: so many steps in a row stop the run nevertheless.")
@@ -132,6 +147,17 @@ class KDConfig(TrainingArguments):
         if "temperature_steps" in given:
             given["temperature_steps"] = tuple(given["temperature_steps"])
         return replace(found, **{name: value for name, value in given.items() if name not in unused})
+
+    def cache_options(self, temperatures: Sequence[float]) -> dict[str, Any]:
+        """Return the arguments of `cache_teacher` that are settings; for runs at `temperatures` if none are set."""
+        return {
+            "method": self.cache_method,
+            "k": self.cache_top_k if self.cache_method == "top_k" else self.cache_samples,
+            "temperatures": self.cache_temperatures or sorted(set(temperatures)),
+            "dtype": self.cache_dtype,
+            "seed": self.seed,
+            "shard_tokens": self.cache_shard_tokens,
+        }
 
     def _check(self) -> None:
         if self.recipe != AUTO:

@@ -132,6 +132,8 @@ class EvaluationMeter:
 def evaluated(model: DistillationModel, dataset: Any) -> list[str]:
     """Return the names of what an evaluation of `model` logs, on a `dataset` whose rows have targets."""
     teacher, absent = model.recipe.teacher, set()
+    if teacher == "cached" and model.teacher is not None and "teacher_indices" not in names_of(dataset):
+        teacher = "own_head"
     if model.teacher is None:  # the data set may bring the true teacher's entries
         names, blocks = names_of(dataset), cached_blocks(dataset)
         own = "teacher_indices" in names and (model.teacher_tail == "bucket" or "teacher_log_tails" in names)

@@ -7,6 +7,7 @@ through this forward: the hooks of DDP and FSDP run, and autocast and torch.comp
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -262,6 +263,12 @@ class DistillationModel(nn.Module):
         if self.teacher is not None:
             self.teacher.eval()
         return self
+
+    def learn_from_entries(self) -> None:
+        """Take the teacher's entries, which batches bring from now on, in place of its head. Before `solve`."""
+        self.recipe = replace(self.recipe, teacher="cached", compressed_rank=None, compressed_kl=None)
+        self.kd_teacher = KINDS["cached"](self.recipe)
+        self.compressed_head, self.solved = None, self.solved or not self.recipe.solves
 
     @torch.no_grad()
     def solve(self, batches: Iterable[dict[str, Any]], tokens: int | None = None) -> list[Start]:

@@ -168,7 +168,7 @@ UNUSED: dict[str, tuple[str, ...]] = {
     "compressed_head": _PROJECTOR,
     "projected": _COMPRESSED,
     "probe": (*_COMPRESSED, "teacher_grad", "projector_resolve_steps"),
-    "cached": (*_PROJECTOR, *_COMPRESSED, "student_init", "hidden_weight"),
+    "cached": (*_PROJECTOR, *_COMPRESSED, "hidden_weight"),
 }
 
 

@@ -158,6 +158,8 @@ class Cached(NoTeacher):
     """Learn from what the teacher's own head once said."""
 
     def terms(self, batch: Batch, part: nn.Module | None) -> KDTerms:
+        if batch.cached is None and batch.own is not None:  # in an evaluation that a live teacher was kept for
+            return KDTerms(batch.own, batch.options)
         if batch.cached is None:
             raise ValueError(
                 "teacher_indices is None; recipe 'cached' learns from a teacher cache: train on "

@@ -28,6 +28,7 @@ from kdfast.plan.price import Price, price_per_token, size_of
 from kdfast.schedules import Schedule
 from kdfast.training import fsdp
 from kdfast.training.cache.description import teacher_fingerprint
+from kdfast.training.cache.precompute import Precomputation
 from kdfast.training.cache.read import cached_blocks, check_datasets
 from kdfast.training.callbacks import HealthCallback
 from kdfast.training.config import KDConfig
@@ -141,6 +142,7 @@ class KDTrainer(DurableTrainer):
         refuse_adapter(model.student if isinstance(model, DistillationModel) else model)
         datasets = by_name(train_dataset=train_dataset, eval_dataset=eval_dataset)
         choice: Choice | None = None
+        wrapped_here = not isinstance(model, DistillationModel)
         if not isinstance(model, DistillationModel):
             model, choice = _wrap(model, args, teacher, processing_class, datasets)
         elif teacher is not None:
@@ -154,8 +156,6 @@ class KDTrainer(DurableTrainer):
         own = type(self).evaluate is KDTrainer.evaluate and type(self).evaluation_loop is KDTrainer.evaluation_loop
         packages = {one.on_evaluate.__module__.partition(".")[0] for one in callbacks or ()}
         own = own and packages <= {"transformers", "kdfast"}  # another's on_evaluate may add to what is logged
-        if own and args.metric_for_best_model is not None and args.eval_strategy != "no" and eval_dataset is not None:
-            check_best(args.metric_for_best_model, model, eval_dataset)
         self.kd_weight_schedule = kd_weight_schedule or model.recipe.kd_weight_schedule()
         self.temperature_schedule = temperature_schedule or model.recipe.temperature_schedule()
         if args.health and not any(isinstance(callback, HealthCallback) for callback in callbacks or ()):
@@ -179,6 +179,15 @@ class KDTrainer(DurableTrainer):
             fsdp.place_teacher(model, self.accelerator, args.shard_teacher)
         if choice is not None:
             processes.print_once(f"recipe {choice.recipe}: {choice.why}")
+        sharded = self.is_fsdp_enabled and args.shard_teacher
+        before = Precomputation(
+            model, args, train_dataset, wrapped_here, temperature_schedule, sharded, self._collator, processing_class
+        )
+        self._precomputation = before if before.is_wanted() else None
+        if self._precomputation is not None:
+            model.learn_from_entries()
+        if own and args.metric_for_best_model is not None and args.eval_strategy != "no" and eval_dataset is not None:
+            check_best(args.metric_for_best_model, model, eval_dataset)
         self._solved = False
         self.starts: list[Start] = []  # what was solved before the first step
         self._start_run()
@@ -215,6 +224,7 @@ class KDTrainer(DurableTrainer):
         self._start_run()
         self._solve_starts()
         processes.print_once(f"{self._recipe.name}: {self.price}")
+        self._precompute()
         if self.model_wrapped is self.model and self.accelerator.num_processes > 1 and not self.is_fsdp_enabled:
             # accelerate took an evaluation before the run for the model's preparation, and would leave out DDP
             self.model._is_accelerate_prepared = False  # type: ignore[assignment]
@@ -265,6 +275,14 @@ class KDTrainer(DurableTrainer):
                 self.starts = _share_starts(model, self.starts, self.args.device)
         for start in self.starts:
             processes.print_once(str(start))
+
+    def _precompute(self) -> None:
+        """Run the teacher over the training text, once, where the run is to learn from what is kept of it."""
+        if self._precomputation is not None and not cached_blocks(self.train_dataset):
+            with self.naming_lost_processes():
+                self.train_dataset = self._precomputation.make(
+                    self.train_dataset, self.compute_loss_context_manager()
+                )
 
     def _calibration_batches(self) -> Iterator[dict[str, Any]]:
         """Yield batches of training text, not from the loader, which a run goes through in order."""

@@ -91,6 +91,11 @@ class Description:
             return self.k * (id_bytes + np.dtype(self.dtype).itemsize) + 4 * (1 + len(self.temperatures))
         return self.k * (id_bytes + np.dtype(count_type(self.k)).itemsize) + 2
 
+    @property
+    def usable_temperatures(self) -> tuple[float, ...]:
+        """Temperatures that a KD term may be at."""
+        return (1.0,) * (self.method == "top_k") + self.temperatures
+
     def write(self, folder: Path) -> None:
         write_text(folder / NAME, json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
 

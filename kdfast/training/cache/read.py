@@ -67,7 +67,7 @@ class TeacherCache:
     @property
     def temperatures(self) -> tuple[float, ...]:
         """Temperatures that a KD term may be at."""
-        return (1.0,) * (self.description.method == "top_k") + self.description.temperatures
+        return self.description.usable_temperatures
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
         """Raise CacheError where its tokens are not those the cache was made with; None, not known, passes."""
@@ -210,7 +210,7 @@ def check_datasets(model: DistillationModel, datasets: Mapping[str, Any], temper
     names = {argument: list(names_of(dataset)) for argument, dataset in datasets.items()}
     bringing = [argument for argument, columns in names.items() if "teacher_indices" in columns]
     lacking = [argument for argument, columns in names.items() if columns and argument not in bringing]
-    if recipe.teacher == "cached" and bringing and lacking:
+    if recipe.teacher == "cached" and model.teacher is None and bringing and lacking:
         raise CacheError(
             f"{lacking[0]} has no teacher_indices, which {bringing[0]} has; recipe 'cached' wants a teacher's entries "
             "in both. Cache that data too (TeacherCache.dataset gives the rows), or leave it out"

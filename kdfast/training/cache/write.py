@@ -60,7 +60,7 @@ from kdfast.training.hf import (
     run_backbone,
 )
 
-SHARD_TOKENS = 2**20
+SHARD_TOKENS = 2**14, 2**20  # the least and the most where nothing is said; a shard costs a tenth of a second
 INPUTS = ("input_ids", "attention_mask", "position_ids")
 SEEDS = 2**32  # a sequence's own: the run's times this, and its place in the split
 
@@ -78,7 +78,7 @@ def cache_teacher(
     valid_vocab: int | None = None,
     seed: int = 0,
     batch_size: int = 8,
-    shard_tokens: int = SHARD_TOKENS,
+    shard_tokens: int | None = None,
     name: str | None = None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> CacheSummary:
@@ -102,7 +102,7 @@ def cache_teacher(
             no ids for.
         seed: of what is drawn.
         batch_size: sequences at once; results do not depend on how often the work was interrupted.
-        shard_tokens: about how many go into one shard.
+        shard_tokens: about how many go into one shard; None = a 64th of all, 2^14 to 2^20.
         name: what the teacher is called in the cache; None = as it was loaded.
         tell: called with lines that say what is done.
 
@@ -112,6 +112,44 @@ def cache_teacher(
         OSError: as on a full disk. What is complete stays, and the same call resumes from it.
     """
     folder = Path(folder)
+    if not _is_count(batch_size):
+        raise ValueError(f"batch_size={batch_size!r} ({kind(batch_size)}); expected an int of at least 1")
+    description = describe(
+        teacher, splits, method=method, k=k, temperatures=temperatures, dtype=dtype, tokenizer=tokenizer,
+        valid_vocab=valid_vocab, seed=seed, shard_tokens=shard_tokens, name=name, tell=tell,
+    )  # fmt: skip
+    tokens = sum(split.tokens for split in description.splits.values())
+    lock = FileLock(folder / LOCK)  # the first process's
+    try:
+        if processes.by_first(lambda: _claim(folder, description, lock)):
+            return read_summary(folder)
+        at_most = "at most " if method == "sample" else ""
+        tell(f"{tokens:,} tokens, {at_most}{description.bytes_per_token:.0f} bytes each: {at_most}"
+             f"{tokens * description.bytes_per_token / 1e6:,.1f} MB")  # fmt: skip
+        start = time.perf_counter()
+        written = sum(processes.by_all(lambda: _write_share(teacher, splits, folder, description, batch_size)))
+        seconds = time.perf_counter() - start
+        return processes.by_first(lambda: _finish(folder, tokens, written, seconds))
+    finally:
+        lock.release()
+
+
+def describe(
+    teacher: PreTrainedModel,
+    splits: Mapping[str, Any],
+    *,
+    method: str,
+    k: int,
+    temperatures: Sequence[float],
+    dtype: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    valid_vocab: int | None,
+    seed: int,
+    shard_tokens: int | None,
+    name: str | None = None,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Description:
+    """Return what `cache_teacher` makes of these arguments. Raise ValueError where it would."""
     check_model(teacher, "teacher")
     vocab, _ = head_shape(teacher)
     if tokenizer is not None:
@@ -120,9 +158,8 @@ def cache_teacher(
             valid_vocab = ids
             tell(f"valid_vocab={ids}: the teacher's head has {vocab} rows, the tokenizer {ids} ids")
     _check(method, k, temperatures, dtype, vocab if valid_vocab is None else min(vocab, valid_vocab))
-    for argument, count in {"batch_size": batch_size, "shard_tokens": shard_tokens}.items():
-        if not _is_count(count):
-            raise ValueError(f"{argument}={count!r} ({kind(count)}); expected an int of at least 1")
+    if shard_tokens is not None and not _is_count(shard_tokens):
+        raise ValueError(f"shard_tokens={shard_tokens!r} ({kind(shard_tokens)}); expected an int ≥ 1, or None")
     if not splits:
         raise ValueError("splits is empty; expected {name: data set}, such as {'train': …, 'eval': …}")
     for split, dataset in splits.items():
@@ -139,7 +176,10 @@ def cache_teacher(
                 inputs = default_data_collator([inputs_of_row(dataset[i], INPUTS)])
                 known_ids(teacher, "teacher", inputs["input_ids"], inputs.get("attention_mask"))
     described = {split: describe_split(dataset, f"splits[{split!r}]") for split, dataset in splits.items()}
-    description = Description(
+    tokens = sum(split.tokens for split in described.values())
+    least, most = SHARD_TOKENS
+    shard_tokens = shard_tokens or min(max(tokens // 64, least), most)
+    return Description(
         teacher=name or str(teacher.name_or_path),
         teacher_sha256=teacher_fingerprint(teacher),
         teacher_dtype=str(_dtype(teacher)).removeprefix("torch."),
@@ -155,20 +195,6 @@ def cache_teacher(
         shard_sequences=max(1, shard_tokens // max(split.length for split in described.values())),
         splits=described,
     )
-    lock = FileLock(folder / LOCK)  # the first process's
-    try:
-        if processes.by_first(lambda: _claim(folder, description, lock)):
-            return read_summary(folder)
-        tokens = sum(split.tokens for split in described.values())
-        at_most = "at most " if method == "sample" else ""
-        tell(f"{tokens:,} tokens, {at_most}{description.bytes_per_token:.0f} bytes each: {at_most}"
-             f"{tokens * description.bytes_per_token / 1e6:,.1f} MB")  # fmt: skip
-        start = time.perf_counter()
-        written = sum(processes.by_all(lambda: _write_share(teacher, splits, folder, description, batch_size)))
-        seconds = time.perf_counter() - start
-        return processes.by_first(lambda: _finish(folder, tokens, written, seconds))
-    finally:
-        lock.release()
 
 
 def _claim(folder: Path, description: Description, lock: FileLock) -> bool:

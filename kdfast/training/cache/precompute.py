@@ -1,0 +1,212 @@
+"""A run's own cache: the teacher over the training text once, before the first step, where the text comes round again.
+
+What is kept, and how an interrupted one is resumed, is `cache_teacher`'s; the same folder serves further students.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch.utils.data import IterableDataset
+from transformers import PreTrainedModel, default_data_collator
+
+from kdfast.schedules import Schedule
+from kdfast.training.cache.description import NAME, Description, is_complete
+from kdfast.training.cache.read import CachedBlocks, TeacherCache, cached_blocks
+from kdfast.training.cache.write import INPUTS, cache_teacher, describe
+from kdfast.training.config import KDConfig
+from kdfast.training.data.columns import names_of
+from kdfast.training.data.rows import inputs_of_row
+from kdfast.training.data.tokenizers import text_tokenizer
+from kdfast.training.durable.processes import by_first, print_once
+from kdfast.training.model import DistillationModel
+
+FOLDER = "teacher_cache"  # in output_dir, where no other is named
+SPLIT = "train"
+SPARE = 2**30  # bytes left on the disk: checkpoints need room too
+
+
+@dataclass
+class Precomputation:
+    """A run's teacher, and whether it is run over the text before the first step.
+
+    Args:
+        model: as it is before, with or without a live teacher.
+        args: the run's.
+        dataset: to train on.
+        wrapped_here: the caller gave a student and a recipe's name, not a `DistillationModel`.
+        schedule: of temperatures, in the recipe's place.
+        sharded: the teacher is split over processes.
+        collate: makes the run's batches.
+        processor: the text's tokenizer, or what has it.
+    """
+
+    model: DistillationModel
+    args: KDConfig
+    dataset: Any
+    wrapped_here: bool
+    schedule: Schedule | None
+    sharded: bool
+    collate: Callable[[list[Any]], dict[str, Any]]
+    processor: Any
+
+    def is_wanted(self) -> bool:
+        """Return whether the run is to learn from entries made beforehand; the same in all processes.
+
+        As `precompute_teacher_log_probs` says, and where that is None: if `teacher_cache` names a folder, or the text
+        comes round again and nothing is in the way. Otherwise a line says what is.
+
+        Raises ValueError where it was asked for and cannot be.
+        """
+        asked, recipe, given = self.args.precompute_teacher_log_probs, self.model.recipe, self.dataset
+        if given is None or cached_blocks(given) or "teacher_indices" in names_of(given):
+            return False
+        fits = recipe.teacher in ("own_head", "compressed_head", "cached") and not recipe.hidden_weight
+        if self.model.teacher is None or not fits:
+            if asked:
+                raise ValueError(
+                    f"precompute_teacher_log_probs=True; expected a teacher, and a recipe that learns from its own "
+                    f"head alone, such as 'svd_init', 'compressed_head' or 'teacher_head'; this is {recipe.name!r}"
+                )
+            return False
+        if asked is False:
+            if self.args.teacher_cache is not None:
+                raise ValueError(
+                    f"precompute_teacher_log_probs=False and teacher_cache={self.args.teacher_cache!r}; expected one "
+                    "of them, for entries there are learned from in place of a teacher that runs at every step"
+                )
+            return False
+        asked = asked or self.args.teacher_cache is not None or recipe.teacher == "cached"
+        passes = self._passes()
+        if not asked and passes <= 1:
+            return False
+        obstacle = by_first(lambda: next(self._obstacles(not asked), None))
+        if obstacle is None:
+            return True
+        if asked:
+            raise ValueError(f"the teacher cannot be run beforehand, in place of once a step: {obstacle}")
+        print_once(f"the teacher runs at every step, and the text comes round {passes:.3g} times: {obstacle}")
+        return False
+
+    def _passes(self) -> float:
+        """Return how often the run goes over its text; 0 where that cannot be known."""
+        args, given = self.args, self.dataset
+        if isinstance(given, IterableDataset) or not hasattr(given, "__len__") or not len(given):
+            return 0.0
+        if args.max_steps <= 0:
+            return float(args.num_train_epochs)
+        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return args.max_steps * rows / len(given)
+
+    def _obstacles(self, unasked: bool) -> Iterator[str]:
+        """Yield what is in the way; what takes longer to find out comes later."""
+        args, recipe, given, folder = self.args, self.model.recipe, self.dataset, self.folder
+        if unasked and not self.wrapped_here:
+            yield "the DistillationModel is your own. precompute_teacher_log_probs=True changes its recipe"
+        if self.schedule is not None or len(set(recipe.temperatures)) > 1:
+            yield "the run has several temperatures, and entries are of one. Leave temperature_steps out"
+        if args.cache_method == "sample" and recipe.divergence != "forward_kl":
+            yield f"divergence={recipe.divergence!r}, of which drawn ids are no estimate. Set cache_method='top_k'"
+        if self.sharded:
+            yield "the teacher is sharded. Leave shard_teacher out, or make a cache beforehand (kdfast cache)"
+        if isinstance(given, IterableDataset) or not (hasattr(given, "__len__") and hasattr(given, "__getitem__")):
+            yield "the training text is a stream, and entries belong to rows by their number"
+        if unasked and not (isinstance(given, list) or _is_fixed(given)):
+            yield f"a {type(given).__name__}'s rows may change. precompute_teacher_log_probs=True says that they do not"
+        if unasked and args.push_to_hub:
+            yield "entries would go to the hub with output_dir. Name a folder, teacher_cache"
+        if unasked and int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size)) < args.world_size:
+            yield "several machines may have no disk in common. Name a folder they share, teacher_cache"
+        try:
+            description = describe(self._teacher, {SPLIT: given}, **self._options())
+            if not self._shows_rows_as_they_are([given[i] for i in range(min(len(given), 4))]):
+                yield f"data_collator ({type(self.collate).__name__}) makes other inputs of the rows than they hold"
+            if not (folder / NAME).exists():
+                yield from self._lacking_room(description)
+                if recipe.temperature not in description.usable_temperatures:
+                    yield f"cache_temperatures={args.cache_temperatures} lacks the run's, {recipe.temperature:g}"
+            elif changed := self._differences(description):
+                yield f"{str(folder)!r} is of something else ({'; '.join(changed)}). Name another, or remove it"
+        except ValueError as error:
+            yield str(error)
+
+    def make(self, dataset: Any, autocast: AbstractContextManager[Any]) -> CachedBlocks:
+        """Return the rows of `dataset` with the teacher's entries: made, completed or found, by all processes together.
+
+        Raises ValueError and OSError as `cache_teacher` and `TeacherCache` do.
+        """
+        folder = self.folder
+        if by_first(lambda: is_complete(folder)):
+            print_once(f"{folder}: the teacher's entries are there")
+        else:
+            options = {**self._options(), "batch_size": self.args.per_device_eval_batch_size}
+            options["tell"] = lambda text: print_once(f"{folder}: {text}")
+            with autocast:
+                summary = cache_teacher(self._teacher, {SPLIT: dataset}, folder, **options)
+            print_once(f"{folder}: {summary}")
+        cache = by_first(lambda: TeacherCache(folder))  # its checksums, read once
+        return cache.dataset(SPLIT, dataset, temperature=self.model.recipe.temperature)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the cache."""
+        return Path(self.args.teacher_cache or Path(str(self.args.output_dir)) / FOLDER)
+
+    @property
+    def _teacher(self) -> PreTrainedModel:
+        assert self.model.teacher is not None
+        return self.model.teacher
+
+    def _options(self) -> dict[str, Any]:
+        """Return what `describe` and `cache_teacher` are both given."""
+        return {
+            **self.args.cache_options(self.model.recipe.temperatures),
+            "tokenizer": text_tokenizer(self.processor, self.model.student),
+            "valid_vocab": self.model.valid_vocab,
+        }
+
+    def _shows_rows_as_they_are(self, rows: list[Any]) -> bool:
+        """Return whether the models see in a batch what the teacher is shown of the rows."""
+        batch = self.collate([dict(row) for row in rows])
+        shown = default_data_collator([inputs_of_row(row, INPUTS) for row in rows])
+        for name in INPUTS:
+            one, other = batch.get(name), shown.get(name)
+            if name == "attention_mask":
+                one, other = (None if x is None or x.all() else x for x in (one, other))
+            same = torch.equal(one, other) if one is not None and other is not None else one is other
+            if not same:
+                return False
+        return True
+
+    def _lacking_room(self, description: Description) -> Iterator[str]:
+        there = next(path for path in (self.folder, *self.folder.absolute().parents) if path.is_dir())
+        free, need = shutil.disk_usage(there).free, description.bytes_per_token * description.splits[SPLIT].tokens
+        if free < 1.1 * need + SPARE:
+            yield (
+                f"entries take up to {need / 1e9:.1f} GB, and the disk of {str(self.folder)!r} has {free / 1e9:.1f} GB "
+                "free. Make room, name another folder (teacher_cache), or keep fewer ids (cache_samples)"
+            )
+
+    def _differences(self, description: Description) -> list[str]:
+        """Return what keeps the run from learning from a complete cache, or from completing an interrupted one."""
+        there = Description.read(self.folder)
+        if not is_complete(self.folder):
+            return there.differences(description)
+        temperature = self.model.recipe.temperature
+        held = {**asdict(there), SPLIT: there.splits.get(SPLIT), "temperature": there.usable_temperatures}
+        asked = {**asdict(description), SPLIT: description.splits[SPLIT], "temperature": temperature}
+        names = ["teacher_sha256", "tokenizer_sha256", "vocab", "valid_vocab", SPLIT]
+        names += ["temperature"] * (temperature not in there.usable_temperatures)
+        return [f"{name}: then {held[name]}, now {asked[name]}" for name in names if held[name] != asked[name]]
+
+
+def _is_fixed(dataset: Any) -> bool:
+    return isinstance(dataset, Dataset) and dataset.format["type"] != "custom"  # that is a transform's

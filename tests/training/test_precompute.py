@@ -1,0 +1,38 @@
+"""A teacher that is run once, before the first step, because the text comes round again."""
+
+import pytest
+import torch
+from datasets import Dataset
+
+from kdfast.training import KDTrainer
+from kdfast.training.cache import CachedBlocks
+
+T, V = 12, 67
+
+
+@pytest.fixture
+def text():
+    ids = torch.randint(3, V, (64, T), generator=torch.Generator().manual_seed(5)).tolist()
+    return Dataset.from_dict({"input_ids": ids, "labels": ids})
+
+
+@pytest.fixture
+def trainer(tiny, text, config):
+    def make(teacher=True, model=None, train_dataset=text, **given):
+        args = config(**{"recipe": "svd_init", "max_steps": 64, **given})
+        teacher = tiny("gpt2", width=32, seed=1) if teacher is True else teacher
+        evaluation = text.select(range(8))
+        return KDTrainer(model or tiny("gpt2"), args, teacher=teacher, train_dataset=train_dataset, eval_dataset=evaluation)
+
+    return make
+
+
+def test_a_text_that_comes_round_again_is_shown_to_the_teacher_once(trainer, monkeypatch):
+    run = trainer()
+    recipe = run.model.recipe
+    assert (recipe.name, recipe.teacher, recipe.student_init, recipe.kd_weight) == ("svd_init", "cached", "svd", 2.0)
+    run.train()
+    assert isinstance(run.train_dataset, CachedBlocks)
+    assert [start.what for start in run.starts] == ["student_init='svd'"]
+    metrics = run.evaluate()
+    assert metrics["eval_kl_teacher_student"] > 0
