@@ -41,7 +41,7 @@ def make_cache(arguments: Arguments) -> CacheSummary:
     assert training.teacher_cache is not None  # parse saw to it
     assert models.teacher_model_name_or_path is not None
     folder = Path(training.teacher_cache)
-    count = "cache_top_k" if training.cache_method == "top_k" else "cache_samples"
+    options = training.cache_options(training.resolved(CACHED).temperatures)
     autocast = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None  # as for a live teacher
     try:
         tokenizer, train, evaluation = load_text(arguments)
@@ -60,14 +60,15 @@ def make_cache(arguments: Arguments) -> CacheSummary:
                 batch_size=training.per_device_eval_batch_size,
                 name=models.teacher_model_name_or_path,
                 tell=lambda text: print_once(f"{folder}: {text}"),
-                **training.cache_options(training.resolved(CACHED).temperatures),
+                **options,
             )
         if complete:
             by_first(lambda: TeacherCache(folder).summary)  # its checksums
             print_once(f"{folder}: complete already; remove the folder to make it again")
     except ValueError as error:  # which names cache_teacher's arguments: here they are keys
         name, _, rest = str(error).partition("=")
-        keys = {"k": count, **{name: f"cache_{name}" for name in ("method", "dtype", "temperatures")}}
+        count = "cache_top_k" if options["method"] == "top_k" else "cache_samples"
+        keys = {"k": count, "temperatures": "cache_temperatures"}
         raise UserError(f"{keys[name]}={rest}" if name in keys else str(error)) from error
     except OSError as error:
         raise RunFailed(

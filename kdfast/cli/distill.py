@@ -24,7 +24,7 @@ from kdfast.report.page import text_table, write_report
 from kdfast.report.read_runs import REPORT, SUMMARY, Run, is_finished, log_table, read_run
 from kdfast.report.summary import engine_of, summarize, write_summary
 from kdfast.training import KDTrainer, load_student, load_teacher
-from kdfast.training.cache.description import Description, is_complete
+from kdfast.training.cache.description import NAME, Description
 from kdfast.training.cache.read import TeacherCache
 from kdfast.training.callbacks import show_progress
 from kdfast.training.durable.errors import RunStoppedError, TerminatedError
@@ -141,12 +141,12 @@ def _trainer(arguments: Arguments, name: str) -> KDTrainer:
 
 
 def _learns_without_teacher(arguments: Arguments) -> bool:
-    """Return whether a cache is all that a run needs: no other teacher is named, or `kdfast cache` has kept both."""
+    """Return whether entries are all that a run needs: no teacher is named, or `kdfast cache` has kept both splits."""
     training, folder = arguments.training, arguments.training.teacher_cache
     if not folder or training.recipe in (CACHED, LM_ONLY) or arguments.model.teacher_model_name_or_path is None:
         return bool(folder)
     return training.recipe == AUTO and by_first(
-        lambda: is_complete(Path(folder)) and "eval" in Description.read(Path(folder)).splits
+        lambda: (Path(folder) / NAME).exists() and "eval" in Description.read(Path(folder)).splits
     )
 
 

@@ -23,7 +23,7 @@ from kdfast.training.teachers import TeacherTail
 
 logger = logging.getLogger(__name__)
 
-DRAWN = 32  # ids drawn per token
+DRAWN, KEPT = 32, 64  # ids drawn, or kept, per token where nothing is said; drawn where not even that is
 
 # evaluation metrics → whether a greater value is better, for metric_for_best_model; None: neither is
 GREATER_IS_BETTER: dict[str, bool | None] = {
@@ -42,6 +42,7 @@ NUMBERS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "a number > 0": (lambda x: x > 0, ("temperature", "compressed_kl")),
     "a fraction of the run in [0, 1]": (lambda x: 0 <= x <= 1, ("kd_ramp",)),
     "an int > 0": (lambda x: x > 0 and x == int(x), (
+        "cache_samples", "cache_top_k", "cache_shard_tokens",
         "scratch_bytes", "valid_vocab", "compressed_rank", "calibration_tokens", "max_skipped_steps",
     )),
     "an int ≥ 0": (lambda x: x >= 0 and x == int(x), ("projector_resolve_steps",)),
@@ -53,6 +54,8 @@ CHOICES = {
     "engine": engines.NAMES,
     "teacher_tail": get_args(TeacherTail),
     "non_finite": ("stop", "skip"),
+    "cache_method": ("sample", "top_k"),
+    "cache_dtype": ("float16", "float32"),
 }
 
 
@@ -108,9 +111,9 @@ class KDConfig(TrainingArguments):
     teacher_cache: str | None = _field(
         None, "Folder of the teacher's entries: read, or made where it is not there; None = output_dir/teacher_cache."
     )
-    cache_method: str = _field("sample", "What is kept of the teacher: sample, ids drawn at random; or top_k.")
-    cache_samples: int = _field(DRAWN, "Ids drawn per token, at most 1024.")
-    cache_top_k: int = _field(64, "Ids kept per token, at most 1024.")
+    cache_method: str | None = _field(None, "sample: ids drawn at random, or top_k; None = as the next two say.")
+    cache_samples: int | None = _field(None, f"Ids drawn per token, at most 1024; None = {DRAWN}, without top_k.")
+    cache_top_k: int | None = _field(None, f"Ids kept per token, at most 1024; None = {KEPT}, under top_k.")
     cache_dtype: str = _field("float16", "float16 or float32, of top_k's log-probabilities.")
     cache_temperatures: list[float] | None = _field(None, "Of the runs to come, besides 1; default: the run's.")
     cache_shard_tokens: int | None = _field(None, "Tokens in a shard; None = a 64th of the text, 2^14 to 2^20.")
@@ -150,9 +153,10 @@ class KDConfig(TrainingArguments):
 
     def cache_options(self, temperatures: Sequence[float]) -> dict[str, Any]:
         """Return the arguments of `cache_teacher` that are settings; for runs at `temperatures` if none are set."""
+        method = self.cache_method or ("sample" if self.cache_top_k is None else "top_k")
         return {
-            "method": self.cache_method,
-            "k": self.cache_top_k if self.cache_method == "top_k" else self.cache_samples,
+            "method": method,
+            "k": (self.cache_top_k or KEPT) if method == "top_k" else (self.cache_samples or DRAWN),
             "temperatures": self.cache_temperatures or sorted(set(temperatures)),
             "dtype": self.cache_dtype,
             "seed": self.seed,
@@ -181,6 +185,13 @@ class KDConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and value not in allowed:
                 raise ValueError(f"{name}={value!r}; expected one of {', '.join(allowed)}")
+        counts = {"sample": self.cache_samples, "top_k": self.cache_top_k}
+        given = [method for method, count in counts.items() if count is not None]
+        if len(given) > 1 or (given and self.cache_method not in (None, *given)):
+            raise ValueError(
+                f"cache_samples={self.cache_samples}, cache_top_k={self.cache_top_k} and "
+                f"cache_method={self.cache_method!r}; expected cache_samples for 'sample', or cache_top_k for 'top_k'"
+            )
         self._check_health_thresholds()
         if self.enable_jit_checkpoint:
             raise ValueError(

@@ -21,8 +21,8 @@ def trainer(tiny, text, config):
     def make(teacher=True, model=None, train_dataset=text, **given):
         args = config(**{"recipe": "svd_init", "max_steps": 64, **given})
         teacher = tiny("gpt2", width=32, seed=1) if teacher is True else teacher
-        evaluation = text.select(range(8))
-        return KDTrainer(model or tiny("gpt2"), args, teacher=teacher, train_dataset=train_dataset, eval_dataset=evaluation)
+        data = {"train_dataset": train_dataset, "eval_dataset": text.select(range(8))}
+        return KDTrainer(model or tiny("gpt2"), args, teacher=teacher, **data)
 
     return make
 

@@ -5,6 +5,7 @@ What is kept, and how an interrupted one is resumed, is `cache_teacher`'s; the s
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -103,8 +104,9 @@ class Precomputation:
             return 0.0
         if args.max_steps <= 0:
             return float(args.num_train_epochs)
-        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return args.max_steps * rows / len(given)
+        batches = len(given) / (args.per_device_train_batch_size * args.world_size)
+        batches = max(1, math.floor(batches) if args.dataloader_drop_last else math.ceil(batches))
+        return args.max_steps / math.ceil(batches / args.gradient_accumulation_steps)
 
     def _obstacles(self, unasked: bool) -> Iterator[str]:
         """Yield what is in the way; what takes longer to find out comes later."""
@@ -113,7 +115,8 @@ class Precomputation:
             yield "the DistillationModel is your own. precompute_teacher_log_probs=True changes its recipe"
         if self.schedule is not None or len(set(recipe.temperatures)) > 1:
             yield "the run has several temperatures, and entries are of one. Leave temperature_steps out"
-        if args.cache_method == "sample" and recipe.divergence != "forward_kl":
+        options = self._options()
+        if options["method"] == "sample" and recipe.divergence != "forward_kl":
             yield f"divergence={recipe.divergence!r}, of which drawn ids are no estimate. Set cache_method='top_k'"
         if self.sharded:
             yield "the teacher is sharded. Leave shard_teacher out, or make a cache beforehand (kdfast cache)"
@@ -126,7 +129,7 @@ class Precomputation:
         if unasked and int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size)) < args.world_size:
             yield "several machines may have no disk in common. Name a folder they share, teacher_cache"
         try:
-            description = describe(self._teacher, {SPLIT: given}, **self._options())
+            description = describe(self._teacher, {SPLIT: given}, **options)
             if not self._shows_rows_as_they_are([given[i] for i in range(min(len(given), 4))]):
                 yield f"data_collator ({type(self.collate).__name__}) makes other inputs of the rows than they hold"
             if not (folder / NAME).exists():
