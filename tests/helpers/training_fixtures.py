@@ -63,6 +63,7 @@ def config(tmp_path):
         defaults = {
             "output_dir": str(tmp_path / "run"),
             "recipe": "projector_fixed",
+            "precompute_teacher_log_probs": False,  # whatever the number of epochs
             "use_cpu": True,
             "disable_tqdm": True,
             "per_device_train_batch_size": 2,

@@ -8,6 +8,8 @@ from kdfast.training import KDTrainer
 from kdfast.training.cache import CachedBlocks
 
 T, V = 12, 67
+SETTINGS = {"recipe": "svd_init", "precompute_teacher_log_probs": None, "max_steps": 4}
+SETTINGS |= {"per_device_train_batch_size": 32}
 
 
 @pytest.fixture
@@ -19,7 +21,7 @@ def text():
 @pytest.fixture
 def trainer(tiny, text, config):
     def make(teacher=True, model=None, train_dataset=text, **given):
-        args = config(**{"recipe": "svd_init", "max_steps": 64, **given})
+        args = config(**{**SETTINGS, **given})
         teacher = tiny("gpt2", width=32, seed=1) if teacher is True else teacher
         data = {"train_dataset": train_dataset, "eval_dataset": text.select(range(8))}
         return KDTrainer(model or tiny("gpt2"), args, teacher=teacher, **data)
