@@ -174,7 +174,7 @@ class Options:
     vocab_start: int | None
     engine: str
     scratch_bytes: int | None
-    return_metrics: bool
+    return_metrics: bool | Literal["terms"]
 
     @classmethod
     def names(cls) -> list[str]:

@@ -57,7 +57,7 @@ def fused_kd_loss(
     vocab_start: int | None = None,
     engine: str = "auto",
     scratch_bytes: int | None = None,
-    return_metrics: bool = False,
+    return_metrics: bool | Literal["terms"] = False,
 ) -> Any:  # what depends on return_metrics; a union would have to be narrowed at every call
     r"""Return the distillation loss over a large vocabulary; neither logits nor their gradients ever exist whole.
 
@@ -110,7 +110,8 @@ def fused_kd_loss(
         scratch_bytes: memory for one chunk's logits and their gradients, or one slab's gradients; None =
             KDFAST_SCRATCH_BYTES or the default, 128 MiB on a CPU and for "triton_tiled", else
             max(512 MiB, 1024 to 1536 tokens, as the GPU's waves fill).
-        return_metrics: also return `KDMetrics`.
+        return_metrics: also return `KDMetrics`; "terms": those of the loss's own terms, which take no work beside it,
+            with NaN for entropies, agreement, and ce and anchor where their weight is the number 0.
 
     Returns:
         The loss, fp32 (float64 for float64 inputs), 0-d or (*,) for reduction="none"; with `return_metrics` a pair.
@@ -195,7 +196,9 @@ def _metrics(problem: Problem, stats: Tensor, weights: Tensor) -> KDMetrics:
     """Return means of `stats` (6, N) weighted by `weights` (3, N), whose rows are zero for terms that do not exist."""
     kd, ce, anchor = weights
     main = kd if problem.has_teacher else ce
-    w = torch.stack([kd, ce, anchor, main, kd, kd])  # of each row of `stats`
+    rows = kd, ce, anchor, main, kd, kd  # of each row of `stats`
+    known = problem.has_teacher, problem.use_ce, problem.use_anchor, *[problem.want_metrics] * 3
+    w = torch.stack([row if there else torch.zeros_like(row) for row, there in zip(rows, known, strict=True)])
     means = ((w * stats).masked_fill_(w == 0, 0.0).sum(dim=1) / w.sum(dim=1)).float()  # 0/0 is the NaN we promise
     metrics = KDMetrics._make([*means.unbind(), (main != 0).sum(dtype=torch.float32)])
     return metrics._replace(teacher_entropy=metrics.teacher_entropy * float("nan")) if problem.sparse else metrics

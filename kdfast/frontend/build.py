@@ -61,7 +61,8 @@ def build_problem(x: Arguments) -> tuple[Problem, Tensor]:
         kd_vocab = min(kd_vocab, teacher.vocab)
         kd_size = min(kd_size, teacher.vocab if vocabulary.teacher is None else vocabulary.teacher)
     ce_term = rows.labels is not None and is_asked(options.ce_weight)
-    whole = ce_term or options.return_metrics  # past the shared ids there is the cross entropy alone
+    want_metrics = not isinstance(options.return_metrics, str) and bool(options.return_metrics)
+    whole = ce_term or want_metrics  # past the shared ids there is the cross entropy alone
     grad = torch.is_grad_enabled()
     projected = isinstance(x.teacher, Projected)
     problem = Problem(
@@ -100,7 +101,7 @@ def build_problem(x: Arguments) -> tuple[Problem, Tensor]:
         group=vocabulary.group,
         ce_term=ce_term,
         anchor_term=rows.has_anchor and is_asked(options.anchor_weight),
-        want_metrics=options.return_metrics,
+        want_metrics=want_metrics,
         per_row=options.reduction == "none",
         need_hidden=grad and hidden.requires_grad,
         need_weight=grad and student.weight.requires_grad,

@@ -133,7 +133,8 @@ def _check_names(options: Options) -> None:
             f"scratch_bytes={short(scratch)}; expected a positive int (bytes for one chunk's logits) or None"
         )
     _check_flag("temperature_squared", options.temperature_squared)
-    _check_flag("return_metrics", options.return_metrics)
+    if not (isinstance(options.return_metrics, str) and options.return_metrics == "terms"):
+        _check_flag("return_metrics", options.return_metrics, "True, False or 'terms'")
 
 
 def check_head(name: str, head: Head, *, empty: bool) -> None:
@@ -517,9 +518,9 @@ def can_read(tensor: Tensor) -> bool:
     return has_values(tensor) and (tensor.device.type == "cpu" or os.environ.get("KDFAST_CHECK") == "1")
 
 
-def _check_flag(name: str, value: Any) -> None:
+def _check_flag(name: str, value: Any, expected: str = "True or False") -> None:
     if not isinstance(value, (bool, np.bool_)):  # any other would be true or false without a word
-        raise TypeError(f"{name} is {kind(value)}; expected True or False")
+        raise TypeError(f"{name} is {kind(value)}; expected {expected}")
 
 
 def _is_int(value: Any) -> bool:

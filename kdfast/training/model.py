@@ -144,6 +144,7 @@ class DistillationModel(nn.Module):
         kd_weight: float | Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
         with_fidelity: bool = False,
+        with_metrics: bool = True,
         **backbone_inputs: Any,
     ) -> DistillationOutput:
         """Return the loss of one batch: ce_weight·LM + kd_weight·τ²·KL (+ the anchor).
@@ -163,6 +164,8 @@ class DistillationModel(nn.Module):
             num_items_in_batch: the divisor of every term: the targets (`shift_labels(…) != -100`) in all
                 micro-batches and processes of this step. None = those of this batch.
             with_fidelity: also compare with the true teacher.
+            with_metrics: False = of the metrics only those of the loss's own terms, which cost nothing, the others
+                being NaN; all nevertheless where there is a projector, which is judged by them.
             backbone_inputs: of both backbones, such as pixel_values. ValueError for one that either does not read.
         """
         if labels is None:
@@ -227,7 +230,7 @@ class DistillationModel(nn.Module):
             kd_weight=kd_weight,
             divergence=self.recipe.divergence,
             ce_weight=self.recipe.ce_weight,
-            return_metrics=True,
+            return_metrics=True if with_metrics or self.logit_projector is not None else "terms",
             **kd.options,
         )
         if kd.anchor_loss is not None:

@@ -80,8 +80,10 @@ class KDTrainer(DurableTrainer):
 
     Logged besides the Trainer's: kd (without τ²), ce, ce_projected, agreement, both entropies, kd_weight, temperature,
     lr_<part>, tokens_per_second, tokens_seen (targets; padding not counted), skipped_steps, memory_bytes (this process;
-    the allocator's peak so far on a GPU). Evaluated: loss under the weights now in force, ce, perplexity, kd, and
-    against the teacher's own head, where its vocabulary is the student's, kl_teacher_student, kl_teacher_projected.
+    the allocator's peak so far on a GPU). Means are since the line before; where there is no projector, those of
+    agreement, entropies and a ce of weight 0 are over the line's own step, the only one to compute them. Evaluated:
+    loss under the weights now in force, ce, perplexity, kd, and against the teacher's own head, where its vocabulary
+    is the student's, kl_teacher_student, kl_teacher_projected.
     What does not exist under a recipe is absent.
 
     Args:
@@ -188,7 +190,7 @@ class KDTrainer(DurableTrainer):
             model.learn_from_entries()
         if own and args.metric_for_best_model is not None and args.eval_strategy != "no" and eval_dataset is not None:
             check_best(args.metric_for_best_model, model, eval_dataset)
-        self._solved = False
+        self._solved, self._recipe = False, model.recipe
         self.starts: list[Start] = []  # what was solved before the first step
         self._start_run()
 
@@ -355,7 +357,8 @@ class KDTrainer(DurableTrainer):
         weights: dict[str, Any] = self._on_device(self._weights)
         if self._weights["kd_weight"] == 0:
             weights["kd_weight"] = 0.0  # a number, which the model can see without waiting for the device
-        output = model(**inputs, **weights, num_items_in_batch=num_items_in_batch)
+        with_metrics = return_outputs or self._may_be_logged(self.state.global_step + 1)
+        output = model(**inputs, **weights, num_items_in_batch=num_items_in_batch, with_metrics=with_metrics)
         loss, metrics = output.loss, output.metrics
         self._guard.watch_loss(self.state.global_step + 1, loss, metrics.ce, metrics.kd, **self._weights)
         self._meter.add(metrics)
@@ -467,6 +470,12 @@ class KDTrainer(DurableTrainer):
                     del logs["loss"]
         super().log(logs, start_time)
 
+    def _may_be_logged(self, step: int) -> bool:
+        """Return whether a line may be logged after `step`; where `logging_steps` does not say, after every one."""
+        first, last = self.args.logging_first_step and step == 1, step == self.state.max_steps
+        by_steps = self.args.logging_strategy == "steps"
+        return not by_steps or first or last or step % max(self.state.logging_steps, 1) == 0
+
     def _count_tokens(self) -> None:
         tokens = self._meter.count_tokens(self._reduce)
         if self.args.include_num_input_tokens_seen == "no":  # otherwise Trainer counts, at a synchronisation a step
@@ -550,10 +559,6 @@ class KDTrainer(DurableTrainer):
         teacher = None if model.teacher is None else size_of(model.teacher)
         rank = None if model.compressed_head is None else model.compressed_head.rank
         return price_per_token(model.recipe, size_of(model.student), teacher, rank)
-
-    @property
-    def _recipe(self) -> Any:
-        return self.accelerator.unwrap_model(self.model).recipe
 
 
 def _wrap(

@@ -127,7 +127,7 @@ WRONG = {
     "vocab": (ValueError, "vocab='pad' is unknown", {"vocab": "pad"}),
     "reduction of another kind": (ValueError, r"reduction=\[1.0\] is unknown", {"reduction": [1.0]}),
     "reduction array": (ValueError, r"reduction=array\(\[1., 1.\]\) is unknown", {"reduction": np.ones(2)}),
-    "return_metrics": (TypeError, "return_metrics is str; expected True or False", {"return_metrics": "no"}),
+    "return_metrics": (TypeError, "return_metrics is str; expected True, False or 'terms'", {"return_metrics": "no"}),
     "temperature_squared": (TypeError, "temperature_squared is Tensor", {"temperature_squared": torch.tensor(False)}),
     "process_group": (TypeError, "process_group is Tensor; expected a torch.distributed", {"process_group": torch.ones(3)}),
     "ignore_index range": (ValueError, "ignore_index is past what 64 bits hold", {"ignore_index": 2**63}),

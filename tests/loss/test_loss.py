@@ -290,6 +290,28 @@ def test_metrics():
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("kind", ["projected", "head", "none"])
+def test_metrics_of_the_terms_alone(engine, kind):
+    case = make()
+    options = {"kd_weight": 0.25, "ce_weight": 0.5, "token_weights": case.weights, "engine": engine}
+    if kind == "projected":
+        options["anchor_weight"] = 0.3
+    found, every = (
+        fused_kd_loss(student(case), teacher(case, kind), case.labels, return_metrics=which, **options)
+        for which in ("terms", True)
+    )
+    torch.testing.assert_close(found[0], every[0])
+    terms = {"projected": ["kd", "ce", "anchor"], "head": ["kd", "ce"], "none": ["ce"]}[kind]
+    for name, value in found[1]._asdict().items():
+        if name in (*terms, "tokens"):
+            torch.testing.assert_close(value, getattr(every[1], name), msg=name)
+        else:
+            assert value.isnan(), name
+    _, metrics = fused_kd_loss(student(case), teacher(case, kind), case.labels, return_metrics="terms", engine=engine)
+    assert metrics.ce.isnan()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_metrics_are_nan_where_there_is_nothing_to_compute(engine):
     case = make()
     _, metrics = fused_kd_loss(student(case), teacher(case, "head"), engine=engine, return_metrics=True)

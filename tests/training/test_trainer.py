@@ -1,6 +1,7 @@
 import inspect
 import math
 import traceback
+from itertools import pairwise
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from tiny_models import RECOMPUTE
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainingArguments, default_data_collator
 
+from kdfast.loss import fused_kd_loss
 from kdfast.schedules import Linear, Piecewise
 from kdfast.training import DistillationModel, KDTrainer
+from kdfast.training import model as model_file
 from kdfast.training.data.columns import ARGUMENTS
 from kdfast.training.trainer import ELSEWHERE
 
@@ -172,6 +175,55 @@ def test_logs_average_over_tokens_between_two_lines(tiny, rows, config):
         assert both[key] == pytest.approx(weighted, rel=1e-5, abs=1e-7), key
     assert both["tokens_seen"] == sum(seen)
     assert all(line["tokens_per_second"] > 0 for line in single)
+
+
+@pytest.mark.parametrize("recipe", ["teacher_head", "lm_only", "projector"])
+@pytest.mark.parametrize("ce_weight", [1.0, 0.0])
+def test_what_is_no_part_of_the_loss_is_computed_in_steps_that_are_logged(
+    tiny, rows, config, monkeypatch, recipe, ce_weight
+):
+    def run(**given):
+        asked = []
+
+        def note(*args, return_metrics=False, **options):
+            asked.append(return_metrics)
+            return fused_kd_loss(*args, return_metrics=return_metrics, **options)
+
+        args = config(recipe=recipe, ce_weight=ce_weight, learning_rate=0.0, weight_decay=0.0, max_steps=7, **given)
+        trainer = KDTrainer(tiny(), args, teacher=tiny(width=24, seed=1), train_dataset=rows(28))
+        monkeypatch.setattr(model_file, "fused_kd_loss", note)
+        trainer.train()
+        return asked, train_logs(trainer)
+
+    asked, (third, sixth) = run(logging_steps=3, gradient_accumulation_steps=2)
+    _, single = run(gradient_accumulation_steps=2)
+    if recipe == "projector":  # whose health is judged by them
+        assert asked == [True] * 14
+        return
+    assert asked == ["terms"] * 4 + [True] * 2 + ["terms"] * 4 + [True] * 4, "the last step may be logged too"
+    seen = [0, *(line["tokens_seen"] for line in single)]
+    tokens = [b - a for a, b in pairwise(seen)]
+    of_terms = [name for name, there in (("kd", recipe != "lm_only"), ("ce", ce_weight)) if there]
+    of_a_step = {"student_entropy", "teacher_entropy", "agreement", "ce"} & single[0].keys() - {*of_terms}
+    assert of_a_step
+    for line, its in ((third, slice(0, 3)), (sixth, slice(3, 6))):
+        for name in of_terms:
+            total = sum(x[name] * n for x, n in zip(single[its], tokens[its], strict=True))
+            assert line[name] == pytest.approx(total / sum(tokens[its]), rel=1e-5), name
+        for name in of_a_step:
+            assert line[name] == pytest.approx(single[its][-1][name], rel=1e-5), name
+
+
+def test_all_metrics_are_there_whenever_a_line_may_come(tiny, rows, config):
+    args = config(recipe="teacher_head", logging_strategy="epoch", max_steps=4)
+    trainer = KDTrainer(tiny(), args, teacher=tiny(width=24, seed=1), train_dataset=rows(4))
+    trainer.train()
+    assert all("agreement" in line for line in train_logs(trainer))
+    assert len(train_logs(trainer)) == 2
+    args = config(recipe="teacher_head", logging_steps=0.5, logging_first_step=True, max_steps=4)
+    trainer = KDTrainer(tiny(), args, teacher=tiny(width=24, seed=1), train_dataset=rows(4))
+    trainer.train()
+    assert [line["step"] for line in train_logs(trainer) if "agreement" in line] == [1, 2, 4]
 
 
 # on a CPU: what the process holds, which torch alone takes past 10 MB
