@@ -21,7 +21,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c const
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
-demo: $(READY)  ## a real distillation on this machine: text, tokenizer, teacher, five students, one table
+demo: $(READY)  ## a real distillation on this machine: text, tokenizer, teacher, six students, one table
 	$(BIN)/kdfast demo $(ARGS)
 
 # Tests that start processes lie in tests/system; others that take long are marked slow. What tries at random for minutes

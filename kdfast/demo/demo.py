@@ -1,8 +1,10 @@
 """A real distillation on this machine, with nothing downloaded and no GPU needed: what `kdfast demo` runs.
 
 Text is Python's own library as it is installed here, one file in twenty held out; the tokenizer is a byte-level BPE
-trained on it; the teacher is trained on it and kept in the cache, under a key made of text and settings. Then, at
-the same budget of tokens and the same learning rate, one student for each recipe. The table shows what came out.
+trained on it; the teacher is trained on it and kept in the cache, under a key made of text and settings. The students
+have little of that text, which comes round more than once: the case where a teacher is worth its seconds. One for each
+recipe, of the same tokens and learning rate, and one more of LM only, with the seconds that the best of them took, its
+teacher's run over the text counted. The table shows what came out, and a sentence says it.
 """
 
 from __future__ import annotations
@@ -11,32 +13,46 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from kdfast.demo.toy_models import SmallSizes, small_gpt2
-from kdfast.demo.toy_text import PREPARED, cache_root, library_text, prepare
-from kdfast.report.page import text_table, write_report
+from kdfast.demo.toy_text import PREPARED, cache_root, library_text, once, prepare
+from kdfast.report.page import less_lm_only, text_table, whole_seconds, write_report
 from kdfast.report.read_runs import REPORT, SUMMARY, Run, is_finished
 from kdfast.report.summary import write_summary
+from kdfast.training.durable.atomic_io import write_text
+from kdfast.training.recipes import AUTO
 
-RECIPES = ("lm_only", "projector", "projector_fixed", "teacher_head", "svd_init")  # the last is what auto takes here
+ALONE, LONGER = "lm_only", "lm_only_longer"
+RECIPES = (ALONE, "projector", "projector_fixed", "teacher_head", AUTO)
 
 RunSettings = Callable[[str, Path, dict[str, Any]], Run]  # (name, parent, settings) → the run in parent/name
 
 
+@dataclass(frozen=True)
+class DemoSizes(SmallSizes):
+    """Sizes of a demo: those of small models, and what differs between teacher and students."""
+
+    teacher_batch: int = 16
+    teacher_rate: float = 2e-3
+    student_steps: int = 400
+    student_characters: int = 300_000  # of text, the first of the teacher's
+
+
 # ten minutes of two CPU cores; and whether it works, not what comes out
-FULL = SmallSizes(
-    characters=10**9, vocabulary=8192, teacher_layers=4, teacher_width=256, teacher_steps=1000, student_width=128,
-    student_steps=400, learning_rate=1e-3,
+FULL = DemoSizes(
+    characters=10**9, excerpt=1500, vocabulary=4096, teacher_layers=4, teacher_width=256, teacher_steps=500,
+    student_width=128, learning_rate=1e-3,
 )  # fmt: skip
-QUICK = SmallSizes(
+QUICK = DemoSizes(
     characters=500_000, excerpt=300, vocabulary=512, context=64, teacher_layers=1, teacher_width=32, teacher_steps=6,
-    student_layers=1, student_width=16, student_steps=6, learning_rate=1e-3,
+    teacher_batch=4, student_layers=1, student_width=16, student_steps=6, student_characters=1500, learning_rate=1e-3,
 )  # fmt: skip
 
 
-def run_demo(run: RunSettings, sizes: SmallSizes, output_dir: str, cache_dir: str | None, seed: int) -> None:
+def run_demo(run: RunSettings, sizes: DemoSizes, output_dir: str, cache_dir: str | None, seed: int) -> None:
     """Do everything from the text to the printed table; `run` does what `kdfast distill` does with settings.
 
     Raises DataError where Python's library is not there as text.
@@ -47,29 +63,74 @@ def run_demo(run: RunSettings, sizes: SmallSizes, output_dir: str, cache_dir: st
     cache = cache_root(cache_dir, "demo") / key
     print(f"Text: {len(train)} files of Python's library to train on, {len(evaluation)} held out. Kept in {cache}.")
     prepare(cache, train, evaluation, sizes.vocabulary)
-    tokens = f"of {sizes.batch * sizes.context} tokens"
-    print(f"Teacher: {sizes.teacher_layers} layers of {sizes.teacher_width}, {sizes.teacher_steps} steps {tokens}.")
+    little = "".join(train)[: sizes.student_characters]
+    once(_little(cache, sizes), lambda folder: write_text(folder / "text.py", little))
+    print(
+        f"Teacher: {sizes.teacher_layers} layers of {sizes.teacher_width}, {sizes.teacher_steps} steps of "
+        f"{sizes.teacher_batch * sizes.context} tokens."
+    )
     teacher = run("teacher", cache, _settings(cache, sizes, seed))
 
     output = _unfinished(Path(output_dir), key)
     note = (
-        f"Students of Python library text: {sizes.student_layers} layers of width {sizes.student_width}, a vocabulary "
-        f"of {sizes.vocabulary}, {sizes.student_steps} steps {tokens} each at learning rate {sizes.learning_rate}, "
-        f"seed {seed}. One seed, one small setting."
+        f"Students: {sizes.student_layers} layers of width {sizes.student_width}, a vocabulary of {sizes.vocabulary}, "
+        f"learning rate {sizes.learning_rate}, steps of {sizes.batch * sizes.context} tokens, {sizes.student_steps} of "
+        f"them but for {LONGER}. Their text: the first {len(little):,} characters of the teacher's "
+        f"{sum(map(len, train)):,}. Seed {seed}: one seed, one small setting."
     )
     print(f"{note} Results go to {output}.")
     students = [run(recipe, output, _settings(cache, sizes, seed, recipe)) for recipe in RECIPES]
+    alone, *distilled = students
+    best = min(distilled, key=lambda student: student.summary["eval_ce"])
+    longer = replace(sizes, student_steps=_steps_in_as_many_seconds(alone, best))
+    students.insert(1, run(LONGER, output, _settings(cache, longer, seed, ALONE)))
 
     runs = [teacher, *students]
     write_report(output / REPORT, "kdfast demo", runs, note)
     write_summary(output / SUMMARY, {run.name: run.summary for run in runs})
-    ce = {student.name: student.summary["eval_ce"] for student in students}
-    differences = ", ".join(f"{name} {ce[name] - ce[RECIPES[0]]:+.3f}" for name in RECIPES[1:])
-    print(f"\n{text_table(runs)}\n\nStudent CE against {RECIPES[0]}, in nats, where less is better: {differences}.")
+    print(f"\n{text_table(runs)}\n\n{_verdict(runs, best)}")
     print(f"Curves: {output / REPORT}. {time.perf_counter() - start:.0f} seconds in all.")
 
 
-def _key(sizes: SmallSizes, seed: int, texts: list[str]) -> str:
+def _steps_in_as_many_seconds(alone: Run, best: Run) -> int:
+    """Return how many steps of LM only fit into what `best` took, at the speed that `alone` had most of the time."""
+    tokens_per_step = alone.summary["tokens"] / alone.summary["steps"]
+    speed = alone.log["tokens_per_second"].median()  # the first line's has what is compiled once
+    return max(1, round((whole_seconds(best.summary) or 0.0) * speed / tokens_per_step))
+
+
+def _verdict(runs: list[Run], best: Run) -> str:
+    """Return what the figures of teacher, LM only, LM only longer and the rest say of the best recipe, in words."""
+    teacher, alone, longer, *_ = runs
+
+    def came(run: Run) -> str:
+        made = run.summary.get("teacher_seconds")
+        teachers = f", {made:.3g} of them the teacher's run over the text" if made else ""
+        tokens, seconds = run.summary["tokens"], whole_seconds(run.summary) or 0.0
+        return f"{run.summary['eval_ce']:.3f} ({tokens:,} tokens, {seconds:.3g} seconds{teachers})"
+
+    recipe = best.summary["recipe"]
+    name = best.name if recipe == best.name else f"{best.name} ({recipe})"
+    case = (
+        f"Little text, which comes round {best.log['epoch'].max():.1f} times, and a teacher that has learned from "
+        f"{teacher.summary['tokens']:,} tokens: the best recipe, {name}, came to {came(best)}. LM only came to "
+        f"{came(alone)} with as many tokens, and to {came(longer)} with the seconds."
+    )
+    by_tokens, by_seconds = (less_lm_only(best, runs, budget) for budget in ("tokens", "seconds"))
+    if by_tokens is None or by_tokens >= 0:
+        return f"{case} Distillation is worth nothing here: LM only is as good with as many tokens."
+    if by_seconds is None:
+        return f"{case} The seconds are too far apart to compare: leave the machine to the demo, and run it again."
+    if by_seconds >= 0:
+        return f"{case} Distillation is worth its text here, {by_tokens:+.3f}, and not its seconds, {by_seconds:+.3f}."
+    return f"{case} Distillation is worth its seconds here: {by_seconds:+.3f} nats, {by_tokens:+.3f} at equal tokens."
+
+
+def _little(cache: Path, sizes: DemoSizes) -> Path:
+    return cache / f"first-{sizes.student_characters}"
+
+
+def _key(sizes: DemoSizes, seed: int, texts: list[str]) -> str:
     """Return a hash of all that the teacher depends on."""
     settings = [sizes.vocabulary, _settings(Path(), sizes, seed)]
     return hashlib.sha256(json.dumps([settings, texts]).encode()).hexdigest()[:16]
@@ -91,22 +152,26 @@ def _unfinished(wanted: Path, key: str) -> Path:
     return path
 
 
-def _settings(cache: Path, sizes: SmallSizes, seed: int, recipe: str | None = None) -> dict[str, Any]:
+def _settings(cache: Path, sizes: DemoSizes, seed: int, recipe: str | None = None) -> dict[str, Any]:
     """Return the teacher's settings for `kdfast distill`, or those of a student with `recipe`."""
+    text = {key: str(cache / name) for key, name in PREPARED.items()}
     if recipe is None:
-        of, layers, width, steps = {"recipe": "lm_only"}, sizes.teacher_layers, sizes.teacher_width, sizes.teacher_steps
+        of, layers, width, steps = {"recipe": ALONE}, sizes.teacher_layers, sizes.teacher_width, sizes.teacher_steps
+        batch, rate = sizes.teacher_batch, sizes.teacher_rate
     else:
         of = {"recipe": recipe, "teacher_model_name_or_path": str(cache / "teacher")}
         layers, width, steps = sizes.student_layers, sizes.student_width, sizes.student_steps
+        batch, rate = sizes.batch, sizes.learning_rate
+        text["train_file"] = str(_little(cache, sizes))
     return {
         **of,
         "student_config": {"model_type": "gpt2", **small_gpt2(layers, width, sizes.context)},
-        **{key: str(cache / name) for key, name in PREPARED.items()},
+        **text,
         "max_length": sizes.context,
-        "per_device_train_batch_size": sizes.batch,
-        "per_device_eval_batch_size": 2 * sizes.batch,
+        "per_device_train_batch_size": batch,
+        "per_device_eval_batch_size": 4 * sizes.batch,
         "max_steps": steps,
-        "learning_rate": sizes.learning_rate,
+        "learning_rate": rate,
         "lr_scheduler_type": "cosine",
         "warmup_steps": steps // 20,
         "logging_steps": max(1, steps // 40),

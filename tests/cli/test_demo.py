@@ -1,11 +1,13 @@
 """`kdfast demo --quick`: the whole way from text to table, in toy sizes."""
 
 import json
+import re
 
 import pytest
 
 from kdfast.demo import demo
 from kdfast.demo.toy_text import library_text
+from kdfast.report.read_runs import Run, log_table
 
 
 @pytest.fixture
@@ -20,12 +22,13 @@ def test_from_text_to_table_twice(tmp_path, quick):
     code, out, _ = quick()
     assert code == 0
     table = {line.split()[0]: line.split() for line in out.split("\n\n")[1].splitlines()[1:]}
-    assert list(table) == ["teacher", "lm_only", "projector", "projector_fixed", "teacher_head", "svd_init"]
+    assert list(table) == ["teacher", demo.ALONE, demo.LONGER, *demo.RECIPES[1:]]
     summaries = json.loads((tmp_path / "runs/summary.json").read_text())
     assert len({summaries[recipe]["tokens"] for recipe in demo.RECIPES}) == 1  # the same budget for every student
+    assert summaries[demo.LONGER]["student_parameters"] == summaries["auto"]["student_parameters"]
     for recipe in demo.RECIPES:
         assert f"{summaries[recipe]['eval_ce']:.4f}" in table[recipe]
-    assert "Student CE against lm_only" in out
+    assert re.search(r"Little text, which comes round [1-9]\.\d times, and a teacher .* from 1,512 tokens: ", out)
     page = (tmp_path / "runs/report.html").read_text()
     assert all(f"<th>{name}</th>" in page for name in table)
 
@@ -38,7 +41,44 @@ def test_from_text_to_table_twice(tmp_path, quick):
     assert teacher.stat().st_mtime_ns == trained
     assert (tmp_path / "runs/summary.json").read_bytes() == first  # results are kept, the second ones lie beside
     second = json.loads((tmp_path / "runs-2/summary.json").read_text())
+    for found in (summaries, second):
+        del found[demo.LONGER]  # of as many steps as this machine takes
     assert {r: s["eval_ce"] for r, s in second.items()} == {r: s["eval_ce"] for r, s in summaries.items()}
+
+
+def run(name, recipe, ce, tokens, seconds, *, speeds=(), parameters=9, **more):
+    summary = {"recipe": recipe, "eval_ce": ce, "tokens": tokens, "steps": tokens // 500, "seconds": seconds}
+    log = [{"step": step, "epoch": step / 2, "tokens_per_second": speed} for step, speed in enumerate(speeds)]
+    return Run(name, log_table(log), {**summary, "student_parameters": parameters, **more})
+
+
+@pytest.mark.parametrize(
+    ("ce", "ce_longer", "seconds_longer", "said"),
+    [
+        (5.0, 5.5, 48.0, "Distillation is worth its seconds here: -0.500 nats, -1.000 at equal tokens."),
+        (5.0, 4.75, 48.0, "Distillation is worth its text here, -1.000, and not its seconds, +0.250."),
+        (6.0, 5.0, 48.0, "Distillation is worth nothing here: LM only is as good with as many tokens."),
+        (5.0, 5.5, 30.0, "The seconds are too far apart to compare: leave the machine to the demo, and run it again."),
+    ],
+)
+def test_the_verdict_is_the_figures(ce, ce_longer, seconds_longer, said):
+    teacher = run("teacher", "lm_only", 4.0, 10_000, 200.0, parameters=99)
+    alone = run("lm_only", "lm_only", 6.0, 2000, 10.0)
+    longer = run("lm_only_longer", "lm_only", ce_longer, 9600, seconds_longer)
+    best = run("auto", "svd_init", ce, 2000, 20.0, teacher_seconds=30.0, speeds=[1, 1, 1, 1, 1])
+    assert demo._verdict([teacher, alone, longer, best], best) == (
+        "Little text, which comes round 2.0 times, and a teacher that has learned from 10,000 tokens: the best recipe, "
+        f"auto (svd_init), came to {ce:.3f} (2,000 tokens, 50 seconds, 30 of them the teacher's run over the text). "
+        f"LM only came to 6.000 (2,000 tokens, 10 seconds) with as many tokens, and to {ce_longer:.3f} (9,600 tokens, "
+        f"{seconds_longer:.0f} seconds) with the seconds. {said}"
+    )
+
+
+def test_lm_only_gets_the_seconds_of_the_best_recipe():
+    """10 s of training and 30 s of its teacher, at 200 tokens/s: the first line's speed has what is compiled once."""
+    alone = run("lm_only", "lm_only", 6.0, 2000, 20.0, speeds=[20, 200, 200, 210])
+    best = run("auto", "svd_init", 5.0, 2000, 10.0, teacher_seconds=30.0)
+    assert demo._steps_in_as_many_seconds(alone, best) == 40 * 200 // 500
 
 
 def test_an_interrupted_demo_goes_on_in_its_folder(tmp_path):
