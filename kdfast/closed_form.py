@@ -108,7 +108,7 @@ def solve_svd(
     if width < 1:
         raise ValueError(f"width={width!r}; expected the student's width, an int ≥ 1")
     embedding, (weight, bias) = Factors(teacher, vocab_weights=vocab_weights, valid_vocab=valid_vocab).cut(width)
-    rotation = _rotation(width, embedding)[: embedding.shape[1]]
+    rotation = random_rotation(width, embedding)[: embedding.shape[1]]
     embedding, weight = embedding @ rotation, rotation.T @ weight
     bias = None if bias is None else rotation.T @ bias
     scale = std / embedding[:valid_vocab].square().mean().sqrt()
@@ -193,6 +193,12 @@ def vocab_frequencies(head: Head, valid_vocab: int | None = None) -> Tensor:
     return mean_probabilities(replace(head, hidden=sample), valid_vocab)
 
 
+def centered_gram(head: Head, weights: Tensor) -> Tensor:
+    """Return Eᵀ D E (H, H), float64, of its weight E less its weighted mean; weights (≤ V,) count its first rows."""
+    matrix = _Matrix(head.weight, None, head.softcap is None)
+    return _products(matrix, matrix, weights.to(head.weight.device, torch.float64) / weights.sum())[0]
+
+
 def _vocab_weights(head: Head, given: Tensor | None, valid_vocab: int | None) -> Tensor:
     vocab = head.weight.shape[0]
     if given is None:
@@ -235,7 +241,7 @@ class _Matrix(NamedTuple):
         return rows if self.bias is None else torch.cat([rows, self.bias[ids].detach().double()[:, None]], 1)
 
 
-def _rotation(width: int, like: Tensor) -> Tensor:
+def random_rotation(width: int, like: Tensor) -> Tensor:
     """Return a random orthogonal (width, width) matrix, always the same: no coordinate of the embedding is special."""
     normal = torch.randn(width, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     return torch.linalg.qr(normal).Q.to(like)

@@ -213,7 +213,7 @@ def check_model(model: PreTrainedModel, role: str, *, compare: bool = True) -> N
     linear = model.get_output_embeddings()
     _check_adapter(linear, name)
     weight = getattr(linear, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 2 or _is_quantized(weight):
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or is_quantized(weight):
         raise TypeError(
             f"{name} has {type(linear).__name__} as its head; expected a linear layer with a floating-point weight "
             "(V, H). A quantized head has to stay in floating point"
@@ -228,7 +228,7 @@ def check_model(model: PreTrainedModel, role: str, *, compare: bool = True) -> N
 
 def _check_student(model: PreTrainedModel, name: str) -> None:
     """Raise ValueError for what is fine in a teacher and not in a model that is trained."""
-    quantized = (parameter for parameter, weight in model.named_parameters() if _is_quantized(weight))
+    quantized = (parameter for parameter, weight in model.named_parameters() if is_quantized(weight))
     first = next(quantized, None) or (getattr(model, "is_quantized", False) and "as its hf_quantizer has it")
     trainable = getattr(getattr(model, "hf_quantizer", None), "is_qat_trainable", False)
     if first and not trainable and adapted_layer(model) is None:  # as transformers.Trainer decides
@@ -252,7 +252,7 @@ def _check_student(model: PreTrainedModel, name: str) -> None:
         )
 
 
-def _is_quantized(weight: Tensor) -> bool:
+def is_quantized(weight: Tensor) -> bool:
     """Return whether it is packed into integers, has 8 bits, or is of another library's tensor class, as torchao's."""
     wrapped = is_traceable_wrapper_subclass(weight) and not isinstance(weight, DTensor)
     return wrapped or not weight.is_floating_point() or weight.element_size() == 1

@@ -34,7 +34,8 @@ from kdfast.training.hf import (
     run_backbone,
     shift_labels,
 )
-from kdfast.training.initialization import Calibration, Start, set_projector
+from kdfast.training.initialization.calibration import Calibration, Start, set_projector
+from kdfast.training.initialization.layers import find_misfit
 from kdfast.training.recipes import AUTO, Recipe, choose_recipe, get_recipe
 from kdfast.training.teachers import (
     KINDS,
@@ -293,8 +294,9 @@ class DistillationModel(nn.Module):
         text = Calibration(self.student, self.teacher, batches, tokens, self.loss_options)
         starts: list[Start] = []
         projection = None
-        if recipe.student_init == "svd" and not self.loaded:
-            projection, start = text.solve_student()
+        if recipe.student_init != "own" and not self.loaded:
+            solve = text.solve_student if recipe.student_init == "svd" else text.solve_layers
+            projection, start = solve()
             starts.append(start)
         if self.logit_projector is not None and not self.loaded:
             starts += text.solve_projector(self.logit_projector, recipe.projector_init, projection)
@@ -350,7 +352,7 @@ class DistillationModel(nn.Module):
 def _check_pair(
     student: PreTrainedModel, teacher: PreTrainedModel | None, recipe: Recipe, valid_vocab: int | None
 ) -> None:
-    if recipe.student_init == "svd" and (layer := adapted_layer(student)) is not None:
+    if recipe.student_init != "own" and (layer := adapted_layer(student)) is not None:
         raise ValueError(
             f"student carries a PEFT adapter (at {layer!r}), and recipe {recipe.name!r} would overwrite the embedding "
             "of the model below it. Use a recipe with student_init='own', such as 'compressed_head'"
@@ -366,6 +368,11 @@ def _check_pair(
         raise ValueError(
             f"recipe {recipe.name!r} compares the two heads token by token, so they must have the same ids: "
             f"{other_vocabulary(student, teacher)}"
+        )
+    if recipe.student_init == "svd_blocks" and (misfit := find_misfit(student, teacher)) is not None:
+        raise ValueError(
+            f"student_init='svd_blocks' takes the student's layers from the teacher's, and the student's {misfit}. Use "
+            "student_init='svd', which solves the embedding alone"
         )
 
 

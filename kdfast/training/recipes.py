@@ -9,6 +9,7 @@ projector_fixed  projected teacher with the three fixes for a run that diverges:
 teacher_head     the teacher's own head instead of a projector, for teachers that share the student's vocabulary
 compressed_head  that head as two thin factors, fixed, of the rank that a KL of 0.01 to it asks for; KD weight 2
 svd_init         likewise, for a fresh student, whose embedding is solved from that head
+svd_blocks       likewise, and its layers from the teacher's
 projector_refit  the best that goes through a projector: svd_init's start, the projector solved again every 16 steps
 probe            a projector with a head of its own, trained on the labels alone
 cached           the teacher's own distribution as `kdfast cache` has kept it: no teacher in memory
@@ -32,6 +33,7 @@ from kdfast.projector import ProjectorInit
 from kdfast.schedules import Constant, Piecewise, Ramp, Schedule
 from kdfast.training.data.tokenizers import other_vocabulary
 from kdfast.training.hf import check_model, head_shape
+from kdfast.training.initialization.layers import find_misfit
 
 # Where the KD term's teacher logits come from
 TeacherKind = Literal[
@@ -43,7 +45,7 @@ TeacherKind = Literal[
     "cached",  # entries of its own head's, which come with the batch
 ]
 ProjectorStart = Literal[ProjectorInit, "svd", "lstsq"]
-StudentStart = Literal["own", "svd"]
+StudentStart = Literal["own", "svd", "svd_blocks"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Recipe:
     kd_ramp: float = 0.0  # fraction of the run the KD weight ramps over; 0 = constant
     kd_ramp_start: float = 0.1
     ce_weight: float = 1.0
-    student_init: StudentStart = "own"  # "svd": a fresh student's embedding is solved from the teacher's head
+    student_init: StudentStart = "own"  # a fresh student's: "svd", its embedding is solved; "svd_blocks", all of it
     compressed_rank: int | None = None  # None = as compressed_kl says, or the student's width
     compressed_kl: float | None = None  # the smallest rank whose measured KL to the whole head is at most this, nats
     anchor_weight: float = 0.0  # of the projected teacher's own cross entropy on the labels
@@ -82,7 +84,7 @@ class Recipe:
     @property
     def solves(self) -> bool:
         """Whether something is solved in closed form, from some training text, before the first step."""
-        return self.solves_projector or self.student_init == "svd" or self.teacher == "compressed_head"
+        return self.solves_projector or self.student_init != "own" or self.teacher == "compressed_head"
 
     @property
     def needs_true_head(self) -> bool:
@@ -140,6 +142,7 @@ RECIPES = RecipeTable(
         Recipe("teacher_head", teacher="own_head"),
         Recipe("compressed_head", teacher="compressed_head", compressed_kl=0.01, kd_weight=2.0),
         Recipe("svd_init", teacher="compressed_head", compressed_kl=0.01, kd_weight=2.0, student_init="svd"),
+        Recipe("svd_blocks", teacher="compressed_head", compressed_kl=0.01, kd_weight=2.0, student_init="svd_blocks"),
         Recipe(
             "projector_refit",
             teacher="projected",
@@ -211,8 +214,10 @@ def choose_recipe(student: PreTrainedModel, teacher: PreTrainedModel | None, val
     if not same_vocabulary(head_shape(student)[0], head_shape(teacher)[0], valid_vocab):
         raise ValueError(f"recipe='auto' has no use for this teacher: {other_vocabulary(student, teacher)}")
     if is_fresh(student):
+        if (misfit := find_misfit(student, teacher)) is None:
+            return Choice("svd_blocks", "the student is fresh and fits into its teacher: it is solved from its layers")
         why = "the student is fresh and has the teacher's vocabulary: its embedding is solved from it"
-        return Choice("svd_init", why)
+        return Choice("svd_init", f"{why}; its layers are not: its {misfit}")
     return Choice("compressed_head", "the student is pretrained and has the teacher's vocabulary")
 
 

@@ -38,7 +38,7 @@ from kdfast.training.data.tokenizers import check_tokens, find_valid_vocab, own_
 from kdfast.training.durable import processes, resume
 from kdfast.training.durable.trainer import DurableTrainer, replaced
 from kdfast.training.hf import IGNORE_INDEX, head_shape, may_skip_parameters, refuse_adapter, shift_labels
-from kdfast.training.initialization import Start
+from kdfast.training.initialization.calibration import Start
 from kdfast.training.metrics import EvaluationMeter, TrainingMeter, check_best, memory_bytes
 from kdfast.training.model import DistillationModel
 from kdfast.training.nan_guard import NonFiniteGuard

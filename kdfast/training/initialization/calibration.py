@@ -27,6 +27,7 @@ from kdfast.low_rank_head import (
 )
 from kdfast.projector import LogitProjector
 from kdfast.training.hf import IGNORE_INDEX, check_inputs, head, known_ids, run_backbone, shift_labels
+from kdfast.training.initialization.layers import start_layers
 from kdfast.training.recipes import Recipe
 from kdfast.training.teachers import Probe
 
@@ -66,9 +67,10 @@ class Calibration:
         tokens: int | None,
         options: dict[str, Any],
     ) -> None:
-        hidden = _read(teacher, batches, tokens or TOKENS_PER_WIDTH * teacher.get_output_embeddings().weight.shape[1])
+        tokens = tokens or TOKENS_PER_WIDTH * teacher.get_output_embeddings().weight.shape[1]
+        hidden, self.text = _read(teacher, batches, tokens)
         held_out = held_out_rows(hidden)
-        self.model, self.options, self.valid_vocab = student, options, options["valid_vocab"]
+        self.models, self.options, self.valid_vocab = (student, teacher), options, options["valid_vocab"]
         self.student = head(student, hidden[:0])  # its weight is the parameter itself, its hidden states are not read
         self.whole = head(teacher, hidden)
         self.teacher, self.true = (replace(self.whole, hidden=hidden[rows]) for rows in (~held_out, held_out))
@@ -89,9 +91,23 @@ class Calibration:
             vocab_weights=self.vocab_weights,
             valid_vocab=self.valid_vocab,
         )
-        _set_embedding(self.model, embedding[: len(rows)])
+        _set_embedding(self.models[0], embedding[: len(rows)])
         projected = F.linear(self.true.hidden.to(projection.weight.dtype), projection.weight, projection.bias)
         return projection, self._measure("student_init='svd'", projected)
+
+    def solve_layers(self) -> tuple[Projection, Start]:
+        """Solve all of the student, in place; return its head's projector, and how near it is on the last batches."""
+        last = len(self.text) // HELD_OUT + 1
+        solving = self.text[:-last] or self.text
+        projection = start_layers(*self.models, solving, self.vocab_weights, self.valid_vocab)
+        student, training = self.models[0], self.models[0].training
+        student.eval()
+        hidden = [run_backbone(student, **x, use_cache=False).last_hidden_state[some] for x, some in self.text[-last:]]
+        student.train(training)
+        own = replace(self.student, hidden=torch.cat(hidden))
+        true = replace(self.whole, hidden=self.whole.hidden[-len(own.hidden) :])
+        found = kl_and_agreement(own, true, **self.options)
+        return projection, Start("student_init='svd_blocks', the student itself", *found, len(own.hidden))
 
     def solve_projector(self, projector: LogitProjector, init: str, solved: Projection | None) -> list[Start]:
         """Solve the projector, in place, or take the one that was `solved` with the student's embedding.
@@ -143,22 +159,32 @@ def set_projector(projector: LogitProjector, solved: Projection) -> None:
         projector.bias.zero_() if solved.bias is None else projector.bias.copy_(solved.bias)
 
 
-def _read(teacher: PreTrainedModel, batches: Iterable[dict[str, Any]], tokens: int) -> Tensor:
-    """Return the teacher's hidden states over the text's first `tokens` targets, (n, Ht)."""
+def _read(
+    teacher: PreTrainedModel, batches: Iterable[dict[str, Any]], tokens: int
+) -> tuple[Tensor, list[tuple[dict[str, Any], Tensor]]]:
+    """Return the teacher's hidden states over the text's first `tokens` targets, (n, Ht), and that text.
+
+    Of each batch of it, what both backbones take, and (B, T) which tokens are among them.
+    """
     pieces: list[Tensor] = []
+    text = []
+    found = 0
     for batch in batches:
         inputs = {name: x for name, x in batch.items() if name != "labels" and not name.startswith("teacher_")}
         check_inputs(teacher, "teacher", inputs)
         mask = batch.get("attention_mask")
         inputs["input_ids"], _ = known_ids(teacher, "teacher", batch["input_ids"], mask)
         counted = shift_labels(batch["labels"], mask) != IGNORE_INDEX
+        counted &= counted.flatten().cumsum(0).view_as(counted) <= tokens - found
         states = run_backbone(teacher, **inputs, use_cache=False).last_hidden_state
         pieces.append(states.to(counted.device)[counted])
-        if sum(map(len, pieces)) >= tokens:
+        text.append((inputs, counted))
+        found += len(pieces[-1])
+        if found >= tokens:
             break
-    if (found := sum(map(len, pieces))) < HELD_OUT:
+    if found < min(HELD_OUT, tokens):
         raise ValueError(f"batches hold {found} targets; expected some thousands, to solve starts from")
-    return torch.cat(pieces)[:tokens]
+    return torch.cat(pieces), text
 
 
 def _set_embedding(student: PreTrainedModel, rows: Tensor) -> None:

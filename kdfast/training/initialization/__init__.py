@@ -1,0 +1,1 @@
+"""Solved starts of a run."""

@@ -1,0 +1,412 @@
+r"""`start_layers`: all of a fresh student from its teacher: the teacher itself, narrower, with fewer layers.
+
+What a layer reads goes through a norm, what it writes is added to the residual stream x (Ht,). With Q (Hs, Ht) of
+orthonormal rows, the student's stream is to be x_s ≈ Q x:
+
+    embeddings  E_s = E Qᵀ, token and position
+    reads       W_s = ρ W diag(γ) Qᵀ,  b_s = b + W β      γ, β: of the norm, which is left with a gain of 1
+    writes      W_s = Q W,  b_s = Q b
+
+RMSNorm commutes with such a Q, LayerNorm does where Q takes constant vectors to constant vectors; ρ is the share of
+the stream's length that Q keeps. Q has the directions in which the normalized streams of all layers vary most on some
+text (Ashkboos et al. 2024, arXiv:2401.15024: one for all layers, as residual connections stay what they are), turned so
+that the final norm's gains come as near as they can to a gain for each coordinate. Of heads and of an MLP's neurons the
+student gets those whose output is largest. Its layer l is the teacher's l·Lt//Ls; what then separates its stream from
+the one that the teacher's next such layer reads is solved for by ridge regression in what writes, from first to last.
+In closed form throughout; a student of the teacher's own sizes becomes the teacher.
+
+The idea is GUIDE's (arXiv:2510.06502), of all layers that of low-rank clones (arXiv:2505.12781), which train for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from kdfast.closed_form import ROWS, Projection, centered_gram, random_rotation, solve_lstsq
+from kdfast.ops import matmul
+from kdfast.training.hf import adapted_layer, backbone, fetch, head, is_quantized, run_backbone
+
+RIDGE = 1e-2  # of the inputs' mean square: a few thousand tokens are not many for some hundred inputs
+
+
+class Layout(NamedTuple):
+    """Where a family keeps its layers, and in a layer the attention's and the MLP's norm, readers and writer."""
+
+    layers: str
+    final_norm: str
+    norms: tuple[str, str]
+    reads: tuple[tuple[str, ...], tuple[str, ...]]
+    writes: tuple[str, str]
+    fused: int = 1  # matrices, query, key, value, in attention's one reader
+    per_head: tuple[str, ...] = ()  # what all heads share, and is copied
+
+
+GPT2 = Layout(
+    "h", "ln_f", ("ln_1", "ln_2"), (("attn.c_attn",), ("mlp.c_fc",)), ("attn.c_proj", "mlp.c_proj"), fused=3
+)
+LLAMA = Layout(
+    "layers",
+    "norm",
+    ("input_layernorm", "post_attention_layernorm"),
+    (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")),
+    ("self_attn.o_proj", "mlp.down_proj"),
+)
+LAYOUTS = {"gpt2": GPT2, "llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA}
+LAYOUTS["qwen3"] = LLAMA._replace(per_head=("self_attn.q_norm", "self_attn.k_norm"))
+SAME = ("hidden_act", "activation_function", "rope_parameters")  # settings by which weights mean the same
+
+Text = Sequence[tuple[dict[str, Any], Tensor]]  # a backbone's inputs, and (B, T) which tokens count
+
+
+class Sublayer(NamedTuple):
+    """Attention or the MLP of a layer."""
+
+    norm: Any
+    readers: list[Any]
+    writer: Any
+    heads: tuple[int, int] | None = None  # attention's query and key-value heads
+    fused: int = 1
+
+    def matrices(self, device: Any = None) -> list[tuple[Tensor, Tensor | None]]:
+        """Return weight (out, H) and bias of all that reads, one for each of query, key, value, or gate, up."""
+        found: list[tuple[Tensor, Tensor | None]] = []
+        for reader in self.readers:
+            weight, bias = _read(reader, device)
+            biases = [None] * self.fused if bias is None else bias.chunk(self.fused)
+            found += zip(weight.chunk(self.fused), biases, strict=True)
+        return found
+
+
+class Decoder:
+    """A model of a family in LAYOUTS, as this module needs it."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        layout, inner, config = LAYOUTS[model.config.model_type], backbone(model), model.config
+        self.model, self.inner, self.per_head = model, inner, layout.per_head
+        self.norm = getattr(inner, layout.final_norm)
+        self.layer_norm = getattr(self.norm, "bias", None) is not None  # else RMSNorm
+        self.layers = getattr(inner, layout.layers)
+        kv = getattr(config, "num_key_value_heads", config.num_attention_heads)
+        self.sublayers: list[Sublayer] = []
+        for layer in self.layers:
+            for half, options in enumerate(({"heads": (config.num_attention_heads, kv), "fused": layout.fused}, {})):
+                readers = [layer.get_submodule(name) for name in layout.reads[half]]
+                norm, writer = (layer.get_submodule(names[half]) for names in (layout.norms, layout.writes))
+                self.sublayers.append(Sublayer(norm, readers, writer, **options))  # type: ignore[arg-type]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        attention, mlp = self.sublayers[:2]
+        assert attention.heads is not None
+        heads, kv = attention.heads
+        found = {
+            "hidden_size": self.model.config.hidden_size,
+            "num_hidden_layers": len(self.layers),
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv,
+            "num_attention_heads / num_key_value_heads": heads // kv,
+            "MLP's width": _inputs(mlp.writer),
+        }
+        if (positions := getattr(self.inner, "wpe", None)) is not None:
+            found["n_positions"] = positions.weight.shape[0]
+        return found
+
+    @property
+    def head_size(self) -> int:
+        attention = self.sublayers[0]
+        assert attention.heads is not None
+        return _inputs(attention.writer) // attention.heads[0]
+
+    @property
+    def is_tied(self) -> bool:
+        return self.model.get_input_embeddings().weight is self.model.get_output_embeddings().weight
+
+    def norm_before(self, sublayer: int) -> Any:
+        """Return the norm that reads the stream in front of a sublayer; the final one behind the last."""
+        return self.sublayers[sublayer].norm if sublayer < len(self.sublayers) else self.norm
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """Return what the norm makes of streams, before its gains."""
+        if self.layer_norm:
+            x = x - x.mean(-1, keepdim=True)
+        return x / x.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
+
+
+def find_misfit(student: PreTrainedModel, teacher: PreTrainedModel) -> str | None:
+    """Return why the teacher's layers cannot become the student's, with what was expected; None where they can."""
+    families = [model.config.model_type for model in (student, teacher)]
+    if families[0] != families[1] or families[0] not in LAYOUTS:
+        return f"model_type is {families[0]!r} and the teacher's {families[1]!r}; expected one of {', '.join(LAYOUTS)}"
+    for name in SAME:
+        settings = [getattr(model.config, name, None) for model in (student, teacher)]
+        if settings[0] != settings[1]:
+            return f"{name} is {settings[0]!r} and the teacher's {settings[1]!r}; expected the same"
+    if any(getattr(model.config, "scale_attn_by_inverse_layer_idx", False) for model in (student, teacher)):
+        return "scale_attn_by_inverse_layer_idx is True, so a layer would be another in another place; expected False"
+    if adapted_layer(teacher) is not None or any(is_quantized(p) for p in teacher.parameters()):
+        return "the teacher's layers are quantized or carry an adapter; expected plain weights"
+    ours, theirs = Decoder(student), Decoder(teacher)
+    if ours.head_size != theirs.head_size:
+        return f"a head has {ours.head_size} dimensions and the teacher's {theirs.head_size}; expected the same"
+    for name, size in ours.sizes.items():
+        if size > theirs.sizes[name]:
+            return f"{name} is {size} and the teacher's {theirs.sizes[name]}; expected no more than that"
+    if ours.is_tied and not theirs.is_tied:
+        return "tie_word_embeddings is True and the teacher's False; expected False"
+    for mine, yours in zip(ours.sublayers[:2], theirs.sublayers[:2], strict=True):
+        for a, b in zip([*mine.readers, mine.writer], [*yours.readers, yours.writer], strict=True):
+            if a.bias is None and b.bias is not None:
+                return "its layers have no biases and the teacher's have; expected biases (attention_bias, mlp_bias)"
+    return None
+
+
+def start_layers(
+    student: PreTrainedModel, teacher: PreTrainedModel, text: Text, vocab_weights: Tensor, valid_vocab: int | None
+) -> Projection:
+    """Set all of the student's weights, in place; return the projector that is best for its head.
+
+    Args:
+        student, teacher: `find_misfit` has returned None for them.
+        text: some times Ht tokens.
+        vocab_weights, valid_vocab: as in `closed_form.Factors`.
+    """
+    ours, theirs = Decoder(student), Decoder(teacher)
+    modes = [(module, module.training) for module in student.modules()]
+    student.eval()
+    try:
+        moments, outputs = _look(theirs, text)
+        Q = _basis(sum(moments), ours, theirs)
+        _set_embeddings(ours, theirs, Q, valid_vocab)
+        deep, deeper = len(ours.layers), len(theirs.layers)
+        for i, sublayer in enumerate(ours.sublayers):
+            layer, half = divmod(i, 2)
+            source = 2 * (layer * deeper // deep) + half
+            share = ((Q @ moments[source] * Q).sum() / len(Q)).sqrt().item()
+            _copy(sublayer, theirs.sublayers[source], Q, share, outputs[source])
+            for name in ours.per_head:
+                shared = theirs.layers[source // 2].get_submodule(name)
+                ours.layers[layer].get_submodule(name).weight.copy_(fetch(shared, "weight")[0])
+            then = source + 1 if half == 0 else 2 * ((layer + 1) * deeper // deep)
+            _fit_writer(sublayer, ours, theirs, theirs.norm_before(then), Q, text)
+        return _set_final_norm(ours, theirs, text, vocab_weights, valid_vocab)
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+class _Stop(Exception):
+    """Nothing further is wanted of a forward."""
+
+
+def _run(text: Text, wanted: Sequence[tuple[Decoder, Any]], use: Callable[..., None]) -> None:
+    """Call `use` for every batch with the inputs (n, size) of each wanted module, in fp32 at least, of what counts.
+
+    Modules of one model are given in the order in which they are run.
+    """
+    decoders = {id(decoder): decoder for decoder, _ in wanted}
+    seen: dict[int, Tensor] = {}
+    last = {id(decoder): id(module) for decoder, module in wanted}
+
+    def keep(module: Any, args: Any) -> None:
+        seen[id(module)] = args[0]
+        if id(module) in last.values():
+            raise _Stop
+
+    with ExitStack() as stack:
+        for _, module in wanted:
+            stack.callback(module.register_forward_pre_hook(keep).remove)
+        for inputs, counted in text:
+            for decoder in decoders.values():
+                with suppress(_Stop):
+                    run_backbone(decoder.model, **inputs, use_cache=False)
+            found = (seen[id(module)].to(counted.device)[counted] for _, module in wanted)
+            use(*(x.to(torch.promote_types(x.dtype, torch.float32)) for x in found))
+
+
+def _look(theirs: Decoder, text: Text) -> tuple[list[Tensor], list[Tensor]]:
+    """Return E[n nᵀ] of the normalized stream before each sublayer and the final norm, and how much each unit writes.
+
+    Units are heads, and neurons: (units,) of each sublayer, the mean square of its output.
+    """
+    norms = [(theirs, theirs.norm_before(i)) for i in range(len(theirs.sublayers) + 1)]
+    writers = [(theirs, sublayer.writer) for sublayer in theirs.sublayers]
+    wanted = [one for pair in zip(norms, writers, strict=False) for one in pair] + norms[-1:]
+    sums: list[Any] = [0] * len(wanted)
+    tokens = 0
+
+    def add(*found: Tensor) -> None:
+        nonlocal tokens
+        tokens += len(found[0])
+        for i, x in enumerate(found):
+            if i % 2 == 0:
+                n = theirs.normalize(x)
+                sums[i] = sums[i] + (n.T @ n).double()
+            else:
+                x = _units(x, theirs.sublayers[i // 2])
+                sums[i] = sums[i] + torch.einsum("nux,nuy->uxy", x, x).double()
+
+    _run(text, wanted, add)
+    outputs = []
+    for sublayer, squares in zip(theirs.sublayers, sums[1::2], strict=True):
+        weight = _units(_read(sublayer.writer, squares.device)[0], sublayer)  # (H, units, size)
+        outputs.append(torch.einsum("hux,uxy,huy->u", weight, squares, weight))
+    return [total / tokens for total in sums[::2]], outputs
+
+
+def _units(x: Tensor, sublayer: Sublayer) -> Tensor:
+    """Return `x` (*, inner) as (*, heads, head size), or (*, neurons, 1)."""
+    return x.unflatten(-1, (sublayer.heads[0] if sublayer.heads else x.shape[-1], -1))
+
+
+def _basis(moment: Any, ours: Decoder, theirs: Decoder) -> Tensor:
+    """Return Q (Hs, Ht) float64."""
+    width, whole = ours.model.config.hidden_size, len(moment)
+    eye = torch.eye(whole).to(moment)
+    if width == whole:
+        return eye
+    one = eye.new_full((whole, 1), whole**-0.5)
+    if theirs.layer_norm:  # the constant direction has a coordinate of its own; among the others it comes last
+        left = eye - one @ one.T
+        moment = left @ moment @ left - one @ one.T * moment.trace()
+    rank = width - theirs.layer_norm
+    leading = torch.linalg.eigh(moment).eigenvectors[:, whole - rank :]
+    leading = leading @ random_rotation(rank, leading)  # where all gains are equal
+    gains = fetch(theirs.norm, "weight")[0].detach().to(leading)
+    leading = leading @ torch.linalg.eigh(leading.T * gains @ leading).eigenvectors
+    if not theirs.layer_norm:
+        return leading.T.contiguous()
+    own = eye.new_full((width, 1), width**-0.5)
+    v = own - torch.eye(width).to(own)[:, -1:]  # the reflection that takes the last unit vector to the constant one
+    reflection = torch.eye(width).to(own) - v @ v.T * (2 / v.square().sum())
+    return reflection[:, :-1] @ leading.T + own @ one.T
+
+
+def _set_embeddings(ours: Decoder, theirs: Decoder, Q: Tensor, valid_vocab: int | None) -> None:
+    """Set both ends, an untied head with the final norm's gains in it, and GPT-2's positions."""
+    gains = fetch(theirs.norm, "weight")[0].detach().to(Q)
+    ends = [("get_input_embeddings", Q), ("get_output_embeddings", Q * gains)]
+    for name, into in ends[: 1 if ours.is_tied else 2]:
+        weight, source = getattr(ours.model, name)().weight, fetch(getattr(theirs.model, name)(), "weight")[0]
+        rows = min(len(weight), len(source), valid_vocab or len(weight))
+        for ids in matmul.blocks(rows, ROWS):
+            weight[ids] = (source[ids].to(Q) @ into.T).to(weight)
+    if (positions := getattr(ours.inner, "wpe", None)) is not None:
+        source = fetch(theirs.inner.wpe, "weight")[0]
+        positions.weight.copy_(source[: len(positions.weight)].to(Q) @ Q.T)
+
+
+def _copy(ours: Sublayer, theirs: Sublayer, Q: Tensor, share: float, outputs: Tensor) -> None:
+    """Copy a sublayer, its norm folded into what reads; its units are those of the largest `outputs`."""
+    gains, shift = (None if x is None else x.detach().to(Q) for x in fetch(theirs.norm, "weight", "bias"))
+    inner = _inputs(ours.writer)
+    if theirs.heads is None or ours.heads is None:
+        units = outputs.topk(inner).indices.sort().values
+        rows = [units] * len(ours.matrices())
+    else:
+        units, keys = (_rows(x, inner // ours.heads[0]) for x in _choose_heads(outputs, theirs.heads, ours.heads))
+        rows = [units, keys, keys]
+    found = []
+    for (weight, bias), some in zip(theirs.matrices(Q.device), rows, strict=True):
+        bias = weight.new_zeros(len(weight)) if bias is None else bias
+        bias = bias if shift is None else bias + weight @ shift
+        found.append(((weight * gains)[some] @ Q.T * share, bias[some]))
+    for i, reader in enumerate(ours.readers):
+        weights, biases = zip(*found[i * ours.fused : (i + 1) * ours.fused], strict=True)
+        _write(reader, torch.cat(weights), torch.cat(biases))
+    ours.norm.weight.fill_(1.0)
+    if shift is not None:
+        ours.norm.bias.zero_()
+    weight, bias = _read(theirs.writer, Q.device)
+    _write(ours.writer, Q @ weight[:, units], None if bias is None else Q @ bias)
+
+
+def _choose_heads(outputs: Tensor, theirs: tuple[int, int], ours: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Return which heads and key-value heads have the largest outputs (heads,), those of one key together."""
+    groups = outputs.unflatten(0, (theirs[1], -1))
+    best = groups.topk(ours[0] // ours[1], dim=1)
+    keys = best.values.sum(1).topk(ours[1]).indices.sort().values
+    return (keys[:, None] * groups.shape[1] + best.indices[keys].sort(1).values).flatten(), keys
+
+
+def _rows(heads: Tensor, size: int) -> Tensor:
+    return (heads[:, None] * size + torch.arange(size, device=heads.device)).flatten()
+
+
+def _fit_writer(ours: Sublayer, student: Decoder, teacher: Decoder, target: Any, Q: Tensor, text: Text) -> None:
+    """Add to the writer the ridge solution for what the student's stream lacks of the one that `target` reads."""
+    weight, bias = _read(ours.writer)
+    gram: Any = 0
+    cross: Any = 0
+
+    def add(stream: Tensor, a: Tensor, theirs: Tensor) -> None:
+        nonlocal gram, cross
+        lacks = theirs @ Q.T.to(theirs) - stream - a @ weight.T.to(a)
+        if bias is not None:
+            lacks, a = lacks - bias.to(lacks), torch.cat([a, a.new_ones(len(a), 1)], 1)
+        gram, cross = gram + (a.T @ a).double(), cross + (a.T @ lacks).double()
+
+    _run(text, [(student, ours.norm), (student, ours.writer), (teacher, target)], add)
+    diagonal = gram.diagonal()[: weight.shape[1]]
+    diagonal += RIDGE * diagonal.mean()
+    change = torch.linalg.solve(gram, cross).T
+    _write(ours.writer, weight + change[:, : weight.shape[1]], None if bias is None else bias + change[:, -1])
+
+
+def _set_final_norm(
+    ours: Decoder, theirs: Decoder, text: Text, vocab_weights: Tensor, valid_vocab: int | None
+) -> Projection:
+    """Solve the final norm's gain and shift for the teacher's logits; return the projector P of the student's head.
+
+    With h* = P h and G = Eᵀ D E, min E[(γ∘n + β − h*)ᵀ G (γ∘n + β − h*)]: (G ∘ Cov n) γ = diag(G Cov(h*, n)).
+    """
+    nothing = torch.empty(0, device=vocab_weights.device)
+    own, true = head(ours.model, nothing), head(theirs.model, nothing)
+    solved = solve_lstsq(own, true, vocab_weights=vocab_weights, valid_vocab=valid_vocab)
+    gram = centered_gram(own, vocab_weights[:valid_vocab])
+    gains, shift = fetch(theirs.norm, "weight", "bias")
+    width = len(gram)
+    sums: Any = 0
+
+    def add(stream: Tensor, teacher_stream: Tensor) -> None:
+        nonlocal sums
+        h = theirs.normalize(teacher_stream) * gains.to(teacher_stream)
+        h = (h if shift is None else h + shift.to(h)) @ solved.weight.T.to(h)
+        both = torch.cat([ours.normalize(stream), h, h.new_ones(len(h), 1)], 1)
+        sums = sums + (both.T @ both).double()
+
+    _run(text, [(ours, ours.norm), (theirs, theirs.norm)], add)
+    moments = sums / sums[-1, -1]
+    mean = moments[-1]
+    if ours.layer_norm:  # what is constant goes into the shift
+        moments = moments - torch.outer(mean, mean)
+    normal = gram * moments[:width, :width]
+    normal.diagonal().add_(1e-6 * normal.diagonal().mean())
+    gain = torch.linalg.solve(normal, (gram @ moments[width:-1, :width]).diagonal())
+    ours.norm.weight.copy_(gain)
+    if ours.layer_norm:
+        ours.norm.bias.copy_(mean[width:-1] - gain * mean[:width])
+    return solved
+
+
+def _read(linear: Any, device: Any = None) -> tuple[Tensor, Tensor | None]:
+    """Return weight (out, in) and bias of a layer, float64."""
+    found = fetch(linear, "weight", "bias")
+    weight, bias = (None if x is None else x.detach().to(device, torch.float64) for x in found)
+    return weight.T if isinstance(linear, Conv1D) else weight, bias
+
+
+def _inputs(linear: Any) -> int:
+    return linear.weight.shape[0 if isinstance(linear, Conv1D) else 1]
+
+
+def _write(linear: Any, weight: Tensor, bias: Tensor | None) -> None:
+    linear.weight.copy_(weight.T if isinstance(linear, Conv1D) else weight)
+    if linear.bias is not None:
+        linear.bias.zero_() if bias is None else linear.bias.copy_(bias)
