@@ -6,7 +6,7 @@
 
 config.py    KDConfig                      recipes.py      named choices, and which one "auto" takes
 model.py     the loss, under one forward   teachers.py     what KD learns from, and how true it is
-hf.py        backbone, head, labels        initialization.py  solved starts
+hf.py        backbone, head, labels        initialization/ solved starts
 trainer.py   KDTrainer                     fsdp.py         sharding
 metrics.py   means for logs, memory        callbacks.py    health in words, the progress bar
 nan_guard.py stop at NaN                   diagnostics.py  what a log tells

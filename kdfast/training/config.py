@@ -86,7 +86,7 @@ class KDConfig(TrainingArguments):
     kd_ramp: float | None = _from_recipe("Fraction of the run over which the KD weight ramps up; 0 = constant.")
     kd_ramp_start: float | None = _from_recipe("KD weight at the start of the ramp.")
     ce_weight: float | None = _from_recipe("Multiplies the language-model loss.")
-    student_init: str | None = _from_recipe("A fresh student: own; svd, its embedding solved; svd_blocks, its layers too.")
+    student_init: str | None = _from_recipe("A fresh student: own; svd, its embedding solved; svd_blocks, all of it.")
     compressed_rank: int | None = _from_recipe("Rank of a compressed teacher's head.")
     compressed_kl: float | None = _from_recipe("Instead: the smallest rank whose KL to the whole head is at most this.")
     anchor_weight: float | None = _from_recipe("Multiplies the projected teacher's own cross entropy on the labels.")

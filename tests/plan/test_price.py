@@ -13,7 +13,7 @@ from kdfast.training.recipes import Recipe
 
 FAMILIES = ("gpt2", "llama", "qwen2")
 RECIPE_CASES = [
-    *(recipe for recipe in RECIPES.values() if recipe.name not in ("cached", "svd_init", "projector_refit")),
+    *(one for one in RECIPES.values() if one.name not in ("cached", "svd_init", "svd_blocks", "projector_refit")),
     Recipe("svd_init at rank 8", teacher="compressed_head", compressed_rank=8, student_init="svd"),
     Recipe("projector's gradient", teacher="projected", teacher_grad="projector"),
     Recipe("no gradient", teacher="projected", teacher_grad="none"),

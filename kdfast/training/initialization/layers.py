@@ -48,9 +48,7 @@ class Layout(NamedTuple):
     per_head: tuple[str, ...] = ()  # what all heads share, and is copied
 
 
-GPT2 = Layout(
-    "h", "ln_f", ("ln_1", "ln_2"), (("attn.c_attn",), ("mlp.c_fc",)), ("attn.c_proj", "mlp.c_proj"), fused=3
-)
+GPT2 = Layout("h", "ln_f", ("ln_1", "ln_2"), (("attn.c_attn",), ("mlp.c_fc",)), ("attn.c_proj", "mlp.c_proj"), fused=3)
 LLAMA = Layout(
     "layers",
     "norm",
@@ -304,7 +302,7 @@ def _set_embeddings(ours: Decoder, theirs: Decoder, Q: Tensor, valid_vocab: int 
 
 def _copy(ours: Sublayer, theirs: Sublayer, Q: Tensor, share: float, outputs: Tensor) -> None:
     """Copy a sublayer, its norm folded into what reads; its units are those of the largest `outputs`."""
-    gains, shift = (None if x is None else x.detach().to(Q) for x in fetch(theirs.norm, "weight", "bias"))
+    gains, shift = _read(theirs.norm, Q.device)
     inner = _inputs(ours.writer)
     if theirs.heads is None or ours.heads is None:
         units = outputs.topk(inner).indices.sort().values
@@ -395,11 +393,12 @@ def _set_final_norm(
     return solved
 
 
-def _read(linear: Any, device: Any = None) -> tuple[Tensor, Tensor | None]:
-    """Return weight (out, in) and bias of a layer, float64."""
-    found = fetch(linear, "weight", "bias")
-    weight, bias = (None if x is None else x.detach().to(device, torch.float64) for x in found)
-    return weight.T if isinstance(linear, Conv1D) else weight, bias
+def _read(layer: Any, device: Any = None) -> tuple[Tensor, Tensor | None]:
+    """Return weight (out, in), a norm's (H,), and bias of a layer, float64."""
+    weight, bias = fetch(layer, "weight", "bias")
+    weight = weight.detach().to(device, torch.float64)
+    bias = None if bias is None else bias.detach().to(device, torch.float64)
+    return weight.T if isinstance(layer, Conv1D) else weight, bias
 
 
 def _inputs(linear: Any) -> int:
