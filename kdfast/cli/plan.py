@@ -109,7 +109,7 @@ def _prices(student: Model, teacher: Model | None) -> dict[str, float]:
 
     names = ("cached", "compressed_head", "teacher_head", "projector")
     rank = min(student.width, teacher.width)
-    return {name: price_per_token(RECIPES[name], student.size, teacher.size, rank).ratio for name in names}
+    return {name: price_per_token(RECIPES[name], student.size, teacher.size, rank=rank).ratio for name in names}
 
 
 def _valid_vocab(args: argparse.Namespace, student: Model, teacher: Model) -> int | None:

@@ -14,12 +14,13 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
 from kdfast.demo.toy_models import SmallSizes, small_gpt2
 from kdfast.demo.toy_text import PREPARED, cache_root, library_text, once, prepare
-from kdfast.report.page import less_lm_only, text_table, whole_seconds, write_report
+from kdfast.report.page import EQUAL, text_table, whole_seconds, write_report
 from kdfast.report.read_runs import REPORT, SUMMARY, Run, is_finished
 from kdfast.report.summary import write_summary
 from kdfast.training.durable.atomic_io import write_text
@@ -116,14 +117,15 @@ def _verdict(runs: list[Run], best: Run) -> str:
         f"{teacher.summary['tokens']:,} tokens: the best recipe, {name}, came to {came(best)}. LM only came to "
         f"{came(alone)} with as many tokens, and to {came(longer)} with the seconds."
     )
-    by_tokens, by_seconds = (less_lm_only(best, runs, budget) for budget in ("tokens", "seconds"))
-    if by_tokens is None or by_tokens >= 0:
+    by_tokens, by_seconds = (best.summary["eval_ce"] - run.summary["eval_ce"] for run in (alone, longer))
+    ratio = (whole_seconds(longer.summary) or 0.0) / (whole_seconds(best.summary) or inf)
+    if by_tokens >= 0:
         return f"{case} Distillation is worth nothing here: LM only is as good with as many tokens."
-    if by_seconds is None:
-        return f"{case} The seconds are too far apart to compare: leave the machine to the demo, and run it again."
-    if by_seconds >= 0:
+    if by_seconds < 0 and ratio >= 1 - EQUAL:
+        return f"{case} Distillation is worth its seconds here: {by_seconds:+.3f} nats, {by_tokens:+.3f} at equal tokens."
+    if by_seconds >= 0 and ratio <= 1 + EQUAL:
         return f"{case} Distillation is worth its text here, {by_tokens:+.3f}, and not its seconds, {by_seconds:+.3f}."
-    return f"{case} Distillation is worth its seconds here: {by_seconds:+.3f} nats, {by_tokens:+.3f} at equal tokens."
+    return f"{case} The seconds are too far apart to compare: leave the machine to the demo, and run it again."
 
 
 def _little(cache: Path, sizes: DemoSizes) -> Path:
@@ -155,11 +157,14 @@ def _unfinished(wanted: Path, key: str) -> Path:
 def _settings(cache: Path, sizes: DemoSizes, seed: int, recipe: str | None = None) -> dict[str, Any]:
     """Return the teacher's settings for `kdfast distill`, or those of a student with `recipe`."""
     text = {key: str(cache / name) for key, name in PREPARED.items()}
+    of: dict[str, Any]
     if recipe is None:
         of, layers, width, steps = {"recipe": ALONE}, sizes.teacher_layers, sizes.teacher_width, sizes.teacher_steps
         batch, rate = sizes.teacher_batch, sizes.teacher_rate
     else:
         of = {"recipe": recipe, "teacher_model_name_or_path": str(cache / "teacher")}
+        if recipe == "teacher_head":
+            of["precompute_teacher_log_probs"] = False  # the one that shows what a live teacher costs
         layers, width, steps = sizes.student_layers, sizes.student_width, sizes.student_steps
         batch, rate = sizes.batch, sizes.learning_rate
         text["train_file"] = str(_little(cache, sizes))

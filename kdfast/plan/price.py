@@ -55,7 +55,9 @@ def size_of(model: Any) -> Size:
     return Size(round(passed), vocab, width, getattr(config, "num_hidden_layers", 0))
 
 
-def price_per_token(recipe: Recipe, student: Size, teacher: Size | None, rank: int | None = None) -> Price:
+def price_per_token(
+    recipe: Recipe, student: Size, teacher: Size | None, *, rank: int | None = None, passes: float | None = None
+) -> Price:
     """Return what a token costs under `recipe`. With u = 2·V·H, one product with a head:
 
         LM only                    6·P + 3·u(Hs)
@@ -63,15 +65,18 @@ def price_per_token(recipe: Recipe, student: Size, teacher: Size | None, rank: i
         its own head               + u(Ht)
         compressed, of `rank` r    + 2·r·(V + Ht); None: the head stays whole
         projected                  + 2·Ht·Hs + u(Hs), and what its gradients take
-        entries kept of it         nothing
+        entries kept of it         nothing, or the whole once in `passes`, how often the run goes over its text
 
     Solves, before the first step or again on the way, are not in it.
     """
     product = 2 * student.vocab * student.width
     lm_only = 6 * student.parameters + 3 * product
-    if teacher is None or (recipe.teacher in ("none", "cached") and not recipe.hidden_weight):
+    if teacher is None:
         return Price(lm_only, 0)
     own, projector = 2 * teacher.vocab * teacher.width, 2 * teacher.width * student.width
+    if recipe.teacher in ("none", "cached") and not recipe.hidden_weight:
+        once = 2 * teacher.parameters + own
+        return Price(lm_only, round(once / passes) if recipe.teacher == "cached" and passes else 0)
     heads = 0
     if recipe.teacher == "compressed_head" and rank is not None:
         heads = 2 * rank * (teacher.vocab + teacher.width)

@@ -554,11 +554,15 @@ class KDTrainer(DurableTrainer):
 
     @property
     def price(self) -> Price:
-        """Return what a token costs under the recipe; before a run, that of a compressed head is the whole one's."""
+        """Return what a token costs under the recipe, a teacher that the run goes over its text with once shared out.
+
+        Before a run the price of a compressed head is the whole one's.
+        """
         model: DistillationModel = self.accelerator.unwrap_model(self.model)
         teacher = None if model.teacher is None else size_of(model.teacher)
         rank = None if model.compressed_head is None else model.compressed_head.rank
-        return price_per_token(model.recipe, size_of(model.student), teacher, rank)
+        passes = None if self._precomputation is None else self._precomputation.passes
+        return price_per_token(model.recipe, size_of(model.student), teacher, rank=rank, passes=passes)
 
 
 def _wrap(

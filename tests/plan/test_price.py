@@ -65,7 +65,7 @@ def test_it_is_what_torch_counts(family, recipe, counted, monkeypatch):
     model.solve([batch])
     operations = counted(lambda: model(**batch).loss.backward())
     rank = None if model.compressed_head is None else model.compressed_head.rank
-    price = price_per_token(recipe, size_of(student), given and size_of(teacher), rank)
+    price = price_per_token(recipe, size_of(student), given and size_of(teacher), rank=rank)
     assert operations == batch["input_ids"].numel() * (price.lm_only + price.teacher)
 
 
@@ -83,6 +83,8 @@ def test_entries_that_were_kept_cost_nothing_and_it_says_what_it_is():
     lm_only = 6 * 1000 + 3 * 2 * 100 * 10
     assert price_per_token(RECIPES["cached"], student, None) == Price(lm_only, 0)
     assert price_per_token(RECIPES["cached"], student, teacher).ratio == 1
+    whole = 2 * 5000 + 2 * 100 * 20
+    assert price_per_token(RECIPES["cached"], student, teacher, passes=4) == Price(lm_only, whole // 4)
     live = price_per_token(RECIPES["teacher_head"], student, teacher)
-    assert live == Price(lm_only, 2 * 5000 + 2 * 100 * 20)
+    assert live == Price(lm_only, whole)
     assert str(live) == "2.6e+04 operations per token, 2.17 times LM only's"

@@ -4,6 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 
+from kdfast.plan.price import size_of
 from kdfast.training import KDTrainer
 from kdfast.training.cache import CachedBlocks
 
@@ -33,6 +34,8 @@ def test_a_text_that_comes_round_again_is_shown_to_the_teacher_once(trainer, mon
     run = trainer()
     recipe = run.model.recipe
     assert (recipe.name, recipe.teacher, recipe.student_init, recipe.kd_weight) == ("svd_init", "cached", "svd", 2.0)
+    teacher = size_of(run.model.teacher)
+    assert run.price.teacher == (2 * teacher.parameters + 2 * V * 32) // 2  # four steps go over the text twice
     run.train()
     assert isinstance(run.train_dataset, CachedBlocks)
     assert [start.what for start in run.starts] == ["student_init='svd'"]

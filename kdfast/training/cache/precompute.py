@@ -86,7 +86,7 @@ class Precomputation:
                 )
             return False
         asked = asked or self.args.teacher_cache is not None or recipe.teacher == "cached"
-        passes = self._passes()
+        passes = self.passes
         if not asked and passes <= 1:
             return False
         obstacle = by_first(lambda: next(self._obstacles(not asked), None))
@@ -97,7 +97,8 @@ class Precomputation:
         print_once(f"the teacher runs at every step, and the text comes round {passes:.3g} times: {obstacle}")
         return False
 
-    def _passes(self) -> float:
+    @property
+    def passes(self) -> float:
         """Return how often the run goes over its text; 0 where that cannot be known."""
         args, given = self.args, self.dataset
         if isinstance(given, IterableDataset) or not hasattr(given, "__len__") or not len(given):
