@@ -122,7 +122,7 @@ def _verdict(runs: list[Run], best: Run) -> str:
     if by_tokens >= 0:
         return f"{case} Distillation is worth nothing here: LM only is as good with as many tokens."
     if by_seconds < 0 and ratio >= 1 - EQUAL:
-        return f"{case} Distillation is worth its seconds here: {by_seconds:+.3f} nats, {by_tokens:+.3f} at equal tokens."
+        return f"{case} Distillation is worth its seconds here: {by_seconds:+.3f} ({by_tokens:+.3f} at equal tokens)."
     if by_seconds >= 0 and ratio <= 1 + EQUAL:
         return f"{case} Distillation is worth its text here, {by_tokens:+.3f}, and not its seconds, {by_seconds:+.3f}."
     return f"{case} The seconds are too far apart to compare: leave the machine to the demo, and run it again."

@@ -55,11 +55,11 @@ def run(name, recipe, ce, tokens, seconds, *, speeds=(), parameters=9, **more):
 @pytest.mark.parametrize(
     ("ce", "ce_longer", "seconds_longer", "said"),
     [
-        (5.0, 5.5, 48.0, "Distillation is worth its seconds here: -0.500 nats, -1.000 at equal tokens."),
+        (5.0, 5.5, 48.0, "Distillation is worth its seconds here: -0.500 (-1.000 at equal tokens)."),
         (5.0, 4.75, 48.0, "Distillation is worth its text here, -1.000, and not its seconds, +0.250."),
         (5.0, 4.75, 30.0, "Distillation is worth its text here, -1.000, and not its seconds, +0.250."),
         (6.0, 5.0, 48.0, "Distillation is worth nothing here: LM only is as good with as many tokens."),
-        (5.0, 5.5, 96.0, "Distillation is worth its seconds here: -0.500 nats, -1.000 at equal tokens."),
+        (5.0, 5.5, 96.0, "Distillation is worth its seconds here: -0.500 (-1.000 at equal tokens)."),
         (5.0, 5.5, 30.0, "The seconds are too far apart to compare: leave the machine to the demo, and run it again."),
     ],
 )
