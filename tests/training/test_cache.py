@@ -83,15 +83,23 @@ class TestEntries:
         assert drawn.indices.max() < 30
 
     def test_drawn_ids_come_as_often_as_they_are_likely(self):
-        """Counts over n, whose variance is p(1 − p)/n."""
-        n, tau = 60_000, 2.0
-        head = Head(torch.randn(3, 8), torch.randn(11, 8))
+        """Whole times of n·p, the one below or the one above; over many draws n·p."""
+        n, tau, times = 7, 2.0, 20_000
+        head = Head(torch.randn(1, 8).expand(times, 8), torch.randn(11, 8))
         found = draw(head, n, tau, torch.Generator().manual_seed(1))
-        p = (head.hidden @ head.weight.T / tau).softmax(-1)
-        rows = torch.arange(3).repeat_interleave(found.distinct)
-        seen = torch.zeros(3, 11).index_put((rows, found.indices), found.counts / n)
-        torch.testing.assert_close(seen.sum(-1), torch.ones(3))
-        assert ((seen - p).abs() < 5 * (p * (1 - p) / n).sqrt()).all()
+        expected = n * (head.hidden[0] @ head.weight.T / tau).softmax(-1)
+        rows = torch.arange(times).repeat_interleave(found.distinct)
+        counts = torch.zeros(times, 11).index_put((rows, found.indices), found.counts.float())
+        assert (counts.sum(-1) == n).all()
+        assert ((counts - expected).abs() < 1).all()
+        left = expected - expected.floor()
+        assert ((counts.mean(0) - expected).abs() < 5 * (left * (1 - left) / times).sqrt()).all()
+
+    def test_an_impossible_id_is_never_drawn(self):
+        head = Head(torch.ones(100, 1), torch.ones(5, 1), torch.tensor([-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]))
+        found = draw(head, 64, 1.0, torch.Generator().manual_seed(0))
+        assert set(found.indices.tolist()) == {1, 3}
+        assert (found.counts == 32).all()
 
     def test_logits_of_16_bit_heads_are_not_rounded_to_16_bits(self):
         hidden, weight = torch.randn(4, 64).bfloat16(), torch.randn(30, 64).bfloat16()
