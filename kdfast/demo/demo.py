@@ -4,7 +4,7 @@ Text is Python's own library as it is installed here, one file in twenty held ou
 trained on it; the teacher is trained on it and kept in the cache, under a key made of text and settings. The students
 have little of that text, which comes round more than once: the case where a teacher is worth its seconds. One for each
 recipe, of the same tokens and learning rate, and one more of LM only, with the seconds that the best of them took, its
-teacher's run over the text counted. The table shows what came out, and a sentence says it.
+start and its teacher's run over the text counted. The table shows what came out, and a sentence says it.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ FULL = DemoSizes(
     student_width=128, learning_rate=1e-3,
 )  # fmt: skip
 QUICK = DemoSizes(
-    characters=500_000, excerpt=300, vocabulary=512, context=64, teacher_layers=1, teacher_width=32, teacher_steps=6,
-    teacher_batch=4, student_layers=1, student_width=16, student_steps=6, student_characters=1500, learning_rate=1e-3,
+    characters=500_000, excerpt=300, vocabulary=512, context=64, teacher_layers=1, teacher_width=128, teacher_steps=6,
+    teacher_batch=4, student_layers=1, student_width=64, student_steps=6, student_characters=1500, learning_rate=1e-3,
 )  # fmt: skip
 
 
@@ -106,7 +106,7 @@ def _verdict(runs: list[Run], best: Run) -> str:
 
     def came(run: Run) -> str:
         made = run.summary.get("teacher_seconds")
-        teachers = f", {made:.3g} of them the teacher's run over the text" if made else ""
+        teachers = f", {made:.3g} of them the start and the teacher's run over the text" if made else ""
         tokens, seconds = run.summary["tokens"], whole_seconds(run.summary) or 0.0
         return f"{run.summary['eval_ce']:.3f} ({tokens:,} tokens, {seconds:.3g} seconds{teachers})"
 

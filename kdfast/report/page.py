@@ -50,7 +50,7 @@ def table(runs: Sequence[Run]) -> pd.DataFrame:
 
 
 def whole_seconds(summary: Mapping[str, Any]) -> float | None:
-    """Return the seconds of the training steps and of the teacher's run over the text, where it was run beforehand."""
+    """Return the seconds of training and, before it, of solved starts and the teacher's run over the text."""
     seconds = summary.get("seconds")
     return None if seconds is None else seconds + (summary.get("teacher_seconds") or 0.0)
 

@@ -27,7 +27,7 @@ def summarize(trainer: KDTrainer, evaluation: dict[str, float]) -> dict[str, Any
     return {
         "recipe": model.recipe.name,
         **summarize_log(log_table(trainer.state.log_history), evaluation),
-        "teacher_seconds": sum(cache.summary.seconds for cache in caches.values()) or None,
+        "teacher_seconds": (trainer.solve_seconds + sum(cache.summary.seconds for cache in caches.values())) or None,
         "eval_tokens": evaluation.get("eval_tokens"),
         "engine": engine_of(trainer.args, model.student),
         "device": torch.cuda.get_device_name(device) if on_gpu else f"{device.type}, {torch.get_num_threads()} threads",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -192,6 +193,7 @@ class KDTrainer(DurableTrainer):
             check_best(args.metric_for_best_model, model, eval_dataset)
         self._solved, self._recipe = False, model.recipe
         self.starts: list[Start] = []  # what was solved before the first step
+        self.solve_seconds = 0.0  # that took
         self._start_run()
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -269,12 +271,14 @@ class KDTrainer(DurableTrainer):
             return
         self._solved = True
         model: DistillationModel = self.accelerator.unwrap_model(self.model)
+        began = time.perf_counter()
         if self.is_fsdp_enabled and model.recipe.solves:
             model.to(self.args.device)  # whole, until it is sharded
         with self.naming_lost_processes():
             self.starts = model.solve(self._calibration_batches(), self.args.calibration_tokens)
             if self.accelerator.num_processes > 1:
                 self.starts = _share_starts(model, self.starts, self.args.device)
+        self.solve_seconds = time.perf_counter() - began if self.starts else 0.0
         for start in self.starts:
             processes.print_once(str(start))
 

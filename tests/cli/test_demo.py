@@ -70,9 +70,9 @@ def test_the_verdict_is_the_figures(ce, ce_longer, seconds_longer, said):
     best = run("auto", "svd_init", ce, 2000, 20.0, teacher_seconds=30.0, speeds=[1, 1, 1, 1, 1])
     assert demo._verdict([teacher, alone, longer, best], best) == (
         "Little text, which comes round 2.0 times, and a teacher that has learned from 10,000 tokens: the best recipe, "
-        f"auto (svd_init), came to {ce:.3f} (2,000 tokens, 50 seconds, 30 of them the teacher's run over the text). "
-        f"LM only came to 6.000 (2,000 tokens, 10 seconds) with as many tokens, and to {ce_longer:.3f} (9,600 tokens, "
-        f"{seconds_longer:.0f} seconds) with the seconds. {said}"
+        f"auto (svd_init), came to {ce:.3f} (2,000 tokens, 50 seconds, 30 of them the start and the teacher's run "
+        f"over the text). LM only came to 6.000 (2,000 tokens, 10 seconds) with as many tokens, and to {ce_longer:.3f} "
+        f"(9,600 tokens, {seconds_longer:.0f} seconds) with the seconds. {said}"
     )
 
 

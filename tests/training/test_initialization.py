@@ -151,8 +151,11 @@ def test_trainer_solves_once_before_the_first_step_and_says_so(tiny, rows, confi
         return KDTrainer(tiny("gpt2"), args, teacher=tiny(width=24, seed=1), **data)
 
     trainer = run()
+    assert trainer.solve_seconds == 0
     fidelity = trainer.evaluate()["eval_kl_teacher_projected"]
+    took = trainer.solve_seconds
     trainer.train()
+    assert trainer.solve_seconds == took > 0
     assert trainer.evaluate()["eval_kl_teacher_projected"] == pytest.approx(fidelity)
     out = capsys.readouterr().out
     assert out.count("student_init='svd': KL(true‖start)") == out.count("teacher's head at rank 24: KL") == 1
