@@ -62,6 +62,21 @@ class Ramp:
 
 
 @dataclass(frozen=True)
+class Until:
+    """What `schedule` says while progress < `end`, then 0: KD in the first part of a run alone."""
+
+    schedule: Schedule
+    end: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.end <= 1:
+            raise ValueError(f"end={self.end!r}; expected the fraction of the run that `schedule` is for, in [0, 1]")
+
+    def __call__(self, progress: float) -> float:
+        return self.schedule(progress) if progress < self.end else 0.0
+
+
+@dataclass(frozen=True)
 class Piecewise:
     """One value after the other: `values[i]` up to `boundaries[i]`, the last one to the end.
 

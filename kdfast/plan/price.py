@@ -67,7 +67,8 @@ def price_per_token(
         projected                  + 2·Ht·Hs + u(Hs), and what its gradients take
         entries kept of it         nothing, or the whole once in `passes`, how often the run goes over its text
 
-    Solves, before the first step or again on the way, are not in it.
+    A teacher that runs in the first part of the run alone (`kd_until`) costs that part. Solves, before the first step
+    or again on the way, are not in it.
     """
     product = 2 * student.vocab * student.width
     lm_only = 6 * student.parameters + 3 * product
@@ -90,4 +91,5 @@ def price_per_token(
         heads = 2 * projector + 4 * product  # its own training's three, and the one that the student learns from
     if recipe.hidden_weight:
         heads += 3 * projector * student.layers
-    return Price(lm_only, 2 * teacher.parameters + heads)
+    steps = 1.0 if recipe.needs_teacher_always else recipe.kd_until
+    return Price(lm_only, round(steps * (2 * teacher.parameters + heads)))

@@ -40,7 +40,7 @@ NUMBERS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
         "router_lr_multiplier", "hidden_weight",
     )),
     "a number > 0": (lambda x: x > 0, ("temperature", "compressed_kl")),
-    "a fraction of the run in [0, 1]": (lambda x: 0 <= x <= 1, ("kd_ramp",)),
+    "a fraction of the run in [0, 1]": (lambda x: 0 <= x <= 1, ("kd_ramp", "kd_until")),
     "an int > 0": (lambda x: x > 0 and x == int(x), (
         "cache_samples", "cache_top_k", "cache_shard_tokens",
         "scratch_bytes", "valid_vocab", "compressed_rank", "calibration_tokens", "max_skipped_steps",
@@ -85,6 +85,7 @@ class KDConfig(TrainingArguments):
     kd_weight: float | None = _from_recipe("Multiplies τ²·KL; the value after the ramp.")
     kd_ramp: float | None = _from_recipe("Fraction of the run over which the KD weight ramps up; 0 = constant.")
     kd_ramp_start: float | None = _from_recipe("KD weight at the start of the ramp.")
+    kd_until: float | None = _from_recipe("Fraction of the run that has a KD term; no teacher is run after it.")
     ce_weight: float | None = _from_recipe("Multiplies the language-model loss.")
     student_init: str | None = _from_recipe("A fresh student: own; svd, its embedding solved; svd_blocks, all of it.")
     compressed_rank: int | None = _from_recipe("Rank of a compressed teacher's head.")

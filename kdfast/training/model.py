@@ -252,14 +252,9 @@ class DistillationModel(nn.Module):
         return DistillationOutput(loss, metrics, fidelity(student, surrogate, true, targets, **self.loss_options))
 
     def _needs_teacher(self, kd_weight: float | Tensor) -> bool:
-        """Return whether a batch has a use for its teacher: not in training under a KD weight that is known to be 0.
-
-        A projector that is trained is fed even so: DDP waits for its gradient.
-        """
-        if isinstance(kd_weight, Tensor) or kd_weight != 0 or not self.training or self.hidden_loss is not None:
-            return True
-        trained = self.logit_projector is not None and self.recipe.projector_resolve_steps == 0
-        return trained or self.recipe.anchor_weight > 0
+        """Return whether a batch has a use for its teacher: not in training under a KD weight that is known to be 0."""
+        known = not isinstance(kd_weight, Tensor) and kd_weight == 0 and self.training
+        return not known or self.recipe.needs_teacher_always
 
     def train(self, mode: bool = True) -> DistillationModel:
         """As nn.Module's, but the teacher stays in eval mode."""
@@ -268,9 +263,15 @@ class DistillationModel(nn.Module):
             self.teacher.eval()
         return self
 
-    def learn_from_entries(self) -> None:
-        """Take the teacher's entries, which batches bring from now on, in place of its head. Before `solve`."""
-        self.recipe = replace(self.recipe, teacher="cached", compressed_rank=None, compressed_kl=None)
+    def learn_from_entries(self, kd_until: float | None = None) -> None:
+        """Take the teacher's entries, which batches bring from now on, in place of its head. Before `solve`.
+
+        kd_until: in place of the recipe's, which may spare a teacher that runs.
+        """
+        kd_until = self.recipe.kd_until if kd_until is None else kd_until
+        self.recipe = replace(
+            self.recipe, teacher="cached", compressed_rank=None, compressed_kl=None, kd_until=kd_until
+        )
         self.kd_teacher = KINDS["cached"](self.recipe)
         self.compressed_head, self.solved = None, self.solved or not self.recipe.solves
 

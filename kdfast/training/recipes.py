@@ -22,7 +22,7 @@ What tells is the projected teacher's fidelity, `eval_kl_teacher_projected`, not
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 
 from kdfast.inputs import same_vocabulary
 from kdfast.projector import ProjectorInit
-from kdfast.schedules import Constant, Piecewise, Ramp, Schedule
+from kdfast.schedules import Constant, Piecewise, Ramp, Schedule, Until
 from kdfast.training.data.tokenizers import other_vocabulary
 from kdfast.training.hf import check_model, head_shape
 from kdfast.training.initialization.layers import find_misfit
@@ -60,6 +60,7 @@ class Recipe:
     kd_weight: float = 0.7
     kd_ramp: float = 0.0  # fraction of the run the KD weight ramps over; 0 = constant
     kd_ramp_start: float = 0.1
+    kd_until: float = 1.0  # fraction of the run after which there is no KD term, and no teacher is run
     ce_weight: float = 1.0
     student_init: StudentStart = "own"  # a fresh student's: "svd", its embedding is solved; "svd_blocks", all of it
     compressed_rank: int | None = None  # None = as compressed_kl says, or the student's width
@@ -92,14 +93,21 @@ class Recipe:
         return self.solves or self.teacher == "own_head"
 
     @property
+    def needs_teacher_always(self) -> bool:
+        """Whether the teacher is run even where the KD weight is 0; DDP waits for a trained projector's gradient."""
+        trained = self.has_projector and self.projector_resolve_steps == 0
+        return trained or self.anchor_weight > 0 or self.hidden_weight > 0
+
+    @property
     def temperatures(self) -> tuple[float, ...]:
         """All temperatures of the run."""
         return self.temperature_steps or (self.temperature,)
 
     def kd_weight_schedule(self) -> Schedule:
-        if self.kd_ramp == 0:
-            return Constant(self.kd_weight)
-        return Ramp(self.kd_weight, start=self.kd_ramp_start, until=self.kd_ramp)
+        schedule: Schedule = Constant(self.kd_weight)
+        if self.kd_ramp > 0:
+            schedule = Ramp(self.kd_weight, start=self.kd_ramp_start, until=self.kd_ramp)
+        return schedule if self.kd_until == 1 else Until(schedule, self.kd_until)
 
     def temperature_schedule(self) -> Schedule:
         if self.temperature_steps is None:
@@ -126,6 +134,7 @@ class RecipeTable(dict[str, Recipe]):
         return self[ALIASES[name]]
 
 
+COMPRESSED = Recipe("compressed_head", teacher="compressed_head", compressed_kl=0.01, kd_weight=2.0)
 RECIPES = RecipeTable(
     (recipe.name, recipe)
     for recipe in (
@@ -140,9 +149,9 @@ RECIPES = RecipeTable(
             router_lr_multiplier=2.0,
         ),
         Recipe("teacher_head", teacher="own_head"),
-        Recipe("compressed_head", teacher="compressed_head", compressed_kl=0.01, kd_weight=2.0),
-        Recipe("svd_init", teacher="compressed_head", compressed_kl=0.01, kd_weight=2.0, student_init="svd"),
-        Recipe("svd_blocks", teacher="compressed_head", compressed_kl=0.01, kd_weight=2.0, student_init="svd_blocks"),
+        COMPRESSED,
+        replace(COMPRESSED, name="svd_init", student_init="svd", kd_until=0.5),
+        replace(COMPRESSED, name="svd_blocks", student_init="svd_blocks", kd_until=0.5),
         Recipe(
             "projector_refit",
             teacher="projected",
@@ -164,7 +173,7 @@ _PROJECTOR = (
     "anchor_weight", "teacher_grad",
 )  # fmt: skip
 _COMPRESSED = ("compressed_rank", "compressed_kl")
-_KD = ("kd_weight", "kd_ramp", "kd_ramp_start", "temperature", "temperature_steps", "divergence")
+_KD = ("kd_weight", "kd_ramp", "kd_ramp_start", "kd_until", "temperature", "temperature_steps", "divergence")
 UNUSED: dict[str, tuple[str, ...]] = {
     "none": (*_KD, *_PROJECTOR, *_COMPRESSED),
     "own_head": (*_PROJECTOR, *_COMPRESSED),

@@ -12,6 +12,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ class KDTrainer(DurableTrainer):
     Batches need input_ids and labels (*not* shifted, −100 ignored); attention_mask, position_ids and what else both
     backbones read, such as pixel_values, are used if they are there. The loss of a step is divided by its targets in
     all micro-batches and processes, so k micro-batches of b give the gradient of one of k·b. KD weight and temperature
-    follow global_step / max_steps; a step of KD weight 0 does not run the teacher.
+    follow global_step / max_steps; a step of KD weight 0, as all are after `kd_until`, does not run the teacher.
 
     Logged besides the Trainer's: kd (without τ²), ce, ce_projected, agreement, both entropies, kd_weight, temperature,
     lr_<part>, tokens_per_second, tokens_seen (targets; padding not counted), skipped_steps, memory_bytes (this process;
@@ -159,7 +160,6 @@ class KDTrainer(DurableTrainer):
         own = type(self).evaluate is KDTrainer.evaluate and type(self).evaluation_loop is KDTrainer.evaluation_loop
         packages = {one.on_evaluate.__module__.partition(".")[0] for one in callbacks or ()}
         own = own and packages <= {"transformers", "kdfast"}  # another's on_evaluate may add to what is logged
-        self.kd_weight_schedule = kd_weight_schedule or model.recipe.kd_weight_schedule()
         self.temperature_schedule = temperature_schedule or model.recipe.temperature_schedule()
         if args.health and not any(isinstance(callback, HealthCallback) for callback in callbacks or ()):
             callbacks = [*(callbacks or ()), HealthCallback(args.health_thresholds)]  # type: ignore[arg-type]  # parsed by now
@@ -188,7 +188,10 @@ class KDTrainer(DurableTrainer):
         )
         self._precomputation = before if before.is_wanted() else None
         if self._precomputation is not None:
-            model.learn_from_entries()
+            model.learn_from_entries(kd_until=1.0 if wrapped_here and args.kd_until is None else None)
+        if kd_weight_schedule is not None:  # it says until when
+            model.recipe = replace(model.recipe, kd_until=1.0)
+        self.kd_weight_schedule = kd_weight_schedule or model.recipe.kd_weight_schedule()
         if own and args.metric_for_best_model is not None and args.eval_strategy != "no" and eval_dataset is not None:
             check_best(args.metric_for_best_model, model, eval_dataset)
         self._solved, self._recipe = False, model.recipe

@@ -2,7 +2,7 @@ import pickle
 
 import pytest
 
-from kdfast.schedules import Constant, Linear, Piecewise, Ramp
+from kdfast.schedules import Constant, Linear, Piecewise, Ramp, Until
 
 
 def test_ramp_takes_the_documented_values():
@@ -21,6 +21,12 @@ def test_constant_and_linear():
     assert [Linear(3.0, 1.5)(p) for p in (0.0, 0.5, 1.0)] == [3.0, 2.25, 1.5]
 
 
+def test_until_is_the_schedule_and_then_nothing():
+    half = Until(Ramp(0.7), 0.5)
+    assert [half(p) for p in (0.0, 0.1, 0.49, 0.5, 1.0)] == pytest.approx([0.1, 0.4, 0.7, 0.0, 0.0])
+    assert [Until(Constant(2.0), 0.0)(p) for p in (0.0, 1.0)] == [0.0, 0.0]
+
+
 def test_piecewise_in_equal_parts_switches_at_the_boundary():
     steps = Piecewise([3.0, 2.0, 1.5])
     assert [steps(p) for p in (0.0, 0.33, 1 / 3, 0.5, 2 / 3, 1.0)] == [3.0, 3.0, 2.0, 2.0, 1.5, 1.5]
@@ -31,13 +37,15 @@ def test_piecewise_with_boundaries():
     assert [steps(p) for p in (0.0, 0.0999, 0.1, 1.0)] == [3.0, 3.0, 2.0, 2.0]
 
 
-@pytest.mark.parametrize("schedule", [Linear(3.0, 1.0), Ramp(0.7), Piecewise([3.0, 2.0])])
+@pytest.mark.parametrize("schedule", [Linear(3.0, 1.0), Ramp(0.7), Piecewise([3.0, 2.0]), Until(Ramp(0.7), 0.5)])
 def test_progress_outside_the_run_counts_as_its_end(schedule):
     assert schedule(-0.5) == schedule(0.0)
     assert schedule(1.5) == schedule(1.0)
 
 
-@pytest.mark.parametrize("schedule", [Constant(1.0), Linear(3.0, 1.0), Ramp(0.7), Piecewise([3, 2, 1])])
+@pytest.mark.parametrize(
+    "schedule", [Constant(1.0), Linear(3.0, 1.0), Ramp(0.7), Piecewise([3, 2, 1]), Until(Ramp(0.7), 0.5)]
+)
 def test_schedules_survive_pickling(schedule):
     assert pickle.loads(pickle.dumps(schedule)) == schedule
 

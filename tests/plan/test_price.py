@@ -1,5 +1,7 @@
 """The price of a token, held against the operations that torch counts in one step of training."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_models import tiny
@@ -87,4 +89,7 @@ def test_entries_that_were_kept_cost_nothing_and_it_says_what_it_is():
     assert price_per_token(RECIPES["cached"], student, teacher, passes=4) == Price(lm_only, whole // 4)
     live = price_per_token(RECIPES["teacher_head"], student, teacher)
     assert live == Price(lm_only, whole)
+    half = replace(RECIPES["teacher_head"], kd_until=0.5)
+    assert price_per_token(half, student, teacher) == Price(lm_only, whole // 2)
+    assert price_per_token(replace(half, hidden_weight=1.0), student, teacher).teacher > whole  # throughout
     assert str(live) == "2.6e+04 operations per token, 2.17 times LM only's"

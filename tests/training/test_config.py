@@ -111,6 +111,7 @@ def test_an_argument_parser_reads_every_field():
         ({"temperature": "2"}, "temperature='2'; expected a number"),
         ({"kd_weight": -0.1}, "kd_weight=-0.1"),
         ({"ce_weight": float("nan")}, "ce_weight=nan"),
+        ({"kd_until": -0.1}, "kd_until=-0.1; expected a fraction"),
         ({"kd_ramp": 1.2}, "kd_ramp=1.2; expected a fraction"),
         ({"temperature_steps": []}, "temperature_steps=\\[\\]"),
         ({"temperature_steps": [2.0], "temperature": 2.0}, "expected one of them"),

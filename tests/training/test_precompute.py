@@ -30,6 +30,15 @@ def trainer(tiny, text, config):
     return make
 
 
+def test_kept_entries_are_learned_from_throughout_unless_asked_otherwise(trainer):
+    run = trainer()
+    assert run.model.recipe.kd_until == 1
+    assert run.kd_weight_schedule(0.9) == 2.0
+    assert trainer(kd_until=0.25).kd_weight_schedule(0.9) == 0
+    live = trainer(precompute_teacher_log_probs=False)
+    assert (live.kd_weight_schedule(0.4), live.kd_weight_schedule(0.9)) == (2.0, 0.0)
+
+
 def test_a_text_that_comes_round_again_is_shown_to_the_teacher_once(trainer, monkeypatch):
     run = trainer()
     recipe = run.model.recipe

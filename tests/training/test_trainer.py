@@ -88,6 +88,31 @@ def test_schedules_follow_the_run_and_are_logged(tiny, rows, config):
         assert line["loss"] == pytest.approx(expected, rel=1e-4)
 
 
+def test_kd_until_a_part_of_the_run(tiny, rows, config):
+    def run(**given):
+        args = config(recipe="teacher_head", kd_ramp=0.5, **given)
+        return KDTrainer(tiny(), args, teacher=tiny(width=24, seed=1), train_dataset=rows(8), eval_dataset=rows(2))
+
+    trainer = run(kd_until=0.5)
+    assert 2 * trainer.price.teacher == run().price.teacher
+    trainer.train()
+    logs = train_logs(trainer)
+    assert [line["kd_weight"] for line in logs] == pytest.approx([0.1, 0.4, 0.0, 0.0])
+    assert ["kd" in line for line in logs] == [True, True, False, False]
+    evaluation = trainer.evaluate()
+    assert evaluation["eval_loss"] == pytest.approx(evaluation["eval_ce"])
+    assert evaluation["eval_kd"] > 0
+
+
+def test_a_schedule_of_ones_own_has_its_own_end(tiny, rows, config):
+    def price(schedule):
+        args = config(recipe="teacher_head", kd_until=0.5)
+        teacher = tiny(width=24, seed=1)
+        return KDTrainer(tiny(), args, teacher=teacher, train_dataset=rows(8), kd_weight_schedule=schedule).price
+
+    assert price(Linear(1.0, 0.1)).teacher == 2 * price(None).teacher
+
+
 def test_steps_of_kd_weight_zero_do_not_run_the_teacher(tiny, rows, config):
     teacher, runs = tiny(width=24, seed=1), []
     args = config(recipe="teacher_head", max_steps=6, gradient_accumulation_steps=2, eval_strategy="epoch")

@@ -8,7 +8,9 @@ from typing import Any
 from torch.utils.data import Dataset, IterableDataset
 
 # arguments of DistillationModel.forward that are not data
-ARGUMENTS = ("self", "temperature", "kd_weight", "num_items_in_batch", "with_fidelity", "backbone_inputs")
+ARGUMENTS = (
+    "self", "temperature", "kd_weight", "num_items_in_batch", "with_fidelity", "with_metrics", "backbone_inputs",
+)  # fmt: skip
 # what processors turn images, video and sound into, and what TRL calls the columns they come from
 MEDIA = frozenset(("pixel_values", "pixel_values_videos", "input_features", "input_values"))
 RAW = ("images", "videos")
