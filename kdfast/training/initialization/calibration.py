@@ -97,7 +97,8 @@ class Calibration:
 
     def solve_layers(self) -> tuple[Projection, Start]:
         """Solve all of the student, in place; return its head's projector, and how near it is on the last batches."""
-        last = len(self.text) // HELD_OUT + 1
+        counts = [int(some.sum()) for _, some in self.text]
+        last = next(n for n in range(1, len(counts) + 1) if sum(counts[-n:]) * HELD_OUT >= sum(counts))
         solving = self.text[:-last] or self.text
         projection = start_layers(*self.models, solving, self.vocab_weights, self.valid_vocab)
         student, training = self.models[0], self.models[0].training
