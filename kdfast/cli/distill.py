@@ -143,7 +143,8 @@ def _trainer(arguments: Arguments, name: str) -> KDTrainer:
 def _learns_without_teacher(arguments: Arguments) -> bool:
     """Return whether entries are all that a run needs: no teacher is named, or `kdfast cache` has kept both splits."""
     training, folder = arguments.training, arguments.training.teacher_cache
-    if not folder or training.recipe in (CACHED, LM_ONLY) or arguments.model.teacher_model_name_or_path is None:
+    without = training.recipe == LM_ONLY or (training.recipe == CACHED and training.student_init != "svd")
+    if not folder or without or arguments.model.teacher_model_name_or_path is None:
         return bool(folder)
     return training.recipe == AUTO and by_first(
         lambda: (Path(folder) / NAME).exists() and "eval" in Description.read(Path(folder)).splits

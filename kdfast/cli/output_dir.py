@@ -18,6 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from kdfast.cli.errors import UserError
 from kdfast.report.read_runs import RECORD, REPORT, STATE, SUMMARY
+from kdfast.training.cache.precompute import FOLDER
 from kdfast.training.durable.atomic_io import write_text
 from kdfast.training.recipes import current_name
 
@@ -25,7 +26,7 @@ RESULTS = (SUMMARY, REPORT, STATE, "config.json", "model.safetensors")
 # what overwrite_output_dir removes, a projector's weights too; first the summary: what is half removed is not finished
 REMOVED = (
     *RESULTS, "*.safetensors", "*.safetensors.index.json", "checkpoint-*", "damaged-checkpoint-*", ".*.incomplete",
-    ".incomplete",
+    ".incomplete", FOLDER,
 )  # fmt: skip
 OURS = re.compile(r"checkpoint-\d+|damaged-checkpoint-\d+(\.\d+)?")  # of a folder whose name begins so
 # settings that may change between an interruption and the resume without making it another run

@@ -53,12 +53,13 @@ class HealthCallback(TrainerCallback, ExportableState):
 
     def __init__(self, thresholds: HealthThresholds | Mapping[str, Any] | None = None) -> None:
         self.thresholds = HealthThresholds.of(thresholds)
+        self.drawn = False  # the KD term is to drawn ids: its value is a KL and what drawing takes from the entropy
         self._start()
 
     def _start(self, vocabulary: int = 1) -> None:
         self.findings: list[Finding] = []
         self._open: dict[str, int] = {}  # kinds that hold: looks since the last one that saw it
-        self._log = Log(self.thresholds, vocabulary)
+        self._log = Log(self.thresholds, vocabulary, drawn=self.drawn)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         config = getattr(model, "config", None)

@@ -82,8 +82,8 @@ class Log:
 
     projected: Compared | None
 
-    def __init__(self, limits: HealthThresholds, vocabulary: int = 1) -> None:
-        self.limits, self.guessing = limits, math.log(vocabulary)
+    def __init__(self, limits: HealthThresholds, vocabulary: int = 1, *, drawn: bool = False) -> None:
+        self.limits, self.guessing, self.drawn = limits, math.log(vocabulary), drawn
         self.ces_projected: deque[float] = deque(maxlen=HISTORY)  # smoothed; of evaluation as soon as there is one
         self._started = self._evaluated = False
         self._temperature: float | None = None
@@ -279,7 +279,7 @@ def _decays(log: Log) -> Sign:
 SIGNS: dict[str, tuple[Callable[[Log], bool], Callable[[Log], Sign]]] = {
     "non_finite": (lambda log: bool(log.bad) or ("loss" in log.raw and not log.raw.get("skipped_steps")), _non_finite),
     "initial_loss": (lambda log: log.first, _initial_loss),
-    "kl": (lambda log: log.trains("kd") and log.progress > log.limits.kl_after, _kl),
+    "kl": (lambda log: log.trains("kd") and not log.drawn and log.progress > log.limits.kl_after, _kl),
     "perplexity": (
         lambda log: log.text != "" and "ce" in log.line and log.progress > log.limits.perplexity_after, _perplexity,
     ),

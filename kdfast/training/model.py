@@ -360,7 +360,8 @@ def _check_pair(
         )
     if teacher is None:
         if recipe.teacher not in ("none", "cached") or recipe.needs_true_head or recipe.hidden_weight:
-            raise ValueError(f"teacher is None; recipe {recipe.name!r} needs one. Pass it, or use recipe='lm_only'")
+            needs = "student_init='svd'" if recipe.teacher in ("none", "cached") else f"recipe {recipe.name!r}"
+            raise ValueError(f"teacher is None; {needs} needs one. Pass it, or use recipe='lm_only'")
         return
     if teacher is student:
         raise ValueError("teacher and student are the same object; expected two models, for the teacher gets frozen")

@@ -287,11 +287,13 @@ class KDTrainer(DurableTrainer):
 
     def _precompute(self) -> None:
         """Run the teacher over the training text, once, where the run is to learn from what is kept of it."""
-        if self._precomputation is not None and not cached_blocks(self.train_dataset):
+        text = self.train_dataset
+        if self._precomputation is not None and text is not None and not cached_blocks(text):
             with self.naming_lost_processes():
-                self.train_dataset = self._precomputation.make(
-                    self.train_dataset, self.compute_loss_context_manager()
-                )
+                self.train_dataset = self._precomputation.make(text, self.compute_loss_context_manager())
+        if self.health is not None:
+            drawn = [blocks.description.method == "sample" for blocks in cached_blocks(self.train_dataset)]
+            self.health.drawn = self._recipe.teacher == "cached" and any(drawn)
 
     def _calibration_batches(self) -> Iterator[dict[str, Any]]:
         """Yield batches of training text, not from the loader, which a run goes through in order."""

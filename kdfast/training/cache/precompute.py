@@ -91,6 +91,11 @@ class Precomputation:
             return False
         obstacle = by_first(lambda: next(self._obstacles(not asked), None))
         if obstacle is None:
+            if not asked:
+                print_once(
+                    f"the text comes round {passes:.3g} times: the teacher runs over it once, before the first step, "
+                    f"into {str(self.folder)!r} (precompute_teacher_log_probs)"
+                )
             return True
         if asked:
             raise ValueError(f"the teacher cannot be run beforehand, in place of once a step: {obstacle}")
@@ -139,7 +144,9 @@ class Precomputation:
                     yield f"cache_temperatures={args.cache_temperatures} lacks the run's, {recipe.temperature:g}"
             elif changed := self._differences(description):
                 yield f"{str(folder)!r} is of something else ({'; '.join(changed)}). Name another, or remove it"
-        except ValueError as error:
+        except Exception as error:  # unasked, nothing keeps a run from starting that starts without
+            if not unasked and not isinstance(error, ValueError):
+                raise
             yield str(error)
 
     def make(self, dataset: Any, autocast: AbstractContextManager[Any]) -> CachedBlocks:
@@ -181,7 +188,7 @@ class Precomputation:
         """Return whether the models see in a batch what the teacher is shown of the rows."""
         batch = self.collate([dict(row) for row in rows])
         shown = default_data_collator([inputs_of_row(row, INPUTS) for row in rows])
-        for name in INPUTS:
+        for name in {*INPUTS, *self.model.inputs["teacher"].intersection(batch)}:
             one, other = batch.get(name), shown.get(name)
             if name == "attention_mask":
                 one, other = (None if x is None or x.all() else x for x in (one, other))
