@@ -41,7 +41,7 @@ def make_cache(arguments: Arguments) -> CacheSummary:
     assert training.teacher_cache is not None  # parse saw to it
     assert models.teacher_model_name_or_path is not None
     folder = Path(training.teacher_cache)
-    options = training.cache_options(training.resolved(CACHED).temperatures)
+    options = training.cache_options(training.resolved(CACHED).temperatures, "top_k")
     autocast = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None  # as for a live teacher
     try:
         tokenizer, train, evaluation = load_text(arguments)

@@ -23,7 +23,7 @@ from kdfast.training.teachers import TeacherTail
 
 logger = logging.getLogger(__name__)
 
-DRAWN, KEPT = 32, 64  # ids drawn, or kept, per token where nothing is said; drawn where not even that is
+DRAWN, KEPT = 32, 64  # ids drawn, or kept, per token where nothing is said
 
 # evaluation metrics → whether a greater value is better, for metric_for_best_model; None: neither is
 GREATER_IS_BETTER: dict[str, bool | None] = {
@@ -112,9 +112,11 @@ class KDConfig(TrainingArguments):
     teacher_cache: str | None = _field(
         None, "Folder of the teacher's entries: read, or made where it is not there; None = output_dir/teacher_cache."
     )
-    cache_method: str | None = _field(None, "sample: ids drawn at random, or top_k; None = as the next two say.")
-    cache_samples: int | None = _field(None, f"Ids drawn per token, at most 1024; None = {DRAWN}, without top_k.")
-    cache_top_k: int | None = _field(None, f"Ids kept per token, at most 1024; None = {KEPT}, under top_k.")
+    cache_method: str | None = _field(
+        None, "sample, ids drawn at random, or top_k; None = by the number given, else sample, of kdfast cache top_k."
+    )
+    cache_samples: int | None = _field(None, f"Ids drawn per token, at most 1024; None = {DRAWN}.")
+    cache_top_k: int | None = _field(None, f"Ids kept per token, at most 1024; None = {KEPT}.")
     cache_dtype: str = _field("float16", "float16 or float32, of top_k's log-probabilities.")
     cache_temperatures: list[float] | None = _field(None, "Of the runs to come, besides 1; default: the run's.")
     cache_shard_tokens: int | None = _field(None, "Tokens in a shard; None = a 64th of the text, 2^14 to 2^20.")
@@ -152,12 +154,13 @@ class KDConfig(TrainingArguments):
             given["temperature_steps"] = tuple(given["temperature_steps"])
         return replace(found, **{name: value for name, value in given.items() if name not in unused})
 
-    def cache_options(self, temperatures: Sequence[float]) -> dict[str, Any]:
-        """Return the arguments of `cache_teacher` that are settings; for runs at `temperatures` if none are set."""
-        method = self.cache_method or ("sample" if self.cache_top_k is None else "top_k")
+    def cache_options(self, temperatures: Sequence[float], method: str = "sample") -> dict[str, Any]:
+        """Return the arguments of `cache_teacher` that are settings; `temperatures` and `method` where none are set."""
+        counts = {"sample": self.cache_samples, "top_k": self.cache_top_k}
+        method = self.cache_method or next((name for name, count in counts.items() if count is not None), method)
         return {
             "method": method,
-            "k": (self.cache_top_k or KEPT) if method == "top_k" else (self.cache_samples or DRAWN),
+            "k": counts[method] or {"sample": DRAWN, "top_k": KEPT}[method],
             "temperatures": self.cache_temperatures or sorted(set(temperatures)),
             "dtype": self.cache_dtype,
             "seed": self.seed,
