@@ -1,4 +1,4 @@
-"""Predict the memory of a loss before it is run. `kdfast plan` prints it.
+"""Predict the memory of a loss, and the price of a token, before a run. `kdfast plan` prints them.
 
 Formulas alone: nothing here allocates, needs a GPU, or imports transformers (but `models`, on request).
 """
