@@ -373,7 +373,7 @@ def _check_pair(
         )
     if recipe.student_init == "svd_blocks" and (misfit := find_misfit(student, teacher)) is not None:
         raise ValueError(
-            f"student_init='svd_blocks' takes the student's layers from the teacher's, and the student's {misfit}. Use "
+            f"student_init='svd_blocks' takes the student's layers from the teacher's: {misfit}. Or use "
             "student_init='svd', which solves the embedding alone"
         )
 

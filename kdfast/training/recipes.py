@@ -226,7 +226,7 @@ def choose_recipe(student: PreTrainedModel, teacher: PreTrainedModel | None, val
         if (misfit := find_misfit(student, teacher)) is None:
             return Choice("svd_blocks", "the student is fresh and fits into its teacher: it is solved from its layers")
         why = "the student is fresh and has the teacher's vocabulary: its embedding is solved from it"
-        return Choice("svd_init", f"{why}; its layers are not: its {misfit}")
+        return Choice("svd_init", f"{why}, not its layers: {misfit}")
     return Choice("compressed_head", "the student is pretrained and has the teacher's vocabulary")
 
 

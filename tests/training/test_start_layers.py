@@ -6,7 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from kdfast.closed_form import random_rotation
 from kdfast.training import DistillationModel
-from kdfast.training.initialization.layers import Decoder, _basis, _choose_heads, find_misfit
+from kdfast.training.initialization.layers import Decoder, _basis, _choose_heads, find_misfit, start_layers
 from kdfast.training.recipes import Recipe, choose_recipe
 
 V, T = 67, 16
@@ -136,7 +136,7 @@ def test_heads_of_one_key_stay_together():
 
 MISFITS = {
     "family": ({"family": "qwen2"}, "model_type is 'qwen2' and the teacher's 'llama'; expected one of gpt2, llama"),
-    "head size": ({"head_dim": 16}, "a head has 16 dimensions and the teacher's 8"),
+    "head size": ({"head_dim": 16}, "the student's heads are 16 wide and the teacher's 8"),
     "heads": ({"heads": 8}, "num_attention_heads is 8 and the teacher's 4"),
     "keys": ({"keys": 4}, "num_key_value_heads is 4 and the teacher's 2"),
     "group": ({"keys": 1}, "num_attention_heads / num_key_value_heads is 4 and the teacher's 2"),
@@ -153,9 +153,19 @@ def test_what_does_not_fit_is_named(case):
     settings, expected = MISFITS[case]
     student, teacher = make(**{"family": "llama", **settings}), make("llama", seed=1)
     assert expected in (find_misfit(student, teacher) or "")
-    with pytest.raises(ValueError, match=r"student_init='svd_blocks' takes .* Use student_init='svd'"):
+    with pytest.raises(ValueError, match=r"student_init='svd_blocks' takes .* Or use student_init='svd'"):
         DistillationModel(student, teacher, recipe=Recipe("test", teacher="none", student_init="svd_blocks"))
     assert find_misfit(make("llama"), teacher) is None
+
+
+def test_a_teacher_that_is_not_finite_is_named():
+    teacher = make("llama", seed=1)
+    with torch.no_grad():
+        teacher.model.layers[1].mlp.down_proj.weight.fill_(torch.nan)
+    ids = batches(1)[0]["input_ids"]
+    text = [({"input_ids": ids}, torch.ones_like(ids, dtype=torch.bool))]
+    with torch.no_grad(), pytest.raises(ValueError, match="NaN or infinity on this text"):
+        start_layers(make("llama", width=24), teacher, text, torch.ones(V), None)
 
 
 def test_auto_takes_the_layers_of_a_fresh_student_where_they_fit():
@@ -165,4 +175,4 @@ def test_auto_takes_the_layers_of_a_fresh_student_where_they_fit():
     config.n_layer = 3
     found = choose_recipe(AutoModelForCausalLM.from_config(config), teacher)
     assert found.recipe == "svd_init"
-    assert "its num_hidden_layers is 3 and the teacher's 2" in found.why
+    assert "the student's num_hidden_layers is 3 and the teacher's 2" in found.why

@@ -33,7 +33,7 @@ from kdfast.closed_form import ROWS, Projection, centered_gram, random_rotation,
 from kdfast.ops import matmul
 from kdfast.training.hf import adapted_layer, backbone, fetch, head, is_quantized, run_backbone
 
-RIDGE = 1e-2  # of the inputs' mean square: a few thousand tokens are not many for some hundred inputs
+RIDGE = 0.1  # of the inputs' mean square: a few thousand tokens are not many for some hundred inputs
 
 
 class Layout(NamedTuple):
@@ -141,27 +141,28 @@ def find_misfit(student: PreTrainedModel, teacher: PreTrainedModel) -> str | Non
     """Return why the teacher's layers cannot become the student's, with what was expected; None where they can."""
     families = [model.config.model_type for model in (student, teacher)]
     if families[0] != families[1] or families[0] not in LAYOUTS:
-        return f"model_type is {families[0]!r} and the teacher's {families[1]!r}; expected one of {', '.join(LAYOUTS)}"
+        known = ", ".join(LAYOUTS)
+        return f"the student's model_type is {families[0]!r} and the teacher's {families[1]!r}; expected one of {known}"
     for name in SAME:
         settings = [getattr(model.config, name, None) for model in (student, teacher)]
         if settings[0] != settings[1]:
-            return f"{name} is {settings[0]!r} and the teacher's {settings[1]!r}; expected the same"
+            return f"the student's {name} is {settings[0]!r} and the teacher's {settings[1]!r}; expected the same"
     if any(getattr(model.config, "scale_attn_by_inverse_layer_idx", False) for model in (student, teacher)):
-        return "scale_attn_by_inverse_layer_idx is True, so a layer would be another in another place; expected False"
+        return "scale_attn_by_inverse_layer_idx is True: a layer would be another in another place; expected False"
     if adapted_layer(teacher) is not None or any(is_quantized(p) for p in teacher.parameters()):
         return "the teacher's layers are quantized or carry an adapter; expected plain weights"
     ours, theirs = Decoder(student), Decoder(teacher)
     if ours.head_size != theirs.head_size:
-        return f"a head has {ours.head_size} dimensions and the teacher's {theirs.head_size}; expected the same"
+        return f"the student's heads are {ours.head_size} wide and the teacher's {theirs.head_size}; expected the same"
     for name, size in ours.sizes.items():
         if size > theirs.sizes[name]:
-            return f"{name} is {size} and the teacher's {theirs.sizes[name]}; expected no more than that"
+            return f"the student's {name} is {size} and the teacher's {theirs.sizes[name]}; expected no more than that"
     if ours.is_tied and not theirs.is_tied:
-        return "tie_word_embeddings is True and the teacher's False; expected False"
+        return "the student's tie_word_embeddings is True and the teacher's False; expected False"
     for mine, yours in zip(ours.sublayers[:2], theirs.sublayers[:2], strict=True):
         for a, b in zip([*mine.readers, mine.writer], [*yours.readers, yours.writer], strict=True):
             if a.bias is None and b.bias is not None:
-                return "its layers have no biases and the teacher's have; expected biases (attention_bias, mlp_bias)"
+                return "the student's layers lack biases the teacher's have; expected attention_bias, mlp_bias as there"
     return None
 
 
@@ -180,7 +181,10 @@ def start_layers(
     student.eval()
     try:
         moments, outputs = _look(theirs, text)
-        Q = _basis(sum(moments), ours, theirs)
+        moment = torch.stack(moments).sum(0)
+        if not torch.isfinite(moment).all():
+            raise ValueError("the teacher's hidden states hold NaN or infinity on this text; expected finite ones")
+        Q = _basis(moment, ours, theirs)
         _set_embeddings(ours, theirs, Q, valid_vocab)
         deep, deeper = len(ours.layers), len(theirs.layers)
         for i, sublayer in enumerate(ours.sublayers):
@@ -263,7 +267,7 @@ def _units(x: Tensor, sublayer: Sublayer) -> Tensor:
     return x.unflatten(-1, (sublayer.heads[0] if sublayer.heads else x.shape[-1], -1))
 
 
-def _basis(moment: Any, ours: Decoder, theirs: Decoder) -> Tensor:
+def _basis(moment: Tensor, ours: Decoder, theirs: Decoder) -> Tensor:
     """Return Q (Hs, Ht) float64."""
     width, whole = ours.model.config.hidden_size, len(moment)
     eye = torch.eye(whole).to(moment)
