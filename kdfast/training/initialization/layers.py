@@ -180,18 +180,17 @@ def start_layers(
     modes = [(module, module.training) for module in student.modules()]
     student.eval()
     try:
-        moments, outputs = _look(theirs, text)
-        moment = torch.stack(moments).sum(0)
+        moment, outputs = _look(theirs, text)
         if not torch.isfinite(moment).all():
             raise ValueError("the teacher's hidden states hold NaN or infinity on this text; expected finite ones")
         Q = _basis(moment, ours, theirs)
+        shares = _shares(theirs, Q, text)
         _set_embeddings(ours, theirs, Q, valid_vocab)
         deep, deeper = len(ours.layers), len(theirs.layers)
         for i, sublayer in enumerate(ours.sublayers):
             layer, half = divmod(i, 2)
             source = 2 * (layer * deeper // deep) + half
-            share = ((Q @ moments[source] * Q).sum() / len(Q)).sqrt().item()
-            _copy(sublayer, theirs.sublayers[source], Q, share, outputs[source])
+            _copy(sublayer, theirs.sublayers[source], Q, shares[source], outputs[source])
             for name in ours.per_head:
                 shared = theirs.layers[source // 2].get_submodule(name)
                 ours.layers[layer].get_submodule(name).weight.copy_(fetch(shared, "weight")[0])
@@ -232,34 +231,45 @@ def _run(text: Text, wanted: Sequence[tuple[Decoder, Any]], use: Callable[..., N
             use(*(x.to(torch.promote_types(x.dtype, torch.float32)) for x in found))
 
 
-def _look(theirs: Decoder, text: Text) -> tuple[list[Tensor], list[Tensor]]:
-    """Return E[n nᵀ] of the normalized stream before each sublayer and the final norm, and how much each unit writes.
+def _look(theirs: Decoder, text: Text) -> tuple[Tensor, list[Tensor]]:
+    """Return Σ n nᵀ of the normalized streams before all sublayers and the final norm, and how much each unit writes.
 
     Units are heads, and neurons: (units,) of each sublayer, the mean square of its output.
     """
     norms = [(theirs, theirs.norm_before(i)) for i in range(len(theirs.sublayers) + 1)]
     writers = [(theirs, sublayer.writer) for sublayer in theirs.sublayers]
     wanted = [one for pair in zip(norms, writers, strict=False) for one in pair] + norms[-1:]
-    sums: list[Any] = [0] * len(wanted)
-    tokens = 0
+    moment: Any = 0
+    squares: list[Any] = [0] * len(writers)
 
     def add(*found: Tensor) -> None:
-        nonlocal tokens
-        tokens += len(found[0])
-        for i, x in enumerate(found):
-            if i % 2 == 0:
-                n = theirs.normalize(x)
-                sums[i] = sums[i] + (n.T @ n).double()
-            else:
-                x = _units(x, theirs.sublayers[i // 2])
-                sums[i] = sums[i] + torch.einsum("nux,nuy->uxy", x, x).double()
+        nonlocal moment
+        for x in found[::2]:
+            n = theirs.normalize(x)
+            moment = moment + (n.T @ n).double()
+        for i, (x, sublayer) in enumerate(zip(found[1::2], theirs.sublayers, strict=True)):
+            x = _units(x, sublayer)
+            squares[i] = squares[i] + torch.einsum("nux,nuy->uxy", x, x).double()
 
     _run(text, wanted, add)
     outputs = []
-    for sublayer, squares in zip(theirs.sublayers, sums[1::2], strict=True):
-        weight = _units(_read(sublayer.writer, squares.device)[0], sublayer)  # (H, units, size)
-        outputs.append(torch.einsum("hux,uxy,huy->u", weight, squares, weight))
-    return [total / tokens for total in sums[::2]], outputs
+    for sublayer, square in zip(theirs.sublayers, squares, strict=True):
+        weight = _units(_read(sublayer.writer, square.device)[0], sublayer)  # (H, units, size)
+        outputs.append(torch.einsum("hux,uxy,huy->u", weight, square, weight))
+    return moment, outputs
+
+
+def _shares(theirs: Decoder, Q: Tensor, text: Text) -> list[float]:
+    """Return ρ of every sublayer: what Q keeps of a normalized stream is ρ times a normalized stream."""
+    sums: Any = 0
+
+    def add(*streams: Tensor) -> None:
+        nonlocal sums
+        kept = [(theirs.normalize(x) @ Q.T.to(x)).square().sum().double() for x in streams]
+        sums = sums + torch.stack([*kept, kept[0].new_tensor(len(streams[0]) * len(Q))])
+
+    _run(text, [(theirs, sublayer.norm) for sublayer in theirs.sublayers], add)
+    return (sums[:-1] / sums[-1]).sqrt().tolist()
 
 
 def _units(x: Tensor, sublayer: Sublayer) -> Tensor:
