@@ -152,7 +152,10 @@ class KDConfig(TrainingArguments):
             logger.warning("recipe=%r has no use for %s: left out", found.name, ", ".join(unused))
         if "temperature_steps" in given:
             given["temperature_steps"] = tuple(given["temperature_steps"])
-        return replace(found, **{name: value for name, value in given.items() if name not in unused})
+        given = {name: value for name, value in given.items() if name not in unused}
+        if given.get("ce_weight") == 0:
+            given.setdefault("kd_until", 1.0)  # a recipe's own would leave nothing to learn from after it
+        return replace(found, **given)
 
     def cache_options(self, temperatures: Sequence[float], method: str = "sample") -> dict[str, Any]:
         """Return the arguments of `cache_teacher` that are settings; `temperatures` and `method` where none are set."""

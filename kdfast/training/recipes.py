@@ -74,6 +74,13 @@ class Recipe:
     router_lr_multiplier: float = 1.0
     hidden_weight: float = 0.0  # of the layer-wise hidden-state loss
 
+    def __post_init__(self) -> None:
+        if self.kd_until < 1 and self.ce_weight == 0 and self.hidden_weight == 0:
+            raise ValueError(
+                f"kd_until={self.kd_until:g} and ce_weight=0; after the KD term nothing would be left to learn from. "
+                "Expected kd_until=1, or a ce_weight > 0"
+            )
+
     @property
     def has_projector(self) -> bool:
         return self.teacher in ("projected", "probe")

@@ -49,6 +49,13 @@ def test_explicit_values_win_and_zero_is_a_value(config):
     assert resolved.projector_init == "normal", "what was not given stays the recipe's"
 
 
+@pytest.mark.parametrize("recipe", ["svd_init", "svd_blocks"])
+def test_there_is_a_loss_to_the_end(config, recipe):
+    assert config(recipe=recipe, ce_weight=0.0).resolved().kd_until == 1
+    with pytest.raises(ValueError, match=r"kd_until=0.5 and ce_weight=0; after the KD term nothing"):
+        config(recipe=recipe, ce_weight=0.0, kd_until=0.5).resolved()
+
+
 def test_temperature_steps(config):
     resolved = config(temperature_steps=[3.0, 2.0, 1.5]).resolved()
     assert resolved.temperature_schedule() == Piecewise([3.0, 2.0, 1.5])
