@@ -79,7 +79,7 @@ def test_auto_takes_its_teacher(tmp_path, rows, config, capsys):  # noqa: F811
     trainer = KDTrainer(
         student, config(recipe="auto"), teacher=teacher, train_dataset=rows(30), processing_class=tokenizer
     )
-    assert trainer.model.recipe.name == "svd_init"
+    assert trainer.model.recipe.name == "svd_blocks"
     assert trainer.model.valid_vocab == 67
     trainer.train()
     del student
