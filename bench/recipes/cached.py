@@ -53,7 +53,8 @@ def main() -> None:
     once(here / "text", lambda folder: (folder / "text.txt").write_text(_text(prepared / "train"), encoding="utf-8"))
     steps = 4 if args.quick else None
     rows = []
-    for name, keys in {"lm_only": {"recipe": "lm_only"}, "live": {"recipe": "teacher_head"}, **CACHES}.items():
+    live = {"recipe": "teacher_head", "precompute_teacher_log_probs": False}
+    for name, keys in {"lm_only": {"recipe": "lm_only"}, "live": live, **CACHES}.items():
         row: dict[str, Any] = {"teacher": name, "bytes_per_token": None, "runs": []}
         for seed in range(args.seeds):
             run = {**setting.student(prepared, CASE, RATE, seed, steps), "train_file": str(here / "text"), **keys}

@@ -135,3 +135,24 @@ def test_what_the_cache_refuses(configured, kdfast, capsys):
     assert "usage: kdfast cache CONFIG.yaml" in out
     assert "--cache_top_k" in out
     assert "--kd_weight" not in out
+
+
+def test_a_run_makes_the_cache_it_names_and_the_next_one_reads_it(configured, kdfast):
+    for name in ("first", "second"):
+        code, out, err = kdfast("distill", "c.yaml", "--recipe", "svd_init", "--output_dir", name)
+        assert (code, "kept: the teacher's entries are there" in out) == (0, name == "second"), err
+        summary = json.loads((configured / name / "summary.json").read_text())
+        settings = (summary["recipe"], summary["settings"]["teacher"], summary["settings"]["student_init"])
+        assert settings == ("svd_init", "cached", "svd")
+        assert summary["kl_teacher_student"] > 0
+    assert json.loads((configured / "kept" / "cache.json").read_text())["splits"].keys() == {"train"}
+
+
+def test_what_a_run_makes_in_its_folder_goes_with_it(configured, kdfast):
+    run = ["c.yaml", "--teacher_cache=", "--precompute_teacher_log_probs", "true", "--recipe", "teacher_head"]
+    assert kdfast("distill", *run)[0] == 0
+    made = configured / "out" / "teacher_cache" / "cache.json"
+    assert json.loads(made.read_text())["temperatures"] == [2]
+    assert kdfast("distill", *run, "--temperature", "3")[0] == 2
+    assert kdfast("distill", *run, "--temperature", "3", "--overwrite_output_dir", "true")[0] == 0
+    assert json.loads(made.read_text())["temperatures"] == [3]

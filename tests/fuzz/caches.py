@@ -17,10 +17,10 @@ from fuzz.outcome import Finding, Outcome
 from kdfast.training.durable import checksums
 
 SETTINGS = {
-    **command.SETTINGS, "recipe": "auto", "teacher_cache": "cache", "cache_top_k": 6, "cache_shard_tokens": 512, "max_steps": 3,
+    **command.SETTINGS, "recipe": "cached", "teacher_cache": "cache", "cache_shard_tokens": 512, "max_steps": 3,
     "save_strategy": "no",
 }  # fmt: skip
-METHODS = {"top_k": {}, "sample": {"cache_method": "sample", "cache_samples": 5}}
+METHODS = {"top_k": {"cache_top_k": 6}, "sample": {"cache_method": "sample", "cache_samples": 5}}
 OVERRIDES = [
     ["--temperature", "3"], ["--max_length", "16"], ["--cache_top_k", "7"], ["--cache_method", "sample"], ["--cache_dtype", "float32"],
     ["--train_file", "other.txt"], ["--cache_shard_tokens", "64"], ["--valid_vocab", "200"], ["--tokenizer_name", "other"],
