@@ -56,6 +56,8 @@ def claim(output_dir: Path, given: Mapping[str, Any], overwrite: bool) -> None:
         for path in [path for pattern in REMOVED for path in output_dir.glob(pattern)]:
             if "checkpoint-" in path.name and not path.name.startswith(".") and not OURS.fullmatch(path.name):
                 continue  # a copy of the user's
+            if path.name == FOLDER and path.resolve() == Path(given.get("teacher_cache") or "").resolve():
+                continue  # which the new run is to learn from
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     elif held and (changed := _changed_settings(record, given)):
         raise UserError(

@@ -365,6 +365,13 @@ def _check_pair(
         return
     if teacher is student:
         raise ValueError("teacher and student are the same object; expected two models, for the teacher gets frozen")
+    theirs = {id(p) for p in teacher.parameters()}
+    shared = next((name for name, p in student.named_parameters() if id(p) in theirs), None)
+    if shared is not None and recipe.student_init != "own":
+        raise ValueError(
+            f"student and teacher share {shared!r}, which student_init={recipe.student_init!r} would overwrite in "
+            "both. Give the student a copy, or use a recipe with student_init='own', such as 'compressed_head'"
+        )
     same = same_vocabulary(head_shape(student)[0], head_shape(teacher)[0], valid_vocab)
     if recipe.needs_true_head and not same:
         raise ValueError(

@@ -33,7 +33,7 @@ from kdfast.projector import ProjectorInit
 from kdfast.schedules import Constant, Piecewise, Ramp, Schedule, Until
 from kdfast.training.data.tokenizers import other_vocabulary
 from kdfast.training.hf import check_model, head_shape
-from kdfast.training.initialization.layers import find_misfit
+from kdfast.training.initialization.layers import find_misfit, has_trained_layers
 
 # Where the KD term's teacher logits come from
 TeacherKind = Literal[
@@ -230,7 +230,10 @@ def choose_recipe(student: PreTrainedModel, teacher: PreTrainedModel | None, val
     if not same_vocabulary(head_shape(student)[0], head_shape(teacher)[0], valid_vocab):
         raise ValueError(f"recipe='auto' has no use for this teacher: {other_vocabulary(student, teacher)}")
     if is_fresh(student):
-        if (misfit := find_misfit(student, teacher)) is None:
+        misfit = find_misfit(student, teacher)
+        if misfit is None and has_trained_layers(student):
+            misfit = "they are trained, as their norms' gains tell"
+        if misfit is None:
             return Choice("svd_blocks", "the student is fresh and fits into its teacher: it is solved from its layers")
         why = "the student is fresh and has the teacher's vocabulary: its embedding is solved from it"
         return Choice("svd_init", f"{why}, not its layers: {misfit}")

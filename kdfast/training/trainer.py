@@ -278,7 +278,8 @@ class KDTrainer(DurableTrainer):
         if self.is_fsdp_enabled and model.recipe.solves:
             model.to(self.args.device)  # whole, until it is sharded
         with self.naming_lost_processes():
-            self.starts = model.solve(self._calibration_batches(), self.args.calibration_tokens)
+            if not model.solved:  # by an earlier trainer, which may have trained what it would overwrite
+                self.starts = model.solve(self._calibration_batches(), self.args.calibration_tokens)
             if self.accelerator.num_processes > 1:
                 self.starts = _share_starts(model, self.starts, self.args.device)
         self.solve_seconds = time.perf_counter() - began if self.starts else 0.0

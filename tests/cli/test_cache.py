@@ -9,6 +9,7 @@ import yaml
 from byte_tokenizer import make_tokenizer
 
 from kdfast.cli import distill
+from kdfast.cli.output_dir import claim
 from kdfast.training.cache import write
 
 CACHE = {"teacher_cache": "kept", "cache_top_k": 257, "cache_dtype": "float32", "cache_shard_tokens": 200}
@@ -156,3 +157,12 @@ def test_what_a_run_makes_in_its_folder_goes_with_it(configured, kdfast):
     assert kdfast("distill", *run, "--temperature", "3")[0] == 2
     assert kdfast("distill", *run, "--temperature", "3", "--overwrite_output_dir", "true")[0] == 0
     assert json.loads(made.read_text())["temperatures"] == [3]
+
+
+def test_a_run_thrown_away_takes_its_own_entries_with_it_alone(tmp_path):
+    run, kept = tmp_path / "run", tmp_path / "run" / "teacher_cache"
+    for named, stays in ((None, False), (str(kept), True)):
+        kept.mkdir(parents=True, exist_ok=True)
+        (run / "kdfast.json").write_text("{}")
+        claim(run, {"teacher_cache": named}, overwrite=True)
+        assert kept.exists() == stays

@@ -95,6 +95,10 @@ class TestEntries:
         left = expected - expected.floor()
         assert ((counts.mean(0) - expected).abs() < 5 * (left * (1 - left) / times).sqrt()).all()
 
+    def test_nothing_is_drawn_from_what_is_not_finite(self):
+        with pytest.raises(ValueError, match="the teacher's logits hold NaN or infinity"):
+            draw(Head(torch.tensor([[1.0], [torch.nan]]), torch.ones(5, 1)), 4, 1.0, torch.Generator())
+
     def test_an_impossible_id_is_never_drawn(self):
         head = Head(torch.ones(100, 1), torch.ones(5, 1), torch.tensor([-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]))
         found = draw(head, 64, 1.0, torch.Generator().manual_seed(0))

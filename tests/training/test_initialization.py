@@ -1,5 +1,6 @@
 """Solved starts inside a DistillationModel and a KDTrainer."""
 
+import copy
 import itertools
 from unittest import mock
 
@@ -164,6 +165,17 @@ def test_trainer_solves_once_before_the_first_step_and_says_so(tiny, rows, confi
     again.train()
     for one, other in zip(trainer.starts, again.starts, strict=True):
         assert one.kl == pytest.approx(other.kl, rel=0.5)
+
+
+@pytest.mark.parametrize("recipe", ["svd_init", "svd_blocks"])
+def test_a_further_trainer_goes_on_from_what_is_trained(tiny, rows, config, recipe):
+    model = DistillationModel(tiny("gpt2"), tiny("gpt2", seed=1), recipe=recipe)
+    KDTrainer(model, config(), train_dataset=rows(30)).train()
+    trained = copy.deepcopy(model.student.state_dict())
+    further = KDTrainer(model, config(learning_rate=0.0), train_dataset=rows(30))
+    further.train()
+    assert further.starts == []
+    assert all(torch.equal(trained[name], value) for name, value in model.student.state_dict().items())
 
 
 def test_trainer_solves_the_projector_again(tiny, rows, config):

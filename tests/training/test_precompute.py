@@ -122,6 +122,9 @@ def test_a_further_student_pays_nothing(make, tmp_path):
     assert contents(tmp_path / "kept") == before != {}
     with pytest.raises(ValueError, match=r"kept' is of something else \(train: then .*Name another, or remove it"):
         make(blocks(seed=9), **kept)
+    for name, value, changed in (("cache_samples", 4, "k: then 32, now 4"), ("cache_method", "top_k", "method: then")):
+        with pytest.raises(ValueError, match=changed):
+            make(**kept, **{name: value})
 
 
 def test_an_interrupted_one_is_completed_to_the_same_bytes(make, tmp_path, monkeypatch):
@@ -197,7 +200,8 @@ def test_a_disk_without_room(make, capsys, monkeypatch):
 def test_what_is_done_unasked(make, capsys):
     """Nothing where the text is seen once, the caller says no or made the model, or the text's rows may change."""
     changing = blocks().with_transform(lambda rows: rows)
-    left = [{"max_steps": 2}, {"precompute_teacher_log_probs": False}, {"recipe": "projector"}, {"recipe": "lm_only"}]
+    left = [{"max_steps": 2}, {"kd_until": 0.5}]  # by then KD has seen it once
+    left += [{"precompute_teacher_log_probs": False}, {"recipe": "projector"}, {"recipe": "lm_only"}]
     for given in (*left, {"model": "teacher_head"}, {"data": changing}, {"data": Stream()}):
         teacher = make(**given).model.recipe.teacher
         assert teacher == {"projector": "projected", "lm_only": "none"}.get(given.get("recipe"), "own_head")
@@ -211,6 +215,8 @@ def test_what_is_done_unasked(make, capsys):
         make(data=Stream(), precompute_teacher_log_probs=True)
     with pytest.raises(ValueError, match="precompute_teacher_log_probs=False and teacher_cache='kept'"):
         make(precompute_teacher_log_probs=False, teacher_cache="kept")
+    with pytest.raises(ValueError, match="teacher_cache='kept', of which recipe 'projector' would learn nothing"):
+        make(recipe="projector", teacher_cache="kept")
 
 
 def test_an_unasked_one_leaves_a_folder_of_something_else_alone(make, capsys):

@@ -158,6 +158,14 @@ def test_what_does_not_fit_is_named(case):
     assert find_misfit(make("llama"), teacher) is None
 
 
+@pytest.mark.parametrize("init", ["svd", "svd_blocks"])
+def test_a_teachers_weights_are_not_overwritten(init):
+    student, teacher = make("llama"), make("llama", seed=1)
+    student.lm_head = teacher.lm_head
+    with pytest.raises(ValueError, match=rf"share 'lm_head.weight', which student_init='{init}' would overwrite"):
+        DistillationModel(student, teacher, recipe=Recipe("test", teacher="none", student_init=init))
+
+
 def test_a_teacher_that_is_not_finite_is_named():
     teacher = make("llama", seed=1)
     with torch.no_grad():
@@ -172,6 +180,10 @@ def test_auto_takes_the_layers_of_a_fresh_student_where_they_fit():
     teacher, config = make("gpt2", seed=1), make("gpt2").config
     found = choose_recipe(AutoModelForCausalLM.from_config(config), teacher)
     assert found.recipe == "svd_blocks"
+    trained = make("gpt2")
+    trained.transformer.wte.weight.data.normal_()
+    found = choose_recipe(trained, teacher)
+    assert (found.recipe, "not its layers: they are trained" in found.why) == ("svd_init", True)
     config.n_layer = 3
     found = choose_recipe(AutoModelForCausalLM.from_config(config), teacher)
     assert found.recipe == "svd_init"

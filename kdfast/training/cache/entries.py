@@ -71,6 +71,8 @@ def draw(head: Head, n: int, temperature: float, generator: torch.Generator, val
         z = _possible(logits, valid_vocab) / temperature
         exact = torch.float32 if z.device.type == "mps" else torch.float64  # MPS has no float64
         sums = z.softmax(-1, dtype=exact).cumsum_(-1)
+        if not sums[:, -1].isfinite().all():
+            raise ValueError("the teacher's logits hold NaN or infinity on this text; expected finite ones")
         rows, vocab = torch.arange(len(z), device=z.device), z.shape[1]
         first = torch.rand(len(z), 1, generator=generator, device=z.device, dtype=exact)
         points = (first + torch.arange(n, device=z.device)) / n * sums[:, -1:] * (1 - 2 * torch.finfo(exact).eps)

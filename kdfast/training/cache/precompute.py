@@ -77,6 +77,12 @@ class Precomputation:
                     f"precompute_teacher_log_probs=True; expected a teacher, and a recipe that learns from its own "
                     f"head alone, such as 'svd_init', 'compressed_head' or 'teacher_head'; this is {recipe.name!r}"
                 )
+            if self.args.teacher_cache is not None and self.args.recipe != "lm_only":
+                raise ValueError(
+                    f"teacher_cache={self.args.teacher_cache!r}, of which recipe {recipe.name!r} would learn nothing; "
+                    "expected a teacher and a recipe that learns from its own head, or the rows of "
+                    "TeacherCache(folder).dataset(…)"
+                )
             return False
         if asked is False:
             if self.args.teacher_cache is not None:
@@ -87,7 +93,7 @@ class Precomputation:
             return False
         asked = asked or self.args.teacher_cache is not None or recipe.teacher == "cached"
         passes = self.passes
-        if not asked and passes <= 1:
+        if not asked and passes * (1.0 if self.args.kd_until is None else self.args.kd_until) <= 1:
             return False
         obstacle = by_first(lambda: next(self._obstacles(not asked), None))
         if obstacle is None:
@@ -216,6 +222,8 @@ class Precomputation:
         asked = {**asdict(description), SPLIT: description.splits[SPLIT], "temperature": temperature}
         names = ["teacher_sha256", "tokenizer_sha256", "vocab", "valid_vocab", SPLIT]
         names += ["temperature"] * (temperature not in there.usable_temperatures)
+        count = self.args.cache_samples or self.args.cache_top_k
+        names += ["method"] * bool(count or self.args.cache_method) + ["k"] * bool(count)
         return [f"{name}: then {held[name]}, now {asked[name]}" for name in names if held[name] != asked[name]]
 
 

@@ -58,7 +58,7 @@ LLAMA = Layout(
 )
 LAYOUTS = {"gpt2": GPT2, "llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA}
 LAYOUTS["qwen3"] = LLAMA._replace(per_head=("self_attn.q_norm", "self_attn.k_norm"))
-SAME = ("hidden_act", "activation_function", "rope_parameters")  # settings by which weights mean the same
+SAME = ("hidden_act", "activation_function", "scale_attn_weights", "rope_parameters")  # by which weights mean the same
 
 Text = Sequence[tuple[dict[str, Any], Tensor]]  # a backbone's inputs, and (B, T) which tokens count
 
@@ -164,6 +164,11 @@ def find_misfit(student: PreTrainedModel, teacher: PreTrainedModel) -> str | Non
             if a.bias is None and b.bias is not None:
                 return "the student's layers lack biases the teacher's have; expected attention_bias, mlp_bias as there"
     return None
+
+
+def has_trained_layers(student: PreTrainedModel) -> bool:
+    """Return whether a gain of its layers' norms is no longer the 1 it is drawn as; `find_misfit` is None for it."""
+    return any((sublayer.norm.weight != 1).any() for sublayer in Decoder(student).sublayers)
 
 
 def start_layers(
