@@ -190,6 +190,8 @@ class KDTrainer(DurableTrainer):
         if self._precomputation is not None:
             model.learn_from_entries(kd_until=1.0 if wrapped_here and args.kd_until is None else None)
         if kd_weight_schedule is not None:  # it says until when
+            if args.kd_until is not None:
+                raise ValueError(f"kd_until={args.kd_until} and kd_weight_schedule; expected one of them")
             model.recipe = replace(model.recipe, kd_until=1.0)
         self.kd_weight_schedule = kd_weight_schedule or model.recipe.kd_weight_schedule()
         if own and args.metric_for_best_model is not None and args.eval_strategy != "no" and eval_dataset is not None:

@@ -178,6 +178,13 @@ def test_a_further_trainer_goes_on_from_what_is_trained(tiny, rows, config, reci
     assert all(torch.equal(trained[name], value) for name, value in model.student.state_dict().items())
 
 
+def test_kd_ends_where_a_schedule_or_a_setting_says(tiny, config):
+    given = {"teacher": tiny("gpt2", seed=1), "kd_weight_schedule": lambda progress: 0.3}
+    assert KDTrainer(tiny("gpt2"), config(recipe="svd_init"), **given).kd_weight_schedule(1.0) == 0.3
+    with pytest.raises(ValueError, match=r"kd_until=0.5 and kd_weight_schedule; expected one of them"):
+        KDTrainer(tiny("gpt2"), config(recipe="svd_init", kd_until=0.5), **given)
+
+
 def test_trainer_solves_the_projector_again(tiny, rows, config):
     solved = []
     given = {"projector_init": "lstsq", "projector_resolve_steps": 2, "teacher_grad": "none"}

@@ -126,6 +126,18 @@ def test_a_half_precision_student_and_untied_ends():
     assert not torch.equal(student.get_input_embeddings().weight, student.get_output_embeddings().weight)
 
 
+def test_a_student_without_a_row_for_padding():
+    student, teacher = make("llama", width=24), make("llama", seed=1)
+    teacher.resize_token_embeddings(V + 5)
+    (text, *_), mask = batches(1), torch.ones(4, T, dtype=torch.int64)
+    text["input_ids"], mask[:, -2:] = text["input_ids"].clone(), 0
+    text["input_ids"][:, -2:] = V + 1
+    text |= {"attention_mask": mask, "labels": text["labels"].masked_fill(mask == 0, -100)}
+    recipe = Recipe("test", teacher="none", student_init="svd_blocks")
+    (start,) = DistillationModel(student, teacher, recipe=recipe, valid_vocab=V).solve([text])
+    assert start.kl > 0
+
+
 def test_heads_of_one_key_stay_together():
     outputs = torch.tensor([1.0, 9, 2, 3, 8, 7, 0, 0])  # eight heads, four keys of two
     heads, keys = _choose_heads(outputs, (8, 4), (4, 2))

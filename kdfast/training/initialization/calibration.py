@@ -68,7 +68,7 @@ class Calibration:
         options: dict[str, Any],
     ) -> None:
         tokens = tokens or TOKENS_PER_WIDTH * teacher.get_output_embeddings().weight.shape[1]
-        hidden, self.text = _read(teacher, batches, tokens)
+        hidden, self.text = _read(student, teacher, batches, tokens)
         held_out = held_out_rows(hidden)
         self.models, self.options, self.valid_vocab = (student, teacher), options, options["valid_vocab"]
         self.student = head(student, hidden[:0])  # its weight is the parameter itself, its hidden states are not read
@@ -161,7 +161,7 @@ def set_projector(projector: LogitProjector, solved: Projection) -> None:
 
 
 def _read(
-    teacher: PreTrainedModel, batches: Iterable[dict[str, Any]], tokens: int
+    student: PreTrainedModel, teacher: PreTrainedModel, batches: Iterable[dict[str, Any]], tokens: int
 ) -> tuple[Tensor, list[tuple[dict[str, Any], Tensor]]]:
     """Return the teacher's hidden states over the text's first `tokens` targets, (n, Ht), and that text.
 
@@ -174,7 +174,8 @@ def _read(
         inputs = {name: x for name, x in batch.items() if name != "labels" and not name.startswith("teacher_")}
         check_inputs(teacher, "teacher", inputs)
         mask = batch.get("attention_mask")
-        inputs["input_ids"], _ = known_ids(teacher, "teacher", batch["input_ids"], mask)
+        for role, model in (("teacher", teacher), ("student", student)):
+            inputs["input_ids"], _ = known_ids(model, role, inputs["input_ids"], mask)
         counted = shift_labels(batch["labels"], mask) != IGNORE_INDEX
         counted &= counted.flatten().cumsum(0).view_as(counted) <= tokens - found
         states = run_backbone(teacher, **inputs, use_cache=False).last_hidden_state
