@@ -4,8 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from byte_tokenizer import make_tokenizer
 from datasets import Dataset
 from torch.utils.data import IterableDataset
+from transformers import DataCollatorWithPadding
 
 from kdfast.plan.price import size_of
 from kdfast.training import DistillationModel, KDConfig, KDTrainer
@@ -157,6 +159,18 @@ def test_a_resumed_run_learns_from_the_same_entries(make, tmp_path):
     resumed = make(**given)
     resumed.train(resume_from_checkpoint=True)
     assert figures(resumed, "loss")[-2:] == figures(whole, "loss")[-2:]
+
+
+def test_with_the_collator_that_a_tokenizer_brings(make):
+    """transformers' DataCollatorWithPadding, which makes no batch of tensors with an axis more."""
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    losses = []
+    for collator in (None, DataCollatorWithPadding(tokenizer)):
+        trainer = make(collator=collator)
+        trainer.train()
+        losses.append(figures(trainer, "loss"))
+    assert losses[0] == losses[1]
 
 
 class Stream(IterableDataset):

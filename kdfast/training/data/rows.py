@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DataCollatorWithPadding
 
 from kdfast.training.data.columns import is_raw, unread
 from kdfast.training.durable.errors import first_line
 
+ENTRIES = ("teacher_indices", "teacher_log_probs", "teacher_log_tails")  # a teacher's, in `CachedBlocks`' rows
 PACKED = "seq_lengths"  # TRL's column: the lengths of the documents packed into a row
 
 
@@ -56,6 +58,11 @@ class Collator:
         self._name = getattr(collate, "__name__", type(collate).__name__)
 
     def __call__(self, rows: list[Any]) -> dict[str, Any]:
+        entries: dict[str, Tensor] = {}
+        if isinstance(self.collate, DataCollatorWithPadding):  # of tensors (T, K) it makes no batch
+            names = [name for name, value in rows[0].items() if name in ENTRIES and isinstance(value, Tensor)]
+            entries = {name: torch.stack([row[name] for row in rows]) for name in names}
+            rows = [{name: value for name, value in row.items() if name not in entries} for row in rows]
         given = rows
         if self.columns is not None:
             given = [Row(row, self.columns) if isinstance(row, dict) else row for row in rows]
@@ -70,6 +77,8 @@ class Collator:
                 f"make a batch of them ({first_line(error)}). Pass one that pads labels too, such as transformers' "
                 "DataCollatorForSeq2Seq(tokenizer), or rows of one length"
             ) from error
+        if entries:
+            batch.update(entries)
         batch = _without_empty_mask(dict(batch) if isinstance(batch, Row) else batch)
         if unseen := [name for row in given if isinstance(row, Row) for name in row.unseen()]:
             raise ValueError(unread("the data set", unseen[0]))
