@@ -70,7 +70,7 @@ FRESH: dict[str, Keys] = {
     "svd, compressed head": {**COMPRESSED, "student_init": "svd"},
     "svd, compressed head, KD 2": {**COMPRESSED, "student_init": "svd", "kd_weight": 2.0},
     "svd, compressed head, KD 4": {**COMPRESSED, "student_init": "svd", "kd_weight": 4.0},
-    "svd, head at KL 0.01, KD 2": {"recipe": "svd_init"},
+    "svd, head at KL 0.01, KD 2": {"recipe": "svd_init", "kd_until": 1.0},
     "svd, projector, KD gradient": {**RUN4, **SVD},
     "svd, projector not trained": {**RUN4, **SVD, "teacher_grad": "none", "projector_lr": 0.0},
     "svd, projector, re-solved": {**RUN4, **SVD, "teacher_grad": "none", "projector_resolve_steps": 16},

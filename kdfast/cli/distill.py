@@ -143,7 +143,7 @@ def _trainer(arguments: Arguments, name: str) -> KDTrainer:
 def _learns_without_teacher(arguments: Arguments) -> bool:
     """Return whether entries are all that a run needs: no teacher is named, or `kdfast cache` has kept both splits."""
     training, folder = arguments.training, arguments.training.teacher_cache
-    without = training.recipe == LM_ONLY or (training.recipe == CACHED and training.student_init != "svd")
+    without = training.recipe == LM_ONLY or (training.recipe == CACHED and training.student_init in (None, "own"))
     if not folder or without or arguments.model.teacher_model_name_or_path is None:
         return bool(folder)
     return training.recipe == AUTO and by_first(

@@ -36,7 +36,7 @@ def library_text(characters: int, excerpt: int) -> tuple[list[str], list[str]]:
     read = (path.read_text(encoding="utf-8", errors="replace") for path in paths)
     texts = list(dict.fromkeys(text for text in read if text.strip()))  # none twice, on both sides of the split
     random.Random(0).shuffle(texts)  # small samples see all of the library
-    held_out = [_middle(text, excerpt) for text in texts[::HELD_OUT]]
+    held_out = [middle(text, excerpt) for text in texts[::HELD_OUT]]
     train = [text for i, text in enumerate(texts) if i % HELD_OUT]
     if len(train) < 50:
         raise DataError(f"the text here is Python's own library, and {str(root)!r} holds {len(train)} files of it")
@@ -44,7 +44,7 @@ def library_text(characters: int, excerpt: int) -> tuple[list[str], list[str]]:
     return train[: bisect.bisect_left(ends, characters) + 1], held_out
 
 
-def _middle(text: str, length: int) -> str:
+def middle(text: str, length: int) -> str:
     """Return whole lines from the middle, where a module is code rather than its license and imports."""
     start = max(0, (len(text) - length) // 2)
     start = text.rfind("\n", 0, start) + 1

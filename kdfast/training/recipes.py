@@ -208,6 +208,19 @@ class Choice(NamedTuple):
     recipe: str
     why: str
 
+    def __str__(self) -> str:
+        """Return what a run prints of it: which, why, and what came of it where it was measured (docs/recipes.md)."""
+        expected = f". Expect it {EXPECTED[self.recipe]}" if self.recipe in EXPECTED else ""
+        return f"recipe {self.recipe}: {self.why}{expected}"
+
+
+EXPECTED = {
+    "svd_blocks": "near its teacher before the first step, and take a pretrained model's learning rate; the more new "
+    "text it sees, the less a teacher adds: compare recipe=lm_only, student_init=svd_blocks",
+    "svd_init": "ahead of LM only at equal seconds as long as it is far from its teacher",
+    "compressed_head": "ahead of LM only where the teacher knows this text better than the student does",
+}
+
 
 FROM_CACHE = Choice(CACHED, "the data set brings a teacher's cached entries")
 

@@ -181,7 +181,7 @@ class KDTrainer(DurableTrainer):
             fsdp.set_mixed_precision(self.accelerator)
             fsdp.place_teacher(model, self.accelerator, args.shard_teacher)
         if choice is not None:
-            processes.print_once(f"recipe {choice.recipe}: {choice.why}")
+            processes.print_once(str(choice))
         sharded = self.is_fsdp_enabled and args.shard_teacher
         before = Precomputation(
             model, args, train_dataset, wrapped_here, temperature_schedule, sharded, self._collator, processing_class
