@@ -50,7 +50,10 @@ StudentStart = Literal["own", "svd", "svd_blocks"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """Hold all that is in force in a run. `KDConfig.resolved()` makes one; fields are named as there."""
+    """Hold all that is in force in a run. `KDConfig.resolved()` makes one; fields are named as there.
+
+    Raises ValueError where nothing would be learned after `kd_until`.
+    """
 
     name: str
     teacher: TeacherKind

@@ -106,7 +106,7 @@ def test_kd_until_a_part_of_the_run(tiny, rows, config):
 
 def test_a_schedule_of_ones_own_has_its_own_end(tiny, rows, config):
     def price(schedule):
-        args = config(recipe="teacher_head", kd_until=0.5)
+        args = config(recipe="svd_init")  # KD in the first half
         teacher = tiny(width=24, seed=1)
         return KDTrainer(tiny(), args, teacher=teacher, train_dataset=rows(8), kd_weight_schedule=schedule).price
 
