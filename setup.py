@@ -55,6 +55,7 @@ setup(
         "kdfast.training.cache",
         "kdfast.training.data",
         "kdfast.training.durable",
+        "kdfast.training.initialization",
         "kdfast.kernels",
     ],
     package_dir={"kdfast.kernels": "kernels"},

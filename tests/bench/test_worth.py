@@ -110,3 +110,16 @@ def test_the_published_tables_are_what_the_runs_came_to(worth):
     published = (folder / "worth.md").read_text()
     for case in ("little", "plenty", "moved"):
         assert f"### {case}\n\n{worth.table(case, result)}\n" in published
+
+
+def test_the_readme_says_what_the_runs_came_to():
+    readme = (FOLDER.parents[1] / "README.md").read_text()
+    little = (FOLDER.parent / "results" / "worth.md").read_text().split("### ")[1].replace("-", "−")
+    runs = [[cell.strip() for cell in line.split("|")] for line in little.splitlines() if line.startswith("| ")]
+    recipes = tuple(f"| `{name}" for name in ("lm_only", "projector_fixed", "teacher_head", "svd_"))
+    rows = [line.replace("**", "").split("|") for line in readme.splitlines() if line.startswith(recipes)]
+    assert len(rows) == 6
+    for _, name, ce, seconds, by_tokens, by_seconds, _ in rows:
+        (run,) = (run for run in runs if (run[5], run[3]) == (ce.strip(), seconds.strip()))
+        assert run[6].startswith(by_tokens.strip()), name
+        assert run[7].startswith(by_seconds.strip()), name

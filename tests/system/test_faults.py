@@ -231,7 +231,7 @@ def die_while_solving(trainer):
             os.kill(os.getpid(), signal.SIGKILL)
         return []
 
-    trainer.model.solve = die
+    trainer.model.solve, trainer.model.solved = die, False
     trainer.train()
 
 
