@@ -50,7 +50,8 @@ def main() -> None:
     prepared, here = args.runs / "prepared", args.runs / "cached"
     setting.prepare(prepared, [CASE], quick=args.quick)
     here.mkdir(parents=True, exist_ok=True)
-    once(here / "text", lambda folder: (folder / "text.txt").write_text(_text(prepared / "train"), encoding="utf-8"))
+    train = prepared / "train"
+    once(here / "text", lambda folder: write_text(folder / "text.txt", setting.first_files(train, TEXT_BYTES)))
     steps = 4 if args.quick else None
     rows = []
     live = {"recipe": "teacher_head", "precompute_teacher_log_probs": False}
@@ -68,16 +69,6 @@ def main() -> None:
         print(_line(row), flush=True)
     result = {"date": datetime.date.today().isoformat(), "rate": RATE, "rows": rows, "versions": versions()}
     write_text(args.out / "cached.json", json.dumps(result, indent=1) + "\n")
-
-
-def _text(folder: Path) -> str:
-    """The first files that come to TEXT_BYTES."""
-    text = ""
-    for path in sorted(folder.iterdir()):
-        text += path.read_text(encoding="utf-8")
-        if len(text.encode()) >= TEXT_BYTES:
-            break
-    return text
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -99,3 +99,13 @@ def run(path: Path, keys: dict[str, Any]) -> Run:
         return read_run(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     return run_settings(path.name, path.parent, keys)
+
+
+def first_files(folder: Path, size: int) -> str:
+    """The first files of a folder that come to `size` bytes."""
+    text = ""
+    for path in sorted(folder.iterdir()):
+        text += path.read_text(encoding="utf-8")
+        if len(text.encode()) >= size:
+            break
+    return text

@@ -177,7 +177,10 @@ def prepare(runs: Path, cases: set[str], *, quick: bool) -> None:
     """Make texts, teachers and the pretrained student of `cases`, unless they are there."""
     prepared, pretrained = runs / "prepared", setting.Case(WIDTH, True)
     setting.prepare(prepared, [pretrained] if "moved" in cases else [], quick=quick)
-    once(runs / "little-text", lambda path: _write(path / "text.txt", _first(prepared / "train", LITTLE_BYTES)))
+    once(
+        runs / "little-text",
+        lambda path: _write(path / "text.txt", setting.first_files(prepared / "train", LITTLE_BYTES)),
+    )
     if "moved" in cases:
         once(runs / "other-text", _write_other_text)
         own = {"train_file": str(runs / "other-text" / "train"), "eval_file": str(runs / "other-text" / "eval")}
@@ -191,16 +194,6 @@ def prepare(runs: Path, cases: set[str], *, quick: bool) -> None:
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_text(text, encoding="utf-8")
-
-
-def _first(folder: Path, size: int) -> str:
-    """Return the first files that come to `size` bytes."""
-    text = ""
-    for path in sorted(folder.iterdir()):
-        text += path.read_text(encoding="utf-8")
-        if len(text.encode()) >= size:
-            break
-    return text
 
 
 def _write_other_text(path: Path) -> None:
