@@ -44,13 +44,20 @@ class Case(NamedTuple):
 CASES = {case.name: case for case in (Case(width, pretrained) for pretrained in (False, True) for width in WIDTHS)}
 
 
-def prepare(root: Path, cases: Iterable[Case], *, quick: bool = False) -> None:
+def prepare(
+    root: Path,
+    cases: Iterable[Case],
+    *,
+    vocabulary: int = VOCABULARY,
+    teacher_steps: int = TEACHER_STEPS,
+    quick: bool = False,
+) -> None:
     """Text, tokenizer, teacher and the pretrained students of `cases` under `root`, unless they are there."""
     train, evaluation = library_text(500_000 if quick else 10**9, EXCERPT)
     root.mkdir(parents=True, exist_ok=True)
-    prepare_text(root, train, evaluation, VOCABULARY)
+    prepare_text(root, train, evaluation, vocabulary)
     scale = 128 if quick else 1
-    teacher = settings(root, **TEACHER, steps=TEACHER_STEPS // scale, batch=TEACHER_BATCH, learning_rate=2e-3, seed=0)
+    teacher = settings(root, **TEACHER, steps=teacher_steps // scale, batch=TEACHER_BATCH, learning_rate=2e-3, seed=0)
     run(root / "teacher", {"recipe": "lm_only", **teacher})
     for width in sorted({case.width for case in cases if case.pretrained}):
         student = settings(

@@ -46,6 +46,8 @@ WIDTH = 128
 LITTLE_BYTES = 300_000
 OTHER_CHARACTERS, HELD_OUT_FILES = 6_000_000, 36
 ADAPTING_STEPS = 128  # of 16 blocks, for the teacher on a text that is not its own
+STRONG_STEPS, STRONG_WIDTH = 2048, 64  # twice the teacher's tokens once more, and a student half as wide
+WIDE_VOCABULARY, WIDE_TEACHER_STEPS = 16384, 512
 
 # case | contender | steps | seeds
 PLAN = """
@@ -61,6 +63,11 @@ plenty | lm_only student_init=svd_blocks learning_rate=5e-4                   | 
 plenty | svd_blocks learning_rate=5e-4                                        | 1024             | 3
 moved  | lm_only learning_rate=5e-4                                           | 256 1024         | 3
 moved  | compressed_head teacher=adapted                                      | 1024             | 3
+strong | lm_only                                                              | 256 1024 4096    | 3
+strong | svd_init                                                             | 256 1024 4096    | 3
+strong | svd_init kd_until=1                                                  | 256 1024 4096    | 3
+strong | lm_only student_init=svd_blocks learning_rate=5e-4                   | 256 1024 4096    | 3
+strong | svd_blocks learning_rate=5e-4                                        | 256 1024 4096    | 3
 little | lm_only weight_decay=0.1                                             | 1024             | 1
 little | projector_fixed                                                      | 512              | 1
 little | teacher_head kd_weight=2                                             | 512              | 1
@@ -85,6 +92,13 @@ moved  | lm_only learning_rate=5e-4                                           | 
 moved  | compressed_head                                                      | 1024             | 1
 moved  | compressed_head teacher=adapted kd_until=0.5                         | 1024             | 1
 moved  | compressed_head teacher=adapted                                      | 256              | 1
+strong | lm_only                                                              | 16384            | 1
+strong | svd_blocks learning_rate=5e-4 kd_until=1                             | 1024             | 1
+wide   | lm_only                                                              | 256 1024 2048    | 1
+wide   | svd_init                                                             | 1024             | 1
+wide   | svd_init kd_until=1                                                  | 1024             | 1
+wide   | lm_only student_init=svd_blocks learning_rate=5e-4                   | 1024             | 1
+wide   | svd_blocks learning_rate=5e-4                                        | 1024             | 1
 """
 
 
@@ -108,28 +122,35 @@ class Price(NamedTuple):
         return self.before + self.per_token * tokens
 
 
-# what is priced; a contender costs what the one does that differs in UNPRICED keys alone
+# what is priced, by the case whose models it has; a contender costs what the one does that differs in UNPRICED alone
 LIVE = "precompute_teacher_log_probs=false"
-PRICED = (
-    BASELINE, f"{BASELINE} student_init=svd", f"{BASELINE} student_init=svd_blocks", "projector_fixed",
-    "teacher_head", f"teacher_head {LIVE}", f"compressed_head {LIVE}",
-    "svd_init", f"svd_init {LIVE}", "svd_blocks", f"svd_blocks {LIVE}",
-)  # fmt: skip
+BLOCKS = f"{BASELINE} student_init=svd_blocks"
+OTHER_SIZES = (BASELINE, BLOCKS, f"svd_init {LIVE}", f"svd_blocks {LIVE}")
+PRICED = {
+    "little": (
+        BASELINE, f"{BASELINE} student_init=svd", BLOCKS, "projector_fixed", "teacher_head", f"teacher_head {LIVE}",
+        f"compressed_head {LIVE}", "svd_init", f"svd_init {LIVE}", "svd_blocks", f"svd_blocks {LIVE}",
+    ),
+    "strong": OTHER_SIZES,
+    "wide": OTHER_SIZES,
+}  # fmt: skip
 UNPRICED = ("learning_rate", "ce_weight", "temperature", "kd_weight", "weight_decay", "teacher", "kd_until")
+Prices = dict[str, dict[str, Price]]
 
 
-def price(prices: dict[str, Price], case: str, contender: str) -> Price | None:
+def price(prices: Prices, case: str, contender: str) -> Price | None:
     """Return the price of a contender; under `kd_until` a part of the run costs what LM only does."""
     recipe, *changes = contender.split()
     kept = [change for change in changes if change.split("=")[0] not in UNPRICED]
     live = LIVE in kept or case != "little"
     if recipe not in (BASELINE, "projector_fixed") and live and LIVE not in kept:
         kept.append(LIVE)
-    if (found := prices.get(" ".join([recipe, *kept]))) is None:
+    known = prices.get(case if case in PRICED else "little", {})
+    if (found := known.get(" ".join([recipe, *kept]))) is None:
         return None
     given = next((float(change.split("=")[1]) for change in changes if change.startswith("kd_until=")), None)
     until = given if given is not None else RECIPES[recipe].kd_until if live else 1.0
-    return found._replace(per_token=until * found.per_token + (1 - until) * prices[BASELINE].per_token)
+    return found._replace(per_token=until * found.per_token + (1 - until) * known[BASELINE].per_token)
 
 
 def plan(only: list[str]) -> list[Job]:
@@ -150,8 +171,9 @@ def plan(only: list[str]) -> list[Job]:
 
 def settings(runs: Path, job: Job) -> dict[str, Any]:
     """Return the settings of `kdfast distill`."""
-    prepared = runs / "prepared"
-    keys = setting.student(prepared, setting.Case(WIDTH, False), 1e-3, job.seed, job.steps)
+    prepared = runs / ("wide" if job.case == "wide" else "prepared")
+    width = STRONG_WIDTH if job.case == "strong" else WIDTH
+    keys = setting.student(prepared, setting.Case(width, False), 1e-3, job.seed, job.steps)
     keys["eval_steps"] = max(1, job.steps // 4)
     if job.case == "little":
         keys["train_file"] = str(runs / "little-text")
@@ -159,6 +181,8 @@ def settings(runs: Path, job: Job) -> dict[str, Any]:
         keys |= {"train_file": str(runs / "other-text" / "train"), "eval_file": str(runs / "other-text" / "eval")}
         keys["model_name_or_path"] = str(prepared / f"pretrained-{WIDTH}")
         del keys["student_config"]
+    if job.case == "strong":
+        keys["teacher_model_name_or_path"] = str(prepared / "strong")
     recipe, *changes = job.contender.split()
     given = dict(change.split("=", 1) for change in changes)
     if given.pop("teacher", None) == "adapted":
@@ -184,11 +208,19 @@ def prepare(runs: Path, cases: set[str], *, quick: bool) -> None:
     if "moved" in cases:
         once(runs / "other-text", _write_other_text)
         own = {"train_file": str(runs / "other-text" / "train"), "eval_file": str(runs / "other-text" / "eval")}
-        steps = 2 if quick else ADAPTING_STEPS
-        keys = setting.settings(prepared, **setting.TEACHER, steps=steps, batch=16, learning_rate=5e-4, seed=0) | own
-        keys |= {"recipe": BASELINE, "model_name_or_path": str(prepared / "teacher")}
-        del keys["student_config"]
-        setting.run(prepared / "adapted", keys)
+        _train_on(prepared, "adapted", 2 if quick else ADAPTING_STEPS, 5e-4, **own)
+    if "strong" in cases:
+        _train_on(prepared, "strong", 2 if quick else STRONG_STEPS, 2e-3, seed=1, data_seed=1)
+    if "wide" in cases:
+        setting.prepare(runs / "wide", [], vocabulary=WIDE_VOCABULARY, teacher_steps=WIDE_TEACHER_STEPS, quick=quick)
+
+
+def _train_on(prepared: Path, name: str, steps: int, learning_rate: float, **own: Any) -> None:
+    """Train the teacher for so many steps more, into a folder of its own."""
+    keys = setting.settings(prepared, **setting.TEACHER, steps=steps, batch=16, learning_rate=learning_rate, seed=0)
+    keys |= {"recipe": BASELINE, "model_name_or_path": str(prepared / "teacher")} | own
+    del keys["student_config"]
+    setting.run(prepared / name, keys)
 
 
 def _write(path: Path, text: str) -> None:
@@ -220,9 +252,9 @@ def _train(job: Job, runs: Path, quick: bool, end: float) -> float | None:
     return ce
 
 
-def _price(runs: Path, contender: str, number: int) -> Price:
+def _price(runs: Path, case: str, contender: str, number: int) -> Price:
     """Run a contender for some steps; return what it took."""
-    job = Job("little", contender, PRICED_STEPS, 0)
+    job = Job(case, contender, PRICED_STEPS, 0)
     path = job.path(runs / "prices" / str(number))
     keys: dict[str, Any] = {"kd_until": 1.0, "precompute_teacher_log_probs": True} | settings(runs, job)
     if LIVE in contender or contender.startswith((BASELINE, "projector")):
@@ -237,13 +269,21 @@ def main() -> None:
     jobs, runs = plan(args.only), args.runs
     if args.quick:
         jobs = [job._replace(steps=4) for job in jobs if job.seed == 0]
-    prepare(runs, {job.case for job in jobs}, quick=args.quick)
+    cases = {job.case for job in jobs}
+    prepare(runs, cases, quick=args.quick)
     context, end = multiprocessing.get_context("spawn"), time.monotonic() + 60 * args.minutes
     with ProcessPoolExecutor(1 if args.prices else args.workers, context, _one_thread) as pool:
         if args.prices:
-            found = [[pool.submit(_price, runs, name, number).result() for name in PRICED] for number in range(ROUNDS)]
-            medians = (Price(*map(statistics.median, zip(*rounds, strict=True))) for rounds in zip(*found, strict=True))
-            prices = {name: one._asdict() for name, one in zip(PRICED, medians, strict=True)}
+            prices = _prices(runs)
+            for case in cases & PRICED.keys():
+                names = PRICED[case]
+                found = [
+                    [pool.submit(_price, runs, case, name, number).result() for name in names]
+                    for number in range(ROUNDS)
+                ]
+                rounds = zip(*found, strict=True)
+                medians = [Price(*map(statistics.median, zip(*one, strict=True)))._asdict() for one in rounds]
+                prices[case] = dict(zip(names, medians, strict=True))
             write_text(runs / "prices.json", json.dumps(prices, indent=1) + "\n")
         else:
             futures = {pool.submit(_train, job, runs, args.quick, end): job for job in jobs}
@@ -253,8 +293,8 @@ def main() -> None:
     result = collect(runs)
     args.out.mkdir(parents=True, exist_ok=True)
     write_text(args.out / "worth.json", json.dumps(result, indent=1) + "\n")
-    cases = dict.fromkeys(row["case"] for row in result["runs"])
-    text = "\n\n".join(f"### {case}\n\n{table(case, result)}" for case in cases)
+    made = dict.fromkeys(row["case"] for row in result["runs"])
+    text = "\n\n".join(f"### {case}\n\n{table(case, result)}" for case in made)
     write_text(args.out / "worth.md", text + "\n")
     print(text)
 
@@ -266,15 +306,19 @@ def collect(runs: Path) -> dict[str, Any]:
         if (path := job.path(runs) / "summary.json").is_file():
             summary = json.loads(path.read_text())
             rows.append({**job._asdict(), **{key: summary[key] for key in ("eval_ce", "kl_teacher_student", "tokens")}})
-    priced = runs / "prices.json"
-    prices = json.loads(priced.read_text()) if priced.is_file() else {}
     date = datetime.date.today().isoformat()
-    return {"date": date, "versions": versions(), "prices": prices, "runs": rows}
+    return {"date": date, "versions": versions(), "prices": _prices(runs), "runs": rows}
+
+
+def _prices(runs: Path) -> dict[str, dict[str, dict[str, float]]]:
+    path = runs / "prices.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def table(case: str, result: dict[str, Any]) -> str:
     """Return a row per contender and budget, in the order of PLAN."""
-    prices = {name: Price(**one) for name, one in result["prices"].items()}
+    prices = {case: {name: Price(**one) for name, one in names.items()} for case, names in result["prices"].items()}
+    alone = price(prices, case, BASELINE)
     seeds: dict[tuple[str, int], dict[int, dict[str, Any]]] = {}
     for row in result["runs"]:
         if row["case"] == case:
@@ -294,8 +338,8 @@ def table(case: str, result: dict[str, Any]) -> str:
             same = baseline.get(steps, {})
             gains = [row["eval_ce"] - same[seed]["eval_ce"] for seed, row in found.items() if seed in same]
             cells[5] = _mean(gains, "+") if gains else ""
-            if seconds is not None and BASELINE in prices:
-                ends = [_within(seconds, seed, baseline, prices[BASELINE]) for seed in found]
+            if seconds is not None and alone is not None:
+                ends = [_within(seconds, seed, baseline, alone) for seed in found]
                 known = [ce - end for ce, end in zip(ces, ends, strict=True) if end is not None]
                 cells[6] = _mean(known, "+") if known else ""
         kls = [row["kl_teacher_student"] for row in found.values() if row["kl_teacher_student"] is not None]

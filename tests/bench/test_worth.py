@@ -55,8 +55,10 @@ def test_the_table(worth):
     """LM only costs 1 s per hundred tokens, the other as much again and 2 s before the first step."""
     result = {
         "prices": {
-            "lm_only": {"per_token": 0.01, "before": 0.0},
-            "svd_init": {"per_token": 0.02, "before": 2.0},
+            "little": {
+                "lm_only": {"per_token": 0.01, "before": 0.0},
+                "svd_init": {"per_token": 0.02, "before": 2.0},
+            },
         },
         "runs": [
             run("lm_only", 4, 0, 6.0),
@@ -91,7 +93,10 @@ def test_lm_only_that_has_got_worse_is_taken_at_its_best_and_one_that_has_not_is
 
 
 def test_a_contender_costs_what_the_one_does_that_computes_the_same(worth):
-    prices = {name: worth.Price(float(number), 2.0) for number, name in enumerate(worth.PRICED)}
+    prices = {
+        case: {name: worth.Price(float(number) + 100 * (case == "wide"), 2.0) for number, name in enumerate(names)}
+        for case, names in worth.PRICED.items()
+    }
     number = worth.PRICED.index
     assert worth.price(prices, "little", "svd_blocks learning_rate=3e-4 ce_weight=0").per_token == number("svd_blocks")
     live = number(f"svd_init {worth.LIVE}")
