@@ -170,6 +170,16 @@ def test_what_does_not_fit_is_named(case):
     assert find_misfit(make("llama"), teacher) is None
 
 
+def test_layers_that_look_back_differently_do_not_fit():
+    assert "sliding_window is 8 and the teacher's None" in find_misfit(
+        make("mistral", sliding_window=8), make("mistral")
+    )
+    some = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+    assert "layer_types has several kinds" in find_misfit(make("qwen2", **some), make("qwen2", seed=1, **some))
+    every = {**some, "max_window_layers": 0}
+    assert find_misfit(make("qwen2", **every), make("qwen2", seed=1, **every)) is None
+
+
 @pytest.mark.parametrize("init", ["svd", "svd_blocks"])
 def test_a_teachers_weights_are_not_overwritten(init):
     student, teacher = make("llama"), make("llama", seed=1)

@@ -58,7 +58,8 @@ LLAMA = Layout(
 )
 LAYOUTS = {"gpt2": GPT2, "llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA}
 LAYOUTS["qwen3"] = LLAMA._replace(per_head=("self_attn.q_norm", "self_attn.k_norm"))
-SAME = ("hidden_act", "activation_function", "scale_attn_weights", "rope_parameters")  # by which weights mean the same
+# by which weights mean the same
+SAME = ("hidden_act", "activation_function", "scale_attn_weights", "rope_parameters", "sliding_window")
 
 Text = Sequence[tuple[dict[str, Any], Tensor]]  # a backbone's inputs, and (B, T) which tokens count
 
@@ -149,6 +150,8 @@ def find_misfit(student: PreTrainedModel, teacher: PreTrainedModel) -> str | Non
             return f"the student's {name} is {settings[0]!r} and the teacher's {settings[1]!r}; expected the same"
     if any(getattr(model.config, "scale_attn_by_inverse_layer_idx", False) for model in (student, teacher)):
         return "scale_attn_by_inverse_layer_idx is True: a layer would be another in another place; expected False"
+    if any(len(set(getattr(model.config, "layer_types", None) or ())) > 1 for model in (student, teacher)):
+        return "layer_types has several kinds: a layer would be another in another place; expected one"
     if adapted_layer(teacher) is not None or any(is_quantized(p) for p in teacher.parameters()):
         return "the teacher's layers are quantized or carry an adapter; expected plain weights"
     ours, theirs = Decoder(student), Decoder(teacher)
