@@ -240,7 +240,7 @@ def _check_vocabularies(name: str, here: int, x: Arguments) -> None:
     theirs, ours = here if x.vocabulary.teacher is None else x.vocabulary.teacher, x.vocabulary.size
     if theirs == 0:
         raise ValueError(f"{name} has no entries on any process of process_group; expected (*, V)")
-    if x.options.vocab == "truncate" or same_vocabulary(theirs, ours, x.options.valid_vocab):
+    if same_vocabulary(theirs, ours, x.options.valid_vocab, x.options.vocab):
         return
     raise ValueError(
         f"{name} has a vocabulary of {theirs} and the student's head {ours}. If the larger one only adds padding rows, "

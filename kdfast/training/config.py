@@ -41,6 +41,8 @@ NUMBERS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     )),
     "a number > 0": (lambda x: x > 0, ("temperature", "compressed_kl")),
     "a fraction of the run in [0, 1]": (lambda x: 0 <= x <= 1, ("kd_ramp", "kd_until")),
+    "a number in [0, 1]": (lambda x: 0 <= x <= 1, ("kd_ratio",)),
+    "a number": (lambda x: True, ("alpha", "beta")),
     "an int > 0": (lambda x: x > 0 and x == int(x), (
         "cache_samples", "cache_top_k", "cache_shard_tokens",
         "scratch_bytes", "valid_vocab", "compressed_rank", "calibration_tokens", "max_skipped_steps",
@@ -56,6 +58,7 @@ CHOICES = {
     "non_finite": ("stop", "skip"),
     "cache_method": ("sample", "top_k"),
     "cache_dtype": ("float16", "float32"),
+    "vocab": ("error", "truncate"),
 }
 
 
@@ -82,7 +85,12 @@ class KDConfig(TrainingArguments):
     temperature: float | None = _from_recipe("τ > 0 of the KD term.")
     temperature_steps: list[float] | None = _from_recipe("Instead: a value for each equal part of the run, as 3 2 1.5.")
     divergence: str | None = _from_recipe(f"{', '.join(DIVERGENCES)}.")
+    beta: float | None = _field(
+        None, "β of jsd (taken alone, it means jsd): 0 forward, 1 reverse KL; or of alpha_beta."
+    )
+    alpha: float | None = _field(None, "α of skew_kl and skew_reverse_kl, the other side's share, or of alpha_beta.")
     kd_weight: float | None = _from_recipe("Multiplies τ²·KL; the value after the ramp.")
+    kd_ratio: float | None = _field(None, "r: kd_weight r and ce_weight 1 − r, in place of the two.")
     kd_ramp: float | None = _from_recipe("Fraction of the run over which the KD weight ramps up; 0 = constant.")
     kd_ramp_start: float | None = _from_recipe("KD weight at the start of the ramp.")
     kd_until: float | None = _from_recipe("Fraction of the run that has a KD term; no teacher is run after it.")
@@ -105,6 +113,7 @@ class KDConfig(TrainingArguments):
         None, "What teacher_log_probs of the data's own are: bucket, renormalize, renormalize_both; none, of drawn ids."
     )
     valid_vocab: int | None = _field(None, "Ids from here on are padding rows; None = as the tokenizer says, or none.")
+    vocab: str = _field("error", "For heads of other sizes: error, or truncate: KD on the first ids, which both have.")
 
     precompute_teacher_log_probs: bool | None = _field(
         None, "Run the teacher once over the training text, before the first step. None = where the text comes again."
@@ -146,9 +155,12 @@ class KDConfig(TrainingArguments):
             raise ValueError("recipe='auto' depends on the models; give resolved() a name, as choose_recipe finds it")
         found = get_recipe(recipe or self.recipe)
         given = {f.name: value for f in fields(Recipe) if (value := getattr(self, f.name, None)) is not None}
+        if self.kd_ratio is not None:
+            shares = {"kd_weight": self.kd_ratio, "ce_weight": 1 - self.kd_ratio}
+            given |= shares if found.teacher != "none" else {"kd_ratio": self.kd_ratio}
         if self.teacher_tail is not None and found.teacher not in ("none", "cached"):
             given["teacher_tail"] = self.teacher_tail
-        if unused := [name for name in given if name in (*UNUSED[found.teacher], "teacher_tail")]:
+        if unused := [name for name in given if name in (*UNUSED[found.teacher], "teacher_tail", "kd_ratio")]:
             logger.warning("recipe=%r has no use for %s: left out", found.name, ", ".join(unused))
         if "temperature_steps" in given:
             given["temperature_steps"] = tuple(given["temperature_steps"])
@@ -188,6 +200,16 @@ class KDConfig(TrainingArguments):
             if not isinstance(self.divergence, str):
                 raise ValueError(f"divergence={self.divergence!r}; expected a name, such as 'forward_kl'")
             get_divergence(self.divergence)
+        elif self.beta is not None and self.alpha is None:
+            self.divergence = "jsd"  # as TRL's trainers, which know no other
+        if self.alpha is not None or self.beta is not None:
+            Recipe("", "none", divergence=self.divergence or Recipe.divergence, alpha=self.alpha, beta=self.beta)
+        both = {name: x for name in ("ce_weight", "kd_weight") if (x := getattr(self, name)) is not None}
+        if self.kd_ratio is not None and both:
+            raise ValueError(
+                f"kd_ratio={self.kd_ratio:g} and {', '.join(f'{name}={x:g}' for name, x in both.items())}; expected "
+                "kd_ratio, or ce_weight and kd_weight: kd_ratio r is ce_weight 1 − r and kd_weight r"
+            )
         for name, allowed in CHOICES.items():
             value = getattr(self, name)
             if value is not None and value not in allowed:

@@ -139,8 +139,8 @@ def evaluated(model: DistillationModel, dataset: Any) -> list[str]:
         own = "teacher_indices" in names and (model.teacher_tail == "bucket" or "teacher_log_tails" in names)
         known = any(one.description.method == "top_k" for one in blocks) or (own and not blocks)
     else:
-        vocab = head_shape(model.student)[0], head_shape(model.teacher)[0]
-        known = same_vocabulary(*vocab, model.valid_vocab)
+        rows = head_shape(model.student)[0], head_shape(model.teacher)[0]
+        known = same_vocabulary(*rows, model.valid_vocab, model.loss_options["vocab"])
     if not known:
         absent |= {"kl_teacher_student", "kl_teacher_projected"}
     if teacher in ("none", "own_head", "cached"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -68,8 +68,9 @@ class DistillationModel(nn.Module):
             `cpu_offload`) stays where it is, and is fed there.
         recipe: a name, or a `Recipe` such as `KDConfig(…).resolved()`; "auto" is what `choose_recipe` finds for these
             models. One with solved starts wants `solve` called before the first step, as KDTrainer does.
-        engine, scratch_bytes, valid_vocab: as in `fused_kd_loss`. Where valid_vocab is None and the heads have
-            different numbers of rows for one tokenizer, it is that tokenizer's ids.
+        engine, scratch_bytes, valid_vocab, vocab: as in `fused_kd_loss`. Where valid_vocab is None and the heads have
+            different numbers of rows for one tokenizer, it is that tokenizer's ids. Under vocab="truncate" nothing is
+            solved from a teacher with another number of ids.
         tokenizer: the text's; None = the one beside the student's weights. One beside either's must have its
             tokens.
         teacher_tail: what a batch's teacher_log_probs are, where they do not come from a `TeacherCache`; see
@@ -95,6 +96,7 @@ class DistillationModel(nn.Module):
         engine: str = "auto",
         scratch_bytes: int | None = None,
         valid_vocab: int | None = None,
+        vocab: Literal["error", "truncate"] = "error",
         tokenizer: Any = None,
         teacher_tail: TeacherTail | None = None,
         check_heads: bool = True,
@@ -104,13 +106,16 @@ class DistillationModel(nn.Module):
         self.teacher_tail = teacher_tail
         self.by_default = recipe == AUTO  # the caller did not choose it
         if recipe == AUTO:
-            recipe = choose_recipe(student, teacher, valid_vocab).recipe
+            recipe = choose_recipe(student, teacher, valid_vocab, vocab).recipe
         self.recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
-        self.loss_options = {"engine": engine, "scratch_bytes": scratch_bytes, "valid_vocab": valid_vocab}
+        self.divergence = self.recipe.make_divergence()
+        self.loss_options: dict[str, Any] = {
+            "engine": engine, "scratch_bytes": scratch_bytes, "valid_vocab": valid_vocab, "vocab": vocab
+        }  # fmt: skip
         check_model(student, "student", compare=check_heads)
         if teacher is not None:
             check_model(teacher, "teacher", compare=check_heads)
-        _check_pair(student, teacher, self.recipe, valid_vocab)
+        _check_pair(student, teacher, self.recipe, valid_vocab, vocab)
         self.student = student
         if teacher is not None:
             teacher.requires_grad_(False).eval()
@@ -229,7 +234,7 @@ class DistillationModel(nn.Module):
             targets,
             temperature=temperature,
             kd_weight=kd_weight,
-            divergence=self.recipe.divergence,
+            divergence=self.divergence,
             ce_weight=self.recipe.ce_weight,
             return_metrics=True if with_metrics or self.logit_projector is not None else "terms",
             **kd.options,
@@ -351,7 +356,7 @@ class DistillationModel(nn.Module):
 
 
 def _check_pair(
-    student: PreTrainedModel, teacher: PreTrainedModel | None, recipe: Recipe, valid_vocab: int | None
+    student: PreTrainedModel, teacher: PreTrainedModel | None, recipe: Recipe, valid_vocab: int | None, vocab: str
 ) -> None:
     if recipe.student_init != "own" and (layer := adapted_layer(student)) is not None:
         raise ValueError(
@@ -372,11 +377,16 @@ def _check_pair(
             f"student and teacher share {shared!r}, which student_init={recipe.student_init!r} would overwrite in "
             "both. Give the student a copy, or use a recipe with student_init='own', such as 'compressed_head'"
         )
-    same = same_vocabulary(head_shape(student)[0], head_shape(teacher)[0], valid_vocab)
-    if recipe.needs_true_head and not same:
+    rows = head_shape(student)[0], head_shape(teacher)[0]
+    if recipe.needs_true_head and not same_vocabulary(*rows, valid_vocab, vocab):
         raise ValueError(
             f"recipe {recipe.name!r} compares the two heads token by token, so they must have the same ids: "
             f"{other_vocabulary(student, teacher)}"
+        )
+    if (recipe.solves_projector or recipe.student_init != "own") and not same_vocabulary(*rows, valid_vocab):
+        raise ValueError(
+            f"vocab='truncate' with recipe {recipe.name!r}, which solves the student's rows ({rows[0]}) from the "
+            f"teacher's ({rows[1]}); expected as many. Use recipe='compressed_head' or 'teacher_head'"
         )
     if recipe.student_init == "svd_blocks" and (misfit := find_misfit(student, teacher)) is not None:
         raise ValueError(

@@ -22,12 +22,13 @@ What tells is the projected teacher's fidelity, `eval_kl_teacher_projected`, not
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
+from kdfast.divergences import DIVERGENCES, Divergence, get_divergence
 from kdfast.inputs import same_vocabulary
 from kdfast.projector import ProjectorInit
 from kdfast.schedules import Constant, Piecewise, Ramp, Schedule, Until
@@ -52,7 +53,7 @@ StudentStart = Literal["own", "svd", "svd_blocks"]
 class Recipe:
     """Hold all that is in force in a run. `KDConfig.resolved()` makes one; fields are named as there.
 
-    Raises ValueError where nothing would be learned after `kd_until`.
+    Raises ValueError where nothing would be learned after `kd_until`, or for alpha or beta that `divergence` lacks.
     """
 
     name: str
@@ -60,6 +61,8 @@ class Recipe:
     temperature: float = 2.0
     temperature_steps: tuple[float, ...] | None = None  # in place of `temperature`: equal parts of the run
     divergence: str = "forward_kl"
+    alpha: float | None = None  # of that divergence, as beta; None = its own default
+    beta: float | None = None
     kd_weight: float = 0.7
     kd_ramp: float = 0.0  # fraction of the run the KD weight ramps over; 0 = constant
     kd_ramp_start: float = 0.1
@@ -83,6 +86,24 @@ class Recipe:
                 f"kd_until={self.kd_until:g} and ce_weight=0; after the KD term nothing would be left to learn from. "
                 "Expected kd_until=1, or a ce_weight > 0"
             )
+        self.make_divergence()
+
+    def make_divergence(self) -> Divergence:
+        """Return the divergence with its parameters; JSD at β = 0 and 1, and others at their ends, are the KL they are.
+
+        Raises ValueError for an unknown name, and for alpha or beta that it does not have, or out of their range.
+        """
+        get_divergence(self.divergence)
+        given = {name: x for name in ("alpha", "beta") if (x := getattr(self, name)) is not None}
+        known = {name: [f.name for f in fields(cls)] for name, cls in DIVERGENCES.items()}
+        for name, value in given.items():
+            if name not in known[self.divergence]:
+                having = ", ".join(divergence for divergence, names in known.items() if name in names)
+                raise ValueError(
+                    f"{name}={value:g} with divergence={self.divergence!r}, which has none; expected divergence to be "
+                    f"one of {having}"
+                )
+        return get_divergence(DIVERGENCES[self.divergence](**given) if given else self.divergence)
 
     @property
     def has_projector(self) -> bool:
@@ -183,7 +204,8 @@ _PROJECTOR = (
     "anchor_weight", "teacher_grad",
 )  # fmt: skip
 _COMPRESSED = ("compressed_rank", "compressed_kl")
-_KD = ("kd_weight", "kd_ramp", "kd_ramp_start", "kd_until", "temperature", "temperature_steps", "divergence")
+_KD = ("kd_weight", "kd_ramp", "kd_ramp_start", "kd_until", "temperature", "temperature_steps", "divergence",
+       "alpha", "beta")  # fmt: skip
 UNUSED: dict[str, tuple[str, ...]] = {
     "none": (*_KD, *_PROJECTOR, *_COMPRESSED),
     "own_head": (*_PROJECTOR, *_COMPRESSED),
@@ -228,7 +250,9 @@ EXPECTED = {
 FROM_CACHE = Choice(CACHED, "the data set brings a teacher's cached entries")
 
 
-def choose_recipe(student: PreTrainedModel, teacher: PreTrainedModel | None, valid_vocab: int | None = None) -> Choice:
+def choose_recipe(
+    student: PreTrainedModel, teacher: PreTrainedModel | None, valid_vocab: int | None = None, vocab: str = "error"
+) -> Choice:
     """Return the best measured recipe for these two models, and why: what recipe="auto" takes.
 
     The choice rests on the experiment of `bench/recipes/`, whose figures are in docs/recipes.md.
@@ -236,6 +260,7 @@ def choose_recipe(student: PreTrainedModel, teacher: PreTrainedModel | None, val
     Args:
         student, teacher: causal models; a teacher of None is `lm_only`'s.
         valid_vocab: as in `fused_kd_loss`: heads that differ by padding rows alone count as equal.
+        vocab: "truncate": others are compared at their first ids; nothing is solved from such a teacher's rows.
 
     Raises ValueError where a teacher is given whose vocabulary is another.
     """
@@ -243,8 +268,13 @@ def choose_recipe(student: PreTrainedModel, teacher: PreTrainedModel | None, val
     if teacher is None:
         return Choice("lm_only", "there is no teacher")
     check_model(teacher, "teacher", compare=False)
-    if not same_vocabulary(head_shape(student)[0], head_shape(teacher)[0], valid_vocab):
+    rows = head_shape(student)[0], head_shape(teacher)[0]
+    if not same_vocabulary(*rows, valid_vocab, vocab):
         raise ValueError(f"recipe='auto' has no use for this teacher: {other_vocabulary(student, teacher)}")
+    if not same_vocabulary(*rows, valid_vocab):
+        return Choice(
+            "compressed_head", f"the student has {rows[0]} ids, the teacher {rows[1]}: the first are compared"
+        )
     if is_fresh(student):
         misfit = find_misfit(student, teacher)
         if misfit is None and has_trained_layers(student):

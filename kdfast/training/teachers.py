@@ -258,12 +258,13 @@ def fidelity(
 ) -> Fidelity | None:
     """Compare student and surrogate with the teacher's own head, or with its entries from a cache at τ = 1.
 
-    Return None where the vocabularies differ by more than padding. The rows of `targets` (B, T) that are not −100 are
-    compared. options: engine, scratch_bytes, valid_vocab.
+    Return None where the vocabularies differ by more than padding, and vocab="truncate" does not end both where the
+    smaller one does. The rows of `targets` (B, T) that are not −100 are compared. options: engine, scratch_bytes,
+    valid_vocab, vocab.
     """
     if isinstance(teacher, Head):
         vocab, theirs = student.weight.shape[0], teacher.weight.shape[0]
-        if not same_vocabulary(vocab, theirs, options.get("valid_vocab")):
+        if not same_vocabulary(vocab, theirs, options.get("valid_vocab"), options.get("vocab", "error")):
             return None
     kl_student, _ = fused_kd_loss(student, teacher, targets, temperature=1.0, return_metrics=True, **options)
     if surrogate is None:

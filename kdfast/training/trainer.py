@@ -602,7 +602,7 @@ def _wrap(
                 "out, or name the recipe: 'cached' learns from the entries, and has teacher for evaluation; "
                 "the others learn from teacher"
             )
-        choice = FROM_CACHE if entries else choose_recipe(student, teacher, valid_vocab)
+        choice = FROM_CACHE if entries else choose_recipe(student, teacher, valid_vocab, args.vocab)
         recipe = choice.recipe
     set_seed(args.seed)  # the projector's start
     model = DistillationModel(
@@ -612,8 +612,9 @@ def _wrap(
         engine=args.engine,
         scratch_bytes=args.scratch_bytes,
         valid_vocab=valid_vocab,
+        vocab=args.vocab,  # type: ignore[arg-type]  # checked there, as teacher_tail
         tokenizer=processor,
-        teacher_tail=args.teacher_tail,  # type: ignore[arg-type]  # checked there
+        teacher_tail=args.teacher_tail,  # type: ignore[arg-type]
     )
     model.by_default = choice is not None
     return model, choice

@@ -19,6 +19,7 @@ from datasets import Dataset
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, default_data_collator
 
+from kdfast.inputs import same_vocabulary
 from kdfast.schedules import Schedule
 from kdfast.training.cache.description import NAME, Description, is_complete
 from kdfast.training.cache.read import CachedBlocks, TeacherCache, cached_blocks
@@ -28,6 +29,7 @@ from kdfast.training.data.columns import names_of
 from kdfast.training.data.rows import inputs_of_row
 from kdfast.training.data.tokenizers import text_tokenizer
 from kdfast.training.durable.processes import by_first, print_once
+from kdfast.training.hf import head_shape
 from kdfast.training.model import DistillationModel
 
 FOLDER = "teacher_cache"  # in output_dir, where no other is named
@@ -128,7 +130,10 @@ class Precomputation:
         if self.schedule is not None or len(set(recipe.temperatures)) > 1:
             yield "the run has several temperatures, and entries are of one. Leave temperature_steps out"
         options = self._options()
-        if options["method"] == "sample" and recipe.divergence != "forward_kl":
+        rows = head_shape(self.model.student)[0], head_shape(self._teacher)[0]
+        if not same_vocabulary(*rows, self.model.valid_vocab):
+            yield f"vocab='truncate', where the student has {rows[0]} ids and the teacher {rows[1]}, needs its head"
+        if options["method"] == "sample" and self.model.divergence.name != "forward_kl":
             yield f"divergence={recipe.divergence!r}, of which drawn ids are no estimate. Set cache_method='top_k'"
         if self.sharded:
             yield "the teacher is sharded. Leave shard_teacher out, or make a cache beforehand (kdfast cache)"

@@ -132,9 +132,9 @@ def other_vocabulary(student: PreTrainedModel, teacher: PreTrainedModel) -> str:
         f"the teacher's head has {theirs} rows and the student's {ours}. If both have one tokenizer and only padding "
         "rows differ, pass valid_vocab, its highest id + 1. Tokens that were added to one of them need rows in the "
         f"other, {smaller}.resize_token_embeddings({max(ours, theirs)}), or valid_vocab={min(ours, theirs)} where the "
-        "text has none of them but at padding. A teacher with another tokenizer would read the student's ids as "
-        "other words, whatever the recipe: take one with the student's, train a fresh student with the teacher's, or "
-        "leave the teacher out"
+        "text has none of them but at padding; with vocab='truncate' KD is on the first ids, which both have. A "
+        "teacher with another tokenizer would read the student's ids as other words, whatever the recipe: take one "
+        "with the student's, train a fresh student with the teacher's, or leave the teacher out"
     )
 
 
