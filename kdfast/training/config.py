@@ -27,7 +27,7 @@ DRAWN, KEPT = 32, 64  # ids drawn, or kept, per token where nothing is said
 
 # evaluation metrics → whether a greater value is better, for metric_for_best_model; None: neither is
 GREATER_IS_BETTER: dict[str, bool | None] = {
-    **dict.fromkeys(("loss", "ce", "ce_projected", "perplexity", "kd", "kl_teacher_student"), False),
+    **dict.fromkeys(("loss", "ce", "ce_projected", "perplexity", "kd", "aux_loss", "kl_teacher_student"), False),
     **dict.fromkeys(("kl_teacher_projected", "runtime"), False),
     **dict.fromkeys(("agreement", "samples_per_second", "steps_per_second"), True),
     **dict.fromkeys(("student_entropy", "teacher_entropy", "tokens"), None),
@@ -37,7 +37,7 @@ GREATER_IS_BETTER: dict[str, bool | None] = {
 NUMBERS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "a number ≥ 0": (lambda x: x >= 0, (
         "kd_weight", "kd_ramp_start", "ce_weight", "anchor_weight", "projector_lr", "projector_lr_multiplier",
-        "router_lr_multiplier", "hidden_weight",
+        "router_lr_multiplier", "hidden_weight", "router_aux_loss_coef",
     )),
     "a number > 0": (lambda x: x > 0, ("temperature", "compressed_kl")),
     "a fraction of the run in [0, 1]": (lambda x: 0 <= x <= 1, ("kd_ramp", "kd_until")),
@@ -106,6 +106,9 @@ class KDConfig(TrainingArguments):
     projector_lr_multiplier: float | None = _from_recipe("The projector's learning rate over learning_rate.")
     router_lr_multiplier: float | None = _from_recipe("The routers' learning rate over learning_rate.")
     hidden_weight: float | None = _from_recipe("Multiplies the layer-wise hidden-state loss.")
+    router_aux_loss_coef: float | None = _field(
+        None, "Multiplies a mixture of experts' load-balancing loss; None = as its configuration says, 0 = without."
+    )
     calibration_tokens: int | None = _field(None, "Tokens read to solve starts; None = 16 × the teacher's width.")
     engine: str = _field("auto", "Engine of the loss; auto picks by device.")
     scratch_bytes: int | None = _field(None, "Memory for one chunk's logits; None = the engine's default.")

@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -184,18 +184,76 @@ def head_shape(model: PreTrainedModel) -> tuple[int, int]:
     return vocab, width
 
 
-def check_model(model: PreTrainedModel, role: str, *, compare: bool = True) -> None:
+class RouterLoss(NamedTuple):
+    """The load-balancing loss of a mixture of experts: the model's own function, with its own settings."""
+
+    coef: float  # multiplies it in the loss
+    function: Callable[..., Tensor]
+    experts: int
+    top_k: int
+
+    def __call__(self, router_logits: tuple[Tensor, ...], attention_mask: Tensor | None) -> Tensor:
+        """Return the loss, (), of what the backbone gives under output_router_logits=True; padding counts for nothing.
+
+        1 where every expert gets as many tokens as any other, times top_k.
+        """
+        mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
+        return self.function(router_logits, self.experts, self.top_k, mask)
+
+
+def router_loss(model: PreTrainedModel, coef: float | None = None) -> RouterLoss | None:
+    """Return the load-balancing loss that the model's own forward adds under output_router_logits=True.
+
+    None where it has none, or where `coef` is 0. coef: in place of the configuration's router_aux_loss_coef. Raises
+    ValueError where one is asked for that the model does not have, or that is not understood.
+    """
+    config, function = model.config.get_text_config(), None
+    for cls in type(model).__mro__:
+        forward: Any = inspect.unwrap(cls.__dict__.get("forward", lambda: None))
+        if "load_balancing_loss_func" in forward.__code__.co_names:
+            function = forward.__globals__["load_balancing_loss_func"]
+            break
+    if function is None:
+        asked = [f"router_aux_loss_coef={coef:g}"] if coef else []
+        asked += ["output_router_logits=True" for c in (model.config, config) if getattr(c, "output_router_logits", 0)]
+        if asked and coef != 0:
+            raise ValueError(
+                f"{asked[0]}: {type(model).__name__} has no load-balancing loss in transformers. Leave that out of the "
+                "arguments and of its configuration, or pass router_aux_loss_coef=0"
+            )
+        return None
+
+    def setting(*names: str) -> Any:  # the model's own attributes first: Dbrx's configuration keeps them elsewhere
+        values = (getattr(one, name, None) for name in names for one in (model, config))
+        return next((value for value in values if value is not None), None)
+
+    coef = setting("router_aux_loss_coef", "aux_loss_coef") if coef is None else coef
+    if coef == 0:
+        return None
+    experts, top_k = setting("num_experts"), setting("num_experts_per_tok")
+    if None in (coef, experts, top_k) or "num_keys" in inspect.signature(function).parameters:
+        raise ValueError(
+            f"{type(model).__name__}: how it computes its load-balancing loss is not known here. "
+            "router_aux_loss_coef=0 trains without it"
+        )
+    return RouterLoss(coef, function, experts, top_k)
+
+
+def check_model(
+    model: PreTrainedModel, role: str, *, compare: bool = True, router_aux_loss_coef: float | None = None
+) -> None:
     """Raise if the loss could not be computed from this model's hidden states.
 
     Args:
         model: a causal language model.
         role: "student" or "teacher", for the message. Adapters in a teacher's layers, and quantized ones, are fine.
-        compare: also compare the head's logits with the model's, on four tokens.
+        compare: also compare the head's logits, and a student's load-balancing loss, with the model's, on four tokens.
+        router_aux_loss_coef: as in `router_loss`.
 
     Raises:
         TypeError: not a `PreTrainedModel` with a linear head.
-        ValueError: an adapter sits on the head, a student is quantized, the loss has a part outside the logits, or the
-            head's logits are not those of the model. The message names the architecture.
+        ValueError: an adapter sits on the head, a student is quantized, or the head's logits or the load-balancing
+            loss are not those of the model. The message names the architecture.
     """
     if not isinstance(model, PreTrainedModel):
         whole = "merge_and_unload().requires_grad_(True)" if role == "student" else "merge_and_unload()"
@@ -223,7 +281,7 @@ def check_model(model: PreTrainedModel, role: str, *, compare: bool = True) -> N
     # after a pass under no_grad bitsandbytes' 4-bit layers on a CPU give no gradient any more
     spoils = role == "student" and weight.device.type == "cpu" and getattr(model, "is_loaded_in_4bit", False)
     if compare and not spoils and (weight.device.type != "meta" or is_dispatched(model)):
-        _compare_logits(model, name)
+        _compare_logits(model, name, router_loss(model, router_aux_loss_coef) if role == "student" else None)
 
 
 def _check_student(model: PreTrainedModel, name: str) -> None:
@@ -236,12 +294,6 @@ def _check_student(model: PreTrainedModel, name: str) -> None:
             f"{name} is quantized ({first}), and such weights are not trained: only the others would be. Load it "
             "without a quantization_config, or take model.dequantize(). Train an adapter on it in a loop of your own; "
             "a teacher may be quantized"
-        )
-    configs = model.config, model.config.get_text_config()
-    if any(getattr(config, "output_router_logits", False) for config in configs):
-        raise ValueError(
-            f"{name} has output_router_logits=True: its loss has a load-balancing term, which is computed with the "
-            "logits and would be left out here. Set config.output_router_logits=False"
         )
     devices = {str(parameter.device) for parameter in model.parameters()}
     if is_dispatched(model) and (len(devices) > 1 or "meta" in devices):
@@ -290,9 +342,9 @@ def refuse_adapter(student: Any) -> None:
 
 
 @torch.no_grad()
-def _compare_logits(model: PreTrainedModel, name: str) -> None:
+def _compare_logits(model: PreTrainedModel, name: str, balance: RouterLoss | None) -> None:
     """Compare model(ids).logits with ours, the last hidden states scaled to logits of size CHECK_PEAK."""
-    seen: list[Tensor] = []
+    seen: list[Any] = []
     advice = (
         "Distill this architecture with your own code around kdfast.fused_kd_loss, which takes any "
         "Head(hidden, weight, bias, logit_scale=…, softcap=…)"
@@ -306,7 +358,7 @@ def _compare_logits(model: PreTrainedModel, name: str) -> None:
             )
         peak = _logits(replace(head(model, hidden), softcap=None)).abs().amax()
         output.last_hidden_state = hidden * (CHECK_PEAK / peak.clamp_min(1e-6)).to(hidden.dtype)
-        seen.append(output.last_hidden_state)
+        seen.append(output)
         return output
 
     vocab, _ = head_shape(model)
@@ -315,7 +367,8 @@ def _compare_logits(model: PreTrainedModel, name: str) -> None:
     model.eval()
     hook = backbone(model).register_forward_hook(enlarge)
     try:
-        logits = model(input_ids=ids, use_cache=False).logits.float()
+        wanted = {} if balance is None else {"labels": ids, "output_router_logits": True}
+        whole = model(input_ids=ids, use_cache=False, **wanted)
     finally:
         hook.remove()
         for module, training in modes:
@@ -323,7 +376,7 @@ def _compare_logits(model: PreTrainedModel, name: str) -> None:
 
     if not seen:
         raise ValueError(f"{name}: its forward does not call {type(backbone(model)).__name__}, its backbone. {advice}")
-    known = head(model, seen[-1])
+    logits, known = whole.logits.float(), head(model, seen[-1].last_hidden_state)
     ours = _logits(known).to(logits.device)
     error = ((logits - ours).abs().amax() / ours.abs().amax()).item()
     if not error <= CHECK_TOLERANCE.get(known.hidden.dtype, 1e-4):
@@ -332,6 +385,17 @@ def _compare_logits(model: PreTrainedModel, name: str) -> None:
             f"softcap={known.softcap} does not give this model's logits (off by {error:.1%} of the largest one), so "
             f"its head does something that is not known here. {advice}"
         )
+    if balance is not None:
+        found = balance(seen[-1].router_logits, None)
+        added = whole.loss - F.cross_entropy(logits[0, :-1], ids[0, 1:].to(logits.device))
+        own = router_loss(model)
+        expected = found * (0.0 if own is None else own.coef)
+        if not torch.allclose(found, whole.aux_loss) or not torch.allclose(added, expected, rtol=0.01, atol=1e-5):
+            raise ValueError(
+                f"{name}: its own loss on four tokens has {added.item():g} more than the cross entropy, where its "
+                f"load-balancing loss, taken for {found.item():g}, would give {expected.item():g}. "
+                "router_aux_loss_coef=0 trains without it"
+            )
 
 
 def _logits(head: Head) -> Tensor:

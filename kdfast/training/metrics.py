@@ -61,7 +61,7 @@ class TrainingMeter:
     """Collect metrics and speed between two log lines, and count the tokens of the run."""
 
     def __init__(self, device: torch.device) -> None:
-        self._means = TokenMeans(LOGGED.values(), device)
+        self._means = TokenMeans((*LOGGED.values(), "aux_loss"), device)
         self._tokens = torch.zeros((), device=device, dtype=self._means._sums.dtype)  # since the last count
         self._since = math.nan
 
@@ -70,8 +70,8 @@ class TrainingMeter:
         if math.isnan(self._since):
             self._since = time.perf_counter()
 
-    def add(self, metrics: KDMetrics) -> None:
-        self._means.add(named(metrics), metrics.tokens)
+    def add(self, metrics: KDMetrics, aux_loss: Tensor | None = None) -> None:
+        self._means.add({**named(metrics), "aux_loss": aux_loss}, metrics.tokens)
         self._tokens += metrics.tokens
 
     def read(self, reduce: Reduce) -> dict[str, float]:
@@ -109,14 +109,14 @@ class TrainingMeter:
 class EvaluationMeter:
     """Collect the metrics of a whole evaluation set."""
 
-    NAMES = ("loss", *LOGGED.values(), "kl_teacher_student", "kl_teacher_projected")
+    NAMES = ("loss", *LOGGED.values(), "aux_loss", "kl_teacher_student", "kl_teacher_projected")
     ADDED = ("perplexity", "tokens", "runtime", "samples_per_second", "steps_per_second")  # from runtime on Trainer's
 
     def __init__(self, device: torch.device) -> None:
         self._means = TokenMeans(self.NAMES, device)
 
     def add(self, output: DistillationOutput) -> None:
-        values: dict[str, Tensor | None] = {"loss": output.loss, **named(output.metrics)}
+        values: dict[str, Tensor | None] = {"loss": output.loss, "aux_loss": output.aux_loss, **named(output.metrics)}
         if output.fidelity is not None:
             values |= {name: value for name, value in output.fidelity._asdict().items() if value is not None}
         self._means.add(values, output.metrics.tokens)
@@ -149,6 +149,8 @@ def evaluated(model: DistillationModel, dataset: Any) -> list[str]:
         absent |= {"teacher_entropy"}
     if teacher == "none":
         absent |= {"kd", "agreement"}
+    if model.router_loss is None:
+        absent |= {"aux_loss"}
     return [name for name in (*EvaluationMeter.NAMES, *EvaluationMeter.ADDED) if name not in absent]
 
 

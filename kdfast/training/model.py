@@ -31,6 +31,7 @@ from kdfast.training.hf import (
     inputs_of,
     is_dispatched,
     known_ids,
+    router_loss,
     run_backbone,
     shift_labels,
 )
@@ -53,6 +54,7 @@ class DistillationOutput(NamedTuple):
     loss: Tensor  # ()
     metrics: KDMetrics
     fidelity: Fidelity | None  # only where it was asked for and there is a teacher
+    aux_loss: Tensor | None = None  # (), the load-balancing loss of a mixture of experts, without its coefficient
 
 
 class DistillationModel(nn.Module):
@@ -76,6 +78,8 @@ class DistillationModel(nn.Module):
         teacher_tail: what a batch's teacher_log_probs are, where they do not come from a `TeacherCache`; see
             `SparseLogits`. "bucket", "renormalize", "renormalize_both": log-probabilities at τ = 1; "none": log(n/N) of
             ids that came n times in N draws at the KD term's temperature.
+        router_aux_loss_coef: multiplies the load-balancing loss of a student that is a mixture of experts; None = its
+            configuration's, whatever that says of output_router_logits; 0 = without.
         check_heads: compare both heads with their models once, on four tokens.
 
     Raises:
@@ -99,6 +103,7 @@ class DistillationModel(nn.Module):
         vocab: Literal["error", "truncate"] = "error",
         tokenizer: Any = None,
         teacher_tail: TeacherTail | None = None,
+        router_aux_loss_coef: float | None = None,
         check_heads: bool = True,
     ) -> None:
         super().__init__()
@@ -112,7 +117,8 @@ class DistillationModel(nn.Module):
         self.loss_options: dict[str, Any] = {
             "engine": engine, "scratch_bytes": scratch_bytes, "valid_vocab": valid_vocab, "vocab": vocab
         }  # fmt: skip
-        check_model(student, "student", compare=check_heads)
+        check_model(student, "student", compare=check_heads, router_aux_loss_coef=router_aux_loss_coef)
+        self.router_loss = router_loss(student, router_aux_loss_coef)
         if teacher is not None:
             check_model(teacher, "teacher", compare=check_heads)
         _check_pair(student, teacher, self.recipe, valid_vocab, vocab)
@@ -153,7 +159,7 @@ class DistillationModel(nn.Module):
         with_metrics: bool = True,
         **backbone_inputs: Any,
     ) -> DistillationOutput:
-        """Return the loss of one batch: ce_weight·LM + kd_weight·τ²·KL (+ the anchor).
+        """Return the loss of one batch: ce_weight·LM + kd_weight·τ²·KL (+ the anchor, + what balances experts).
 
         Args:
             input_ids: (B, T) int64. An id that student or teacher has no row for is a ValueError on the CPU, in the
@@ -168,7 +174,8 @@ class DistillationModel(nn.Module):
             temperature, kd_weight: number or 0-d tensor; None = the recipe's, without its schedule. In training a
                 kd_weight of 0, given as a number, leaves the teacher out, where nothing else needs it: kd is NaN then.
             num_items_in_batch: the divisor of every term: the targets (`shift_labels(…) != -100`) in all
-                micro-batches and processes of this step. None = those of this batch.
+                micro-batches and processes of this step. None = those of this batch. The load-balancing loss, a mean
+                already, has this batch's share of them as its weight, so that the shares of a step add up to 1.
             with_fidelity: also compare with the true teacher.
             with_metrics: False = of the metrics only those of the loss's own terms, which cost nothing, the others
                 being NaN; all nevertheless where there is a projector, which is judged by them.
@@ -201,7 +208,8 @@ class DistillationModel(nn.Module):
         if look:
             self.looked = True
         ids, strange = known_ids(self.student, "student", input_ids, attention_mask, look=look)
-        student_states = backbone(self.student)(input_ids=ids, **inputs)
+        balanced = {} if self.router_loss is None else {"output_router_logits": True}
+        student_states = backbone(self.student)(input_ids=ids, **inputs, **balanced)
         student = head(self.student, student_states.last_hidden_state)
         own: Head | None = None
         kd_weight = self.recipe.kd_weight if kd_weight is None else kd_weight
@@ -248,13 +256,21 @@ class DistillationModel(nn.Module):
         if self.hidden_loss is not None:
             states = student_states.hidden_states, teacher_states.hidden_states
             loss = loss + self.recipe.hidden_weight * self.hidden_loss(*states, targets, num_items_in_batch)
+        aux_loss: Tensor | None = None
+        if self.router_loss is not None:
+            aux_loss = self.router_loss(student_states.router_logits, attention_mask).to(loss.device)
+            items = None if num_items_in_batch is None else torch.as_tensor(num_items_in_batch).clamp(min=1)
+            share = 1.0 if items is None else (targets != IGNORE_INDEX).sum() / items.to(loss.device)
+            loss = loss + self.router_loss.coef * share * aux_loss
+            aux_loss = aux_loss.detach()
         if not look:  # an unknown id makes the loss NaN, as a bad label does
             loss = loss * torch.where(strange, torch.nan, 1.0)
         true = cached.at_one() if own is None and cached else own
         if true is None or not with_fidelity:
-            return DistillationOutput(loss, metrics, None)
+            return DistillationOutput(loss, metrics, None, aux_loss)
         surrogate = kd.surrogate and kd.surrogate()
-        return DistillationOutput(loss, metrics, fidelity(student, surrogate, true, targets, **self.loss_options))
+        compared = fidelity(student, surrogate, true, targets, **self.loss_options)
+        return DistillationOutput(loss, metrics, compared, aux_loss)
 
     def _needs_teacher(self, kd_weight: float | Tensor) -> bool:
         """Return whether a batch has a use for its teacher: not in training under a KD weight that is known to be 0."""

@@ -80,12 +80,12 @@ class KDTrainer(DurableTrainer):
     all micro-batches and processes, so k micro-batches of b give the gradient of one of k·b. KD weight and temperature
     follow global_step / max_steps; a step of KD weight 0, as all are after `kd_until`, does not run the teacher.
 
-    Logged besides the Trainer's: kd (without τ²), ce, ce_projected, agreement, both entropies, kd_weight, temperature,
-    lr_<part>, tokens_per_second, tokens_seen (targets; padding not counted), skipped_steps, memory_bytes (this process;
-    the allocator's peak so far on a GPU). Means are since the line before; where there is no projector, those of
-    agreement, entropies and a ce of weight 0 are over the line's own step, the only one to compute them. Evaluated:
-    loss under the weights now in force, ce, perplexity, kd, and against the teacher's own head, where its vocabulary
-    is the student's, kl_teacher_student, kl_teacher_projected.
+    Logged besides the Trainer's: kd (without τ²), ce, ce_projected, agreement, both entropies, aux_loss (of experts;
+    without its coefficient), kd_weight, temperature, lr_<part>, tokens_per_second, tokens_seen (targets; padding not
+    counted), skipped_steps, memory_bytes (this process; the allocator's peak so far on a GPU). Means are since the line
+    before; where there is no projector, those of agreement, entropies and a ce of weight 0 are over the line's own
+    step, the only one to compute them. Evaluated: loss under the weights now in force, ce, perplexity, kd, aux_loss,
+    and against the teacher's own head, where its vocabulary is the student's, kl_teacher_student, kl_teacher_projected.
     What does not exist under a recipe is absent.
 
     Args:
@@ -373,7 +373,7 @@ class KDTrainer(DurableTrainer):
         output = model(**inputs, **weights, num_items_in_batch=num_items_in_batch, with_metrics=with_metrics)
         loss, metrics = output.loss, output.metrics
         self._guard.watch_loss(self.state.global_step + 1, loss, metrics.ce, metrics.kd, **self._weights)
-        self._meter.add(metrics)
+        self._meter.add(metrics, output.aux_loss)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # DDP and FSDP average gradients over the processes; divided by the targets of all, they have to be summed
             loss = loss * self.accelerator.num_processes
@@ -615,6 +615,7 @@ def _wrap(
         vocab=args.vocab,  # type: ignore[arg-type]  # checked there, as teacher_tail
         tokenizer=processor,
         teacher_tail=args.teacher_tail,  # type: ignore[arg-type]
+        router_aux_loss_coef=args.router_aux_loss_coef,
     )
     model.by_default = choice is not None
     return model, choice

@@ -121,3 +121,31 @@ def loss_by_hand(student, teacher, input_ids, labels, tau=2.0, kd_weight=0.7):
     z = student(input_ids).logits[:, :-1]
     kd = F.kl_div((z / tau).log_softmax(-1), p, log_target=True, reduction="none").sum(-1).mean()
     return F.cross_entropy(z.flatten(0, 1), labels[:, 1:].flatten()) + kd_weight * tau**2 * kd
+
+
+# family → settings beside the sizes
+SPARSE = {"num_experts_per_tok": 2, "router_aux_loss_coef": 0.25}
+TINY_MOE = {
+    "mixtral": {"num_local_experts": 4},
+    "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8},
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 8, "head_dim": 8, "mlp_only_layers": [0]},
+    "olmoe": {"num_experts": 4},
+    "gpt_oss": {"num_local_experts": 4, "head_dim": 8},
+    "granitemoe": {"num_local_experts": 4, "logits_scaling": 4.0},
+    "phimoe": {"num_local_experts": 4, "router_jitter_noise": 0.0, "input_jitter_noise": 0.0},
+    "jamba": {"num_experts": 4, "expert_layer_period": 2, "attn_layer_period": 2, "attn_layer_offset": 1,
+              "use_mamba_kernels": False},
+    "jetmoe": {"num_local_experts": 4, "kv_channels": 8, "num_key_value_heads": 1, "aux_loss_coef": 0.25},
+}
+
+
+def tiny_moe(family="mixtral", seed=0, V=67, **given):
+    """A random mixture of experts of two layers; every one's aux_loss has the coefficient 0.25."""
+    sizes = {"vocab_size": V, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    sizes |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.3}
+    torch.manual_seed(seed)
+    settings = {**sizes, **SPARSE, **TINY_MOE[family], **given}
+    if family == "jetmoe":
+        del settings["router_aux_loss_coef"]
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings))
