@@ -145,12 +145,14 @@ def root_owns_the_heads(model: DistillationModel) -> Iterator[None]:
 
 
 def full_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return `state_dict` as of an unsharded model, on the CPU of the first process; empty on the others.
+    """Return what is saved of `state_dict`, as of an unsharded model, on the first process's CPU; empty on the others.
 
     Called by all; whole tensors exist one at a time on a device. Tied weights stay one tensor.
     """
     first = torch.distributed.get_rank() == 0
     state = _sharded_state(model)
+    if isinstance(model, DistillationModel):
+        state = model.saved_state(state)
     distinct = {id(value): value.detach() for value in state.values()}
     for key, value in distinct.items():
         whole = value.full_tensor() if isinstance(value, DTensor) else value

@@ -33,6 +33,7 @@ from transformers.utils import find_adapter_config_file, is_peft_available
 
 from kdfast.frontend.checks import refuse_ids
 from kdfast.inputs import Head, did_you_mean, short
+from kdfast.training.adapters import adapted_layer, is_peft, unwrap
 from kdfast.training.data.tokenizers import check_tokens, count_ids, own_tokenizer
 from kdfast.training.durable.errors import first_line
 from kdfast.training.durable.safe_load import explain
@@ -56,10 +57,9 @@ def backbone(model: PreTrainedModel) -> Any:
     """Return the module whose output goes into the head: final norm and, where there is one, vision tower included.
 
     `head(model, backbone(model)(**inputs, use_cache=False).last_hidden_state)` is what goes into `fused_kd_loss`.
-    Raises ValueError for a PEFT model with learned prompts, which are added outside of it.
+    Raises TypeError for a PeftModel with learned prompts, which are added outside of it.
     """
-    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-        raise ValueError("the model's prompts (PEFT's prompt and prefix tuning) are not supported; expected LoRA's kin")
+    model = unwrap(model, "model")
     inner: Any = model.base_model
     if inner is model:  # Llama-4's and Mllama's prefix names nothing that they have
         inner = getattr(model, "model", None) or model.get_decoder()
@@ -246,24 +246,20 @@ def check_model(
 
     Args:
         model: a causal language model.
-        role: "student" or "teacher", for the message. Adapters in a teacher's layers, and quantized ones, are fine.
+        role: "student" or "teacher", for the message. Adapters in the layers are fine, and quantized layers of a
+            teacher or below a student's adapter.
         compare: also compare the head's logits, and a student's load-balancing loss, with the model's, on four tokens.
         router_aux_loss_coef: as in `router_loss`.
 
     Raises:
         TypeError: not a `PreTrainedModel` with a linear head.
-        ValueError: an adapter sits on the head, a student is quantized, or the head's logits or the load-balancing
-            loss are not those of the model. The message names the architecture.
+        ValueError: an adapter sits on the head, a student is quantized and has none, or the head's logits or the
+            load-balancing loss are not those of the model. The message names the architecture.
     """
     if not isinstance(model, PreTrainedModel):
-        whole = "merge_and_unload().requires_grad_(True)" if role == "student" else "merge_and_unload()"
-        adapter = _is_peft(model) and (
-            f". With LoRA and its kin take {role}.{whole}, or {role}.get_base_model(), whose layers hold the adapter "
-            "(a student's in a loop of your own); prompt and prefix tuning are not supported"
-        )
         raise TypeError(
             f"{role} is {type(model).__name__}; expected a transformers PreTrainedModel with a language-model head, "
-            f"as AutoModelForCausalLM.from_pretrained gives{adapter or ''}"
+            "as AutoModelForCausalLM.from_pretrained gives, or one in a PeftModel"
         )
     name = f"{role} ({type(model).__name__})"
     if model.config.is_encoder_decoder:
@@ -278,9 +274,7 @@ def check_model(
         )
     if role == "student":
         _check_student(model, name)
-    # after a pass under no_grad bitsandbytes' 4-bit layers on a CPU give no gradient any more
-    spoils = role == "student" and weight.device.type == "cpu" and getattr(model, "is_loaded_in_4bit", False)
-    if compare and not spoils and (weight.device.type != "meta" or is_dispatched(model)):
+    if compare and (weight.device.type != "meta" or is_dispatched(model)):
         _compare_logits(model, name, router_loss(model, router_aux_loss_coef) if role == "student" else None)
 
 
@@ -292,8 +286,7 @@ def _check_student(model: PreTrainedModel, name: str) -> None:
     if first and not trainable and adapted_layer(model) is None:  # as transformers.Trainer decides
         raise ValueError(
             f"{name} is quantized ({first}), and such weights are not trained: only the others would be. Load it "
-            "without a quantization_config, or take model.dequantize(). Train an adapter on it in a loop of your own; "
-            "a teacher may be quantized"
+            "without a quantization_config, or train an adapter on it: peft_config=LoraConfig(…), use_peft: true"
         )
     devices = {str(parameter.device) for parameter in model.parameters()}
     if is_dispatched(model) and (len(devices) > 1 or "meta" in devices):
@@ -311,33 +304,11 @@ def is_quantized(weight: Tensor) -> bool:
 
 
 def _check_adapter(linear: nn.Module, name: str) -> None:
-    """Raise ValueError for a layer of PEFT's: LoRA wraps a base_layer; a copy trained whole is in modules_to_save."""
-    if hasattr(linear, "base_layer") or hasattr(linear, "modules_to_save") or _is_peft(linear):
+    """Raise ValueError for a layer of PEFT's, but a copy that is trained whole, whose weight such a layer gives."""
+    if hasattr(linear, "base_layer") or (is_peft(linear) and not hasattr(linear, "modules_to_save")):
         raise ValueError(
             f"{name} has an adapter on its head ({type(linear).__name__}); the loss takes one weight (V, H). Leave "
-            "lm_head out of the adapter's target modules, or merge the adapter into it first"
-        )
-
-
-def _is_peft(module: object) -> bool:
-    """Return whether its class or one of its bases comes from PEFT, without importing PEFT."""
-    return any(cls.__module__.partition(".")[0] == "peft" for cls in type(module).__mro__)
-
-
-def adapted_layer(model: nn.Module) -> str | None:
-    """Return the name of the first module in `model` that is PEFT's; None where there is none."""
-    return next((name for name, module in model.named_modules() if _is_peft(module)), None)
-
-
-def refuse_adapter(student: Any) -> None:
-    """Raise ValueError for a student with an adapter: KDTrainer saves whole models, so it cannot train one."""
-    layer = isinstance(student, nn.Module) and adapted_layer(student)
-    if layer:  # "" is a PeftModel itself, which check_model refuses, as it does anything else
-        raise ValueError(
-            f"the student carries a PEFT adapter (at {layer!r}), and KDTrainer has no LoRA yet: its checkpoints hold "
-            "whole models, and would not be read again. Train the adapter in a loop of your own, around "
-            "DistillationModel or fused_kd_loss (examples/accelerate_loop.py, plain_loop.py), or merge it first and "
-            "train all: peft_model.merge_and_unload().requires_grad_(True)"
+            "lm_head out of the adapter's target modules (modules_to_save trains it whole), or merge the adapter first"
         )
 
 

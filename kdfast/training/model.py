@@ -19,10 +19,10 @@ from kdfast.frontend.checks import can_read, has_values
 from kdfast.inputs import Head, same_vocabulary
 from kdfast.loss import KDMetrics, fused_kd_loss
 from kdfast.low_rank_head import CompressedHead
+from kdfast.training.adapters import adapt, adapted_layer, adapter_state, unwrap
 from kdfast.training.data.tokenizers import find_valid_vocab, other_vocabulary
 from kdfast.training.hf import (
     IGNORE_INDEX,
-    adapted_layer,
     backbone,
     check_inputs,
     check_model,
@@ -64,7 +64,8 @@ class DistillationModel(nn.Module):
     no `state_dict`. The projector, if the recipe has one, is `logit_projector`, in fp32 (fp64 for an fp64 student).
 
     Args:
-        student: a causal `PreTrainedModel`.
+        student: a causal `PreTrainedModel`, plain, with a PEFT adapter in its layers, or in a PeftModel, of which
+            `model.student` is the transformers model inside.
         teacher: another one that takes the same token ids; None for the recipes "lm_only" and "cached", which use a
             teacher for evaluation only. One that accelerate has offloaded or spread over devices (`device_map`,
             `cpu_offload`) stays where it is, and is fed there.
@@ -75,6 +76,7 @@ class DistillationModel(nn.Module):
             solved from a teacher with another number of ids.
         tokenizer: the text's; None = the one beside the student's weights. One beside either's must have its
             tokens.
+        peft_config: put an adapter of this kind (a `LoraConfig`) into the student, whose own weights are frozen.
         teacher_tail: what a batch's teacher_log_probs are, where they do not come from a `TeacherCache`; see
             `SparseLogits`. "bucket", "renormalize", "renormalize_both": log-probabilities at τ = 1; "none": log(n/N) of
             ids that came n times in N draws at the KD term's temperature.
@@ -102,11 +104,13 @@ class DistillationModel(nn.Module):
         valid_vocab: int | None = None,
         vocab: Literal["error", "truncate"] = "error",
         tokenizer: Any = None,
+        peft_config: Any = None,
         teacher_tail: TeacherTail | None = None,
         router_aux_loss_coef: float | None = None,
         check_heads: bool = True,
     ) -> None:
         super().__init__()
+        student, teacher = adapt(student, peft_config), unwrap(teacher, "teacher")
         valid_vocab = find_valid_vocab(student, teacher, tokenizer, valid_vocab)
         self.teacher_tail = teacher_tail
         self.by_default = recipe == AUTO  # the caller did not choose it
@@ -200,9 +204,9 @@ class DistillationModel(nn.Module):
             inputs["output_hidden_states"] = True
         if torch.is_grad_enabled() and self.training and not any(p.requires_grad for p in self.student.parameters()):
             raise ValueError(
-                "student: none of its parameters requires grad, so nothing of it would be trained (PEFT's "
-                "merge_and_unload() and prompt tuning leave it so). Call student.requires_grad_(True); to evaluate, "
-                "model.eval()"
+                "student: none of its parameters requires grad, so nothing of it would be trained (PEFT leaves it so "
+                "with an adapter that was loaded without is_trainable=True, and after merge_and_unload()). Call "
+                "student.requires_grad_(True); to evaluate, model.eval()"
             )
         look = can_read(input_ids) or (not self.looked and has_values(input_ids))  # the first batch, on any device
         if look:
@@ -366,9 +370,23 @@ class DistillationModel(nn.Module):
 
     def activation_checkpointing_enable(self, **options: Any) -> None:
         self.student.activation_checkpointing_enable(**options)
+        self._let_gradients_through()
 
     def gradient_checkpointing_enable(self, **options: Any) -> None:
         self.student.gradient_checkpointing_enable(**options)
+        self._let_gradients_through()
+
+    def _let_gradients_through(self) -> None:
+        if adapted_layer(self.student) is not None:  # a layer that is recomputed needs an input that requires grad
+            self.student.enable_input_require_grads()
+
+    def saved_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return what a checkpoint keeps of `state`, this model's: of a student with an adapter that alone."""
+        if adapted_layer(self.student) is None:
+            return state
+        kept = {name: tensor for name, tensor in state.items() if not name.startswith("student.")}
+        student = {name.removeprefix("student."): state[name] for name in state.keys() - kept.keys()}
+        return kept | {f"student.{name}": tensor for name, tensor in adapter_state(self.student, student).items()}
 
 
 def _check_pair(

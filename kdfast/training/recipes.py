@@ -32,6 +32,7 @@ from kdfast.divergences import DIVERGENCES, Divergence, get_divergence
 from kdfast.inputs import same_vocabulary
 from kdfast.projector import ProjectorInit
 from kdfast.schedules import Constant, Piecewise, Ramp, Schedule, Until
+from kdfast.training.adapters import adapted_layer, unwrap
 from kdfast.training.data.tokenizers import other_vocabulary
 from kdfast.training.hf import check_model, head_shape
 from kdfast.training.initialization.layers import find_misfit, has_trained_layers
@@ -264,6 +265,7 @@ def choose_recipe(
 
     Raises ValueError where a teacher is given whose vocabulary is another.
     """
+    student, teacher = unwrap(student, "student"), unwrap(teacher, "teacher")
     check_model(student, "student", compare=False)
     if teacher is None:
         return Choice("lm_only", "there is no teacher")
@@ -275,7 +277,7 @@ def choose_recipe(
         return Choice(
             "compressed_head", f"the student has {rows[0]} ids, the teacher {rows[1]}: the first are compared"
         )
-    if is_fresh(student):
+    if adapted_layer(student) is None and is_fresh(student):
         misfit = find_misfit(student, teacher)
         if misfit is None and has_trained_layers(student):
             misfit = "they are trained, as their norms' gains tell"

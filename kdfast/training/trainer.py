@@ -29,6 +29,7 @@ from kdfast.param_groups import distillation_param_groups
 from kdfast.plan.price import Price, price_per_token, size_of
 from kdfast.schedules import Schedule
 from kdfast.training import fsdp
+from kdfast.training.adapters import adapt, check_adapter, unwrap
 from kdfast.training.cache.description import teacher_fingerprint
 from kdfast.training.cache.precompute import Precomputation
 from kdfast.training.cache.read import cached_blocks, check_datasets
@@ -39,7 +40,7 @@ from kdfast.training.data.rows import Collator
 from kdfast.training.data.tokenizers import check_tokens, find_valid_vocab, own_tokenizer, text_tokenizer, tokenizer_of
 from kdfast.training.durable import processes, resume
 from kdfast.training.durable.trainer import DurableTrainer, replaced
-from kdfast.training.hf import IGNORE_INDEX, head_shape, may_skip_parameters, refuse_adapter, shift_labels
+from kdfast.training.hf import IGNORE_INDEX, head_shape, may_skip_parameters, shift_labels
 from kdfast.training.initialization.calibration import Start
 from kdfast.training.metrics import EvaluationMeter, TrainingMeter, check_best, memory_bytes
 from kdfast.training.model import DistillationModel
@@ -65,7 +66,6 @@ ELSEWHERE = {
     ),
     "compute_loss_func": "the loss is the recipe's; for your own override compute_loss (examples/hf_trainer.py)",
     "model_init": "pass the model; to try several, make a KDTrainer for each in a loop",
-    "peft_config": "checkpoints here hold whole models. Train adapters in your own loop (examples/plain_loop.py)",
     "optimizer_cls_and_kwargs": "pass optimizers=(optimizer, scheduler), or name one in KDConfig(optim=…)",
     "teacher_model": "it is teacher here",
     "tokenizer": "it is processing_class here",
@@ -93,6 +93,8 @@ class KDTrainer(DurableTrainer):
         args: a `KDConfig`.
         teacher: for a student that is not wrapped yet; None under "lm_only" and "cached", which otherwise use it for
             evaluation.
+        peft_config: as in `DistillationModel`. A student with an adapter is trained and saved as that adapter alone:
+            `PeftModel.from_pretrained(base, output_dir)` reads it, and `kdfast merge` makes a whole model of it.
         train_dataset, eval_dataset, processing_class, data_collator, callbacks, optimizers: as in Trainer. A tokenizer
             beside the weights of student or teacher must have processing_class's tokens (special ones by whatever
             name). The default collator neither makes nor pads labels. With a `TeacherCache`'s data sets the recipe is
@@ -116,6 +118,7 @@ class KDTrainer(DurableTrainer):
         args: KDConfig | None = None,
         *,
         teacher: PreTrainedModel | None = None,
+        peft_config: Any = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
@@ -143,18 +146,21 @@ class KDTrainer(DurableTrainer):
                 f"{args.n_gpu} GPUs are visible to one process, which would be nn.DataParallel; not supported. Start "
                 "with torchrun or accelerate launch, or show one GPU: CUDA_VISIBLE_DEVICES=0"
             )
-        refuse_adapter(model.student if isinstance(model, DistillationModel) else model)
         datasets = by_name(train_dataset=train_dataset, eval_dataset=eval_dataset)
         choice: Choice | None = None
         wrapped_here = not isinstance(model, DistillationModel)
         if not isinstance(model, DistillationModel):
-            model, choice = _wrap(model, args, teacher, processing_class, datasets)
-        elif teacher is not None:
-            raise ValueError("teacher is given besides a DistillationModel, which has its own; leave it out")
+            set_seed(args.seed)  # the adapter's start
+            student, teacher = adapt(model, peft_config), unwrap(teacher, "teacher")
+            model, choice = _wrap(student, args, teacher, processing_class, datasets)
+        elif teacher is not None or peft_config is not None:
+            given = "peft_config" if teacher is None else "teacher"
+            raise ValueError(f"{given} is given besides a DistillationModel, which takes its own; leave it out")
         elif isinstance(processing_class, PreTrainedTokenizerBase):
             check_tokens("student", processing_class, tokenizer_of(model.student), model.valid_vocab)
             if model.teacher is not None:
                 check_tokens("teacher", processing_class, own_tokenizer(model.teacher.name_or_path), model.valid_vocab)
+        check_adapter(model.student)
         check_columns(datasets, args.remove_unused_columns and data_collator is None)
         check_datasets(model, datasets, temperature_schedule)
         own = type(self).evaluate is KDTrainer.evaluate and type(self).evaluation_loop is KDTrainer.evaluation_loop
@@ -229,7 +235,7 @@ class KDTrainer(DurableTrainer):
     @contextmanager
     def training(self) -> Iterator[None]:
         """Solve the starts before a run, and keep the heads together while the model is sharded."""
-        refuse_adapter(self.accelerator.unwrap_model(self.model).student)  # one may have come since
+        check_adapter(self.accelerator.unwrap_model(self.model).student)  # one may have come since
         self._start_run()
         self._solve_starts()
         processes.print_once(f"{self._recipe.name}: {self.price}")

@@ -68,14 +68,12 @@ def test_check_sees_a_head_of_another_width():
         check_model(model, "student")
 
 
-@pytest.mark.parametrize("attribute", ["base_layer", "modules_to_save"])
-def test_an_adapter_on_the_head_is_refused(tiny, attribute):
+def test_an_adapter_on_the_head_is_refused(tiny):
     # what PEFT puts in place of a layer it adapts: a module that holds the layer, and has a weight too
     class Adapted(nn.Module):
         def __init__(self, layer):
             super().__init__()
-            setattr(self, attribute, nn.ModuleDict({"default": layer}) if attribute == "modules_to_save" else layer)
-            self.weight = layer.weight
+            self.base_layer, self.weight = layer, layer.weight
 
     model = tiny("llama")
     model.set_output_embeddings(Adapted(model.lm_head))
@@ -131,5 +129,5 @@ def test_unusual_models_teach_and_learn(tiny, family):
 def test_learned_prompts_are_no_part_of_a_backbone(tiny):
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(tiny("llama"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
-    with pytest.raises(ValueError, match=r"the model's prompts .* are not supported"):
+    with pytest.raises(TypeError, match="model is PeftModelForCausalLM with PROMPT_TUNING; prompt and prefix"):
         backbone(model)

@@ -448,7 +448,6 @@ def test_a_column_that_is_to_stay_is_not_swallowed(tiny, rows, config):
     [
         ("compute_metrics", "KDTrainer takes no compute_metrics: it is given logits, which are never made"),
         ("model_init", "make a KDTrainer for each in a loop"),
-        ("peft_config", "Train adapters in your own loop"),
         ("compute_loss_func", "override compute_loss"),
         ("preprocess_logits_for_metrics", "logits, which are never made"),
         ("optimizer_cls_and_kwargs", r"pass optimizers=\(optimizer, scheduler\)"),

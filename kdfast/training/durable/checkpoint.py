@@ -1,6 +1,7 @@
 """What a checkpoint holds of the models, and which checkpoints of a run stay.
 
     config.json, model.safetensors, …   the student, as `save_pretrained` writes it: plain `from_pretrained` reads it
+    adapter_config.json, adapter_model.safetensors   in their place, of a student with an adapter
     logit_projector.safetensors         the projector, where there is one (with a probe's head)
     hidden_loss.safetensors             the maps of the hidden-state loss, where there is one
 
@@ -19,9 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
+from kdfast.training.adapters import adapted_layer, load_adapter, save_adapter
 from kdfast.training.durable.atomic_io import INCOMPLETE, REPLACED, delete, discard
 from kdfast.training.durable.resume import checkpoints, step_of
-from kdfast.training.fsdp import load_full_state
+from kdfast.training.fsdp import load_full_state, reshard
 from kdfast.training.model import DistillationModel
 
 PARTS = ("logit_projector", "hidden_loss")  # of the model, beside the student; each has a file of its own
@@ -30,26 +32,34 @@ PARTS = ("logit_projector", "hidden_loss")  # of the model, beside the student; 
 def save_models(folder: Path, model: DistillationModel, state: dict[str, Tensor] | None = None) -> None:
     """Write student and other trained parts. `state` replaces `model.state_dict()` (gathered from shards)."""
     parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for name, tensor in (state or model.state_dict()).items():
+    for name, tensor in (state or model.saved_state(model.state_dict())).items():
         part, _, key = name.partition(".")
         parts[part][key] = tensor
+    student = parts.pop("student")
     with _without_bars():
-        model.student.save_pretrained(folder, state_dict=parts.pop("student"))
+        if adapted_layer(model.student) is not None:
+            save_adapter(folder, model.student, student)
+        else:
+            model.student.save_pretrained(folder, state_dict=student)
     for part, tensors in parts.items():
         save_file({key: t.contiguous() for key, t in tensors.items()}, folder / f"{part}.safetensors", {"format": "pt"})
 
 
 def load_models(folder: Path, model: DistillationModel) -> None:
     """Load in place what `save_models` wrote. Raises ValueError where a file or a weight is missing."""
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{str(folder)!r} is not a checkpoint: it has no config.json")
-    with _without_bars():
-        read: Any = type(model.student).from_pretrained
-        loaded, report = read(folder, local_files_only=True, use_safetensors=True, output_loading_info=True)
-    if report["missing_keys"]:
-        raise ValueError(f"{str(folder)!r} lacks weights of the student: {', '.join(sorted(report['missing_keys']))}")
+    if adapted_layer(model.student) is not None:
+        reshard(model.student)
+        load_adapter(folder, model.student)
+    elif not (folder / "config.json").is_file():
+        raise ValueError(f"{str(folder)!r} is not a checkpoint: it has no config.json of a whole student")
+    else:
+        with _without_bars():
+            read: Any = type(model.student).from_pretrained
+            loaded, report = read(folder, local_files_only=True, use_safetensors=True, output_loading_info=True)
+        if missing := sorted(report["missing_keys"]):
+            raise ValueError(f"{str(folder)!r} lacks weights of the student: {', '.join(missing)}")
+        load_full_state(model.student, loaded.state_dict())
     model.loaded = True
-    load_full_state(model.student, loaded.state_dict())
     for name in PARTS:
         if (module := getattr(model, name)) is not None:
             path = folder / f"{name}.safetensors"

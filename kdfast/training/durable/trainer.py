@@ -21,6 +21,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput
 
 from kdfast.training import fsdp
+from kdfast.training.adapters import ADAPTER_CONFIG
 from kdfast.training.durable import atomic_io, checkpoint, checksums, errors, resume
 from kdfast.training.durable.preemption import Termination
 from kdfast.training.model import DistillationModel
@@ -200,7 +201,7 @@ class DurableTrainer(Trainer):
         except BaseException:
             # other processes may still write; where this one does not write the student, it clears up what was made
             # anew after the one that does had gone
-            if self.args.should_save or not (written / "config.json").exists():
+            if self.args.should_save or not any((written / name).exists() for name in ("config.json", ADAPTER_CONFIG)):
                 for _ in range(3):  # a file that appears meanwhile stops the removal
                     shutil.rmtree(staged, ignore_errors=True)
             raise

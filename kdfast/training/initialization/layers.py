@@ -31,7 +31,8 @@ from transformers.pytorch_utils import Conv1D
 
 from kdfast.closed_form import ROWS, Projection, centered_gram, random_rotation, solve_lstsq
 from kdfast.ops import matmul
-from kdfast.training.hf import adapted_layer, backbone, fetch, head, is_quantized, run_backbone
+from kdfast.training.adapters import adapted_layer
+from kdfast.training.hf import backbone, fetch, head, is_quantized, run_backbone
 
 RIDGE = 0.1  # of the inputs' mean square: a few thousand tokens are not many for some hundred inputs
 

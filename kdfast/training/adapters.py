@@ -1,0 +1,173 @@
+"""Students that PEFT adapts: LoRA and its kin, on a frozen base that may be quantized.
+
+A student is the transformers model whose layers hold the adapter, whichever way it came: inside a PeftModel, adapted
+in place, or plain and with a `peft_config`. What is saved is the adapter alone, as PEFT's own `save_pretrained` does:
+
+    adapter_model.safetensors, adapter_config.json
+
+`peft` is imported where it is needed, and only there.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import is_peft_available
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
+PREFIX = "base_model.model."  # of every name in ADAPTER_WEIGHTS: the path to the model inside a PeftModel
+
+
+def require_peft(what: str) -> Any:
+    """Return the module peft. Raise ImportError, which names the extra to install, where it is missing."""
+    if not is_peft_available():
+        raise ImportError(f"{what} needs peft: pip install 'kdfast[lora]'")
+    import peft
+
+    return peft
+
+
+def is_peft(module: object) -> bool:
+    """Return whether its class or one of its bases comes from PEFT, without importing PEFT."""
+    return any(cls.__module__.partition(".")[0] == "peft" for cls in type(module).__mro__)
+
+
+def adapted_layer(model: nn.Module) -> str | None:
+    """Return the name of the first module in `model` that is PEFT's; None where there is none."""
+    return next((name for name, module in model.named_modules() if is_peft(module)), None)
+
+
+def unwrap(model: Any, role: str) -> Any:
+    """Return the model inside a PeftModel, whose layers hold the adapter, and anything else as it is.
+
+    Raises TypeError for learned prompts, which a PeftModel adds outside of it.
+    """
+    if not (is_peft(model) and hasattr(model, "get_base_model")):
+        return model
+    if getattr(model.active_peft_config, "is_prompt_learning", False):
+        raise TypeError(
+            f"{role} is {type(model).__name__} with {model.active_peft_config.peft_type.value}; prompt and prefix "
+            "tuning are not supported, as their tokens are added outside the model. Expected LoRA or its kin"
+        )
+    return model.get_base_model()
+
+
+def adapt(student: Any, peft_config: Any) -> PreTrainedModel:
+    """Return the student unwrapped, with an adapter of `peft_config` put in, unless that is None.
+
+    Raises TypeError for what is no PeftConfig or a prompt's, ValueError for a student that is adapted already.
+    """
+    student = unwrap(student, "student")
+    if peft_config is not None:
+        peft = require_peft("peft_config")
+        if not isinstance(peft_config, peft.PeftConfig):
+            raise TypeError(f"peft_config is {type(peft_config).__name__}; expected one of PEFT's, such as LoraConfig")
+        if peft_config.is_prompt_learning:
+            raise TypeError(
+                f"peft_config is {type(peft_config).__name__}; prompt and prefix tuning are not supported. Expected "
+                "LoRA's or its kin's"
+            )
+        if (layer := adapted_layer(student)) is not None:
+            raise ValueError(
+                f"peft_config is given and the student has an adapter already (at {layer!r}); leave one out, or merge "
+                "that adapter first: peft_model.merge_and_unload()"
+            )
+        student = peft.get_peft_model(student, copy.deepcopy(peft_config)).get_base_model()
+    _keep_unpacked(student)
+    return student
+
+
+def _keep_unpacked(student: Any) -> None:
+    """Keep bitsandbytes from packing 4-bit weights anew for inference on a CPU: they give no gradient from then on."""
+    layers: Any = student.modules() if isinstance(student, nn.Module) else ()
+    for module in layers:
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
+            module.state_dict()  # undoes the packing of an earlier pass
+
+
+def check_adapter(student: PreTrainedModel) -> None:
+    """Raise ValueError where a student carries PEFT's layers and they would not be trained and saved as expected."""
+    layer = adapted_layer(student)
+    if layer is None:
+        return
+    configs = getattr(student, "peft_config", None) or {}
+    if len(configs) != 1:
+        raise ValueError(
+            f"the student has PEFT's layers (at {layer!r}) and {len(configs)} adapters ({', '.join(configs)}); "
+            "expected one, which is trained and saved. Delete or merge the others, or load the model anew"
+        )
+    ((name, config),) = configs.items()
+    peft = require_peft("a student with an adapter")
+    kind, tuner = config.peft_type.value, peft.PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+    base = peft.tuners.tuners_utils.BaseTuner
+    whole = issubclass(tuner, base) and tuner.forward is base.forward
+    if not whole or getattr(config, "alora_invocation_tokens", None):
+        raise ValueError(
+            f"the student's adapter is {kind}, which PEFT runs by a forward of its own, or by more than the layers "
+            "hold; expected LoRA (but not aLoRA) or another kind that is whole in the layers"
+        )
+    if merged := next((at for at, module in student.named_modules() if is_peft(module) and _is_merged(module)), None):
+        raise ValueError(
+            f"the student's adapter is merged into its base (at {merged!r}) and would not be trained; call "
+            "unmerge_adapter() of its PeftModel"
+        )
+    trained = {at: parameter for at, parameter in student.named_parameters() if parameter.requires_grad}
+    if not trained:
+        raise ValueError(
+            f"the student's adapter {name!r} is frozen, so nothing of it would be trained: load it with "
+            "PeftModel.from_pretrained(base, folder, is_trainable=True), and make it without inference_mode=True"
+        )
+    try:
+        kept = {id(tensor) for tensor in adapter_state(student, student.state_dict(keep_vars=True)).values()}
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"the student's adapter is {kind}, whose weights PEFT does not find in the model alone ({error}), so it "
+            "cannot be saved here"
+        ) from error
+    if lost := [at for at, parameter in trained.items() if id(parameter) not in kept]:
+        raise ValueError(
+            f"the student's {lost[0]} is trained and no part of the adapter {name!r}, so no checkpoint would have it "
+            f"({len(lost)} such weights). Freeze it, or name its module in the adapter's modules_to_save"
+        )
+
+
+def _is_merged(module: Any) -> bool:
+    return bool(getattr(module, "merged", False))
+
+
+def adapter_state(student: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return what PEFT keeps of the student's `state`, whole or in shards, by the names it has in ADAPTER_WEIGHTS."""
+    peft, (name,) = require_peft("saving an adapter"), student.peft_config
+    kept = peft.get_peft_model_state_dict(student, state_dict=state, adapter_name=name)
+    return {PREFIX + key: tensor for key, tensor in kept.items()}
+
+
+def save_adapter(folder: Path, student: Any, state: dict[str, Tensor]) -> None:
+    """Write the adapter, as PeftModel.from_pretrained reads it. `state` is what `adapter_state` returned."""
+    whole = {key: tensor.detach().contiguous().clone() for key, tensor in state.items()}  # tied ones, each on its own
+    save_file(whole, folder / ADAPTER_WEIGHTS, {"format": "pt"})
+    (config,) = student.peft_config.values()
+    config = copy.copy(config)
+    config.inference_mode = True
+    config.task_type = config.task_type or "CAUSAL_LM"
+    config.base_model_name_or_path = config.base_model_name_or_path or student.name_or_path or None
+    config.save_pretrained(str(folder))
+
+
+def load_adapter(folder: Path, student: Any) -> None:
+    """Load in place what `save_adapter` wrote. Raises ValueError where it is another adapter's."""
+    path = folder / ADAPTER_WEIGHTS
+    if not path.is_file():
+        raise ValueError(f"{str(folder)!r} has no {path.name}; it was saved of a student without an adapter")
+    peft, (name,) = require_peft("loading an adapter"), student.peft_config
+    state = load_file(path)
+    if other := adapter_state(student, student.state_dict()).keys() ^ state.keys():
+        raise ValueError(f"{str(folder)!r} holds another adapter than the student's: they differ in {min(other)}")
+    state = {key.removeprefix(PREFIX): tensor for key, tensor in state.items()}
+    peft.set_peft_model_state_dict(student, state, adapter_name=name)
