@@ -6,7 +6,7 @@ A freshly started projector must move much faster than a pretrained student, or 
 catches up. Parts are recognised by parameter name, as `model.named_parameters()` gives it:
 
     projector   a name with "logit_projector" in it            5 × lr, or projector_lr
-    router      a name with "router" in it                     2 × lr
+    router      as `router_parameters` finds them              2 × lr
     student     the rest; only names under `student.`, where the model has such a submodule
     other       what is left then: further auxiliary modules, at lr
 
@@ -24,6 +24,8 @@ PARTS = ("student", "router", "projector", "other")
 
 # what DDP, torch.compile, FSDP and activation checkpointing put into names
 _WRAPPERS = re.compile(r"\b(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+_ROUTER = re.compile(r"Router$|MoE\w*Gate$")  # classes of transformers; the latter is Hunyuan's
 
 
 def distillation_param_groups(
@@ -75,7 +77,7 @@ def distillation_param_groups(
             "student.requires_grad_(True) (PEFT's merge_and_unload() leaves all frozen)"
         )
     has_student = any(name.startswith("student.") for name, _ in parameters)
-    undecayed = _biases_and_norms(model)
+    undecayed, routers = _biases_and_norms(model), router_parameters(model)
 
     groups: dict[tuple[str, bool], dict[str, Any]] = {
         (part, decays): {"name": part, "params": [], "lr": rates[part], "weight_decay": weight_decay if decays else 0.0}
@@ -83,15 +85,24 @@ def distillation_param_groups(
         for decays in (True, False)
     }
     for name, parameter in parameters:
-        groups[_part(name, has_student), id(parameter) not in undecayed]["params"].append(parameter)
+        part = "router" if id(parameter) in routers else _part(name, has_student)
+        groups[part, id(parameter) not in undecayed]["params"].append(parameter)
     return [group for group in groups.values() if group["params"]]
+
+
+def router_parameters(model: nn.Module) -> set[int]:
+    """Return ids of the parameters that choose experts.
+
+    Their name has "router" in it, or their module's class is called so: Mixtral's mlp.gate is a MixtralTopKRouter.
+    """
+    named = {id(p) for name, p in model.named_parameters() if "router" in name}
+    modules = (module for module in model.modules() if _ROUTER.search(type(module).__name__))
+    return named.union(id(p) for module in modules for p in module.parameters())
 
 
 def _part(name: str, has_student: bool) -> str:
     if "logit_projector" in name:
         return "projector"
-    if "router" in name:
-        return "router"
     return "student" if not has_student or name.startswith("student.") else "other"
 
 

@@ -50,7 +50,9 @@ def size_of(model: Any) -> Size:
         if p.dim() > 1 and id(p) not in apart:
             packed = getattr(p, "quant_state", None)  # bitsandbytes' 4 bits, two to an element
             elements = p.numel() if packed is None else math.prod(packed.shape)
-            passed += elements * (taken if re.search(r"\bexperts\.", name) else 1)
+            table = p.dim() == 3 and p.shape[0] == experts  # JetMoE's go by other names
+            of_experts = table or re.search(r"\bexperts\.(?!router)", name)
+            passed += elements * (taken if of_experts else 1)
     vocab, width = head.weight.shape
     return Size(round(passed), vocab, width, getattr(config, "num_hidden_layers", 0))
 

@@ -33,6 +33,7 @@ from transformers.utils import find_adapter_config_file, is_peft_available
 
 from kdfast.frontend.checks import refuse_ids
 from kdfast.inputs import Head, did_you_mean, short
+from kdfast.param_groups import router_parameters
 from kdfast.training.adapters import adapted_layer, is_peft, unwrap
 from kdfast.training.data.tokenizers import check_tokens, count_ids, own_tokenizer
 from kdfast.training.durable.errors import first_line
@@ -213,7 +214,7 @@ def router_loss(model: PreTrainedModel, coef: float | None = None) -> RouterLoss
         if "load_balancing_loss_func" in forward.__code__.co_names:
             function = forward.__globals__["load_balancing_loss_func"]
             break
-    if function is None:
+    if function is None or not router_parameters(model):  # of a mixture whose layers are all dense
         asked = [f"router_aux_loss_coef={coef:g}"] if coef else []
         asked += ["output_router_logits=True" for c in (model.config, config) if getattr(c, "output_router_logits", 0)]
         if asked and coef != 0:

@@ -352,6 +352,9 @@ class KDTrainer(DurableTrainer):
                 projector_lr_multiplier=recipe.projector_lr_multiplier,
                 router_lr_multiplier=recipe.router_lr_multiplier,
             )
+            asked = self.args.router_lr_multiplier
+            if asked not in (None, 1) and not any(group["name"] == "router" for group in groups):
+                processes.print_once(f"router_lr_multiplier={asked:g} has no use: the student has no routers to train")
             cls, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer_cls_and_kwargs = (cls, {"params": groups, **options})
         return super().create_optimizer(model)

@@ -141,3 +141,45 @@ def test_a_loss_that_is_another_is_found_out(monkeypatch):
     doge = AutoModelForCausalLM.from_config(AutoConfig.for_model("doge", is_moe=True, **DOGE))
     with pytest.raises(ValueError, match="DogeForCausalLM: how it computes its load-balancing loss is not known"):
         check_model(doge, "student")
+
+
+ROUTERS = {
+    **{family: {"mlp.gate.weight"} for family in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")},
+    "gpt_oss": {"mlp.router.weight", "mlp.router.bias"},
+    "granitemoe": {"block_sparse_moe.router.weight"},
+    "phimoe": {"mlp.router.weight"},
+    "jamba": {"feed_forward.router.weight"},
+    "jetmoe": {"mlp.router.layer.weight", "self_attention.experts.router.layer.weight"},
+}
+
+
+@pytest.mark.parametrize("family", MOE)
+def test_routers_have_a_learning_rate_of_their_own(family, config, rows):
+    student = tiny_moe(family)
+    names = {id(p): name for name, p in student.named_parameters()}
+    trainer = KDTrainer(
+        student, config(recipe="lm_only", router_lr_multiplier=2.0, max_steps=1), train_dataset=rows(2)
+    )
+    trainer.train()
+    groups = (group for group in trainer.optimizer.param_groups if group["name"] == "router")
+    found = [names[id(p)] for group in groups for p in group["params"]]
+    assert {name.split(".", 3)[-1] for name in found} == ROUTERS[family]
+    routers = [module for module in student.modules() if type(module).__name__.endswith(("Router", "TopKGating"))]
+    assert len(found) == sum(1 for module in routers for _ in module.parameters())
+    (line,) = (line for line in trainer.state.log_history if "loss" in line)
+    assert line["lr_router"] == 2 * line["lr_student"]
+
+
+def test_a_rate_for_routers_that_are_not_there_is_reported(tiny, config, rows, capsys):
+    said = "router_lr_multiplier=2 has no use: the student has no routers"
+    for given, expected in (({"router_lr_multiplier": 2.0}, True), ({}, False)):
+        args = config(recipe="projector_fixed", max_steps=1, **given)  # whose own multiplier is 2
+        KDTrainer(tiny("llama"), args, teacher=tiny("llama", seed=1), train_dataset=rows(2)).train()
+        assert (said in capsys.readouterr().out) == expected
+
+
+def test_a_mixture_without_sparse_layers_is_a_dense_model(batch):
+    student = tiny_moe("qwen3_moe", mlp_only_layers=[0, 1])
+    output = DistillationModel(student, recipe="lm_only")(**batch)
+    assert output.aux_loss is None
+    torch.testing.assert_close(output.loss, student(**batch).loss, rtol=1e-6, atol=0)
