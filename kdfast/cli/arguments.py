@@ -34,7 +34,9 @@ ELSEWHERE = {
     **dict.fromkeys(("accumulation_steps", "gradient_accumulation"), "gradient_accumulation_steps"),
     **dict.fromkeys(("epochs", "num_epochs"), "num_train_epochs"),
     **dict.fromkeys(("dataset_text_field", "text_field"), "text_column"),
-    **{"dataset": "dataset_name", "lr": "learning_rate", "optimizer": "optim", "tokenizer": "tokenizer_name"},
+    **dict.fromkeys(("device_map", "attn_implementation", "trust_remote_code", "model_revision"), "model_init_kwargs"),
+    **{"torch_dtype": "dtype", "teacher_model_revision": "teacher_model_init_kwargs", "tokenizer": "tokenizer_name"},
+    **{"dataset": "dataset_name", "lr": "learning_rate", "optimizer": "optim"},
 }
 
 
@@ -48,8 +50,10 @@ class ModelArguments:
     student_config: str | None = _key(None, "a fresh student: a config.json, its folder, or a mapping with model_type")
     teacher_model_name_or_path: str | None = _key(None, "the teacher; recipe lm_only needs none")
     tokenizer_name: str | None = _key(None, "default: the student's, or else the teacher's")
-    dtype: str = _key("float32", "dtype of the student's weights; bf16: true gives mixed precision on top of float32")
-    teacher_dtype: str = _key("auto", "dtype of the teacher's weights; auto is the one they were saved in")
+    dtype: str | None = _key(None, "dtype of the student's weights; default: float32, over which bf16: true is mixed")
+    teacher_dtype: str | None = _key(None, "dtype of the teacher's weights; default: auto, the one they were saved in")
+    model_init_kwargs: str | None = _key(None, "a mapping: arguments of from_pretrained, as attn_implementation")
+    teacher_model_init_kwargs: str | None = _key(None, "the same for the teacher: quantization_config, device_map, …")
 
 
 @dataclass

@@ -7,7 +7,6 @@ command again resumes an interrupted one, and leaves a complete cache alone.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,6 +19,7 @@ from kdfast.training.cache.read import TeacherCache
 from kdfast.training.cache.write import cache_teacher
 from kdfast.training.durable.errors import first_line
 from kdfast.training.durable.processes import by_first, leave, print_once
+from kdfast.training.hf import is_dispatched
 from kdfast.training.recipes import CACHED
 
 
@@ -45,10 +45,16 @@ def make_cache(arguments: Arguments) -> CacheSummary:
     autocast = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None  # as for a live teacher
     try:
         tokenizer, train, evaluation = load_text(arguments)
-        text: dict[str, Any] = {"tokenizer": tokenizer, "valid_vocab": training.valid_vocab}
-        teacher = load_teacher(models.teacher_model_name_or_path, dtype=models.teacher_dtype, **text)
+        teacher = load_teacher(
+            models.teacher_model_name_or_path,
+            tokenizer=tokenizer,
+            valid_vocab=training.valid_vocab,
+            dtype=models.teacher_dtype,
+            model_init_kwargs=models.teacher_model_init_kwargs,
+        )
         check_positions("teacher", teacher, arguments.data.max_length)
-        teacher.to(training.device)  # type: ignore[arg-type]
+        if not is_dispatched(teacher):
+            teacher.to(training.device)  # type: ignore[arg-type]
         complete = is_complete(folder)
         with torch.autocast(training.device.type, autocast, enabled=autocast is not None):
             summary = cache_teacher(

@@ -7,7 +7,6 @@ and leaves a finished one alone.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,12 +115,18 @@ def _trainer(arguments: Arguments, name: str) -> KDTrainer:
     tokenizer, train, evaluation = load_text(arguments)
     set_seed(training.seed)  # a fresh student's weights
     text: dict[str, Any] = {"tokenizer": tokenizer, "valid_vocab": training.valid_vocab}
-    config = _student_config(models.student_config)
-    student = load_student(models.model_name_or_path, student_config=config, dtype=models.dtype, **text)
+    student = load_student(
+        models.model_name_or_path,
+        student_config=models.student_config,
+        dtype=models.dtype,
+        model_init_kwargs=models.model_init_kwargs,
+        **text,
+    )
     loaded = {"student": student}
     if _learns_without_teacher(arguments):
         train, evaluation = _with_cache(arguments, tokenizer, train, evaluation)
     elif (teacher := models.teacher_model_name_or_path) is not None:
+        text["model_init_kwargs"] = models.teacher_model_init_kwargs
         loaded["teacher"] = load_teacher(teacher, dtype=models.teacher_dtype, **text)
     for which, model in loaded.items():
         check_positions(which, model, arguments.data.max_length)
@@ -170,16 +175,6 @@ def _with_cache(
         return train, evaluation
     evaluation = cache.dataset("eval", evaluation, temperature=tau)
     return train if alone else cache.dataset("train", train, temperature=tau), evaluation
-
-
-def _student_config(given: str | None) -> dict[str, Any] | str | None:
-    """Return the argument of `load_student`: a mapping in YAML arrives here as JSON."""
-    if given is None or not given.lstrip().startswith("{"):
-        return given
-    try:
-        return json.loads(given)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"student_config: {given!r} is not valid JSON: {error}") from error
 
 
 class _LogLastStep(TrainerCallback):

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from kdfast.cli.arguments import Arguments, DataArguments, ModelArguments
 from kdfast.training.data.text import DataError, hold_out, load_blocks, read_dataset, read_files
 from kdfast.training.durable.errors import first_line
+from kdfast.training.hf import SOURCE, read_init_kwargs
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,8 +32,11 @@ def load_tokenizer(models: ModelArguments) -> PreTrainedTokenizerBase:
     """Return that of tokenizer_name, or the student's, or the teacher's: the first that is given."""
     for key in ("tokenizer_name", "model_name_or_path", "teacher_model_name_or_path"):
         if (name := getattr(models, key)) is not None:
+            own = key.replace("name_or_path", "init_kwargs")
+            kwargs = read_init_kwargs(own, getattr(models, own) if own != key else None)
+            place = {key: kwargs[key] for key in (*SOURCE, "trust_remote_code") if key in kwargs}
             try:
-                return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+                return AutoTokenizer.from_pretrained(name, **{"trust_remote_code": False, **place})
             except Exception as error:  # of many classes; tokenizers' own is no other than Exception
                 raise ValueError(f"{key}: no tokenizer could be loaded from {name!r}: {first_line(error)}") from error
     raise ValueError("tokenizer_name is missing; it is needed where neither student nor teacher brings a tokenizer")

@@ -6,16 +6,17 @@ Families scale and cap their logits in their own ways (`logit_scale`, `logits_sc
 An unknown factor would silently train on wrong logits, so `check_model` compares head and model once, on a few
 tokens and at a size of logits where a cap shows. That is the only place where logits are ever made: (1, 4, V).
 
-Code that a model repository brings along is never run (`trust_remote_code` stays off), nor what a pickled weight file
-would call (`weights_only`), and HF_HUB_OFFLINE is respected. Every failure of loading is one ValueError that names the
-argument.
+Code that a model repository brings along is not run, unless `model_init_kwargs` has `trust_remote_code=True`, nor what
+a pickled weight file would call (`weights_only`), and HF_HUB_OFFLINE is respected. Every failure of loading is one
+ValueError that names the argument.
 """
 
 from __future__ import annotations
 
 import inspect
+import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -51,6 +52,11 @@ ALWAYS = {"input_ids", "attention_mask"}  # a model that reads left to right can
 
 MOST_LAYERS = 10_000
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+SOURCE = ("revision", "token", "cache_dir")  # of init kwargs: where a model's other files are, too
+SPELLED = {  # what from_pretrained took, or ignores besides dtype → how it is spelled
+    "torch_dtype": "dtype",
+    **{name: f"quantization_config={{'{name}': True}}" for name in ("load_in_4bit", "load_in_8bit")},
+}
 OUTSIDE_TO_DICT = ("rope_theta", "rope_scaling", "attn_implementation")  # settings that to_dict() does not list
 
 
@@ -155,8 +161,9 @@ def head(model: PreTrainedModel, hidden: Tensor) -> Head:
 
 
 def is_dispatched(model: nn.Module) -> bool:
-    """Return whether accelerate has spread the model over devices or offloaded it; then it must stay where it is."""
-    return any(hasattr(module, "_hf_hook") for module in model.modules())
+    """Return whether accelerate has spread the model over devices or offloaded it, or a device_map has placed it; then
+    it must stay where it is."""
+    return hasattr(model, "hf_device_map") or any(hasattr(module, "_hf_hook") for module in model.modules())
 
 
 def fetch(module: nn.Module, *names: str) -> list[Any]:
@@ -271,7 +278,7 @@ def check_model(
     if not isinstance(weight, Tensor) or weight.dim() != 2 or is_quantized(weight):
         raise TypeError(
             f"{name} has {type(linear).__name__} as its head; expected a linear layer with a floating-point weight "
-            "(V, H). A quantized head has to stay in floating point"
+            "(V, H). A quantized model's head has to stay in floating point (bitsandbytes' llm_int8_skip_modules)"
         )
     if role == "student":
         _check_student(model, name)
@@ -416,18 +423,22 @@ def load_student(
     student_config: str | Path | dict[str, Any] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     valid_vocab: int | None = None,
-    dtype: torch.dtype | str = torch.float32,
+    dtype: torch.dtype | str | None = None,
+    model_init_kwargs: Mapping[str, Any] | str | None = None,
 ) -> PreTrainedModel:
     """Load or build a causal language model to train.
 
     Args:
         model_name_or_path: a folder, or a name on the hub.
         student_config: instead, a fresh model, drawn from the global random state: a dict with "model_type" and that
-            type's settings, a config.json, or a folder with one.
+            type's settings, that as JSON, a config.json, or a folder with one.
         tokenizer: its token ids must fit the model, and be the same tokens as in a tokenizer beside the weights. A
             fresh model takes vocab_size and special ids from it, but where the dict sets them.
         valid_vocab: tokens with ids from here on may be others.
-        dtype: of the weights. Keep fp32 and let `bf16=True` of the training arguments do the mixed precision.
+        dtype: of the weights. Keep fp32, the default, and let `bf16=True` of the training arguments do the mixed
+            precision.
+        model_init_kwargs: further arguments of `from_pretrained`, as a mapping or JSON: attn_implementation, revision,
+            quantization_config, …; dtype too, unless it is given here.
 
     Raises ValueError naming the argument: none or both given, nothing found, unknown settings, ids that do not fit or
     are other tokens.
@@ -436,10 +447,19 @@ def load_student(
         raise ValueError(
             f"model_name_or_path={model_name_or_path!r} and student_config={student_config!r}; expected one of the two"
         )
+    kwargs = read_init_kwargs("model_init_kwargs", model_init_kwargs, dtype)
     if model_name_or_path is not None:
-        model = _from_pretrained("model_name_or_path", model_name_or_path, dtype)
+        model = _from_pretrained("model_name_or_path", model_name_or_path, {"dtype": torch.float32, **kwargs})
     else:
         assert student_config is not None
+        if model_init_kwargs:
+            raise ValueError(
+                f"model_init_kwargs={model_init_kwargs!r} with student_config, a fresh model; its settings are part of "
+                "student_config, and dtype an argument"
+            )
+        if isinstance(student_config, str) and student_config.lstrip().startswith("{"):
+            student_config = _mapping("student_config", student_config)
+        dtype = torch.float32 if dtype is None else dtype
         wanted = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)
         if not isinstance(wanted, torch.dtype):
             raise ValueError(f"dtype={dtype!r}; expected a torch dtype such as 'float32' or 'bfloat16'")
@@ -456,23 +476,57 @@ def load_teacher(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     valid_vocab: int | None = None,
-    dtype: torch.dtype | str = "auto",
+    dtype: torch.dtype | str | None = None,
+    model_init_kwargs: Mapping[str, Any] | str | None = None,
 ) -> PreTrainedModel:
     """Load a teacher, frozen and in eval mode.
 
     Args:
         model_name_or_path: a folder, or a name on the hub.
         tokenizer, valid_vocab: of the text, as in `load_student`.
-        dtype: of the weights; "auto" is the one they were saved in.
+        dtype: of the weights; "auto", the default, is the one they were saved in.
+        model_init_kwargs: as in `load_student`. With a device_map the teacher stays where that puts it, on the CPU too.
 
     Raises ValueError like `load_student`.
     """
-    model = _from_pretrained("teacher_model_name_or_path", model_name_or_path, dtype)
+    kwargs = read_init_kwargs("teacher_model_init_kwargs", model_init_kwargs, dtype)
+    model = _from_pretrained("teacher_model_name_or_path", model_name_or_path, {"dtype": "auto", **kwargs})
+    if kwargs.get("device_map") is not None and not is_dispatched(model):  # on one device, where training may not be
+        model.hf_device_map = {"": str(model.device)}  # type: ignore[assignment]
     _check_tokenizer("teacher_model_name_or_path", model, tokenizer, valid_vocab)
     return model.requires_grad_(False).eval()
 
 
-def _from_pretrained(argument: str, name: str | Path, dtype: torch.dtype | str) -> PreTrainedModel:
+def read_init_kwargs(
+    argument: str, given: Mapping[str, Any] | str | None, dtype: torch.dtype | str | None = None
+) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` that `given`, a mapping or JSON, holds, with `dtype` where it is given.
+
+    Raises ValueError naming `argument`: no mapping, dtype given twice, a key that is spelled otherwise.
+    """
+    kwargs = _mapping(argument, given or {})
+    if (key := next((key for key in SPELLED if key in kwargs), None)) is not None:
+        raise ValueError(f"{argument} has {key}; expected {SPELLED[key]} in its place")
+    if dtype is None:
+        return kwargs
+    if "dtype" in kwargs:
+        key = argument.replace("model_init_kwargs", "dtype")
+        raise ValueError(f"{key}={dtype!r}, and {argument} has dtype={kwargs['dtype']!r}; expected one of them")
+    return {**kwargs, "dtype": dtype}
+
+
+def _mapping(argument: str, given: Mapping[str, Any] | str) -> dict[str, Any]:
+    """Return a copy of a mapping, or of the one that is given as JSON."""
+    try:
+        value = json.loads(given) if isinstance(given, str) else given
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{argument}: {given!r} is not valid JSON: {error}") from error
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{argument}={given!r}; expected a mapping of names to values, or one as JSON")
+    return dict(value)
+
+
+def _from_pretrained(argument: str, name: str | Path, kwargs: dict[str, Any]) -> PreTrainedModel:
     path, subject = Path(name).expanduser(), f"{argument}={str(name)!r}"
     local = path.is_dir()
     if not local and (path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1):
@@ -481,20 +535,20 @@ def _from_pretrained(argument: str, name: str | Path, dtype: torch.dtype | str) 
     expected = "Expected a causal language model as save_pretrained writes it"
     source, teacher = str(path if local else name), argument.startswith("teacher")
     with _explained(f"{subject} could not be loaded {where}", expected):
-        adapter = find_adapter_config_file(source, local_files_only=local)
+        place = {key: value for key, value in kwargs.items() if key in SOURCE}
+        adapter = find_adapter_config_file(source, local_files_only=local, **place)
     if adapter is not None and not (teacher and is_peft_available()):
         raise ValueError(
             f"{subject} holds a PEFT adapter; expected a whole model{', or peft installed' if teacher else ''}. Merge "
             f"it: peft.AutoPeftModelForCausalLM.from_pretrained({source!r}).merge_and_unload().save_pretrained(…)"
         )
-    with _explained(f"{subject} could not be loaded {where}", expected):
+    asked = f" with {short(kwargs)}" if kwargs.keys() - {"dtype"} else ""
+    with _explained(f"{subject} could not be loaded {where}{asked}", expected):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
-            dtype=dtype,
-            trust_remote_code=False,
             weights_only=True,
-            local_files_only=local,
             output_loading_info=True,
+            **{"local_files_only": local, "trust_remote_code": False, **kwargs},
         )
     model, report = loaded
     if missing := sorted(report["missing_keys"]):
@@ -577,4 +631,4 @@ def _check_tokenizer(
             f"for tokens that were added: model.resize_token_embeddings({max(len(tokenizer), largest + 1)})"
         )
     if argument != "student_config":
-        check_tokens(argument, tokenizer, own_tokenizer(model.name_or_path, local=False), valid_vocab)
+        check_tokens(argument, tokenizer, own_tokenizer(model, local=False), valid_vocab)

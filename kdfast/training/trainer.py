@@ -159,7 +159,7 @@ class KDTrainer(DurableTrainer):
         elif isinstance(processing_class, PreTrainedTokenizerBase):
             check_tokens("student", processing_class, tokenizer_of(model.student), model.valid_vocab)
             if model.teacher is not None:
-                check_tokens("teacher", processing_class, own_tokenizer(model.teacher.name_or_path), model.valid_vocab)
+                check_tokens("teacher", processing_class, own_tokenizer(model.teacher), model.valid_vocab)
         check_adapter(model.student)
         check_columns(datasets, args.remove_unused_columns and data_collator is None)
         check_datasets(model, datasets, temperature_schedule)

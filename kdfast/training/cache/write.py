@@ -153,7 +153,7 @@ def describe(
     check_model(teacher, "teacher")
     vocab, _ = head_shape(teacher)
     if tokenizer is not None:
-        check_tokens("tokenizer", tokenizer, own_tokenizer(teacher.name_or_path), valid_vocab)
+        check_tokens("tokenizer", tokenizer, own_tokenizer(teacher), valid_vocab)
         if valid_vocab is None and (ids := count_ids(tokenizer)) < vocab:
             valid_vocab = ids
             tell(f"valid_vocab={ids}: the teacher's head has {vocab} rows, the tokenizer {ids} ids")

@@ -20,28 +20,31 @@ _say_once = cache(print_once)  # models and trainer compare the same tokenizers
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
-def own_tokenizer(name: str | None, *, local: bool = True) -> PreTrainedTokenizerBase | None:
+def own_tokenizer(source: PreTrainedModel | str, *, local: bool = True) -> PreTrainedTokenizerBase | None:
     """Return the tokenizer saved beside a model's weights, by folder or name on the hub; None where there is none.
 
     local: look on this disk only. (From a folder without TOKENIZER_FILES transformers makes an empty tokenizer.)
     """
-    name = str(name)
+    where: dict[str, Any] = {"local_files_only": local}
+    name = source if isinstance(source, str) else str(source.name_or_path)
+    if not isinstance(source, str):
+        where["revision"] = getattr(source.config, "_commit_hash", None)
     with suppress(Exception):  # of many classes: no such name, no network, a tokenizer with code of its own
-        if any(has_file(name, file, local_files_only=local) for file in TOKENIZER_FILES):
-            return AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=local)
+        if any(has_file(name, file, **where) for file in TOKENIZER_FILES):
+            return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where)
     return None
 
 
 def text_tokenizer(processor: Any, student: PreTrainedModel) -> PreTrainedTokenizerBase | None:
     """Return `processor` if it is a tokenizer, the tokenizer it holds, or else the student's own."""
     tokenizer = getattr(processor, "tokenizer", processor)
-    return tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else own_tokenizer(student.name_or_path)
+    return tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else own_tokenizer(student)
 
 
 def tokenizer_of(student: PreTrainedModel) -> PreTrainedTokenizerBase | None:
     """Return the tokenizer beside the student's weights; None for a fresh student."""
     loaded = hasattr(student, "_weight_conversions")  # from_pretrained leaves them, from_config does not
-    return own_tokenizer(student.name_or_path) if loaded else None
+    return own_tokenizer(student) if loaded else None
 
 
 def count_ids(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -115,7 +118,7 @@ def find_valid_vocab(student: Any, teacher: Any, processor: Any = None, valid_vo
         check_tokens("student", ours, tokenizer_of(student), valid_vocab)
     if not all(isinstance(model, PreTrainedModel) and model.get_output_embeddings() is not None for model in models):
         return valid_vocab
-    theirs = own_tokenizer(teacher.name_or_path)
+    theirs = own_tokenizer(teacher)
     rows = [_rows(model) for model in models]
     ids = shared_ids("teacher", ours, theirs, min(rows), valid_vocab)
     if valid_vocab is not None or rows[0] == rows[1] or ids is None:
