@@ -20,6 +20,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from kdfast.cli.errors import UserError
 from kdfast.inputs import did_you_mean
 from kdfast.training import KDConfig
+from kdfast.training.config import DATA
 from kdfast.training.recipes import AUTO, CACHED, RECIPES, current_name
 
 Command = Literal["distill", "cache"]
@@ -37,6 +38,7 @@ ELSEWHERE = {
     **dict.fromkeys(("device_map", "attn_implementation", "trust_remote_code", "model_revision"), "model_init_kwargs"),
     **{"torch_dtype": "dtype", "teacher_model_revision": "teacher_model_init_kwargs", "tokenizer": "tokenizer_name"},
     **{"dataset": "dataset_name", "lr": "learning_rate", "optimizer": "optim"},
+    **{"chat_template_path": "chat_template", "sample_packing": "packing"},
 }
 
 
@@ -59,14 +61,12 @@ class ModelArguments:
 @dataclass
 class DataArguments:
     train_file: str | None = _key(None, "a file, folder or glob: text, JSON, JSON lines, CSV or parquet")
-    eval_file: str | None = _key(None, "the same for evaluation; default: part of the training blocks, held out")
+    eval_file: str | None = _key(None, "the same for evaluation; default: part of the training rows, held out")
     dataset_name: str | None = _key(None, "a data set of the hub or a local folder, in place of train_file")
     dataset_config_name: str | None = _key(None, "its configuration")
     dataset_split: str = _key("train", "its split to train on")
     eval_dataset_split: str | None = _key(None, "its split to evaluate on")
-    text_column: str = _key("text", "the column that holds the text")
-    max_length: int = _key(1024, "tokens in a block")
-    eval_fraction: float = _key(0.01, "share of the blocks held out where nothing is named for evaluation")
+    eval_fraction: float = _key(0.01, "share of the rows held out where nothing is named for evaluation")
 
 
 @dataclass
@@ -218,7 +218,7 @@ def format_help(command: Command) -> str:
             continue
         group = parser.add_argument_group(title)
         for f in dataclasses.fields(cls):
-            of_cache = cls is not KDConfig or f.name.startswith(("teacher_cache", "cache_"))
+            of_cache = cls is not KDConfig or f.name.startswith(("teacher_cache", "cache_")) or f.name in DATA
             if f.init and f.name not in trainers and (command == "distill" or of_cache):
                 default = "" if f.default in (None, dataclasses.MISSING) else f" [{f.default}]"
                 group.add_argument(f"--{f.name}", metavar="", help=f"{f.metadata['help']}{default}".replace("%", "%%"))

@@ -44,7 +44,7 @@ def make_cache(arguments: Arguments) -> CacheSummary:
     options = training.cache_options(training.resolved(CACHED).temperatures, "top_k")
     autocast = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None  # as for a live teacher
     try:
-        tokenizer, train, evaluation = load_text(arguments)
+        tokenizer, train, evaluation, _ = load_text(arguments)
         teacher = load_teacher(
             models.teacher_model_name_or_path,
             tokenizer=tokenizer,
@@ -52,7 +52,7 @@ def make_cache(arguments: Arguments) -> CacheSummary:
             dtype=models.teacher_dtype,
             model_init_kwargs=models.teacher_model_init_kwargs,
         )
-        check_positions("teacher", teacher, arguments.data.max_length)
+        check_positions("teacher", teacher, training.max_length)
         if not is_dispatched(teacher):
             teacher.to(training.device)  # type: ignore[arg-type]
         complete = is_complete(folder)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from transformers import PreTrainedTokenizerBase, TrainerCallback, default_data_collator, set_seed
+from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from kdfast.cli.arguments import LM_ONLY, Arguments, parse_argv
@@ -112,7 +112,8 @@ def _run(arguments: Arguments, output_dir: Path) -> Run:
 def _trainer(arguments: Arguments, name: str) -> KDTrainer:
     models, training = arguments.model, arguments.training
     training.dataloader_pin_memory &= torch.accelerator.is_available()  # without one, a warning is all it brings
-    tokenizer, train, evaluation = load_text(arguments)
+    given = load_text(arguments)
+    tokenizer, train, evaluation = given.tokenizer, given.train, given.evaluation
     set_seed(training.seed)  # a fresh student's weights
     text: dict[str, Any] = {"tokenizer": tokenizer, "valid_vocab": training.valid_vocab}
     student = load_student(
@@ -129,20 +130,20 @@ def _trainer(arguments: Arguments, name: str) -> KDTrainer:
         text["model_init_kwargs"] = models.teacher_model_init_kwargs
         loaded["teacher"] = load_teacher(teacher, dtype=models.teacher_dtype, **text)
     for which, model in loaded.items():
-        check_positions(which, model, arguments.data.max_length)
+        check_positions(which, model, training.max_length)
     sizes = ", ".join(f"{which} {model.num_parameters() / 1e6:.1f}M parameters" for which, model in loaded.items())
-    blocks = f"{len(train)} blocks of {arguments.data.max_length} tokens to train on, {len(evaluation)} to evaluate on"
-    engine = engine_of(training, student)
-    print_once(f"{name}: recipe {training.recipe}; {sizes}; {blocks}; engine {engine} on {training.device}")
-    return KDTrainer(
+    engine, rows = engine_of(training, student), given.describe(training.max_length)
+    print_once(f"{name}: recipe {training.recipe}; {sizes}; {rows}; engine {engine} on {training.device}")
+    trainer = KDTrainer(
         student,
         training,
         teacher=loaded.get("teacher"),
         train_dataset=train,
         eval_dataset=evaluation,
         processing_class=tokenizer,
-        data_collator=default_data_collator,  # blocks are of one length: nothing to pad
     )
+    trainer.counts = given.counts
+    return trainer
 
 
 def _learns_without_teacher(arguments: Arguments) -> bool:

@@ -1,14 +1,15 @@
-"""What `kdfast distill` and `kdfast cache` read alike: the tokenizer, and blocks to train and to evaluate on."""
+"""What `kdfast distill` and `kdfast cache` read alike: the tokenizer, and rows to train and to evaluate on."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import transformers
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from kdfast.cli.arguments import Arguments, DataArguments, ModelArguments
-from kdfast.training.data.text import DataError, hold_out, load_blocks, read_dataset, read_files
+from kdfast.cli.arguments import Arguments, ModelArguments
+from kdfast.training.data.chat import Counts, kind_of, read_template, tokenize_dataset
+from kdfast.training.data.text import DataError, columns_of, hold_out, read_dataset, read_files
 from kdfast.training.durable.errors import first_line
 from kdfast.training.hf import SOURCE, read_init_kwargs
 
@@ -16,16 +17,32 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def load_text(arguments: Arguments) -> tuple[PreTrainedTokenizerBase, Dataset, Dataset]:
-    """Return (tokenizer, blocks to train on, blocks to evaluate on); the first process tokenizes, the others read
-    what it kept."""
+class Text(NamedTuple):
+    """What a run is given to read."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train: Any
+    evaluation: Dataset
+    counts: dict[str, Counts]  # of both, by "train" and "eval"
+
+    def describe(self, max_length: int | None) -> str:
+        """Return how many rows there are, in words."""
+        many = f"{len(self.train)} rows" if hasattr(self.train, "__len__") else "a stream of rows"
+        return f"{many} of at most {max_length} tokens to train on, {len(self.evaluation)} to evaluate on"
+
+
+def load_text(arguments: Arguments) -> Text:
+    """Return tokenizer, rows to train on and rows to evaluate on; the first process tokenizes, the others read what
+    it kept."""
     training = arguments.training
     if training.process_index > 0:
         transformers.utils.logging.disable_progress_bar()  # of loading: one is enough
     tokenizer = load_tokenizer(arguments.model)
     with training.main_process_first(desc="tokenizing"):
-        train, evaluation = load_splits(arguments.data, tokenizer)
-    return tokenizer, train, evaluation
+        text = Text(tokenizer, *load_splits(arguments, tokenizer))
+    if training.chat_template is not None:
+        tokenizer.chat_template = read_template(training.chat_template)  # saved with the student
+    return text
 
 
 def load_tokenizer(models: ModelArguments) -> PreTrainedTokenizerBase:
@@ -42,27 +59,37 @@ def load_tokenizer(models: ModelArguments) -> PreTrainedTokenizerBase:
     raise ValueError("tokenizer_name is missing; it is needed where neither student nor teacher brings a tokenizer")
 
 
-def load_splits(data: DataArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Dataset]:
-    """Return (training, evaluation) blocks."""
+def load_splits(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, Any, dict[str, Counts]]:
+    """Return rows to train on, rows to evaluate on, and what became of the raw ones."""
+    data, options = arguments.data, arguments.training.data_options
 
-    def blocks(key: str) -> Dataset:
+    def read(key: str) -> tuple[str, Any]:
         value = getattr(data, key)
         if key.endswith("file"):
-            what, documents = f"{key} {value!r}", read_files(key, value)
-        else:
-            what = f"dataset_name {data.dataset_name!r}, split {value!r}"
-            documents = read_dataset(key, data.dataset_name or "", data.dataset_config_name, value)
-        return load_blocks(what, documents, tokenizer, data.max_length, data.text_column)
+            return f"{key} {value!r}", read_files(key, value)
+        documents = read_dataset(key, data.dataset_name or "", data.dataset_config_name, value)
+        return f"dataset_name {data.dataset_name!r}, split {value!r}", documents
 
-    train = blocks("train_file" if data.train_file is not None else "dataset_split")
-    for key in ("eval_file", "eval_dataset_split"):
-        if getattr(data, key) is not None:
-            return train, blocks(key)
-    return hold_out(train, data.eval_fraction)
+    def rows(what: str, documents: Any) -> tuple[Any, Counts]:
+        return tokenize_dataset(documents, tokenizer, argument=what, **options)
+
+    what, documents = read("train_file" if data.train_file is not None else "dataset_split")
+    named = next((key for key in ("eval_file", "eval_dataset_split") if getattr(data, key) is not None), None)
+    if named is not None:
+        (train, counts), (evaluation, others) = rows(what, documents), rows(*read(named))
+    elif options["packing"] is None and kind_of(what, columns_of(documents), options["text_column"]) == "text":
+        train, counts = rows(what, documents)
+        train, evaluation = hold_out(train, data.eval_fraction)
+        counts = counts.of_blocks(train, options["max_length"])
+        others = Counts(argument=f"{what}, held out").of_blocks(evaluation, options["max_length"])
+    else:  # rows before they are packed, by length
+        train, held_out = hold_out(documents, data.eval_fraction)
+        (train, counts), (evaluation, others) = rows(what, train), rows(f"{what}, held out", held_out)
+    return train, evaluation, {"train": counts, "eval": others}
 
 
-def check_positions(which: str, model: PreTrainedModel, max_length: int) -> None:
-    """Raise DataError where blocks have more tokens than the model has positions."""
+def check_positions(which: str, model: PreTrainedModel, max_length: int | None) -> None:
+    """Raise DataError where rows may have more tokens than the model has positions."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and max_length > limit:
+    if limit is not None and max_length is not None and max_length > limit:
         raise DataError(f"max_length={max_length} is more than the {limit} positions the {which} has; lower it")

@@ -11,7 +11,7 @@ trainer.py   KDTrainer                     fsdp.py         sharding
 metrics.py   means for logs, memory        callbacks.py    health in words, the progress bar
 nan_guard.py stop at NaN                   diagnostics.py  what a log tells
 durable/     runs that survive kills       cache/          a teacher run once
-data/        text to blocks, columns, packed rows, tokenizers
+data/        text, completions and chats to rows and batches, tokenizers
 """
 
 import importlib
@@ -26,6 +26,7 @@ except ImportError as error:
 from kdfast.training.cache import CachedBlocks, CacheError, TeacherCache, cache_teacher
 from kdfast.training.callbacks import Finding, HealthCallback
 from kdfast.training.config import KDConfig
+from kdfast.training.data.chat import tokenize_dataset
 from kdfast.training.diagnostics import HealthThresholds
 from kdfast.training.durable.errors import (
     CheckpointWriteError,
@@ -67,6 +68,7 @@ __all__ = [
     "load_teacher",
     "shift_labels",
     "small_models",
+    "tokenize_dataset",
 ]
 
 

@@ -46,10 +46,12 @@ NUMBERS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "an int > 0": (lambda x: x > 0 and x == int(x), (
         "cache_samples", "cache_top_k", "cache_shard_tokens",
         "scratch_bytes", "valid_vocab", "compressed_rank", "calibration_tokens", "max_skipped_steps",
+        "max_length", "dataset_num_proc",
     )),
     "an int ≥ 0": (lambda x: x >= 0 and x == int(x), ("projector_resolve_steps",)),
 }  # fmt: skip
 CHOICES = {
+    "truncation_mode": ("keep_start", "keep_end"),
     "teacher_grad": ("full", "projector", "none"),
     "projector_init": get_args(ProjectorStart),
     "student_init": get_args(StudentStart),
@@ -60,6 +62,12 @@ CHOICES = {
     "cache_dtype": ("float16", "float32"),
     "vocab": ("error", "truncate"),
 }
+
+# what `tokenize_dataset` takes of the settings
+DATA = (
+    "max_length", "truncation_mode", "packing", "completion_only_loss", "assistant_only_loss", "chat_template",
+    "text_column", "dataset_num_proc",
+)  # fmt: skip
 
 
 def _field(default: Any, help: str) -> Any:
@@ -118,6 +126,17 @@ class KDConfig(TrainingArguments):
     valid_vocab: int | None = _field(None, "Ids from here on are padding rows; None = as the tokenizer says, or none.")
     vocab: str = _field("error", "For heads of other sizes: error, or truncate: KD on the first ids, which both have.")
 
+    max_length: int | None = _field(1024, "Tokens in a row at most; of a block of text.")
+    truncation_mode: str = _field("keep_start", "What is kept of a longer row: keep_start or keep_end.")
+    packing: bool | None = _field(
+        None, "Whole rows, as many as fit, in one; false: padded rows. None = false, but text is cut into blocks."
+    )
+    completion_only_loss: bool | None = _field(None, "No label on the prompt. None = where there is a completion.")
+    assistant_only_loss: bool = _field(False, "Labels on what the assistant says alone; a template with generation.")
+    chat_template: str | None = _field(None, "A Jinja template or its file; None = the tokenizer's.")
+    text_column: str = _field("text", "The column that holds the text.")
+    dataset_num_proc: int | None = _field(None, "Processes that tokenize.")
+
     precompute_teacher_log_probs: bool | None = _field(
         None, "Run the teacher once over the training text, before the first step. None = where the text comes again."
     )
@@ -171,6 +190,11 @@ class KDConfig(TrainingArguments):
         if given.get("ce_weight") == 0:
             given.setdefault("kd_until", 1.0)  # a recipe's own would leave nothing to learn from after it
         return replace(found, **given)
+
+    @property
+    def data_options(self) -> dict[str, Any]:
+        """Return the arguments of `tokenize_dataset` that are settings."""
+        return {name: getattr(self, name) for name in DATA}
 
     def cache_options(self, temperatures: Sequence[float], method: str = "sample") -> dict[str, Any]:
         """Return the arguments of `cache_teacher` that are settings; `temperatures` and `method` where none are set."""

@@ -35,7 +35,9 @@ from kdfast.training.cache.precompute import Precomputation
 from kdfast.training.cache.read import cached_blocks, check_datasets
 from kdfast.training.callbacks import HealthCallback
 from kdfast.training.config import KDConfig
-from kdfast.training.data.columns import MEDIA, by_name, check_columns, check_names, names_of
+from kdfast.training.data.chat import Counts, is_raw_text, read_template, tokenize_dataset
+from kdfast.training.data.columns import MEDIA, by_name, check_columns, check_names, media_columns, names_of
+from kdfast.training.data.packing import PaddingCollator
 from kdfast.training.data.rows import Collator
 from kdfast.training.data.tokenizers import check_tokens, find_valid_vocab, own_tokenizer, text_tokenizer, tokenizer_of
 from kdfast.training.durable import processes, resume
@@ -97,7 +99,8 @@ class KDTrainer(DurableTrainer):
             `PeftModel.from_pretrained(base, output_dir)` reads it, and `kdfast merge` makes a whole model of it.
         train_dataset, eval_dataset, processing_class, data_collator, callbacks, optimizers: as in Trainer. A tokenizer
             beside the weights of student or teacher must have processing_class's tokens (special ones by whatever
-            name). The default collator neither makes nor pads labels. With a `TeacherCache`'s data sets the recipe is
+            name). Without a data_collator rows of text, prompt and completion, or messages are tokenized as
+            `tokenize_dataset` does, and batches padded, labels too. With a `TeacherCache`'s data sets the recipe is
             "cached".
         kd_weight_schedule, temperature_schedule: callables of progress in [0, 1] in place of the recipe's.
         others: none is taken; TypeError says what to do in place of other trainers', such as compute_metrics.
@@ -111,6 +114,7 @@ class KDTrainer(DurableTrainer):
 
     model: DistillationModel
     args: KDConfig
+    counts: dict[str, Counts]  # what became of the rows that were tokenized, by data set
 
     def __init__(
         self,
@@ -146,6 +150,15 @@ class KDTrainer(DurableTrainer):
                 f"{args.n_gpu} GPUs are visible to one process, which would be nn.DataParallel; not supported. Start "
                 "with torchrun or accelerate launch, or show one GPU: CUDA_VISIBLE_DEVICES=0"
             )
+        collator, self.counts = data_collator, {}
+        if data_collator is None:
+            data_collator = PaddingCollator(getattr(processing_class, "tokenizer", processing_class))
+            student = model.student if isinstance(model, DistillationModel) else model
+            with args.main_process_first(desc="tokenizing"):
+                train_dataset, eval_dataset = (
+                    self._tokenized(name, dataset, processing_class, student, args)
+                    for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset))
+                )
         datasets = by_name(train_dataset=train_dataset, eval_dataset=eval_dataset)
         choice: Choice | None = None
         wrapped_here = not isinstance(model, DistillationModel)
@@ -161,7 +174,7 @@ class KDTrainer(DurableTrainer):
             if model.teacher is not None:
                 check_tokens("teacher", processing_class, own_tokenizer(model.teacher), model.valid_vocab)
         check_adapter(model.student)
-        check_columns(datasets, args.remove_unused_columns and data_collator is None)
+        check_columns(datasets, args.remove_unused_columns and collator is None)
         check_datasets(model, datasets, temperature_schedule)
         own = type(self).evaluate is KDTrainer.evaluate and type(self).evaluation_loop is KDTrainer.evaluation_loop
         packages = {one.on_evaluate.__module__.partition(".")[0] for one in callbacks or ()}
@@ -206,6 +219,19 @@ class KDTrainer(DurableTrainer):
         self.starts: list[Start] = []  # what was solved before the first step
         self.solve_seconds = 0.0  # that took
         self._start_run()
+
+    def _tokenized(self, argument: str, given: Any, processor: Any, student: Any, args: KDConfig) -> Any:
+        """Return a data set, or a dict of them, with rows of text, completions or chats tokenized."""
+        if isinstance(given, dict):
+            return {k: self._tokenized(f"{argument}[{k!r}]", one, processor, student, args) for k, one in given.items()}
+        if not is_raw_text(given, args.text_column) or media_columns(given):  # the latter are refused below
+            return given
+        if (tokenizer := text_tokenizer(processor, student)) is None:
+            raise ValueError(f"{argument} has text, and processing_class is None; expected its tokenizer")
+        rows, self.counts[argument] = tokenize_dataset(given, tokenizer, argument=argument, **args.data_options)
+        if args.chat_template is not None:
+            tokenizer.chat_template = read_template(args.chat_template)  # saved with the student
+        return rows
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator as Trainer does, with FSDP on CPUs too."""

@@ -168,7 +168,7 @@ def test_examples_are_valid(example):
 
 # what people type who come from TRL, axolotl or LLaMA-Factory: the key it is here, or no suggestion at all
 TYPED = {
-    **dict.fromkeys(["load_in_4bit", "load_in_8bit", "packing", "sample_packing", "lora_r", "lora_alpha", "use_peft"]),
+    **dict.fromkeys(["load_in_4bit", "load_in_8bit", "lora_r", "lora_alpha", "use_peft"]),
     **dict.fromkeys(["lmbda", "seq_kd", "bf16_full", "fp32", "use_vllm"]),
     **dict.fromkeys(["device_map", "attn_implementation", "trust_remote_code"], "model_init_kwargs"),
     "torch_dtype": "dtype",
@@ -184,6 +184,8 @@ TYPED = {
     "micro_batch_size": "per_device_train_batch_size",
     "num_epochs": "num_train_epochs",
     "dataset_text_field": "text_column",
+    "sample_packing": "packing",
+    "chat_template_path": "chat_template",
     "weight_decy": "weight_decay",
     "accumulation_steps": "gradient_accumulation_steps",
     "per_device_batch_size": "per_device_train_batch_size",

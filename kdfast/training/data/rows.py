@@ -82,7 +82,7 @@ class Collator:
         batch = _without_empty_mask(dict(batch) if isinstance(batch, Row) else batch)
         if unseen := [name for row in given if isinstance(row, Row) for name in row.unseen()]:
             raise ValueError(unread("the data set", unseen[0]))
-        documents = [sum(n > 0 for n in _lengths(row)) for row in rows if isinstance(row, dict)]
+        documents = [sum(n > 0 for n in lengths_of(row)) for row in rows if isinstance(row, dict)]
         if max(documents, default=0) > 1 and _segments(batch) < sum(documents):
             raise ValueError(
                 f"the data set's rows are packed of several documents ({PACKED}), and the batches of data_collator "
@@ -121,13 +121,13 @@ def _segments(batch: dict[str, Any]) -> float:
 def inputs_of_row(row: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
     """Return a row's inputs among `names`; a packed row gets position_ids from its seq_lengths instead of a mask."""
     inputs = {name: row[name] for name in names if name in row}
-    if (lengths := _lengths(row)) and "position_ids" not in row:
+    if (lengths := lengths_of(row)) and "position_ids" not in row:
         inputs.pop("attention_mask", None)
         inputs["position_ids"] = torch.cat([torch.arange(n) for n in lengths])
     return inputs
 
 
-def _lengths(row: dict[str, Any]) -> list[int]:
+def lengths_of(row: dict[str, Any]) -> list[int]:
     """Return the lengths of the documents that a row is packed of; none where its column of that name is another."""
     lengths: Any = row.get(PACKED)
     lengths = lengths.tolist() if hasattr(lengths, "tolist") else lengths

@@ -5,15 +5,13 @@ row (`text_column`); every other file is plain text and one document, with its l
 without special tokens, each is closed by the end-of-text token, and the stream is cut into blocks of `max_length`;
 nothing is padded, so every position of a block is trained on, and a block may begin inside a document. `labels` are
 the `input_ids`; nothing is shifted here. What is left over at the end of every 1000 documents, less than one block,
-is dropped.
-
-Not here: streaming, mixtures of sources, chat templates, masks at document boundaries.
+is dropped. chat.py has rows that are no text, and text whose documents are kept apart.
 """
 
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,29 +34,50 @@ class DataError(ValueError):
     """The data named by an argument is missing, empty, or not what the argument says."""
 
 
+def columns_of(dataset: Any) -> list[str]:
+    """Return the names of a data set's columns; those of a stream's first row, where it does not know them."""
+    return list(dataset.column_names or next(iter(dataset), ()))
+
+
+def map_rows(dataset: Any, function: Callable[..., Any], desc: str, num_proc: int | None = None, **options: Any) -> Any:
+    """Return `dataset.map(function, **options)`; a stream takes no progress bar and no processes."""
+    if hasattr(dataset, "__len__"):
+        options |= {"desc": desc, "num_proc": num_proc}
+    return dataset.map(function, **options)
+
+
 def load_blocks(
-    argument: str, documents: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, text_column: str = "text"
-) -> Dataset:
+    argument: str,
+    documents: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    text_column: str = "text",
+    num_proc: int | None = None,
+) -> Any:
     """Pack documents into blocks: columns `input_ids` and `labels`, `max_length` ids each.
 
     `argument` is what an error names: the argument the documents came from, with its value.
     """
-    if text_column not in documents.column_names:
+    columns = columns_of(documents)
+    if text_column not in columns:
         raise DataError(
-            f"{argument} has no column {text_column!r}; its columns are {', '.join(documents.column_names)}. "
-            f"Set text_column{did_you_mean(text_column, documents.column_names)}"
+            f"{argument} has no column {text_column!r}; its columns are {', '.join(columns)}. "
+            f"Set text_column{did_you_mean(text_column, columns)}"
         )
+    if max_length is None:
+        raise DataError("max_length=None; expected the number of tokens of a block of text, or packing=False")
     if media := media_columns(documents):
         raise DataError(
             f"{argument} has the column {media[0]!r}, which holds more than text, and only text is read here. Leave "
             "the column out of the data; to train on it, use KDTrainer with a collator that makes the model's inputs"
         )
-    if "teacher_indices" in documents.column_names:
+    if "teacher_indices" in columns:
         raise DataError(
             f"{argument} has a column 'teacher_indices', which is lost where text is packed into blocks. Remove it, or "
             "train on rows of tokens with a teacher's entries in Python: KDTrainer(…, KDConfig(teacher_tail=…))"
         )
-    if (kind := str(getattr(documents.features[text_column], "dtype", "no text"))) not in TEXT_TYPES:
+    feature = (documents.features or {}).get(text_column)
+    if feature is not None and (kind := str(getattr(feature, "dtype", "no text"))) not in TEXT_TYPES:
         raise DataError(f"{argument}: its column {text_column!r} holds {kind}, expected text. Set text_column.")
     if tokenizer.eos_token_id is None:
         raise DataError(
@@ -79,10 +98,9 @@ def load_blocks(
         blocks = list(np.array(stream[: n_blocks * max_length], dtype=np.int32).reshape(n_blocks, max_length))
         return {"input_ids": blocks, "labels": blocks}
 
-    blocks = documents.map(
-        pack, batched=True, batch_size=1000, remove_columns=documents.column_names, desc=f"Tokenizing {argument}"
-    )
-    if len(blocks) == 0:
+    options = {"batched": True, "batch_size": 1000, "remove_columns": columns}
+    blocks = map_rows(documents, pack, f"Tokenizing {argument}", num_proc, **options)
+    if hasattr(blocks, "__len__") and len(blocks) == 0:
         raise DataError(
             f"{argument} holds {len(documents)} document(s) and not one full block of max_length={max_length} "
             "tokens. Give it more text, or lower max_length."

@@ -1,0 +1,396 @@
+"""Rows of prompts with completions, of chats, or of one text each, to token ids and labels.
+
+prompt, completion  {"prompt": "…", "completion": "…"}, or a list of messages each; the completion counts
+messages            {"messages": [{"role": "user", "content": "…"}, …]}; every token counts, or what the assistant says
+text                {"text": "…"}; every token counts
+
+Ids and labels are those of TRL's SFTTrainer: a plain completion or text ends with the end-of-text token, messages go
+through the chat template, and a completion begins where its ids differ from those of the prompt alone. A row that
+teaches nothing is skipped, counted and reported.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from itertools import takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdfast._version import __version__
+from kdfast.inputs import did_you_mean
+from kdfast.training.data.columns import media_columns
+from kdfast.training.data.packing import pack
+from kdfast.training.data.text import DataError, columns_of, load_blocks, map_rows
+from kdfast.training.durable.errors import first_line
+from kdfast.training.durable.processes import print_once
+from kdfast.training.hf import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+    from transformers import PreTrainedTokenizerBase
+
+GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+MARKS = re.compile(r"<[|｜][^\s|｜<>]{1,40}[|｜]>|<(?:start|end)_of_[a-z_]+>")  # special tokens by their look
+PROBE = "kdfast-probe"
+
+
+@dataclass
+class Counts:
+    """What became of a data set's rows: `skipped` by reason, tokens and targets of those that are kept."""
+
+    rows: int = 0
+    tokens: int = 0
+    targets: int = 0
+    truncated: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+    argument: str = ""
+
+    def __str__(self) -> str:
+        reasons = ", ".join(f"{number} {reason}" for reason, number in sorted(self.skipped.items()))
+        notes = f", {sum(self.skipped.values())} skipped ({reasons})" if reasons else ""
+        notes += f", {self.truncated} cut to max_length" if self.truncated else ""
+        return f"{self.argument}: {self.rows} rows{notes}; {self.tokens:,} tokens, {self.targets:,} of them targets"
+
+    def keep(self, row: dict[str, Any]) -> bool:
+        """Count a row of a stream; return whether it is trained on, and say so the first time one is not."""
+        reason = row["skipped"]
+        if reason and reason not in self.skipped:
+            print_once(f"{self.argument}: rows are skipped: {reason}")
+        self.add([reason], [row["truncated"]], [row["tokens"]], [row["targets"]])
+        return not reason
+
+    def add(
+        self, skipped: Iterable[str], truncated: Iterable[bool], tokens: Iterable[int], targets: Iterable[int]
+    ) -> None:
+        """Count rows by what `Encoder` says of them."""
+        reasons = Counter(skipped)
+        self.rows += reasons.total()
+        for reason in filter(None, reasons):
+            self.skipped[reason] = self.skipped.get(reason, 0) + reasons[reason]
+        self.truncated += sum(truncated)
+        self.tokens += sum(tokens)
+        self.targets += sum(targets)
+
+    def of_blocks(self, blocks: Any, length: int) -> Counts:
+        """Return the counts of blocks of one length, each a row; a stream's are not known."""
+        n = len(blocks) if hasattr(blocks, "__len__") else 0
+        return replace(self, rows=n, tokens=n * length, targets=n * (length - 1))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what a summary keeps."""
+        return asdict(self)
+
+
+def tokenize_dataset(
+    dataset: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None = 1024,
+    truncation_mode: str = "keep_start",
+    packing: bool | None = None,
+    completion_only_loss: bool | None = None,
+    assistant_only_loss: bool = False,
+    chat_template: str | None = None,
+    text_column: str = "text",
+    dataset_num_proc: int | None = None,
+    argument: str = "dataset",
+) -> tuple[Any, Counts]:
+    """Return rows that `KDTrainer` trains on, and what became of the raw ones.
+
+        rows, counts = tokenize_dataset(dataset, tokenizer, max_length=2048, assistant_only_loss=True)
+
+    Args:
+        dataset: a `datasets.Dataset`, or an `IterableDataset`, whose rows are counted as they come. Columns `messages`,
+            `prompt` and `completion`, or `text`; `tools` and `chat_template_kwargs` go to the template.
+        tokenizer: of student and teacher.
+        max_length: tokens per row at most; None = no limit.
+        truncation_mode: what a longer row keeps: "keep_start" or "keep_end".
+        packing: True: whole rows, as many as fit, in one of `max_length`, and apart in it (`seq_lengths`); False: a row
+            each. None: False, but text is joined by the end-of-text token and cut into blocks.
+        completion_only_loss: labels of the prompt are −100. None = where there is a completion.
+        assistant_only_loss: labels of what the assistant does not say are −100; by `{% generation %}` in the template.
+        chat_template: a Jinja template, or a file that holds one; None = the tokenizer's.
+        text_column: the column that holds text.
+        dataset_num_proc: processes that tokenize.
+        argument: what errors call the data set.
+
+    Returns:
+        Columns input_ids and labels (not shifted); seq_lengths where rows are packed. The collator of `KDTrainer` pads.
+
+    Raises DataError, a ValueError: columns of no kind or of two, options that do not fit them, a template that is
+    missing, refuses a row, has no marks or does not belong to the tokenizer, no row left to train on.
+    """
+    columns = columns_of(dataset)
+    kind = kind_of(argument, columns, text_column)
+    if media := media_columns(dataset):
+        raise DataError(
+            f"{argument} has the column {media[0]!r}, which holds more than text, and only text is read here. Leave "
+            "the column out of the data; to train on it, use KDTrainer with a collator that makes the model's inputs"
+        )
+    if "teacher_indices" in columns:
+        raise DataError(
+            f"{argument} has a column 'teacher_indices', which is lost where text is tokenized. Remove it, or "
+            "train on rows of tokens with a teacher's entries in Python: KDTrainer(…, KDConfig(teacher_tail=…))"
+        )
+    if completion_only_loss and kind != "completion":
+        raise DataError(
+            f"completion_only_loss=True, and {argument} has no columns prompt and completion. Leave it out; of "
+            "messages assistant_only_loss trains on what the assistant says"
+        )
+    counts = Counts(argument=argument)
+    if kind == "text" and packing is None:
+        if assistant_only_loss:
+            raise DataError(NOT_A_CHAT.format(argument=argument))
+        blocks = load_blocks(argument, dataset, tokenizer, max_length, text_column, dataset_num_proc)
+        return blocks, counts.of_blocks(blocks, max_length or 0)
+    if packing and max_length is None:
+        raise DataError("packing=True and max_length=None; expected the number of tokens that rows are packed into")
+    template = None if chat_template is None else read_template(chat_template)
+    encoder = Encoder(
+        argument, kind, tokenizer, text_column, max_length, truncation_mode, completion_only_loss is not False,
+        assistant_only_loss, template,
+    )  # fmt: skip
+    encoder.check(next(iter(dataset), None))
+    rows = map_rows(
+        dataset, encoder, f"Tokenizing {argument}", dataset_num_proc,
+        with_indices=True, remove_columns=columns, features=_features(),
+    )  # fmt: skip
+    notes = ["skipped", "truncated", "tokens", "targets"]
+    if not hasattr(rows, "__len__"):
+        rows = rows.filter(counts.keep).remove_columns(notes)
+    else:
+        counts.add(*(rows[note] for note in notes))
+        kept = [i for i, reason in enumerate(rows["skipped"]) if not reason]
+        if not kept:
+            raise DataError(f"{counts}; nothing is left to train on")
+        rows = (rows if len(kept) == len(rows) else rows.select(kept)).remove_columns(notes)
+        print_once(str(counts))
+    return (pack(rows, max_length, argument, dataset_num_proc) if packing and max_length else rows), counts
+
+
+def kind_of(argument: str, columns: Iterable[str], text_column: str = "text") -> str:
+    """Return "messages", "completion" or "text", as the columns say. Raise DataError where they say none or two."""
+    columns = list(columns)
+    kinds = {"messages": ["messages"], "completion": ["prompt", "completion"], "text": [text_column]}
+    found = [kind for kind, names in kinds.items() if set(names) <= set(columns)]
+    if "text" in found and text_column != "text":  # asked for by name
+        return "text"
+    if len(found) > 1:
+        first, second = (" and ".join(kinds[kind]) for kind in found[:2])
+        raise DataError(
+            f"{argument} has columns of two kinds, {first}, and {second}; expected one. Remove those that are not to "
+            f"be trained on: dataset.remove_columns({kinds[found[1]]})"
+        )
+    if not found:
+        raise DataError(
+            f"{argument} has no column {text_column!r}; its columns are {', '.join(columns)}. Expected messages, "
+            f"prompt and completion, or text: set text_column{did_you_mean(text_column, columns)}"
+        )
+    return found[0]
+
+
+def is_raw_text(dataset: Any, text_column: str = "text") -> bool:
+    """Return whether it is a data set of `datasets` with rows of text, completions or chats and without token ids."""
+    from datasets import Dataset, IterableDataset
+
+    if not isinstance(dataset, Dataset | IterableDataset):
+        return False
+    columns = {*columns_of(dataset)}
+    return "input_ids" not in columns and bool(columns & {"messages", "completion", text_column})
+
+
+NOT_A_CHAT = (
+    "assistant_only_loss=True, and {argument} has plain text, in which nobody speaks. Leave it out, or give messages: "
+    "lists of {{'role': …, 'content': …}}"
+)
+
+
+def read_template(given: str) -> str:
+    """Return the Jinja template that `given` is, or that the file of that name holds. Raise DataError for neither."""
+    if "{%" in given or "{{" in given:
+        return given
+    try:
+        return Path(given).expanduser().read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"chat_template={given!r} is no Jinja template ({{% … %}}), and no file that can be read: "
+            f"{first_line(error)}"
+        ) from error
+
+
+@dataclass
+class Encoder:
+    """Turn one row into ids, labels, and why it is skipped. An object, so that `datasets` finds what it kept of it."""
+
+    argument: str
+    kind: str
+    tokenizer: PreTrainedTokenizerBase
+    text_column: str
+    max_length: int | None
+    truncation_mode: str
+    completion_only_loss: bool
+    assistant_only_loss: bool
+    chat_template: str | None
+    version: str = __version__
+    roles: set[str] = field(default_factory=set)  # that the template is known to write out
+
+    def check(self, row: dict[str, Any] | None) -> None:
+        """Raise DataError where tokenizer, template and options do not go together for rows like this first one."""
+        column = {"messages": "messages", "completion": "completion", "text": self.text_column}[self.kind]
+        chat = self.kind == "messages" or isinstance((row or {}).get(column), list)
+        if not chat:
+            if self.assistant_only_loss:
+                raise DataError(NOT_A_CHAT.format(argument=self.argument))
+            if self.tokenizer.eos_token is None:
+                raise DataError(
+                    f"the tokenizer {self.tokenizer.name_or_path!r} has no end-of-text token, which closes every "
+                    "text and completion here. Set its eos_token and save it again"
+                )
+            return
+        name = repr(self.tokenizer.name_or_path)
+        try:
+            template = self.tokenizer.get_chat_template(self.chat_template, (row or {}).get("tools"))
+        except ValueError as error:
+            raise DataError(
+                f"{self.argument} has messages, and the tokenizer {name} has no chat template for them "
+                f"({first_line(error)}). Set chat_template to a file or a Jinja template"
+            ) from error
+        if self.assistant_only_loss and not GENERATION.search(template):
+            raise DataError(
+                "assistant_only_loss=True, and the chat template has no {% generation %} … {% endgeneration %} around "
+                "what the assistant says, so its tokens cannot be told from the others. Add the two marks to a copy of "
+                "the template and give that as chat_template, or leave assistant_only_loss out"
+            )
+        vocabulary = self.tokenizer.get_vocab()
+        if absent := sorted({mark for mark in MARKS.findall(template) if mark not in vocabulary}):
+            what = f"{', '.join(absent)} of the chat template are no tokens of the tokenizer {name}"
+            own = self.tokenizer.chat_template
+            if self.chat_template is not None and not (isinstance(own, str) and {*absent} <= {*MARKS.findall(own)}):
+                raise DataError(
+                    f"{what}: the template belongs to another one. Take this tokenizer's own, or add them to it "
+                    "(add_special_tokens) and rows for them to both models (resize_token_embeddings)"
+                )
+            print_once(f"{self.argument}: {what}, and are written as ordinary text")
+
+    def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
+        """Return input_ids, labels and notes. Raise DataError, naming the row, for one that cannot be read."""
+        where = f"{self.argument}, row {index}"
+        encode = {"messages": self._messages, "completion": self._completion, "text": self._text}[self.kind]
+        ids, counted, reason = encode(row, where)
+        kept = slice(None)
+        if self.max_length is not None:
+            kept = slice(self.max_length) if self.truncation_mode == "keep_start" else slice(-self.max_length, None)
+        truncated = len(ids[kept]) < len(ids)
+        if not reason and not any(counted[kept][1:]):
+            reason = "no target within max_length" if any(counted[1:]) else "no target"
+        ids, counted = ([], []) if reason else (ids[kept], counted[kept])
+        labels = [token if counts else IGNORE_INDEX for token, counts in zip(ids, counted, strict=True)]
+        notes = {"skipped": reason, "truncated": truncated and not reason}
+        return {"input_ids": ids, "labels": labels, **notes, "tokens": len(ids), "targets": sum(counted[1:])}
+
+    def _text(self, row: dict[str, Any], where: str) -> tuple[list[int], list[bool], str]:
+        text = row[self.text_column]
+        if not text:
+            return [], [], "empty text"
+        if not isinstance(text, str):
+            raise DataError(f"{where}: {self.text_column} is {type(text).__name__}; expected text")
+        ids = self._ids(text, closed=True)
+        return ids, [True] * len(ids), ""
+
+    def _completion(self, row: dict[str, Any], where: str) -> tuple[list[int], list[bool], str]:
+        prompt, completion = row["prompt"], row["completion"]
+        if not completion:
+            return [], [], "empty completion"
+        if isinstance(prompt, str) and isinstance(completion, str):
+            alone, ids = self._ids(prompt), self._ids(prompt + completion, closed=True)
+            counted = [True] * len(ids)
+        elif isinstance(prompt, list) and isinstance(completion, list):
+            if reason := _lacks_answer(completion, where):
+                return [], [], reason
+            _lacks_answer(prompt, where)
+            alone, _ = self._chat(prompt, row, where, add_generation_prompt=True)
+            ids, counted = self._chat(prompt + completion, row, where)
+        else:
+            kinds = " and ".join(type(one).__name__ for one in (prompt, completion))
+            raise DataError(f"{where}: prompt and completion are {kinds}; expected both text, or both messages")
+        if self.completion_only_loss:
+            same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(alone, ids, strict=False)))
+            counted = [counts and i >= same for i, counts in enumerate(counted)]
+        return ids, counted, ""
+
+    def _messages(self, row: dict[str, Any], where: str) -> tuple[list[int], list[bool], str]:
+        messages = row["messages"] or []
+        if reason := _lacks_answer(messages, where):
+            return [], [], reason
+        ids, counted = self._chat(messages, row, where)
+        return ids, counted, ""
+
+    def _ids(self, text: str, *, closed: bool = False) -> list[int]:
+        end = str(self.tokenizer.eos_token)
+        return self.tokenizer(text + end if closed and not text.endswith(end) else text, verbose=False)["input_ids"]
+
+    def _chat(
+        self, messages: list[dict[str, Any]], row: dict[str, Any], where: str, *, add_generation_prompt: bool = False
+    ) -> tuple[list[int], list[bool]]:
+        """Return the ids of messages, and which of them count."""
+        tools = row.get("tools")
+        options = {
+            "chat_template": self.chat_template,
+            "tools": json.loads(tools) if isinstance(tools, str) else tools,
+            **(row.get("chat_template_kwargs") or {}),
+        }
+        masked = self.assistant_only_loss and not add_generation_prompt
+        try:
+            for i, message in enumerate(messages):
+                self._check_role(messages, i, where, **options) if message["role"] not in self.roles else None
+            encoded = self.tokenizer.apply_chat_template(
+                messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=masked,
+                add_generation_prompt=add_generation_prompt, **options,
+            )  # fmt: skip
+        except DataError:
+            raise
+        except Exception as error:  # of many classes: the template's own, and Jinja's
+            roles = ", ".join(str(message["role"]) for message in messages)
+            raise DataError(
+                f"{where}: the chat template refuses its messages, of {roles}: {first_line(error)}. Mend the row, or "
+                "filter such rows out"
+            ) from error
+        ids = encoded["input_ids"]
+        return ids, [bool(one) for one in encoded["assistant_masks"]] if masked else [True] * len(ids)
+
+    def _check_role(self, messages: list[dict[str, Any]], i: int, where: str, **options: Any) -> None:
+        """Raise DataError where the template writes nothing of the message: many pass over roles they do not know."""
+        role = messages[i]["role"]
+        if not isinstance(messages[i].get("content"), str):  # parts, or a call of a tool
+            return
+        changed = [*messages[:i], {**messages[i], "content": PROBE}, *messages[i + 1 :]]
+        if PROBE not in str(self.tokenizer.apply_chat_template(changed, tokenize=False, **options)):
+            raise DataError(
+                f"{where}: the chat template writes nothing of a message of the role {role!r}. Rename the role to one "
+                "it knows, such as system, user or assistant, or remove such messages"
+            )
+        self.roles.add(role)
+
+
+def _lacks_answer(messages: Any, where: str) -> str:
+    """Return why an assistant's answer is not in messages, "" where it is. Raise DataError where they are none."""
+    if not all(isinstance(one, dict) and isinstance(one.get("role"), str) for one in messages):
+        raise DataError(f"{where}: expected messages, a list of {{'role': …, 'content': …}}")
+    answers = [one for one in messages if one["role"] == "assistant"]
+    if not answers:
+        return "no assistant turn"
+    said = (one.get(name) for one in answers for name in ("content", "tool_calls", "reasoning_content"))
+    return "" if any(said) else "empty completion"
+
+
+def _features() -> Any:
+    from datasets import Features, List, Value
+
+    ids, number = List(Value("int32")), Value("int64")
+    return Features(
+        input_ids=ids, labels=ids, skipped=Value("string"), truncated=Value("bool"), tokens=number, targets=number
+    )

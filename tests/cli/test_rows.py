@@ -1,0 +1,74 @@
+"""`kdfast distill` on completions and chats."""
+
+import json
+
+import pytest
+import yaml
+from transformers import AutoTokenizer
+
+from kdfast.training import KDTrainer
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' %}{% generation %}{{ m.content }}\n"
+    "{% endgeneration %}{% else %}{{ m.content }}\n{% endif %}{% endfor %}"
+)
+ROWS = {
+    "completion": [{"prompt": f"{i} + 1 = ", "completion": str(i + 1) if i % 10 else ""} for i in range(40)],
+    "messages": [
+        {"messages": [{"role": role, "content": said} for role, said in turns[: i % 10 + 1]]}
+        for i in range(40)
+        for turns in [[("user", f"{i}+1?"), ("assistant", str(i + 1))]]
+    ],
+}
+OPTIONS = {"completion": {}, "messages": {"assistant_only_loss": True, "chat_template": "template.jinja"}}
+
+
+@pytest.fixture
+def rows(place):
+    """The current directory; c.yaml asks for a run on one of the files there, whose every tenth row teaches nothing."""
+    (place / "template.jinja").write_text(TEMPLATE)
+
+    def configure(kind, **options):
+        (place / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[kind]))
+        config = yaml.safe_load((place / "config.yaml").read_text())
+        options = {"recipe": "teacher_head", "train_file": f"{kind}.jsonl", "eval_fraction": 0.25, **options}
+        (place / "c.yaml").write_text(yaml.safe_dump({**config, **OPTIONS[kind], **options}))
+        return place
+
+    return configure
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("kind", ROWS)
+def test_a_run_on_rows_that_are_no_text(rows, kdfast, kind, packing):
+    place = rows(kind, packing=packing)
+    code, out, err = kdfast("distill", "c.yaml", "--precompute_teacher_log_probs", "false")
+    assert code == 0, err
+    reason = {"completion": "empty completion", "messages": "no assistant turn"}[kind]
+    assert f"train_file '{kind}.jsonl': 30 rows, 3 skipped (3 {reason}); " in out
+    assert f"train_file '{kind}.jsonl', held out: 10 rows, 1 skipped (1 {reason}); " in out
+    summary = json.loads((place / "out/summary.json").read_text())
+    answers = [str(i + 1) for i in range(30, 40) if i % 10]
+    assert summary["eval_tokens"] == sum(len(answer) + 1 for answer in answers)  # what ends it is learned too
+    assert summary["data"]["train"]["skipped"] == {reason: 3}
+    saved = AutoTokenizer.from_pretrained(place / "out")
+    assert saved.chat_template == (TEMPLATE if kind == "messages" else None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "expected"),
+    [
+        ("messages", {"chat_template": None, "assistant_only_loss": None}, "has no chat template"),
+        ("messages", {"chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"}, "no {% generation %}"),
+        ("messages", {"chat_template": "none.jinja"}, "chat_template='none.jinja' is no Jinja template"),
+        ("completion", {"max_length": 5}, "27 no target within max_length"),
+        ("completion", {"truncation_mode": "left"}, "truncation_mode='left'; expected one of keep_start, keep_end"),
+    ],
+)
+def test_what_does_not_work_is_said(rows, kdfast, monkeypatch, kind, options, expected):
+    rows(kind, **options)
+    monkeypatch.setattr(KDTrainer, "train", lambda *args, **kwargs: pytest.fail("it trained"))
+    code, _, err = kdfast("distill", "c.yaml")
+    assert code == 2
+    assert expected in err
+    assert err.count("kdfast: ") == 1

@@ -1,0 +1,256 @@
+"""Prompts with completions, chats and texts: ids, labels, batches, every gradient, and what is refused or skipped."""
+
+import itertools
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import relative
+from chats import CHATML, KINDS, UNMARKED, VOCAB, assistant, chat_tokenizer, raw, user
+from datasets import Dataset
+from tiny_models import tiny
+from training_fixtures import config  # noqa: F401
+
+from kdfast.training import KDTrainer, tokenize_dataset
+from kdfast.training.data.packing import PaddingCollator, best_fit_decreasing
+from kdfast.training.data.text import DataError
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def learned(tokenizer, ids, labels):
+    """The runs of tokens with labels, decoded."""
+    runs = [list(group) for counts, group in itertools.groupby(zip(ids, labels, strict=True), lambda x: x[1] != -100)
+            if counts]  # fmt: skip
+    assert all(token == label for run in runs for token, label in run)
+    return [tokenizer.decode([token for token, _ in run]) for run in runs]
+
+
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_and_labels(kind, streams):
+    tokenizer, (_, options, texts, parts) = chat_tokenizer(), KINDS[kind]
+    data = raw(kind).to_iterable_dataset() if streams else raw(kind)
+    rows, counts = tokenize_dataset(data, tokenizer, **options)
+    rows = list(rows)
+    assert [tokenizer.decode(row["input_ids"]) for row in rows] == texts
+    assert [learned(tokenizer, row["input_ids"], row["labels"]) for row in rows] == parts
+    assert all(row.keys() == {"input_ids", "labels"} for row in rows)
+    assert (counts.rows, counts.skipped, counts.truncated) == (4, {}, 0)
+    assert counts.tokens == sum(len(row["input_ids"]) for row in rows)
+    assert counts.targets == sum(label != -100 for row in rows for label in row["labels"][1:])
+
+
+def alone(student, teacher, rows, tau=2.0, kd_weight=0.7):
+    """Loss and gradients over the rows one by one, from whole logits, the labels as they are."""
+    kd = ce = 0
+    n = sum(label != -100 for row in rows for label in row["labels"][1:])
+    for row in rows:
+        ids, targets = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"][1:])
+        counted = targets != -100
+        z = student(ids).logits[0, :-1][counted]
+        with torch.no_grad():
+            y = teacher(ids).logits[0, :-1][counted]
+        ce = ce + F.cross_entropy(z, targets[counted], reduction="sum") / n
+        kl = F.kl_div((z / tau).log_softmax(-1), (y / tau).log_softmax(-1), reduction="sum", log_target=True)
+        kd = kd + tau**2 * kl / n
+    loss = ce + kd_weight * kd
+    return loss, torch.autograd.grad(loss, list(student.parameters()))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_those_of_the_documents_alone(config, kind, family, packing, attention):  # noqa: F811
+    tokenizer, (_, options, _, _) = chat_tokenizer(), KINDS[kind]
+    data = Dataset.from_list(KINDS[kind][0] + KINDS[kind][0][:2])
+    student, teacher = (tiny(family, V=VOCAB, seed=i, width=16 * i, layers=2) for i in (1, 2))
+    for model in (student, teacher):
+        model.config.max_position_embeddings = 512
+        model.set_attn_implementation(attention)
+        if family == "gpt2":
+            positions = torch.randn(512, model.config.n_embd) * 0.3
+            model.transformer.wpe = torch.nn.Embedding.from_pretrained(positions, freeze=False)
+    rows = list(tokenize_dataset(data, tokenizer, max_length=256, **{**options, "packing": False})[0])
+    args = config(
+        recipe="teacher_head", per_device_train_batch_size=8, max_length=256, **{**options, "packing": packing}
+    )
+    trainer = KDTrainer(student, args, teacher=teacher, train_dataset=data, processing_class=tokenizer)
+    assert len(trainer.train_dataset) < len(rows) if packing else len(trainer.train_dataset) == len(rows)
+    (batch,) = trainer.get_train_dataloader()
+    loss = trainer.model(**batch).loss
+    found = torch.autograd.grad(loss, list(student.parameters()))
+    truth, right = alone(student, teacher, rows)
+    assert loss.item() == pytest.approx(truth.item(), rel=1e-6)
+    assert max(map(relative, found, right)) <= 1e-6
+
+
+def test_positions_and_labels_of_packed_rows():
+    rows = [{"input_ids": [1, 2, 3], "labels": [1, -100, 3]}, {"input_ids": [4, 5], "labels": [4, 5]}] * 2
+    packed, _ = tokenize_dataset(
+        Dataset.from_list([{"text": text} for text in ("abc", "de", "fg", "hij", "k")]),
+        chat_tokenizer(), packing=True, max_length=7,
+    )  # fmt: skip
+    assert packed["seq_lengths"] == [[4, 3], [3, 4], [2]]
+    batch = PaddingCollator(chat_tokenizer())(list(packed))
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2], [0, 1, 2, 0, 1, 2, 3], [0, 1, 0, 0, 0, 0, 0]]
+    assert (batch["labels"] == -100).tolist() == [
+        [True, False, False, False, True, False, False],
+        [True, False, False, True, False, False, False],
+        [True, False, True, True, True, True, True],
+    ]
+    assert batch.keys() == {"input_ids", "labels", "position_ids"}
+    batch = PaddingCollator()(rows)
+    assert batch["labels"].tolist() == [[1, -100, 3], [4, 5, -100]] * 2
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]] * 2
+
+
+def test_best_fit_decreasing_fills_the_fullest_bin():
+    assert best_fit_decreasing([5, 4, 3, 3, 2, 1], 8) == [[0, 2], [1, 3, 5], [4]]
+    lengths = torch.randint(1, 65, (500,), generator=torch.Generator().manual_seed(0)).tolist()
+    bins = best_fit_decreasing(lengths, 64)
+    assert sorted(i for some in bins for i in some) == list(range(500))
+    assert max(sum(lengths[i] for i in some) for some in bins) <= 64
+    assert len(bins) <= -(-sum(lengths) // 64) * 1.03
+
+
+MODES = [("keep_start", "2+2? 4<end>"[:6]), ("keep_end", "2+2? 4<end>"[2:])]
+
+
+@pytest.mark.parametrize(("mode", "text"), MODES)
+def test_truncation_keeps_the_side_that_is_asked_for(mode, text, capsys):
+    tokenizer, data = chat_tokenizer(), raw("completion")
+    rows, counts = tokenize_dataset(data, tokenizer, max_length=6 if mode == "keep_start" else 5, truncation_mode=mode)
+    assert tokenizer.decode(rows[0]["input_ids"]) == text
+    assert counts.truncated == len(rows)
+    if mode == "keep_start":  # prompts that are as long leave nothing to learn
+        assert counts.skipped == {"no target within max_length": 2}
+        assert "2 skipped (2 no target within max_length), 2 cut to max_length" in capsys.readouterr().out
+
+
+BAD = {
+    "no assistant turn": {"messages": [user("Hi")]},
+    "empty completion": {"messages": [user("Hi"), assistant("")]},
+}
+
+
+@pytest.mark.parametrize("assistant_only_loss", [False, True])
+def test_rows_that_teach_nothing_are_counted(assistant_only_loss, capsys):
+    data = Dataset.from_list([*BAD.values(), *KINDS["messages"][0], {"messages": []}])
+    rows, counts = tokenize_dataset(
+        data, chat_tokenizer(), assistant_only_loss=assistant_only_loss, argument="train_file 'x'"
+    )
+    assert (len(rows), counts.rows, counts.skipped) == (4, 7, {"no assistant turn": 2, "empty completion": 1})
+    said = capsys.readouterr().out
+    assert "train_file 'x': 7 rows, 3 skipped (1 empty completion, 2 no assistant turn); " in said
+    stream = tokenize_dataset(data.to_iterable_dataset(), chat_tokenizer(), argument="train_file 'x'")
+    assert len(list(stream[0])) == 4
+    assert stream[1].skipped == counts.skipped
+    assert "train_file 'x': rows are skipped: empty completion" in capsys.readouterr().out
+
+
+def test_empty_texts_and_completions_are_counted():
+    for rows in (
+        [{"prompt": "a", "completion": ""}, {"prompt": "a", "completion": None}, {"prompt": "", "completion": "b"}],
+        [{"prompt": [user("a")], "completion": []}, {"prompt": [user("a")], "completion": [assistant("")]},
+         {"prompt": [user("a")], "completion": [user("b")]}, *KINDS["chat completion"][0]],
+    ):  # fmt: skip
+        kept, counts = tokenize_dataset(Dataset.from_list(rows), chat_tokenizer())
+        assert len(kept) + sum(counts.skipped.values()) == len(rows)
+        assert counts.skipped["empty completion"] == 2
+    kept, counts = tokenize_dataset(Dataset.from_list([{"text": ""}, {"text": "a"}]), chat_tokenizer(), packing=False)
+    assert (len(kept), counts.skipped) == (1, {"empty text": 1})
+
+
+STRICT = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
+KNOWN = CHATML.replace("{% for message in messages %}", "{% for message in messages if message.role != 'critic' %}")
+OTHER = CHATML.replace("<|im_", "<|turn_")
+MESSAGES = KINDS["messages"][0]
+REFUSED = [
+    ([{"text": "a", **MESSAGES[0]}], {}, "columns of two kinds, messages, and text; expected one"),
+    ([{"prompt": "a", "completion": "b", "text": "c"}], {}, "columns of two kinds, prompt and completion, and text"),
+    ([{"prompt": "a"}], {}, "no column 'text'; its columns are prompt. Expected messages, prompt and completion, or"),
+    ([{"prompt": "a", "completion": [assistant("b")]}], {}, "row 0: prompt and completion are str and list"),
+    ([{"messages": [{"from": "human", "value": "a"}]}], {}, "row 0: expected messages, a list of"),
+    (MESSAGES, {"completion_only_loss": True}, "completion_only_loss=True, and x has no columns prompt and completion"),
+    ([{"text": "a"}], {"assistant_only_loss": True}, "assistant_only_loss=True, and x has plain text"),
+    ([{"prompt": "a", "completion": "b"}], {"assistant_only_loss": True}, "assistant_only_loss=True, and x has plain"),
+    (MESSAGES, {"assistant_only_loss": True, "chat_template": UNMARKED}, "the chat template has no {% generation %}"),
+    (MESSAGES, {"chat_template": OTHER}, r"<\|turn_end\|>, <\|turn_start\|> of the chat template are no tokens of"),
+    (MESSAGES, {"chat_template": "none.jinja"}, "chat_template='none.jinja' is no Jinja template"),
+    (MESSAGES, {"chat_template": "{% for %}"}, "x, row 0: the chat template refuses its messages, of user, assistant"),
+    ([*MESSAGES, {"messages": [{"role": "system", "content": "b"}, *MESSAGES[0]["messages"]]}],
+     {"chat_template": STRICT}, "x, row 4: the chat template refuses .*System role not supported"),
+    ([{"messages": [*MESSAGES[0]["messages"], {"role": "critic", "content": "b"}]}], {"chat_template": KNOWN},
+     "row 0: the chat template writes nothing of a message of the role 'critic'"),
+    ([BAD["no assistant turn"]], {}, r"x: 1 rows, 1 skipped \(1 no assistant turn\); .*nothing is left to train on"),
+    (MESSAGES, {"packing": True, "max_length": None}, "packing=True and max_length=None"),
+    ([{"text": "a"}], {"max_length": None}, "max_length=None; expected the number of tokens of a block"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rows", "options", "expected"), REFUSED)
+def test_what_cannot_be_read_is_said(rows, options, expected):
+    with pytest.raises(DataError, match=expected):
+        tokenize_dataset(Dataset.from_list(rows), chat_tokenizer(), argument="x", **options)
+
+
+def test_tokenizers_without_what_is_needed():
+    bare = chat_tokenizer(None)
+    with pytest.raises(DataError, match=r"x has messages.* the tokenizer '' has no chat template.*Set chat_template"):
+        tokenize_dataset(raw("messages"), bare, argument="x")
+    assert len(tokenize_dataset(raw("messages"), bare, chat_template=CHATML)[0]) == 4
+    bare.eos_token = None
+    with pytest.raises(DataError, match="has no end-of-text token"):
+        tokenize_dataset(raw("completion"), bare)
+
+
+def test_a_tokenizers_own_template_may_write_marks_as_text(capsys):
+    tokenizer = chat_tokenizer(OTHER)
+    rows, _ = tokenize_dataset(raw("messages"), tokenizer)
+    assert tokenizer.decode(rows[0]["input_ids"]).startswith("<|turn_start|>user")
+    assert "<|turn_start|> of the chat template are no tokens" in capsys.readouterr().out
+    tokenize_dataset(raw("messages"), tokenizer, chat_template=OTHER + " ")  # its own, changed
+
+
+def test_tools_and_keywords_go_to_the_template():
+    template = "{{ tools[0].name }}{{ shout }}" + CHATML
+    data = Dataset.from_list([{**row, "tools": json.dumps([{"name": "f"}]), "chat_template_kwargs": {"shout": "!"}}
+                              for row in MESSAGES])  # fmt: skip
+    tokenizer = chat_tokenizer()
+    rows, _ = tokenize_dataset(data, tokenizer, chat_template=template)
+    assert tokenizer.decode(rows[0]["input_ids"]).startswith("f!<|im_start|>user")
+
+
+@pytest.mark.parametrize("options", [{}, {"packing": True, "max_length": 128}])
+def test_what_was_tokenized_is_kept(tmp_path, options):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in MESSAGES))
+    found = []
+    for template in (CHATML, CHATML, CHATML + " "):
+        chat_tokenizer(template).save_pretrained(tmp_path / "tokenizer")
+        tokenizer = chat_tokenizer().from_pretrained(tmp_path / "tokenizer")
+        data = Dataset.from_json(str(tmp_path / "rows.jsonl"))
+        found.append(tokenize_dataset(data, tokenizer, **options)[0].cache_files)
+    assert found[0] == found[1] != found[2]
+
+
+def test_the_trainer_takes_raw_rows(config):  # noqa: F811
+    student, teacher = tiny("llama", V=VOCAB), tiny("llama", V=VOCAB, seed=1)
+    tokenizer = chat_tokenizer(None)
+    args = config(recipe="teacher_head", max_steps=2, chat_template=CHATML, assistant_only_loss=True, max_length=64)
+    trainer = KDTrainer(
+        student, args, teacher=teacher, train_dataset=raw("messages, the assistant's"), processing_class=tokenizer,
+        eval_dataset={"a": raw("messages"), "b": raw("messages").to_iterable_dataset()},
+    )  # fmt: skip
+    trainer.train()
+    found = trainer.evaluate()
+    assert found["eval_a_ce"] == pytest.approx(found["eval_b_ce"])
+    assert trainer.counts.keys() == {"train_dataset", "eval_dataset['a']", "eval_dataset['b']"}
+    assert tokenizer.chat_template == CHATML
+    with pytest.raises(ValueError, match="train_dataset has text, and processing_class is None"):
+        KDTrainer(student, args, teacher=teacher, train_dataset=raw("messages"))
