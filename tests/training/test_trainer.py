@@ -483,7 +483,9 @@ def test_rows_of_unlike_length_are_answered(tiny, rows, config, as_tensors):
     data = [{name: x[: 5 + i] for name, x in row.items()} for i, row in enumerate(rows(4))]
     if not as_tensors:
         data = Dataset.from_list([{name: x.tolist() for name, x in row.items()} for row in data])
-    trainer = KDTrainer(tiny(), config(recipe="lm_only", per_device_train_batch_size=4), train_dataset=data)
+    args = config(recipe="lm_only", per_device_train_batch_size=4)
+    KDTrainer(tiny(), args, train_dataset=data).train()  # its own collator pads
+    trainer = KDTrainer(tiny(), args, train_dataset=data, data_collator=default_data_collator)
     expected = r"rows have 5 to 8 ids, and data_collator \(default_data_collator\).*DataCollatorForSeq2Seq"
     with pytest.raises(ValueError, match=expected):
         trainer.train()

@@ -347,7 +347,7 @@ class Encoder:
         try:
             for i, message in enumerate(messages):
                 self._check_role(messages, i, where, **options) if message["role"] not in self.roles else None
-            encoded = self.tokenizer.apply_chat_template(
+            encoded: Any = self.tokenizer.apply_chat_template(
                 messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=masked,
                 add_generation_prompt=add_generation_prompt, **options,
             )  # fmt: skip

@@ -75,7 +75,7 @@ class PaddingCollator:
         by_token: dict[str, list[Tensor]] = {}
         for name in [name for name in rows[0] if name != PACKED]:
             values = [row[name] for row in rows]
-            if [len(x) if isinstance(x, list) or getattr(x, "ndim", 0) else -1 for x in values] == lengths:
+            if [len(x) if isinstance(x, list) or getattr(x, "shape", ()) else -1 for x in values] == lengths:
                 by_token[name] = [torch.as_tensor(x) for x in values]
         others = [{name: x for name, x in row.items() if name not in (*by_token, PACKED)} for row in rows]
         batch: dict[str, Any] = default_data_collator(others) if any(others) else {}
