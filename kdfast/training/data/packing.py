@@ -6,6 +6,7 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -75,7 +76,7 @@ class PaddingCollator:
         by_token: dict[str, list[Tensor]] = {}
         for name in [name for name in rows[0] if name != PACKED]:
             values = [row[name] for row in rows]
-            if [len(x) if isinstance(x, list) or getattr(x, "shape", ()) else -1 for x in values] == lengths:
+            if [_length(x) for x in values] == lengths:
                 by_token[name] = [torch.as_tensor(x) for x in values]
         others = [{name: x for name, x in row.items() if name not in (*by_token, PACKED)} for row in rows]
         batch: dict[str, Any] = default_data_collator(others) if any(others) else {}
@@ -90,6 +91,11 @@ class PaddingCollator:
         for name, values in by_token.items():
             batch[name] = torch.stack([_padded(x, max(lengths), fill.get(name, 0)) for x in values])
         return batch
+
+
+def _length(x: Any) -> int:
+    """Return how many items a list, array or tensor has; −1 of what is none."""
+    return len(x) if isinstance(x, list) or (isinstance(x, Tensor | np.ndarray) and x.ndim) else -1
 
 
 def _padded(x: Tensor, length: int, value: float) -> Tensor:
