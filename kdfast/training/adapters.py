@@ -78,14 +78,16 @@ def adapt(student: Any, peft_config: Any) -> PreTrainedModel:
                 "that adapter first: peft_model.merge_and_unload()"
             )
         student = peft.get_peft_model(student, copy.deepcopy(peft_config)).get_base_model()
-    _keep_unpacked(student)
     return student
 
 
-def _keep_unpacked(student: Any) -> None:
-    """Keep bitsandbytes from packing 4-bit weights anew for inference on a CPU: they give no gradient from then on."""
-    layers: Any = student.modules() if isinstance(student, nn.Module) else ()
-    for module in layers:
+def keep_unpacked(model: nn.Module) -> None:
+    """Keep bitsandbytes from packing 4-bit weights anew at the first pass on some CPUs.
+
+    They would give no gradient from then on, products of fewer digits, and another teacher's fingerprint.
+    """
+    modules: Any = model.modules()
+    for module in modules:
         if getattr(module, "support_avx512bf16_for_cpu", False):
             module.support_avx512bf16_for_cpu = False
             module.state_dict()  # undoes the packing of an earlier pass

@@ -35,7 +35,7 @@ from transformers.utils import find_adapter_config_file, is_peft_available
 from kdfast.frontend.checks import refuse_ids
 from kdfast.inputs import Head, did_you_mean, short
 from kdfast.param_groups import router_parameters
-from kdfast.training.adapters import adapted_layer, is_peft, unwrap
+from kdfast.training.adapters import adapted_layer, is_peft, keep_unpacked, unwrap
 from kdfast.training.data.tokenizers import check_tokens, count_ids, own_tokenizer
 from kdfast.training.durable.errors import first_line
 from kdfast.training.durable.safe_load import explain
@@ -282,6 +282,7 @@ def check_model(
         )
     if role == "student":
         _check_student(model, name)
+    keep_unpacked(model)
     if compare and (weight.device.type != "meta" or is_dispatched(model)):
         _compare_logits(model, name, router_loss(model, router_aux_loss_coef) if role == "student" else None)
 

@@ -15,6 +15,7 @@ from kdfast.training import load_teacher
 LAYERS = {"transformer.h.0": "disk", "transformer.ln_f": "cpu", "lm_head": "cpu"}
 WAYS = {
     "8 bits": {"quantization_config": {"load_in_8bit": True}},
+    "4 bits": {"quantization_config": {"load_in_4bit": True}, "device_map": "cpu"},
     "half on the disk": {
         "device_map": {**dict.fromkeys(["transformer.wte", "transformer.wpe", "transformer.drop"], "cpu"), **LAYERS},
         "offload_folder": "offloaded",
