@@ -26,11 +26,13 @@ TRAIN = [
     "psutil",
     "tqdm",
 ]
+LORA = ["peft>=0.20"]  # what transformers asks for
+QUANTIZED = ["bitsandbytes>=0.46"]
 EXAMPLES = ["trl", "lightning"]  # one example each; the others need TRAIN alone
 BENCH = ["pytest", "pytest-benchmark", "trl", "liger-kernel", "fla-core", "cut-cross-entropy", "rouge-score"]
 # `kernels` is Hugging Face's: one test shows that ours and theirs live side by side
 TESTS = ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "rouge-score"]
-DEV = [*TESTS, *EXAMPLES, "ruff", "mypy", "types-PyYAML", "kernels", "setuptools>=77"]
+DEV = [*TESTS, *EXAMPLES, *LORA, *QUANTIZED, "ruff", "mypy", "types-PyYAML", "kernels", "setuptools>=77"]
 
 setup(
     name="kdfast",
@@ -63,7 +65,14 @@ setup(
     zip_safe=False,
     # PyTorch's CUDA build brings the Triton that belongs to it; its CPU build none, and the tests run the kernels there
     install_requires=["torch>=2.8", "numpy", "triton>=3.4; platform_system == 'Linux'"],
-    extras_require={"train": TRAIN, "examples": EXAMPLES, "bench": BENCH, "dev": DEV},
+    extras_require={
+        "train": TRAIN,
+        "lora": LORA,
+        "quantized": QUANTIZED,
+        "examples": EXAMPLES,
+        "bench": BENCH,
+        "dev": DEV,
+    },
     entry_points={"console_scripts": ["kdfast=kdfast.cli.main:main"]},
     classifiers=[
         "Development Status :: 4 - Beta",

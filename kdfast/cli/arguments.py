@@ -4,6 +4,8 @@ The YAML mapping becomes an argument list and the overrides are appended, so bot
 a type is checked in one place, the last one given wins, and `learning_rate: 5e-5`, a string to PyYAML, is a number.
 """
 
+# ruff: noqa: RUF009  (_key is a field(), not a default that is shared)
+
 from __future__ import annotations
 
 import argparse
@@ -37,6 +39,7 @@ ELSEWHERE = {
     **dict.fromkeys(("dataset_text_field", "text_field"), "text_column"),
     **dict.fromkeys(("device_map", "attn_implementation", "trust_remote_code", "model_revision"), "model_init_kwargs"),
     **{"torch_dtype": "dtype", "teacher_model_revision": "teacher_model_init_kwargs", "tokenizer": "tokenizer_name"},
+    **{"lora": "use_peft", "lora_rank": "lora_r", "lora_target": "lora_target_modules"},
     **{"dataset": "dataset_name", "lr": "learning_rate", "optimizer": "optim"},
     **{"chat_template_path": "chat_template", "sample_packing": "packing"},
 }
@@ -59,6 +62,25 @@ class ModelArguments:
 
 
 @dataclass
+class AdapterArguments:
+    use_peft: bool = _key(False, "train a LoRA adapter on the student, whose own weights stay as they are")
+    lora_r: int = _key(16, "its rank")
+    lora_alpha: int = _key(32, "what it adds is multiplied by lora_alpha / lora_r")
+    lora_dropout: float = _key(0.05, "of its input")
+    lora_target_modules: list[str] | None = _key(None, "layers that get one; all-linear, a pattern; default: PEFT's")
+    lora_target_parameters: list[str] | None = _key(None, "parameters that get one, as experts' packed weights")
+    lora_modules_to_save: list[str] | None = _key(None, "modules trained whole and saved beside it, as lm_head")
+    use_rslora: bool = _key(False, "lora_alpha / √lora_r instead")
+    use_dora: bool = _key(False, "DoRA: magnitudes apart from directions")
+    peft_config: str | None = _key(None, "a mapping of further fields of PEFT's LoraConfig, such as rank_pattern")
+    load_in_8bit: bool = _key(False, "the student's own weights in 8 bits, by bitsandbytes")
+    load_in_4bit: bool = _key(False, "the same in 4 bits: QLoRA; others by model_init_kwargs' quantization_config")
+    bnb_4bit_quant_type: str = _key("nf4", "nf4 or fp4")
+    use_bnb_nested_quant: bool = _key(False, "4 bits: quantize the scales, too")
+    bnb_4bit_quant_storage: str | None = _key(None, "4 bits: the dtype in which they are packed; default: uint8")
+
+
+@dataclass
 class DataArguments:
     train_file: str | None = _key(None, "a file, folder or glob: text, JSON, JSON lines, CSV or parquet")
     eval_file: str | None = _key(None, "the same for evaluation; default: part of the training rows, held out")
@@ -77,6 +99,7 @@ class RunArguments:
 # and what a help page calls them
 ARGUMENT_CLASSES: dict[Any, str] = {
     ModelArguments: "models",
+    AdapterArguments: "adapter",
     DataArguments: "data",
     RunArguments: "run",
     KDConfig: "training",
@@ -90,6 +113,7 @@ EPILOGS = {
 
 class Arguments(NamedTuple):
     model: ModelArguments
+    adapter: AdapterArguments
     data: DataArguments
     run: RunArguments
     training: KDConfig
@@ -193,6 +217,14 @@ def _problems(given: Mapping[str, Any], command: Command) -> Iterator[str]:
         yield f"max_length={given['max_length']}; expected at least 2 tokens"
     if not 0 < given["eval_fraction"] < 1:
         yield f"eval_fraction={given['eval_fraction']}; expected a number between 0 and 1"
+    if given["use_peft"] and given["student_config"]:
+        yield (
+            "use_peft: true and a student_config: the fresh base would be kept nowhere, and its adapter is nothing "
+            "without it. Train the student whole, or save the base first and name it (model_name_or_path)"
+        )
+    for key in (f.name for f in dataclasses.fields(AdapterArguments) if f.default != given[f.name]):
+        if not given["use_peft"]:
+            yield f"{key}={given[key]!r} without use_peft: true, and there is no adapter without it"
     recipe, live, cached = given["recipe"], given["teacher_model_name_or_path"], given["teacher_cache"]
     direct = RECIPES.get(recipe, RECIPES[LM_ONLY]).teacher in ("own_head", "compressed_head")
     fits = {LM_ONLY: True, CACHED: cached, AUTO: live or cached}.get(recipe, live and (direct or not cached))
@@ -214,7 +246,7 @@ def format_help(command: Command) -> str:
     )
     trainers = {f.name for f in dataclasses.fields(TrainingArguments)} - {"output_dir"}
     for cls, title in ARGUMENT_CLASSES.items():
-        if command == "cache" and cls is RunArguments:
+        if command == "cache" and cls in (RunArguments, AdapterArguments):
             continue
         group = parser.add_argument_group(title)
         for f in dataclasses.fields(cls):

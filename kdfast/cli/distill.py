@@ -15,7 +15,7 @@ import transformers
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from kdfast.cli.arguments import LM_ONLY, Arguments, parse_argv
+from kdfast.cli.arguments import LM_ONLY, AdapterArguments, Arguments, ModelArguments, parse_argv
 from kdfast.cli.errors import RunFailed, RunTerminated, UserError
 from kdfast.cli.inputs import check_positions, load_text
 from kdfast.cli.output_dir import REMEDY, claim
@@ -23,11 +23,13 @@ from kdfast.report.page import text_table, write_report
 from kdfast.report.read_runs import REPORT, SUMMARY, Run, is_finished, log_table, read_run
 from kdfast.report.summary import engine_of, summarize, write_summary
 from kdfast.training import KDTrainer, load_student, load_teacher
+from kdfast.training.adapters import lora_config
 from kdfast.training.cache.description import NAME, Description
 from kdfast.training.cache.read import TeacherCache
 from kdfast.training.callbacks import show_progress
 from kdfast.training.durable.errors import RunStoppedError, TerminatedError
 from kdfast.training.durable.processes import by_first, leave, print_once
+from kdfast.training.hf import read_init_kwargs, read_mapping
 from kdfast.training.recipes import AUTO, CACHED
 
 if TYPE_CHECKING:
@@ -120,7 +122,7 @@ def _trainer(arguments: Arguments, name: str) -> KDTrainer:
         models.model_name_or_path,
         student_config=models.student_config,
         dtype=models.dtype,
-        model_init_kwargs=models.model_init_kwargs,
+        model_init_kwargs=_init_kwargs(models, arguments.adapter),
         **text,
     )
     loaded = {"student": student}
@@ -138,6 +140,7 @@ def _trainer(arguments: Arguments, name: str) -> KDTrainer:
         student,
         training,
         teacher=loaded.get("teacher"),
+        peft_config=_peft_config(arguments.adapter),
         train_dataset=train,
         eval_dataset=evaluation,
         processing_class=tokenizer,
@@ -176,6 +179,36 @@ def _with_cache(
         return train, evaluation
     evaluation = cache.dataset("eval", evaluation, temperature=tau)
     return train if alone else cache.dataset("train", train, temperature=tau), evaluation
+
+
+def _peft_config(given: AdapterArguments) -> Any:
+    """Return PEFT's LoraConfig, or None."""
+    if not given.use_peft:
+        return None
+    kept = ("lora_alpha", "lora_dropout", "use_rslora", "use_dora")  # PEFT's names; it has the others without lora_
+    fields = {name: value for name, value in vars(given).items() if name in kept}
+    fields |= {name[5:]: value for name, value in vars(given).items() if name.startswith("lora_") and name not in kept}
+    return lora_config(fields | read_mapping("peft_config", given.peft_config or {}))
+
+
+def _init_kwargs(models: ModelArguments, given: AdapterArguments) -> dict[str, Any]:
+    """Return the student's arguments of from_pretrained, load_in_4bit and its kin among them."""
+    kwargs = read_init_kwargs("model_init_kwargs", models.model_init_kwargs)
+    bits = [name for name in ("load_in_4bit", "load_in_8bit") if getattr(given, name)]
+    if not bits:
+        return kwargs
+    if len(bits) > 1 or "quantization_config" in kwargs:
+        raise ValueError(
+            f"{' and '.join(bits)}, and model_init_kwargs has quantization_config={kwargs.get('quantization_config')}; "
+            "expected one way to quantize the student"
+        )
+    four = {
+        "bnb_4bit_compute_dtype": models.dtype or "float32",
+        "bnb_4bit_quant_type": given.bnb_4bit_quant_type,
+        "bnb_4bit_use_double_quant": given.use_bnb_nested_quant,
+        "bnb_4bit_quant_storage": given.bnb_4bit_quant_storage,
+    }
+    return {**kwargs, "quantization_config": {bits[0]: True, **(four if given.load_in_4bit else {})}}
 
 
 class _LogLastStep(TrainerCallback):

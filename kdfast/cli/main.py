@@ -1,4 +1,4 @@
-"""`kdfast distill | cache | report | demo | doctor | plan`.
+"""`kdfast distill | cache | merge | report | demo | doctor | plan`.
 
 Exit codes: 0 done, 1 the run failed (a loss that is not finite, a full disk, a process that died, an error that was
 not foreseen), 2 the request cannot be run, 130 interrupted, 141 the output is no longer read, 143 terminated after a
@@ -22,6 +22,7 @@ DTYPES = ("bfloat16", "float16", "float32", "float64")
 COMMANDS = {
     "distill": "distill a teacher into a student, as CONFIG.yaml says",
     "cache": "run a teacher over a text once and keep what a student learns from",
+    "merge": "a whole model of a run's adapter and its base",
     "report": "curves and a table of several runs side by side, finished or not, in one page",
     "demo": "a real distillation on this machine, from its own text to one table",
     "doctor": "versions, devices, the engine and chunk `auto` picks, what `kernels` resolves to",
@@ -78,7 +79,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"kdfast {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
     commands = {name: subparsers.add_parser(name, help=what) for name, what in COMMANDS.items()}
-    report, demo, doctor = (commands[name].add_argument for name in ("report", "demo", "doctor"))
+    merge, report, demo, doctor = (commands[name].add_argument for name in ("merge", "report", "demo", "doctor"))
+    merge("run", metavar="RUN", help="output_dir of a run with use_peft, or a checkpoint of it")
+    merge("--output", metavar="DIR", help="a folder that is made (default: RUN/merged)")
+    merge("--dtype", choices=DTYPES, help="of what is written (default: the base's); it is merged in float32")
     report("runs", nargs="+", metavar="RUN", help="output_dir of a run, or a folder of such; NAME=RUN gives it a name")
     report("--output", default="report.html", metavar="FILE", help="the page (default: %(default)s)")
     report("--png", metavar="DIR", help="also one picture for each panel, into this folder")

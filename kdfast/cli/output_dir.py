@@ -18,11 +18,12 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from kdfast.cli.errors import UserError
 from kdfast.report.read_runs import RECORD, REPORT, STATE, SUMMARY
+from kdfast.training.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from kdfast.training.cache.precompute import FOLDER
 from kdfast.training.durable.atomic_io import write_text
 from kdfast.training.recipes import current_name
 
-RESULTS = (SUMMARY, REPORT, STATE, "config.json", "model.safetensors")
+RESULTS = (SUMMARY, REPORT, STATE, "config.json", "model.safetensors", ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 # what overwrite_output_dir removes, a projector's weights too; first the summary: what is half removed is not finished
 REMOVED = (
     *RESULTS, "*.safetensors", "*.safetensors.index.json", "checkpoint-*", "damaged-checkpoint-*", ".*.incomplete",

@@ -11,13 +11,19 @@ in place, or plain and with a `peft_config`. What is saved is the adapter alone,
 from __future__ import annotations
 
 import copy
+import dataclasses
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import is_peft_available
+
+from kdfast.inputs import did_you_mean
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
 PREFIX = "base_model.model."  # of every name in ADAPTER_WEIGHTS: the path to the model inside a PeftModel
@@ -91,6 +97,22 @@ def keep_unpacked(model: nn.Module) -> None:
         if getattr(module, "support_avx512bf16_for_cpu", False):
             module.support_avx512bf16_for_cpu = False
             module.state_dict()  # undoes the packing of an earlier pass
+
+
+def lora_config(fields: Mapping[str, Any]) -> Any:
+    """Return PEFT's LoraConfig for a causal model. Raise ValueError, naming the key, for a field that it does not have.
+
+    target_modules: a list; one that is alone may be a pattern, or PEFT's "all-linear".
+    """
+    peft = require_peft("use_peft: true")
+    known = [field.name for field in dataclasses.fields(peft.LoraConfig) if field.init]
+    for name in fields:
+        if name not in known:
+            raise ValueError(f"peft_config: {name!r} is no field of PEFT's LoraConfig{did_you_mean(name, known)}")
+    modules: Any = fields.get("target_modules") or []
+    if len(modules) == 1 and (modules[0] == "all-linear" or re.search(r"[^\w.]", modules[0])):
+        fields = {**fields, "target_modules": modules[0]}
+    return peft.LoraConfig(**{"task_type": "CAUSAL_LM", **fields})
 
 
 def check_adapter(student: PreTrainedModel) -> None:
@@ -173,3 +195,23 @@ def load_adapter(folder: Path, student: Any) -> None:
         raise ValueError(f"{str(folder)!r} holds another adapter than the student's: they differ in {min(other)}")
     state = {key.removeprefix(PREFIX): tensor for key, tensor in state.items()}
     peft.set_peft_model_state_dict(student, state, adapter_name=name)
+
+
+@torch.no_grad()
+def merge_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """Return the whole model that the adapter in `folder` makes of `base`, in fp32, into which it is merged in place.
+
+    A head that was the embedding stays it, unless one of them was adapted or trained; then each is its own.
+    """
+    peft = require_peft("merging an adapter")
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    tied = head.weight is embedding.weight
+    if tied:
+        head.weight = nn.Parameter(head.weight.clone())
+    merged: Any = peft.PeftModel.from_pretrained(base, folder).merge_and_unload()
+    if tied:
+        same = torch.equal(merged.get_input_embeddings().weight, merged.get_output_embeddings().weight)
+        for config in (merged.config, merged.config.get_text_config()):
+            config.tie_word_embeddings = same
+        merged.tie_weights()
+    return merged

@@ -30,12 +30,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import find_adapter_config_file, is_peft_available
+from transformers.utils import find_adapter_config_file
 
 from kdfast.frontend.checks import refuse_ids
 from kdfast.inputs import Head, did_you_mean, short
 from kdfast.param_groups import router_parameters
-from kdfast.training.adapters import adapted_layer, is_peft, keep_unpacked, unwrap
+from kdfast.training.adapters import adapted_layer, is_peft, keep_unpacked, require_peft, unwrap
 from kdfast.training.data.tokenizers import check_tokens, count_ids, own_tokenizer
 from kdfast.training.durable.errors import first_line
 from kdfast.training.durable.safe_load import explain
@@ -459,7 +459,7 @@ def load_student(
                 "student_config, and dtype an argument"
             )
         if isinstance(student_config, str) and student_config.lstrip().startswith("{"):
-            student_config = _mapping("student_config", student_config)
+            student_config = read_mapping("student_config", student_config)
         dtype = torch.float32 if dtype is None else dtype
         wanted = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)
         if not isinstance(wanted, torch.dtype):
@@ -505,7 +505,7 @@ def read_init_kwargs(
 
     Raises ValueError naming `argument`: no mapping, dtype given twice, a key that is spelled otherwise.
     """
-    kwargs = _mapping(argument, given or {})
+    kwargs = read_mapping(argument, given or {})
     if (key := next((key for key in SPELLED if key in kwargs), None)) is not None:
         raise ValueError(f"{argument} has {key}; expected {SPELLED[key]} in its place")
     if dtype is None:
@@ -516,7 +516,7 @@ def read_init_kwargs(
     return {**kwargs, "dtype": dtype}
 
 
-def _mapping(argument: str, given: Mapping[str, Any] | str) -> dict[str, Any]:
+def read_mapping(argument: str, given: Mapping[str, Any] | str) -> dict[str, Any]:
     """Return a copy of a mapping, or of the one that is given as JSON."""
     try:
         value = json.loads(given) if isinstance(given, str) else given
@@ -538,11 +538,8 @@ def _from_pretrained(argument: str, name: str | Path, kwargs: dict[str, Any]) ->
     with _explained(f"{subject} could not be loaded {where}", expected):
         place = {key: value for key, value in kwargs.items() if key in SOURCE}
         adapter = find_adapter_config_file(source, local_files_only=local, **place)
-    if adapter is not None and not (teacher and is_peft_available()):
-        raise ValueError(
-            f"{subject} holds a PEFT adapter; expected a whole model{', or peft installed' if teacher else ''}. Merge "
-            f"it: peft.AutoPeftModelForCausalLM.from_pretrained({source!r}).merge_and_unload().save_pretrained(…)"
-        )
+    if adapter is not None:
+        require_peft(f"{subject} holds a PEFT adapter, which")
     asked = f" with {short(kwargs)}" if kwargs.keys() - {"dtype"} else ""
     with _explained(f"{subject} could not be loaded {where}{asked}", expected):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -557,6 +554,8 @@ def _from_pretrained(argument: str, name: str | Path, kwargs: dict[str, Any]) ->
             f"{subject} lacks {len(missing)} of the model's weights, first {missing[0]}, which would be drawn at "
             f"random. {expected}; layers that hold an adapter are to be merged first: merge_and_unload()"
         )
+    if adapter is not None and not teacher:
+        model.set_adapter(model.active_adapters())  # which transformers loads to look at, into a frozen base
     return model
 
 

@@ -168,13 +168,15 @@ def test_examples_are_valid(example):
 
 # what people type who come from TRL, axolotl or LLaMA-Factory: the key it is here, or no suggestion at all
 TYPED = {
-    **dict.fromkeys(["load_in_4bit", "load_in_8bit", "lora_r", "lora_alpha", "use_peft"]),
     **dict.fromkeys(["lmbda", "seq_kd", "bf16_full", "fp32", "use_vllm"]),
     **dict.fromkeys(["device_map", "attn_implementation", "trust_remote_code"], "model_init_kwargs"),
     "torch_dtype": "dtype",
     **dict.fromkeys(["projector", "teacher_temperature", "warmup_ratio", "fp8"]),
-    **dict.fromkeys(["val_set_size", "adapter", "eval_dataset", "tf16", "top_k", "stage", "lora", "test"]),
+    **dict.fromkeys(["val_set_size", "adapter", "eval_dataset", "tf16", "top_k", "stage", "test"]),
     "bf61": "bf16",
+    "lora": "use_peft",
+    "lora_rank": "lora_r",
+    "lora_target": "lora_target_modules",
     "max_seq_length": "max_length",
     "sequence_len": "max_length",
     "teacher_model": "teacher_model_name_or_path",
