@@ -50,6 +50,8 @@ NO_INPUTS |= {"output_attentions", "output_router_logits"}
 PACKING = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}  # position_ids say it too
 ALWAYS = {"input_ids", "attention_mask"}  # a model that reads left to right can do without the mask
 
+# settings of a configuration: image_token_id (image_token_index of older ones), vision_start_token_id, boi_token_index
+PLACEHOLDER = re.compile(r"((?:image|video|audio|vision|bo[iva]|eo[iva])(?:_\w+)?)_token_(?:id|index)")
 MOST_LAYERS = 10_000
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 SOURCE = ("revision", "token", "cache_dir")  # of init kwargs: where a model's other files are, too
@@ -109,6 +111,13 @@ def may_skip_parameters(model: PreTrainedModel) -> bool:
     text = {id(p) for part in (backbone(model).get_decoder(), model.get_output_embeddings()) for p in part.parameters()}
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     return any(id(p) not in text or re.search("cross_?att|encoder_att", name) for name, p in trained)
+
+
+def placeholders(model: PreTrainedModel) -> dict[str, int]:
+    """Return the ids that stand for an image, video or sound, or for its ends, by their names in the configuration."""
+    named = {**vars(model.config.get_text_config()), **vars(model.config)}
+    found = {name: PLACEHOLDER.fullmatch(name) for name in named}
+    return {match[1]: named[name] for name, match in found.items() if match and isinstance(named[name], int)}
 
 
 def embedding_rows(model: PreTrainedModel) -> int:
@@ -397,21 +406,24 @@ def _softcap(config: Any) -> float | None:
     return getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
 
 
-def shift_labels(labels: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+def shift_labels(labels: Tensor, attention_mask: Tensor | None = None, ignored: Iterable[int] = ()) -> Tensor:
     """Return targets[:, t] = labels[:, t + 1], what the hidden state at t has to predict: the one place of the shift.
 
-    A target is −100 (counts for nothing) at the last position, where the label is −100, and where either the
-    position or the one it predicts is padding.
+    A target is −100 (counts for nothing) at the last position, where the label is −100 or in `ignored`, and where
+    either the position or the one it predicts is padding.
 
     Args:
         labels: (B, T) int64, not shifted.
         attention_mask: (B, T), 0 at padding; a mask of another rank says nothing about padding and is not used.
+        ignored: ids that are no text, such as the place of an image.
 
     Returns: (B, T) int64. Raises ValueError for labels of another rank, such as classes.
     """
     if labels.dim() != 2:
         raise ValueError(f"labels is {tuple(labels.shape)}; expected (B, T), a token id or -100 for each of input_ids")
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    for token in ignored:
+        targets = targets.masked_fill(targets == token, IGNORE_INDEX)
     if attention_mask is None or attention_mask.dim() != 2:
         return targets
     real = attention_mask != 0

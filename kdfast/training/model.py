@@ -20,7 +20,9 @@ from kdfast.inputs import Head, same_vocabulary
 from kdfast.loss import KDMetrics, fused_kd_loss
 from kdfast.low_rank_head import CompressedHead
 from kdfast.training.adapters import adapt, adapted_layer, adapter_state, unwrap
+from kdfast.training.data.columns import MEDIA
 from kdfast.training.data.tokenizers import find_valid_vocab, other_vocabulary
+from kdfast.training.durable.processes import say_once
 from kdfast.training.hf import (
     IGNORE_INDEX,
     backbone,
@@ -31,6 +33,7 @@ from kdfast.training.hf import (
     inputs_of,
     is_dispatched,
     known_ids,
+    placeholders,
     router_loss,
     run_backbone,
     shift_labels,
@@ -134,6 +137,7 @@ class DistillationModel(nn.Module):
         self.inputs = {"student": inputs_of(student)}
         if teacher is not None:
             self.inputs["teacher"] = inputs_of(teacher)
+        self.placeholders = placeholders(student)
         self.valid_vocab = valid_vocab
         self.kd_teacher = KINDS[self.recipe.teacher](self.recipe)
         self.logit_projector = self.kd_teacher.make_projector(student, teacher)
@@ -169,15 +173,15 @@ class DistillationModel(nn.Module):
             input_ids: (B, T) int64. An id that student or teacher has no row for is a ValueError on the CPU, in the
                 first batch, and with KDFAST_CHECK=1; otherwise the loss is NaN. At padding any will do.
             attention_mask: (B, T), 0 where there is padding.
-            labels: (B, T) int64, *not* shifted; −100 counts for nothing.
-            position_ids: (B, T), for packed sequences; None = 0 to T − 1.
+            labels: (B, T) int64, *not* shifted; −100 counts for nothing, nor does the place of an image.
+            position_ids: (B, T), for packed sequences; None = 0 to T − 1. Of another shape where the models read that.
             teacher_indices, teacher_log_probs: (B, T, K), what the recipe "cached" learns from: at t the teacher's
                 distribution *after* token t, as logits are. −inf: no entry.
             teacher_log_tails: (B, T, 2), of a teacher cache (`CachedBlocks`) made for this temperature: the log of the
                 other ids' mass at τ = 1 and there; (B, T, 0), of drawn ids. None: `teacher_tail` says what they are.
             temperature, kd_weight: number or 0-d tensor; None = the recipe's, without its schedule. In training a
                 kd_weight of 0, given as a number, leaves the teacher out, where nothing else needs it: kd is NaN then.
-            num_items_in_batch: the divisor of every term: the targets (`shift_labels(…) != -100`) in all
+            num_items_in_batch: the divisor of every term: the targets (`model.targets(…) != -100`) in all
                 micro-batches and processes of this step. None = those of this batch. The load-balancing loss, a mean
                 already, has this batch's share of them as its weight, so that the shares of a step add up to 1.
             with_fidelity: also compare with the true teacher.
@@ -195,7 +199,7 @@ class DistillationModel(nn.Module):
                 f"recipe {self.recipe.name!r} starts from solved values: call model.solve(batches) with some batches "
                 "of training text first, as KDTrainer does"
             )
-        targets = shift_labels(labels, attention_mask)
+        targets = self.targets(labels, attention_mask)
         inputs = {name: x for name, x in {**backbone_inputs, "position_ids": position_ids}.items() if x is not None}
         for role, known in self.inputs.items():
             check_inputs(getattr(self, role), role, inputs, known)
@@ -211,6 +215,8 @@ class DistillationModel(nn.Module):
         look = can_read(input_ids) or (not self.looked and has_values(input_ids))  # the first batch, on any device
         if look:
             self.looked = True
+            if self.placeholders and not targets.equal(shift_labels(labels, attention_mask)):
+                say_once(f"labels at the places of images, video and sound, {self.placeholders}, count for nothing")
         ids, strange = known_ids(self.student, "student", input_ids, attention_mask, look=look)
         balanced = {} if self.router_loss is None else {"output_router_logits": True}
         student_states = backbone(self.student)(input_ids=ids, **inputs, **balanced)
@@ -221,6 +227,7 @@ class DistillationModel(nn.Module):
         learns_from_it = self.recipe.teacher not in ("none", "cached") or self.hidden_loss is not None
         if self.teacher is not None and (with_fidelity or (needed and learns_from_it)):
             with torch.no_grad():
+                self._check_places(inputs)
                 ids, strange_too = known_ids(self.teacher, "teacher", input_ids, attention_mask, look=look)
                 strange = strange | strange_too
                 teacher_states = run_backbone(self.teacher, input_ids=ids, **inputs)
@@ -275,6 +282,21 @@ class DistillationModel(nn.Module):
         surrogate = kd.surrogate and kd.surrogate()
         compared = fidelity(student, surrogate, true, targets, **self.loss_options)
         return DistillationOutput(loss, metrics, compared, aux_loss)
+
+    def targets(self, labels: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Return `shift_labels`' targets (B, T), with −100 at the places of images, video and sound too."""
+        return shift_labels(labels, attention_mask, self.placeholders.values())
+
+    def _check_places(self, inputs: dict[str, Any]) -> None:
+        """Raise ValueError for images whose places the teacher would not find: both models read the same ids."""
+        theirs = {} if MEDIA.isdisjoint(inputs) or self.teacher is None else placeholders(self.teacher)
+        for kind in ("image", "video", "audio"):
+            ours, other = self.placeholders.get(kind), theirs.get(kind)
+            if ours is not None and other is not None and ours != other:
+                raise ValueError(
+                    f"the batch has images, video or sound, whose place in input_ids is {kind}_token_id={ours} for the "
+                    f"student and {other} for the teacher. Take two models of one processor, or leave images out"
+                )
 
     def _needs_teacher(self, kd_weight: float | Tensor) -> bool:
         """Return whether a batch has a use for its teacher: not in training under a KD weight that is known to be 0."""

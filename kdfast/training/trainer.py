@@ -42,7 +42,7 @@ from kdfast.training.data.rows import Collator
 from kdfast.training.data.tokenizers import check_tokens, find_valid_vocab, own_tokenizer, text_tokenizer, tokenizer_of
 from kdfast.training.durable import processes, resume
 from kdfast.training.durable.trainer import DurableTrainer, replaced
-from kdfast.training.hf import IGNORE_INDEX, head_shape, may_skip_parameters, shift_labels
+from kdfast.training.hf import IGNORE_INDEX, head_shape, may_skip_parameters
 from kdfast.training.initialization.calibration import Start
 from kdfast.training.metrics import EvaluationMeter, TrainingMeter, check_best, memory_bytes
 from kdfast.training.model import DistillationModel
@@ -438,7 +438,7 @@ class KDTrainer(DurableTrainer):
                     "a micro-batch has images in some processes and none in others: under FSDP2 they would wait for "
                     "each other's shards. Give each of its rows an image, or none, or use DDP"
                 )
-        targets = [shift_labels(batch["labels"], batch.get("attention_mask")) for batch in batches]
+        targets = [self.model.targets(batch["labels"], batch.get("attention_mask")) for batch in batches]
         number = torch.stack([(t != IGNORE_INDEX).sum() for t in targets]).sum().to(device)
         return batches, self._reduce(number) if self.args.average_tokens_across_devices else number
 

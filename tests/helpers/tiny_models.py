@@ -77,14 +77,14 @@ VISION = {
 }  # fmt: skip
 
 
-def tiny_vision(family="llava", seed=0, V=67):
-    """A random vision-language model."""
+def tiny_vision(family="llava", seed=0, V=67, **given):
+    """A random vision-language model; `given` is of its configuration, beside its parts'."""
     text, vision, rest = VISION[family]
     sizes = {"vocab_size": V, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 256}
     sizes |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.3}
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, text_config={**sizes, **text}, vision_config=vision, **rest)
+    config = AutoConfig.for_model(family, text_config={**sizes, **text}, vision_config=vision, **{**rest, **given})
     model = AutoModelForImageTextToText.from_config(config)
     with torch.no_grad():
         for p in model.parameters():

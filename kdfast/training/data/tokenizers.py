@@ -8,15 +8,13 @@ padding rows, and `valid_vocab` is its highest id + 1.
 from __future__ import annotations
 
 from contextlib import suppress
-from functools import cache
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import has_file
 
-from kdfast.training.durable.processes import print_once
+from kdfast.training.durable.processes import print_once, say_once
 
-_say_once = cache(print_once)  # models and trainer compare the same tokenizers
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
@@ -81,7 +79,7 @@ def check_tokens(
             f"processing_class= tells KDTrainer the text's{rest if others[0] > len(theirs) // 2 else ''}"
         )
     if renamed:
-        _say_once(
+        say_once(
             f"{argument}: the tokenizer of {str(own.name_or_path)!r} has other names for {len(renamed)} special tokens "
             f"than the text's: {some}. They are taken for the same"
         )

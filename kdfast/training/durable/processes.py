@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +26,12 @@ def print_once(text: str) -> None:
     """Print from the first process."""
     if index() == 0:
         print(text, flush=True)
+
+
+@cache
+def say_once(text: str) -> None:
+    """Print from the first process, and the same text only once."""
+    print_once(text)
 
 
 def by_first(act: Callable[[], T]) -> T:

@@ -26,7 +26,7 @@ from kdfast.low_rank_head import (
     kl_and_agreement,
 )
 from kdfast.projector import LogitProjector
-from kdfast.training.hf import IGNORE_INDEX, check_inputs, head, known_ids, run_backbone, shift_labels
+from kdfast.training.hf import IGNORE_INDEX, check_inputs, head, known_ids, placeholders, run_backbone, shift_labels
 from kdfast.training.initialization.layers import start_layers
 from kdfast.training.recipes import Recipe
 from kdfast.training.teachers import Probe
@@ -176,7 +176,7 @@ def _read(
         mask = batch.get("attention_mask")
         for role, model in (("teacher", teacher), ("student", student)):
             inputs["input_ids"], _ = known_ids(model, role, inputs["input_ids"], mask)
-        counted = shift_labels(batch["labels"], mask) != IGNORE_INDEX
+        counted = shift_labels(batch["labels"], mask, placeholders(student).values()) != IGNORE_INDEX
         counted &= counted.flatten().cumsum(0).view_as(counted) <= tokens - found
         states = run_backbone(teacher, **inputs, use_cache=False).last_hidden_state
         pieces.append(states.to(counted.device)[counted])
