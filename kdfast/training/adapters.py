@@ -13,7 +13,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -141,20 +142,22 @@ def check_adapter(student: PreTrainedModel) -> None:
             f"the student's adapter is merged into its base (at {merged!r}) and would not be trained; call "
             "unmerge_adapter() of its PeftModel"
         )
-    trained = {at: parameter for at, parameter in student.named_parameters() if parameter.requires_grad}
+    with _unwrapped_layers(student):
+        trained = [at for at, parameter in student.named_parameters() if parameter.requires_grad]
     if not trained:
         raise ValueError(
             f"the student's adapter {name!r} is frozen, so nothing of it would be trained: load it with "
             "PeftModel.from_pretrained(base, folder, is_trainable=True), and make it without inference_mode=True"
         )
+    state = student.state_dict()
     try:
-        kept = {id(tensor) for tensor in adapter_state(student, student.state_dict(keep_vars=True)).values()}
+        kept = {id(tensor) for tensor in adapter_state(student, state).values()}
     except (KeyError, ValueError) as error:
         raise ValueError(
             f"the student's adapter is {kind}, whose weights PEFT does not find in the model alone ({error}), so it "
             "cannot be saved here"
         ) from error
-    if lost := [at for at, parameter in trained.items() if id(parameter) not in kept]:
+    if lost := [at for at in trained if id(state[at]) not in kept]:
         raise ValueError(
             f"the student's {lost[0]} is trained and no part of the adapter {name!r}, so no checkpoint would have it "
             f"({len(lost)} such weights). Freeze it, or name its module in the adapter's modules_to_save"
@@ -168,8 +171,24 @@ def _is_merged(module: Any) -> bool:
 def adapter_state(student: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return what PEFT keeps of the student's `state`, whole or in shards, by the names it has in ADAPTER_WEIGHTS."""
     peft, (name,) = require_peft("saving an adapter"), student.peft_config
-    kept = peft.get_peft_model_state_dict(student, state_dict=state, adapter_name=name)
+    with _unwrapped_layers(student):
+        kept = peft.get_peft_model_state_dict(student, state_dict=state, adapter_name=name)
     return {PREFIX + key: tensor for key, tensor in kept.items()}
+
+
+@contextmanager
+def _unwrapped_layers(model: nn.Module) -> Iterator[None]:
+    """Take FSDP's activation checkpointing out of the names of modules, by which PEFT looks for entries of a state."""
+    inner = "_checkpoint_wrapped_module"
+    wrappers = [(parent, *item) for parent in model.modules() for item in parent.named_children()]
+    wrappers = [(parent, name, child) for parent, name, child in wrappers if hasattr(child, inner)]
+    for parent, name, child in wrappers:
+        parent._modules[name] = getattr(child, inner)
+    try:
+        yield
+    finally:
+        for parent, name, child in wrappers:
+            parent._modules[name] = child
 
 
 def save_adapter(folder: Path, student: Any, state: dict[str, Tensor]) -> None:
@@ -194,7 +213,8 @@ def load_adapter(folder: Path, student: Any) -> None:
     if other := adapter_state(student, student.state_dict()).keys() ^ state.keys():
         raise ValueError(f"{str(folder)!r} holds another adapter than the student's: they differ in {min(other)}")
     state = {key.removeprefix(PREFIX): tensor for key, tensor in state.items()}
-    peft.set_peft_model_state_dict(student, state, adapter_name=name)
+    with _unwrapped_layers(student):
+        peft.set_peft_model_state_dict(student, state, adapter_name=name)
 
 
 @torch.no_grad()

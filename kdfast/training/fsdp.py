@@ -25,7 +25,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
-from kdfast.training.hf import is_dispatched
+from kdfast.training.hf import is_dispatched, is_quantized
 from kdfast.training.model import DistillationModel
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -121,7 +121,11 @@ def place_teacher(model: DistillationModel, accelerator: Accelerator, shard: boo
 
 
 def check_dtypes(model: DistillationModel) -> None:
-    """Raise ValueError where trained weights have more than one dtype."""
+    """Raise ValueError where trained weights have more than one dtype, or the student's are quantized."""
+    if any(is_quantized(p) for p in model.student.parameters()):
+        raise ValueError(
+            "the student is quantized, and FSDP with such weights is not tested here. Load it whole, or use DDP"
+        )
     dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
     if len(dtypes) > 1:
         raise ValueError(
@@ -135,7 +139,9 @@ def root_owns_the_heads(model: DistillationModel) -> Iterator[None]:
     """Keep accelerate, while it shards, from making a group of its own of an embedding that is the head too."""
     check_dtypes(model)
     student = model.student
-    tied = student.get_input_embeddings().weight is student.get_output_embeddings().weight
+    embedding, head = student.get_input_embeddings(), student.get_output_embeddings()
+    held = {id(p) for p in head.parameters()}  # an adapter's modules_to_save hold the original, too
+    tied = any(id(p) in held for p in embedding.parameters())
     if tied and not isinstance(model, FSDPModule):
         model.get_input_embeddings = lambda: None  # type: ignore[assignment, method-assign, return-value]
     try:

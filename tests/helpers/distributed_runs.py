@@ -4,6 +4,7 @@ One launch goes through all runs of its world size.
 """
 
 import dataclasses
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -28,12 +29,14 @@ class Scenario:
     accumulation: int = 1
     recompute: bool = False  # activation checkpointing
     shard_teacher: bool = False
+    adapter: str = ""  # lora: in the layers; head: and the head trained whole
     more: tuple = ()  # further settings of KDConfig, as pairs
 
     @property
     def name(self):
         flags = [f"accumulation{self.accumulation}"] * (self.accumulation > 1)
         flags += ["recompute"] * self.recompute + ["shard_teacher"] * self.shard_teacher
+        flags += [self.adapter] * bool(self.adapter)
         return "-".join([self.how, self.family, self.recipe, self.dtype, *flags, *(key for key, _ in self.more)])
 
 
@@ -52,8 +55,13 @@ FSDP = [
     Scenario("fsdp", dtype="float32", accumulation=2),
     Scenario("fsdp", family="llama", recipe="teacher_head", dtype="float32", shard_teacher=True, more=FROM_ZERO),
 ]
+ADAPTED = [
+    Scenario(family="llama", accumulation=2, recompute=True, adapter="lora"),
+    Scenario("fsdp", family="llama", recompute=True, adapter="lora"),
+    Scenario("fsdp", recipe="teacher_head", shard_teacher=True, adapter="head"),
+] * (importlib.util.find_spec("peft") is not None)
 SCENARIOS = {
-    2: [*DDP, *FSDP],
+    2: [*DDP, *FSDP, *ADAPTED],
     4: [
         Scenario(family="llama", recipe="compressed_head", more=FROM_ZERO),
         Scenario("fsdp", accumulation=2),
@@ -94,12 +102,22 @@ def make_trainer(scenario, folder, processes=PROCESSES, **more):
     teacher = tiny(width=24, layers=2, seed=1).to(dtype)
     args = KDConfig(**settings(scenario, folder, processes, **more))
     rows = make_rows(5 + 8 * args.max_steps)  # 5: the last global batch is filled up, and what fills it must not count
-    trainer = KDTrainer(student, args, teacher=teacher, train_dataset=rows[5:], eval_dataset=rows[:5])
+    data = {"train_dataset": rows[5:], "eval_dataset": rows[:5]}
+    trainer = KDTrainer(student, args, teacher=teacher, peft_config=adapter_of(scenario), **data)
     if trainer.model.hidden_loss is not None:
         trainer.model.hidden_loss.to(dtype)
     if RANK > 0:
         start_elsewhere(trainer.model)
     return trainer
+
+
+def adapter_of(scenario):
+    if not scenario.adapter:
+        return None
+    from peft import LoraConfig
+
+    whole = ["lm_head"] if scenario.adapter == "head" else None
+    return LoraConfig(target_modules="all-linear", modules_to_save=whole, init_lora_weights=False)
 
 
 def start_elsewhere(model):
@@ -141,7 +159,8 @@ def run(scenario, folder, processes=PROCESSES):
 
     trainer.compute_loss, trainer._clip_grad_norm = note_loss, note_gradients
     evaluated = trainer.evaluate()  # before the training, after which accelerate alone would leave out DDP
-    sharded = all(hasattr(p, "full_tensor") for p in trainer.model.parameters() if p.requires_grad)
+    named = trainer.model.named_parameters()
+    sharded = all(hasattr(p, "full_tensor") for name, p in named if p.requires_grad or name.startswith("student."))
     assert sharded is (scenario.how == "fsdp" and processes > 1)
     trainer.train()
     twice = "_checkpoint_wrapped_module._checkpoint_wrapped_module"
@@ -275,6 +294,8 @@ def main(folder):
         results["checkpoint-full"] = checkpoint(tied, folder / "checkpoint-full")
         results["checkpoint-sharded"] = checkpoint(untied, folder / "checkpoint-sharded", "SHARDED_STATE_DICT")
         results["best"] = best_model(tied, folder / "best")
+        for scenario in ADAPTED:
+            results[f"checkpoint-{scenario.name}"] = checkpoint(scenario, folder / f"checkpoint-{scenario.name}")
         for how in ("ddp", "fsdp"):
             results[f"skip-{how}"] = skip(Scenario(how), folder / f"skip-{how}")
             results[f"bf16-{how}"] = bf16(Scenario(how, dtype="float32"), folder / f"bf16-{how}")

@@ -14,6 +14,7 @@ import torch
 from distributed_runs import SCENARIOS, Scenario
 from filelock import FileLock
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 CASES = [(n, scenario) for n in (2, 4) for scenario in SCENARIOS[n]]
@@ -134,6 +135,24 @@ def test_a_resumed_run_is_the_unbroken_one(several, folder, kind):
         assert not report["unexpected_keys"]
         for name, weight in student.named_parameters():
             assert torch.equal(weight, found["unbroken"][f"student.{name}"]), name
+
+
+@pytest.mark.parametrize("scenario", distributed_runs.ADAPTED, ids=lambda scenario: scenario.name)
+def test_a_resumed_adapter_is_the_unbroken_one(several, folder, scenario):
+    name = f"checkpoint-{scenario.name}"
+    for result in several(2):
+        for weight, value in result[name]["unbroken"].items():
+            assert torch.equal(result[name]["resumed"][weight], value), weight
+    run = folder / "2" / name / "unbroken"
+    for path in (run, run / "checkpoint-4"):
+        assert {"adapter_model.safetensors", "adapter_config.json"} <= {file.name for file in path.iterdir()}
+        assert not (path / "model.safetensors").exists()
+        saved = load_file(path / "adapter_model.safetensors")
+        trained = {key: value for key, value in result[name]["unbroken"].items() if key.startswith("student.")}
+        assert len(saved) == len(trained)
+        for weight, value in trained.items():
+            key = weight.replace("student.", "base_model.model.", 1).replace(".modules_to_save", "")
+            assert torch.equal(saved[key.replace(".default", "")], value), weight
 
 
 def test_a_checkpoint_of_two_processes_is_gone_on_with_by_one(several, folder, tmp_path):

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, default_data_collator
 
 from kdfast.training import DistillationModel, KDTrainer, load_student, load_teacher
 from kdfast.training.durable.errors import DamagedCheckpointError
-from kdfast.training.fsdp import place_teacher
+from kdfast.training.fsdp import check_dtypes, place_teacher
 from kdfast.training.hf import check_model
 from kdfast.training.recipes import choose_recipe
 
@@ -559,6 +559,12 @@ def test_a_quantized_student_is_refused_and_a_teacher_is_right(tiny, config, row
         data_collator=default_data_collator,
     )
     trainer.train()
+
+
+def test_a_quantized_student_is_not_sharded(tmp_path):
+    model = DistillationModel(adapt(quantized(tmp_path / "model", 4), "lora"), recipe="lm_only")
+    with pytest.raises(ValueError, match=r"the student is quantized, and FSDP .* use DDP"):
+        check_dtypes(model)
 
 
 def test_a_teacher_of_8_bits_is_not_sharded(tiny, tmp_path):
