@@ -35,6 +35,7 @@ from kdfast.training.durable.errors import (
     TerminatedError,
 )
 from kdfast.training.hf import backbone, head, load_student, load_teacher, shift_labels
+from kdfast.training.metrics import EvalLogProbs
 from kdfast.training.model import DistillationModel
 from kdfast.training.nan_guard import NonFiniteLossError
 from kdfast.training.recipes import RECIPES, Recipe, choose_recipe
@@ -49,6 +50,7 @@ __all__ = [
     "CheckpointWriteError",
     "DamagedCheckpointError",
     "DistillationModel",
+    "EvalLogProbs",
     "Finding",
     "HealthCallback",
     "HealthThresholds",

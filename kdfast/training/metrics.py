@@ -106,6 +106,26 @@ class TrainingMeter:
             self._since += time.perf_counter() - start
 
 
+class EvalLogProbs:
+    """Hold what `compute_metrics` is given in place of Trainer's EvalPrediction, whose logits are never made.
+
+    log_probs: (N, T) float32, at t the student's log p of what comes after token t, which is label_ids[:, t]: (N, T),
+    the labels shifted, −100 where nothing counts and log_probs says nothing. inputs: (N, T) ids, or None without
+    `include_for_metrics=["inputs"]`. Raises TypeError where it is used as an EvalPrediction.
+    """
+
+    def __init__(self, log_probs: Any, label_ids: Any, inputs: Any = None) -> None:
+        self.log_probs, self.label_ids, self.inputs = log_probs, label_ids, inputs
+
+    def __iter__(self) -> Iterator[Any]:
+        raise TypeError(
+            "compute_metrics: predictions would be logits, which are never made; expected it to use log_probs (N, T), "
+            "log p of each of label_ids (N, T), which are shifted already"
+        )
+
+    predictions = property(__iter__)
+
+
 class EvaluationMeter:
     """Collect the metrics of a whole evaluation set."""
 

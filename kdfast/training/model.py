@@ -58,6 +58,7 @@ class DistillationOutput(NamedTuple):
     metrics: KDMetrics
     fidelity: Fidelity | None  # only where it was asked for and there is a teacher
     aux_loss: Tensor | None = None  # (), the load-balancing loss of a mixture of experts, without its coefficient
+    log_probs: Tensor | None = None  # (B, T): of the targets, where they were asked for
 
 
 class DistillationModel(nn.Module):
@@ -165,6 +166,7 @@ class DistillationModel(nn.Module):
         num_items_in_batch: int | Tensor | None = None,
         with_fidelity: bool = False,
         with_metrics: bool = True,
+        with_log_probs: bool = False,
         **backbone_inputs: Any,
     ) -> DistillationOutput:
         """Return the loss of one batch: ce_weight·LM + kd_weight·τ²·KL (+ the anchor, + what balances experts).
@@ -187,6 +189,7 @@ class DistillationModel(nn.Module):
             with_fidelity: also compare with the true teacher.
             with_metrics: False = of the metrics only those of the loss's own terms, which cost nothing, the others
                 being NaN; all nevertheless where there is a projector, which is judged by them.
+            with_log_probs: also return the student's log p of each target, at another pass over its head.
             backbone_inputs: of both backbones, such as pixel_values. ValueError for one that either does not read.
         """
         if labels is None:
@@ -277,11 +280,12 @@ class DistillationModel(nn.Module):
         if not look:  # an unknown id makes the loss NaN, as a bad label does
             loss = loss * torch.where(strange, torch.nan, 1.0)
         true = cached.at_one() if own is None and cached else own
-        if true is None or not with_fidelity:
-            return DistillationOutput(loss, metrics, None, aux_loss)
-        surrogate = kd.surrogate and kd.surrogate()
-        compared = fidelity(student, surrogate, true, targets, **self.loss_options)
-        return DistillationOutput(loss, metrics, compared, aux_loss)
+        compared = log_probs = None
+        if true is not None and with_fidelity:
+            compared = fidelity(student, kd.surrogate and kd.surrogate(), true, targets, **self.loss_options)
+        if with_log_probs:
+            log_probs = -fused_kd_loss(student, None, targets, ce_weight=1.0, reduction="none", **self.loss_options)
+        return DistillationOutput(loss, metrics, compared, aux_loss, log_probs)
 
     def targets(self, labels: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Return `shift_labels`' targets (B, T), with −100 at the places of images, video and sound too."""

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from kdfast.inputs import did_you_mean
 from kdfast.param_groups import distillation_param_groups
@@ -44,7 +44,7 @@ from kdfast.training.durable import processes, resume
 from kdfast.training.durable.trainer import DurableTrainer, replaced
 from kdfast.training.hf import IGNORE_INDEX, head_shape, may_skip_parameters
 from kdfast.training.initialization.calibration import Start
-from kdfast.training.metrics import EvaluationMeter, TrainingMeter, check_best, memory_bytes
+from kdfast.training.metrics import EvalLogProbs, EvaluationMeter, TrainingMeter, check_best, memory_bytes
 from kdfast.training.model import DistillationModel
 from kdfast.training.nan_guard import NonFiniteGuard
 from kdfast.training.recipes import AUTO, FROM_CACHE, Choice, choose_recipe
@@ -61,13 +61,9 @@ PRIVATE_OVERRIDES = {
 
 # arguments of Trainer, or of TRL's trainers, that are not taken here → what to do instead
 ELSEWHERE = {
-    **dict.fromkeys(
-        ("compute_metrics", "preprocess_logits_for_metrics"),
-        "it is given logits, which are never made; evaluation has ce, perplexity and the distance to the teacher. "
-        "Evaluate others on trainer.model.student, in a callback's on_evaluate",
-    ),
+    "preprocess_logits_for_metrics": "logits are never made. compute_metrics is given log p of each label; what "
+    "needs more is evaluated on trainer.model.student, in a callback's on_evaluate",
     "compute_loss_func": "the loss is the recipe's; for your own override compute_loss (examples/hf_trainer.py)",
-    "model_init": "pass the model; to try several, make a KDTrainer for each in a loop",
     "optimizer_cls_and_kwargs": "pass optimizers=(optimizer, scheduler), or name one in KDConfig(optim=…)",
     "teacher_model": "it is teacher here",
     "tokenizer": "it is processing_class here",
@@ -102,8 +98,11 @@ class KDTrainer(DurableTrainer):
             name). Without a data_collator rows of text, prompt and completion, or messages are tokenized as
             `tokenize_dataset` does, and batches padded, labels too. With a `TeacherCache`'s data sets the recipe is
             "cached".
+        model_init: in place of model, a function that makes the student, anew for each `train`; as in Trainer it may
+            take a trial.
+        compute_metrics: as in Trainer, but of `EvalLogProbs`: log p of each label, and no logits.
         kd_weight_schedule, temperature_schedule: callables of progress in [0, 1] in place of the recipe's.
-        others: none is taken; TypeError says what to do in place of other trainers', such as compute_metrics.
+        others: none is taken; TypeError says what to do in place of other trainers', such as compute_loss_func.
 
     Raises:
         TypeError, ValueError: args is no KDConfig, several GPUs without a launcher, a launch that is not
@@ -123,10 +122,12 @@ class KDTrainer(DurableTrainer):
         *,
         teacher: PreTrainedModel | None = None,
         peft_config: Any = None,
+        model_init: Callable[..., Any] | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
         data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+        compute_metrics: Callable[..., dict[str, Any]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         kd_weight_schedule: Schedule | None = None,
@@ -139,8 +140,15 @@ class KDTrainer(DurableTrainer):
                 raise TypeError(f"KDTrainer takes no {name}{near}")
             if value is not None:
                 raise TypeError(f"KDTrainer takes no {name}: {ELSEWHERE[name]}")
-        if model is None:
-            raise TypeError("model is None; expected the student, a PreTrainedModel, or a DistillationModel")
+        if model is None and model_init is None:
+            raise TypeError(
+                "model is None; expected the student, a PreTrainedModel, or a DistillationModel, or model_init"
+            )
+        if model_init is not None and (model is not None or any(optimizers)):
+            given = "model" if model is not None else "optimizers"
+            raise ValueError(
+                f"model_init and {given} are given; expected model_init alone, since it makes the student anew"
+            )
         if not isinstance(args, KDConfig):
             raise TypeError(
                 f"args is {type(args).__name__}; expected a KDConfig, which has every TrainingArguments field"
@@ -150,6 +158,10 @@ class KDTrainer(DurableTrainer):
                 f"{args.n_gpu} GPUs are visible to one process, which would be nn.DataParallel; not supported. Start "
                 "with torchrun or accelerate launch, or show one GPU: CUDA_VISIBLE_DEVICES=0"
             )
+        if model_init is not None:
+            self.model_init = model_init
+            set_seed(args.seed)
+            model = super().call_model_init()  # type: ignore[assignment]
         collator, self.counts = data_collator, {}
         if data_collator is None:
             data_collator = PaddingCollator(getattr(processing_class, "tokenizer", processing_class))
@@ -160,26 +172,15 @@ class KDTrainer(DurableTrainer):
                     for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset))
                 )
         datasets = by_name(train_dataset=train_dataset, eval_dataset=eval_dataset)
-        choice: Choice | None = None
-        wrapped_here = not isinstance(model, DistillationModel)
-        if not isinstance(model, DistillationModel):
-            set_seed(args.seed)  # the adapter's start
-            student, teacher = adapt(model, peft_config), unwrap(teacher, "teacher")
-            model, choice = _wrap(student, args, teacher, processing_class, datasets)
-        elif teacher is not None or peft_config is not None:
-            given = "peft_config" if teacher is None else "teacher"
-            raise ValueError(f"{given} is given besides a DistillationModel, which takes its own; leave it out")
-        elif isinstance(processing_class, PreTrainedTokenizerBase):
-            check_tokens("student", processing_class, tokenizer_of(model.student), model.valid_vocab)
-            if model.teacher is not None:
-                check_tokens("teacher", processing_class, own_tokenizer(model.teacher), model.valid_vocab)
-        check_adapter(model.student)
         check_columns(datasets, args.remove_unused_columns and collator is None)
-        check_datasets(model, datasets, temperature_schedule)
+        self.args, self._text = args, train_dataset
+        self._wrapping = (unwrap(teacher, "teacher"), peft_config, processing_class, datasets)
+        self._schedules = kd_weight_schedule, temperature_schedule
+        model, choice, wrapped_here = self._wrapped(model)
         own = type(self).evaluate is KDTrainer.evaluate and type(self).evaluation_loop is KDTrainer.evaluation_loop
         packages = {one.on_evaluate.__module__.partition(".")[0] for one in callbacks or ()}
         own = own and packages <= {"transformers", "kdfast"}  # another's on_evaluate may add to what is logged
-        self.temperature_schedule = temperature_schedule or model.recipe.temperature_schedule()
+        own = own and compute_metrics is None
         if args.health and not any(isinstance(callback, HealthCallback) for callback in callbacks or ()):
             callbacks = [*(callbacks or ()), HealthCallback(args.health_thresholds)]  # type: ignore[arg-type]  # parsed by now
         use_cache = getattr(model.config, "use_cache", None)
@@ -192,18 +193,48 @@ class KDTrainer(DurableTrainer):
             data_collator=data_collator,
             callbacks=callbacks,
             optimizers=optimizers,
+            compute_metrics=compute_metrics and _of_log_probs(compute_metrics),
         )
+        self.model_init = model_init  # type: ignore[assignment]  # Trainer would make the model once more
         if use_cache is not None:  # Trainer turns it off in the config that gets saved; the forward here does without
             model.config.use_cache = use_cache
         fsdp.check_launch(self, args.shard_teacher, model.recipe.projector_resolve_steps)
+        if self.is_fsdp_enabled and model_init is not None:
+            raise ValueError("model_init under FSDP, which shards a model once; expected the model itself")
         if self.is_fsdp_enabled:
             fsdp.set_mixed_precision(self.accelerator)
             fsdp.place_teacher(model, self.accelerator, args.shard_teacher)
+        self._adopt(choice, wrapped_here)
+        if own and args.metric_for_best_model is not None and args.eval_strategy != "no" and eval_dataset is not None:
+            check_best(args.metric_for_best_model, model, eval_dataset)
+
+    def _wrapped(self, model: Any) -> tuple[DistillationModel, Choice | None, bool]:
+        """Return `model` under the recipe, and what `_adopt` is given."""
+        teacher, peft_config, processor, datasets = self._wrapping
+        choice: Choice | None = None
+        wrapped_here = not isinstance(model, DistillationModel)
+        if wrapped_here:
+            set_seed(self.args.seed)  # the adapter's start
+            model, choice = _wrap(adapt(model, peft_config), self.args, teacher, processor, datasets)
+        elif teacher is not None or peft_config is not None:
+            given = "peft_config" if teacher is None else "teacher"
+            raise ValueError(f"{given} is given besides a DistillationModel, which has its own; leave it out")
+        elif isinstance(processor, PreTrainedTokenizerBase):
+            check_tokens("student", processor, tokenizer_of(model.student), model.valid_vocab)
+            if model.teacher is not None:
+                check_tokens("teacher", processor, own_tokenizer(model.teacher), model.valid_vocab)
+        check_adapter(model.student)
+        check_datasets(model, datasets, self._schedules[1])
+        return model, choice, wrapped_here
+
+    def _adopt(self, choice: Choice | None, wrapped_here: bool) -> None:
+        """Prepare a run of the model that there is: its entries, schedules and starts."""
+        model, args, (kd_weight_schedule, temperature_schedule) = self.model, self.args, self._schedules
         if choice is not None:
             processes.print_once(str(choice))
-        sharded = self.is_fsdp_enabled and args.shard_teacher
+        sharded, processor = self.is_fsdp_enabled and args.shard_teacher, self._wrapping[2]
         before = Precomputation(
-            model, args, train_dataset, wrapped_here, temperature_schedule, sharded, self._collator, processing_class
+            model, args, self._text, wrapped_here, temperature_schedule, sharded, self._collator, processor
         )
         self._precomputation = before if before.is_wanted() else None
         if self._precomputation is not None:
@@ -213,8 +244,7 @@ class KDTrainer(DurableTrainer):
                 raise ValueError(f"kd_until={args.kd_until} and kd_weight_schedule; expected one of them")
             model.recipe = replace(model.recipe, kd_until=1.0)
         self.kd_weight_schedule = kd_weight_schedule or model.recipe.kd_weight_schedule()
-        if own and args.metric_for_best_model is not None and args.eval_strategy != "no" and eval_dataset is not None:
-            check_best(args.metric_for_best_model, model, eval_dataset)
+        self.temperature_schedule = temperature_schedule or model.recipe.temperature_schedule()
         self._solved, self._recipe = False, model.recipe
         self.starts: list[Start] = []  # what was solved before the first step
         self.solve_seconds = 0.0  # that took
@@ -257,6 +287,34 @@ class KDTrainer(DurableTrainer):
         self._learning_rates: dict[str, float] = {}  # of the last step, by part
 
     # Training
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Train as Trainer does, from a checkpoint that is complete; with `model_init`, a student made anew."""
+        if self.model_init is not None:
+            with replaced(self, create_accelerator_and_postprocess=lambda: None):
+                self._hp_search_setup(trial)  # Trainer does so too, past where its settings are needed
+            self.args._check()
+            self.train_dataset = self._text
+            set_seed(self.args.seed)
+            self.model, choice, wrapped_here = self._wrapped(super().call_model_init(trial))
+            self.model_wrapped = self.model.to(self.args.device)
+            self._adopt(choice, wrapped_here)
+        return super().train(resume_from_checkpoint, trial, *args, **kwargs)
+
+    def call_model_init(self, trial: Any = None) -> DistillationModel:
+        """Return the model that `train` has made for this run already."""
+        return self.model
+
+    def hyperparameter_search(
+        self, hp_space: Any = None, compute_objective: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Search as Trainer does: of each trial a new student, under its settings, and the one teacher.
+
+        compute_objective: None = eval_ce, in place of Trainer's sum of all that is evaluated.
+        """
+        return super().hyperparameter_search(hp_space, compute_objective or _cross_entropy, *args, **kwargs)
 
     @contextmanager
     def training(self) -> Iterator[None]:
@@ -544,24 +602,31 @@ class KDTrainer(DurableTrainer):
         """Evaluate as Trainer does, but by token-weighted means over the whole set, without logits."""
         self._evaluation, prefix = EvaluationMeter(self.args.device), metric_key_prefix
         with self._meter.paused():
-            output = super().evaluation_loop(dataloader, description, True, ignore_keys, prefix)
+            loss_only = self.args.prediction_loss_only or self.compute_metrics is None
+            output = super().evaluation_loop(dataloader, description, loss_only, ignore_keys, prefix)
         metrics = dict(output.metrics or {})
         metrics.pop(f"{prefix}_loss", None)  # Trainer's: a mean over samples
-        metrics |= {f"{prefix}_{name}": value for name, value in self._evaluation.read(self._reduce).items()}
+        own = {f"{prefix}_{name}": value for name, value in self._evaluation.read(self._reduce).items()}
+        if twice := own.keys() & metrics.keys():
+            raise ValueError(f"compute_metrics returned {min(twice)!r}, which an evaluation has; expected another name")
+        metrics |= own
         if self.is_fsdp_enabled:
             fsdp.reshard(self.model)
         return output._replace(metrics=metrics)
 
     def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> tuple[Tensor | None, None, None]:
-        """Return the loss of a batch; its metrics go to the evaluation's."""
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool = True, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return the loss of a batch, and log p of its targets and these; its metrics go to the evaluation's."""
         inputs = self._without_repeats(self._prepare_inputs(inputs))
         check_names("the batch", inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            output = model(**inputs, **self._on_device(self._weights_in_force()), with_fidelity=True)
+            asked = {"with_fidelity": True, "with_log_probs": not prediction_loss_only}
+            output = model(**inputs, **self._on_device(self._weights_in_force()), **asked)
         self._evaluation.add(output)
-        return output.loss, None, None
+        if prediction_loss_only:
+            return output.loss, None, None
+        return output.loss, output.log_probs, self.model.targets(inputs["labels"], inputs.get("attention_mask"))
 
     def _without_repeats(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Mask the labels of samples already seen, with which the last batch of several processes is filled up."""
@@ -572,14 +637,6 @@ class KDTrainer(DurableTrainer):
         real = min(max(state.remainder - self.accelerator.process_index * len(labels), 0), len(labels))
         kept = torch.arange(len(labels), device=labels.device)[:, None] < real
         return {**inputs, "labels": labels.masked_fill(~kept, IGNORE_INDEX)}
-
-    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
-        """Raise NotImplementedError: a run trains one model."""
-        raise NotImplementedError(
-            "hyperparameter_search would make the student anew for every trial, which KDTrainer does not. Make a "
-            "KDConfig and a KDTrainer for each trial, in a loop or in the objective of a search, and compare what "
-            "evaluate() returns"
-        )
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Raise NotImplementedError: there are no logits."""
@@ -654,6 +711,22 @@ def _wrap(
     )
     model.by_default = choice is not None
     return model, choice
+
+
+def _of_log_probs(compute_metrics: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """Return the function of a Trainer's EvalPrediction that gives `compute_metrics` what is in its place here."""
+
+    def compute(given: EvalPrediction, **options: Any) -> dict[str, Any]:
+        return compute_metrics(EvalLogProbs(given.predictions, given.label_ids, given.inputs), **options)
+
+    return compute
+
+
+def _cross_entropy(metrics: dict[str, float]) -> float:
+    """Return the objective of a search, where none is given."""
+    if "eval_ce" not in metrics:
+        raise ValueError(f"hyperparameter_search: no eval_ce in {', '.join(metrics)}; expected compute_objective")
+    return metrics["eval_ce"]
 
 
 def _share_starts(model: DistillationModel, starts: list[Start], device: torch.device) -> list[Start]:

@@ -208,3 +208,55 @@ def test_a_callback_may_add_the_metric(tiny, rows, config):
     for callbacks in ([], [EarlyStoppingCallback()]):
         with pytest.raises(ValueError, match=r"'accuracy', which no evaluation here logs.*callbacks= adds"):
             KDTrainer(tiny(), args, callbacks=callbacks, **given)
+
+
+# compute_metrics
+
+
+def test_compute_metrics_is_given_the_log_probability_of_each_label(tiny, rows, config):
+    student, data, seen = tiny(), rows(5), []
+    for row in data:
+        row["attention_mask"] = torch.ones(12, dtype=torch.long)
+    data[3]["attention_mask"][9:] = 0
+
+    def per_row(given):
+        seen.append(given)
+        counts = given.label_ids != -100
+        return {"worst": -(given.log_probs * counts).sum(1).min(), "tokens_of_first": int(counts[0].sum())}
+
+    args = config(recipe="teacher_head", include_for_metrics=["inputs"], metric_for_best_model="eval_worst")
+    trainer = KDTrainer(
+        student, args, teacher=tiny(seed=1), eval_dataset=data, train_dataset=rows(2), compute_metrics=per_row
+    )
+    metrics = trainer.evaluate()
+    (given,) = seen
+    ids = torch.stack([row["input_ids"] for row in data])
+    labels = torch.stack([row["labels"] for row in data])[:, 1:].clone()
+    labels[3, 8:] = -100
+    log_p = student(ids).logits[:, :-1].log_softmax(-1).gather(-1, labels.clamp(0)[..., None]).squeeze(-1)
+    counts = labels != -100
+    assert (given.label_ids[:, :-1] == labels.numpy()).all()
+    assert (given.label_ids[:, -1] == -100).all()
+    assert given.inputs.tolist() == ids.tolist()
+    torch.testing.assert_close(torch.tensor(given.log_probs[:, :-1])[counts], log_p[counts])
+    assert metrics["eval_worst"] == pytest.approx(-(log_p * counts).sum(1).min().item(), rel=1e-5)
+    assert metrics["eval_tokens_of_first"] == int(counts[0].sum())
+    assert metrics["eval_ce"] == pytest.approx(-log_p[counts].mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("function", "error", "message"),
+    [
+        (
+            lambda given: {"accuracy": given.predictions.argmax(-1).mean()},
+            TypeError,
+            "predictions would be logits, which",
+        ),
+        (lambda given: dict(zip("ab", *given, strict=True)), TypeError, "expected it to use log_probs"),
+        (lambda given: {"ce": 0.0}, ValueError, "compute_metrics returned 'eval_ce', which an evaluation has"),
+    ],
+)
+def test_a_compute_metrics_of_logits_is_answered(tiny, rows, config, function, error, message):
+    trainer = KDTrainer(tiny(), config(recipe="lm_only"), eval_dataset=rows(3), compute_metrics=function)
+    with pytest.raises(error, match=message):
+        trainer.evaluate()

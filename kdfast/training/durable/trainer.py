@@ -147,7 +147,7 @@ class DurableTrainer(Trainer):
         with self.saving():
             with self._staging(staged, written, final):
                 with replaced(self.args, output_dir=str(staged), push_to_hub=False):
-                    super()._save_checkpoint(model, trial)
+                    super()._save_checkpoint(model, None)  # a trial would name a folder below that
                 self.accelerator.wait_for_everyone()
                 best = self._run / f"checkpoint-{self.state.best_global_step}"
                 if self.state.best_global_step and (best == final or best.is_dir()):  # evaluated now, or after a save
@@ -210,7 +210,7 @@ class DurableTrainer(Trainer):
 
     @property
     def _run(self) -> Path:
-        return Path(str(self.args.output_dir))
+        return Path(self._get_output_dir(getattr(self, "_trial", None)))
 
     def _recover(self) -> None:
         if self.args.should_save:
@@ -235,7 +235,7 @@ class _MendedState(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        best = resume.best_checkpoint(state, Path(args.output_dir))
+        best = resume.best_checkpoint(state, self.trainer._run)
         if best is not None and best.is_dir():  # Trainer forgets one that was moved
             state.best_model_checkpoint = str(best)
         for callback in (*self.trainer.callback_handler.callbacks, control):  # Trainer saves none that it did not load
