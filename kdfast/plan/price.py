@@ -21,6 +21,8 @@ class Size(NamedTuple):
     vocab: int
     width: int
     layers: int
+    frozen: int = 0  # of `parameters`, as below an adapter
+    frozen_head: bool = False
 
 
 class Price(NamedTuple):
@@ -45,16 +47,17 @@ def size_of(model: Any) -> Size:
     apart = {id(p) for module in (head, *tables) for p in module.parameters()}
     experts = next((n for name in EXPERTS if (n := getattr(config, name, None))), None)
     taken = (getattr(config, "num_experts_per_tok", None) or experts or 1) / (experts or 1)
-    passed = 0.0
+    passed = {False: 0.0, True: 0.0}  # by whether they are trained
     for name, p in model.get_decoder().named_parameters():
-        if p.dim() > 1 and id(p) not in apart:
+        if p.dim() > 1 and id(p) not in apart and not re.search(r"\b(original_module|lora_embedding_A)\b", name):
             packed = getattr(p, "quant_state", None)  # bitsandbytes' 4 bits, two to an element
             elements = p.numel() if packed is None else math.prod(packed.shape)
             table = p.dim() == 3 and p.shape[0] == experts  # JetMoE's go by other names
             of_experts = table or re.search(r"\bexperts\.(?!router)", name)
-            passed += elements * (taken if of_experts else 1)
-    vocab, width = head.weight.shape
-    return Size(round(passed), vocab, width, getattr(config, "num_hidden_layers", 0))
+            passed[p.requires_grad] += elements * (taken if of_experts else 1)
+    (vocab, width), layers = head.weight.shape, getattr(config, "num_hidden_layers", 0)
+    frozen = round(passed[False])
+    return Size(round(sum(passed.values())), vocab, width, layers, frozen, not head.weight.requires_grad)
 
 
 def price_per_token(
@@ -62,7 +65,7 @@ def price_per_token(
 ) -> Price:
     """Return what a token costs under `recipe`. With u = 2·V·H, one product with a head:
 
-        LM only                    6·P + 3·u(Hs)
+        LM only                    6·P + 3·u(Hs); 2 less of each weight that is frozen, 1 of a frozen head
         any teacher that runs      + 2·Pt
         its own head               + u(Ht)
         compressed, of `rank` r    + 2·r·(V + Ht); None: the head stays whole
@@ -73,7 +76,7 @@ def price_per_token(
     or again on the way, are not in it.
     """
     product = 2 * student.vocab * student.width
-    lm_only = 6 * student.parameters + 3 * product
+    lm_only = 6 * student.parameters - 2 * student.frozen + (3 - student.frozen_head) * product
     if teacher is None:
         return Price(lm_only, 0)
     own, projector = 2 * teacher.vocab * teacher.width, 2 * teacher.width * student.width
@@ -88,7 +91,8 @@ def price_per_token(
     elif recipe.teacher == "projected":
         trained = recipe.projector_resolve_steps == 0
         reached = trained and (recipe.teacher_grad != "none" or recipe.anchor_weight > 0)
-        heads = (1 + trained) * projector + (1 + reached + (recipe.teacher_grad == "full")) * product
+        heads = (1 + trained) * projector + (1 + reached) * product
+        heads += (recipe.teacher_grad == "full" and not student.frozen_head) * product
     elif recipe.teacher == "probe":
         heads = 2 * projector + 4 * product  # its own training's three, and the one that the student learns from
     if recipe.hidden_weight:

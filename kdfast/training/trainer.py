@@ -323,6 +323,9 @@ class KDTrainer(DurableTrainer):
         self._start_run()
         self._solve_starts()
         processes.print_once(f"{self._recipe.name}: {self.price}")
+        student = self.accelerator.unwrap_model(self.model).student
+        if (trained := student.num_parameters(only_trainable=True)) < (every := student.num_parameters()):
+            processes.print_once(f"{trained:,} of the student's {every:,} parameters are trained")
         self._precompute()
         if self.model_wrapped is self.model and self.accelerator.num_processes > 1 and not self.is_fsdp_enabled:
             # accelerate took an evaluation before the run for the model's preparation, and would leave out DDP

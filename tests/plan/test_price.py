@@ -55,7 +55,7 @@ def counted(monkeypatch):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_is_what_torch_counts(family, recipe, counted, monkeypatch):
     # a target for every token: the engine leaves out rows without one
-    monkeypatch.setattr("kdfast.training.model.shift_labels", lambda labels, mask: labels.roll(-1, 1))
+    monkeypatch.setattr("kdfast.training.model.shift_labels", lambda labels, *_: labels.roll(-1, 1))
     student, teacher = tiny(family, width=16, layers=2), tiny(family, width=24, layers=3, seed=1)
     for one in (student, teacher):
         one.set_attn_implementation("eager")
@@ -68,6 +68,34 @@ def test_it_is_what_torch_counts(family, recipe, counted, monkeypatch):
     rank = None if model.compressed_head is None else model.compressed_head.rank
     price = price_per_token(recipe, size_of(student), given and size_of(teacher), rank=rank)
     assert operations == batch["input_ids"].numel() * (price.lm_only + price.teacher)
+
+
+@pytest.mark.parametrize("recipe", ["lm_only", "teacher_head", "compressed_head", "projector", "projector_fixed"])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("head", ["frozen", "trained"])
+def test_of_what_an_adapter_freezes_no_gradient_is_computed(family, recipe, head, counted, monkeypatch):
+    """Nor of the head: its gradient's product is the one that a frozen head has less."""
+    peft = pytest.importorskip("peft")
+    monkeypatch.setattr("kdfast.training.model.shift_labels", lambda labels, *_: labels.roll(-1, 1))
+    student, teacher = tiny(family, width=16, layers=2), tiny(family, width=24, layers=3, seed=1)
+    for one in (student, teacher):
+        one.set_attn_implementation("eager")
+    student.enable_input_require_grads()  # so that the first layer is like the others
+    given, whole = None if recipe == "lm_only" else teacher, ["lm_head"] if head == "trained" else None
+    config = peft.LoraConfig(r=3, target_modules=["c_attn", "c_fc"] if family == "gpt2" else ["q_proj", "down_proj"])
+    config.modules_to_save = whole
+    model = DistillationModel(student, given, recipe=recipe, engine="torch", check_heads=False, peft_config=config)
+    batch = {"input_ids": torch.randint(3, 67, (8, 16), generator=torch.Generator().manual_seed(0))}
+    batch["labels"] = batch["input_ids"]
+    model.solve([batch])
+    operations = counted(lambda: model(**batch).loss.backward())
+    rank = None if model.compressed_head is None else model.compressed_head.rank
+    size = size_of(model.student)
+    price = price_per_token(model.recipe, size, given and size_of(teacher), rank=rank)
+    assert operations == batch["input_ids"].numel() * (price.lm_only + price.teacher)
+    assert size.frozen_head is (head == "frozen")
+    plain = size_of(tiny(family, width=16, layers=2))
+    assert size.frozen == plain.parameters
 
 
 # not those with biases of experts, and a convolution
