@@ -25,7 +25,7 @@ from kdfast.training import KDConfig
 from kdfast.training.config import DATA
 from kdfast.training.recipes import AUTO, CACHED, RECIPES, current_name
 
-Command = Literal["distill", "cache"]
+Command = Literal["distill", "cache", "data"]
 LM_ONLY = "lm_only"
 
 # what other libraries call a key, or people in a hurry
@@ -88,6 +88,7 @@ class DataArguments:
     dataset_config_name: str | None = _key(None, "its configuration")
     dataset_split: str = _key("train", "its split to train on")
     eval_dataset_split: str | None = _key(None, "its split to evaluate on")
+    streaming: bool = _key(False, "read the training rows as they are needed; with max_steps")
     eval_fraction: float = _key(0.01, "share of the rows held out where nothing is named for evaluation")
 
 
@@ -108,6 +109,7 @@ EPILOGS = {
     "distill": "Every name of transformers.TrainingArguments is a key too.",
     "cache": "The other keys of kdfast distill are keys too, so that one file serves both. What counts of them here: "
     "temperature, valid_vocab, seed, bf16, fp16, use_cpu, per_device_eval_batch_size.",
+    "data": "The other keys of kdfast distill are keys too, so that one file serves both.",
 }
 
 
@@ -208,13 +210,21 @@ def _problems(given: Mapping[str, Any], command: Command) -> Iterator[str]:
         if (given[one] is None) == (given[other] is None):
             found = "neither" if given[one] is None else "both"
             yield f"{found} of {one} and {other} given; expected exactly one of the two"
-    for key in ["output_dir"] if distills else ["teacher_cache", "teacher_model_name_or_path"]:
+    needed = {"distill": ["output_dir"], "cache": ["teacher_cache", "teacher_model_name_or_path"], "data": []}
+    for key in needed[command]:
         if not given[key]:
             yield f"{key} is missing; kdfast {command} needs it"
     if (split := given["eval_dataset_split"]) is not None and (given["eval_file"] or not given["dataset_name"]):
         yield f"eval_dataset_split={split!r}; expected a dataset_name with it, and no eval_file"
     if given["max_length"] < 2:
         yield f"max_length={given['max_length']}; expected at least 2 tokens"
+    if given["streaming"]:
+        if command == "cache":
+            yield "streaming: true, and a cache is of rows by their number; expected false"
+        if given["eval_file"] is None and split is None:
+            yield "streaming: true holds nothing out; expected an eval_file or eval_dataset_split with it"
+        if distills and given["max_steps"] <= 0:
+            yield f"streaming: true and max_steps={given['max_steps']}; expected its steps: it has no epochs"
     if not 0 < given["eval_fraction"] < 1:
         yield f"eval_fraction={given['eval_fraction']}; expected a number between 0 and 1"
     if given["use_peft"] and given["student_config"]:
@@ -246,12 +256,16 @@ def format_help(command: Command) -> str:
     )
     trainers = {f.name for f in dataclasses.fields(TrainingArguments)} - {"output_dir"}
     for cls, title in ARGUMENT_CLASSES.items():
-        if command == "cache" and cls in (RunArguments, AdapterArguments):
+        if command != "distill" and cls in (RunArguments, AdapterArguments):
             continue
         group = parser.add_argument_group(title)
         for f in dataclasses.fields(cls):
-            of_cache = cls is not KDConfig or f.name.startswith(("teacher_cache", "cache_")) or f.name in DATA
-            if f.init and f.name not in trainers and (command == "distill" or of_cache):
+            kept = command == "cache" and f.name.startswith(("teacher_cache", "cache_"))
+            if (
+                f.init
+                and f.name not in trainers
+                and (command == "distill" or cls is not KDConfig or kept or f.name in DATA)
+            ):
                 default = "" if f.default in (None, dataclasses.MISSING) else f" [{f.default}]"
                 group.add_argument(f"--{f.name}", metavar="", help=f"{f.metadata['help']}{default}".replace("%", "%%"))
     return parser.format_help()

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from kdfast.cli.arguments import Arguments, parse_argv
+from kdfast.cli.data import check_positions, load_text
 from kdfast.cli.errors import RunFailed, UserError
-from kdfast.cli.inputs import check_positions, load_text
 from kdfast.training import load_teacher
 from kdfast.training.cache.description import CacheSummary, is_complete
 from kdfast.training.cache.read import TeacherCache

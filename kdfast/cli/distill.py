@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from kdfast.cli.arguments import LM_ONLY, AdapterArguments, Arguments, ModelArguments, parse_argv
+from kdfast.cli.data import check_positions, load_text
 from kdfast.cli.errors import RunFailed, RunTerminated, UserError
-from kdfast.cli.inputs import check_positions, load_text
 from kdfast.cli.output_dir import REMEDY, claim
 from kdfast.report.page import text_table, write_report
 from kdfast.report.read_runs import REPORT, SUMMARY, Run, is_finished, log_table, read_run

@@ -1,4 +1,4 @@
-"""`kdfast distill | cache | merge | report | demo | doctor | plan`.
+"""`kdfast distill | cache | data | merge | report | demo | doctor | plan`.
 
 Exit codes: 0 done, 1 the run failed (a loss that is not finite, a full disk, a process that died, an error that was
 not foreseen), 2 the request cannot be run, 130 interrupted, 141 the output is no longer read, 143 terminated after a
@@ -22,12 +22,14 @@ DTYPES = ("bfloat16", "float16", "float32", "float64")
 COMMANDS = {
     "distill": "distill a teacher into a student, as CONFIG.yaml says",
     "cache": "run a teacher over a text once and keep what a student learns from",
+    "data": "what CONFIG.yaml's rows become: the first one with its targets, counts, what is skipped",
     "merge": "a whole model of a run's adapter and its base",
     "report": "curves and a table of several runs side by side, finished or not, in one page",
     "demo": "a real distillation on this machine, from its own text to one table",
     "doctor": "versions, devices, the engine and chunk `auto` picks, what `kernels` resolves to",
     "plan": "memory and largest N of a loss, for eager and every engine",
 }
+CONFIGURED = ("distill", "cache", "data")  # whose keys dataclasses declare that need transformers
 TRAINING_PART = ("transformers", "datasets", "accelerate", "tokenizers", "yaml", "matplotlib", "psutil", "tqdm")
 
 
@@ -68,7 +70,7 @@ def _run(argv: list[str]) -> int:
     if missing and command not in ("doctor", "plan"):
         raise UserError(f"{command} needs {', '.join(missing)}: pip install 'kdfast[train]'")
     function = getattr(importlib.import_module(f"kdfast.cli.{command}"), command)
-    return function(argv[1:]) if command in ("distill", "cache") else function(**given)
+    return function(argv[1:]) if command in CONFIGURED else function(**given)
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -101,8 +103,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         from kdfast.cli import plan
 
         plan.add_arguments(commands["plan"], DTYPES)
-    # the keys of these two are declared by dataclasses that need transformers: what follows is parsed there
-    return parser.parse_args(argv[:1] if argv[:1] in (["distill"], ["cache"]) else argv)
+    return parser.parse_args(argv[:1] if argv and argv[0] in CONFIGURED else argv)
 
 
 def _print_what_can_be_printed() -> None:

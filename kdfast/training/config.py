@@ -51,6 +51,7 @@ NUMBERS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "an int ≥ 0": (lambda x: x >= 0 and x == int(x), ("projector_resolve_steps",)),
 }  # fmt: skip
 CHOICES = {
+    "kd_on": ("completion", "all"),
     "truncation_mode": ("keep_start", "keep_end"),
     "teacher_grad": ("full", "projector", "none"),
     "projector_init": get_args(ProjectorStart),
@@ -102,6 +103,7 @@ class KDConfig(TrainingArguments):
     kd_ramp: float | None = _from_recipe("Fraction of the run over which the KD weight ramps up; 0 = constant.")
     kd_ramp_start: float | None = _from_recipe("KD weight at the start of the ramp.")
     kd_until: float | None = _from_recipe("Fraction of the run that has a KD term; no teacher is run after it.")
+    kd_on: str | None = _from_recipe("completion: the KD term where labels count; all: on every token.")
     ce_weight: float | None = _from_recipe("Multiplies the language-model loss.")
     student_init: str | None = _from_recipe("A fresh student: own; svd, its embedding solved; svd_blocks, all of it.")
     compressed_rank: int | None = _from_recipe("Rank of a compressed teacher's head.")

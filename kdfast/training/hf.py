@@ -135,9 +135,9 @@ def known_ids(
     """
     rows = embedding_rows(model)
     strange = (input_ids < 0) | (input_ids >= rows)
-    for name, value in vars(model.config).items():
-        if re.search("(image|video|audio)_token_(id|index)$", name) and isinstance(value, int) and value >= rows:
-            strange &= input_ids != value  # the place of an image or a sound, which the model fills in
+    for place in placeholders(model).values():
+        if place >= rows:
+            strange &= input_ids != place  # which the model fills in
     ids = input_ids.masked_fill(strange, 0)
     if attention_mask is not None and attention_mask.dim() == 2:
         strange = strange & (attention_mask != 0)

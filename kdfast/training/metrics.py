@@ -26,6 +26,7 @@ Reduce = Callable[[Tensor], Tensor]  # sums a tensor over the processes
 
 # Names in logs of the fields of KDMetrics: its anchor is the projected teacher's cross entropy on the labels.
 LOGGED = {name: "ce_projected" if name == "anchor" else name for name in KDMetrics._fields if name != "tokens"}
+OF_KD = ("kd", "student_entropy", "teacher_entropy", "agreement")  # means over the KD term's tokens
 
 
 class TokenMeans:
@@ -70,9 +71,10 @@ class TrainingMeter:
         if math.isnan(self._since):
             self._since = time.perf_counter()
 
-    def add(self, metrics: KDMetrics, aux_loss: Tensor | None = None) -> None:
-        self._means.add({**named(metrics), "aux_loss": aux_loss}, metrics.tokens)
-        self._tokens += metrics.tokens
+    def add(self, metrics: KDMetrics, aux_loss: Tensor | None = None, targets: Tensor | None = None) -> None:
+        targets = metrics.tokens if targets is None else targets
+        _add(self._means, {**named(metrics), "aux_loss": aux_loss}, targets, metrics.tokens)
+        self._tokens += targets
 
     def read(self, reduce: Reduce) -> dict[str, float]:
         """Return the log line's metrics, and tokens_per_second since the last one."""
@@ -139,7 +141,8 @@ class EvaluationMeter:
         values: dict[str, Tensor | None] = {"loss": output.loss, "aux_loss": output.aux_loss, **named(output.metrics)}
         if output.fidelity is not None:
             values |= {name: value for name, value in output.fidelity._asdict().items() if value is not None}
-        self._means.add(values, output.metrics.tokens)
+        targets = output.metrics.tokens if output.targets is None else output.targets
+        _add(self._means, values, targets, output.metrics.tokens)
 
     def read(self, reduce: Reduce) -> dict[str, float]:
         """Return the means there are, `perplexity` and `tokens`."""
@@ -147,6 +150,12 @@ class EvaluationMeter:
         if "ce" in means:
             means["perplexity"] = math.exp(means["ce"]) if means["ce"] < 700 else math.inf
         return {**means, "tokens": tokens}
+
+
+def _add(means: TokenMeans, values: dict[str, Tensor | None], targets: Tensor, kd_tokens: Tensor) -> None:
+    """Add a batch's values, those of the KD term by the tokens that it counts on."""
+    means.add({name: value for name, value in values.items() if name not in OF_KD}, targets)
+    means.add({name: value for name, value in values.items() if name in OF_KD}, kd_tokens)
 
 
 def evaluated(model: DistillationModel, dataset: Any) -> list[str]:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -59,6 +60,7 @@ class DistillationOutput(NamedTuple):
     fidelity: Fidelity | None  # only where it was asked for and there is a teacher
     aux_loss: Tensor | None = None  # (), the load-balancing loss of a mixture of experts, without its coefficient
     log_probs: Tensor | None = None  # (B, T): of the targets, where they were asked for
+    targets: Tensor | None = None  # (), how many there are; metrics.tokens is the KD term's number
 
 
 class DistillationModel(nn.Module):
@@ -164,6 +166,7 @@ class DistillationModel(nn.Module):
         temperature: float | Tensor | None = None,
         kd_weight: float | Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
+        kd_items_in_batch: int | Tensor | None = None,
         with_fidelity: bool = False,
         with_metrics: bool = True,
         with_log_probs: bool = False,
@@ -186,6 +189,8 @@ class DistillationModel(nn.Module):
             num_items_in_batch: the divisor of every term: the targets (`model.targets(…) != -100`) in all
                 micro-batches and processes of this step. None = those of this batch. The load-balancing loss, a mean
                 already, has this batch's share of them as its weight, so that the shares of a step add up to 1.
+            kd_items_in_batch: the KD term's own divisor under `kd_on="all"`: the tokens it counts on, likewise of the
+                whole step. None = num_items_in_batch.
             with_fidelity: also compare with the true teacher.
             with_metrics: False = of the metrics only those of the loss's own terms, which cost nothing, the others
                 being NaN; all nevertheless where there is a projector, which is judged by them.
@@ -202,7 +207,11 @@ class DistillationModel(nn.Module):
                 f"recipe {self.recipe.name!r} starts from solved values: call model.solve(batches) with some batches "
                 "of training text first, as KDTrainer does"
             )
-        targets = self.targets(labels, attention_mask)
+        targets = kd_targets = self.targets(labels, attention_mask)
+        kd_items = num_items_in_batch
+        if self.recipe.kd_on == "all":
+            kd_targets = self.every_target(input_ids, attention_mask, position_ids)
+            kd_items = num_items_in_batch if kd_items_in_batch is None else kd_items_in_batch
         inputs = {name: x for name, x in {**backbone_inputs, "position_ids": position_ids}.items() if x is not None}
         for role, known in self.inputs.items():
             check_inputs(getattr(self, role), role, inputs, known)
@@ -244,7 +253,7 @@ class DistillationModel(nn.Module):
             )
         temperature = self.recipe.temperature if temperature is None else temperature
         if cached and learns_from_entries and look:
-            cached.check(temperature, targets != IGNORE_INDEX)
+            cached.check(temperature, kd_targets != IGNORE_INDEX)
         options = {**self.loss_options, "num_items_in_batch": num_items_in_batch}
         batch = Batch(student, own, cached, targets, temperature, options)
         kd = KDTerms(None, options)
@@ -258,6 +267,7 @@ class DistillationModel(nn.Module):
             kd_weight=kd_weight,
             divergence=self.divergence,
             ce_weight=self.recipe.ce_weight,
+            kd_token_weights=None if kd_targets is targets else _share(kd_targets, num_items_in_batch, kd_items),
             return_metrics=True if with_metrics or self.logit_projector is not None else "terms",
             **kd.options,
         )
@@ -269,7 +279,7 @@ class DistillationModel(nn.Module):
             metrics = metrics._replace(anchor=anchor)
         if self.hidden_loss is not None:
             states = student_states.hidden_states, teacher_states.hidden_states
-            loss = loss + self.recipe.hidden_weight * self.hidden_loss(*states, targets, num_items_in_batch)
+            loss = loss + self.recipe.hidden_weight * self.hidden_loss(*states, kd_targets, kd_items)
         aux_loss: Tensor | None = None
         if self.router_loss is not None:
             aux_loss = self.router_loss(student_states.router_logits, attention_mask).to(loss.device)
@@ -277,6 +287,7 @@ class DistillationModel(nn.Module):
             share = 1.0 if items is None else (targets != IGNORE_INDEX).sum() / items.to(loss.device)
             loss = loss + self.router_loss.coef * share * aux_loss
             aux_loss = aux_loss.detach()
+        counted = (targets != IGNORE_INDEX).sum()
         if not look:  # an unknown id makes the loss NaN, as a bad label does
             loss = loss * torch.where(strange, torch.nan, 1.0)
         true = cached.at_one() if own is None and cached else own
@@ -285,7 +296,17 @@ class DistillationModel(nn.Module):
             compared = fidelity(student, kd.surrogate and kd.surrogate(), true, targets, **self.loss_options)
         if with_log_probs:
             log_probs = -fused_kd_loss(student, None, targets, ce_weight=1.0, reduction="none", **self.loss_options)
-        return DistillationOutput(loss, metrics, compared, aux_loss, log_probs)
+        return DistillationOutput(loss, metrics, compared, aux_loss, log_probs, counted)
+
+    def every_target(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
+        """Return targets (B, T) of all tokens but each document's first, whatever their labels are.
+
+        position_ids: (B, T); where the next is not one more, a document ends. Of another rank they say nothing here.
+        """
+        targets = self.targets(input_ids, attention_mask)
+        if position_ids is None or position_ids.dim() != 2:
+            return targets
+        return targets.masked_fill(F.pad(position_ids.diff() != 1, (0, 1), value=True), IGNORE_INDEX)
 
     def targets(self, labels: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Return `shift_labels`' targets (B, T), with −100 at the places of images, video and sound too."""
@@ -413,6 +434,12 @@ class DistillationModel(nn.Module):
         kept = {name: tensor for name, tensor in state.items() if not name.startswith("student.")}
         student = {name.removeprefix("student."): state[name] for name in state.keys() - kept.keys()}
         return kept | {f"student.{name}": tensor for name, tensor in adapter_state(self.student, student).items()}
+
+
+def _share(targets: Tensor, items: int | Tensor | None, kd_items: int | Tensor | None) -> Tensor:
+    """Return weights (B, T) of the KD term for which `items`, the divisor of all terms, divides it by `kd_items`."""
+    weights = (targets != IGNORE_INDEX).to(torch.float32)
+    return weights if items is None or kd_items is None else weights * (items / torch.as_tensor(kd_items).clamp(min=1))
 
 
 def _check_pair(

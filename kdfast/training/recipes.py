@@ -68,6 +68,7 @@ class Recipe:
     kd_ramp: float = 0.0  # fraction of the run the KD weight ramps over; 0 = constant
     kd_ramp_start: float = 0.1
     kd_until: float = 1.0  # fraction of the run after which there is no KD term, and no teacher is run
+    kd_on: Literal["completion", "all"] = "completion"  # KD where labels count, or on every token
     ce_weight: float = 1.0
     student_init: StudentStart = "own"  # a fresh student's: "svd", its embedding is solved; "svd_blocks", all of it
     compressed_rank: int | None = None  # None = as compressed_kl says, or the student's width
@@ -205,7 +206,7 @@ _PROJECTOR = (
     "anchor_weight", "teacher_grad",
 )  # fmt: skip
 _COMPRESSED = ("compressed_rank", "compressed_kl")
-_KD = ("kd_weight", "kd_ramp", "kd_ramp_start", "kd_until", "temperature", "temperature_steps", "divergence",
+_KD = ("kd_on", "kd_weight", "kd_ramp", "kd_ramp_start", "kd_until", "temperature", "temperature_steps", "divergence",
        "alpha", "beta")  # fmt: skip
 UNUSED: dict[str, tuple[str, ...]] = {
     "none": (*_KD, *_PROJECTOR, *_COMPRESSED),

@@ -37,8 +37,8 @@ from kdfast.training.callbacks import HealthCallback
 from kdfast.training.config import KDConfig
 from kdfast.training.data.chat import Counts, is_raw_text, read_template, tokenize_dataset
 from kdfast.training.data.columns import MEDIA, by_name, check_columns, check_names, media_columns, names_of
-from kdfast.training.data.packing import PaddingCollator
-from kdfast.training.data.rows import Collator
+from kdfast.training.data.packing import PaddingCollator, check_apart
+from kdfast.training.data.rows import PACKED, Collator
 from kdfast.training.data.tokenizers import check_tokens, find_valid_vocab, own_tokenizer, text_tokenizer, tokenizer_of
 from kdfast.training.durable import processes, resume
 from kdfast.training.durable.trainer import DurableTrainer, replaced
@@ -224,6 +224,10 @@ class KDTrainer(DurableTrainer):
             if model.teacher is not None:
                 check_tokens("teacher", processor, own_tokenizer(model.teacher), model.valid_vocab)
         check_adapter(model.student)
+        if self.args.packing or any(PACKED in names_of(dataset) for dataset in datasets.values()):
+            for role, one in {"student": model.student, "teacher": model.teacher}.items():
+                if one is not None:
+                    check_apart(one, role)
         check_datasets(model, datasets, self._schedules[1])
         return model, choice, wrapped_here
 
@@ -282,6 +286,7 @@ class KDTrainer(DurableTrainer):
             most_skips=self.args.max_skipped_steps if self.args.non_finite == "skip" else 0,
             report=self._report_non_finite,
         )
+        self._kd_items: Tensor | None = None  # the step's tokens with a KD term, where those are not its targets
         self._before_step: tuple[Any, Any] | None = None  # logged loss and meter, for a step that is left out
         self._weights: dict[str, float] = {}  # kd_weight and temperature of the last batch
         self._learning_rates: dict[str, float] = {}  # of the last step, by part
@@ -466,10 +471,11 @@ class KDTrainer(DurableTrainer):
         if self._weights["kd_weight"] == 0:
             weights["kd_weight"] = 0.0  # a number, which the model can see without waiting for the device
         with_metrics = return_outputs or self._may_be_logged(self.state.global_step + 1)
-        output = model(**inputs, **weights, num_items_in_batch=num_items_in_batch, with_metrics=with_metrics)
+        items = {"num_items_in_batch": num_items_in_batch, "kd_items_in_batch": self._kd_items}
+        output = model(**inputs, **weights, **items, with_metrics=with_metrics)
         loss, metrics = output.loss, output.metrics
         self._guard.watch_loss(self.state.global_step + 1, loss, metrics.ce, metrics.kd, **self._weights)
-        self._meter.add(metrics, output.aux_loss)
+        self._meter.add(metrics, output.aux_loss, output.targets)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # DDP and FSDP average gradients over the processes; divided by the targets of all, they have to be summed
             loss = loss * self.accelerator.num_processes
@@ -500,8 +506,13 @@ class KDTrainer(DurableTrainer):
                     "each other's shards. Give each of its rows an image, or none, or use DDP"
                 )
         targets = [self.model.targets(batch["labels"], batch.get("attention_mask")) for batch in batches]
-        number = torch.stack([(t != IGNORE_INDEX).sum() for t in targets]).sum().to(device)
-        return batches, self._reduce(number) if self.args.average_tokens_across_devices else number
+        if self._recipe.kd_on == "all":
+            names = ("input_ids", "attention_mask", "position_ids")
+            targets += [self.model.every_target(*map(batch.get, names)) for batch in batches]
+        counts = torch.stack([(t != IGNORE_INDEX).sum() for t in targets]).view(-1, len(batches)).sum(1).to(device)
+        counts = self._reduce(counts) if self.args.average_tokens_across_devices else counts
+        self._kd_items = counts[1] if len(counts) > 1 else None
+        return batches, counts[0]
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Take one micro-batch forward and backward, as Trainer does."""

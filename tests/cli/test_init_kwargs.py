@@ -9,7 +9,7 @@ from byte_tokenizer import make_tokenizer
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from kdfast.cli.arguments import parse
-from kdfast.cli.inputs import load_text
+from kdfast.cli.data import load_text
 from kdfast.training import load_teacher
 
 LAYERS = {"transformer.h.0": "disk", "transformer.ln_f": "cpu", "lm_head": "cpu"}

@@ -10,7 +10,7 @@ from tiny_models import loss_by_hand
 from transformers import AutoConfig, AutoModelForCausalLM, default_data_collator
 
 from kdfast.cli.arguments import ModelArguments
-from kdfast.cli.inputs import load_tokenizer
+from kdfast.cli.data import load_tokenizer
 from kdfast.training import DistillationModel, KDTrainer, backbone, load_student, load_teacher
 
 PARTS = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb")

@@ -217,7 +217,7 @@ def test_nor_that_of_a_configuration_or_tokenizer(tiny, tmp_path, ran, monkeypat
     from byte_tokenizer import make_tokenizer
 
     from kdfast.cli.arguments import ModelArguments
-    from kdfast.cli.inputs import load_tokenizer
+    from kdfast.cli.data import load_tokenizer
 
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     make_tokenizer().save_pretrained(tmp_path / "model")

@@ -184,12 +184,10 @@ def shifted(rows):
     return {"input_ids": ids, "labels": ids}
 
 
-UNEVEN = [{"input_ids": list(range(3, 3 + n)), "labels": list(range(3, 3 + n))} for n in (5, 7)] * 10
 STAYS_LIVE = {
     "one temperature|entries are of one": {"temperature_steps": [2.0, 1.0]},
     "drawn ids are no estimate": {"divergence": "reverse_kl"},
     "other inputs of the rows": {"collator": shifted},
-    "expected blocks of one length": {"data": UNEVEN, "collator": lambda rows: shifted([rows[0]])},
     "lacks the run's, 2": {"cache_temperatures": [1.0]},
 }
 

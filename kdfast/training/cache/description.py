@@ -23,6 +23,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdfast._version import __version__
+from kdfast.training.data.rows import PACKED, lengths_of
 from kdfast.training.durable import checksums
 from kdfast.training.durable.atomic_io import write_text
 from kdfast.training.hf import fetch
@@ -54,12 +55,12 @@ def _damaged(path: Path, remedy: str) -> Iterator[None]:
 class Split:
     sequences: int
     tokens: int
-    sha256: str  # of all token ids in order, and where each sequence ends
+    sha256: str  # of all token ids in order, and where each sequence, and each document packed into one, ends
 
     @property
-    def length(self) -> int:
-        """Tokens of a sequence; all of a split have the same."""
-        return self.tokens // self.sequences
+    def length(self) -> float:
+        """Tokens of a sequence, their mean."""
+        return self.tokens / self.sequences
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ class Shard:
     split: str
     number: int
     sequences: range
-    tokens: int
+    tokens: float  # about
     folder: Path
 
     def find_damage(self, description: Description) -> str | None:
@@ -218,20 +219,20 @@ def ids_of(dataset: Any, name: str = "dataset") -> Iterator[np.ndarray]:
 
 
 def describe_split(dataset: Any, name: str = "dataset") -> Split:
-    """Return its size and the hash of its tokens. Raise ValueError where rows are missing or of different lengths."""
+    """Return its size and the hash of its tokens. Raise ValueError where rows are missing or empty."""
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty; expected rows with input_ids")
-    sum, lengths = hashlib.sha256(), set()
+    sum, tokens = hashlib.sha256(), 0
     for ids in ids_of(dataset, name):
         sum.update(len(ids).to_bytes(8, "little"))
         sum.update(ids.astype("<i4").tobytes())
-        lengths.add(len(ids))
-    if len(lengths) > 1 or not min(lengths):
-        raise ValueError(
-            f"{name} has rows of {min(lengths)} to {max(lengths)} tokens; expected blocks of one length, as packing or "
-            "padding makes them"
-        )
-    return Split(len(dataset), len(dataset) * lengths.pop(), sum.hexdigest())
+        if not len(ids):
+            raise ValueError(f"{name} has a row without tokens; expected at least one in each")
+        tokens += len(ids)
+    if PACKED in dataset[0]:  # the same tokens, packed in another way, are other documents
+        for row in dataset.select_columns([PACKED]) if isinstance(dataset, Dataset) else dataset:
+            sum.update(np.asarray(lengths_of(row), dtype="<i4").tobytes())
+    return Split(len(dataset), tokens, sum.hexdigest())
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase | None) -> str:

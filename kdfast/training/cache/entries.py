@@ -98,6 +98,11 @@ def encode(entries: TopK | Drawn, description: Description) -> dict[str, np.ndar
     return {name: part.cpu().numpy().astype(dtypes[name]).reshape(-1) for name, part in entries._asdict().items()}
 
 
+def tokens_of(row: dict[str, np.ndarray], description: Description) -> int:
+    """Return how many tokens a row of `encode`'s has entries of."""
+    return len(row["distinct"]) if "distinct" in row else len(row["log_tails"]) // (1 + len(description.temperatures))
+
+
 def table(rows: list[dict[str, np.ndarray]]) -> pa.Table:
     """Return a table of rows as `encode` makes them."""
     return pa.table({name: _lists([row[name] for row in rows]) for name in rows[0]})

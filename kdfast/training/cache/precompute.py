@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch.utils.data import IterableDataset
-from transformers import PreTrainedModel, default_data_collator
+from transformers import PreTrainedModel
 
 from kdfast.inputs import same_vocabulary
 from kdfast.schedules import Schedule
@@ -26,6 +26,7 @@ from kdfast.training.cache.read import CachedBlocks, TeacherCache, cached_blocks
 from kdfast.training.cache.write import INPUTS, cache_teacher, describe
 from kdfast.training.config import KDConfig
 from kdfast.training.data.columns import names_of
+from kdfast.training.data.packing import PaddingCollator
 from kdfast.training.data.rows import inputs_of_row
 from kdfast.training.data.tokenizers import text_tokenizer
 from kdfast.training.durable.processes import by_first, print_once
@@ -198,11 +199,12 @@ class Precomputation:
     def _shows_rows_as_they_are(self, rows: list[Any]) -> bool:
         """Return whether the models see in a batch what the teacher is shown of the rows."""
         batch = self.collate([dict(row) for row in rows])
-        shown = default_data_collator([inputs_of_row(row, INPUTS) for row in rows])
+        tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        shown = PaddingCollator(tokenizer)([inputs_of_row(row, INPUTS) for row in rows])
         for name in {*INPUTS, *self.model.inputs["teacher"].intersection(batch)}:
             one, other = batch.get(name), shown.get(name)
             if name == "attention_mask":
-                one, other = (None if x is None or x.all() else x for x in (one, other))
+                one, other = (None if x is None or x.all() else x.long() for x in (one, other))
             same = torch.equal(one, other) if one is not None and other is not None else one is other
             if not same:
                 return False

@@ -21,7 +21,7 @@ from datasets.utils import disable_progress_bars, enable_progress_bars
 from datasets.utils.tqdm import are_progress_bars_disabled
 from filelock import FileLock, Timeout
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, default_data_collator
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kdfast.inputs import MOST_ENTRIES, kind
 from kdfast.ops import autocast
@@ -42,8 +42,9 @@ from kdfast.training.cache.description import (
     teacher_fingerprint,
     tokenizer_fingerprint,
 )
-from kdfast.training.cache.entries import TopK, draw, encode, table, top_k
+from kdfast.training.cache.entries import TopK, draw, encode, table, tokens_of, top_k
 from kdfast.training.data.columns import MEDIA, media_columns
+from kdfast.training.data.packing import PaddingCollator
 from kdfast.training.data.rows import inputs_of_row
 from kdfast.training.data.tokenizers import check_tokens, count_ids, own_tokenizer
 from kdfast.training.durable import atomic_io, checksums, processes
@@ -89,8 +90,8 @@ def cache_teacher(
     Args:
         teacher: a causal `PreTrainedModel`, on the device it is to run on. It runs in its own dtype, or under the
             autocast of the caller, as a live one does.
-        splits: name → data set (`len` and rows with input_ids, all of a split of one length), such as {"train": …,
-            "eval": …}. Training goes over these same rows.
+        splits: name → data set (`len` and rows with input_ids), such as {"train": …, "eval": …}. Training goes over
+            these same rows.
         folder: of the cache. A complete one is left alone, an interrupted one completed.
         method: "top_k": the k most likely ids and the mass of all others. "sample": k ids drawn at random, counted.
         k: 1 to 1024, and at most the teacher's vocabulary for "top_k".
@@ -173,7 +174,7 @@ def describe(
             )
         for i, text in enumerate(ids_of(dataset, f"splits[{split!r}]")):  # before hours have gone by
             if text.size and not 0 <= text.min() <= text.max() < embedding_rows(teacher):
-                inputs = default_data_collator([inputs_of_row(dataset[i], INPUTS)])
+                inputs = PaddingCollator()([inputs_of_row(dataset[i], INPUTS)])
                 known_ids(teacher, "teacher", inputs["input_ids"], inputs.get("attention_mask"))
     described = {split: describe_split(dataset, f"splits[{split!r}]") for split, dataset in splits.items()}
     tokens = sum(split.tokens for split in described.values())
@@ -192,7 +193,7 @@ def describe(
         temperatures=tuple(float(tau) for tau in temperatures if tau != 1 or method == "sample"),
         dtype=dtype,
         seed=seed,
-        shard_sequences=max(1, shard_tokens // max(split.length for split in described.values())),
+        shard_sequences=max(1, int(shard_tokens // max(split.length for split in described.values()))),
         splits=described,
     )
 
@@ -245,9 +246,10 @@ def _write_share(
             rows = []
             for row in _rows(teacher, splits[shard.split], shard.sequences, description, batch_size):
                 rows.append(row)
-                progress.update(description.splits[shard.split].length)
+                tokens = tokens_of(row, description)
+                written += tokens
+                progress.update(tokens)
             _write_shard(shard, table(rows), description.mark(shard.split, shard.number))
-            written += shard.tokens
     return written
 
 
@@ -259,18 +261,20 @@ def _rows(
     dtype = _dtype(teacher)
     for start in range(within.start, within.stop, batch_size):
         batch = [dataset[i] for i in range(start, min(start + batch_size, within.stop))]
-        batch = [inputs_of_row(row, INPUTS) for row in batch]
-        inputs = default_data_collator(batch)
+        lengths = [len(row["input_ids"]) for row in batch]
+        inputs = PaddingCollator()([inputs_of_row(row, INPUTS) for row in batch])
+        real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
         inputs["input_ids"], _ = known_ids(teacher, "teacher", inputs["input_ids"], inputs.get("attention_mask"))
         own = head(teacher, run_backbone(teacher, **inputs, use_cache=False).last_hidden_state)
         bias = None if own.bias is None else own.bias.to(dtype)
-        whole = replace(own, hidden=own.hidden.to(dtype), weight=own.weight.to(dtype), bias=bias)
+        hidden = own.hidden[real.to(own.hidden.device)].to(dtype)
+        whole = replace(own, hidden=hidden, weight=own.weight.to(dtype), bias=bias)
         if description.method == "top_k":
             largest = top_k(whole, description.k, description.temperatures, description.valid_vocab)
-            for entries in zip(*(part.cpu() for part in largest), strict=True):
+            for entries in zip(*(part.cpu().split(lengths) for part in largest), strict=True):
                 yield encode(TopK(*entries), description)
             continue
-        for i, hidden in enumerate(whole.hidden):
+        for i, hidden in enumerate(whole.hidden.split(lengths)):
             generator = torch.Generator(hidden.device).manual_seed((description.seed * SEEDS + start + i) % 2**63)
             (tau,) = description.temperatures
             found = draw(replace(whole, hidden=hidden), description.k, tau, generator, description.valid_vocab)

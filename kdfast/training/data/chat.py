@@ -146,7 +146,10 @@ def tokenize_dataset(
         if assistant_only_loss:
             raise DataError(NOT_A_CHAT.format(argument=argument))
         blocks = load_blocks(argument, dataset, tokenizer, max_length, text_column, dataset_num_proc)
-        return blocks, counts.of_blocks(blocks, max_length or 0)
+        counts = counts.of_blocks(blocks, max_length or 0)
+        if counts.rows:
+            print_once(str(counts))
+        return blocks, counts
     if packing and max_length is None:
         raise DataError("packing=True and max_length=None; expected the number of tokens that rows are packed into")
     template = None if chat_template is None else read_template(chat_template)

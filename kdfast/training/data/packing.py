@@ -10,12 +10,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, default_data_collator
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, default_data_collator
 
 from kdfast.training.data.rows import PACKED, lengths_of
 from kdfast.training.data.text import map_rows
-from kdfast.training.hf import IGNORE_INDEX
+from kdfast.training.hf import IGNORE_INDEX, check_inputs, embedding_rows, input_device, run_backbone
 
+SEES = 1e-6  # of the largest hidden state: what one document may change in the next; masked, it changes nothing
 FILL: dict[str, Any] = {"labels": IGNORE_INDEX, "teacher_log_probs": -torch.inf}  # at padding; 0 of other columns
 
 
@@ -54,6 +55,26 @@ def pack(rows: Any, size: int, argument: str, num_proc: int | None = None) -> An
     return map_rows(rows, join, f"Packing {argument}", num_proc, batched=True, batch_size=1000)
 
 
+@torch.no_grad()
+def check_apart(model: PreTrainedModel, role: str) -> None:
+    """Raise ValueError where documents in one row see each other, position_ids or not: asked of the model itself."""
+    check_inputs(model, role, ["position_ids"])
+    ids = torch.arange(1, 9, device=input_device(model)).repeat(2, 1) % embedding_rows(model)
+    ids[1, :4] = ids[1, :4].flip(0)  # two rows whose second documents are the same
+    modes = [(module, module.training) for module in model.modules()]
+    positions = torch.arange(4).repeat(2, 2)
+    hidden = run_backbone(model.eval(), input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+    for module, training in modes:
+        module.training = training
+    one, other = hidden[:, 4:].float()
+    if not (one - other).abs().amax() <= SEES * one.abs().amax():
+        raise ValueError(
+            f"packing: the {role}, {type(model).__name__} with attn_implementation="
+            f"{model.config._attn_implementation!r}, lets a document see the one before it in its row, whatever "
+            "position_ids say. Set packing: false, or take another attn_implementation"
+        )
+
+
 class PaddingCollator:
     """Make a batch of rows of any lengths, on the right of which there is padding with the label −100.
 
@@ -70,7 +91,8 @@ class PaddingCollator:
             return default_data_collator(rows)
         lengths = [len(row["input_ids"]) for row in rows]
         documents = [lengths_of(row) or [n] for row, n in zip(rows, lengths, strict=True)]
-        packed = max(map(len, documents)) > 1
+        given = [torch.as_tensor(row.get("position_ids", ())) for row in rows]
+        packed = max(map(len, documents)) > 1 or any((x.diff() != 1).any() for x in given if x.dim() == 1)
         if len({*lengths}) == 1 and not packed:
             return default_data_collator(rows)
         by_token: dict[str, list[Tensor]] = {}
@@ -82,9 +104,11 @@ class PaddingCollator:
         batch: dict[str, Any] = default_data_collator(others) if any(others) else {}
         if packed:
             by_token.pop("attention_mask", None)
-            by_token["position_ids"] = [torch.cat([torch.arange(n) for n in some]) for some in documents]
-            for i, starts in enumerate(by_token["position_ids"]):
-                by_token["labels"][i] = by_token["labels"][i].masked_fill(starts == 0, IGNORE_INDEX)
+            positions = [torch.cat([torch.arange(n) for n in some]) for some in documents]
+            positions = by_token.setdefault("position_ids", positions)
+            if "labels" in by_token:  # nothing predicts a document's first token
+                labels = zip(by_token["labels"], positions, strict=True)
+                by_token["labels"] = [x.masked_fill(at == 0, IGNORE_INDEX) for x, at in labels]
         else:
             by_token.setdefault("attention_mask", [torch.ones(n, dtype=torch.long) for n in lengths])
         fill = {**FILL, "input_ids": self.pad_token_id}

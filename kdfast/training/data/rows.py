@@ -119,12 +119,8 @@ def _segments(batch: dict[str, Any]) -> float:
 
 
 def inputs_of_row(row: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """Return a row's inputs among `names`; a packed row gets position_ids from its seq_lengths instead of a mask."""
-    inputs = {name: row[name] for name in names if name in row}
-    if (lengths := lengths_of(row)) and "position_ids" not in row:
-        inputs.pop("attention_mask", None)
-        inputs["position_ids"] = torch.cat([torch.arange(n) for n in lengths])
-    return inputs
+    """Return a row's inputs among `names`, and the lengths of its documents where it is packed of several."""
+    return {name: row[name] for name in (*names, *([PACKED] if lengths_of(row) else [])) if name in row}
 
 
 def lengths_of(row: dict[str, Any]) -> list[int]:

@@ -108,7 +108,7 @@ def load_blocks(
     return blocks
 
 
-def read_files(argument: str, source: str) -> Dataset:
+def read_files(argument: str, source: str, *, streaming: bool = False) -> Any:
     """Return the documents of a file, a folder (files of a known kind, at any depth) or a glob, in sorted order."""
     from datasets import load_dataset
 
@@ -130,7 +130,7 @@ def read_files(argument: str, source: str) -> Dataset:
         raise DataError(f"{argument}: {str(strange)!r} is no JSON of rows; expected it to begin with {{ or [")
     options = {"sample_by": "document", "encoding_errors": "replace"} if kind == "text" else {}
     try:
-        return load_dataset(kind, data_files=[str(p) for p in files], split="train", **options)
+        return load_dataset(kind, data_files=[str(p) for p in files], split="train", streaming=streaming, **options)
     except Exception as error:  # `datasets` wraps whatever its reader met: malformed JSON, not a parquet file, ...
         raise DataError(f"{argument}: {source!r} could not be read as {kind}: {error.__cause__ or error}") from error
 
@@ -150,12 +150,14 @@ def _holds_rows(path: Path) -> bool:
     return start[:1] in (b"{", b"[", b"")
 
 
-def read_dataset(argument: str, name: str, config: str | None = None, split: str = "train") -> Dataset:
+def read_dataset(
+    argument: str, name: str, config: str | None = None, split: str = "train", *, streaming: bool = False
+) -> Any:
     """Return the documents of one split of a named data set, from the hub or a local folder."""
     from datasets import load_dataset
 
     try:
-        return load_dataset(name, config, split=split)
+        return load_dataset(name, config, split=split, streaming=streaming)
     except Exception as error:  # missing name, unknown configuration or split, no network: all say what, none say where
         raise DataError(f"{argument}: data set {name!r}, configuration {config!r}, split {split!r}: {error}") from error
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from chats import CHATML, KINDS, UNMARKED, VOCAB, assistant, chat_tokenizer, raw
 from datasets import Dataset
 from tiny_models import tiny
 from training_fixtures import config  # noqa: F401
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from kdfast.training import KDTrainer, tokenize_dataset
+from kdfast.training import KDTrainer, TeacherCache, cache_teacher, tokenize_dataset
 from kdfast.training.data.packing import PaddingCollator, best_fit_decreasing
 from kdfast.training.data.text import DataError
 
@@ -45,21 +47,33 @@ def test_ids_and_labels(kind, streams):
     assert counts.targets == sum(label != -100 for row in rows for label in row["labels"][1:])
 
 
-def alone(student, teacher, rows, tau=2.0, kd_weight=0.7):
+def alone(student, teacher, rows, tau=2.0, kd_weight=0.7, kd_on="completion"):
     """Loss and gradients over the rows one by one, from whole logits, the labels as they are."""
     kd = ce = 0
     n = sum(label != -100 for row in rows for label in row["labels"][1:])
+    kd_n = n if kd_on == "completion" else sum(len(row["labels"]) - 1 for row in rows)
     for row in rows:
         ids, targets = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"][1:])
         counted = targets != -100
-        z = student(ids).logits[0, :-1][counted]
+        z = student(ids).logits[0, :-1]
         with torch.no_grad():
-            y = teacher(ids).logits[0, :-1][counted]
-        ce = ce + F.cross_entropy(z, targets[counted], reduction="sum") / n
-        kl = F.kl_div((z / tau).log_softmax(-1), (y / tau).log_softmax(-1), reduction="sum", log_target=True)
-        kd = kd + tau**2 * kl / n
+            y = teacher(ids).logits[0, :-1]
+        ce = ce + F.cross_entropy(z[counted], targets[counted], reduction="sum") / n
+        kl = F.kl_div((z / tau).log_softmax(-1), (y / tau).log_softmax(-1), reduction="none", log_target=True).sum(-1)
+        kd = kd + tau**2 * (kl[counted] if kd_on == "completion" else kl).sum() / kd_n
     loss = ce + kd_weight * kd
     return loss, torch.autograd.grad(loss, list(student.parameters()))
+
+
+def pair(family, attention="sdpa"):
+    """A student and its teacher, of 512 positions."""
+    models = [tiny(family, V=VOCAB, seed=i, width=16 * i, layers=2) for i in (1, 2)]
+    for model in models:
+        model.set_attn_implementation(attention)
+        if family == "gpt2":
+            positions = torch.randn(512, model.config.n_embd) * 0.3
+            model.transformer.wpe = torch.nn.Embedding.from_pretrained(positions, freeze=False)
+    return models
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -69,13 +83,7 @@ def alone(student, teacher, rows, tau=2.0, kd_weight=0.7):
 def test_gradients_are_those_of_the_documents_alone(config, kind, family, packing, attention):  # noqa: F811
     tokenizer, (_, options, _, _) = chat_tokenizer(), KINDS[kind]
     data = Dataset.from_list(KINDS[kind][0] + KINDS[kind][0][:2])
-    student, teacher = (tiny(family, V=VOCAB, seed=i, width=16 * i, layers=2) for i in (1, 2))
-    for model in (student, teacher):
-        model.config.max_position_embeddings = 512
-        model.set_attn_implementation(attention)
-        if family == "gpt2":
-            positions = torch.randn(512, model.config.n_embd) * 0.3
-            model.transformer.wpe = torch.nn.Embedding.from_pretrained(positions, freeze=False)
+    student, teacher = pair(family, attention)
     rows = list(tokenize_dataset(data, tokenizer, max_length=256, **{**options, "packing": False})[0])
     args = config(
         recipe="teacher_head", per_device_train_batch_size=8, max_length=256, **{**options, "packing": packing}
@@ -88,6 +96,60 @@ def test_gradients_are_those_of_the_documents_alone(config, kind, family, packin
     truth, right = alone(student, teacher, rows)
     assert loss.item() == pytest.approx(truth.item(), rel=1e-6)
     assert max(map(relative, found, right)) <= 1e-6
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("kd_on", ["completion", "all"])
+def test_a_step_of_micro_batches_whatever_their_order(config, packing, cached, kd_on):  # noqa: F811
+    """KD where labels count or on every token, from the live teacher or from what was kept of all its vocabulary."""
+    tokenizer, (made, options, _, _) = chat_tokenizer(), KINDS["messages, the assistant's"]
+    rows = list(tokenize_dataset(Dataset.from_list(made), tokenizer, **options)[0])
+    found = []
+    for order in (made, made[::-1]):
+        student, teacher = pair("llama")
+        args = config(
+            recipe="teacher_head", per_device_train_batch_size=1, gradient_accumulation_steps=4, max_steps=1,
+            packing=packing, max_length=256, kd_on=kd_on, max_grad_norm=0, optim="sgd", learning_rate=1.0,
+            precompute_teacher_log_probs=cached, cache_top_k=VOCAB if cached else None, cache_dtype="float32",
+            lr_scheduler_type="constant", **options,
+        )  # fmt: skip
+        before = [p.detach().clone() for p in student.parameters()]
+        trainer = KDTrainer(
+            student, args, teacher=teacher, train_dataset=Dataset.from_list(order), processing_class=tokenizer
+        )
+        trainer.train()
+        assert trainer.state.num_input_tokens_seen == sum(label != -100 for row in rows for label in row["labels"][1:])
+        found.append([(b - p.detach()) for b, p in zip(before, student.parameters(), strict=True)])
+        shutil.rmtree(args.output_dir)
+    student, teacher = pair("llama")
+    right = alone(student, teacher, rows, kd_on=kd_on)[1]
+    for gradients in found:
+        assert max(map(relative, gradients, right)) <= 2e-6
+
+
+@pytest.mark.parametrize("family", ["opt", "lfm2"])
+def test_models_whose_documents_see_each_other_are_refused(config, family):  # noqa: F811
+    if family == "opt":
+        model = tiny("opt", V=VOCAB)
+    else:  # convolutions
+        settings = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
+        settings |= {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}
+        made = AutoConfig.for_model("lfm2", vocab_size=VOCAB, **settings)
+        model = AutoModelForCausalLM.from_config(made)
+    given = {"train_dataset": raw("completion"), "processing_class": chat_tokenizer()}
+    with pytest.raises(ValueError, match=r"packing: the student, .* lets a document see the one before it"):
+        KDTrainer(model, config(recipe="lm_only", packing=True), **given)
+    KDTrainer(model, config(recipe="lm_only"), **given)
+
+
+def test_entries_of_other_packs_are_refused(tmp_path):
+    teacher, rows = pair("llama")[1], {"input_ids": [[3, 4, 5, 6]], "labels": [[3, 4, 5, 6]]}
+    one, other = (Dataset.from_dict({**rows, "seq_lengths": [lengths]}) for lengths in ([2, 2], [3, 1]))
+    cache_teacher(teacher, {"train": one}, tmp_path / "cache", k=4)
+    assert len(TeacherCache(tmp_path / "cache").dataset("train", one)) == 1
+    with pytest.raises(ValueError, match="is of other data"):
+        TeacherCache(tmp_path / "cache").dataset("train", other)
 
 
 def test_positions_and_labels_of_packed_rows():

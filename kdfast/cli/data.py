@@ -1,20 +1,28 @@
-"""What `kdfast distill` and `kdfast cache` read alike: the tokenizer, and rows to train and to evaluate on."""
+"""What `kdfast distill` and `kdfast cache` read alike, and `kdfast data CONFIG.yaml` shows: tokenizer and rows."""
 
 from __future__ import annotations
 
+import itertools
+import os
+import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import transformers
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from kdfast.cli.arguments import Arguments, ModelArguments
+from kdfast.cli.arguments import Arguments, ModelArguments, parse_argv
+from kdfast.cli.errors import UserError
 from kdfast.training.data.chat import Counts, kind_of, read_template, tokenize_dataset
+from kdfast.training.data.rows import lengths_of
 from kdfast.training.data.text import DataError, columns_of, hold_out, read_dataset, read_files
 from kdfast.training.durable.errors import first_line
-from kdfast.training.hf import SOURCE, read_init_kwargs
+from kdfast.training.hf import IGNORE_INDEX, SOURCE, read_init_kwargs
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+GREEN, BRACKETS = ("\x1b[32m", "\x1b[0m"), ("[[", "]]")
 
 
 class Text(NamedTuple):
@@ -29,6 +37,30 @@ class Text(NamedTuple):
         """Return how many rows there are, in words."""
         many = f"{len(self.train)} rows" if hasattr(self.train, "__len__") else "a stream of rows"
         return f"{many} of at most {max_length} tokens to train on, {len(self.evaluation)} to evaluate on"
+
+
+def data(argv: list[str]) -> int:
+    """Print the first row with its targets, and what becomes of the rows; return the exit code."""
+    arguments = parse_argv(argv, "data")
+    try:
+        text = load_text(arguments)
+        row = next(iter(text.train))
+    except (ValueError, StopIteration) as error:
+        raise UserError(str(error) or "there is no row to train on") from error
+    print(text.describe(arguments.training.max_length))
+    colored = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    print(f"the first row; what is learned is {'green' if colored else 'in [[ ]]'}:\n")
+    print(preview(text.tokenizer, row, GREEN if colored else BRACKETS))
+    return 0
+
+
+def preview(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], marks: tuple[str, str]) -> str:
+    """Return the text of a row of tokens, of its first document where it is packed, with `marks` around its targets."""
+    length = next(iter(lengths_of(row)), None)
+    ids, labels = (list(row[name])[:length] for name in ("input_ids", "labels"))
+    runs = itertools.groupby(range(len(ids)), lambda i: i > 0 and labels[i] != IGNORE_INDEX)
+    text = ((learned, tokenizer.decode([ids[i] for i in run])) for learned, run in runs)
+    return "".join(f"{marks[0]}{part}{marks[1]}" if learned else part for learned, part in text)
 
 
 def load_text(arguments: Arguments) -> Text:
@@ -63,17 +95,18 @@ def load_splits(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> tup
     """Return rows to train on, rows to evaluate on, and what became of the raw ones."""
     data, options = arguments.data, arguments.training.data_options
 
-    def read(key: str) -> tuple[str, Any]:
+    def read(key: str, *, streaming: bool = False) -> tuple[str, Any]:
         value = getattr(data, key)
         if key.endswith("file"):
-            return f"{key} {value!r}", read_files(key, value)
-        documents = read_dataset(key, data.dataset_name or "", data.dataset_config_name, value)
+            return f"{key} {value!r}", read_files(key, value, streaming=streaming)
+        documents = read_dataset(key, data.dataset_name or "", data.dataset_config_name, value, streaming=streaming)
         return f"dataset_name {data.dataset_name!r}, split {value!r}", documents
 
     def rows(what: str, documents: Any) -> tuple[Any, Counts]:
         return tokenize_dataset(documents, tokenizer, argument=what, **options)
 
-    what, documents = read("train_file" if data.train_file is not None else "dataset_split")
+    key = "train_file" if data.train_file is not None else "dataset_split"
+    what, documents = read(key, streaming=data.streaming)
     named = next((key for key in ("eval_file", "eval_dataset_split") if getattr(data, key) is not None), None)
     if named is not None:
         (train, counts), (evaluation, others) = rows(what, documents), rows(*read(named))
