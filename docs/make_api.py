@@ -29,7 +29,7 @@ PAGES = {
     "training": ("kdfast.training", "Runs: `kdfast.training`"),
     "plan": ("kdfast.plan", "Planning: `kdfast.plan`"),
 }
-COMMANDS = ("", "distill", "cache", "report", "demo", "plan", "doctor")
+COMMANDS = ("", "distill", "cache", "data", "report", "demo", "plan", "doctor")
 SECTIONS = ("Args", "Attributes", "Returns", "Raises")
 
 

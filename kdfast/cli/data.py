@@ -59,7 +59,7 @@ def preview(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], marks: tupl
     length = next(iter(lengths_of(row)), None)
     ids, labels = (list(row[name])[:length] for name in ("input_ids", "labels"))
     runs = itertools.groupby(range(len(ids)), lambda i: i > 0 and labels[i] != IGNORE_INDEX)
-    text = ((learned, tokenizer.decode([ids[i] for i in run])) for learned, run in runs)
+    text = ((learned, str(tokenizer.decode([ids[i] for i in run]))) for learned, run in runs)
     return "".join(f"{marks[0]}{part}{marks[1]}" if learned else part for learned, part in text)
 
 

@@ -72,3 +72,61 @@ def test_what_does_not_work_is_said(rows, kdfast, monkeypatch, kind, options, ex
     assert code == 2
     assert expected in err
     assert err.count("kdfast: ") == 1
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_preview_of_the_rows(rows, kdfast, monkeypatch, packing):
+    rows("messages", packing=packing, output_dir=None)
+    code, out, err = kdfast("data", "c.yaml")
+    assert code == 0, err
+    counts = "3 skipped (3 no assistant turn); 685 tokens, 73 of them targets"  # 21 each, and the numbers
+    assert f"train_file 'messages.jsonl': 30 rows, {counts}\n" in out
+    assert out.endswith("what is learned is in [[ ]]:\n\nuser: 1+1?\nassistant: [[2\n]]\n")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert kdfast("data", "c.yaml")[1].endswith("is green:\n\nuser: 1+1?\nassistant: \x1b[32m2\n\x1b[0m\n")
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert kdfast("data", "c.yaml")[1].endswith("assistant: [[2\n]]\n")
+
+
+def test_a_preview_of_text(place, kdfast):
+    code, out, err = kdfast("data", "config.yaml", "--max_length", "8")
+    assert code == 0, err
+    assert out.endswith("in [[ ]]:\n\n0[[: 0 is ]]\n")
+    code, _, err = kdfast("data", "config.yaml", "--train_file", "none.txt")
+    assert code == 2
+    assert "none.txt" in err
+
+
+@pytest.mark.parametrize("kind", ["messages", "text"])
+def test_rows_that_are_streamed(rows, kdfast, kind):
+    """The run learns what it learns from the same rows in their order, and what it passed over is counted."""
+    place = rows("messages", streaming=True, eval_file="messages.jsonl", packing=True)
+    text = ["--train_file", "text.txt", "--eval_file", "text.txt", "--assistant_only_loss", "false"]
+    given = [*text, "--packing", "false"] if kind == "text" else []
+    code, out, err = kdfast("distill", "c.yaml", *given)
+    assert code == 0, err
+    assert "a stream of rows" in out
+    summary = json.loads((place / "out/summary.json").read_text())
+    assert summary["tokens"] > 0
+    if kind == "messages":
+        assert "train_file 'messages.jsonl': rows are skipped: no assistant turn" in out
+        assert summary["data"]["train"]["skipped"]["no assistant turn"] >= 1
+    code, out, err = kdfast("data", "c.yaml", *given)
+    assert code == 0, err
+    assert "[[" in out
+
+
+@pytest.mark.parametrize(
+    ("command", "change", "expected"),
+    [
+        ("distill", {"eval_file": None}, "streaming: true holds nothing out; expected an eval_file"),
+        ("distill", {"max_steps": -1}, "streaming: true and max_steps=-1"),
+        ("cache", {"teacher_cache": "kept"}, "streaming: true, and a cache is of rows by their number"),
+        ("distill", {"precompute_teacher_log_probs": True}, "the training text is a stream"),
+    ],
+)
+def test_what_a_stream_cannot_do(rows, kdfast, command, change, expected):
+    rows("messages", streaming=True, **{"eval_file": "messages.jsonl", **change})
+    code, _, err = kdfast(command, "c.yaml")
+    assert code == 2
+    assert expected in err

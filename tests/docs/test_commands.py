@@ -71,11 +71,11 @@ def check_kdfast(argv, monkeypatch):
         reached.append((args, options))
         return 0
 
-    for name in ("cache", "demo", "distill", "doctor", "plan", "report"):
+    for name in ("cache", "data", "demo", "distill", "doctor", "plan", "report"):
         monkeypatch.setattr(importlib.import_module(f"kdfast.cli.{name}"), name, stop)
     assert main.main(argv) == 0
     assert reached, argv
-    if argv[0] in ("distill", "cache"):
+    if argv[0] in ("distill", "cache", "data"):
         config, *overrides = argv[1:]
         path = documents.ROOT / config
         overrides += ["--bf16", "false"]  # which would need a GPU
