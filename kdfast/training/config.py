@@ -5,7 +5,6 @@ A distillation field left at None comes from the recipe; `resolved()` gives what
 
 # ruff: noqa: RUF009  (_from_recipe is a field(), not a default that is shared)
 
-import json
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from transformers import TrainingArguments
 from kdfast import engines
 from kdfast.divergences import DIVERGENCES, get_divergence
 from kdfast.training.diagnostics import HealthThresholds
+from kdfast.training.hf import read_mapping
 from kdfast.training.recipes import AUTO, RECIPES, UNUSED, ProjectorStart, Recipe, StudentStart, get_recipe
 from kdfast.training.teachers import TeacherTail
 
@@ -250,7 +250,12 @@ class KDConfig(TrainingArguments):
                 f"cache_samples={self.cache_samples}, cache_top_k={self.cache_top_k} and "
                 f"cache_method={self.cache_method!r}; expected cache_samples for 'sample', or cache_top_k for 'top_k'"
             )
-        self._check_health_thresholds()
+        if (thresholds := self.health_thresholds) is not None:
+            try:
+                self.health_thresholds = read_mapping("expected HealthThresholds", thresholds)
+                HealthThresholds.of(self.health_thresholds)
+            except ValueError as error:
+                raise ValueError(f"health_thresholds={thresholds!r}: {error}") from error
         if self.enable_jit_checkpoint:
             raise ValueError(
                 "enable_jit_checkpoint=True; KDTrainer saves a checkpoint on SIGTERM by itself, at the same step in "
@@ -261,16 +266,6 @@ class KDConfig(TrainingArguments):
                 f"label_smoothing_factor={self.label_smoothing_factor}; it would need the logits, which are never "
                 "made. Leave it at 0"
             )
-
-    def _check_health_thresholds(self) -> None:
-        given = self.health_thresholds
-        try:
-            self.health_thresholds = json.loads(given) if isinstance(given, str) else given
-            if not isinstance(self.health_thresholds, dict | None):
-                raise ValueError("expected a mapping of thresholds to numbers")
-            HealthThresholds.of(self.health_thresholds)
-        except ValueError as error:
-            raise ValueError(f"health_thresholds={given!r}: {error}") from error
 
 
 def _greater_is_better(metric: str) -> bool | None:

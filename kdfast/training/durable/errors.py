@@ -98,14 +98,10 @@ def _lost_process(error: BaseException, step: int, checkpoint: str | None) -> Lo
     return LostProcessError(message, checkpoint)
 
 
-def _is_one_of_several() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
 def is_lost_peer(error: RuntimeError) -> bool:
     """Return whether a communication failed because another process is gone."""
     named = isinstance(error, (DistNetworkError, DistStoreError)) or _LOST_PEER.search(str(error)) is not None
-    return named and _is_one_of_several()
+    return named and torch.distributed.is_initialized()
 
 
 @contextmanager
@@ -119,7 +115,7 @@ def naming_failed_writes(
         if (why := _failed_write(error)) is None:
             raise
         checkpoint = last_checkpoint()
-        if _is_one_of_several() and _NO_FOLDER.search(why):  # a process that fails removes it
+        if torch.distributed.is_initialized() and _NO_FOLDER.search(why):  # a process that fails removes it
             raise _lost_process(error, step(), checkpoint) from error
         raise CheckpointWriteError(
             f"{str(folder)!r} could not be written: {why}. {_free_space(folder)} free there; make room, or check quota "

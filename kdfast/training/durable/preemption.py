@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from kdfast.training.durable import processes
 from kdfast.training.durable.errors import TerminatedError, how_to_resume
 
 
@@ -69,8 +70,7 @@ class Termination(TrainerCallback):
 
     def is_due(self) -> bool:
         """Return whether to stop now: the same in all processes, which must all call it after every step."""
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if not distributed or torch.distributed.get_world_size() == 1:
+        if processes.count() == 1:
             return self._asked
         flag = torch.full((), float(self._asked), device=self._device)
         torch.distributed.all_reduce(flag)
