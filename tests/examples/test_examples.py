@@ -4,6 +4,7 @@ Whole runs, whose docstrings promise a falling cross entropy, are marked slow.
 """
 
 import ast
+import functools
 import math
 import os
 import re
@@ -14,7 +15,7 @@ from pathlib import Path
 import oracle
 import pytest
 import torch
-from tiny_models import tiny
+from tiny_models import tiny, tiny_moe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdfast import Head, Projected, fused_kd_loss
@@ -22,7 +23,7 @@ from kdfast.training import DistillationModel
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
-NEEDS = {"lightning_module": "lightning", "trl_trainer": "trl"}
+NEEDS = {"lightning_module": "lightning", "trl_trainer": "trl", "vlm": "trl"}
 SUMMARY = re.compile(r"held-out cross entropy: ([\d.]+) before, ([\d.]+) after")
 STUDENT, TEACHER = 16, 32  # widths of the small models
 IGNORED = -100
@@ -302,6 +303,55 @@ def test_kd_trainer(example, small, capsys, tmp_path_factory):
     ((_, after),) = _summaries(out)
     assert after == pytest.approx(_cross_entropy(folder, _blocks(small)), abs=1e-3)
     assert re.search(r"KL\(teacher \|\| student\): [\d.]+ before, [\d.]+ after", out)
+
+
+@pytest.fixture
+def outputs(monkeypatch):
+    """A list of (model, arguments, output) of every training call of a DistillationModel."""
+    made = []
+    forward = DistillationModel.forward
+
+    @functools.wraps(forward)  # whose parameters are the columns that Trainer keeps
+    def kept(self, **given):
+        output = forward(self, **given)
+        if output.loss.requires_grad:
+            made.append((self, given, output))
+        return output
+
+    monkeypatch.setattr(DistillationModel, "forward", kept)
+    return made
+
+
+def test_moe(example, small, outputs, capsys, tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("moe"))
+    student = tiny_moe("qwen3_moe", V=257, max_position_embeddings=128, mlp_only_layers=[])
+    student.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(small[0]).save_pretrained(folder)
+    _three_steps(example("moe"), (small[0], folder, *small[2:]))
+    balanced = [output.aux_loss is not None for _, _, output in outputs]
+    assert balanced == [True] * 3 + [False] * 3
+    for (_, given, one), (_, same, other) in zip(outputs[:1], outputs[3:4], strict=True):  # of one start
+        assert torch.equal(given["input_ids"], same["input_ids"])
+        torch.testing.assert_close(one.loss - other.loss, 0.25 * one.aux_loss, rtol=1e-4, atol=1e-5)
+    out = capsys.readouterr().out
+    (before, _), (again, _) = _summaries(out)
+    assert before == again == pytest.approx(_cross_entropy(folder, _blocks(small)), abs=1e-3)
+    shares = [int(share) for share in re.findall(r"the busiest expert gets (\d+)% of the tokens", out)]
+    assert len(shares) == 2
+    assert all(50 <= share <= 100 for share in shares)  # two of four experts each
+
+
+def test_vlm(example, outputs, capsys):
+    pytest.importorskip("trl", reason="pip install trl")
+    example("vlm").main(["--max-steps", "3"])
+    assert [model.teacher is None for model, *_ in outputs] == [True] * 3 + [False] * 3
+    for _, given, _ in outputs:
+        targets = given["labels"][:, 1:]
+        assert targets.ne(IGNORED).sum() == given["num_items_in_batch"]
+        assert not targets.eq(3).any()  # the place of a picture
+        assert given["pixel_values"].shape == (16, 3, 16, 16)
+    ((before, after),) = _summaries(capsys.readouterr().out)
+    assert after < before
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
