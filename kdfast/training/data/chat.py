@@ -11,6 +11,7 @@ teaches nothing is skipped, counted and reported.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections import Counter
@@ -19,6 +20,8 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tokenizers import processors
 
 from kdfast._version import __version__
 from kdfast.inputs import did_you_mean
@@ -241,6 +244,13 @@ class Encoder:
     version: str = __version__
     roles: set[str] = field(default_factory=set)  # that the template is known to write out
 
+    def __post_init__(self) -> None:
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if self.assistant_only_loss and backend is not None:
+            # GPT-2's and Llama-3's leave blanks out of tokens' places: transformers would not find marked text there
+            self.tokenizer = copy.deepcopy(self.tokenizer)
+            self.tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+
     def check(self, row: dict[str, Any] | None) -> None:
         """Raise DataError where tokenizer, template and options do not go together for rows like this first one."""
         column = {"messages": "messages", "completion": "completion", "text": self.text_column}[self.kind]
@@ -315,13 +325,21 @@ class Encoder:
             if reason := _lacks_answer(completion, where):
                 return [], [], reason
             _lacks_answer(prompt, where)
-            alone, _ = self._chat(prompt, row, where, add_generation_prompt=True)
             ids, counted = self._chat(prompt + completion, row, where)
+            alone, _ = self._chat(prompt, row, where, add_generation_prompt=True)
         else:
             kinds = " and ".join(type(one).__name__ for one in (prompt, completion))
             raise DataError(f"{where}: prompt and completion are {kinds}; expected both text, or both messages")
         if self.completion_only_loss:
-            same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(alone, ids, strict=False)))
+            same = _shared(alone, ids)
+            if same < len(alone) and isinstance(prompt, list):  # by a token that two share, or what opens an answer?
+                written, _ = self._chat(prompt, row, where)
+                if same + 1 < _shared(alone, written):
+                    raise DataError(
+                        f"{where}: the chat template writes the prompt otherwise where a completion follows, so that "
+                        f"{self.tokenizer.decode(alone[same:])!r} would be learned. Take another chat_template, or "
+                        "messages in place of prompt and completion, with assistant_only_loss"
+                    )
             counted = [counts and i >= same for i, counts in enumerate(counted)]
         return ids, counted, ""
 
@@ -368,7 +386,7 @@ class Encoder:
     def _check_role(self, messages: list[dict[str, Any]], i: int, where: str, **options: Any) -> None:
         """Raise DataError where the template writes nothing of the message: many pass over roles they do not know."""
         role = messages[i]["role"]
-        if not isinstance(messages[i].get("content"), str):  # parts, or a call of a tool
+        if not isinstance(messages[i].get("content"), str) or messages[i].get("tool_calls"):  # parts, or a call
             return
         changed = [*messages[:i], {**messages[i], "content": PROBE}, *messages[i + 1 :]]
         if PROBE not in str(self.tokenizer.apply_chat_template(changed, tokenize=False, **options)):
@@ -377,6 +395,11 @@ class Encoder:
                 "it knows, such as system, user or assistant, or remove such messages"
             )
         self.roles.add(role)
+
+
+def _shared(one: list[int], other: list[int]) -> int:
+    """Return how many ids two lists begin with alike."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _lacks_answer(messages: Any, where: str) -> str:

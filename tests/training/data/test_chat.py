@@ -11,6 +11,7 @@ from cases import relative
 from chats import CHATML, KINDS, UNMARKED, VOCAB, assistant, chat_tokenizer, raw, user
 from datasets import Dataset
 from tiny_models import tiny
+from tokenizers import processors
 from training_fixtures import config  # noqa: F401
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -289,7 +290,7 @@ def test_tools_and_keywords_go_to_the_template():
     assert tokenizer.decode(rows[0]["input_ids"]).startswith("f!<|im_start|>user")
 
 
-@pytest.mark.parametrize("options", [{}, {"packing": True, "max_length": 128}])
+@pytest.mark.parametrize("options", [{}, {"packing": True, "max_length": 128}, {"assistant_only_loss": True}])
 def test_what_was_tokenized_is_kept(tmp_path, options):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in MESSAGES))
     found = []
@@ -299,6 +300,50 @@ def test_what_was_tokenized_is_kept(tmp_path, options):
         data = Dataset.from_json(str(tmp_path / "rows.jsonl"))
         found.append(tokenize_dataset(data, tokenizer, **options)[0].cache_files)
     assert found[0] == found[1] != found[2]
+
+
+SPOKEN = (
+    "{% for one in messages %}{% if one.role == 'user' %}[{{ one.content }}]{% else %}"
+    "{% generation %}{{ ' ' + one.content }}{% endgeneration %}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("kind", ["messages", "completion"])
+@pytest.mark.parametrize("answer", ["yes", " yes", "yes. ", "\n", "yes\n"])
+def test_blanks_at_the_edges_of_what_the_assistant_says(kind, answer):
+    """GPT-2's and Llama-3's tokenizers leave blanks out of the places of tokens."""
+    tokenizer = chat_tokenizer(SPOKEN)
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    said = [user("a"), assistant(answer), user("b"), assistant(answer)]
+    row = {"messages": said} if kind == "messages" else {"prompt": said[:1], "completion": said[1:]}
+    (row,), _ = tokenize_dataset(Dataset.from_list([row]), tokenizer, assistant_only_loss=True)
+    learned = [i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
+    assert tokenizer.decode(row["input_ids"]) == f"[a] {answer}[b] {answer}"
+    assert tokenizer.decode(learned) == f" {answer} {answer}"
+
+
+def test_a_prompt_that_the_template_writes_otherwise_before_a_completion():
+    """As Mistral-7B-Instruct-v0.3's, which puts the system's words into the last message if that is a user's."""
+    system = {"role": "system", "content": "be kind"}
+    rows = Dataset.from_list([{"prompt": [user("hi"), system, user("2+2?")], "completion": [assistant("4")]}])
+    late = "{{ messages | length }} messages\n" + CHATML
+    with pytest.raises(DataError, match=r"row 0: the chat template writes the prompt otherwise .*3 messages.* learned"):
+        tokenize_dataset(rows, chat_tokenizer(late))
+    drops = "{% for m in messages if m.role != 'system' or messages[-1].role == 'user' %}{{ m.content }}"
+    with pytest.raises(DataError, match="writes nothing of a message of the role 'system'"):
+        tokenize_dataset(rows, chat_tokenizer(drops + "{% endfor %}"))
+
+
+def test_a_call_of_a_tool_may_have_empty_content():
+    template = (
+        "{% for m in messages %}{{ m.role }}: {% if m.tool_calls %}{{ m.tool_calls[0].function.name }}()"
+        "{% else %}{{ m.content }}{% endif %};{% endfor %}"
+    )
+    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "f"}}]}
+    rows = Dataset.from_list([{"messages": [user("hi"), call, {"role": "tool", "content": "3"}, assistant("three")]}])
+    tokenizer = chat_tokenizer(template)
+    (row,), _ = tokenize_dataset(rows, tokenizer)
+    assert tokenizer.decode(row["input_ids"]) == "user: hi;assistant: f();tool: 3;assistant: three;"
 
 
 def test_the_trainer_takes_raw_rows(config):  # noqa: F811
