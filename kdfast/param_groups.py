@@ -93,11 +93,14 @@ def distillation_param_groups(
 def router_parameters(model: nn.Module) -> set[int]:
     """Return ids of the parameters that choose experts.
 
-    Their name has "router" in it, or their module's class is called so: Mixtral's mlp.gate is a MixtralTopKRouter.
+    Their name has "router" in it, or their module's class is called so: Mixtral's mlp.gate is a MixtralTopKRouter. An
+    adapter on such a module (PEFT's target_parameters) is part of it.
     """
     named = {id(p) for name, p in model.named_parameters() if "router" in name}
-    modules = (module for module in model.modules() if _ROUTER.search(type(module).__name__))
-    return named.union(id(p) for module in modules for p in module.parameters())
+    modules: Any = model.modules()
+    whole = ((module, getattr(module, "get_base_layer", lambda m=module: m)()) for module in modules)
+    routers = (module for module, base in whole if _ROUTER.search(type(base).__name__))
+    return named.union(id(p) for module in routers for p in module.parameters())
 
 
 def _part(name: str, has_student: bool) -> str:

@@ -256,6 +256,17 @@ def router_loss(model: PreTrainedModel, coef: float | None = None) -> RouterLoss
     return RouterLoss(coef, function, experts, top_k)
 
 
+def recomputes_reentrantly(model: nn.Module) -> bool:
+    """Return whether layers are recomputed with use_reentrant=True, which cuts what they give besides their output off.
+    """
+    functions = (
+        getattr(module, "_gradient_checkpointing_func", None)
+        for module in model.modules()
+        if getattr(module, "gradient_checkpointing", False)
+    )
+    return any(getattr(function, "keywords", {}).get("use_reentrant") for function in functions)
+
+
 def check_model(
     model: PreTrainedModel, role: str, *, compare: bool = True, router_aux_loss_coef: float | None = None
 ) -> None:

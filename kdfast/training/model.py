@@ -35,6 +35,7 @@ from kdfast.training.hf import (
     is_dispatched,
     known_ids,
     placeholders,
+    recomputes_reentrantly,
     router_loss,
     run_backbone,
     shift_labels,
@@ -223,6 +224,11 @@ class DistillationModel(nn.Module):
                 "student: none of its parameters requires grad, so nothing of it would be trained (PEFT leaves it so "
                 "with an adapter that was loaded without is_trainable=True, and after merge_and_unload()). Call "
                 "student.requires_grad_(True); to evaluate, model.eval()"
+            )
+        if self.router_loss is not None and self.training and recomputes_reentrantly(self.student):
+            raise ValueError(
+                "activation checkpointing with use_reentrant=True: the load-balancing loss would have no gradient. Take "
+                "use_reentrant=False, transformers' default, or router_aux_loss_coef=0"
             )
         look = can_read(input_ids) or (not self.looked and has_values(input_ids))  # the first batch, on any device
         if look:

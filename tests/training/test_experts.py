@@ -119,6 +119,16 @@ def test_layers_that_are_recomputed_give_the_same_gradients(batch):
     agree(*found)
 
 
+def test_layers_that_are_recomputed_without_a_gradient_for_it_are_refused(batch):
+    student = tiny_moe("mixtral")
+    model = DistillationModel(student, recipe="lm_only").train()
+    getattr(student, f"{RECOMPUTE}_enable")({"use_reentrant": True})
+    with pytest.raises(ValueError, match="use_reentrant=True: the load-balancing loss would have no gradient"):
+        model(**batch)
+    model.eval()(**batch)
+    DistillationModel(student, recipe="lm_only", router_aux_loss_coef=0).train()(**batch)
+
+
 def test_a_loss_that_is_not_there_is_refused_where_it_is_asked_for(tiny):
     with pytest.raises(ValueError, match=r"router_aux_loss_coef=0\.1: LlamaForCausalLM has no load-balancing loss"):
         DistillationModel(tiny("llama"), recipe="lm_only", router_aux_loss_coef=0.1)
@@ -168,6 +178,19 @@ def test_routers_have_a_learning_rate_of_their_own(family, config, rows):
     assert len(found) == sum(1 for module in routers for _ in module.parameters())
     (line,) = (line for line in trainer.state.log_history if "loss" in line)
     assert line["lr_router"] == 2 * line["lr_student"]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_an_adapter_on_a_router_has_the_routers_rate(family, config, rows):
+    peft = pytest.importorskip("peft")
+    router = ROUTERS[family] & {"mlp.gate.weight", "mlp.router.weight"}
+    adapter = peft.LoraConfig(target_modules=["q_proj"], target_parameters=[*router])
+    args = config(recipe="lm_only", router_lr_multiplier=2.0)
+    trainer = KDTrainer(tiny_moe(family), args, peft_config=adapter, train_dataset=rows(2))
+    groups = {group["name"]: group["params"] for group in trainer.create_optimizer().param_groups}
+    names = {id(p): name for name, p in trainer.model.named_parameters()}
+    found = {part: {names[id(p)].split(".")[5] for p in groups[part]} for part in groups}
+    assert found == {"student": {"q_proj"}, "router": {"gate" if family == "mixtral" else "router"}}
 
 
 def test_a_rate_for_routers_that_are_not_there_is_reported(tiny, config, rows, capsys):
