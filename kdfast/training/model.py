@@ -227,8 +227,8 @@ class DistillationModel(nn.Module):
             )
         if self.router_loss is not None and self.training and recomputes_reentrantly(self.student):
             raise ValueError(
-                "activation checkpointing with use_reentrant=True: the load-balancing loss would have no gradient. Take "
-                "use_reentrant=False, transformers' default, or router_aux_loss_coef=0"
+                "activation checkpointing with use_reentrant=True: the load-balancing loss would have no gradient. "
+                "Expected use_reentrant=False, transformers' default, or router_aux_loss_coef=0"
             )
         look = can_read(input_ids) or (not self.looked and has_values(input_ids))  # the first batch, on any device
         if look:
