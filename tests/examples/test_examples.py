@@ -5,9 +5,11 @@ Whole runs, whose docstrings promise a falling cross entropy, are marked slow.
 
 import ast
 import functools
+import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +25,7 @@ from kdfast.training import DistillationModel
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
-NEEDS = {"lightning_module": "lightning", "trl_trainer": "trl", "vlm": "trl"}
+NEEDS = {"lightning_module": "lightning", "lora_chat": "peft", "trl_trainer": "trl", "vlm": "trl"}
 SUMMARY = re.compile(r"held-out cross entropy: ([\d.]+) before, ([\d.]+) after")
 STUDENT, TEACHER = 16, 32  # widths of the small models
 IGNORED = -100
@@ -247,6 +249,32 @@ def test_adapters_are_trained_or_refused(example, name):
         trained = [name for name, p in student.named_parameters() if p.grad is not None]
         assert len(trained) == 2
         assert all("q_proj.lora" in name for name in trained)
+
+
+def test_lora_chat(example, small, tmp_path_factory, capsys):
+    peft, module = pytest.importorskip("peft"), example("lora_chat")
+    place, tokenizer = tmp_path_factory.mktemp("lora_chat"), AutoTokenizer.from_pretrained(small[0])
+    tokenizer.chat_template, tokenizer.pad_token = module.TEMPLATE, tokenizer.eos_token
+    teacher, chats = shutil.copytree(small[0], place / "teacher"), place / "chats.jsonl"
+    tokenizer.save_pretrained(teacher)
+    rows = [[{"role": "user", "content": f"{i}²?"}, {"role": "assistant", "content": f"{i * i}"}] for i in range(40)]
+    chats.write_text("".join(f"{json.dumps({'messages': row})}\n" for row in rows))
+    paths = map(str, (teacher, small[1], chats, chats))
+    module.main(["--use", *paths, "--max-steps", "3", "--output-dir", str(place / "out")])
+    ((before, after),) = _summaries(capsys.readouterr().out)
+
+    for told in (before, after):
+        adapted, losses = AutoModelForCausalLM.from_pretrained(small[1]), []
+        if told == after:
+            adapted = peft.PeftModel.from_pretrained(adapted, place / "out/auto")
+        for row in rows:
+            mask = {"return_dict": True, "return_assistant_tokens_mask": True, "return_tensors": "pt"}
+            made = tokenizer.apply_chat_template(row, **mask)
+            with torch.no_grad():
+                log_p = adapted.eval()(made["input_ids"]).logits[0, :-1].log_softmax(-1)
+            said = made["assistant_masks"][0, 1:].bool()
+            losses.append(-log_p.gather(-1, made["input_ids"][0, 1:, None])[said])
+        assert torch.cat(losses).mean().item() == pytest.approx(told, abs=1e-3)
 
 
 def test_trl_trainer(example, small, calls, reads, capsys):

@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 from byte_tokenizer import make_tokenizer
+from chats import assistant, user
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from kdfast.cli.arguments import parse, parse_mapping
@@ -16,7 +17,9 @@ ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted(path.name for path in (ROOT / "examples").glob("*.yaml"))
 NO_NETWORK = {"dataset_name", "dataset_split", "eval_dataset_split"}
 # a 32nd of the widths that the files name: gpt2-medium's 1024, gpt2's and distilgpt2's 768, and cpu.yaml's 256
-WIDTHS = {"gpt2.yaml": (32, 24), "cpu.yaml": (24, 8)}
+TEMPLATE = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}{% generation %}{{ m.content }}"
+TEMPLATE += "{% endgeneration %}{% endif %}{% endfor %}"
+WIDTHS = {"gpt2.yaml": (32, 24), "cpu.yaml": (24, 8), "lora_chat.yaml": (32, 24)}
 
 
 @pytest.fixture
@@ -48,7 +51,13 @@ def test_three_steps(name, model, tmp_path, monkeypatch):
     else:
         settings["model_name_or_path"] = model(student)
     settings["train_file"] = str(ROOT / "kdfast" / "cli")
-    settings["max_length"] = min(settings["max_length"], 32)
+    if settings.get("assistant_only_loss"):
+        pytest.importorskip("peft")
+        rows = [{"messages": [user(f"{i}²?"), assistant(str(i * i))]} for i in range(50)]
+        settings["train_file"] = settings["eval_file"] = str(tmp_path / "chats.jsonl")
+        Path(settings["train_file"]).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        settings["chat_template"] = TEMPLATE
+    settings["max_length"] = min(settings["max_length"], 32 if "use_peft" not in settings else 128)
     settings["output_dir"] = str(tmp_path / "out")
     run = run_distillation(
         parse_mapping(name, settings, ["--max_steps", "3", "--use_cpu", "true", "--disable_tqdm", "true"])
