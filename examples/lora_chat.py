@@ -36,7 +36,7 @@ TEMPLATE = (
     "{% else %}{{ message.content + '\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
-CHATS, OF_TEACHER = 800, 1600
+CHATS, OF_TEACHER = 64, 1600
 
 
 def main(arguments=None):
@@ -103,7 +103,7 @@ def make(place):
         trainer.train()
         trainer.save_model()
     many.select(range(CHATS)).to_json(paths[2])
-    make_chats(small.eval_text, tokenizer, CHATS // 2).to_json(paths[3])
+    make_chats(small.eval_text, tokenizer, 200).to_json(paths[3])
     return paths
 
 
