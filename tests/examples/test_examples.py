@@ -429,8 +429,8 @@ def test_whole(name, tmp_path_factory):
     else:
         assert _summaries(run.stdout)
         for before, after in _summaries(run.stdout):
-            assert after < before - 0.5
-    if name == "plain_loop":
+            assert after < before - (0.1 if name == "lora_chat" else 0.5)  # few chats, and few weights
+    if name in ("plain_loop", "lora_chat"):
         without = float(re.search(r"\(([\d.]+) without a teacher", run.stdout).group(1))
         assert _summaries(run.stdout)[0][1] < without
     if name == "kd_trainer":
