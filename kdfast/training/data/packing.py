@@ -103,9 +103,11 @@ class PaddingCollator:
         others = [{name: x for name, x in row.items() if name not in (*by_token, PACKED)} for row in rows]
         batch: dict[str, Any] = default_data_collator(others) if any(others) else {}
         if packed:
-            by_token.pop("attention_mask", None)
             positions = [torch.cat([torch.arange(n) for n in some]) for some in documents]
             positions = by_token.setdefault("position_ids", positions)
+            if (masks := by_token.pop("attention_mask", None)) is not None:  # padding of the row's own
+                positions = [at * (mask != 0) for at, mask in zip(positions, masks, strict=True)]
+                by_token["position_ids"] = positions
             if "labels" in by_token:  # nothing predicts a document's first token
                 labels = zip(by_token["labels"], positions, strict=True)
                 by_token["labels"] = [x.masked_fill(at == 0, IGNORE_INDEX) for x, at in labels]

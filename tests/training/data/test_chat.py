@@ -173,6 +173,16 @@ def test_positions_and_labels_of_packed_rows():
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]] * 2
 
 
+def test_padding_that_rows_have_counts_for_nothing():
+    """Positions of 1 at padding, as many collators have them, are no documents to be learned."""
+    row = {"input_ids": [5, 6, 7, 0, 0], "labels": [5, 6, 7, 0, 0], "position_ids": [0, 1, 2, 1, 1]}
+    other = {name: x[:2] for name, x in row.items()}
+    batch = PaddingCollator()([{**row, "attention_mask": [1, 1, 1, 0, 0]}, {**other, "attention_mask": [1, 1]}])
+    assert batch["labels"].tolist() == [[-100, 6, 7, -100, -100], [-100, 6, -100, -100, -100]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 0], [0, 1, 0, 0, 0]]
+    assert "attention_mask" not in batch
+
+
 def test_best_fit_decreasing_fills_the_fullest_bin():
     assert best_fit_decreasing([5, 4, 3, 3, 2, 1], 8) == [[0, 2], [1, 3, 5], [4]]
     lengths = torch.randint(1, 65, (500,), generator=torch.Generator().manual_seed(0)).tolist()
