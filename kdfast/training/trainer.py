@@ -258,7 +258,7 @@ class KDTrainer(DurableTrainer):
         """Return a data set, or a dict of them, with rows of text, completions or chats tokenized."""
         if isinstance(given, dict):
             return {k: self._tokenized(f"{argument}[{k!r}]", one, processor, student, args) for k, one in given.items()}
-        if not is_raw_text(given, args.text_column) or media_columns(given):  # the latter are refused below
+        if not is_raw_text(given) or media_columns(given):  # the latter are refused below
             return given
         if (tokenizer := text_tokenizer(processor, student)) is None:
             raise ValueError(f"{argument} has text, and processing_class is None; expected its tokenizer")

@@ -199,14 +199,13 @@ def kind_of(argument: str, columns: Iterable[str], text_column: str = "text") ->
     return found[0]
 
 
-def is_raw_text(dataset: Any, text_column: str = "text") -> bool:
-    """Return whether it is a data set of `datasets` with rows of text, completions or chats and without token ids."""
+def is_raw_text(dataset: Any) -> bool:
+    """Return whether it is a data set of `datasets` without token ids: of rows to tokenize, or that are refused."""
     from datasets import Dataset, IterableDataset
 
     if not isinstance(dataset, Dataset | IterableDataset):
         return False
-    columns = {*columns_of(dataset)}
-    return "input_ids" not in columns and bool(columns & {"messages", "completion", text_column})
+    return "input_ids" not in (next(iter(dataset), None) or columns_of(dataset))  # a transform may make them
 
 
 NOT_A_CHAT = (

@@ -16,6 +16,7 @@ from training_fixtures import config  # noqa: F401
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kdfast.training import KDTrainer, TeacherCache, cache_teacher, tokenize_dataset
+from kdfast.training.data.chat import is_raw_text
 from kdfast.training.data.packing import PaddingCollator, best_fit_decreasing
 from kdfast.training.data.text import DataError
 
@@ -371,3 +372,10 @@ def test_the_trainer_takes_raw_rows(config):  # noqa: F811
     assert tokenizer.chat_template == CHATML
     with pytest.raises(ValueError, match="train_dataset has text, and processing_class is None"):
         KDTrainer(student, args, teacher=teacher, train_dataset=raw("messages"))
+    with pytest.raises(DataError, match=r"has no column 'text'; its columns are conversations\. Expected mes"):
+        KDTrainer(
+            student, args, teacher=teacher, train_dataset=Dataset.from_list([{"conversations": "hi"}]),
+            processing_class=tokenizer,
+        )  # fmt: skip
+    made = Dataset.from_list([{"n": 3}]).with_transform(lambda batch: {"input_ids": [[n] * 4 for n in batch["n"]]})
+    assert not is_raw_text(made)
