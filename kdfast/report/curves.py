@@ -51,6 +51,7 @@ PANELS = (
     Panel("Projected teacher's cross entropy, nats", ("ce_projected",), falls=True),
     Panel("Agreement: same most likely token", ("agreement",)),
     Panel("Total loss", ("loss",), falls=True),
+    Panel("Load-balancing loss of experts", ("aux_loss",)),
     Panel("KD weight", ("kd_weight",)),
     Panel("Temperature", ("temperature",)),
     Panel("Learning rate of the student", ("lr_student", "learning_rate")),

@@ -91,9 +91,10 @@ def test_curves_hold_the_points():
 
 def test_every_group_has_its_learning_rate_and_memory_is_in_mib():
     log = [{"step": 1, "learning_rate": 9.0, "lr_student": 1.0, "lr_projector": 5.0, "lr_router": 2.0, "lr_other": 3.0}]
-    found = points([run("r", [{**log[0], "memory_bytes": 3 * 2**20}])])
+    found = points([run("r", [{**log[0], "memory_bytes": 3 * 2**20, "aux_loss": 2.5}])])
     rates = {title: y for title, [(_, _, [(_, y)])] in found.items()}
     assert rates == {
+        "Load-balancing loss of experts": 2.5,
         "Learning rate of the student": 1.0,
         "Learning rate of the projector": 5.0,
         "Learning rate of routers": 2.0,

@@ -10,18 +10,20 @@ from tiny_models import RECOMPUTE, image_batch, tiny_vision
 STEPS = 2
 
 
-def rows(images):
+def rows(images, family):
     """A row for each process and step; `images` of them, process by process, have one."""
-    batch = image_batch(rows=2 * STEPS)
+    batch = image_batch(family, rows=2 * STEPS)
     made = [{name: x[i] for name, x in batch.items()} for i in range(2 * STEPS)]
     for row, has in zip(made, images, strict=True):
         if not has:
             row["input_ids"] = row["labels"] = row["input_ids"].clamp(max=60)
             del row["pixel_values"]
+            if "token_type_ids" in row:
+                row["token_type_ids"] = torch.zeros_like(row["input_ids"])
     return made
 
 
-def train(folder, processes, images, more):
+def train(folder, processes, images, more, family="llava"):
     from kdfast.training import KDConfig, KDTrainer
 
     args = KDConfig(
@@ -29,8 +31,8 @@ def train(folder, processes, images, more):
         per_device_train_batch_size=1, gradient_accumulation_steps=2 // processes, save_strategy="no", logging_steps=1,
         train_sampling_strategy="sequential", learning_rate=1e-3, adam_epsilon=1e-4, **more,
     )  # fmt: skip
-    student, teacher = tiny_vision(seed=1).double(), tiny_vision(seed=2).double()
-    trainer = KDTrainer(student, args, teacher=teacher, train_dataset=[as_double(row) for row in rows(images)])
+    student, teacher = (tiny_vision(family, seed).double() for seed in (1, 2))
+    trainer = KDTrainer(student, args, teacher=teacher, train_dataset=[as_double(row) for row in rows(images, family)])
     trainer.train()
     if os.environ.get("RANK", "0") == "0":
         losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
@@ -43,18 +45,21 @@ def as_double(row):
 
 # the last: what DDP finds unused, with layers that are recomputed
 @pytest.mark.parametrize(
-    ("images", "recompute"), [((0, 0, 0, 0), False), ((1, 1, 0, 1), False), ((1, 0, 0, 0), True)], ids=str
+    ("images", "recompute", "family"),
+    [((0, 0, 0, 0), False, "llava"), ((1, 1, 0, 1), False, "gemma3"), ((1, 0, 0, 0), True, "llava")],
+    ids=str,
 )
-def test_two_processes_do_what_one_does(tmp_path, images, recompute):
+def test_two_processes_do_what_one_does(tmp_path, images, recompute, family):
     more = {RECOMPUTE: recompute}
-    train(tmp_path, 1, images, more)
-    codes = server.join(server.start(tmp_path / "said", 2, train, tmp_path, 2, images, {**more, "ddp_backend": "gloo"}))
+    train(tmp_path, 1, images, more, family)
+    given = images, {**more, "ddp_backend": "gloo"}, family
+    codes = server.join(server.start(tmp_path / "said", 2, train, tmp_path, 2, *given))
     assert codes == [0, 0], [path.read_text()[-2000:] for path in (tmp_path / "said").iterdir()]
     (alone, expected), (losses, found) = (torch.load(tmp_path / f"{n}.pt") for n in (1, 2))
     assert losses == pytest.approx(alone, rel=1e-6)
     for name, weight in expected.items():
         torch.testing.assert_close(found[name], weight, rtol=1e-6, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
-    start = tiny_vision(seed=1).double().state_dict()
+    start = tiny_vision(family, 1).double().state_dict()
     moved = any("vision_tower" in name and not torch.equal(found[name], start[name]) for name in found)
     assert moved == any(images)
 
