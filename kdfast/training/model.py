@@ -288,7 +288,8 @@ class DistillationModel(nn.Module):
             loss = loss + self.recipe.hidden_weight * self.hidden_loss(*states, kd_targets, kd_items)
         aux_loss: Tensor | None = None
         if self.router_loss is not None:
-            aux_loss = self.router_loss(student_states.router_logits, attention_mask).to(loss.device)
+            real = _real(attention_mask, position_ids)
+            aux_loss = self.router_loss(student_states.router_logits, real).to(loss.device)
             items = None if num_items_in_batch is None else torch.as_tensor(num_items_in_batch).clamp(min=1)
             share = 1.0 if items is None else (targets != IGNORE_INDEX).sum() / items.to(loss.device)
             loss = loss + self.router_loss.coef * share * aux_loss
@@ -440,6 +441,14 @@ class DistillationModel(nn.Module):
         kept = {name: tensor for name, tensor in state.items() if not name.startswith("student.")}
         student = {name.removeprefix("student."): state[name] for name in state.keys() - kept.keys()}
         return kept | {f"student.{name}": tensor for name, tensor in adapter_state(self.student, student).items()}
+
+
+def _real(attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor | None:
+    """Return the mask of tokens that are no padding, (B, T); packed rows have position 0 there in place of one."""
+    if attention_mask is not None or position_ids is None or position_ids.dim() != 2:
+        return attention_mask
+    continued = F.pad(position_ids[:, 1:] == 1, (0, 1), value=False)
+    return ((position_ids > 0) | continued).long()
 
 
 def _share(targets: Tensor, items: int | Tensor | None, kd_items: int | Tensor | None) -> Tensor:

@@ -104,8 +104,6 @@ def tokenize_dataset(
 ) -> tuple[Any, Counts]:
     """Return rows that `KDTrainer` trains on, and what became of the raw ones.
 
-        rows, counts = tokenize_dataset(dataset, tokenizer, max_length=2048, assistant_only_loss=True)
-
     Args:
         dataset: a `datasets.Dataset`, or an `IterableDataset`, whose rows are counted as they come. Columns `messages`,
             `prompt` and `completion`, or `text`; `tools` and `chat_template_kwargs` go to the template.

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from cases import relative
 from chats import CHATML, KINDS, UNMARKED, VOCAB, assistant, chat_tokenizer, raw, user
 from datasets import Dataset
-from tiny_models import tiny
+from tiny_models import tiny, tiny_moe
 from tokenizers import processors
 from training_fixtures import config  # noqa: F401
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kdfast.training import KDTrainer, TeacherCache, cache_teacher, tokenize_dataset
+from kdfast.training import DistillationModel, KDTrainer, TeacherCache, cache_teacher, tokenize_dataset
 from kdfast.training.data.chat import is_raw_text
 from kdfast.training.data.packing import PaddingCollator, best_fit_decreasing
 from kdfast.training.data.text import DataError
@@ -143,6 +143,16 @@ def test_models_whose_documents_see_each_other_are_refused(config, family):  # n
     with pytest.raises(ValueError, match=r"packing: the student, .* lets a document see the one before it"):
         KDTrainer(model, config(recipe="lm_only", packing=True), **given)
     KDTrainer(model, config(recipe="lm_only"), **given)
+
+
+def test_experts_are_balanced_over_tokens_that_are_no_padding():
+    rows, _ = tokenize_dataset(raw("completion"), chat_tokenizer())
+    packed, _ = tokenize_dataset(raw("completion"), chat_tokenizer(), packing=True, max_length=40)
+    model, collate = DistillationModel(tiny_moe("mixtral", V=VOCAB), recipe="lm_only").eval(), PaddingCollator()
+    assert len(packed) == 2
+    outputs = [model(**collate(list(some))) for some in (rows, packed)]
+    assert outputs[0].aux_loss.item() == pytest.approx(outputs[1].aux_loss.item(), rel=1e-6)
+    assert outputs[0].loss.item() == pytest.approx(outputs[1].loss.item(), rel=1e-6)
 
 
 def test_entries_of_other_packs_are_refused(tmp_path):
