@@ -167,7 +167,7 @@ class RecipeTable(dict[str, Recipe]):
         return self[ALIASES[name]]
 
 
-COMPRESSED = Recipe("compressed_head", teacher="compressed_head", compressed_kl=0.01, kd_weight=2.0)
+COMPRESSED = Recipe("compressed_head", teacher="compressed_head", compressed_kl=0.01, kd_weight=2.0, kd_until=0.5)
 RECIPES = RecipeTable(
     (recipe.name, recipe)
     for recipe in (
@@ -183,8 +183,8 @@ RECIPES = RecipeTable(
         ),
         Recipe("teacher_head", teacher="own_head"),
         COMPRESSED,
-        replace(COMPRESSED, name="svd_init", student_init="svd", kd_until=0.5),
-        replace(COMPRESSED, name="svd_blocks", student_init="svd_blocks", kd_until=0.5),
+        replace(COMPRESSED, name="svd_init", student_init="svd"),
+        replace(COMPRESSED, name="svd_blocks", student_init="svd_blocks"),
         Recipe(
             "projector_refit",
             teacher="projected",

@@ -104,7 +104,7 @@ def test_a_contender_costs_what_the_one_does_that_computes_the_same(worth):
     assert worth.price(prices, "plenty", "svd_init kd_until=1").per_token == live
     assert worth.price(prices, "little", f"svd_init {worth.LIVE} kd_until=1").per_token == live
     head = number(f"compressed_head {worth.LIVE}")
-    assert worth.price(prices, "moved", "compressed_head teacher=adapted") == (head, 2)
+    assert worth.price(prices, "moved", "compressed_head teacher=adapted kd_until=1") == (head, 2)
     assert worth.price(prices, "little", "svd_blocks cache_top_k=16") is None, "it keeps something else"
     assert worth.price(prices, "wide", "lm_only") == (100, 2), "other models, other prices"
 
