@@ -64,6 +64,7 @@ plenty | svd_blocks learning_rate=5e-4                                        | 
 moved  | lm_only learning_rate=5e-4                                           | 256 1024         | 3
 moved  | compressed_head teacher=adapted kd_until=1                           | 1024             | 3
 moved  | compressed_head teacher=adapted                                      | 1024             | 3
+moved  | compressed_head                                                      | 1024             | 3
 strong | lm_only                                                              | 256 1024 4096    | 3
 strong | svd_init                                                             | 256 1024 4096    | 3
 strong | svd_init kd_until=1                                                  | 256 1024         | 3
@@ -91,7 +92,6 @@ plenty | svd_init kd_until=1                                                  | 
 plenty | svd_blocks learning_rate=5e-4 kd_until=1                             | 1024             | 1
 moved  | lm_only learning_rate=5e-4                                           | 4096             | 1
 moved  | compressed_head kd_until=1                                           | 1024             | 1
-moved  | compressed_head                                                      | 1024             | 1
 moved  | compressed_head teacher=adapted kd_until=0.25                        | 1024             | 1
 moved  | compressed_head teacher=adapted kd_until=1                           | 256              | 1
 strong | lm_only                                                              | 16384            | 1
