@@ -8,8 +8,9 @@ again. A contender is a recipe and the keys that differ from it, as in `svd_init
 steps is a run of its own, with a cosine of its own. Afterwards worth.json and worth.md are written to --out.
 
 `--prices` measures every contender's seconds per token, in turn, twice, on a machine that does nothing else. A
-run's seconds are then tokens × price, plus what its solved start and its teacher's entries took. "LM only at equal
-seconds" is the best that `lm_only` came to within those seconds, its budgets joined by straight lines over log seconds.
+run's seconds are then tokens × price, plus what its solved start and its teacher's entries took. LM only is that of
+the best learning rate tried; "at equal seconds" is the best that it came to within those seconds, its budgets joined by
+straight lines over log seconds.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ ADAPTING_STEPS = 128  # of 16 blocks, for the teacher on a text that is not its 
 STRONG_STEPS, STRONG_WIDTH = 2048, 64  # twice the teacher's tokens once more, and a student half as wide
 WIDE_VOCABULARY, WIDE_TEACHER_STEPS = 16384, 512
 
-# case | contender | steps | seeds
+# case | contender | steps | seeds; learning rates other than 1e-3 are the best of those tried, or say so
 PLAN = """
 little | lm_only                                                              | 128 256 512 1024 | 3
 little | svd_init                                                             | 512              | 3
@@ -61,15 +62,14 @@ plenty | svd_init                                                             | 
 plenty | svd_init kd_until=1                                                  | 1024             | 3
 plenty | lm_only student_init=svd_blocks learning_rate=5e-4                   | 1024             | 3
 plenty | svd_blocks learning_rate=5e-4                                        | 1024             | 3
-moved  | lm_only learning_rate=5e-4                                           | 256 1024         | 3
-moved  | compressed_head teacher=adapted kd_until=1                           | 1024             | 3
-moved  | compressed_head teacher=adapted                                      | 1024             | 3
-moved  | compressed_head                                                      | 1024             | 3
-strong | lm_only                                                              | 256 1024 4096    | 3
-strong | svd_init                                                             | 256 1024 4096    | 3
-strong | svd_init kd_until=1                                                  | 256 1024         | 3
-strong | lm_only student_init=svd_blocks learning_rate=5e-4                   | 256 1024 4096    | 3
-strong | svd_blocks learning_rate=5e-4                                        | 256 1024 4096    | 3
+plenty | lm_only learning_rate=2e-3                                           | 1024             | 3
+plenty | svd_init learning_rate=2e-3                                          | 1024             | 3
+strong | lm_only learning_rate=2e-3                                           | 1024             | 3
+strong | svd_init learning_rate=4e-3                                          | 1024             | 3
+strong | lm_only student_init=svd_blocks learning_rate=2e-3                   | 1024             | 3
+strong | svd_blocks learning_rate=2e-3                                        | 1024             | 3
+moved  | lm_only learning_rate=4e-3                                           | 256 1024         | 3
+moved  | compressed_head teacher=adapted learning_rate=4e-3                   | 1024             | 3
 little | lm_only weight_decay=0.1                                             | 1024             | 1
 little | projector_fixed                                                      | 512              | 1
 little | teacher_head kd_weight=2                                             | 512              | 1
@@ -90,18 +90,31 @@ plenty | lm_only                                                              | 
 plenty | lm_only student_init=svd                                             | 1024             | 1
 plenty | svd_init kd_until=1                                                  | 256              | 1
 plenty | svd_blocks learning_rate=5e-4 kd_until=1                             | 1024             | 1
-moved  | lm_only learning_rate=5e-4                                           | 4096             | 1
-moved  | compressed_head kd_until=1                                           | 1024             | 1
-moved  | compressed_head teacher=adapted kd_until=0.25                        | 1024             | 1
-moved  | compressed_head teacher=adapted kd_until=1                           | 256              | 1
-strong | lm_only                                                              | 16384            | 1
-strong | svd_init kd_until=1                                                  | 4096             | 1
-strong | svd_blocks learning_rate=5e-4 kd_until=1                             | 1024             | 1
+plenty | lm_only learning_rate=2e-3                                           | 4096             | 1
+strong | lm_only learning_rate=2e-3                                           | 256 4096         | 1
+strong | lm_only                                                              | 1024 4096        | 1
+strong | lm_only learning_rate=4e-3                                           | 1024             | 1
+strong | svd_init learning_rate=2e-3                                          | 1024             | 1
+strong | svd_init learning_rate=4e-3                                          | 4096             | 1
+strong | lm_only student_init=svd_blocks learning_rate=5e-4                   | 256              | 1
+strong | lm_only student_init=svd_blocks learning_rate=2e-3                   | 4096             | 1
+strong | svd_blocks learning_rate=1e-3                                        | 1024             | 1
+strong | svd_blocks learning_rate=2e-3                                        | 4096             | 1
 wide   | lm_only                                                              | 256 1024 2048    | 1
 wide   | svd_init                                                             | 1024             | 1
 wide   | svd_init kd_until=1                                                  | 1024             | 1
 wide   | lm_only student_init=svd_blocks learning_rate=5e-4                   | 1024             | 1
 wide   | svd_blocks learning_rate=5e-4                                        | 1024             | 1
+moved  | lm_only learning_rate=4e-3                                           | 4096             | 1
+moved  | lm_only learning_rate=2e-3                                           | 1024             | 1
+moved  | lm_only                                                              | 1024             | 1
+moved  | compressed_head learning_rate=2e-3                                   | 1024             | 1
+moved  | compressed_head teacher=adapted learning_rate=2e-3                   | 1024             | 1
+moved  | compressed_head                                                      | 1024             | 1
+moved  | compressed_head kd_until=1                                           | 1024             | 1
+moved  | compressed_head teacher=adapted                                      | 1024             | 1
+moved  | compressed_head teacher=adapted kd_until=0.25                        | 1024             | 1
+moved  | compressed_head teacher=adapted kd_until=1                           | 1024             | 1
 """
 
 
@@ -326,7 +339,11 @@ def table(case: str, result: dict[str, Any]) -> str:
     for row in result["runs"]:
         if row["case"] == case:
             seeds.setdefault((row["contender"], row["steps"]), {})[row["seed"]] = row
-    baseline = {steps: found for (name, steps), found in seeds.items() if _is_baseline(name)}
+    baseline: dict[int, dict[int, dict[str, Any]]] = {}
+    for (name, steps), found in seeds.items():
+        for seed, row in found.items() if _is_baseline(name) else ():
+            best = baseline.setdefault(steps, {})
+            best[seed] = min(best.get(seed, row), row, key=lambda one: one["eval_ce"])
     lines = [
         "| recipe | tokens | seconds | seeds | CE | less LM only, equal tokens | equal seconds | KL(true‖student) |",
         "|---|---|---|---|---|---|---|---|",

@@ -80,6 +80,20 @@ def test_the_table(worth):
     assert lines[3] == ["svd_init", "400", "10", "2", "4.700 ± 0.200", "-1.400 ± 0.100", "-0.805 ± 0.034", "0.500"]
 
 
+def test_lm_only_is_that_of_its_best_learning_rate(worth):
+    result = {
+        "prices": {},
+        "runs": [
+            run("lm_only", 4, 0, 6.0),
+            run("lm_only learning_rate=2e-3", 4, 0, 5.0),
+            run("lm_only learning_rate=4e-3", 4, 0, 5.5),
+            run("svd_init", 4, 0, 4.5),
+        ],
+    }
+    *_, last = worth.table("little", result).splitlines()
+    assert last == "| svd_init | 400 |  | 1 | 4.500 | -0.500 |  | 0.500 |"
+
+
 def test_lm_only_that_has_got_worse_is_taken_at_its_best_and_one_that_has_not_is_not_extrapolated(worth):
     price = worth.Price(1.0, 0.0)
     worse = {4: {0: {"tokens": 4, "eval_ce": 5.0}}, 16: {0: {"tokens": 16, "eval_ce": 5.5}}}
