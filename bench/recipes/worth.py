@@ -91,7 +91,7 @@ plenty | lm_only student_init=svd                                             | 
 plenty | svd_init kd_until=1                                                  | 256              | 1
 plenty | svd_blocks learning_rate=5e-4 kd_until=1                             | 1024             | 1
 plenty | lm_only learning_rate=2e-3                                           | 4096             | 1
-strong | lm_only learning_rate=2e-3                                           | 256 4096         | 1
+strong | lm_only learning_rate=2e-3                                           | 256 4096 16384   | 1
 strong | lm_only                                                              | 1024 4096        | 1
 strong | lm_only learning_rate=4e-3                                           | 1024             | 1
 strong | svd_init learning_rate=2e-3                                          | 1024             | 1
