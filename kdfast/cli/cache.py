@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 
 from kdfast.cli.arguments import Arguments, parse_argv
-from kdfast.cli.data import check_positions, load_text
+from kdfast.cli.data import load_text
 from kdfast.cli.errors import RunFailed, UserError
 from kdfast.training import load_teacher
 from kdfast.training.cache.description import CacheSummary, is_complete
 from kdfast.training.cache.read import TeacherCache
 from kdfast.training.cache.write import cache_teacher
+from kdfast.training.data.text import check_positions
 from kdfast.training.durable.errors import first_line
 from kdfast.training.durable.processes import by_first, leave, print_once
 from kdfast.training.hf import is_dispatched

@@ -8,13 +8,13 @@ import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import transformers
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from kdfast.cli.arguments import Arguments, ModelArguments, parse_argv
 from kdfast.cli.errors import UserError
 from kdfast.training.data.chat import Counts, kind_of, read_template, tokenize_dataset
 from kdfast.training.data.rows import lengths_of
-from kdfast.training.data.text import DataError, columns_of, hold_out, read_dataset, read_files
+from kdfast.training.data.text import columns_of, hold_out, read_dataset, read_files
 from kdfast.training.durable.errors import first_line
 from kdfast.training.hf import IGNORE_INDEX, SOURCE, read_init_kwargs
 
@@ -119,10 +119,3 @@ def load_splits(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> tup
         train, held_out = hold_out(documents, data.eval_fraction)
         (train, counts), (evaluation, others) = rows(what, train), rows(f"{what}, held out", held_out)
     return train, evaluation, {"train": counts, "eval": others}
-
-
-def check_positions(which: str, model: PreTrainedModel, max_length: int | None) -> None:
-    """Raise DataError where rows may have more tokens than the model has positions."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and max_length is not None and max_length > limit:
-        raise DataError(f"max_length={max_length} is more than the {limit} positions the {which} has; lower it")

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from kdfast.cli.arguments import LM_ONLY, AdapterArguments, Arguments, ModelArguments, parse_argv
-from kdfast.cli.data import check_positions, load_text
+from kdfast.cli.data import load_text
 from kdfast.cli.errors import RunFailed, RunTerminated, UserError
 from kdfast.cli.output_dir import REMEDY, claim
 from kdfast.report.page import text_table, write_report
@@ -27,6 +27,7 @@ from kdfast.training.adapters import lora_config
 from kdfast.training.cache.description import NAME, Description
 from kdfast.training.cache.read import TeacherCache
 from kdfast.training.callbacks import show_progress
+from kdfast.training.data.text import check_positions
 from kdfast.training.durable.errors import RunStoppedError, TerminatedError
 from kdfast.training.durable.processes import by_first, leave, print_once
 from kdfast.training.hf import read_init_kwargs, read_mapping

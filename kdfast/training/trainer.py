@@ -39,6 +39,7 @@ from kdfast.training.data.chat import Counts, is_raw_text, read_template, tokeni
 from kdfast.training.data.columns import MEDIA, by_name, check_columns, check_names, media_columns, names_of
 from kdfast.training.data.packing import PaddingCollator, check_apart
 from kdfast.training.data.rows import PACKED, Collator
+from kdfast.training.data.text import check_positions
 from kdfast.training.data.tokenizers import check_tokens, find_valid_vocab, own_tokenizer, text_tokenizer, tokenizer_of
 from kdfast.training.durable import processes, resume
 from kdfast.training.durable.trainer import DurableTrainer, replaced
@@ -224,10 +225,13 @@ class KDTrainer(DurableTrainer):
             if model.teacher is not None:
                 check_tokens("teacher", processor, own_tokenizer(model.teacher), model.valid_vocab)
         check_adapter(model.student)
-        if self.args.packing or any(PACKED in names_of(dataset) for dataset in datasets.values()):
-            for role, one in {"student": model.student, "teacher": model.teacher}.items():
-                if one is not None:
-                    check_apart(one, role)
+        packed = self.args.packing or any(PACKED in names_of(dataset) for dataset in datasets.values())
+        longest = max((counts.longest for counts in self.counts.values()), default=0)
+        for role, one in {"student": model.student, "teacher": model.teacher}.items():
+            if one is not None:
+                check_positions(role, one, longest, "a row of {} tokens")
+            if one is not None and packed:
+                check_apart(one, role)
         check_datasets(model, datasets, self._schedules[1])
         return model, choice, wrapped_here
 

@@ -49,6 +49,7 @@ class Counts:
     tokens: int = 0
     targets: int = 0
     truncated: int = 0
+    longest: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
     argument: str = ""
 
@@ -75,13 +76,15 @@ class Counts:
         for reason in filter(None, reasons):
             self.skipped[reason] = self.skipped.get(reason, 0) + reasons[reason]
         self.truncated += sum(truncated)
+        tokens = list(tokens)
         self.tokens += sum(tokens)
+        self.longest = max([self.longest, *tokens])
         self.targets += sum(targets)
 
     def of_blocks(self, blocks: Any, length: int) -> Counts:
         """Return the counts of blocks of one length, each a row; a stream's are not known."""
         n = len(blocks) if hasattr(blocks, "__len__") else 0
-        return replace(self, rows=n, tokens=n * length, targets=n * (length - 1))
+        return replace(self, rows=n, tokens=n * length, targets=n * (length - 1), longest=length)
 
     def as_dict(self) -> dict[str, Any]:
         """Return what a summary keeps."""

@@ -22,7 +22,7 @@ from kdfast.training.data.columns import media_columns
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TABLES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 TEXTS = {".txt", ".text", ".md", ".rst", ".tex", ".html", ".py", ".c", ".h", ".cpp", ".rs", ".go", ".java", ".js"}
@@ -183,3 +183,10 @@ def _pieces(text: str) -> Iterator[str]:
             stop = text.rfind("\n", start, stop) + 1 or stop
         yield text[start:stop]
         start = stop
+
+
+def check_positions(which: str, model: PreTrainedModel, length: int | None, what: str = "max_length={}") -> None:
+    """Raise DataError where rows of `length` tokens, as `what` calls it, are longer than the model has positions."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and length is not None and length > limit:
+        raise DataError(f"{what.format(length)} is more than the {limit} positions the {which} has; lower max_length")

@@ -380,6 +380,12 @@ def test_the_trainer_takes_raw_rows(config):  # noqa: F811
     assert found["eval_a_ce"] == pytest.approx(found["eval_b_ce"])
     assert trainer.counts.keys() == {"train_dataset", "eval_dataset['a']", "eval_dataset['b']"}
     assert tokenizer.chat_template == CHATML
+    long = Dataset.from_list([{"text": "word " * 100}])
+    with pytest.raises(DataError, match=r"a row of \d+ tokens is more than the 64 positions the student has"):
+        KDTrainer(
+            student, config(recipe="teacher_head", packing=False), teacher=teacher, train_dataset=long,
+            processing_class=tokenizer,
+        )  # fmt: skip
     with pytest.raises(ValueError, match="train_dataset has text, and processing_class is None"):
         KDTrainer(student, args, teacher=teacher, train_dataset=raw("messages"))
     with pytest.raises(DataError, match=r"has no column 'text'; its columns are conversations\. Expected mes"):
