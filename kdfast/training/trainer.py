@@ -7,6 +7,7 @@ student alone and appear only when complete, and a stop at the first loss that i
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import time
@@ -734,6 +735,7 @@ def _wrap(
 def _of_log_probs(compute_metrics: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
     """Return the function of a Trainer's EvalPrediction that gives `compute_metrics` what is in its place here."""
 
+    @functools.wraps(compute_metrics)  # Trainer looks whether it takes compute_result
     def compute(given: EvalPrediction, **options: Any) -> dict[str, Any]:
         return compute_metrics(EvalLogProbs(given.predictions, given.label_ids, given.inputs), **options)
 

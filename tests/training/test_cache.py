@@ -521,6 +521,8 @@ class TestTraining:
             "entries for temperature=2, and the run is at 3": {"temperature": 3.0},
             "the run is at 3, 2": {"temperature_steps": [3, 2]},
             "divergence='reverse_kl' and train_dataset has ids drawn": {"dataset": drawn, "divergence": "reverse_kl"},
+            "divergence='jsd' and .* are no estimate": {"dataset": drawn, "beta": 0.5},
+            "divergence='skew_kl' and .* are no estimate": {"dataset": drawn, "divergence": "skew_kl", "alpha": 0.1},
             "the student has 70": {"student": tiny("gpt2", V=70)},
         }.items():
             with pytest.raises(CacheError, match=message):
@@ -538,6 +540,7 @@ class TestTraining:
         with pytest.raises(CacheError, match="the student has 70"):  # whatever learns from it: evaluation reads it
             trainer(student=tiny("gpt2", V=70), recipe="lm_only")
         trainer(divergence="reverse_kl")
+        trainer(dataset=drawn, beta=0.0)  # forward KL
 
     @pytest.mark.parametrize("recipe", ["teacher_head", "lm_only", "auto"])
     def test_beside_a_live_teacher(self, tmp_path, recipe):

@@ -244,6 +244,21 @@ def test_compute_metrics_is_given_the_log_probability_of_each_label(tiny, rows, 
     assert metrics["eval_ce"] == pytest.approx(-log_p[counts].mean().item(), rel=1e-5)
 
 
+def test_compute_metrics_may_be_given_a_batch_at_a_time(tiny, rows, config):
+    sums = []
+
+    def mean(given, compute_result):
+        counts = given.label_ids != -100
+        sums.append((given.log_probs[counts].sum(), counts.sum()))
+        total, number = map(sum, zip(*sums, strict=True))
+        return {"mean": -(total / number).item()} if compute_result else {}
+
+    args = config(recipe="lm_only", batch_eval_metrics=True)
+    metrics = KDTrainer(tiny(), args, eval_dataset=rows(5), compute_metrics=mean).evaluate()
+    assert len(sums) == 3
+    assert metrics["eval_mean"] == pytest.approx(metrics["eval_ce"], rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("function", "error", "message"),
     [

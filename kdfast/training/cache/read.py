@@ -202,10 +202,11 @@ def check_datasets(model: DistillationModel, datasets: Mapping[str, Any], temper
                     f"{argument} has a teacher's entries for temperature={blocks.temperature:g}, and the run is at "
                     f"{run}; expected the same, throughout the run"
                 )
-            if blocks.description.method == "sample" and model.divergence.name in ("reverse_kl", "symmetric_kl"):
+            if blocks.description.method == "sample" and model.divergence.name != "forward_kl":
                 raise CacheError(
-                    f"divergence={recipe.divergence!r} and {argument} has ids drawn at random, against which it is "
-                    "infinite; expected another divergence, or a cache made with cache_method: top_k"
+                    f"divergence={recipe.divergence!r} and {argument} has ids drawn at random, which are no estimate "
+                    "of it: it is not linear in the teacher's probabilities, or infinite. Expected forward_kl, or a "
+                    "cache made with cache_method: top_k"
                 )
     names = {argument: list(names_of(dataset)) for argument, dataset in datasets.items()}
     bringing = [argument for argument, columns in names.items() if "teacher_indices" in columns]
