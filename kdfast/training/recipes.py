@@ -242,10 +242,12 @@ class Choice(NamedTuple):
 
 
 EXPECTED = {
-    "svd_blocks": "near its teacher before the first step, and take a pretrained model's learning rate; the more new "
-    "text it sees, the less a teacher adds: compare recipe=lm_only, student_init=svd_blocks",
-    "svd_init": "ahead of LM only at equal seconds as long as it is far from its teacher",
-    "compressed_head": "ahead of LM only where the teacher knows this text better than the student does",
+    "svd_blocks": "near its teacher before the first step, as a pretrained model is; the more new text it sees, the "
+    "less a teacher adds: compare recipe=lm_only, student_init=svd_blocks",
+    "svd_init": "ahead of LM only at equal tokens, and near it at equal seconds while text is new; try higher learning "
+    "rates than LM only's",
+    "compressed_head": "ahead of LM only at equal tokens where the teacher knows this text better than the student "
+    "does; compare recipe=lm_only at equal seconds, at its own best learning rate",
 }
 
 

@@ -47,7 +47,7 @@ def test_the_trainer_prints_what_it_took_and_why(tiny, rows, config, capsys):
     trainer = KDTrainer(tiny("gpt2"), args, teacher=tiny(width=24, seed=1), train_dataset=rows(30))
     printed = capsys.readouterr().out
     assert "recipe svd_init: the student is fresh" in printed
-    assert "Expect it ahead of LM only at equal seconds" in printed
+    assert "Expect it ahead of LM only at equal tokens" in printed
     assert trainer.model.recipe.student_init == "svd"
     trainer.train()
     assert trainer.price.ratio > 1
