@@ -6,7 +6,7 @@ Steps, all by default: `teacher` fine-tunes gpt2-xl (`--teacher MiniLLM/teacher-
 `student` trains one student per method and rate on fixed data, `evaluate` generates and scores, `table` prints what
 there is beside the published figures. A finished run or part is read, never made again; the same command goes on where
 it stopped. `--quick` does all of it with tiny models and a few rows, without a hub: whether it works, not what comes
-out. One process, one GPU. `kdfast distill` reads blocks of text: to mask the prompts, KDTrainer is called here.
+out. One process, one GPU. Rows are tokenized as M and D do it, so KDTrainer is called here.
 
 Downloads: gpt2 and gpt2-xl of openai-community; data sets dolly, self-inst, Vicuna, sinst, uinst of MiniLLM (or
 `--data`, a folder with folders of these names). Packages: `pip install 'kdfast[train]' rouge-score`.

@@ -579,6 +579,7 @@ def _from_pretrained(argument: str, name: str | Path, kwargs: dict[str, Any]) ->
         )
     if adapter is not None and not teacher:
         model.set_adapter(model.active_adapters())  # which transformers loads to look at, into a frozen base
+    keep_unpacked(model)
     return model
 
 

@@ -50,7 +50,7 @@ def test_the_teacher_is_the_one_that_was_asked_for(configured, place, kdfast, wa
     config = configured(WAYS[way])
     code, _, err = kdfast("distill", config)
     assert code == 0, err
-    _, _, blocks = load_text(parse(config, []))
+    blocks = load_text(parse(config, [])).evaluation
     student = AutoModelForCausalLM.from_pretrained("out")
     teacher = load_teacher("wide", model_init_kwargs=WAYS[way])
     ids = torch.tensor(blocks["input_ids"])
