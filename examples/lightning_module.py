@@ -40,9 +40,9 @@ class Distillation(L.LightningModule):
         self.learning_rate, self.kd_weight = learning_rate, kd_weight
 
     def training_step(self, batch, _):
-        loss, metrics, _ = self.model(**batch, kd_weight=self.kd_weight)
-        self.log_dict({"loss": loss, "ce": metrics.ce, "kd": metrics.kd}, prog_bar=True)
-        return loss
+        output = self.model(**batch, kd_weight=self.kd_weight)
+        self.log_dict({"loss": output.loss, "ce": output.metrics.ce, "kd": output.metrics.kd}, prog_bar=True)
+        return output.loss
 
     def validation_step(self, batch, _):
         output = self.model(**batch, kd_weight=self.kd_weight)

@@ -56,7 +56,10 @@ def test_models_by_folder(kdfast, tmp_path):
     lm_only, teacher = 6 * 6144 + 3 * 8224, 2 * 24576
     heads = {"cached": -teacher, "compressed_head": 2 * 16 * (257 + 32), "teacher_head": 2 * 257 * 32}
     heads["projector"] = 2 * 1024 + 3 * 8224
-    prices = ", ".join(f"{name} {1 + (teacher + head) / lm_only:.2f}" for name, head in heads.items())
+    shares = {"compressed_head": 0.5}  # KD in the first half of the run
+    prices = ", ".join(
+        f"{name} {1 + shares.get(name, 1) * (teacher + head) / lm_only:.2f}" for name, head in heads.items()
+    )
     assert f"operations of training on a token, times LM only's: {prices} (compressed at rank 16)\n" in out
 
 

@@ -404,6 +404,8 @@ def test_reads_as_one_file_of_public_names(name):
 
 @pytest.mark.parametrize("name", sorted(NEEDS))
 def test_says_what_to_install(name, example, monkeypatch):
+    for module in [module for module in sys.modules if module.startswith(f"{NEEDS[name]}.")]:
+        monkeypatch.delitem(sys.modules, module)  # found there, its package would not be asked for
     monkeypatch.setitem(sys.modules, NEEDS[name], None)
     with pytest.raises(SystemExit, match=f"pip install {NEEDS[name]}"):
         example(name)

@@ -66,7 +66,8 @@ def test_it_is_what_torch_counts(family, recipe, counted, monkeypatch):
     model.solve([batch])
     operations = counted(lambda: model(**batch).loss.backward())
     rank = None if model.compressed_head is None else model.compressed_head.rank
-    price = price_per_token(recipe, size_of(student), given and size_of(teacher), rank=rank)
+    throughout = replace(recipe, kd_until=1.0)
+    price = price_per_token(throughout, size_of(student), given and size_of(teacher), rank=rank)
     assert operations == batch["input_ids"].numel() * (price.lm_only + price.teacher)
 
 
@@ -91,7 +92,8 @@ def test_of_what_an_adapter_freezes_no_gradient_is_computed(family, recipe, head
     operations = counted(lambda: model(**batch).loss.backward())
     rank = None if model.compressed_head is None else model.compressed_head.rank
     size = size_of(model.student)
-    price = price_per_token(model.recipe, size, given and size_of(teacher), rank=rank)
+    throughout = replace(model.recipe, kd_until=1.0)
+    price = price_per_token(throughout, size, given and size_of(teacher), rank=rank)
     assert operations == batch["input_ids"].numel() * (price.lm_only + price.teacher)
     assert size.frozen_head is (head == "frozen")
     plain = size_of(tiny(family, width=16, layers=2))

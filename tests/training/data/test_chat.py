@@ -72,6 +72,7 @@ def pair(family, attention="sdpa"):
     models = [tiny(family, V=VOCAB, seed=i, width=16 * i, layers=2) for i in (1, 2)]
     for model in models:
         model.set_attn_implementation(attention)
+        model.config.max_position_embeddings = 512
         if family == "gpt2":
             positions = torch.randn(512, model.config.n_embd) * 0.3
             model.transformer.wpe = torch.nn.Embedding.from_pretrained(positions, freeze=False)
