@@ -8,7 +8,7 @@
 shifts the labels itself. Rows are of unlike length: a mean over each micro-batch would weigh a token in a short row
 more. So the targets of all micro-batches and processes of a step are counted first and given as the divisor.
 
-It ends with the student's cross entropy on held-out text, in nats a token, before and after: 8.1 and
+It ends with the student's cross entropy on held-out text, in nats per token, before and after: 8.1 and
 5.5 with the small models.
 
 For your own models: `recipe="auto"` takes the best measured one, and `teacher_head`, which is used here, compares with

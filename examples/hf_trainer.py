@@ -12,7 +12,7 @@ here:
   gradient accumulation and padding change nothing. The first label of a row is no target, hence -100 from the start;
 - the teacher: frozen, in eval mode, no part of the model, so in no optimizer and no checkpoint.
 
-It ends with the student's cross entropy on held-out text, in nats a token, before and after: 8.1 and
+It ends with the student's cross entropy on held-out text, in nats per token, before and after: 8.1 and
 5.5 with the small models.
 
 For your own data: any data set and collator whose labels are not shifted and -100 at padding. What this does not

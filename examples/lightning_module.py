@@ -8,7 +8,7 @@
 Lightning sets, and out of every `state_dict`, so checkpoints hold the student alone. `distillation_param_groups`
 leaves the teacher out of the optimizer and gives a projector, where the recipe has one, its own rate.
 
-It ends with the student's cross entropy on held-out text, in nats a token, before and after: 8.1 and
+It ends with the student's cross entropy on held-out text, in nats per token, before and after: 8.1 and
 5.5 with the small models.
 
 For your own data: `accumulate_grad_batches` averages micro-batches, each the mean over its own targets, which is

@@ -12,7 +12,7 @@ assistant says alone: the tokenizer's chat template says where that is, between 
 
 Without --use the student is made too: a small model that has read some of Python's library, never a chat. Its teacher
 is wider, has read more, and was tuned on many chats; the student gets few. It ends with the cross entropy of what the
-assistant says in held-out chats, in nats a token, before and after, and after the same steps without a teacher.
+assistant says in held-out chats, in nats per token, before and after, and after the same steps without a teacher.
 `lora_chat.yaml` has the same settings for `kdfast distill`, and takes the models that are kept in runs/lora_chat.
 """
 
@@ -66,6 +66,7 @@ def main(arguments=None):
         trainer.train()
         ended[recipe] = trainer.evaluate()["eval_ce"]
         trainer.save_model()
+        trainer.save_state()  # what a report draws
     print(f"held-out cross entropy: {before:.3f} before, {ended['auto']:.3f} after")
     print(f"({ended['lm_only']:.3f} without a teacher; kdfast report {place} draws both)")
 

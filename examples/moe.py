@@ -8,7 +8,7 @@ against that; here it is added to the distillation loss with the coefficient of 
 `router_aux_loss_coef`, and logged as `aux_loss`: as many as the experts that a token takes (2 here) where all are
 taken equally often, more where not. `router_lr_multiplier` is for the routers' learning rate.
 
-It ends with a line for each run: the student's cross entropy on held-out text, in nats a token, before and after, and
+It ends with a line for each run: the student's cross entropy on held-out text, in nats per token, before and after, and
 the share of tokens that the busiest of a layer's 8 experts gets, a quarter where all get as many.
 
 For your own: any mixture of experts of transformers will do, as student and as teacher (a teacher's loss is left

@@ -9,7 +9,7 @@ through `TeacherCache`, which refuses other text, another tokenizer or temperatu
 student is compared with k + 1 categories, the last one everything else, exactly at τ = 1 and at the temperatures of
 the cache. A cache that is complete is not made again, and one that was interrupted goes on.
 
-It ends with the cache's size and the student's cross entropy on held-out text, in nats a token, before and
+It ends with the cache's size and the student's cross entropy on held-out text, in nats per token, before and
 after: 136 bytes a token at k = 32, 8.1 and 5.8 with the small models.
 
 For your own models: the same in two commands is `kdfast cache CONFIG.yaml` and `kdfast distill CONFIG.yaml` with

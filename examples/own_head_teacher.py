@@ -10,7 +10,7 @@
   lowest rank whose measured KL to the whole head is at most `--max-kl`. It costs 2·V·rank.
 
 It ends with a table: for each teacher the student's cross entropy on held-out text and KL(teacher ‖ student) there,
-both at τ = 1 in nats a token, beside the KL that the loss saw at the last step: small for the projected teacher, and
+both at τ = 1 in nats per token, beside the KL that the loss saw at the last step: small for the projected teacher, and
 no sign of learning. With the small models, where the low rank is 48 of 192:
 
     teacher       cross entropy   KL(teacher || student)   KL the loss saw

@@ -7,7 +7,7 @@ The backbones give hidden states, the loss gets those and the heads' weights: no
 here, in one line, since the loss never does it. Without `--use` a small teacher is trained first, once for all
 examples.
 
-It ends with one line: the student's cross entropy on held-out text, in nats a token, before and after, and that of
+It ends with one line: the student's cross entropy on held-out text, in nats per token, before and after, and that of
 the same student trained without a teacher (same data, same order, same rate): 8.1, 5.5 and 5.9 with the small models,
 whose teacher has 4.8. Other versions of Python have another library, so another text, and other second digits.
 

@@ -10,7 +10,7 @@ template with generation marks, the rest is masked. The places of a picture coun
 
 Without --use everything is made here: a processor, and two LLaVA models, of which the teacher first learns to say
 which colour a picture is, and where its dark corner lies. The student has a hundred and fifty steps for that. It ends
-with the student's cross entropy on the held-out answers, in nats a token, and KL(teacher || student), before and after.
+with the student's cross entropy on the held-out answers, in nats per token, and KL(teacher || student), before and after.
 
 For your own: TEACHER and STUDENT are vision-language models of one processor; TRL's collator wants a row to have a
 list of PIL images, empty where there is none.
