@@ -9,8 +9,9 @@ as they are, and both models see the pictures. What counts is what the assistant
 template with generation marks, the rest is masked. The places of a picture count for nothing in any case.
 
 Without --use everything is made here: a processor, and two LLaVA models, of which the teacher first learns to say
-which colour a picture is, and where its dark corner lies. The student has a hundred and fifty steps for that. It ends
-with the student's cross entropy on the held-out answers, in nats per token, and KL(teacher || student), before and after.
+which color a picture is, and where its dark corner lies. The student has a hundred and fifty steps for that. It ends
+with the student's cross entropy on the held-out answers, in nats per token, and KL(teacher || student), before and
+after.
 
 For your own: TEACHER and STUDENT are vision-language models of one processor; TRL's collator wants a row to have a
 list of PIL images, empty where there is none.
@@ -42,7 +43,7 @@ try:
 except ImportError:
     raise SystemExit("this example needs TRL: pip install trl") from None
 
-COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (40, 40, 220), "yellow": (230, 220, 40)}
+COLORS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (40, 40, 220), "yellow": (230, 220, 40)}
 CORNERS = {"top left": (0, 0), "top right": (8, 0), "bottom left": (0, 8), "bottom right": (8, 8)}
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ' :' }}{% for part in message['content'] %}"
@@ -106,8 +107,8 @@ def pictures(count):
     """Chats about pictures of one colour with a dark corner."""
     rows = []
     for _ in range(count):
-        colour, corner = random.choice([*COLOURS]), random.choice([*CORNERS])
-        image = Image.new("RGB", (16, 16), tuple(c + random.randint(-20, 20) for c in COLOURS[colour]))
+        colour, corner = random.choice([*COLORS]), random.choice([*CORNERS])
+        image = Image.new("RGB", (16, 16), tuple(c + random.randint(-20, 20) for c in COLORS[colour]))
         image.paste((10, 10, 10), (*CORNERS[corner], *(x + 8 for x in CORNERS[corner])))
         answer = f"It is {colour} , and dark at the {corner}"
         chat = [{"role": "user", "content": "What is that ?"}, {"role": "assistant", "content": answer}]
