@@ -104,13 +104,13 @@ def learn(student, teacher, processor, args, train, held_out=None):
 
 
 def pictures(count):
-    """Chats about pictures of one colour with a dark corner."""
+    """Chats about pictures of one color with a dark corner."""
     rows = []
     for _ in range(count):
-        colour, corner = random.choice([*COLORS]), random.choice([*CORNERS])
-        image = Image.new("RGB", (16, 16), tuple(c + random.randint(-20, 20) for c in COLORS[colour]))
+        color, corner = random.choice([*COLORS]), random.choice([*CORNERS])
+        image = Image.new("RGB", (16, 16), tuple(c + random.randint(-20, 20) for c in COLORS[color]))
         image.paste((10, 10, 10), (*CORNERS[corner], *(x + 8 for x in CORNERS[corner])))
-        answer = f"It is {colour} , and dark at the {corner}"
+        answer = f"It is {color} , and dark at the {corner}"
         chat = [{"role": "user", "content": "What is that ?"}, {"role": "assistant", "content": answer}]
         rows.append({"images": [image], "messages": chat})
     return datasets.Dataset.from_list(rows)
