@@ -267,7 +267,8 @@ def test_solved_recipes_resume_where_they_stopped(tiny, rows, config, tmp_path, 
     """The start is solved again, the weights are the checkpoint's, and the fixed teacher is the same as before."""
 
     def make(steps, folder):
-        given = {"student_init": "svd"} if recipe == "compressed_head" else {"projector_init": "lstsq"}
+        # kd_until: half of the run would be another step in a shorter one
+        given = {"student_init": "svd", "kd_until": 1.0} if recipe == "compressed_head" else {"projector_init": "lstsq"}
         args = config(
             recipe=recipe, max_steps=steps, save_strategy="steps", save_steps=2, output_dir=str(tmp_path / folder),
             lr_scheduler_type="constant", **given,
