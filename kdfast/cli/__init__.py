@@ -1,1 +1,1 @@
-"""The command line: `kdfast distill | cache | data | report | demo | doctor | plan`."""
+"""The command line: `kdfast distill | cache | data | merge | report | demo | doctor | plan`."""

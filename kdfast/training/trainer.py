@@ -166,7 +166,7 @@ class KDTrainer(DurableTrainer):
             model = super().call_model_init()  # type: ignore[assignment]
         collator, self.counts = data_collator, {}
         if data_collator is None:
-            data_collator = PaddingCollator(getattr(processing_class, "tokenizer", processing_class))
+            data_collator = PaddingCollator(processing_class)
             student = model.student if isinstance(model, DistillationModel) else model
             with args.main_process_first(desc="tokenizing"):
                 train_dataset, eval_dataset = (

@@ -199,8 +199,7 @@ class Precomputation:
     def _shows_rows_as_they_are(self, rows: list[Any]) -> bool:
         """Return whether the models see in a batch what the teacher is shown of the rows."""
         batch = self.collate([dict(row) for row in rows])
-        tokenizer = getattr(self.processor, "tokenizer", self.processor)
-        shown = PaddingCollator(tokenizer)([inputs_of_row(row, INPUTS) for row in rows])
+        shown = PaddingCollator(self.processor)([inputs_of_row(row, INPUTS) for row in rows])
         for name in {*INPUTS, *self.model.inputs["teacher"].intersection(batch)}:
             one, other = batch.get(name), shown.get(name)
             if name == "attention_mask":

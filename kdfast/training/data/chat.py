@@ -25,9 +25,8 @@ from tokenizers import processors
 
 from kdfast._version import __version__
 from kdfast.inputs import did_you_mean
-from kdfast.training.data.columns import media_columns
 from kdfast.training.data.packing import pack
-from kdfast.training.data.text import DataError, columns_of, load_blocks, map_rows
+from kdfast.training.data.text import DataError, check_text_only, columns_of, load_blocks, map_rows
 from kdfast.training.durable.errors import first_line
 from kdfast.training.durable.processes import print_once
 from kdfast.training.hf import IGNORE_INDEX
@@ -130,16 +129,7 @@ def tokenize_dataset(
     """
     columns = columns_of(dataset)
     kind = kind_of(argument, columns, text_column)
-    if media := media_columns(dataset):
-        raise DataError(
-            f"{argument} has the column {media[0]!r}, which holds more than text, and only text is read here. Leave "
-            "the column out of the data; to train on it, use KDTrainer with a collator that makes the model's inputs"
-        )
-    if "teacher_indices" in columns:
-        raise DataError(
-            f"{argument} has a column 'teacher_indices', which is lost where text is tokenized. Remove it, or "
-            "train on rows of tokens with a teacher's entries in Python: KDTrainer(…, KDConfig(teacher_tail=…))"
-        )
+    check_text_only(argument, dataset, columns)
     if completion_only_loss and kind != "completion":
         raise DataError(
             f"completion_only_loss=True, and {argument} has no columns prompt and completion. Leave it out; of "

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, default_data_collator
+from transformers import PreTrainedModel, default_data_collator
 
 from kdfast.training.data.rows import PACKED, lengths_of
 from kdfast.training.data.text import map_rows
@@ -82,7 +82,9 @@ class PaddingCollator:
     which makes each of its tokens a document of its own. Rows of one length are stacked as they are.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    def __init__(self, processor: Any = None) -> None:
+        """Take padding's id from a tokenizer, or from the one that a processor has."""
+        tokenizer = getattr(processor, "tokenizer", processor)
         ids = [getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id")]
         self.pad_token_id = next((i for i in ids if i is not None), 0)
 

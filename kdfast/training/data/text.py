@@ -46,6 +46,20 @@ def map_rows(dataset: Any, function: Callable[..., Any], desc: str, num_proc: in
     return dataset.map(function, **options)
 
 
+def check_text_only(argument: str, dataset: Any, columns: list[str]) -> None:
+    """Raise DataError for a column that would be lost where text is tokenized: images, a teacher's entries."""
+    if media := media_columns(dataset):
+        raise DataError(
+            f"{argument} has the column {media[0]!r}, which holds more than text, and only text is read here. Leave "
+            "the column out of the data; to train on it, use KDTrainer with a collator that makes the model's inputs"
+        )
+    if "teacher_indices" in columns:
+        raise DataError(
+            f"{argument} has a column 'teacher_indices', which is lost where text is tokenized. Remove it, or "
+            "train on rows of tokens with a teacher's entries in Python: KDTrainer(…, KDConfig(teacher_tail=…))"
+        )
+
+
 def load_blocks(
     argument: str,
     documents: Any,
@@ -66,16 +80,7 @@ def load_blocks(
         )
     if max_length is None:
         raise DataError("max_length=None; expected the number of tokens of a block of text, or packing=False")
-    if media := media_columns(documents):
-        raise DataError(
-            f"{argument} has the column {media[0]!r}, which holds more than text, and only text is read here. Leave "
-            "the column out of the data; to train on it, use KDTrainer with a collator that makes the model's inputs"
-        )
-    if "teacher_indices" in columns:
-        raise DataError(
-            f"{argument} has a column 'teacher_indices', which is lost where text is packed into blocks. Remove it, or "
-            "train on rows of tokens with a teacher's entries in Python: KDTrainer(…, KDConfig(teacher_tail=…))"
-        )
+    check_text_only(argument, documents, columns)
     feature = (documents.features or {}).get(text_column)
     if feature is not None and (kind := str(getattr(feature, "dtype", "no text"))) not in TEXT_TYPES:
         raise DataError(f"{argument}: its column {text_column!r} holds {kind}, expected text. Set text_column.")
