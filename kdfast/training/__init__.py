@@ -5,7 +5,7 @@
     KDTrainer(student, args, teacher=teacher, train_dataset=blocks).train()
 
 config.py    KDConfig                      recipes.py      named choices, and which one "auto" takes
-model.py     the loss, under one forward   teachers.py     what KD learns from, and how true it is
+model.py     the loss, under one forward   teachers/       what KD learns from, and how true it is
 hf.py        backbone, head, labels        initialization/ solved starts
 trainer.py   KDTrainer                     fsdp.py         sharding
 metrics.py   means for logs, memory        callbacks.py    health in words, the progress bar
@@ -39,7 +39,7 @@ from kdfast.training.metrics import EvalLogProbs
 from kdfast.training.model import DistillationModel
 from kdfast.training.nan_guard import NonFiniteLossError
 from kdfast.training.recipes import RECIPES, Recipe, choose_recipe
-from kdfast.training.teachers import CachedEntries
+from kdfast.training.teachers.entries import CachedEntries
 from kdfast.training.trainer import KDTrainer
 
 __all__ = [

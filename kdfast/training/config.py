@@ -19,7 +19,7 @@ from kdfast.divergences import DIVERGENCES, get_divergence
 from kdfast.training.diagnostics import HealthThresholds
 from kdfast.training.hf import read_mapping
 from kdfast.training.recipes import AUTO, RECIPES, UNUSED, ProjectorStart, Recipe, StudentStart, get_recipe
-from kdfast.training.teachers import TeacherTail
+from kdfast.training.teachers.entries import TeacherTail
 
 logger = logging.getLogger(__name__)
 

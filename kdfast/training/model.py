@@ -43,16 +43,10 @@ from kdfast.training.hf import (
 from kdfast.training.initialization.calibration import Calibration, Start, set_projector
 from kdfast.training.initialization.layers import find_misfit
 from kdfast.training.recipes import AUTO, Recipe, choose_recipe, get_recipe
-from kdfast.training.teachers import (
-    KINDS,
-    Batch,
-    Fidelity,
-    HiddenStateLoss,
-    KDTerms,
-    TeacherTail,
-    fidelity,
-    read_entries,
-)
+from kdfast.training.teachers.entries import TeacherTail, read_entries
+from kdfast.training.teachers.fidelity import Fidelity, fidelity
+from kdfast.training.teachers.hidden_states import HiddenStateLoss
+from kdfast.training.teachers.kinds import KINDS, Batch, KDTerms
 
 
 class DistillationOutput(NamedTuple):

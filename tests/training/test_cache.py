@@ -23,7 +23,7 @@ from kdfast.training.cache import CachedBlocks, CacheError
 from kdfast.training.cache import write as cache_write
 from kdfast.training.cache.description import Description, Split
 from kdfast.training.cache.entries import Drawn, TopK, decode, draw, encode, table, top_k
-from kdfast.training.teachers import CachedEntries
+from kdfast.training.teachers.entries import CachedEntries
 
 V, T = 67, 12
 

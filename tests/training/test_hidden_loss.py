@@ -3,7 +3,7 @@ import torch
 
 from kdfast.training import DistillationModel
 from kdfast.training.recipes import Recipe
-from kdfast.training.teachers import HiddenStateLoss
+from kdfast.training.teachers.hidden_states import HiddenStateLoss
 
 
 def states(layers, width, seed):

@@ -30,7 +30,7 @@ from kdfast.training.durable.errors import first_line
 from kdfast.training.durable.processes import print_once
 from kdfast.training.hf import head_shape
 from kdfast.training.model import DistillationModel
-from kdfast.training.teachers import OWN_ENTRIES
+from kdfast.training.teachers.entries import OWN_ENTRIES
 
 
 class TeacherCache:

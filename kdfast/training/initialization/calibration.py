@@ -29,7 +29,7 @@ from kdfast.projector import LogitProjector
 from kdfast.training.hf import IGNORE_INDEX, check_inputs, head, known_ids, placeholders, run_backbone, shift_labels
 from kdfast.training.initialization.layers import start_layers
 from kdfast.training.recipes import Recipe
-from kdfast.training.teachers import Probe
+from kdfast.training.teachers.kinds import Probe
 
 TOKENS_PER_WIDTH = 16  # calibration tokens over the teacher's width, where nothing is said
 

@@ -1,0 +1,87 @@
+"""What a batch brings of a teacher that was run before: entries of its distribution, as a teacher of the loss."""
+
+from __future__ import annotations
+
+from math import inf
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdfast.inputs import SparseLogits
+
+TeacherTail = Literal["bucket", "renormalize", "renormalize_both", "none"]
+OWN_ENTRIES = (
+    "say what they are. teacher_tail='bucket': log-probabilities of some ids at τ = 1, all others being one category; "
+    "'renormalize', 'renormalize_both': the same, with nothing said of the others; 'none': log(n/N) of ids that came n "
+    "times in N draws at the run's temperature"
+)
+
+
+class CachedEntries(NamedTuple):
+    """What `CachedBlocks` adds to a batch: entries of a teacher cache.
+
+    teacher = CachedEntries(batch["teacher_indices"], batch["teacher_log_probs"], batch["teacher_log_tails"])
+    loss = fused_kd_loss(student, teacher.at(2.0), labels, temperature=2.0)
+
+    Its `check` raises ValueError for tails that are seen to be of another temperature.
+    """
+
+    indices: Tensor  # (*, K) integer
+    log_probs: Tensor  # (*, K) any float dtype: of top-k entries at τ = 1; of drawn ones the log of their weights
+    log_tails: Tensor | None  # (*, 2): log of the mass they do not hold, at τ = 1 and at the KD term's; drawn: (*, 0)
+    tail: TeacherTail | None = "none"  # what they are where log_tails is None; None: not known
+
+    def at(self, temperature: float | Tensor) -> SparseLogits:
+        """Return the teacher for a KD term at `temperature`, the one the data set was made with."""
+        if self.log_tails is None or not self.log_tails.shape[-1]:
+            return SparseLogits(self.indices, self.log_probs, tail=self.tail or "none", tempered=self.tail == "none")
+        return self._at(temperature, self.log_tails[..., 1])
+
+    def check(self, temperature: float | Tensor, counted: Tensor) -> None:
+        """Raise ValueError where the tails of rows that count are seen to be of another temperature."""
+        if self.log_tails is None or not self.log_tails.shape[-1] or float(temperature) != 1:
+            return
+        at_one, here = self.log_tails[counted].unbind(-1)
+        if not torch.allclose(at_one, here, rtol=1e-3, atol=1e-3):
+            raise ValueError(
+                "teacher_log_tails is of another temperature: the run's is 1, where its two columns, the log of the "
+                "other ids' mass at τ = 1 and at the KD term's τ, have to be equal. Set temperature to the τ they were "
+                "made for, or give the first column twice"
+            )
+
+    def at_one(self) -> SparseLogits | None:
+        """Return the teacher at τ = 1; None where that is unknown: entries were drawn, or log_tails are missing."""
+        if self.log_tails is not None and self.log_tails.shape[-1]:
+            return self._at(1.0, self.log_tails[..., 0])
+        return SparseLogits(self.indices, self.log_probs, tail="bucket") if self.tail == "bucket" else None
+
+    def _at(self, temperature: float | Tensor, log_tail: Tensor) -> SparseLogits:
+        """Give back what rounding has taken from the entries' sum: they have what the tail leaves."""
+        # a row without any entry, −inf alone, comes out as NaN, and has all its mass in the tail
+        entries = (self.log_probs.float() / temperature).log_softmax(-1).nan_to_num(nan=-inf, neginf=-inf)
+        left = torch.log(-torch.expm1(log_tail.clamp_max(0)))
+        log_probs = entries + left[..., None]
+        return SparseLogits(self.indices, log_probs, log_tail=log_tail, tail="bucket", tempered=True)
+
+
+def read_entries(
+    indices: Tensor | None, log_probs: Tensor | None, log_tails: Tensor | None, tail: TeacherTail | None
+) -> CachedEntries | None:
+    """Return a batch's entries, None where it has none; `tail` as in `CachedEntries`. ValueError for half of them."""
+    if indices is None and log_probs is None:
+        return None
+    if indices is None or log_probs is None:
+        absent, there = ("indices", "log_probs") if indices is None else ("log_probs", "indices")
+        raise ValueError(f"teacher_{absent} is None beside teacher_{there}; expected both, (B, T, K), or neither")
+    if log_tails is None:
+        return CachedEntries(indices, log_probs, None, tail)
+    if log_tails.shape[:-1] != indices.shape[:-1] or log_tails.shape[-1] not in (0, 2):
+        raise ValueError(
+            f"teacher_log_tails is {tuple(log_tails.shape)} beside teacher_indices {tuple(indices.shape)}; expected "
+            "(B, T, 2), the log of the other ids' mass at τ = 1 and at the KD term's τ; of drawn ids (B, T, 0)"
+        )
+    known: TeacherTail = "bucket" if log_tails.shape[-1] else "none"
+    if tail not in (None, known):
+        raise ValueError(f"teacher_tail={tail!r}, and by its teacher_log_tails the batch's is {known!r}; leave it out")
+    return CachedEntries(indices, log_probs, log_tails, known)

@@ -1,0 +1,165 @@
+"""What a student learns from: one small class per kind of teacher.
+
+The *surrogate* is the head that the student learns from in place of the teacher's own: the student's over projected
+hidden states, a probe's, or the compressed one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kdfast.inputs import Head, Projected, Teacher
+from kdfast.loss import fused_kd_loss
+from kdfast.projector import LogitProjector
+from kdfast.training.hf import head_shape
+from kdfast.training.recipes import Recipe
+from kdfast.training.teachers.entries import OWN_ENTRIES, CachedEntries
+
+
+class Probe(LogitProjector):
+    """A projector with a head of its own (V, Hs), trained by the anchor alone: a teacher that no student can move.
+
+    The head starts as the student's embedding.
+    """
+
+    def __init__(self, teacher_width: int, embedding: Tensor, **options: Any) -> None:
+        super().__init__(teacher_width, embedding.shape[1], **options)
+        self.head = nn.Parameter(embedding.detach().to(self.weight.dtype).clone())
+
+
+class Batch(NamedTuple):
+    """One batch, as a kind of teacher sees it."""
+
+    student: Head
+    own: Head | None  # the teacher's own head, where there is a live one
+    cached: CachedEntries | None
+    targets: Tensor  # (B, T), −100 counts for nothing
+    temperature: float | Tensor
+    options: dict[str, Any]  # of `fused_kd_loss`: engine, scratch_bytes, valid_vocab, num_items_in_batch
+
+
+class KDTerms(NamedTuple):
+    """What `fused_kd_loss` takes beside the recipe's numbers."""
+
+    teacher: Teacher | None
+    options: dict[str, Any]
+    surrogate: Callable[[], Head] | None = None  # None where the teacher's own head is the teacher, or there is none
+    anchor_loss: Tensor | None = None  # (), where the anchor is no part of the loss's own computation
+
+
+class NoTeacher:
+    """Learn from the text alone."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+
+    def make_projector(self, student: PreTrainedModel, teacher: PreTrainedModel | None) -> LogitProjector | None:
+        """Build what is trained on the teacher's side, in fp32 at least; None where nothing is."""
+        return None
+
+    def terms(self, batch: Batch, part: nn.Module | None) -> KDTerms:
+        """Return the teacher of one batch; `part` is the model's projector or compressed head."""
+        return KDTerms(None, batch.options)
+
+
+class OwnHead(NoTeacher):
+    """Learn from the teacher's own head."""
+
+    def terms(self, batch: Batch, part: nn.Module | None) -> KDTerms:
+        return KDTerms(batch.own, batch.options)
+
+
+class Cached(NoTeacher):
+    """Learn from what the teacher's own head once said."""
+
+    def terms(self, batch: Batch, part: nn.Module | None) -> KDTerms:
+        if batch.cached is None and batch.own is not None:  # in an evaluation that a live teacher was kept for
+            return KDTerms(batch.own, batch.options)
+        if batch.cached is None:
+            raise ValueError(
+                "teacher_indices is None; recipe 'cached' learns from a teacher cache: train on "
+                "TeacherCache(folder).dataset(split, blocks, temperature=…), whose rows have it"
+            )
+        if batch.cached.tail is None:
+            raise ValueError(f"the batch has teacher_log_probs without teacher_log_tails: {OWN_ENTRIES}")
+        return KDTerms(batch.cached.at(batch.temperature), batch.options)
+
+
+class Compressed(NoTeacher):
+    """Learn from the teacher's head as two thin factors; from the whole one where no rank is near enough."""
+
+    def terms(self, batch: Batch, part: nn.Module | None) -> KDTerms:
+        assert batch.own is not None
+        if part is None:
+            return KDTerms(batch.own, batch.options)
+        surrogate = part(batch.own.hidden)
+        return KDTerms(surrogate, batch.options, lambda: surrogate)
+
+
+class ThroughProjector(NoTeacher):
+    """Learn from a projector followed by the student's own head."""
+
+    def make_projector(self, student: PreTrainedModel, teacher: PreTrainedModel | None) -> LogitProjector | None:
+        assert teacher is not None
+        weight = student.get_output_embeddings().weight
+        options = {
+            "init": "normal" if self.recipe.projector_init == "normal" else "default",
+            "device": weight.device,
+            "dtype": torch.promote_types(weight.dtype, torch.float32),
+        }
+        projector = self._build(head_shape(teacher)[1], weight, options)
+        return projector.requires_grad_(self.recipe.projector_resolve_steps == 0)
+
+    def _build(self, teacher_width: int, weight: Tensor, options: dict[str, Any]) -> LogitProjector:
+        return LogitProjector(teacher_width, weight.shape[1], **options)
+
+    def terms(self, batch: Batch, part: nn.Module | None) -> KDTerms:
+        assert batch.own is not None
+        assert isinstance(part, LogitProjector)
+        hidden = batch.own.hidden.to(part.weight.dtype)
+        student, recipe = batch.student, self.recipe
+
+        def surrogate() -> Head:  # for evaluation alone: the loss projects within its engine
+            return _detached(replace(student, hidden=part(hidden).to(student.hidden.dtype)))
+
+        options = {**batch.options, "teacher_grad": recipe.teacher_grad, "anchor_weight": recipe.anchor_weight}
+        return KDTerms(Projected(hidden, part.weight, part.bias), options, surrogate)
+
+
+class ThroughProbe(ThroughProjector):
+    """Learn from a projector and a head of its own, which learn from the labels alone."""
+
+    def _build(self, teacher_width: int, weight: Tensor, options: dict[str, Any]) -> LogitProjector:
+        return Probe(teacher_width, weight, **options)
+
+    def terms(self, batch: Batch, part: nn.Module | None) -> KDTerms:
+        assert batch.own is not None
+        assert isinstance(part, Probe)
+        student = batch.student
+        hidden = part(batch.own.hidden.to(part.weight.dtype))
+        surrogate = Head(hidden, part.head, logit_scale=student.logit_scale, softcap=student.softcap)
+        anchor_loss = fused_kd_loss(surrogate, None, batch.targets, ce_weight=1.0, **batch.options)
+        assert isinstance(anchor_loss, Tensor)
+        surrogate = _detached(surrogate)
+        return KDTerms(surrogate, batch.options, lambda: surrogate, anchor_loss)
+
+
+KINDS: dict[str, type[NoTeacher]] = {  # by `Recipe.teacher`
+    "none": NoTeacher,
+    "own_head": OwnHead,
+    "compressed_head": Compressed,
+    "projected": ThroughProjector,
+    "probe": ThroughProbe,
+    "cached": Cached,
+}
+
+
+def _detached(head: Head) -> Head:
+    bias = None if head.bias is None else head.bias.detach()
+    return replace(head, hidden=head.hidden.detach(), weight=head.weight.detach(), bias=bias)
