@@ -17,12 +17,11 @@ from transformers import PreTrainedModel
 
 from kdfast.closed_form import solve_lstsq
 from kdfast.frontend.checks import can_read, has_values
-from kdfast.inputs import Head, same_vocabulary
+from kdfast.inputs import Head
 from kdfast.loss import KDMetrics, fused_kd_loss
 from kdfast.low_rank_head import CompressedHead
 from kdfast.training.adapters import adapt, adapted_layer, adapter_state, unwrap
-from kdfast.training.data.columns import MEDIA
-from kdfast.training.data.tokenizers import find_valid_vocab, other_vocabulary
+from kdfast.training.data.tokenizers import find_valid_vocab
 from kdfast.training.durable.processes import say_once
 from kdfast.training.hf import (
     IGNORE_INDEX,
@@ -30,23 +29,21 @@ from kdfast.training.hf import (
     check_inputs,
     check_model,
     head,
-    head_shape,
     inputs_of,
     is_dispatched,
     known_ids,
     placeholders,
     recomputes_reentrantly,
     router_loss,
-    run_backbone,
     shift_labels,
 )
 from kdfast.training.initialization.calibration import Calibration, Start, set_projector
-from kdfast.training.initialization.layers import find_misfit
 from kdfast.training.recipes import AUTO, Recipe, choose_recipe, get_recipe
-from kdfast.training.teachers.entries import TeacherTail, read_entries
+from kdfast.training.teachers.entries import CachedEntries, TeacherTail, read_entries
 from kdfast.training.teachers.fidelity import Fidelity, fidelity
 from kdfast.training.teachers.hidden_states import HiddenStateLoss
-from kdfast.training.teachers.kinds import KINDS, Batch, KDTerms
+from kdfast.training.teachers.kinds import Batch, KDTerms
+from kdfast.training.teachers.side import TeacherOutput, TeacherSide
 
 
 class DistillationOutput(NamedTuple):
@@ -124,21 +121,18 @@ class DistillationModel(nn.Module):
         }  # fmt: skip
         check_model(student, "student", compare=check_heads, router_aux_loss_coef=router_aux_loss_coef)
         self.router_loss = router_loss(student, router_aux_loss_coef)
-        if teacher is not None:
-            check_model(teacher, "teacher", compare=check_heads)
-        _check_pair(student, teacher, self.recipe, valid_vocab, vocab)
+        self.side = TeacherSide(
+            student, teacher, self.recipe, valid_vocab=valid_vocab, vocab=vocab, check_heads=check_heads
+        )
         self.student = student
-        if teacher is not None:
-            teacher.requires_grad_(False).eval()
         keep = object.__setattr__ if teacher is not None and is_dispatched(teacher) else setattr
         keep(self, "teacher", teacher)  # as a submodule, one that accelerate has placed would be moved by .to()
         self.inputs = {"student": inputs_of(student)}
         if teacher is not None:
-            self.inputs["teacher"] = inputs_of(teacher)
+            self.inputs["teacher"] = self.side.inputs
         self.placeholders = placeholders(student)
         self.valid_vocab = valid_vocab
-        self.kd_teacher = KINDS[self.recipe.teacher](self.recipe)
-        self.logit_projector = self.kd_teacher.make_projector(student, teacher)
+        self.logit_projector = self.side.projector
         self.hidden_loss = _make_hidden_loss(student, teacher, self.recipe)
         self.compressed_head: CompressedHead | None = None  # made by solve()
         self.solved = not self.recipe.solves
@@ -192,73 +186,36 @@ class DistillationModel(nn.Module):
             with_log_probs: also return the student's log p of each target, at another pass over its head.
             backbone_inputs: of both backbones, such as pixel_values. ValueError for one that either does not read.
         """
-        if labels is None:
-            raise ValueError(
-                "labels is None; expected (B, T) ids, as in input_ids and not shifted, with -100 where nothing is to "
-                "be learned"
-            )
-        if not self.solved:
-            raise RuntimeError(
-                f"recipe {self.recipe.name!r} starts from solved values: call model.solve(batches) with some batches "
-                "of training text first, as KDTrainer does"
-            )
+        self._check_trainable(labels)
+        assert labels is not None
         targets = kd_targets = self.targets(labels, attention_mask)
-        kd_items = num_items_in_batch
+        kd_items, counted = num_items_in_batch, (targets != IGNORE_INDEX).sum()
         if self.recipe.kd_on == "all":
             kd_targets = self.every_target(input_ids, attention_mask, position_ids)
             kd_items = num_items_in_batch if kd_items_in_batch is None else kd_items_in_batch
-        inputs = {name: x for name, x in {**backbone_inputs, "position_ids": position_ids}.items() if x is not None}
-        for role, known in self.inputs.items():
-            check_inputs(getattr(self, role), role, inputs, known)
-        inputs |= {"attention_mask": attention_mask, "use_cache": False}
-        if self.hidden_loss is not None:
-            inputs["output_hidden_states"] = True
-        if torch.is_grad_enabled() and self.training and not any(p.requires_grad for p in self.student.parameters()):
-            raise ValueError(
-                "student: none of its parameters requires grad, so nothing of it would be trained (PEFT leaves it so "
-                "with an adapter that was loaded without is_trainable=True, and after merge_and_unload()). Call "
-                "student.requires_grad_(True); to evaluate, model.eval()"
-            )
-        if self.router_loss is not None and self.training and recomputes_reentrantly(self.student):
-            raise ValueError(
-                "activation checkpointing with use_reentrant=True: the load-balancing loss would have no gradient. "
-                "Expected use_reentrant=False, transformers' default, or router_aux_loss_coef=0"
-            )
+        inputs = self._inputs_of_both({**backbone_inputs, "position_ids": position_ids}, attention_mask)
+        temperature = self.recipe.temperature if temperature is None else temperature
+        kd_weight = self.recipe.kd_weight if kd_weight is None else kd_weight
         look = can_read(input_ids) or (not self.looked and has_values(input_ids))  # the first batch, on any device
         if look:
             self.looked = True
-            if self.placeholders and not targets.equal(shift_labels(labels, attention_mask)):
-                say_once(f"labels at the places of images, video and sound, {self.placeholders}, count for nothing")
-        ids, strange = known_ids(self.student, "student", input_ids, attention_mask, look=look)
-        balanced = {} if self.router_loss is None else {"output_router_logits": True}
-        student_states = backbone(self.student)(input_ids=ids, **inputs, **balanced)
-        student = head(self.student, student_states.last_hidden_state)
-        own: Head | None = None
-        kd_weight = self.recipe.kd_weight if kd_weight is None else kd_weight
+            self._say_what_counts_for_nothing(labels, attention_mask, targets)
+
+        student, states, strange = self._run_student(input_ids, inputs, look=look)
+        theirs: TeacherOutput | None = None
         needed = with_fidelity or self._needs_teacher(kd_weight)
-        learns_from_it = self.recipe.teacher not in ("none", "cached") or self.hidden_loss is not None
-        if self.teacher is not None and (with_fidelity or (needed and learns_from_it)):
-            with torch.no_grad():
-                self._check_places(inputs)
-                ids, strange_too = known_ids(self.teacher, "teacher", input_ids, attention_mask, look=look)
-                strange = strange | strange_too
-                teacher_states = run_backbone(self.teacher, input_ids=ids, **inputs)
-                own = head(self.teacher, teacher_states.last_hidden_state.to(input_ids.device))
+        if self.teacher is not None and (with_fidelity or (needed and self._learns_from_live)):
+            theirs = self.side.run(input_ids, inputs, look=look)
+            strange = strange | theirs.strange
+        own = None if theirs is None else theirs.own
         cached = read_entries(teacher_indices, teacher_log_probs, teacher_log_tails, self.teacher_tail)
-        learns_from_entries = self.recipe.teacher == "cached"
-        if cached and self.by_default and not learns_from_entries and (self.training or self.teacher is None):
-            raise ValueError(
-                f"the batch has teacher_indices, and recipe='auto' took {self.recipe.name!r}, which learns nothing of "
-                "them, for no column said that they would come; name the recipe: 'cached' learns from them"
-            )
-        temperature = self.recipe.temperature if temperature is None else temperature
-        if cached and learns_from_entries and look:
-            cached.check(temperature, kd_targets != IGNORE_INDEX)
-        options = {**self.loss_options, "num_items_in_batch": num_items_in_batch}
-        batch = Batch(student, own, cached, targets, temperature, options)
-        kd = KDTerms(None, options)
-        if needed or learns_from_entries:  # a batch that lacks them is an error under any weight
-            kd = self.kd_teacher.terms(batch, self.logit_projector or self.compressed_head)
+        if cached:
+            self._check_entries(cached, temperature, kd_targets, look=look)
+
+        kd = KDTerms(None, {**self.loss_options, "num_items_in_batch": num_items_in_batch})
+        if needed or self.recipe.teacher == "cached":  # a batch that lacks them is an error under any weight
+            batch = Batch(student, own, cached, targets, temperature, kd.options)
+            kd = self.side.terms(batch, self.compressed_head)
         loss, metrics = fused_kd_loss(
             student,
             kd.teacher if needed else None,
@@ -271,26 +228,26 @@ class DistillationModel(nn.Module):
             return_metrics=True if with_metrics or self.logit_projector is not None else "terms",
             **kd.options,
         )
+        share: float | Tensor = 1.0  # of this batch in the step's targets
+        if num_items_in_batch is not None:
+            share = counted / torch.as_tensor(num_items_in_batch).clamp(min=1).to(loss.device)
         if kd.anchor_loss is not None:
             loss = loss + self.recipe.anchor_weight * kd.anchor_loss
-            anchor = kd.anchor_loss.detach().float()
-            if num_items_in_batch is not None:  # the metric is the mean over this batch
-                anchor = anchor * num_items_in_batch / (targets != IGNORE_INDEX).sum()
-            metrics = metrics._replace(anchor=anchor)
+            metrics = metrics._replace(anchor=kd.anchor_loss.detach().float() / share)
         if self.hidden_loss is not None:
-            states = student_states.hidden_states, teacher_states.hidden_states
-            loss = loss + self.recipe.hidden_weight * self.hidden_loss(*states, kd_targets, kd_items)
+            assert theirs is not None
+            assert theirs.hidden_states is not None
+            of_layers = self.hidden_loss(states.hidden_states, theirs.hidden_states, kd_targets, kd_items)
+            loss = loss + self.recipe.hidden_weight * of_layers
         aux_loss: Tensor | None = None
         if self.router_loss is not None:
             real = _real(attention_mask, position_ids)
-            aux_loss = self.router_loss(student_states.router_logits, real).to(loss.device)
-            items = None if num_items_in_batch is None else torch.as_tensor(num_items_in_batch).clamp(min=1)
-            share = 1.0 if items is None else (targets != IGNORE_INDEX).sum() / items.to(loss.device)
+            aux_loss = self.router_loss(states.router_logits, real).to(loss.device)
             loss = loss + self.router_loss.coef * share * aux_loss
             aux_loss = aux_loss.detach()
-        counted = (targets != IGNORE_INDEX).sum()
         if not look:  # an unknown id makes the loss NaN, as a bad label does
             loss = loss * torch.where(strange, torch.nan, 1.0)
+
         true = cached.at_one() if own is None and cached else own
         compared = log_probs = None
         if true is not None and with_fidelity:
@@ -298,6 +255,67 @@ class DistillationModel(nn.Module):
         if with_log_probs:
             log_probs = -fused_kd_loss(student, None, targets, ce_weight=1.0, reduction="none", **self.loss_options)
         return DistillationOutput(loss, metrics, compared, aux_loss, log_probs, counted)
+
+    def _check_trainable(self, labels: Tensor | None) -> None:
+        """Raise where there is nothing to learn, starts have not been solved, or a gradient would be missing."""
+        if labels is None:
+            raise ValueError(
+                "labels is None; expected (B, T) ids, as in input_ids and not shifted, with -100 where nothing is to "
+                "be learned"
+            )
+        if not self.solved:
+            raise RuntimeError(
+                f"recipe {self.recipe.name!r} starts from solved values: call model.solve(batches) with some batches "
+                "of training text first, as KDTrainer does"
+            )
+        if torch.is_grad_enabled() and self.training and not any(p.requires_grad for p in self.student.parameters()):
+            raise ValueError(
+                "student: none of its parameters requires grad, so nothing of it would be trained (PEFT leaves it so "
+                "with an adapter that was loaded without is_trainable=True, and after merge_and_unload()). Call "
+                "student.requires_grad_(True); to evaluate, model.eval()"
+            )
+        if self.router_loss is not None and self.training and recomputes_reentrantly(self.student):
+            raise ValueError(
+                "activation checkpointing with use_reentrant=True: the load-balancing loss would have no gradient. "
+                "Expected use_reentrant=False, transformers' default, or router_aux_loss_coef=0"
+            )
+
+    def _run_student(self, input_ids: Tensor, inputs: dict[str, Any], *, look: bool) -> tuple[Head, Any, Tensor]:
+        """Return its head over a batch, what its backbone gave, and whether it lacks an id that is not padding."""
+        ids, strange = known_ids(self.student, "student", input_ids, inputs["attention_mask"], look=look)
+        balanced = {} if self.router_loss is None else {"output_router_logits": True}
+        states = backbone(self.student)(input_ids=ids, **inputs, **balanced)
+        return head(self.student, states.last_hidden_state), states, strange
+
+    @property
+    def _learns_from_live(self) -> bool:
+        """Whether something is learned from a teacher that runs."""
+        return self.recipe.teacher not in ("none", "cached") or self.hidden_loss is not None
+
+    def _check_entries(
+        self, cached: CachedEntries, temperature: float | Tensor, kd_targets: Tensor, *, look: bool
+    ) -> None:
+        """Raise ValueError for entries of another temperature, or that a recipe which nobody chose has no use for."""
+        if self.recipe.teacher == "cached":
+            if look:
+                cached.check(temperature, kd_targets != IGNORE_INDEX)
+        elif self.by_default and (self.training or self.teacher is None):
+            raise ValueError(
+                f"the batch has teacher_indices, and recipe='auto' took {self.recipe.name!r}, which learns nothing of "
+                "them, for no column said that they would come; name the recipe: 'cached' learns from them"
+            )
+
+    def _inputs_of_both(self, given: dict[str, Any], attention_mask: Tensor | None) -> dict[str, Any]:
+        """Return what both backbones are called with besides ids; ValueError for what one of them does not read."""
+        inputs = {name: x for name, x in given.items() if x is not None}
+        check_inputs(self.student, "student", inputs, self.inputs["student"])
+        self.side.check_inputs(inputs)
+        layers = {} if self.hidden_loss is None else {"output_hidden_states": True}
+        return {**inputs, "attention_mask": attention_mask, "use_cache": False, **layers}
+
+    def _say_what_counts_for_nothing(self, labels: Tensor, attention_mask: Tensor | None, targets: Tensor) -> None:
+        if self.placeholders and not targets.equal(shift_labels(labels, attention_mask)):
+            say_once(f"labels at the places of images, video and sound, {self.placeholders}, count for nothing")
 
     def every_target(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
         """Return targets (B, T) of all tokens but each document's first, whatever their labels are.
@@ -312,17 +330,6 @@ class DistillationModel(nn.Module):
     def targets(self, labels: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Return `shift_labels`' targets (B, T), with −100 at the places of images, video and sound too."""
         return shift_labels(labels, attention_mask, self.placeholders.values())
-
-    def _check_places(self, inputs: dict[str, Any]) -> None:
-        """Raise ValueError for images whose places the teacher would not find: both models read the same ids."""
-        theirs = {} if MEDIA.isdisjoint(inputs) or self.teacher is None else placeholders(self.teacher)
-        for kind in ("image", "video", "audio"):
-            ours, other = self.placeholders.get(kind), theirs.get(kind)
-            if ours is not None and other is not None and ours != other:
-                raise ValueError(
-                    f"the batch has images, video or sound, whose place in input_ids is {kind}_token_id={ours} for the "
-                    f"student and {other} for the teacher. Take two models of one processor, or leave images out"
-                )
 
     def _needs_teacher(self, kd_weight: float | Tensor) -> bool:
         """Return whether a batch has a use for its teacher: not in training under a KD weight that is known to be 0."""
@@ -345,7 +352,7 @@ class DistillationModel(nn.Module):
         self.recipe = replace(
             self.recipe, teacher="cached", compressed_rank=None, compressed_kl=None, kd_until=kd_until
         )
-        self.kd_teacher = KINDS["cached"](self.recipe)
+        self.side.learn_from_entries(self.recipe)
         self.compressed_head, self.solved = None, self.solved or not self.recipe.solves
 
     @torch.no_grad()
@@ -449,46 +456,6 @@ def _share(targets: Tensor, items: int | Tensor | None, kd_items: int | Tensor |
     """Return weights (B, T) of the KD term for which `items`, the divisor of all terms, divides it by `kd_items`."""
     weights = (targets != IGNORE_INDEX).to(torch.float32)
     return weights if items is None or kd_items is None else weights * (items / torch.as_tensor(kd_items).clamp(min=1))
-
-
-def _check_pair(
-    student: PreTrainedModel, teacher: PreTrainedModel | None, recipe: Recipe, valid_vocab: int | None, vocab: str
-) -> None:
-    if recipe.student_init != "own" and (layer := adapted_layer(student)) is not None:
-        raise ValueError(
-            f"student carries a PEFT adapter (at {layer!r}), and recipe {recipe.name!r} would overwrite the embedding "
-            "of the model below it. Use a recipe with student_init='own', such as 'compressed_head'"
-        )
-    if teacher is None:
-        if recipe.teacher not in ("none", "cached") or recipe.needs_true_head or recipe.hidden_weight:
-            needs = "student_init='svd'" if recipe.teacher in ("none", "cached") else f"recipe {recipe.name!r}"
-            raise ValueError(f"teacher is None; {needs} needs one. Pass it, or use recipe='lm_only'")
-        return
-    if teacher is student:
-        raise ValueError("teacher and student are the same object; expected two models, for the teacher gets frozen")
-    theirs = {id(p) for p in teacher.parameters()}
-    shared = next((name for name, p in student.named_parameters() if id(p) in theirs), None)
-    if shared is not None and recipe.student_init != "own":
-        raise ValueError(
-            f"student and teacher share {shared!r}, which student_init={recipe.student_init!r} would overwrite in "
-            "both. Give the student a copy, or use a recipe with student_init='own', such as 'compressed_head'"
-        )
-    rows = head_shape(student)[0], head_shape(teacher)[0]
-    if recipe.needs_true_head and not same_vocabulary(*rows, valid_vocab, vocab):
-        raise ValueError(
-            f"recipe {recipe.name!r} compares the two heads token by token, so they must have the same ids: "
-            f"{other_vocabulary(student, teacher)}"
-        )
-    if (recipe.solves_projector or recipe.student_init != "own") and not same_vocabulary(*rows, valid_vocab):
-        raise ValueError(
-            f"vocab='truncate' with recipe {recipe.name!r}, which solves the student's rows ({rows[0]}) from the "
-            f"teacher's ({rows[1]}); expected as many. Use recipe='compressed_head' or 'teacher_head'"
-        )
-    if recipe.student_init == "svd_blocks" and (misfit := find_misfit(student, teacher)) is not None:
-        raise ValueError(
-            f"student_init='svd_blocks' takes the student's layers from the teacher's: {misfit}. Or use "
-            "student_init='svd', which solves the embedding alone"
-        )
 
 
 def _make_hidden_loss(
