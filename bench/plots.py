@@ -1,4 +1,4 @@
-"""The picture: time and memory of a step against N and V, gradients' error against the KL."""
+"""The pictures: time and memory of a step against N and V, gradients' error against the KL; two of them in words."""
 
 from __future__ import annotations
 
@@ -55,6 +55,53 @@ def draw(sweeps: dict[str, list[dict[str, Any]]], closeness: dict[str, dict[str,
     temporary = file.with_suffix(".tmp.png")
     figure.savefig(temporary, dpi=110)
     temporary.replace(file)
+
+
+FRONT = {  # contender: what a reader who knows none of them calls it
+    "kdfast torch": "kdfast",
+    "eager": "plain PyTorch",
+    "TRL ChunkedDivergence": "TRL",
+    "Liger chunked JSD (beta=0)": "Liger",
+}
+
+
+def draw_front(memory: list[dict[str, Any]], closeness: dict[str, Any], file: Path) -> None:
+    """Draw memory against tokens, and gradients' error against the KL, every line with its name and last value."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    entries = sorted((entry for entry in memory if entry["tokens"] >= 256), key=lambda entry: entry["tokens"])
+    vocab = entries[0]["vocab"]
+    for name, said in FRONT.items():
+        peaks = [(entry["tokens"], row["peak_bytes"] / 2**20) for entry, row in of(entries, name, "peak_bytes")]
+        _named(left, peaks, name, f"{said}: {peaks[-1][1]:,.0f} MiB")
+        errors = [100 * error for error in worst_gradients(closeness["rows"][name])]
+        points = [(kl, error) for kl, error in zip(closeness["kl"], errors, strict=True) if kl <= 0.1]
+        _named(right, points, name, f"{said}: {float(f'{points[-1][1]:.2g}'):g}%")
+    left.set_title(f"Memory of one step (MiB)\nfp32, vocabulary of {vocab:,}", loc="left", fontsize=11)
+    left.set(xticks=[entry["tokens"] for entry in entries], ylim=(0, None), xlabel="tokens in the batch")
+    right.set_title("Error of the gradients (%)\nbf16, as the student comes near its teacher", loc="left", fontsize=11)
+    right.set(xscale="log", yscale="log", xlabel="KL between teacher and student")
+    right.invert_xaxis()
+    right.yaxis.set_major_formatter("{x:g}")
+    for panel in (left, right):
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(alpha=0.25)
+    temporary = file.with_suffix(".tmp.png")
+    figure.savefig(temporary, dpi=110)
+    temporary.replace(file)
+
+
+def _named(panel: Any, points: list[tuple[float, float]], name: str, said: str) -> None:
+    ours = name.startswith("kdfast")
+    panel.plot(*zip(*points, strict=True), color=NAMES[name], marker="o", ms=4, linewidth=3 if ours else 1.5)
+    up = 5 if name.startswith("TRL") else -3  # two lines that end side by side
+    style = {"color": NAMES[name], "weight": "bold" if ours else "normal", "va": "center", "annotation_clip": False}
+    panel.annotate(said, points[-1], xytext=(8, up), textcoords="offset points", **style)
 
 
 def of(entries: list[dict[str, Any]], name: str, key: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:

@@ -4,6 +4,7 @@
 
 bench-DEVICE.md    a table a workload, who is first, where it is lost, the planner beside what was measured
 bench-DEVICE.png   time and memory against N and V, gradients' error against the KL
+front-DEVICE.png   memory, and gradients' error near convergence, for the front page
 
 "Right near convergence": every gradient within 1% (fp32: 0.1%) of float64's at a KL of 1e-3 (test_accuracy.py).
 """
@@ -58,7 +59,7 @@ def main() -> None:
     if (step := records.path("step", args.device, args.out)).exists():
         lines += ["## A whole training step", "", *step_results.lines(json.loads(step.read_text()))]
     records.write(args.out / f"bench-{args.device}.md", "\n".join(lines).rstrip() + "\n")
-    picture(loss, accuracy, args.out / f"bench-{args.device}.png")
+    pictures(loss, accuracy, args.out, args.device)
     print("\n".join(lines))
 
 
@@ -236,12 +237,14 @@ def accuracy_table(accuracy: dict[str, Row]) -> list[str]:
     return lines[:-1]
 
 
-def picture(loss: dict[str, Row], accuracy: dict[str, Row], file: Path) -> None:
+def pictures(loss: dict[str, Row], accuracy: dict[str, Row], folder: Path, device: str) -> None:
     import plots
 
     sweeps = {axis: [e for e in loss.values() if e["workload"][0] == axis] for axis in ("N", "V")}
     closeness = {e["dtype"]: e for e in accuracy.values() if e["teacher"] == "head"}
-    plots.draw(sweeps, closeness, file)
+    plots.draw(sweeps, closeness, folder / f"bench-{device}.png")
+    if sweeps["N"] and "bf16" in closeness:
+        plots.draw_front(sweeps["N"], closeness["bf16"], folder / f"front-{device}.png")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 
@@ -191,11 +192,35 @@ def test_the_picture_is_drawn_of_what_there_is(tmp_path):
         f"N{n}": made_up(floor_a=0.8, floor_b=1.0, ours=n / 100) | {"workload": f"N{n}", "tokens": n}
         for n in (100, 200)
     }
-    report.picture(sweep, {}, tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").stat().st_size > 10_000
+    report.pictures(sweep, {}, tmp_path, "cpu")
+    assert (tmp_path / "bench-cpu.png").stat().st_size > 10_000
 
 
 def test_the_tables_of_docs_scaling():
     page = (measure.ROOT / "docs" / "scaling.md").read_text()
     for table in (scaling.groups(), scaling.limits(), scaling.clusters()):
         assert "\n".join(table) in page
+
+
+def test_the_table_of_the_readme():
+    """Seconds, MiB and gradients' errors there are those in bench/results."""
+    loss, accuracy = (records.read(name, "cpu", measure.ROOT / "bench/results") for name in ("loss", "accuracy"))
+    near = report.near_convergence(accuracy)
+    names = ("kdfast torch", TRL, "Liger chunked JSD (beta=0)", "eager", "eager, torch.compile")
+
+    def measured(entry, name):
+        row = loss[entry]["rows"].get(name, {})
+        if "step" not in row:
+            return "–"
+        return f"{statistics.median(row['step']):.2f} s, {row['peak_bytes'] / 2**20:.0f} MiB"
+
+    rows = {
+        "teacher's own head, fp32": [measured("original-head-fp32", name) for name in names],
+        "the same, bf16": [measured("original-head-bf16", name) for name in names],
+        "gradients' error, bf16, KL 1e-3": [f"{100 * near['head', 'bf16', name]:.2g}%" for name in names],
+        "through a projector, fp32": [measured("original-projected-fp32", name) for name in names],
+    }
+    text = (measure.ROOT / "README.md").read_text().replace("**", "")
+    for title, cells in rows.items():
+        assert f"| {title} | {' | '.join(cells)} |" in text
+    assert len((measure.ROOT / "README.md").read_text().split()) <= 1100

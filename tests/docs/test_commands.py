@@ -71,7 +71,7 @@ def check_kdfast(argv, monkeypatch):
         reached.append((args, options))
         return 0
 
-    for name in ("cache", "data", "demo", "distill", "doctor", "plan", "report"):
+    for name in ("cache", "data", "demo", "distill", "doctor", "merge", "plan", "report"):
         monkeypatch.setattr(importlib.import_module(f"kdfast.cli.{name}"), name, stop)
     assert main.main(argv) == 0
     assert reached, argv
