@@ -79,7 +79,7 @@ def fused_kd_loss(
         temperature: τ > 0, number or 0-d tensor, on both sides of the KD term; CE and anchor are at τ = 1.
         divergence: "forward_kl", "reverse_kl", "symmetric_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation",
             "alpha_beta" or an instance, e.g. `JSD(beta=0.1)`, also of a subclass of your own (docs/extending.md; no
-            Triton engine takes that). Which to choose when: docs/divergences.md.
+            Triton engine takes that). Which to choose when: docs/choosing.md.
         kd_weight, ce_weight, anchor_weight: ≥ 0, number or 0-d tensor.
         anchor_targets: (*,) ids that the projected teacher is anchored to; None = `labels`. The anchor's gradient
             never reaches W.
@@ -104,7 +104,7 @@ def fused_kd_loss(
             a set of slices compares what the processes call with; KDFAST_CHECK=1 compares every call.
             Collectives: for each chunk of tokens (all of them with "triton_tiled") a gather of 60 to 100 bytes per
             token and process, two for a divergence that is neither forward nor reverse KL, and one sum of dX.
-            docs/distributed.md, docs/scaling.md.
+            docs/distributed.md.
         engine: "auto", "reference" (eager, whole logits), "torch" (chunks of tokens, any device), "triton_chunked" (a
             GPU; fewest operations) or "triton_tiled" (a GPU; least memory). An explicit choice never falls back.
         scratch_bytes: memory for one chunk's logits and their gradients, or one slab's gradients; None =

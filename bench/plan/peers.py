@@ -2,7 +2,7 @@
 
 As `kdfast.plan.memory`. None: not for such a teacher, or such a device. Derived from reading TRL 1.16.0, Liger 0.8.5,
 torchtune 0.6.1, fla-core 0.6.0, cut-cross-entropy 25.1.1 and PyTorch 2.13, and held against what they allocate where
-that can be seen (docs/planning.md).
+that can be seen (docs/performance.md).
 """
 
 from __future__ import annotations

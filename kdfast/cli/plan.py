@@ -22,7 +22,7 @@ KINDS = {"projected": "Ht={}, projected", "head": "Ht={}, its own head", "none":
 NOTES = """
 Predictions; none has been measured on a GPU yet. peak: the highest live bytes of one forward and backward above inputs
 and gradients. total: with both. largest N: where the total, and what else is resident, fits. Not counted: activations
-of the models, workspace of the matrix library, fragmentation, NCCL, the CUDA context. More: docs/planning.md"""
+of the models, workspace of the matrix library, fragmentation, NCCL, the CUDA context. More: docs/performance.md"""
 
 
 def add_arguments(parser: argparse.ArgumentParser, dtypes: tuple[str, ...]) -> None:

@@ -196,8 +196,8 @@ def test_the_picture_is_drawn_of_what_there_is(tmp_path):
     assert (tmp_path / "bench-cpu.png").stat().st_size > 10_000
 
 
-def test_the_tables_of_docs_scaling():
-    page = (measure.ROOT / "docs" / "scaling.md").read_text()
+def test_the_tables_of_several_gpus():
+    page = (measure.ROOT / "docs" / "distributed.md").read_text()
     for table in (scaling.groups(), scaling.limits(), scaling.clusters()):
         assert "\n".join(table) in page
 

@@ -273,7 +273,7 @@ def test_ties_give_total_variation_no_gradient():
 
 
 def test_near_convergence_the_gradient_is_the_kls_times_a_constant():
-    """1 for the KLs, β(1−β) for JSD, (1−α)² for the skew KLs, as docs/divergences.md says."""
+    """1 for the KLs, β(1−β) for JSD, (1−α)² for the skew KLs, as docs/choosing.md says."""
     z_t = torch.randn(4, 101, dtype=torch.float64)
     z_s = z_t + 1e-5 * torch.randn_like(z_t)
     kl = evaluate(ForwardKL(), z_t, z_s)[2]
