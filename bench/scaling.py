@@ -1,4 +1,4 @@
-"""The tables of docs/distributed.md: what a loss takes on 2 to 1024 GPUs. Predictions: nothing here has run on two GPUs.
+"""The tables of docs/distributed.md: a loss on 2 to 1024 GPUs. Predictions: nothing here has run on two GPUs.
 
     python bench/scaling.py
 

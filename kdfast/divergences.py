@@ -360,7 +360,7 @@ def _check_own(divergence: Divergence) -> None:
     if lacks:
         raise TypeError(
             f"divergence is an instance of {cls.__name__}, which lacks {', '.join(lacks)}; expected a subclass of "
-            "kdfast.Divergence with name, pointwise and terms (docs/extending.md)"
+            "kdfast.Divergence with name, pointwise and terms (CONTRIBUTING.md)"
         )
     computed = {field.name for field in fields(divergence) if not field.init}
     for name, value in vars(divergence).items():

@@ -78,7 +78,7 @@ def fused_kd_loss(
         labels: (*,) integer ids, or None. Rows equal to `ignore_index` count for nothing.
         temperature: τ > 0, number or 0-d tensor, on both sides of the KD term; CE and anchor are at τ = 1.
         divergence: "forward_kl", "reverse_kl", "symmetric_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation",
-            "alpha_beta" or an instance, e.g. `JSD(beta=0.1)`, also of a subclass of your own (docs/extending.md; no
+            "alpha_beta" or an instance, e.g. `JSD(beta=0.1)`, also of a subclass of your own (CONTRIBUTING.md; no
             Triton engine takes that). Which to choose when: docs/choosing.md.
         kd_weight, ce_weight, anchor_weight: ≥ 0, number or 0-d tensor.
         anchor_targets: (*,) ids that the projected teacher is anchored to; None = `labels`. The anchor's gradient

@@ -69,7 +69,7 @@ def check(x: Arguments) -> None:
     if options.engine.startswith("triton") and not has_kernels(options.divergence, teacher):
         raise ValueError(
             f"engine={options.engine!r} has no kernel for divergence={options.divergence!r}: there is no function "
-            "in kernels/divergences.py (docs/extending.md says how to add one). Use engine='torch' or 'reference'"
+            "in kernels/divergences.py (CONTRIBUTING.md says how to add one). Use engine='torch' or 'reference'"
         )
     _check_targets("labels", x.labels, x)
     _check_targets("anchor_targets", options.anchor_targets, x)

@@ -1,4 +1,4 @@
-"""docs/extending.md is followed to the letter, in a copy of the sources: its diffs, its file, its check."""
+"""CONTRIBUTING.md is followed to the letter, in a copy of the sources: its diffs, its file, its check."""
 
 import itertools
 import os
@@ -10,7 +10,7 @@ import sys
 import documents
 import pytest
 
-PAGE = "docs/extending.md"
+PAGE = "CONTRIBUTING.md"
 
 
 @pytest.fixture(scope="module")

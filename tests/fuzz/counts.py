@@ -1,4 +1,4 @@
-"""The counts of docs/robustness.md: a table from counts.json, which `make fuzz ARGS="--json tests/fuzz/counts.json"`
+"""The counts of tests/fuzz/README.md: a table from counts.json, which `make fuzz ARGS="--json tests/fuzz/counts.json"`
 has added to.
 
     PYTHONPATH=.:tests:tests/helpers python -m fuzz.counts        prints it

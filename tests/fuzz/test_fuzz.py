@@ -1,6 +1,6 @@
 """The fuzzer itself: what it calls a finding, and a small sample of each kind with fixed seeds.
 
-`make fuzz` runs it for as long as one likes; docs/robustness.md has what it found.
+`make fuzz` runs it for as long as one likes; tests/fuzz/README.md has what it found.
 """
 
 # ruff: noqa: E501  (tables)
@@ -138,8 +138,8 @@ def test_a_sample_of_configs(capsys):
 
 
 def test_the_page_has_the_counts():
-    """docs/robustness.md: what came out, and of how many values cases are made."""
-    page = documents.source("docs/robustness.md")
+    """tests/fuzz/README.md: what came out, and of how many values cases are made."""
+    page = documents.source("tests/fuzz/README.md")
     assert "\n".join(counts.rows()) in page
     for told in (f"({len(interface.JUNK)} values", f"({len(interface.SPOILED)} ways"):
         assert told in page

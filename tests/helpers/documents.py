@@ -1,6 +1,6 @@
 """What the documents hold that can be tried: code, output, errors, commands, links.
 
-In README.md and docs/**/*.md
+In README.md, CONTRIBUTING.md, docs/**/*.md and tests/fuzz/README.md
 
     ```python                 is run; the blocks of a file share their names, in order
     ```text after it          is what it prints, or the error it ends with ("ValueError: …"); … stands for anything
@@ -36,7 +36,8 @@ class Block:
 @cache
 def pages() -> list[str]:
     """Paths from the root."""
-    return ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))]
+    docs = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))
+    return ["README.md", "CONTRIBUTING.md", *docs, "tests/fuzz/README.md"]
 
 
 @cache

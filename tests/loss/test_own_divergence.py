@@ -124,7 +124,7 @@ def test_in_a_compiled_graph():
 @pytest.mark.parametrize("engine", ["triton_chunked", "triton_tiled"])
 def test_triton_engines_say_what_they_lack(engine):
     case = make()
-    message = f"engine='{engine}' has no kernel for divergence=Hellinger.*extending.md.*engine='torch'"
+    message = f"engine='{engine}' has no kernel for divergence=Hellinger.*CONTRIBUTING.md.*engine='torch'"
     with pytest.raises(ValueError, match=message):
         fused_kd_loss(student(case), sources(case, "projected")[0], divergence=Hellinger(), engine=engine)
     source, options = sources(case, "bucket")  # which no kernel sees
