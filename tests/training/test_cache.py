@@ -583,3 +583,15 @@ def test_summaries_and_descriptions_are_json(tmp_path):
     assert named["temperatures"] == [2.0]
     assert len(named["tokenizer_sha256"]) in (0, 64)
     assert json.loads((tmp_path / "c" / "summary.json").read_text())["tokens"] == 7 * T
+
+
+def test_a_model_s_cache_is_described_as_before_there_were_other_sources(tmp_path):
+    """Shards that were written then still carry the right sum, and a cache.json without a source is read."""
+    mark = describe().mark("train", 0)
+    assert json.loads(mark)["cache_sha256"] == "acaf1cdb2bd2646d03ea3c8fcf5cea027eb027a024deff21d3a3a5152c0eb7ac"
+    describe().write(tmp_path)
+    assert "source" not in json.loads((tmp_path / "cache.json").read_text())
+    assert Description.read(tmp_path) == describe()
+    describe(source={"kind": "vllm"}).write(tmp_path)
+    assert Description.read(tmp_path).source == {"kind": "vllm"}
+    assert Description.read(tmp_path).mark("train", 0) != mark

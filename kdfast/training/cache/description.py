@@ -81,6 +81,7 @@ class Description:
     seed: int  # of ids that are drawn
     shard_sequences: int
     splits: dict[str, Split]
+    source: dict[str, Any] | None = None  # where entries come from, if not from a model: "kind", and what it is
     version: str = __version__
     format: int = FORMAT
 
@@ -98,11 +99,15 @@ class Description:
         return (1.0,) * (self.method == "top_k") + self.temperatures
 
     def write(self, folder: Path) -> None:
-        write_text(folder / NAME, json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
+        write_text(folder / NAME, json.dumps(self._content(), indent=2, ensure_ascii=False) + "\n")
+
+    def _content(self) -> dict[str, Any]:
+        """Return what cache.json holds: of a model's entries no source, as before there were others."""
+        return {name: value for name, value in asdict(self).items() if name != "source" or value is not None}
 
     def mark(self, split: str, shard: int) -> str:
         """Return what a shard carries, by which it is known for this one of a cache of this description."""
-        content = {name: value for name, value in asdict(self).items() if name != "version"}
+        content = {name: value for name, value in self._content().items() if name != "version"}
         sum = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         return json.dumps({"split": split, "shard": shard, "cache_sha256": sum}) + "\n"
 
@@ -121,6 +126,7 @@ class Description:
                     f"{str(folder)!r} is a teacher cache of format {given['format']}, written by kdfast "
                     f"{given['version']}; this one reads format {FORMAT}. Make it again with `kdfast cache`"
                 )
+            given.setdefault("source", None)
             if given.keys() != {field.name for field in fields(cls)}:
                 raise KeyError(*given.keys() ^ {field.name for field in fields(cls)})
             splits = {name: Split(**split) for name, split in given.pop("splits").items()}

@@ -34,6 +34,7 @@ from kdfast.training.cache.description import (
     CacheSummary,
     Description,
     Shard,
+    Split,
     describe_split,
     ids_of,
     is_complete,
@@ -112,23 +113,41 @@ def cache_teacher(
             what differs is named; or another call is at work on it.
         OSError: as on a full disk. What is complete stays, and the same call resumes from it.
     """
-    folder = Path(folder)
-    if not _is_count(batch_size):
+    if not is_count(batch_size):
         raise ValueError(f"batch_size={batch_size!r} ({kind(batch_size)}); expected an int of at least 1")
     description = describe(
         teacher, splits, method=method, k=k, temperatures=temperatures, dtype=dtype, tokenizer=tokenizer,
         valid_vocab=valid_vocab, seed=seed, shard_tokens=shard_tokens, name=name, tell=tell,
     )  # fmt: skip
+
+    def rows(dataset: Any, within: range) -> Iterator[dict[str, np.ndarray]]:
+        return _rows(teacher, dataset, within, description, batch_size)
+
+    return fill(Path(folder), splits, description, rows, tell)
+
+
+def fill(
+    folder: Path,
+    splits: Mapping[str, Any],
+    description: Description,
+    rows: Callable[[Any, range], Iterator[dict[str, np.ndarray]]],
+    tell: Callable[[str], None],
+) -> CacheSummary:
+    """Make, complete or find the cache that `description` says; all processes call it, and each writes its share.
+
+    rows: the encoded entries of a data set's rows in a range, in order.
+    Raises CacheError and OSError as `cache_teacher` does, and what `rows` raises: what is complete stays.
+    """
     tokens = sum(split.tokens for split in description.splits.values())
     lock = FileLock(folder / LOCK)  # the first process's
     try:
         if processes.by_first(lambda: _claim(folder, description, lock)):
             return read_summary(folder)
-        at_most = "at most " if method == "sample" else ""
+        at_most = "at most " if description.method == "sample" else ""
         tell(f"{tokens:,} tokens, {at_most}{description.bytes_per_token:.0f} bytes each: {at_most}"
              f"{tokens * description.bytes_per_token / 1e6:,.1f} MB")  # fmt: skip
         start = time.perf_counter()
-        written = sum(processes.by_all(lambda: _write_share(teacher, splits, folder, description, batch_size)))
+        written = sum(processes.by_all(lambda: _write_share(splits, folder, description, rows)))
         seconds = time.perf_counter() - start
         return processes.by_first(lambda: _finish(folder, tokens, written, seconds))
     finally:
@@ -158,11 +177,7 @@ def describe(
         if valid_vocab is None and (ids := count_ids(tokenizer)) < vocab:
             valid_vocab = ids
             tell(f"valid_vocab={ids}: the teacher's head has {vocab} rows, the tokenizer {ids} ids")
-    _check(method, k, temperatures, dtype, vocab if valid_vocab is None else min(vocab, valid_vocab))
-    if shard_tokens is not None and not _is_count(shard_tokens):
-        raise ValueError(f"shard_tokens={shard_tokens!r} ({kind(shard_tokens)}); expected an int ≥ 1, or None")
-    if not splits:
-        raise ValueError("splits is empty; expected {name: data set}, such as {'train': …, 'eval': …}")
+    check_options(method, k, temperatures, dtype, vocab if valid_vocab is None else min(vocab, valid_vocab))
     for split, dataset in splits.items():
         row = dataset[0] if len(dataset) else {}
         check_inputs(teacher, "teacher", [name for name in INPUTS if name in row])
@@ -176,10 +191,7 @@ def describe(
             if text.size and not 0 <= text.min() <= text.max() < embedding_rows(teacher):
                 inputs = PaddingCollator()([inputs_of_row(dataset[i], INPUTS)])
                 known_ids(teacher, "teacher", inputs["input_ids"], inputs.get("attention_mask"))
-    described = {split: describe_split(dataset, f"splits[{split!r}]") for split, dataset in splits.items()}
-    tokens = sum(split.tokens for split in described.values())
-    least, most = SHARD_TOKENS
-    shard_tokens = shard_tokens or min(max(tokens // 64, least), most)
+    described, shard_sequences = describe_splits(splits, shard_tokens)
     return Description(
         teacher=name or str(teacher.name_or_path),
         teacher_sha256=teacher_fingerprint(teacher),
@@ -193,9 +205,22 @@ def describe(
         temperatures=tuple(float(tau) for tau in temperatures if tau != 1 or method == "sample"),
         dtype=dtype,
         seed=seed,
-        shard_sequences=max(1, int(shard_tokens // max(split.length for split in described.values()))),
+        shard_sequences=shard_sequences,
         splits=described,
     )
+
+
+def describe_splits(splits: Mapping[str, Any], shard_tokens: int | None) -> tuple[dict[str, Split], int]:
+    """Return what the data sets are and how many sequences go into a shard. Raise ValueError where they are empty."""
+    if shard_tokens is not None and not is_count(shard_tokens):
+        raise ValueError(f"shard_tokens={shard_tokens!r} ({kind(shard_tokens)}); expected an int ≥ 1, or None")
+    if not splits:
+        raise ValueError("splits is empty; expected {name: data set}, such as {'train': …, 'eval': …}")
+    described = {split: describe_split(dataset, f"splits[{split!r}]") for split, dataset in splits.items()}
+    tokens = sum(split.tokens for split in described.values())
+    least, most = SHARD_TOKENS
+    shard_tokens = shard_tokens or min(max(tokens // 64, least), most)
+    return described, max(1, int(shard_tokens // max(split.length for split in described.values())))
 
 
 def _claim(folder: Path, description: Description, lock: FileLock) -> bool:
@@ -231,20 +256,22 @@ def _claim(folder: Path, description: Description, lock: FileLock) -> bool:
 
 
 def _write_share(
-    teacher: PreTrainedModel, splits: Mapping[str, Any], folder: Path, description: Description, batch_size: int
+    splits: Mapping[str, Any],
+    folder: Path,
+    description: Description,
+    rows_of: Callable[[Any, range], Iterator[dict[str, np.ndarray]]],
 ) -> int:
     """Write this process's shards, those that are not there yet; return how many tokens they have."""
     mine = [shard for split in splits for shard in shards(folder, description, split)]
     mine = mine[processes.index() :: processes.count()]
     written, total = 0, sum(shard.tokens for shard in mine)
-    teacher.eval()
     with tqdm(total=total, unit=" tokens", unit_scale=True, desc="caching", disable=None) as progress:
         for shard in mine:
             if shard.folder.exists() and not shard.find_damage(description):
                 progress.update(shard.tokens)
                 continue
             rows = []
-            for row in _rows(teacher, splits[shard.split], shard.sequences, description, batch_size):
+            for row in rows_of(splits[shard.split], shard.sequences):
                 rows.append(row)
                 tokens = tokens_of(row, description)
                 written += tokens
@@ -258,6 +285,7 @@ def _rows(
     teacher: PreTrainedModel, dataset: Any, within: range, description: Description, batch_size: int
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yield the encoded rows of a data set's sequences `within`."""
+    teacher.eval()
     dtype = _dtype(teacher)
     for start in range(within.start, within.stop, batch_size):
         batch = [dataset[i] for i in range(start, min(start + batch_size, within.stop))]
@@ -312,13 +340,14 @@ def _finish(folder: Path, tokens: int, written: int, seconds: float) -> CacheSum
     return summary
 
 
-def _check(method: str, k: int, temperatures: Sequence[float], dtype: str, vocab: int) -> None:
+def check_options(method: str, k: int, temperatures: Sequence[float], dtype: str, vocab: int) -> None:
+    """Raise ValueError where they cannot be had, naming the argument; `vocab` is the ids that are real."""
     if method not in ("top_k", "sample"):
         raise ValueError(f"method={method!r}; expected 'top_k' or 'sample'")
     if dtype not in ("float16", "float32"):
         raise ValueError(f"dtype={dtype!r}; expected 'float16' or 'float32'")
     most = min(MOST_ENTRIES, vocab) if method == "top_k" else MOST_ENTRIES
-    if not _is_count(k) or k > most:
+    if not is_count(k) or k > most:
         raise ValueError(f"k={k}; expected 1 to {most}, with {vocab} ids in the teacher's vocabulary")
     if not all(tau > 0 for tau in temperatures):
         raise ValueError(f"temperatures={tuple(temperatures)}; expected numbers > 0")
@@ -326,5 +355,6 @@ def _check(method: str, k: int, temperatures: Sequence[float], dtype: str, vocab
         raise ValueError(f"temperatures={tuple(temperatures)}; expected one for method='sample', which draws ids at it")
 
 
-def _is_count(value: Any) -> bool:
+def is_count(value: Any) -> bool:
+    """Return whether it is an int of at least 1."""
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
