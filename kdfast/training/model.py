@@ -40,10 +40,9 @@ from kdfast.training.hf import (
 from kdfast.training.initialization.calibration import Calibration, Start, set_projector
 from kdfast.training.recipes import AUTO, Recipe, choose_recipe, get_recipe
 from kdfast.training.teachers.entries import CachedEntries, TeacherTail, read_entries
-from kdfast.training.teachers.fidelity import Fidelity, fidelity
+from kdfast.training.teachers.fidelity import Fidelity
 from kdfast.training.teachers.hidden_states import HiddenStateLoss
-from kdfast.training.teachers.kinds import Batch, KDTerms
-from kdfast.training.teachers.side import TeacherOutput, TeacherSide
+from kdfast.training.teachers.side import StudentBatch, TeacherSide
 
 
 class DistillationOutput(NamedTuple):
@@ -189,7 +188,7 @@ class DistillationModel(nn.Module):
         self._check_trainable(labels)
         assert labels is not None
         targets = kd_targets = self.targets(labels, attention_mask)
-        kd_items, counted = num_items_in_batch, (targets != IGNORE_INDEX).sum()
+        kd_items = num_items_in_batch
         if self.recipe.kd_on == "all":
             kd_targets = self.every_target(input_ids, attention_mask, position_ids)
             kd_items = num_items_in_batch if kd_items_in_batch is None else kd_items_in_batch
@@ -202,59 +201,35 @@ class DistillationModel(nn.Module):
             self._say_what_counts_for_nothing(labels, attention_mask, targets)
 
         student, states, strange = self._run_student(input_ids, inputs, look=look)
-        theirs: TeacherOutput | None = None
-        needed = with_fidelity or self._needs_teacher(kd_weight)
-        if self.teacher is not None and (with_fidelity or (needed and self._learns_from_live)):
-            theirs = self.side.run(input_ids, inputs, look=look)
-            strange = strange | theirs.strange
-        own = None if theirs is None else theirs.own
         cached = read_entries(teacher_indices, teacher_log_probs, teacher_log_tails, self.teacher_tail)
         if cached:
             self._check_entries(cached, temperature, kd_targets, look=look)
-
-        kd = KDTerms(None, {**self.loss_options, "num_items_in_batch": num_items_in_batch})
-        if needed or self.recipe.teacher == "cached":  # a batch that lacks them is an error under any weight
-            batch = Batch(student, own, cached, targets, temperature, kd.options)
-            kd = self.side.terms(batch, self.compressed_head)
-        loss, metrics = fused_kd_loss(
-            student,
-            kd.teacher if needed else None,
-            targets,
-            temperature=temperature,
-            kd_weight=kd_weight,
-            divergence=self.divergence,
-            ce_weight=self.recipe.ce_weight,
-            kd_token_weights=None if kd_targets is targets else _share(kd_targets, num_items_in_batch, kd_items),
-            return_metrics=True if with_metrics or self.logit_projector is not None else "terms",
-            **kd.options,
+        batch = StudentBatch(
+            student, input_ids, inputs, targets, kd_targets, cached, temperature, kd_weight,
+            items=num_items_in_batch, kd_items=kd_items, look=look, with_fidelity=with_fidelity,
+            with_metrics=with_metrics,
+        )  # fmt: skip
+        learned = self.side.learn(
+            batch, self.recipe, self.divergence, self.loss_options, train=self.training, compressed=self.compressed_head
         )
-        share: float | Tensor = 1.0  # of this batch in the step's targets
-        if num_items_in_batch is not None:
-            share = counted / torch.as_tensor(num_items_in_batch).clamp(min=1).to(loss.device)
-        if kd.anchor_loss is not None:
-            loss = loss + self.recipe.anchor_weight * kd.anchor_loss
-            metrics = metrics._replace(anchor=kd.anchor_loss.detach().float() / share)
+        loss, metrics, strange = learned.loss, learned.metrics, strange | learned.strange
         if self.hidden_loss is not None:
-            assert theirs is not None
-            assert theirs.hidden_states is not None
-            of_layers = self.hidden_loss(states.hidden_states, theirs.hidden_states, kd_targets, kd_items)
+            assert learned.hidden_states is not None
+            of_layers = self.hidden_loss(states.hidden_states, learned.hidden_states, kd_targets, kd_items)
             loss = loss + self.recipe.hidden_weight * of_layers
         aux_loss: Tensor | None = None
         if self.router_loss is not None:
             real = _real(attention_mask, position_ids)
             aux_loss = self.router_loss(states.router_logits, real).to(loss.device)
-            loss = loss + self.router_loss.coef * share * aux_loss
+            loss = loss + self.router_loss.coef * batch.share * aux_loss
             aux_loss = aux_loss.detach()
         if not look:  # an unknown id makes the loss NaN, as a bad label does
             loss = loss * torch.where(strange, torch.nan, 1.0)
 
-        true = cached.at_one() if own is None and cached else own
-        compared = log_probs = None
-        if true is not None and with_fidelity:
-            compared = fidelity(student, kd.surrogate and kd.surrogate(), true, targets, **self.loss_options)
+        log_probs = None
         if with_log_probs:
             log_probs = -fused_kd_loss(student, None, targets, ce_weight=1.0, reduction="none", **self.loss_options)
-        return DistillationOutput(loss, metrics, compared, aux_loss, log_probs, counted)
+        return DistillationOutput(loss, metrics, learned.fidelity, aux_loss, log_probs, batch.counted)
 
     def _check_trainable(self, labels: Tensor | None) -> None:
         """Raise where there is nothing to learn, starts have not been solved, or a gradient would be missing."""
@@ -286,11 +261,6 @@ class DistillationModel(nn.Module):
         balanced = {} if self.router_loss is None else {"output_router_logits": True}
         states = backbone(self.student)(input_ids=ids, **inputs, **balanced)
         return head(self.student, states.last_hidden_state), states, strange
-
-    @property
-    def _learns_from_live(self) -> bool:
-        """Whether something is learned from a teacher that runs."""
-        return self.recipe.teacher not in ("none", "cached") or self.hidden_loss is not None
 
     def _check_entries(
         self, cached: CachedEntries, temperature: float | Tensor, kd_targets: Tensor, *, look: bool
@@ -330,11 +300,6 @@ class DistillationModel(nn.Module):
     def targets(self, labels: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Return `shift_labels`' targets (B, T), with −100 at the places of images, video and sound too."""
         return shift_labels(labels, attention_mask, self.placeholders.values())
-
-    def _needs_teacher(self, kd_weight: float | Tensor) -> bool:
-        """Return whether a batch has a use for its teacher: not in training under a KD weight that is known to be 0."""
-        known = not isinstance(kd_weight, Tensor) and kd_weight == 0 and self.training
-        return not known or self.recipe.needs_teacher_always
 
     def train(self, mode: bool = True) -> DistillationModel:
         """As nn.Module's, but the teacher stays in eval mode."""
@@ -450,12 +415,6 @@ def _real(attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor 
         return attention_mask
     continued = F.pad(position_ids[:, 1:] == 1, (0, 1), value=False)
     return ((position_ids > 0) | continued).long()
-
-
-def _share(targets: Tensor, items: int | Tensor | None, kd_items: int | Tensor | None) -> Tensor:
-    """Return weights (B, T) of the KD term for which `items`, the divisor of all terms, divides it by `kd_items`."""
-    weights = (targets != IGNORE_INDEX).to(torch.float32)
-    return weights if items is None or kd_items is None else weights * (items / torch.as_tensor(kd_items).clamp(min=1))
 
 
 def _make_hidden_loss(

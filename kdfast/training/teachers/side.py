@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kdfast.divergences import Divergence
 from kdfast.inputs import Head, same_vocabulary
+from kdfast.loss import KDMetrics, fused_kd_loss
 from kdfast.training.adapters import adapted_layer
 from kdfast.training.data.columns import MEDIA
 from kdfast.training.data.tokenizers import other_vocabulary
 from kdfast.training.hf import (
+    IGNORE_INDEX,
     check_inputs,
     check_model,
     head,
@@ -24,15 +28,62 @@ from kdfast.training.hf import (
 )
 from kdfast.training.initialization.layers import find_misfit
 from kdfast.training.recipes import Recipe
+from kdfast.training.teachers.entries import CachedEntries
+from kdfast.training.teachers.fidelity import Fidelity, fidelity
 from kdfast.training.teachers.kinds import KINDS, Batch, KDTerms
 
 
-class TeacherOutput(NamedTuple):
-    """What a teacher that runs gives for a batch."""
+@dataclass(frozen=True)
+class StudentBatch:
+    """One batch as the student has it: what every teacher is asked of, and what the loss of it needs."""
 
-    own: Head  # its own, over its last hidden states (B, T, H), on the batch's device
-    hidden_states: tuple[Tensor, ...] | None  # of its layers, where they were asked for
-    strange: Tensor  # (), whether it has no row for an id that is not padding
+    student: Head  # over its last hidden states (B, T, H)
+    input_ids: Tensor  # (B, T)
+    inputs: dict[str, Any]  # what else both backbones take
+    targets: Tensor  # (B, T), −100 counts for nothing
+    kd_targets: Tensor  # (B, T), whose rows the KD term counts; `targets` itself where those are the same
+    cached: CachedEntries | None
+    temperature: float | Tensor
+    kd_weight: float | Tensor
+    items: int | Tensor | None  # the divisor of every term; None = the targets of this batch
+    kd_items: int | Tensor | None  # the KD term's own
+    look: bool  # whether ids and entries may be looked at, which waits for the device
+    with_fidelity: bool
+    with_metrics: bool
+
+    @property
+    def counted(self) -> Tensor:
+        """(), the number of targets."""
+        return (self.targets != IGNORE_INDEX).sum()
+
+    @property
+    def share(self) -> float | Tensor:
+        """The targets' share in those of the step."""
+        return (
+            1.0
+            if self.items is None
+            else self.counted / torch.as_tensor(self.items).clamp(min=1).to(self.targets.device)
+        )
+
+    @property
+    def kd_token_weights(self) -> Tensor | None:
+        """(B, T), under which `items`, the divisor of all terms, divides the KD term by `kd_items`."""
+        if self.kd_targets is self.targets:
+            return None
+        weights = (self.kd_targets != IGNORE_INDEX).to(torch.float32)
+        if self.items is None or self.kd_items is None:
+            return weights
+        return weights * (self.items / torch.as_tensor(self.kd_items).clamp(min=1))
+
+
+class Learned(NamedTuple):
+    """What a student has from one teacher for a batch, its own cross entropy included."""
+
+    loss: Tensor  # ()
+    metrics: KDMetrics
+    strange: bool | Tensor  # (), whether the teacher has no row for an id that is not padding
+    hidden_states: tuple[Tensor, ...] | None = None  # of the teacher's layers, where they were asked for
+    fidelity: Fidelity | None = None  # where it was asked for and there is a teacher to compare with
 
 
 class TeacherSide:
@@ -74,25 +125,67 @@ class TeacherSide:
         if self.model is not None:
             check_inputs(self.model, "teacher", inputs, self.inputs)
 
-    @torch.no_grad()
-    def run(self, input_ids: Tensor, inputs: dict[str, Any], *, look: bool) -> TeacherOutput:
-        """Run the teacher over a batch.
+    def learn(
+        self,
+        batch: StudentBatch,
+        recipe: Recipe,
+        divergence: Divergence,
+        options: dict[str, Any],
+        *,
+        train: bool,
+        compressed: nn.Module | None,
+    ) -> Learned:
+        """Return the loss of a batch: the cross entropy, the KD term and the anchor.
 
         Args:
-            input_ids: (B, T), as the student reads them.
-            inputs: what else the backbone takes.
-            look: raise ValueError for ids that it has no row for, which waits for the device.
+            recipe: whose numbers hold where the batch has none.
+            options: engine, scratch_bytes, valid_vocab and vocab, as in `fused_kd_loss`.
+            train: whether a KD weight of 0 leaves the teacher out.
+            compressed: the teacher's compressed head, where it has one.
         """
-        assert self.model is not None
-        self._check_places(inputs)
-        ids, strange = known_ids(self.model, "teacher", input_ids, inputs.get("attention_mask"), look=look)
-        states = run_backbone(self.model, input_ids=ids, **inputs)
-        own = head(self.model, states.last_hidden_state.to(input_ids.device))
-        return TeacherOutput(own, getattr(states, "hidden_states", None), strange)
+        zero = not isinstance(batch.kd_weight, Tensor) and batch.kd_weight == 0 and train
+        needed = batch.with_fidelity or not zero or recipe.needs_teacher_always
+        own: Head | None = None
+        states: Any = None
+        strange: bool | Tensor = False
+        live = recipe.teacher not in ("none", "cached") or recipe.hidden_weight > 0
+        if self.model is not None and (batch.with_fidelity or (needed and live)):
+            own, states, strange = self.run(batch)
+        kd = KDTerms(None, {**options, "num_items_in_batch": batch.items})
+        if needed or recipe.teacher == "cached":  # a batch that lacks them is an error under any weight
+            part = compressed if self.projector is None else self.projector
+            shown = Batch(batch.student, own, batch.cached, batch.targets, batch.temperature, kd.options)
+            kd = self.kind.terms(shown, part)
+        loss, metrics = fused_kd_loss(
+            batch.student,
+            kd.teacher if needed else None,
+            batch.targets,
+            temperature=batch.temperature,
+            kd_weight=batch.kd_weight,
+            divergence=divergence,
+            ce_weight=recipe.ce_weight,
+            kd_token_weights=batch.kd_token_weights,
+            return_metrics=True if batch.with_metrics or self.projector is not None else "terms",
+            **kd.options,
+        )
+        if kd.anchor_loss is not None:
+            loss = loss + recipe.anchor_weight * kd.anchor_loss
+            metrics = metrics._replace(anchor=kd.anchor_loss.detach().float() / batch.share)
+        found = None
+        true = batch.cached.at_one() if own is None and batch.cached else own
+        if true is not None and batch.with_fidelity:
+            found = fidelity(batch.student, kd.surrogate and kd.surrogate(), true, batch.targets, **options)
+        return Learned(loss, metrics, strange, getattr(states, "hidden_states", None), found)
 
-    def terms(self, batch: Batch, compressed_head: nn.Module | None) -> KDTerms:
-        """Return what `fused_kd_loss` takes of this teacher for one batch."""
-        return self.kind.terms(batch, compressed_head if self.projector is None else self.projector)
+    @torch.no_grad()
+    def run(self, batch: StudentBatch) -> tuple[Head, Any, Tensor]:
+        """Return its own head over a batch, what its backbone gave, and whether it lacks an id that is not padding."""
+        assert self.model is not None
+        self._check_places(batch.inputs)
+        mask = batch.inputs.get("attention_mask")
+        ids, strange = known_ids(self.model, "teacher", batch.input_ids, mask, look=batch.look)
+        states = run_backbone(self.model, input_ids=ids, **batch.inputs)
+        return head(self.model, states.last_hidden_state.to(ids.device)), states, strange
 
     def _check_places(self, inputs: dict[str, Any]) -> None:
         """Raise ValueError for images whose places the teacher would not find: both models read the same ids."""
