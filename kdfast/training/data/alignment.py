@@ -1,0 +1,194 @@
+"""Rows of the student's tokens as a teacher with another tokenizer reads them, position by position.
+
+The teacher reads the bytes that the student's ids stand for, tokenized its own way. Position t of the student's row is
+aligned with position u of the teacher's where both have read the same bytes, no more and no fewer; elsewhere there is
+none (−1). Starts and ends of texts are matched by role. Bytes are compared token by token, so that what a normalizer
+changes is found: a row has no aligned position from there on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate, groupby
+from typing import NamedTuple
+
+from kdfast.training.data.shared_vocabulary import TokenTable
+
+NOWHERE = -1  # in place of a position, or of an offset
+CHANGED = "text that the teacher's tokenizer changes"
+UNKNOWN = "tokens of the student's without bytes"
+NO_MARK = "an end of text, which the teacher lacks"
+
+
+class Aligned(NamedTuple):
+    """One row as the teacher reads it."""
+
+    ids: list[int]
+    positions: list[int]  # for each of the student's: the teacher's that has read the same, or −1
+    lost: str = ""  # why the row is not read to its end
+
+
+class Span(NamedTuple):
+    """What is the same in two renderings of a chat: `text`, and the offset of its first byte in each."""
+
+    text: bytes
+    student: int
+    teacher: int
+
+
+class _Part(NamedTuple):
+    """A stretch of a teacher's row: ids as they are, or a text to tokenize."""
+
+    start: int  # the offset of a text's first byte; of ids, the one behind them all
+    ids: list[int]
+    text: str = ""
+    opens: bool = False  # at the start of a text, where a tokenizer may put a blank
+
+
+class Aligner:
+    """Align rows of the student's ids. Offsets count bytes; before each text one is kept for a blank put there.
+
+    Args:
+        student, teacher: their tokens.
+        length: ids in a teacher's row at most; None = any number.
+        documents: a row begins where a text does; not so a block, which begins anywhere.
+    """
+
+    def __init__(
+        self, student: TokenTable, teacher: TokenTable, length: int | None = None, documents: bool = True
+    ) -> None:
+        self.student, self.teacher, self.length, self.documents = student, teacher, length, documents
+        self._roles = {i: role for role, i in student.roles.items()}
+        self._single = {one: i for one, i in teacher.by_bytes().items() if len(one) == 1}
+        self._lead = "\n" * teacher.prefixed  # takes the blank that would be put inside a text; cut off again
+
+    def __call__(self, rows: Iterable[list[int]]) -> list[Aligned]:
+        """Return the rows aligned; the teacher's tokenizer is called once for all of them."""
+        read = [(row, *self._read(row)) for row in rows]
+        texts = [part for _, _, parts, _ in read for part in parts if part.text]
+        encoded = iter(self.teacher.encode([part.text if part.opens else self._lead + part.text for part in texts]))
+        return [self._align(*one, encoded) for one in read]
+
+    def _read(self, row: list[int]) -> tuple[list[int], list[_Part], str]:
+        """Return the offset behind each id that can be read, what the teacher reads, and why it is not all."""
+        ends: list[int] = []
+        at = 1  # the offset of the next text's first byte
+        parts = [_Part(at, self._marks([], first=True, last=False) or [])]
+        for marked, group in groupby(row, lambda i: i in self._roles):
+            ids = list(group)
+            n, first = len(ends) + len(ids), not ends
+            pieces = self.student.pieces(row[n : n + 2] if marked else ids)
+            text = b"".join(pieces)
+            blank = (marked or not first or self.documents) and self.student.has_put(text)
+            if marked:
+                roles = [self._roles[i] for i in ids]
+                marks = self._marks(roles[first and ids[0] == self.student.start :], first=first, last=n == len(row))
+                if marks is None:  # what the student's last token before it predicts, too, is unknown to the teacher
+                    return ends[:-1], parts, NO_MARK
+                at += 0 if first else 2
+                parts = ([] if first else parts) + [_Part(at, marks)]
+                ends += [at - blank] * len(ids)  # several count as one
+                continue
+            ends += list(accumulate(map(len, pieces), initial=at - blank))[1:]
+            parts += self._parts(text[blank:], at)
+            at += len(text) - blank
+            if len(pieces) < len(ids):
+                return ends, parts, UNKNOWN
+        return ends, parts, ""
+
+    def _marks(self, roles: list[str], *, first: bool, last: bool) -> list[int] | None:
+        """Return the teacher's ids for marks that stand together, before a text or last; None where it has none."""
+        start = [] if self.teacher.start is None else [self.teacher.start]
+        if "eos" not in roles:
+            return start if start or first else None
+        if "eos" not in self.teacher.roles:
+            return None
+        ends = [self.teacher.roles["eos"]] * roles.count("eos")
+        return start * first + ends + ([] if last or start == ends[-1:] else start)
+
+    def _parts(self, text: bytes, at: int) -> Iterator[_Part]:
+        """Yield a text in parts: characters to tokenize, and bytes that are none, whose tokens are known."""
+        start = at
+        while text:
+            try:
+                whole, bad = text, b""
+                whole.decode()
+            except UnicodeDecodeError as error:  # a block's edge within a character
+                whole, bad = text[: error.start], text[error.start : error.end]
+            if whole:
+                yield _Part(at, [], whole.decode(), at == start)
+            at += len(whole)
+            for byte in bad:
+                at += 1
+                yield _Part(at, [self._single.get(bytes([byte]), NOWHERE)])
+            text = text[len(whole) + len(bad) :]
+
+    def _align(
+        self, row: list[int], ends: list[int], parts: list[_Part], lost: str, encoded: Iterator[list[int]]
+    ) -> Aligned:
+        ids: list[int] = []
+        offsets: list[int] = []  # behind each
+        given = [next(encoded) if part.text else part.ids for part in parts]
+        for part, tokens in zip(parts, given, strict=True):
+            if not part.text and NOWHERE not in tokens:
+                ids, offsets = ids + tokens, offsets + [part.start] * len(tokens)
+                continue
+            lead = "" if part.opens else self._lead
+            pieces = self.teacher.pieces(tokens)
+            said, expected = b"".join(pieces), (lead + part.text).encode()
+            if self.teacher.prefixed and _alike(said, b" " + expected) > _alike(said, expected):
+                expected = b" " + expected
+            end = part.start + len(part.text.encode())
+            at = end - len(expected)
+            if part.opens and at < part.start:  # what stands before has not read the blank yet
+                offsets = [at if offset == part.start else offset for offset in offsets]
+            known = at + _alike(said, expected)
+            behind = list(accumulate(map(len, pieces), initial=at))[1:]
+            if lead and part.start not in behind:
+                lost = CHANGED
+                break
+            kept = [(i, offset) for i, offset in zip(tokens, behind, strict=False) if offset <= known]
+            kept = [pair for pair in kept if not lead or pair[1] > part.start]
+            ids, offsets = ids + [i for i, _ in kept], offsets + [offset for _, offset in kept]
+            if known < end or not part.text:
+                lost = CHANGED
+                break
+        return self._paired(row, ends, ids, offsets, lost)
+
+    def _paired(self, row: list[int], ends: list[int], ids: list[int], offsets: list[int], lost: str = "") -> Aligned:
+        """Return the teacher's ids up to the last that is aligned; of several at one offset the last one is."""
+        ids = ids[: self.length]
+        places = {offset: u for u, offset in enumerate(offsets[: len(ids)]) if offset != NOWHERE}
+        last = {end: t for t, end in enumerate(ends)}
+        positions = [places.get(end, NOWHERE) if last[end] == t else NOWHERE for t, end in enumerate(ends)]
+        positions += [NOWHERE] * (len(row) - len(ends))
+        return Aligned(ids[: max(positions, default=NOWHERE) + 1] or [0], positions, lost)
+
+    def chat(
+        self, row: list[int], text: str, teacher_row: list[int], teacher_text: str, spans: Sequence[Span]
+    ) -> Aligned:
+        """Align what both chat templates write alike, the assistant's `spans`, within two renderings of a chat.
+
+        The position at the end of one is aligned where both go on with their end of text.
+        """
+        ends, theirs = self.student.offsets(row, text), self.teacher.offsets(teacher_row, teacher_text)
+        eos = self.student.roles.get("eos"), self.teacher.roles.get("eos")
+        pairs = [NOWHERE] * len(ends), [NOWHERE] * len(theirs)
+        for number, span in enumerate(spans):
+            for side, (offsets, ids, start) in enumerate(
+                ((ends, row, span.student), (theirs, teacher_row, span.teacher))
+            ):
+                for t, offset in enumerate(offsets):
+                    at_end = offset == start + len(span.text)
+                    closes = t + 1 < len(ids) and ids[t + 1] == eos[side]
+                    if start <= offset < start + len(span.text) or (at_end and closes):
+                        pairs[side][t] = number << 40 | offset - start
+        lost = "" if len(ends) == len(row) and len(theirs) == len(teacher_row) else CHANGED
+        return self._paired(row, pairs[0], teacher_row, pairs[1], lost)
+
+
+def _alike(one: bytes, other: bytes) -> int:
+    """Return how many bytes two strings begin with alike."""
+    if one.startswith(other):
+        return len(other)
+    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(one))
