@@ -171,6 +171,7 @@ class Options:
     temperature_squared: bool
     valid_vocab: int | None
     vocab: str
+    kd_vocab_mask: Tensor | None
     process_group: Any
     vocab_start: int | None
     engine: str

@@ -53,6 +53,7 @@ def fused_kd_loss(
     temperature_squared: bool = True,
     valid_vocab: int | None = None,
     vocab: Literal["error", "truncate"] = "error",
+    kd_vocab_mask: Tensor | None = None,
     process_group: Any = None,
     vocab_start: int | None = None,
     engine: str = "auto",
@@ -94,14 +95,20 @@ def fused_kd_loss(
         vocab: teacher's and student's vocabulary differ in size: "error", or "truncate": both sides of the KD term end
             at the shared first ids, CE keeps the student's whole vocabulary, and a sparse teacher's other ids are
             dropped. (With `valid_vocab` within both there is no difference: only their padding differs.)
+        kd_vocab_mask: (V,) bool over the student's ids (of two tokenizers: the strings they share), or None. Both sides
+            of the KD term are normalized over the True ids; cross entropy and anchor keep the whole vocabulary. A
+            teacher's `Head` or `Logits` has the student's order; what it holds at False ids is not used. A sparse
+            teacher's entries there are dropped, and a bucket needs a `log_tail`: that of the True ids not given. Of the
+            metrics, kd, agreement and the entropy of any teacher but a `Projected` are of the True ids.
         process_group, vocab_start: vocabulary-parallel. `weight` (and bias) are this process's contiguous slice of the
             head, of any size, starting at id `vocab_start`; or DTensors sharded on dim 0 of the 1-D DeviceMesh (or its
             group) that is passed. Every process of the group calls with the same rows and options and gets the same
             loss and metrics, the gradient of its slice, and complete gradients of hidden states and projector: they
-            are not to be summed over the group again. A `Projected` teacher shares the slices; a `Head` or `Logits`
-            are cut at the same ids, or whole on every process; ids (labels, sparse entries) are those of the whole
-            vocabulary. A DTensor without process_group, such as an FSDP-sharded head, is an error. The first call with
-            a set of slices compares what the processes call with; KDFAST_CHECK=1 compares every call.
+            are not to be summed over the group again. A `Projected` teacher shares the slices, `kd_vocab_mask` is cut
+            like `weight`; a `Head` or `Logits` are cut at the same ids, or whole on every process; ids (labels, sparse
+            entries) are those of the whole vocabulary. A DTensor without process_group, such as an FSDP-sharded head,
+            is an error. The first call with a set of slices compares what the processes call with; KDFAST_CHECK=1
+            compares every call.
             Collectives: for each chunk of tokens (all of them with "triton_tiled") a gather of 60 to 100 bytes per
             token and process, two for a divergence that is neither forward nor reverse KL, and one sum of dX.
             docs/distributed.md.
@@ -149,6 +156,7 @@ def fused_kd_loss(
         temperature_squared=temperature_squared,
         valid_vocab=valid_vocab,
         vocab=vocab,
+        kd_vocab_mask=kd_vocab_mask,
         process_group=process_group,
         vocab_start=vocab_start,
         engine=engine,

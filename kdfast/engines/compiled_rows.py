@@ -28,7 +28,9 @@ from kdfast.ops.problem import PER_TOKEN
 
 LEAST = 1 << 21  # logits of a problem from which on it is compiled
 BLOCK = 1 << 19  # logits a thread takes at a time: what is not one pass waits in its cache
-READ = ("labels", "anchor_targets", "temperature", "teacher_temperature", "coefficients", "bias", "teacher_bias")
+READ = (
+    "labels", "anchor_targets", "temperature", "teacher_temperature", "coefficients", "bias", "teacher_bias", "kd_mask",
+)  # fmt: skip
 ANY = {"scratch_bytes", "per_row", "need_hidden", "need_weight", "need_bias", "need_teacher_hidden"}  # not read there
 OPTIONS: dict[str, Any] = {
     "realize_reads_threshold": 64,  # what one pass needs of another is computed once more, not kept

@@ -31,7 +31,8 @@ def _run(x: Problem) -> tuple[Tensor, Tensor]:
         assert x.labels is not None
         rows[CE] = _cross_entropy(z_s, x.labels)
 
-    shared = _counted(x, z_s[:, : x.kd_size])
+    off_kd = _left_out(x)
+    shared = _counted(x, _masked(z_s[:, : x.kd_size], off_kd))
     if x.sparse:
         rows[KD] = _sparse(x, shared)
         if x.want_metrics:
@@ -39,7 +40,8 @@ def _run(x: Problem) -> tuple[Tensor, Tensor]:
     elif x.has_teacher:
         h_t = None if x.teacher_hidden is None else x.teacher_hidden.masked_fill(off, 0)
         z_t = _counted(x, _teacher_logits(x, h_t))
-        log_p = _over(z_t, x.teacher_temperature).log_softmax(-1)
+        of_kd = _masked(z_t, off_kd)
+        log_p = _over(of_kd, x.teacher_temperature).log_softmax(-1)
         log_q = _over(shared, x.temperature).log_softmax(-1)
         rows[KD] = x.divergence.pointwise(log_p, log_q).sum(-1)
         if x.use_anchor:
@@ -47,8 +49,8 @@ def _run(x: Problem) -> tuple[Tensor, Tensor]:
             assert x.anchor_targets is not None
             rows[ANCHOR] = _cross_entropy(_through_the_students_head(x, h_t, fixed=True), x.anchor_targets)
         if x.want_metrics:
-            rows[TEACHER_ENTROPY] = _entropy(z_t)
-            rows[AGREEMENT] = (shared.argmax(-1) == z_t.argmax(-1)).to(x.dtype)
+            rows[TEACHER_ENTROPY] = _entropy(z_t if x.projected else of_kd)
+            rows[AGREEMENT] = (shared.argmax(-1) == of_kd.argmax(-1)).to(x.dtype)
 
     loss = torch.zeros(x.hidden.shape[0], device=x.hidden.device, dtype=x.dtype) + _no_gradient(x, rows)
     for term in (KD, CE, ANCHOR):
@@ -72,6 +74,18 @@ def _counted(x: Problem, z: Tensor) -> Tensor:
     """Return the logits (N, V) of the KD term, detached in rows it does not count: those may hold anything, no entry at
     all or an infinite divergence."""
     return torch.where((x.coefficients[KD] != 0)[:, None], z, z.detach())
+
+
+def _left_out(x: Problem) -> Tensor | None:
+    """Return (kd_size,) bool: ids that the mask takes out of the KD term."""
+    if x.kd_mask is None:
+        return None
+    here = x.kd_mask[None, : x.kd_vocab].to(x.dtype)
+    return collectives.gather_from_group(here, x.group, x.vocab_start)[0] == 0
+
+
+def _masked(z: Tensor, off: Tensor | None) -> Tensor:
+    return z if off is None else z.masked_fill(off, -inf)
 
 
 def _teacher_logits(x: Problem, hidden: Tensor | None) -> Tensor:

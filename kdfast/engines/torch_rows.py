@@ -90,18 +90,20 @@ class TorchRows:
         grad_s: Tensor | None = None
         grad_t: Tensor | None = None
         grad_a: Tensor | None = None
-        shared = z_s[:, : x.kd_vocab]
+        shared = x.of_kd(z_s)
+        theirs = z_t if z_t is None else x.of_kd(z_t)
         if x.sparse:
             stats[KD, rows], grad_s = self._sparse(rows, shared, kd[:, 0])
-        elif z_t is not None:
-            stats[KD, rows], grad_s, grad_t = self._divergence(shared, z_t, kd)
-        if x.want_metrics and (x.sparse or z_t is not None):
-            best = sparse.best(x)[rows] if z_t is None else z_t.argmax(dim=-1)
+        elif theirs is not None:
+            stats[KD, rows], grad_s, grad_t = self._divergence(shared, theirs, kd)
+        if x.want_metrics and (x.sparse or theirs is not None):
+            best = sparse.best(x)[rows] if theirs is None else theirs.argmax(dim=-1)
             stats[AGREEMENT, rows] = (shared.argmax(dim=-1) == best).to(stats.dtype)
         if x.use_ce or x.want_metrics:
             grad_s = add_shared(self._cross_entropy(rows, z_s, CE, wanted.student and x.ce_term), grad_s)
-        if z_t is not None and (x.use_anchor or x.want_metrics):
-            grad_a = self._cross_entropy(rows, z_t, ANCHOR, wanted.anchor)
+        seen = z_t if x.projected else theirs  # as the student's are, over the whole vocabulary
+        if seen is not None and (x.use_anchor or x.want_metrics):
+            grad_a = self._cross_entropy(rows, seen, ANCHOR, wanted.anchor)
         return self.chained((grad_s, grad_t, grad_a), slopes)
 
     def _divergence(self, z_s: Tensor, z_t: Tensor, coefficient: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -37,7 +37,7 @@ class Side(NamedTuple):
     m: Tensor
     S: Tensor
     best: Tensor
-    m_1: Tensor  # at τ = 1, where the student's reach further; the teacher's is m
+    m_1: Tensor  # at τ = 1, where the logits may reach further; else m
     S_1: Tensor
     E_1: Tensor
     target: Tensor
@@ -52,17 +52,20 @@ class State(NamedTuple):
     D: Tensor
     entries: Tensor
 
-    def packed(self) -> Tensor:
-        """Return (15 + K, r); the teacher's m_1 is left out."""
-        numbers = (*self.student, *self.teacher[:3], *self.teacher[4:], self.G, self.D)
+    def packed(self, further: bool) -> Tensor:
+        """Return (15 + K, r); with the teacher's m_1, where it is not m, 16 + K."""
+        numbers = [*self.student, *self.teacher[:3], *self.teacher[4:], self.G, self.D]
+        numbers += [self.teacher.m_1] * further
         return torch.cat([torch.stack([each.to(self.G.dtype) for each in numbers]), self.entries])
 
     @classmethod
-    def of_all(cls, states: Tensor) -> State:
+    def of_all(cls, states: Tensor, further: bool) -> State:
         """Return the state of what was gathered, (R, 15 + K, r). entries (K, r): each is in one slice."""
-        numbers = states[:, :15].unbind(dim=1)
-        student, teacher = Side._make(numbers[:7]), Side._make((*numbers[7:10], numbers[7], *numbers[10:13]))
-        return cls(student, teacher, numbers[13], numbers[14], states[:, 15:].sum(dim=0))
+        count = 15 + further
+        numbers = states[:, :count].unbind(dim=1)
+        m_1 = numbers[15] if further else numbers[7]
+        student, teacher = Side._make(numbers[:7]), Side._make((*numbers[7:10], m_1, *numbers[10:13]))
+        return cls(student, teacher, numbers[13], numbers[14], states[:, count:].sum(dim=0))
 
 
 class Constants(NamedTuple):
@@ -79,6 +82,7 @@ class Constants(NamedTuple):
     D_q: Tensor
     m_1: Tensor
     log_1: Tensor
+    m_t1: Tensor
     log_t1: Tensor
     inside: Tensor  # (K, r), or empty: gradients at a sparse teacher's entries
     outside: Tensor  # (r,): and of the others, as a multiple of their softmax
@@ -108,6 +112,7 @@ class TorchVocabParallelRows(TorchRows):
         self.kl = x.divergence_name in ("forward_kl", "reverse_kl")
         self.forward_kl = x.divergence_name == "forward_kl"
         self.second_pass = self.teacher and not self.kl
+        self.further = x.projected and x.truncated  # the anchor sees ids that the KD term does not
         self.targets = {term: x.local(targets) for term, targets in self.targets.items()}
 
     # first pass
@@ -116,13 +121,13 @@ class TorchVocabParallelRows(TorchRows):
         return torch.cat(self.in_blocks(self._packed, rows, z_s, z_t), dim=1)
 
     def _packed(self, rows: slice, z_s: Tensor, z_t: Tensor | None) -> Tensor:
-        return self._state(rows, z_s, z_t).packed()
+        return self._state(rows, z_s, z_t).packed(self.further)
 
     def _state(self, rows: slice, z_s: Tensor, z_t: Tensor | None) -> State:
         x = self.x
         self.transform(z_s, z_t)
         z_t = self.teacher_logits(rows, z_t)
-        shared = z_s[:, : x.kd_vocab]
+        shared = x.of_kd(z_s)
         student, x_s, e_s = self._side(rows, shared, z_s, CE, self.tau)
         zero = z_s.new_zeros(z_s.shape[0])
         state = State(student, Side(*[zero] * 7), zero, zero, z_s.new_empty(0, z_s.shape[0]))
@@ -130,7 +135,8 @@ class TorchVocabParallelRows(TorchRows):
             return self._sparse_state(rows, shared, state)
         if z_t is None:
             return state
-        teacher, x_t, e_t = self._side(rows, z_t, z_t, ANCHOR, self.tau_t)
+        theirs = x.of_kd(z_t)
+        teacher, x_t, e_t = self._side(rows, theirs, z_t if x.projected else theirs, ANCHOR, self.tau_t)
         if not self.kl:
             return state._replace(teacher=teacher)
         (x_b, e_b), (x_o, e_o) = ((x_t, e_t), (x_s, e_s)) if self.forward_kl else ((x_s, e_s), (x_t, e_t))
@@ -145,7 +151,7 @@ class TorchVocabParallelRows(TorchRows):
         zero = torch.zeros_like(m)
         side = Side(m, S, _argmax(z) + self.x.vocab_start if metrics else zero, m, zero, zero, zero)
         if targets is not None or metrics:
-            m_1 = _maximum(z_1) if z.shape[1] < z_1.shape[1] else m
+            m_1 = _maximum(z_1) if self.x.truncated else m
             y = z_1 - m_1[:, None]
             e_1 = y.exp()
             side = side._replace(m_1=m_1, S_1=e_1.sum(dim=-1))
@@ -158,7 +164,7 @@ class TorchVocabParallelRows(TorchRows):
         return side, x, e
 
     def merge(self, rows: slice, states: Tensor) -> Constants:
-        x, stats, of = self.x, self.stats, State.of_all(states)
+        x, stats, of = self.x, self.stats, State.of_all(states, self.further)
         student = _merged(of.student.m, of.student.S, self.tau)
         teacher = _merged(of.teacher.m, of.teacher.S, self.tau_t)
         log_s, log_t = student.S.log(), teacher.S.log()
@@ -168,7 +174,7 @@ class TorchVocabParallelRows(TorchRows):
         zero = torch.zeros_like(log_s)
         constants = Constants(
             m_s=student.m, log_s=log_s, m_t=teacher.m, log_t=log_t, gap=log_t - log_s, A_p=zero, A_q=zero,
-            D_p=zero + nan, D_q=zero + nan, m_1=m_1, log_1=log_1, log_t1=zero,
+            D_p=zero + nan, D_q=zero + nan, m_1=m_1, log_1=log_1, m_t1=teacher.m, log_t1=zero,
             inside=zero.new_empty(0, len(zero)), outside=zero,
         )  # fmt: skip
         if x.want_metrics and x.has_teacher:
@@ -179,8 +185,8 @@ class TorchVocabParallelRows(TorchRows):
             stats[KD, rows] = found.value
             return constants._replace(inside=found.inside.t(), outside=found.outside)
         if self.teacher and (x.use_anchor or x.want_metrics):
-            _, log_t1 = self._merge_at_one(rows, of.teacher, ANCHOR)
-            constants = constants._replace(log_t1=log_t1)
+            m_t1, log_t1 = self._merge_at_one(rows, of.teacher, ANCHOR)
+            constants = constants._replace(m_t1=m_t1, log_t1=log_t1)
         if not self.teacher or not self.kl:
             return constants
         base = (of.teacher.S, teacher, student) if self.forward_kl else (of.student.S, student, teacher)
@@ -238,7 +244,7 @@ class TorchVocabParallelRows(TorchRows):
         grad_t: Tensor | None = None
         grad_a: Tensor | None = None
         if x.sparse and wanted.student:
-            grad_s = self._sparse_gradient(rows, z_s[:, : x.kd_vocab], constants)
+            grad_s = self._sparse_gradient(rows, x.of_kd(z_s), constants)
         elif z_t is not None and (wanted.student or wanted.teacher):
             divergence = x.divergence
             p, q, (_, a_p, a_q) = divergence.solve(*self._logarithms(z_s, z_t, constants))
@@ -251,7 +257,7 @@ class TorchVocabParallelRows(TorchRows):
         if wanted.student and x.ce_term:
             grad_s = add_shared(self._softmax_less_onehot(rows, z_s, constants.m_1, constants.log_1, CE), grad_s)
         if z_t is not None and wanted.anchor:
-            grad_a = self._softmax_less_onehot(rows, z_t, constants.m_t, constants.log_t1, ANCHOR)
+            grad_a = self._softmax_less_onehot(rows, z_t, constants.m_t1, constants.log_t1, ANCHOR)
         self.write(out, self.chained((grad_s, grad_t, grad_a), slopes))
 
     def _softmax_less_onehot(self, rows: slice, z: Tensor, m: Tensor, log: Tensor, term: int) -> Tensor:
@@ -267,8 +273,8 @@ class TorchVocabParallelRows(TorchRows):
     def _logarithms(self, z_s: Tensor, z_t: Tensor, constants: Constants) -> tuple[Tensor, Tensor, Tensor]:
         """Return (log p, log q, g = log p − log q) at τ."""
         m_s, log_s, m_t, log_t, gap = (each[:, None] for each in constants[:5])
-        x_s = (z_s[:, : self.x.kd_vocab] - m_s) / self.tau
-        x_t = (z_t - m_t) / self.tau_t
+        x_s = (self.x.of_kd(z_s) - m_s) / self.tau
+        x_t = (self.x.of_kd(z_t) - m_t) / self.tau_t
         g = log_ratio(x_t, x_s).sub_(gap)
         g.masked_fill_(x_t.isneginf() & x_s.isneginf(), 0.0)
         return x_t - log_t, x_s - log_s, g

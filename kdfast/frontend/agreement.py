@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from kdfast.divergences import Divergence
-from kdfast.frontend.arguments import Arguments, Vocabulary
+from kdfast.frontend.arguments import EMPTY_MASK, Arguments, Vocabulary
 from kdfast.inputs import Head, Options, Projected, SparseLogits, is_asked
 from kdfast.ops import autocast, collectives
 from kdfast.ops.transforms import has_values, in_force
@@ -85,7 +85,11 @@ def raise_on_all_ranks(x: Arguments) -> Iterator[None]:
     except (TypeError, ValueError) as error:
         refused = error
     try:
-        _check_alike(_exchange(refused, values, group, device))
+        tables = _exchange(refused, values, group, device)
+        compared = [table.pop(EMPTY_MASK) for table in tables]
+        if not any(compared):
+            raise ValueError(EMPTY_MASK)
+        _check_alike(tables)
     except (TypeError, ValueError):
         _known.pop(group, None)  # on all of them, so that they compare the next call again
         raise
@@ -207,7 +211,9 @@ def _values(x: Arguments) -> dict[str, Any]:
     for source in (x.student, x.teacher):
         numbers += [source.logit_scale, source.softcap] if isinstance(source, Head) else []
     numbers += [*options.divergence.parameters, getattr(x.teacher, "temperature", None)]
+    mask = options.kd_vocab_mask
     return {
+        EMPTY_MASK: mask is None or bool(mask[: x.kd_vocab].any()),
         "the number of rows of student: Head.hidden": x.student.hidden.shape[:-1].numel(),
         "labels or anchor_targets": (_checksum(x.labels), _checksum(options.anchor_targets)),
         "token_weights or kd_token_weights": (

@@ -6,7 +6,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from kdfast.inputs import Head, Options, Teacher
+from kdfast.inputs import Head, Logits, Options, Teacher
+
+EMPTY_MASK = (
+    "kd_vocab_mask is False at every id that both sides have; expected a True one, for the KD term to be over. Pass "
+    "None for all ids, or teacher=None for the cross entropy alone"
+)
 
 
 class Vocabulary(NamedTuple):
@@ -33,4 +38,17 @@ class Arguments(NamedTuple):
     labels: Tensor | None
     options: Options
     vocabulary: Vocabulary
+    kd_vocab_mask: Tensor | None = None  # of the whole vocabulary, by which a sparse teacher's entries are dropped
     compare: bool = False  # this call with those of the group's other processes
+
+    @property
+    def valid_vocab(self) -> int:
+        return self.vocabulary.size if self.options.valid_vocab is None else self.options.valid_vocab
+
+    @property
+    def kd_vocab(self) -> int:
+        """How many of the entries here the KD term may be over: it ends where the smaller vocabulary does."""
+        ids, teacher = self.vocabulary.within(self.valid_vocab), self.teacher
+        if isinstance(teacher, Head):
+            ids = min(ids, teacher.weight.shape[0])
+        return min(ids, teacher.logits.shape[-1]) if isinstance(teacher, Logits) else ids

@@ -27,7 +27,7 @@ def build_problem(x: Arguments) -> tuple[Problem, Tensor]:
     student = _autocast(x.student)
     hidden = _flat(student.hidden)
     N, device = hidden.shape[0], hidden.device
-    valid_vocab = vocabulary.size if options.valid_vocab is None else options.valid_vocab
+    valid_vocab = x.valid_vocab
     engine = resolve(
         options.engine,
         device,
@@ -37,14 +37,20 @@ def build_problem(x: Arguments) -> tuple[Problem, Tensor]:
         teacher=isinstance(x.teacher, (Head, Projected)),
         scratch_bytes=options.scratch_bytes or 0,
         buffers=2 if vocabulary.group else 1,
-        kernels=has_kernels(options.divergence, x.teacher),
+        kernels=has_kernels(options.divergence, x.teacher) and options.kd_vocab_mask is None,
     )
-    teacher = _teacher(x.teacher, student, valid_vocab, engine)
+    teacher = _teacher(x.teacher, student, valid_vocab, engine, x.kd_vocab_mask)
     double = torch.float64 in (hidden.dtype, None if teacher.hidden is None else teacher.hidden.dtype)
     temperature = scalar(options.temperature, device, torch.float64 if double else torch.float32)
     if teacher.tail == "none" and not teacher.tempered:  # weights as given mean what they say at τ = 1 only
         temperature = torch.where(temperature == 1, temperature, float("nan"))
     its_own = x.teacher.temperature if isinstance(x.teacher, Projected) else None
+    kd_vocab, kd_size = x.kd_vocab, valid_vocab
+    if teacher.vocab is not None:
+        kd_size = min(kd_size, teacher.vocab if vocabulary.teacher is None else vocabulary.teacher)
+    kd_mask = None if x.teacher is None else options.kd_vocab_mask
+    if kd_mask is not None:
+        kd_mask = F.pad(kd_mask[:kd_vocab], (0, vocabulary.rows - kd_vocab)).contiguous()
     rows = row_weights(
         x.labels,
         options,
@@ -53,13 +59,9 @@ def build_problem(x: Arguments) -> tuple[Problem, Tensor]:
         temperature,
         has_kd=x.teacher is not None,
         has_anchor=isinstance(x.teacher, Projected),
-        bad_kd=_unreadable(x, valid_vocab),
+        bad_kd=_unreadable(x, valid_vocab, kd_mask),
     )
 
-    kd_vocab, kd_size = vocabulary.within(valid_vocab), valid_vocab
-    if teacher.vocab is not None:  # the KD term ends where the smaller vocabulary does
-        kd_vocab = min(kd_vocab, teacher.vocab)
-        kd_size = min(kd_size, teacher.vocab if vocabulary.teacher is None else vocabulary.teacher)
     ce_term = rows.labels is not None and is_asked(options.ce_weight)
     want_metrics = not isinstance(options.return_metrics, str) and bool(options.return_metrics)
     whole = ce_term or want_metrics  # past the shared ids there is the cross entropy alone
@@ -94,6 +96,7 @@ def build_problem(x: Arguments) -> tuple[Problem, Tensor]:
         teacher_grad=options.teacher_grad,
         valid_vocab=vocabulary.within(valid_vocab) if whole else kd_vocab,
         kd_vocab=kd_vocab,
+        kd_mask=kd_mask,
         vocab_size=valid_vocab if whole else kd_size,
         kd_size=kd_size,
         vocab_start=vocabulary.start,
@@ -131,7 +134,9 @@ class _Teacher(NamedTuple):
     vocab: int | None = None  # entries here of a vocabulary of its own
 
 
-def _teacher(teacher: Teacher | None, student: Head, valid_vocab: int, engine: str) -> _Teacher:
+def _teacher(
+    teacher: Teacher | None, student: Head, valid_vocab: int, engine: str, mask: Tensor | None
+) -> _Teacher:
     if isinstance(teacher, Projected):
         hidden = _flat(teacher.hidden)
         dtype = student.weight.dtype
@@ -150,22 +155,27 @@ def _teacher(teacher: Teacher | None, student: Head, valid_vocab: int, engine: s
         return _Teacher(logits=teacher.logits, rows=rows, vocab=teacher.logits.shape[-1])
     if isinstance(teacher, SparseLogits):
         dtype = torch.promote_types(student.hidden.dtype, torch.float32)
-        entries = sparse.prepare(_flat(teacher.indices), _flat(teacher.log_probs), valid_vocab, dtype)
+        entries = sparse.prepare(_flat(teacher.indices), _flat(teacher.log_probs), valid_vocab, dtype, mask)
         return _Teacher(
             indices=entries[0],
             log_probs=entries[1],
-            log_tail=sparse.log_tail(teacher, *entries, valid_vocab),
+            log_tail=sparse.log_tail(teacher, *entries, valid_vocab, mask),
             tail=teacher.tail,
             tempered=teacher.tempered,
         )
     return _Teacher()
 
 
-def _unreadable(x: Arguments, valid_vocab: int) -> Tensor | None:
-    """Return (N,) bool: rows of a sparse teacher with mass on an id the student does not have, or without an entry."""
+def _unreadable(x: Arguments, valid_vocab: int, kd_mask: Tensor | None) -> Tensor | None:
+    """Return (N,) bool: rows of a sparse teacher with mass on an id the student does not have, or without an entry; all
+    of them where the KD term is over no id."""
+    nothing = None
+    if kd_mask is not None and not x.vocabulary.group:
+        nothing = ~kd_mask.any().expand(x.student.hidden.shape[:-1].numel())
     if not isinstance(x.teacher, SparseLogits):
-        return None
-    empty = sparse.without_entries(x.teacher, valid_vocab).reshape(-1)
+        return nothing
+    empty = sparse.without_entries(x.teacher, valid_vocab, x.kd_vocab_mask).reshape(-1)
+    empty = empty if nothing is None else empty | nothing
     if x.options.vocab == "truncate":
         return empty
     indices = x.teacher.indices.long()  # a vocabulary past a narrower type's range would be compared modulo that

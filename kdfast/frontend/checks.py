@@ -19,7 +19,7 @@ from torch import Tensor
 from kdfast import engines
 from kdfast.divergences import DIVERGENCES, Divergence
 from kdfast.engines import unavailable
-from kdfast.frontend.arguments import Arguments
+from kdfast.frontend.arguments import EMPTY_MASK, Arguments
 from kdfast.inputs import (
     MOST_ENTRIES,
     Head,
@@ -62,6 +62,7 @@ def check(x: Arguments) -> None:
         _check_logits(teacher, x)
     elif isinstance(teacher, SparseLogits):
         _check_sparse(teacher, x)
+    _check_kd_vocab_mask(x)
     hidden = (source.hidden.dtype for source in (student, teacher) if isinstance(source, (Head, Projected)))
     obstacle = unavailable(options.engine, student.hidden.device, *hidden)
     if obstacle is not None:
@@ -323,13 +324,15 @@ def _check_entries(teacher: SparseLogits, x: Arguments) -> None:
                 f"teacher: SparseLogits.log_tail and .log_probs hold a mass of {float(total.max())}; expected 1. "
                 "Is log_tail the log of the mass of all other ids, at the temperature of log_probs?"
             )
-    valid = V if x.options.valid_vocab is None else x.options.valid_vocab
-    empty = counts & sparse.without_entries(teacher, valid)
+    valid = x.valid_vocab
+    mask = x.kd_vocab_mask
+    empty = counts & sparse.without_entries(teacher, valid, mask)
     if bool(empty.any()):
         row = ", ".join(map(str, empty.nonzero()[0].tolist()))
         raise ValueError(
             f"teacher: SparseLogits has no entry in row {row}, which counts, and tail={tail!r} normalizes over a row's "
-            f"entries: each of its log_probs is −inf or of an id that is not from 0 to {valid - 1}. Leave the row out "
+            f"entries: each of its log_probs is −inf or of an id that is not from 0 to {valid - 1}"
+            f"{'' if mask is None else ', or is False in kd_vocab_mask'}. Leave the row out "
             "(label ignore_index, or weight 0), or pass tail='bucket', for mass that is elsewhere"
         )
 
@@ -363,6 +366,35 @@ def _check_valid_vocab(valid: Any, V: int) -> None:
         raise TypeError(f"valid_vocab is {kind(valid)}; expected an int or None")
     if valid is not None and not 0 < valid <= V:
         raise ValueError(f"valid_vocab={short(valid)}; expected 1 to the head's {V} rows")
+
+
+def check_mask(mask: Any, student: Head) -> None:
+    """Raise for a kd_vocab_mask that is no mask of the student's ids, those here."""
+    if mask is None:
+        return
+    if type(mask).__name__ == "DTensor":
+        raise TypeError("kd_vocab_mask is a DTensor; expected a plain tensor, or process_group=, the mesh it is cut on")
+    _check_tensor("kd_vocab_mask", mask, (torch.bool,), "a bool tensor (V,), or None", "torch.bool, such as ids < 100")
+    V = student.weight.shape[0]
+    if tuple(mask.shape) != (V,):
+        raise ValueError(f"kd_vocab_mask is {tuple(mask.shape)}; expected ({V},), one per row of student: Head.weight")
+    _check_same_device("kd_vocab_mask", mask, student.hidden)
+
+
+def _check_kd_vocab_mask(x: Arguments) -> None:
+    mask, teacher = x.options.kd_vocab_mask, x.teacher
+    check_mask(mask, x.student)
+    if mask is None:
+        return
+    if x.options.engine.startswith("triton"):
+        raise ValueError(f"kd_vocab_mask with engine={x.options.engine!r}, which does not take it yet; use 'torch'")
+    if isinstance(teacher, SparseLogits) and teacher.tail == "bucket" and teacher.log_tail is None:
+        raise ValueError(
+            "kd_vocab_mask with teacher: SparseLogits.tail='bucket' and no log_tail; what the entries leave of 1 is on "
+            "False ids, too. Pass log_tail, the log of the mass of the True ids that are not given, or another tail"
+        )
+    if not x.vocabulary.group and can_read(mask) and not bool(mask[: x.kd_vocab].any()):
+        raise ValueError(EMPTY_MASK)
 
 
 def _check_targets(name: str, targets: Tensor | None, x: Arguments) -> None:

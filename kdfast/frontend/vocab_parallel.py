@@ -11,12 +11,14 @@ from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed import _functional_collectives as functional_collectives
 from torch.distributed.device_mesh import DeviceMesh
 
 from kdfast.frontend.agreement import NO_ENTRIES, Slice, agree_on_slices, kind_of_call
 from kdfast.frontend.arguments import Arguments, Vocabulary
-from kdfast.frontend.checks import check_head
+from kdfast.frontend.checks import check_head, check_mask
 from kdfast.inputs import Head, Logits, Options, Projected, SparseLogits, Teacher, kind
 
 
@@ -32,7 +34,8 @@ def localize(student: Head, teacher: Teacher | None, labels: Any, options: Optio
                 "other slices of the head, or leave vocab_start out"
             )
         rows = student.weight.shape[0] if _is_matrix(student.weight) else 0
-        return Arguments(student, teacher, labels, options, Vocabulary(rows, rows=rows, largest=rows))
+        vocabulary = Vocabulary(rows, rows=rows, largest=rows)
+        return Arguments(student, teacher, labels, options, vocabulary, options.kd_vocab_mask)
     sharding = _sharding(options.process_group)
     mine, kind_here, refused = Slice(), (), None
     try:
@@ -43,7 +46,11 @@ def localize(student: Head, teacher: Teacher | None, labels: Any, options: Optio
     vocabulary, compare = agree_on_slices(sharding.group, mine, kind_here, student.hidden, refused)
     if vocabulary.whole_teacher:
         teacher = _cut(teacher, mine.start)
-    return Arguments(student, teacher, labels, options, vocabulary, compare)
+    mask = options.kd_vocab_mask if isinstance(teacher, SparseLogits) else None
+    if mask is not None:  # entries may be anywhere
+        mask = F.pad(mask.to(torch.uint8), (mine.start, vocabulary.size - mine.start - mine.rows))
+        mask = functional_collectives.all_reduce(mask, "sum", sharding.group) != 0
+    return Arguments(student, teacher, labels, options, vocabulary, mask, compare)
 
 
 def _local(
@@ -64,6 +71,17 @@ def _local(
     teacher, *teacher_slice = _local_teacher(teacher, start, sharding)
     per_token = ("anchor_targets", "token_weights", "kd_token_weights")
     options = replace(options, **{name: sharding.replicated(name, getattr(options, name)) for name in per_token})
+    given: Any = options.kd_vocab_mask
+    mask, first = sharding.sharded("kd_vocab_mask", given, 0, start)
+    if _is_dtensor(given) and given.placements[0].is_replicate():
+        mask = mask[start : start + student.weight.shape[0]]
+    check_mask(mask, student)
+    if first != start:
+        raise ValueError(
+            f"kd_vocab_mask is a DTensor whose slice starts at {first}, and student: Head.weight's starts at {start}; "
+            "expected it cut where the weight is"
+        )
+    options = replace(options, kd_vocab_mask=mask)
     mine = Slice(start, student.weight.shape[0], start if claimed is None else int(claimed), *teacher_slice)
     return student, teacher, sharding.replicated("labels", labels), options, mine
 

@@ -12,6 +12,7 @@ labels, targets and sparse entries are those of the whole vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import inf
 from typing import NamedTuple
 
 import torch
@@ -60,6 +61,7 @@ class Problem:
     teacher_grad: str  # "full" | "projector" | "none"
     valid_vocab: int  # ids from here on are padding rows of the student's embedding
     kd_vocab: int  # both sides of the KD term end here: less than valid_vocab where the teacher's vocabulary is smaller
+    kd_mask: Tensor | None  # (V,) bool: which ids the KD term is over, none from kd_vocab on; None = all before that
     vocab_size: int  # valid_vocab of all processes together
     kd_size: int  # kd_vocab of all processes together
     vocab_start: int  # id of the first entry here
@@ -102,8 +104,14 @@ class Problem:
 
     @property
     def truncated(self) -> bool:
-        """Whether some process has entries past the KD term's."""
-        return self.kd_size < self.vocab_size
+        """Whether some process has entries that are the cross entropy's or the anchor's, and not the KD term's."""
+        masked = self.kd_mask is not None and (self.use_ce or self.use_anchor or self.want_metrics)
+        return masked or self.kd_size < self.vocab_size
+
+    def of_kd(self, z: Tensor) -> Tensor:
+        """Return logits (r, ≥ kd_vocab) as the KD term sees them: (r, kd_vocab), −inf at ids that it leaves out."""
+        z = z[:, : self.kd_vocab]
+        return z if self.kd_mask is None else z.masked_fill(~self.kd_mask[: self.kd_vocab], -inf)
 
     def local(self, ids: Tensor | None) -> Tensor | None:
         """Return the entries here of `ids`; −1 for those of other processes."""

@@ -39,18 +39,27 @@ class Support(NamedTuple):
     outside: Tensor  # (r,): of any other id it is outside · exp(z/τ' − its log-sum-exp); with `has_rest`, the rest's
 
 
-def prepare(indices: Tensor, log_probs: Tensor, vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return (ids (N, K) ascending in each row, log-probabilities (N, K)) of raw entries; ids from `vocab` on are left
-    out.
+def known(indices: Tensor, vocab: int, mask: Tensor | None) -> Tensor:
+    """Return bool of the shape of `indices`, which ids the KD term knows: from 0 to `vocab` − 1, and True in `mask`."""
+    indices = indices.long()  # a vocabulary past a narrower type's range would be compared modulo that
+    inside = (indices >= 0) & (indices < vocab)
+    return inside if mask is None else inside & mask[torch.where(inside, indices, 0)]
+
+
+def prepare(
+    indices: Tensor, log_probs: Tensor, vocab: int, dtype: torch.dtype, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return (ids (N, K) ascending in each row, log-probabilities (N, K)) of raw entries; ids that are not `known` are
+    left out.
 
     Entries of the same id add up, and each of them then holds the sum, so that writing to their id twice writes the
     same; `counted` says which one counts. An entry of log-probability −inf is as good as none.
     """
-    indices = indices.long()  # a vocabulary past a narrower type's range would be compared modulo that
-    known = (indices >= 0) & (indices < vocab)
-    log_probs = torch.where(known, log_probs.to(dtype), -inf)
+    inside = known(indices, vocab, mask)
+    log_probs = torch.where(inside, log_probs.to(dtype), -inf)
+    spare = 0 if mask is None else mask[:vocab].to(torch.uint8).argmax()  # an id that the KD term knows
     # contiguous, whatever the caller's strides: kernels read them row by row
-    indices, order = torch.where(known, indices, 0).contiguous().sort(dim=-1, stable=True)
+    indices, order = torch.where(inside, indices.long(), spare).contiguous().sort(dim=-1, stable=True)
     log_probs = log_probs.gather(-1, order)
     first = counted(indices)
     if indices.device.type == "cpu" and has_values(indices) and bool(first.all()):
@@ -66,11 +75,10 @@ def prepare(indices: Tensor, log_probs: Tensor, vocab: int, dtype: torch.dtype) 
     return indices, _of_the_first(first, log_probs)
 
 
-def without_entries(teacher: SparseLogits, vocab: int) -> Tensor:
-    """Return (*,) bool: rows of which a softmax over their entries would be 0/0. Ids from `vocab` on are left out."""
-    indices = teacher.indices.long()
-    known = (indices >= 0) & (indices < vocab) & (teacher.log_probs != -inf)
-    return ~known.any(dim=-1) & (teacher.tail in ("renormalize", "renormalize_both"))
+def without_entries(teacher: SparseLogits, vocab: int, mask: Tensor | None = None) -> Tensor:
+    """Return (*,) bool: rows of which a softmax over their entries would be 0/0."""
+    there = known(teacher.indices, vocab, mask) & (teacher.log_probs != -inf)
+    return ~there.any(dim=-1) & (teacher.tail in ("renormalize", "renormalize_both"))
 
 
 def counted(indices: Tensor) -> Tensor:
@@ -86,25 +94,30 @@ def _of_the_first(first: Tensor, values: Tensor) -> Tensor:
     return values.gather(-1, position)
 
 
-def log_tail(teacher: SparseLogits, indices: Tensor, log_probs: Tensor, vocab: int) -> Tensor | None:
+def log_tail(
+    teacher: SparseLogits, indices: Tensor, log_probs: Tensor, vocab: int, mask: Tensor | None = None
+) -> Tensor | None:
     """Return (N,): log of the mass that is on none of the ids, −inf where there is none; None where `teacher`'s tail
-    is no category. indices, log_probs (N, K): of `prepare`. Mass on ids from `vocab` on is elsewhere too."""
+    is no category. indices, log_probs (N, K): of `prepare`. Mass on ids from `vocab` on is elsewhere too; that on ids
+    out of `mask` is not, nor in a tail that is given."""
     if teacher.tail not in ("bucket", "renormalize_both"):
         return None
     if teacher.tail == "renormalize_both":
         return log_probs.new_full(log_probs.shape[:1], -inf)
-    known = (teacher.indices >= 0) & (teacher.indices.long() < vocab)
+    inside = known(teacher.indices, vocab, None)
     given = teacher.log_probs.double()
     if teacher.log_tail is not None:
-        elsewhere = torch.where(known, -inf, given)
-        tail = torch.cat([teacher.log_tail.double()[..., None], elsewhere], dim=-1).logsumexp(dim=-1)
+        tail = teacher.log_tail.double()
+        if mask is None:
+            tail = torch.cat([tail[..., None], torch.where(inside, -inf, given)], dim=-1).logsumexp(dim=-1)
     else:
-        p = torch.where(known, given, -inf).exp()
+        p = torch.where(inside, given, -inf).exp()
         # each log p is rounded by eps/2 of itself, so that their sum may be off by eps/2 · Σ p·|log p|
         eps = torch.finfo(teacher.log_probs.dtype).eps
         error = (eps / 2 * torch.special.entr(p).sum(dim=-1)).clamp_min(min(eps, 2.0**-23))
         tail = torch.maximum(1 - p.sum(dim=-1), error).log()
-    everything = (counted(indices) & (log_probs > -inf)).sum(dim=-1) == vocab
+    ids = vocab if mask is None else mask[:vocab].sum()
+    everything = (counted(indices) & (log_probs > -inf)).sum(dim=-1) == ids
     return tail.reshape(-1).to(log_probs.dtype).masked_fill(everything, -inf)
 
 

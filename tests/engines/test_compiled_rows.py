@@ -103,6 +103,10 @@ MORE = {
     "skew reverse": ("head", {"divergence": SkewReverseKL(0.4)}),
     "total variation": ("projected", {"divergence": "total_variation"}),
     "alpha beta": ("head", {"divergence": AlphaBeta(0.3, -0.6)}),
+    "some ids": (
+        "projected",
+        {"divergence": SkewKL(0.2), "kd_vocab_mask": torch.arange(V) % 3 > 0, "ce_weight": 0.5, "anchor_weight": 0.2},
+    ),
 }
 
 

@@ -38,7 +38,7 @@ TINY, HUGE = 2.0**-126, 3.4e38  # of float32
 NUMBERS = ("temperature", "kd_weight", "ce_weight", "anchor_weight", "num_items_in_batch")
 FLAGS = ("return_metrics", "temperature_squared", "tempered")
 TENSORS = ("hidden", "weight", "bias", "projector_weight", "projector_bias", "logits", "indices", "log_probs", "log_tail", "labels",
-           "token_weights", "kd_token_weights", "anchor_targets")  # fmt: skip
+           "token_weights", "kd_token_weights", "anchor_targets", "kd_vocab_mask")  # fmt: skip
 NAMES = [*(f.name for cls in (Head, Projected, Logits, SparseLogits) for f in fields(cls)), *Options.names(),
          "student", "teacher", "labels"]  # fmt: skip
 Pair = namedtuple("Pair", "a b")
@@ -155,6 +155,7 @@ def _wrong(seed: int, engine: str, chance: random.Random) -> Outcome:
     arguments = {"student": case.student, "teacher": case.teacher, "labels": case.labels, **case.options}
     arguments |= {"engine": engine, "scratch_bytes": case.scratch, "return_metrics": chance.random() < 0.5,
                   "process_group": None, "vocab_start": None}  # fmt: skip
+    arguments.setdefault("kd_vocab_mask", None)
     done = []
     for _ in range(chance.choice([1, 1, 1, 2])):
         if (spoiled := _spoil(arguments, chance)) is not None:
@@ -295,7 +296,7 @@ def _meant(field: str, value: Any) -> bool:
         return value is None or (isinstance(value, int | np.integer) and 0 < value < 2**63)
     if value is None:
         return field in ("bias", "labels", "teacher", "projector_weight", "projector_bias", "anchor_targets",
-                         "log_tail", "token_weights", "kd_token_weights", "process_group", "vocab_start")  # fmt: skip
+                         "log_tail", "token_weights", "kd_token_weights", "process_group", "vocab_start", "kd_vocab_mask")  # fmt: skip
     return (field, value) in [("reduction", "mean"), ("reduction", "none"), ("teacher_grad", "none"), ("tail", "none")]
 
 

@@ -36,6 +36,11 @@ def outcome(function, *args, **kwargs):
         return f"{type(error).__name__}: {error}"
 
 
+def cut(options, start, stop):
+    """Options of a slice."""
+    return {name: value[start:stop] if name == "kd_vocab_mask" else value for name, value in options.items()}
+
+
 def of_kind(kind, engine, edges, **options):
     """(loss, metrics, gradients) of a kind of teachers.py, with the slice edges[rank] … edges[rank + 1]."""
     case, rank = make(), processes.rank()
@@ -44,7 +49,7 @@ def of_kind(kind, engine, edges, **options):
     source, own = sources(case, kind)
     if isinstance(source, Head):
         source = Head(source.hidden, source.weight[start:stop], source.bias[start:stop])
-    options = {"ce_weight": 0.5, "return_metrics": True} | own | options
+    options = {"ce_weight": 0.5, "return_metrics": True} | cut(own, start, stop) | options
     loss, metrics = fused_kd_loss(
         Head(case.hs, case.W, case.b), source, case.labels, engine=engine, process_group=processes.group(),
         vocab_start=start, **options,
@@ -67,7 +72,7 @@ def _sliced(kind, engine, edges, **options):
         head, source, labels = place((Head(own.hs, own.W, own.b), source, case.labels))
         return fused_kd_loss(
             head, source, labels, engine=engine, process_group=processes.group(), vocab_start=start,
-            **{"ce_weight": 0.5} | more | options,
+            **{"ce_weight": 0.5} | cut(more, start, stop) | options,
         )  # fmt: skip
 
     return case, loss
@@ -104,7 +109,7 @@ def transforms_of(function):
     return [each.detach() for each in found]
 
 
-def sharded(seed, engine, **options):
+def sharded(seed, engine, cut_mask=True, **options):
     """W and b as DTensors cut by torch (101 over 4: 26, 26, 26, 23), the rest plain or replicated."""
     case = make(seed=seed)
     shards = mesh(4)
@@ -114,6 +119,9 @@ def sharded(seed, engine, **options):
     )
     hs = distribute_tensor(case.hs.detach(), shards, [Replicate()]).requires_grad_()
     teacher = Projected(case.ht, P, case.p)
+    if "kd_vocab_mask" in options:
+        placement = Shard(0) if cut_mask else Replicate()
+        options["kd_vocab_mask"] = distribute_tensor(options["kd_vocab_mask"], shards, [placement])
     loss = fused_kd_loss(Head(hs, W, b), teacher, case.labels, engine=engine, process_group=shards, **options)
     loss.backward()
     found = {"W": W.grad, "b": b.grad, "P": P.grad, "hs": hs.grad, "p": case.p.grad}
@@ -226,6 +234,9 @@ def wrong(what):
         more["vocab_start"] = -1
     elif what == "valid_vocab":
         more["valid_vocab"] = 102
+    elif what in ("mask", "mask of one", "mask of nothing"):
+        mask = torch.zeros(101 if what == "mask" else rows, dtype=torch.bool)
+        more["kd_vocab_mask"] = None if what == "mask of one" and rank else mask
     W = W.detach()[start : start + rows].requires_grad_(what != "kind of call" or rank == 0)
     b = case.b.detach()[: rows + rank] if what == "bias of one" else None
     ht = case.ht[: len(hs)] + (rank if what == "other teacher" else 0)

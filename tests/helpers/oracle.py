@@ -239,14 +239,18 @@ def solve(
     student, teacher, labels=None, *, temperature=2.0, divergence="forward_kl", kd_weight=1.0, ce_weight=0.0,
     anchor_weight=0.0, anchor_targets=None, teacher_grad="full", token_weights=None, kd_token_weights=None,
     ignore_index=-100, reduction="mean", num_items_in_batch=None, temperature_squared=True, valid_vocab=None,
-    vocab="error",
+    vocab="error", kd_vocab_mask=None,
 ):  # fmt: skip
-    """Each term is computed on the rows that it counts, and on nothing else."""
+    """Each term is computed on the rows that it counts, and on nothing else; KD on the columns it is over, alone."""
     tau, leading = float(temperature), student.hidden.shape[:-1]
     valid = student.weight.shape[0] if valid_vocab is None else valid_vocab
     metrics = dict.fromkeys(("kd", "ce", "anchor", "student_entropy", "teacher_entropy", "agreement"), math.nan)
     margins, ties, terms = [math.inf], [math.inf], []
     products: list[Product] = []  # of the term at hand
+
+    def columns(size):
+        """Which of `size` ids the KD term is over."""
+        return slice(None) if kd_vocab_mask is None else kd_vocab_mask[:size].nonzero().squeeze(1)
 
     def flat(tensor):
         return tensor.reshape(-1, tensor.shape[-1])
@@ -277,19 +281,30 @@ def solve(
         return through_students_head(hidden.to(dtype), hidden_abs.to(dtype), fixed=fixed, tau=tau)
 
     def against(source, rows, z, tau):
-        """(log_p, log_q, z_t or None) of a given distribution and one of logits z."""
+        """(log_p, log_q) of a given distribution and one of logits z; z and z_t, or None, where the KD term is."""
         if isinstance(source, SparseLogits):
-            entries = flat(source.indices)[rows], flat(source.log_probs)[rows]
+            entries = kept(source, rows)
+            z = z[:, columns(valid)]
             log_tail = None if source.log_tail is None else source.log_tail.reshape(-1)[rows]
-            return *sparse_pair(*entries, source.tail, z, tau, source.tempered, log_tail), None
+            return *sparse_pair(*entries, source.tail, z, tau, source.tempered, log_tail), z, None
         if isinstance(source, Logits):
             z_t = flat(source.logits)[rows][:, :valid]
         else:
             bias = None if source.bias is None else source.bias[:valid]
             hidden = flat(source.hidden)[rows]
             z_t = logits(hidden, source.weight[:valid], bias, source.logit_scale, source.softcap)
-        shared = z[:, : z_t.shape[1]]
-        return (z_t.to(z.dtype) / tau).log_softmax(-1), (shared / tau).log_softmax(-1), z_t.to(z.dtype)
+        here = columns(z_t.shape[1])
+        shared, z_t = z[:, : z_t.shape[1]][:, here], z_t[:, here].to(z.dtype)
+        return (z_t / tau).log_softmax(-1), (shared / tau).log_softmax(-1), shared, z_t
+
+    def kept(source, rows):
+        """(ids, log-probabilities): where there is a mask, ids count what it leaves, and the rest is without mass."""
+        ids, log_probs = flat(source.indices)[rows].long(), flat(source.log_probs)[rows]
+        if kd_vocab_mask is None:
+            return ids, log_probs
+        there = (ids >= 0) & (ids < valid)
+        there &= kd_vocab_mask[ids.where(there, 0)]
+        return (kd_vocab_mask.cumsum(0) - 1)[ids.where(there, 0)], log_probs.masked_fill(~there, -math.inf)
 
     def entropy(z):
         p = z.softmax(-1)
@@ -303,7 +318,7 @@ def solve(
 
     def most_probable(source, rows):
         chosen = []
-        for ids, given in zip(flat(source.indices)[rows].tolist(), flat(source.log_probs)[rows].tolist(), strict=True):
+        for ids, given in zip(*(each.tolist() for each in kept(source, rows)), strict=True):
             mass = sorted((-p, i) for i, p in masses(ids, given, valid).items())
             margins.append(math.log(mass[0][0] / mass[1][0]) if len(mass) > 1 else math.inf if mass else 0.0)
             chosen.append(mass[0][1] if mass else 0)
@@ -344,16 +359,17 @@ def solve(
             tau_t = tau if teacher.temperature is None else float(teacher.temperature)
             z_t = projected_logits(rows, fixed=teacher_grad != "full", tau=tau_t)
             z_t = z_t.detach() if teacher_grad == "none" else z_t
-            log_p, log_q = (z_t / tau_t).log_softmax(-1), (z_s / tau).log_softmax(-1)
+            shared, theirs = z_s[:, columns(valid)], z_t[:, columns(valid)]
+            log_p, log_q = (theirs / tau_t).log_softmax(-1), (shared / tau).log_softmax(-1)
         else:
-            log_p, log_q, z_t = against(teacher, rows, z_s, tau)
+            log_p, log_q, shared, z_t = against(teacher, rows, z_s, tau)
+            theirs = z_t
         squared = tau**2 if temperature_squared else 1.0
         term("kd", float(kd_weight) * squared, value(divergence, log_p, log_q), rows, kd, tau)
         gap = (log_p - log_q).detach().abs()
         ties += gap[gap.isfinite()].tolist()
-        theirs = most_probable(teacher, rows) if z_t is None else best(z_t)
-        ours = best(z_s if z_t is None else z_s[:, : z_t.shape[1]])
-        mean("agreement", (ours == theirs).double(), rows, kd)
+        of_teacher = most_probable(teacher, rows) if theirs is None else best(theirs)
+        mean("agreement", (best(shared) == of_teacher).double(), rows, kd)
         if z_t is not None:
             mean("teacher_entropy", entropy(z_t), rows, kd)
 

@@ -36,7 +36,9 @@ INFINITE_ON_A_SUPPORT = [  # or no matter of what ids without mass come to toget
     "reverse_kl", "symmetric_kl", SymmetricKL(0.9), JSD(1.0), SkewReverseKL(0.0), AlphaBeta(0.2, 0.7),
 ]  # fmt: skip
 LEAVES = ["hs", "W", "b", "ht", "P", "p"]  # ht: of a projected teacher without a projector
-PLACED = [*LEAVES, "labels", "token_weights", "kd_token_weights", "teacher", "anchor"]  # that have strides to draw
+PLACED = [  # that have strides to draw
+    *LEAVES, "labels", "token_weights", "kd_token_weights", "teacher", "anchor", "kd_mask",
+]  # fmt: skip
 NUMBERS = ["temperature", "kd_weight", "ce_weight", "anchor_weight", "num_items_in_batch"]
 
 
@@ -89,6 +91,7 @@ class Problem:
     upstream: str  # gradient: "one", "another", "drawn" (row by row)
     tensors: bool  # numbers are 0-d tensors
     metrics: bool
+    kd_mask: bool  # the KD term is over some of the ids
     options: dict[str, Any]
 
     @property
@@ -132,6 +135,7 @@ class _Maker:
     def case(self) -> SimpleNamespace:
         x, rows, ignored = self.problem, self.problem.leading, self.problem.options["ignore_index"]
         self.possible = self.some(x.vocab) if x.masked else torch.ones(x.vocab, dtype=torch.bool)
+        self.kd_mask = self.some(x.vocab) if x.kd_mask else None
         labels = None if x.labels is None else self.targets(x.labels)
         token_weights, kd_token_weights = self.weights(x.token_weights), self.weights(x.kd_token_weights)
         anchor: Any = self.targets("some") if x.anchor == "ids" else None
@@ -168,6 +172,7 @@ class _Maker:
                 options[name] = torch.tensor(options[name], dtype=F64)
         for name, weights in (("token_weights", token_weights), ("kd_token_weights", kd_token_weights)):
             options[name] = None if weights is None else self.place(name, weights, weights.dtype)
+        mask = {} if self.kd_mask is None else {"kd_vocab_mask": self.place("kd_mask", self.kd_mask, torch.bool)}
         upstream = torch.full(rows if options["reduction"] == "none" else (), 1.0 if x.upstream == "one" else -1.7)
         if x.upstream == "drawn":
             upstream = self.normal(*rows) * (self.uniform(*rows) < 0.7)
@@ -176,7 +181,7 @@ class _Maker:
             student=student,
             teacher=teacher,
             labels=None if labels is None else self.place("labels", labels, x.integers),
-            options=options | {"anchor_targets": anchor},
+            options=options | {"anchor_targets": anchor} | mask,
             scratch={0: 1, 1: None}.get(x.chunks, max(1, room // max(1, x.chunks))),
             leaves=self.leaves,
             upstream=upstream,
@@ -259,8 +264,14 @@ class _Maker:
                 self.here[:shared] = self.possible[:shared]
         return getattr(self, what.kind)(name, what, read)
 
+    def read_columns(self, vocab):
+        real = torch.arange(vocab) < self.problem.valid
+        if self.kd_mask is not None:
+            real[: self.problem.vocab] &= self.kd_mask[:vocab]
+        return real
+
     def head(self, name, what, read):
-        real, std = torch.arange(what.vocab) < self.problem.valid, self.problem.std
+        real, std = self.read_columns(what.vocab), self.problem.std
         hidden = self.spoil(self.normal(*self.problem.leading, what.width), read)
         weight = self.spoil(self.normal(what.vocab, what.width, std=std), real)
         bias = self.spoil(self.normal(what.vocab, std=std).masked_fill(~self.here, -torch.inf), real)
@@ -275,7 +286,10 @@ class _Maker:
     def dense(self, name, what, read):
         shape = *self.problem.leading, what.vocab
         z = self.logits + self.normal(*shape, std=0.02) if what.near else self.normal(*shape, std=3 * self.problem.std)
-        return Logits(self.place(name, self.spoil(z.masked_fill(~self.here, -torch.inf), read), what.dtype))
+        z = self.spoil(z.masked_fill(~self.here, -torch.inf), read)
+        if self.problem.garbage:
+            z[..., ~self.read_columns(what.vocab)] = torch.nan
+        return Logits(self.place(name, z, what.dtype))
 
     def sparse(self, name, what, read):
         """Entries whose first has mass and an id that both sides have. With a bucket there is mass left for it."""
@@ -287,6 +301,8 @@ class _Maker:
         first = torch.randint(0, min(what.vocab, self.problem.valid), shape[:-1], generator=self.random)
         if what.entries != "all":
             possible = self.here[first]
+            if self.kd_mask is not None:
+                possible = possible & self.kd_mask[first]
             if what.tail == "renormalize_both":  # else 0/0: a student that has none of the ids
                 possible = possible & self.possible[first]
             ids[..., 0] = torch.where(possible, first, 0)
@@ -346,6 +362,7 @@ def a_problem(one_of):
     valid_vocab = one_of("valid_vocab", None, None, max(1, vocab - 1), max(1, vocab // 2), vocab)
     truncate = one_of("truncate", "error", "error", "truncate")
     masked = one_of("masked", False, False, False, True)
+    kd_mask = one_of("kd_mask", False)
 
     def a_given(which):
         def of(what, *choices):
@@ -365,7 +382,8 @@ def a_problem(one_of):
             return Given(**common, near=size == vocab and of("near", False, False, True))
         if kind == "sparse":
             tail = of("tail", "renormalize", "bucket", "none", "bucket", "renormalize_both")
-            log_tail, tempered = tail == "bucket" and of("log_tail", False, True), of("tempered", False, True)
+            log_tail = tail == "bucket" and (kd_mask or of("log_tail", False, True))
+            tempered = of("tempered", False, True)
             how = {"entries": of("entries", "drawn", "padded", "all"), "k": of("k", 7, 1, 2, 40)}
             return Given(**common, tail=tail, log_tail=log_tail, tempered=tempered, **how)
         return Given(
@@ -424,6 +442,7 @@ def a_problem(one_of):
         upstream=one_of("upstream", "one", "another", *(["drawn"] if reduction == "none" else [])),
         tensors=one_of("tensors", False, True),
         metrics=one_of("metrics", False, True),
+        kd_mask=kd_mask,
         options={
             "temperature": one_of("temperature", *taus),
             "divergence": one_of("divergence", *divergences),

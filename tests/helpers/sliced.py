@@ -65,9 +65,11 @@ def solve(problem, engine, edges):
             return Head(source.hidden, source.weight[start:end], bias, **more)
         return Logits(source.logits[..., start:end])
 
+    mask = c.options.get("kd_vocab_mask")
+    more = {} if mask is None else {"kd_vocab_mask": mask[start:stop]}
     result = fused_kd_loss(
         student, cut(c.teacher), c.labels, engine=engine, scratch_bytes=c.scratch, return_metrics=problem.metrics,
-        process_group=processes.group(), vocab_start=start, **c.options,
+        process_group=processes.group(), vocab_start=start, **c.options | more,
     )  # fmt: skip
     loss, metrics = result if problem.metrics else (result, None)
     metrics = {} if metrics is None else {name: float(value) for name, value in metrics._asdict().items()}

@@ -7,6 +7,7 @@
     log_tail                       a bucket whose mass is given
     nothing                        no teacher
     truncated                      a head of fewer ids
+    masked                         a head of the same ids, of which some are compared
 """
 
 import math
@@ -71,6 +72,9 @@ def sources(case, kind, given=None):
     given = given or case
     if kind == "truncated":
         return Head(given.ht, given.Wt[:-4], given.bt[:-4]), {"vocab": "truncate"}
+    if kind == "masked":
+        ids = torch.arange(len(given.Wt), device=given.Wt.device)
+        return teacher(given, "head"), {"kd_vocab_mask": ids * 7 % 11 < 6}
     if kind == "tempered":  # projected, with a temperature of its own
         return replace(teacher(case, "projected"), temperature=0.7), {}
     if kind == "logits":

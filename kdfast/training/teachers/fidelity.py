@@ -31,7 +31,7 @@ def fidelity(
 
     Return None where the vocabularies differ by more than padding, and vocab="truncate" does not end both where the
     smaller one does. The rows of `targets` (B, T) that are not −100 are compared. options: engine, scratch_bytes,
-    valid_vocab, vocab.
+    valid_vocab, vocab, kd_vocab_mask (then over its ids).
     """
     if isinstance(teacher, Head):
         vocab, theirs = student.weight.shape[0], teacher.weight.shape[0]
