@@ -50,7 +50,13 @@ def data(argv: list[str]) -> int:
     print(text.describe(arguments.training.max_length))
     colored = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     print(f"the first row; what is learned is {'green' if colored else 'in [[ ]]'}:\n")
-    print(preview(text.tokenizer, row, GREEN if colored else BRACKETS))
+    marks = GREEN if colored else BRACKETS
+    print(preview(text.tokenizer, row, marks))
+    if (ids := row.get("teacher_input_ids")) is not None:
+        print("\nwhat the teacher reads in its place, with what is compared:\n")
+        compared = {i + 1 for i in row["teacher_positions"]}
+        labels = [token if i in compared else IGNORE_INDEX for i, token in enumerate(ids)]
+        print(preview(text.tokenizer, {"input_ids": ids, "labels": labels}, marks))
     return 0
 
 

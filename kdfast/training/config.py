@@ -67,7 +67,7 @@ CHOICES = {
 # what `tokenize_dataset` takes of the settings
 DATA = (
     "max_length", "truncation_mode", "packing", "completion_only_loss", "assistant_only_loss", "chat_template",
-    "text_column", "dataset_num_proc",
+    "teacher_prompt_template", "text_column", "dataset_num_proc",
 )  # fmt: skip
 
 
@@ -136,6 +136,9 @@ class KDConfig(TrainingArguments):
     completion_only_loss: bool | None = _field(None, "No label on the prompt. None = where there is a completion.")
     assistant_only_loss: bool = _field(False, "Labels on what the assistant says alone; a template with generation.")
     chat_template: str | None = _field(None, "A Jinja template or its file; None = the tokenizer's.")
+    teacher_prompt_template: str | None = _field(
+        None, "The teacher's own prompt, of columns: None = {prompt}\\n\\n{privileged_context}, where that is one."
+    )
     text_column: str = _field("text", "The column that holds the text.")
     dataset_num_proc: int | None = _field(None, "Processes that tokenize.")
 

@@ -6,7 +6,7 @@ text                {"text": "…"}; every token counts
 
 Ids and labels are those of TRL's SFTTrainer: a plain completion or text ends with the end-of-text token, messages go
 through the chat template, and a completion begins where its ids differ from those of the prompt alone. A row that
-teaches nothing is skipped, counted and reported.
+teaches nothing is skipped, counted and reported. teacher_prompts.py has the prompts that only a teacher reads.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from tokenizers import processors
 from kdfast._version import __version__
 from kdfast.inputs import did_you_mean
 from kdfast.training.data.packing import pack
+from kdfast.training.data.teacher_prompts import TeacherPrompt, cut, positions
 from kdfast.training.data.text import DataError, check_text_only, columns_of, load_blocks, map_rows
 from kdfast.training.durable.errors import first_line
 from kdfast.training.durable.processes import print_once
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 MARKS = re.compile(r"<[|｜][^\s|｜<>]{1,40}[|｜]>|<(?:start|end)_of_[a-z_]+>")  # special tokens by their look
 PROBE = "kdfast-probe"
+NOTES = ("skipped", "truncated", "tokens", "targets", "teacher_tokens")  # of a row, beside its tokens
 
 
 @dataclass
@@ -48,7 +50,8 @@ class Counts:
     tokens: int = 0
     targets: int = 0
     truncated: int = 0
-    longest: int = 0
+    longest: int = 0  # student's or teacher's
+    teacher_tokens: int = 0  # that it reads with prompts of its own
     skipped: dict[str, int] = field(default_factory=dict)
     argument: str = ""
 
@@ -56,28 +59,36 @@ class Counts:
         reasons = ", ".join(f"{number} {reason}" for reason, number in sorted(self.skipped.items()))
         notes = f", {sum(self.skipped.values())} skipped ({reasons})" if reasons else ""
         notes += f", {self.truncated} cut to max_length" if self.truncated else ""
-        return f"{self.argument}: {self.rows} rows{notes}; {self.tokens:,} tokens, {self.targets:,} of them targets"
+        tokens = f"{self.tokens:,} tokens, {self.targets:,} of them targets"
+        tokens += f"; the teacher reads {self.teacher_tokens:,}, with its own prompts" if self.teacher_tokens else ""
+        return f"{self.argument}: {self.rows} rows{notes}; {tokens}"
 
     def keep(self, row: dict[str, Any]) -> bool:
         """Count a row of a stream; return whether it is trained on, and say so the first time one is not."""
         reason = row["skipped"]
         if reason and reason not in self.skipped:
             print_once(f"{self.argument}: rows are skipped: {reason}")
-        self.add([reason], [row["truncated"]], [row["tokens"]], [row["targets"]])
+        self.add(*([row[note]] for note in NOTES))
         return not reason
 
     def add(
-        self, skipped: Iterable[str], truncated: Iterable[bool], tokens: Iterable[int], targets: Iterable[int]
+        self,
+        skipped: Iterable[str],
+        truncated: Iterable[bool],
+        tokens: Iterable[int],
+        targets: Iterable[int],
+        teacher_tokens: Iterable[int],
     ) -> None:
-        """Count rows by what `Encoder` says of them."""
+        """Count rows by what `Encoder` says of them, in the order of NOTES."""
         reasons = Counter(skipped)
         self.rows += reasons.total()
         for reason in filter(None, reasons):
             self.skipped[reason] = self.skipped.get(reason, 0) + reasons[reason]
         self.truncated += sum(truncated)
-        tokens = list(tokens)
+        tokens, teacher_tokens = list(tokens), list(teacher_tokens)
         self.tokens += sum(tokens)
-        self.longest = max([self.longest, *tokens])
+        self.teacher_tokens += sum(teacher_tokens)
+        self.longest = max([self.longest, *tokens, *teacher_tokens])
         self.targets += sum(targets)
 
     def of_blocks(self, blocks: Any, length: int) -> Counts:
@@ -100,6 +111,7 @@ def tokenize_dataset(
     completion_only_loss: bool | None = None,
     assistant_only_loss: bool = False,
     chat_template: str | None = None,
+    teacher_prompt_template: str | None = None,
     text_column: str = "text",
     dataset_num_proc: int | None = None,
     argument: str = "dataset",
@@ -108,7 +120,9 @@ def tokenize_dataset(
 
     Args:
         dataset: a `datasets.Dataset`, or an `IterableDataset`, whose rows are counted as they come. Columns `messages`,
-            `prompt` and `completion`, or `text`; `tools` and `chat_template_kwargs` go to the template.
+            `prompt` and `completion`, or `text`; `tools` and `chat_template_kwargs` go to the template. With a column
+            `teacher_prompt`, or `privileged_context`, the teacher reads its own prompt before the completion, or before
+            the last of the messages.
         tokenizer: of student and teacher.
         max_length: tokens per row at most; None = no limit.
         truncation_mode: what a longer row keeps: "keep_start" or "keep_end".
@@ -117,12 +131,15 @@ def tokenize_dataset(
         completion_only_loss: labels of the prompt are −100. None = where there is a completion.
         assistant_only_loss: labels of what the assistant does not say are −100; by `{% generation %}` in the template.
         chat_template: a Jinja template, or a file that holds one; None = the tokenizer's.
+        teacher_prompt_template: makes the teacher's prompt of {prompt} and other columns, named in braces; None = TRL's
+            "{prompt}\\n\\n{privileged_context}", where there is that column.
         text_column: the column that holds text.
         dataset_num_proc: processes that tokenize.
         argument: what errors call the data set.
 
     Returns:
-        Columns input_ids and labels (not shifted); seq_lengths where rows are packed. The collator of `KDTrainer` pads.
+        Columns input_ids and labels (not shifted); seq_lengths where rows are packed; teacher_input_ids and
+        teacher_positions where the teacher has its own prompts. The collator of `KDTrainer` pads.
 
     Raises DataError, a ValueError: columns of no kind or of two, options that do not fit them, a template that is
     missing, refuses a row, has no marks or does not belong to the tokenizer, no row left to train on.
@@ -134,6 +151,12 @@ def tokenize_dataset(
         raise DataError(
             f"completion_only_loss=True, and {argument} has no columns prompt and completion. Leave it out; of "
             "messages assistant_only_loss trains on what the assistant says"
+        )
+    teacher_prompt = TeacherPrompt.of(argument, kind, columns, teacher_prompt_template)
+    if packing and teacher_prompt is not None:
+        raise DataError(
+            f"packing=True, and the teacher reads prompts of its own in {argument}, whose rows are of another length "
+            "than the student's. Leave packing out, or the teacher's prompts"
         )
     counts = Counts(argument=argument)
     if kind == "text" and packing is None:
@@ -149,22 +172,21 @@ def tokenize_dataset(
     template = None if chat_template is None else read_template(chat_template)
     encoder = Encoder(
         argument, kind, tokenizer, text_column, max_length, truncation_mode, completion_only_loss is not False,
-        assistant_only_loss, template,
+        assistant_only_loss, template, teacher_prompt,
     )  # fmt: skip
     encoder.check(next(iter(dataset), None))
     rows = map_rows(
         dataset, encoder, f"Tokenizing {argument}", dataset_num_proc,
-        with_indices=True, remove_columns=columns, features=_features(),
+        with_indices=True, remove_columns=columns, features=_features(teacher_prompt is not None),
     )  # fmt: skip
-    notes = ["skipped", "truncated", "tokens", "targets"]
     if not hasattr(rows, "__len__"):
-        rows = rows.filter(counts.keep).remove_columns(notes)
+        rows = rows.filter(counts.keep).remove_columns([*NOTES])
     else:
-        counts.add(*(rows[note] for note in notes))
+        counts.add(*(rows[note] for note in NOTES))
         kept = [i for i, reason in enumerate(rows["skipped"]) if not reason]
         if not kept:
             raise DataError(f"{counts}; nothing is left to train on")
-        rows = (rows if len(kept) == len(rows) else rows.select(kept)).remove_columns(notes)
+        rows = (rows if len(kept) == len(rows) else rows.select(kept)).remove_columns([*NOTES])
         print_once(str(counts))
     return (pack(rows, max_length, argument, dataset_num_proc) if packing and max_length else rows), counts
 
@@ -231,6 +253,7 @@ class Encoder:
     completion_only_loss: bool
     assistant_only_loss: bool
     chat_template: str | None
+    teacher_prompt: TeacherPrompt | None = None
     version: str = __version__
     roles: set[str] = field(default_factory=set)  # that the template is known to write out
 
@@ -280,20 +303,28 @@ class Encoder:
             print_once(f"{self.argument}: {what}, and are written as ordinary text")
 
     def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
-        """Return input_ids, labels and notes. Raise DataError, naming the row, for one that cannot be read."""
+        """Return token ids, labels and notes. Raise DataError, naming the row, for one that cannot be read."""
         where = f"{self.argument}, row {index}"
         encode = {"messages": self._messages, "completion": self._completion, "text": self._text}[self.kind]
         ids, counted, reason = encode(row, where)
+        theirs, found = [], []  # the teacher's ids, and where it predicts what
+        if self.teacher_prompt is not None and not reason:
+            theirs, found, reason = self._of_teacher(ids, row, where)
         kept = slice(None)
         if self.max_length is not None:
             kept = slice(self.max_length) if self.truncation_mode == "keep_start" else slice(-self.max_length, None)
-        truncated = len(ids[kept]) < len(ids)
+        truncated = len(ids[kept]) < len(ids) or len(theirs[kept]) < len(theirs)
+        found = cut(found[kept], range(len(theirs))[kept])
         if not reason and not any(counted[kept][1:]):
             reason = "no target within max_length" if any(counted[1:]) else "no target"
-        ids, counted = ([], []) if reason else (ids[kept], counted[kept])
+        if not reason and found and max(found) < 0:
+            reason = "no completion within max_length of the teacher's row"
+        ids, counted, theirs = ([], [], []) if reason else (ids[kept], counted[kept], theirs[kept])
         labels = [token if counts else IGNORE_INDEX for token, counts in zip(ids, counted, strict=True)]
-        notes = {"skipped": reason, "truncated": truncated and not reason}
-        return {"input_ids": ids, "labels": labels, **notes, "tokens": len(ids), "targets": sum(counted[1:])}
+        notes = {"skipped": reason, "truncated": truncated and not reason, "tokens": len(ids)}
+        notes |= {"targets": sum(counted[1:]), "teacher_tokens": len(theirs)}
+        own = {"teacher_input_ids": theirs, "teacher_positions": [] if reason else found}
+        return {"input_ids": ids, "labels": labels, **notes, **(own if self.teacher_prompt is not None else {})}
 
     def _text(self, row: dict[str, Any], where: str) -> tuple[list[int], list[bool], str]:
         text = row[self.text_column]
@@ -308,29 +339,17 @@ class Encoder:
         prompt, completion = row["prompt"], row["completion"]
         if not completion:
             return [], [], "empty completion"
-        if isinstance(prompt, str) and isinstance(completion, str):
-            alone, ids = self._ids(prompt), self._ids(prompt + completion, closed=True)
-            counted = [True] * len(ids)
-        elif isinstance(prompt, list) and isinstance(completion, list):
+        if isinstance(prompt, list) and isinstance(completion, list):
             if reason := _lacks_answer(completion, where):
                 return [], [], reason
             _lacks_answer(prompt, where)
-            ids, counted = self._chat(prompt + completion, row, where)
-            alone, _ = self._chat(prompt, row, where, add_generation_prompt=True)
-        else:
+        elif not (isinstance(prompt, str) and isinstance(completion, str)):
             kinds = " and ".join(type(one).__name__ for one in (prompt, completion))
             raise DataError(f"{where}: prompt and completion are {kinds}; expected both text, or both messages")
+        ids, counted = self._joined(prompt, completion, row, where)
         if self.completion_only_loss:
-            same = _shared(alone, ids)
-            if same < len(alone) and isinstance(prompt, list):  # by a token that two share, or what opens an answer?
-                written, _ = self._chat(prompt, row, where)
-                if same + 1 < _shared(alone, written):
-                    raise DataError(
-                        f"{where}: the chat template writes the prompt otherwise where a completion follows, so that "
-                        f"{self.tokenizer.decode(alone[same:])!r} would be learned. Take another chat_template, or "
-                        "messages in place of prompt and completion, with assistant_only_loss"
-                    )
-            counted = [counts and i >= same for i, counts in enumerate(counted)]
+            start = self._start(ids, prompt, row, where)
+            counted = [counts and i >= start for i, counts in enumerate(counted)]
         return ids, counted, ""
 
     def _messages(self, row: dict[str, Any], where: str) -> tuple[list[int], list[bool], str]:
@@ -339,6 +358,47 @@ class Encoder:
             return [], [], reason
         ids, counted = self._chat(messages, row, where)
         return ids, counted, ""
+
+    def _of_teacher(self, ids: list[int], row: dict[str, Any], where: str) -> tuple[list[int], list[int], str]:
+        """Return the teacher's ids, where in them it predicts what comes after each of `ids`, and why it cannot."""
+        assert self.teacher_prompt is not None
+        if self.kind == "completion":
+            prompt, completion = row["prompt"], row["completion"]
+        else:
+            prompt, completion = row["messages"][:-1], row["messages"][-1:]
+            if completion[0]["role"] != "assistant":
+                return [], [], "no assistant turn at the end"
+        own = self.teacher_prompt(prompt, row, where)
+        if isinstance(own, list):
+            _lacks_answer(own, where)
+        theirs, _ = self._joined(own, completion, row, where)
+        start, their_start = self._start(ids, prompt, row, where), self._start(theirs, own, row, where)
+        if ids[start:] != theirs[their_start:]:
+            return [], [], "the completion's tokens are others after the teacher's prompt"
+        return theirs, positions(len(ids), start, their_start), ""
+
+    def _joined(self, prompt: Any, completion: Any, row: dict[str, Any], where: str) -> tuple[list[int], list[bool]]:
+        """Return the ids of a prompt with its completion, and which of them count, the prompt's too."""
+        if not isinstance(prompt, str):
+            return self._chat(prompt + completion, row, where)
+        ids = self._ids(prompt + completion, closed=True)
+        return ids, [True] * len(ids)
+
+    def _start(self, ids: list[int], prompt: Any, row: dict[str, Any], where: str) -> int:
+        """Return how many of `ids` are the prompt's."""
+        if isinstance(prompt, str):
+            return _shared(self._ids(prompt), ids)
+        alone, _ = self._chat(prompt, row, where, add_generation_prompt=True)
+        same = _shared(alone, ids)
+        if same < len(alone):  # by a token that two share, or what opens an answer?
+            written, _ = self._chat(prompt, row, where)
+            if same + 1 < _shared(alone, written):
+                raise DataError(
+                    f"{where}: the chat template writes the prompt otherwise where a completion follows, so that "
+                    f"{self.tokenizer.decode(alone[same:])!r} would be learned. Take another chat_template, or "
+                    "messages in place of prompt and completion, with assistant_only_loss"
+                )
+        return same
 
     def _ids(self, text: str, *, closed: bool = False) -> list[int]:
         end = str(self.tokenizer.eos_token)
@@ -403,10 +463,10 @@ def _lacks_answer(messages: Any, where: str) -> str:
     return "" if any(said) else "empty completion"
 
 
-def _features() -> Any:
+def _features(with_teacher: bool) -> Any:
     from datasets import Features, List, Value
 
     ids, number = List(Value("int32")), Value("int64")
-    return Features(
-        input_ids=ids, labels=ids, skipped=Value("string"), truncated=Value("bool"), tokens=number, targets=number
-    )
+    names = ["input_ids", "labels", *(["teacher_input_ids", "teacher_positions"] if with_teacher else [])]
+    notes = {"skipped": Value("string"), "truncated": Value("bool")}
+    return Features(dict.fromkeys(names, ids) | dict.fromkeys(NOTES, number) | notes)

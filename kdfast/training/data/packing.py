@@ -17,7 +17,9 @@ from kdfast.training.data.text import map_rows
 from kdfast.training.hf import IGNORE_INDEX, check_inputs, embedding_rows, input_device, run_backbone
 
 SEES = 1e-6  # of the largest hidden state: what one document may change in the next; masked, it changes nothing
-FILL: dict[str, Any] = {"labels": IGNORE_INDEX, "teacher_log_probs": -torch.inf}  # at padding; 0 of other columns
+# at padding; 0 of other columns
+FILL: dict[str, Any] = {"labels": IGNORE_INDEX, "teacher_log_probs": -torch.inf, "teacher_positions": -1}
+OWN = ("teacher_input_ids", "teacher_attention_mask")  # columns of a length of their own
 
 
 def best_fit_decreasing(lengths: Sequence[int], size: int) -> list[list[int]]:
@@ -95,6 +97,14 @@ class PaddingCollator:
         documents = [lengths_of(row) or [n] for row, n in zip(rows, lengths, strict=True)]
         given = [torch.as_tensor(row.get("position_ids", ())) for row in rows]
         packed = max(map(len, documents)) > 1 or any((x.diff() != 1).any() for x in given if x.dim() == 1)
+        if "teacher_input_ids" in rows[0]:
+            if packed:
+                raise ValueError(
+                    "rows are packed of several documents and have teacher_input_ids, whose documents would see each "
+                    "other; expected one document per row (packing=False)"
+                )
+            theirs = self._own_of_teacher(rows)
+            return self([{name: x for name, x in row.items() if name not in OWN} for row in rows]) | theirs
         if len({*lengths}) == 1 and not packed:
             return default_data_collator(rows)
         by_token: dict[str, list[Tensor]] = {}
@@ -119,6 +129,16 @@ class PaddingCollator:
         for name, values in by_token.items():
             batch[name] = torch.stack([_padded(x, max(lengths), fill.get(name, 0)) for x in values])
         return batch
+
+    def _own_of_teacher(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Return the teacher's own ids, padded, and their mask."""
+        ids = [torch.as_tensor(row["teacher_input_ids"]) for row in rows]
+        masks = [row.get("teacher_attention_mask", torch.ones_like(x)) for row, x in zip(rows, ids, strict=True)]
+        length = max(map(len, ids))
+        return {
+            "teacher_input_ids": torch.stack([_padded(x, length, self.pad_token_id) for x in ids]),
+            "teacher_attention_mask": torch.stack([_padded(torch.as_tensor(x), length, 0) for x in masks]),
+        }
 
 
 def _length(x: Any) -> int:
