@@ -415,7 +415,7 @@ def _check_targets(name: str, targets: Tensor | None, x: Arguments) -> None:
         )
 
 
-def refuse_ids(role: str, rows: int, input_ids: Tensor, strange: Tensor) -> None:
+def refuse_ids(role: str, rows: int, input_ids: Tensor, strange: Tensor, argument: str = "input_ids") -> None:
     """Raise ValueError if any of `input_ids` is `strange` (B, T), one of those that the model has no embedding for."""
     if not bool(strange.any()):
         return
@@ -423,8 +423,8 @@ def refuse_ids(role: str, rows: int, input_ids: Tensor, strange: Tensor) -> None
     largest = int(found.max())
     resize = f", or give it rows for tokens that were added: {role}.resize_token_embeddings({largest + 1})"
     raise ValueError(
-        f"input_ids contains {int(found[0])}, and the {role} has {rows} token embeddings, for ids from 0 to {rows - 1} "
-        f"(any id will do at padding, where attention_mask is 0). Take text of the {role}'s own tokenizer"
+        f"{argument} contains {int(found[0])}, and the {role} has {rows} token embeddings, for ids from 0 to "
+        f"{rows - 1} (any id will do at padding, where attention_mask is 0). Take text of the {role}'s own tokenizer"
         f"{resize if largest >= rows else ''}"
     )
 

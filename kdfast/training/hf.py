@@ -127,11 +127,17 @@ def embedding_rows(model: PreTrainedModel) -> int:
 
 
 def known_ids(
-    model: PreTrainedModel, role: str, input_ids: Tensor, attention_mask: Tensor | None, *, look: bool = True
+    model: PreTrainedModel,
+    role: str,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    look: bool = True,
+    argument: str = "input_ids",
 ) -> tuple[Tensor, Tensor]:
     """Return ids (B, T), with 0 for those that the model has no row for, and whether any of those was not padding, ().
 
-    look: raise ValueError if any were, which waits for the device.
+    look: raise ValueError if any were, naming `argument`, which waits for the device.
     """
     rows = embedding_rows(model)
     strange = (input_ids < 0) | (input_ids >= rows)
@@ -142,7 +148,7 @@ def known_ids(
     if attention_mask is not None and attention_mask.dim() == 2:
         strange = strange & (attention_mask != 0)
     if look:
-        refuse_ids(role, rows, input_ids, strange)
+        refuse_ids(role, rows, input_ids, strange, argument)
     return ids, strange.any()
 
 

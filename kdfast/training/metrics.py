@@ -27,6 +27,7 @@ Reduce = Callable[[Tensor], Tensor]  # sums a tensor over the processes
 # Names in logs of the fields of KDMetrics: its anchor is the projected teacher's cross entropy on the labels.
 LOGGED = {name: "ce_projected" if name == "anchor" else name for name in KDMetrics._fields if name != "tokens"}
 OF_KD = ("kd", "student_entropy", "teacher_entropy", "agreement")  # means over the KD term's tokens
+OF_TEACHER = ("ce_projected", "kl_teacher_student", "kl_teacher_projected")  # over the targets that it predicts
 
 
 class TokenMeans:
@@ -71,9 +72,15 @@ class TrainingMeter:
         if math.isnan(self._since):
             self._since = time.perf_counter()
 
-    def add(self, metrics: KDMetrics, aux_loss: Tensor | None = None, targets: Tensor | None = None) -> None:
+    def add(
+        self,
+        metrics: KDMetrics,
+        aux_loss: Tensor | None = None,
+        targets: Tensor | None = None,
+        compared: Tensor | None = None,
+    ) -> None:
         targets = metrics.tokens if targets is None else targets
-        _add(self._means, {**named(metrics), "aux_loss": aux_loss}, targets, metrics.tokens)
+        _add(self._means, {**named(metrics), "aux_loss": aux_loss}, targets, metrics.tokens, compared)
         self._tokens += targets
 
     def read(self, reduce: Reduce) -> dict[str, float]:
@@ -142,7 +149,7 @@ class EvaluationMeter:
         if output.fidelity is not None:
             values |= {name: value for name, value in output.fidelity._asdict().items() if value is not None}
         targets = output.metrics.tokens if output.targets is None else output.targets
-        _add(self._means, values, targets, output.metrics.tokens)
+        _add(self._means, values, targets, output.metrics.tokens, output.compared)
 
     def read(self, reduce: Reduce) -> dict[str, float]:
         """Return the means there are, `perplexity` and `tokens`."""
@@ -152,10 +159,19 @@ class EvaluationMeter:
         return {**means, "tokens": tokens}
 
 
-def _add(means: TokenMeans, values: dict[str, Tensor | None], targets: Tensor, kd_tokens: Tensor) -> None:
-    """Add a batch's values, those of the KD term by the tokens that it counts on."""
-    means.add({name: value for name, value in values.items() if name not in OF_KD}, targets)
-    means.add({name: value for name, value in values.items() if name in OF_KD}, kd_tokens)
+def _add(
+    means: TokenMeans,
+    values: dict[str, Tensor | None],
+    targets: Tensor,
+    kd_tokens: Tensor,
+    compared: Tensor | None,
+) -> None:
+    """Add a batch's values, each by the tokens that it is a mean over."""
+    for names, tokens in ((OF_KD, kd_tokens), (OF_TEACHER, compared)):
+        if tokens is not None:
+            means.add({name: values.get(name) for name in names if name in means.names}, tokens)
+            values = {name: value for name, value in values.items() if name not in names}
+    means.add(values, targets)
 
 
 def evaluated(model: DistillationModel, dataset: Any) -> list[str]:

@@ -42,6 +42,7 @@ from kdfast.training.recipes import AUTO, Recipe, choose_recipe, get_recipe
 from kdfast.training.teachers.entries import CachedEntries, TeacherTail, read_entries
 from kdfast.training.teachers.fidelity import Fidelity
 from kdfast.training.teachers.hidden_states import HiddenStateLoss
+from kdfast.training.teachers.own_inputs import read_own_inputs
 from kdfast.training.teachers.side import StudentBatch, TeacherSide
 
 
@@ -52,6 +53,7 @@ class DistillationOutput(NamedTuple):
     aux_loss: Tensor | None = None  # (), the load-balancing loss of a mixture of experts, without its coefficient
     log_probs: Tensor | None = None  # (B, T): of the targets, where they were asked for
     targets: Tensor | None = None  # (), how many there are; metrics.tokens is the KD term's number
+    compared: Tensor | None = None  # (), those that fidelity and anchor are of, where that is not all of them
 
 
 class DistillationModel(nn.Module):
@@ -150,6 +152,9 @@ class DistillationModel(nn.Module):
         teacher_indices: Tensor | None = None,
         teacher_log_probs: Tensor | None = None,
         teacher_log_tails: Tensor | None = None,
+        teacher_input_ids: Tensor | None = None,
+        teacher_attention_mask: Tensor | None = None,
+        teacher_positions: Tensor | None = None,
         *,
         temperature: float | Tensor | None = None,
         kd_weight: float | Tensor | None = None,
@@ -172,13 +177,18 @@ class DistillationModel(nn.Module):
                 distribution *after* token t, as logits are. −inf: no entry.
             teacher_log_tails: (B, T, 2), of a teacher cache (`CachedBlocks`) made for this temperature: the log of the
                 other ids' mass at τ = 1 and there; (B, T, 0), of drawn ids. None: `teacher_tail` says what they are.
+            teacher_input_ids: (B, Tt) int64, what the teacher reads in place of input_ids: another prompt before the
+                same completion, or the same text by another tokenizer.
+            teacher_attention_mask: (B, Tt), of that; None = no padding.
+            teacher_positions: (B, T) int64: the place in teacher_input_ids where the teacher predicts what the student
+                does at t; −1: nowhere, and the KD term (anchor, hidden states and fidelity too) leaves that out.
             temperature, kd_weight: number or 0-d tensor; None = the recipe's, without its schedule. In training a
                 kd_weight of 0, given as a number, leaves the teacher out, where nothing else needs it: kd is NaN then.
             num_items_in_batch: the divisor of every term: the targets (`model.targets(…) != -100`) in all
                 micro-batches and processes of this step. None = those of this batch. The load-balancing loss, a mean
                 already, has this batch's share of them as its weight, so that the shares of a step add up to 1.
-            kd_items_in_batch: the KD term's own divisor under `kd_on="all"`: the tokens it counts on, likewise of the
-                whole step. None = num_items_in_batch.
+            kd_items_in_batch: the KD term's own divisor under `kd_on="all"`, or with teacher_positions: the tokens it
+                counts on (`model.kd_targets(…) != -100`), likewise of the whole step. None = num_items_in_batch.
             with_fidelity: also compare with the true teacher.
             with_metrics: False = of the metrics only those of the loss's own terms, which cost nothing, the others
                 being NaN; all nevertheless where there is a projector, which is judged by them.
@@ -187,11 +197,13 @@ class DistillationModel(nn.Module):
         """
         self._check_trainable(labels)
         assert labels is not None
-        targets = kd_targets = self.targets(labels, attention_mask)
-        kd_items = num_items_in_batch
-        if self.recipe.kd_on == "all":
-            kd_targets = self.every_target(input_ids, attention_mask, position_ids)
-            kd_items = num_items_in_batch if kd_items_in_batch is None else kd_items_in_batch
+        given = (teacher_input_ids, teacher_attention_mask, teacher_positions)
+        own_inputs = read_own_inputs(*given, shape=input_ids.shape)
+        if own_inputs is not None:
+            self._check_own_inputs(teacher_indices)
+        targets = self.targets(labels, attention_mask)
+        kd_targets = self.kd_targets(targets, input_ids, attention_mask, position_ids, teacher_positions)
+        kd_items = num_items_in_batch if kd_items_in_batch is None or kd_targets is targets else kd_items_in_batch
         inputs = self._inputs_of_both({**backbone_inputs, "position_ids": position_ids}, attention_mask)
         temperature = self.recipe.temperature if temperature is None else temperature
         kd_weight = self.recipe.kd_weight if kd_weight is None else kd_weight
@@ -207,7 +219,7 @@ class DistillationModel(nn.Module):
         batch = StudentBatch(
             student, input_ids, inputs, targets, kd_targets, cached, temperature, kd_weight,
             items=num_items_in_batch, kd_items=kd_items, look=look, with_fidelity=with_fidelity,
-            with_metrics=with_metrics,
+            with_metrics=with_metrics, own_inputs=own_inputs,
         )  # fmt: skip
         learned = self.side.learn(
             batch, self.recipe, self.divergence, self.loss_options, train=self.training, compressed=self.compressed_head
@@ -229,7 +241,8 @@ class DistillationModel(nn.Module):
         log_probs = None
         if with_log_probs:
             log_probs = -fused_kd_loss(student, None, targets, ce_weight=1.0, reduction="none", **self.loss_options)
-        return DistillationOutput(loss, metrics, learned.fidelity, aux_loss, log_probs, batch.counted)
+        n_compared = None if own_inputs is None else (batch.compared != IGNORE_INDEX).sum()
+        return DistillationOutput(loss, metrics, learned.fidelity, aux_loss, log_probs, batch.counted, n_compared)
 
     def _check_trainable(self, labels: Tensor | None) -> None:
         """Raise where there is nothing to learn, starts have not been solved, or a gradient would be missing."""
@@ -275,6 +288,23 @@ class DistillationModel(nn.Module):
                 "them, for no column said that they would come; name the recipe: 'cached' learns from them"
             )
 
+    def _check_own_inputs(self, teacher_indices: Tensor | None) -> None:
+        """Raise ValueError where what only the teacher reads would not be used as it is meant; say where it is not."""
+        recipe = self.recipe
+        if teacher_indices is not None or recipe.teacher == "cached":
+            raise ValueError(
+                "the batch has teacher_input_ids, which a teacher that runs reads, and recipe "
+                f"{recipe.name!r} learns from entries; expected precompute_teacher_log_probs=False and a teacher, with "
+                "a recipe that learns from it, such as 'teacher_head', or rows without teacher_input_ids"
+            )
+        if recipe.kd_on == "all" and (recipe.anchor_weight > 0 or recipe.teacher == "probe"):
+            raise ValueError(
+                f"kd_on='all' and recipe {recipe.name!r} with an anchor, in a batch with teacher_positions: the two "
+                "terms would have other divisors. Expected kd_on='completion', or anchor_weight=0"
+            )
+        if self.teacher is None:
+            say_once(f"recipe {recipe.name!r} has no teacher: teacher_input_ids are not used")
+
     def _inputs_of_both(self, given: dict[str, Any], attention_mask: Tensor | None) -> dict[str, Any]:
         """Return what both backbones are called with besides ids; ValueError for what one of them does not read."""
         inputs = {name: x for name, x in given.items() if x is not None}
@@ -296,6 +326,22 @@ class DistillationModel(nn.Module):
         if position_ids is None or position_ids.dim() != 2:
             return targets
         return targets.masked_fill(F.pad(position_ids.diff() != 1, (0, 1), value=True), IGNORE_INDEX)
+
+    def kd_targets(
+        self,
+        targets: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        teacher_positions: Tensor | None = None,
+    ) -> Tensor:
+        """Return the KD term's targets (B, T): `targets`, or every one (`kd_on`), that the teacher has a position for.
+
+        The others are −100. The arguments are `forward`'s.
+        """
+        if self.recipe.kd_on == "all":
+            targets = self.every_target(input_ids, attention_mask, position_ids)
+        return targets if teacher_positions is None else targets.masked_fill(teacher_positions < 0, IGNORE_INDEX)
 
     def targets(self, labels: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Return `shift_labels`' targets (B, T), with −100 at the places of images, video and sound too."""

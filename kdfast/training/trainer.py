@@ -291,7 +291,7 @@ class KDTrainer(DurableTrainer):
             most_skips=self.args.max_skipped_steps if self.args.non_finite == "skip" else 0,
             report=self._report_non_finite,
         )
-        self._kd_items: Tensor | None = None  # the step's tokens with a KD term, where those are not its targets
+        self._kd_items: Tensor | None = None  # the step's tokens with a KD term
         self._before_step: tuple[Any, Any] | None = None  # logged loss and meter, for a step that is left out
         self._weights: dict[str, float] = {}  # kd_weight and temperature of the last batch
         self._learning_rates: dict[str, float] = {}  # of the last step, by part
@@ -480,7 +480,7 @@ class KDTrainer(DurableTrainer):
         output = model(**inputs, **weights, **items, with_metrics=with_metrics)
         loss, metrics = output.loss, output.metrics
         self._guard.watch_loss(self.state.global_step + 1, loss, metrics.ce, metrics.kd, **self._weights)
-        self._meter.add(metrics, output.aux_loss, output.targets)
+        self._meter.add(metrics, output.aux_loss, output.targets, output.compared)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # DDP and FSDP average gradients over the processes; divided by the targets of all, they have to be summed
             loss = loss * self.accelerator.num_processes
@@ -511,12 +511,11 @@ class KDTrainer(DurableTrainer):
                     "each other's shards. Give each of its rows an image, or none, or use DDP"
                 )
         targets = [self.model.targets(batch["labels"], batch.get("attention_mask")) for batch in batches]
-        if self._recipe.kd_on == "all":
-            names = ("input_ids", "attention_mask", "position_ids")
-            targets += [self.model.every_target(*map(batch.get, names)) for batch in batches]
-        counts = torch.stack([(t != IGNORE_INDEX).sum() for t in targets]).view(-1, len(batches)).sum(1).to(device)
+        names = ("input_ids", "attention_mask", "position_ids", "teacher_positions")
+        targets += [self.model.kd_targets(t, *map(b.get, names)) for t, b in zip(targets, batches, strict=True)]
+        counts = torch.stack([(t != IGNORE_INDEX).sum() for t in targets]).view(2, -1).sum(1).to(device)
         counts = self._reduce(counts) if self.args.average_tokens_across_devices else counts
-        self._kd_items = counts[1] if len(counts) > 1 else None
+        self._kd_items = counts[1]
         return batches, counts[0]
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:

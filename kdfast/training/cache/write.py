@@ -181,7 +181,7 @@ def describe(
     for split, dataset in splits.items():
         row = dataset[0] if len(dataset) else {}
         check_inputs(teacher, "teacher", [name for name in INPUTS if name in row])
-        read = inputs_of(teacher).difference(INPUTS)
+        read = inputs_of(teacher).difference(INPUTS) | {"teacher_input_ids"}
         if lost := [*media_columns(dataset), *(name for name in row if name in MEDIA or name in read)]:
             raise ValueError(
                 f"splits[{split!r}] has {lost[0]}, and a cache is of text alone: the teacher would not be shown it. "

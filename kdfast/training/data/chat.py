@@ -307,7 +307,8 @@ class Encoder:
         where = f"{self.argument}, row {index}"
         encode = {"messages": self._messages, "completion": self._completion, "text": self._text}[self.kind]
         ids, counted, reason = encode(row, where)
-        theirs, found = [], []  # the teacher's ids, and where it predicts what
+        theirs: list[int] = []  # the teacher's ids
+        found: list[int] = []  # where in them it predicts what
         if self.teacher_prompt is not None and not reason:
             theirs, found, reason = self._of_teacher(ids, row, where)
         kept = slice(None)

@@ -132,6 +132,12 @@ class PaddingCollator:
 
     def _own_of_teacher(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Return the teacher's own ids, padded, and their mask."""
+        lengths = ((len(row["input_ids"]), _length(row.get("teacher_positions"))) for row in rows)
+        if (bad := next((pair for pair in lengths if pair[0] != pair[1]), None)) is not None:
+            raise ValueError(
+                f"a row of {bad[0]} input_ids has {max(bad[1], 0)} teacher_positions; expected one each, the place in "
+                "teacher_input_ids that predicts what comes after it, or -1"
+            )
         ids = [torch.as_tensor(row["teacher_input_ids"]) for row in rows]
         masks = [row.get("teacher_attention_mask", torch.ones_like(x)) for row, x in zip(rows, ids, strict=True)]
         length = max(map(len, ids))

@@ -30,6 +30,8 @@ from kdfast.training.hf import IGNORE_INDEX, check_inputs, head, known_ids, plac
 from kdfast.training.initialization.layers import start_layers
 from kdfast.training.recipes import Recipe
 from kdfast.training.teachers.kinds import Probe
+from kdfast.training.teachers.own_inputs import NAMES, read_own_inputs
+from kdfast.training.teachers.side import run_teacher
 
 TOKENS_PER_WIDTH = 16  # calibration tokens over the teacher's width, where nothing is said
 
@@ -174,11 +176,13 @@ def _read(
         inputs = {name: x for name, x in batch.items() if name != "labels" and not name.startswith("teacher_")}
         check_inputs(teacher, "teacher", inputs)
         mask = batch.get("attention_mask")
-        for role, model in (("teacher", teacher), ("student", student)):
-            inputs["input_ids"], _ = known_ids(model, role, inputs["input_ids"], mask)
+        own = read_own_inputs(*(batch.get(name) for name in NAMES), shape=batch["input_ids"].shape)
+        inputs["input_ids"], _ = known_ids(student, "student", inputs["input_ids"], mask)
         counted = shift_labels(batch["labels"], mask, placeholders(student).values()) != IGNORE_INDEX
+        if own is not None:
+            counted &= own.aligned
         counted &= counted.flatten().cumsum(0).view_as(counted) <= tokens - found
-        states = run_backbone(teacher, **inputs, use_cache=False).last_hidden_state
+        (states,), _ = run_teacher(teacher, inputs["input_ids"], inputs, own, look=True)
         pieces.append(states.to(counted.device)[counted])
         text.append((inputs, counted))
         found += len(pieces[-1])

@@ -39,9 +39,10 @@ class Batch(NamedTuple):
     student: Head
     own: Head | None  # the teacher's own head, where there is a live one
     cached: CachedEntries | None
-    targets: Tensor  # (B, T), −100 counts for nothing
+    targets: Tensor  # (B, T), −100 counts for nothing, and so does what the teacher has no position for
     temperature: float | Tensor
     options: dict[str, Any]  # of `fused_kd_loss`: engine, scratch_bytes, valid_vocab, num_items_in_batch
+    items: int | Tensor | None = None  # the divisor of `targets`, where some have no position; None: options' own
 
 
 class KDTerms(NamedTuple):
@@ -129,6 +130,10 @@ class ThroughProjector(NoTeacher):
             return _detached(replace(student, hidden=part(hidden).to(student.hidden.dtype)))
 
         options = {**batch.options, "teacher_grad": recipe.teacher_grad, "anchor_weight": recipe.anchor_weight}
+        if batch.items is not None and recipe.anchor_weight:  # options' divisor divides all terms
+            share = batch.options["num_items_in_batch"] / torch.as_tensor(batch.items).clamp(min=1)
+            options["anchor_weight"] = recipe.anchor_weight * share
+        options["anchor_targets"] = batch.targets
         return KDTerms(Projected(hidden, part.weight, part.bias), options, surrogate)
 
 
@@ -144,7 +149,8 @@ class ThroughProbe(ThroughProjector):
         student = batch.student
         hidden = part(batch.own.hidden.to(part.weight.dtype))
         surrogate = Head(hidden, part.head, logit_scale=student.logit_scale, softcap=student.softcap)
-        anchor_loss = fused_kd_loss(surrogate, None, batch.targets, ce_weight=1.0, **batch.options)
+        options = batch.options if batch.items is None else {**batch.options, "num_items_in_batch": batch.items}
+        anchor_loss = fused_kd_loss(surrogate, None, batch.targets, ce_weight=1.0, **options)
         assert isinstance(anchor_loss, Tensor)
         surrogate = _detached(surrogate)
         return KDTerms(surrogate, batch.options, lambda: surrogate, anchor_loss)

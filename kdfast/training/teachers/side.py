@@ -31,6 +31,9 @@ from kdfast.training.recipes import Recipe
 from kdfast.training.teachers.entries import CachedEntries
 from kdfast.training.teachers.fidelity import Fidelity, fidelity
 from kdfast.training.teachers.kinds import KINDS, Batch, KDTerms
+from kdfast.training.teachers.own_inputs import OwnInputs
+
+TEXT = {"input_ids", "attention_mask", "position_ids", "use_cache", "output_hidden_states"}  # of a batch of text
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class StudentBatch:
     look: bool  # whether ids and entries may be looked at, which waits for the device
     with_fidelity: bool
     with_metrics: bool
+    own_inputs: OwnInputs | None = None  # what the teacher reads in place of the student's ids
 
     @property
     def counted(self) -> Tensor:
@@ -57,13 +61,26 @@ class StudentBatch:
         return (self.targets != IGNORE_INDEX).sum()
 
     @property
+    def compared(self) -> Tensor:
+        """(B, T), the targets that the teacher predicts, too."""
+        if self.own_inputs is None:
+            return self.targets
+        return self.targets.masked_fill(~self.own_inputs.aligned, IGNORE_INDEX)
+
+    @property
     def share(self) -> float | Tensor:
         """The targets' share in those of the step."""
-        return (
-            1.0
-            if self.items is None
-            else self.counted / torch.as_tensor(self.items).clamp(min=1).to(self.targets.device)
-        )
+        return self._part(self.counted, self.items)
+
+    @property
+    def compared_share(self) -> float | Tensor:
+        """The share of those that are compared; without own inputs all targets."""
+        if self.own_inputs is None:
+            return self.share
+        return self._part((self.compared != IGNORE_INDEX).sum(), self.kd_items)
+
+    def _part(self, counted: Tensor, items: int | Tensor | None) -> float | Tensor:
+        return 1.0 if items is None else counted / torch.as_tensor(items).clamp(min=1).to(counted.device)
 
     @property
     def kd_token_weights(self) -> Tensor | None:
@@ -146,7 +163,7 @@ class TeacherSide:
         zero = not isinstance(batch.kd_weight, Tensor) and batch.kd_weight == 0 and train
         needed = batch.with_fidelity or not zero or recipe.needs_teacher_always
         own: Head | None = None
-        states: Any = None
+        states: tuple[Tensor, ...] | None = None
         strange: bool | Tensor = False
         live = recipe.teacher not in ("none", "cached") or recipe.hidden_weight > 0
         if self.model is not None and (batch.with_fidelity or (needed and live)):
@@ -154,7 +171,8 @@ class TeacherSide:
         kd = KDTerms(None, {**options, "num_items_in_batch": batch.items})
         if needed or recipe.teacher == "cached":  # a batch that lacks them is an error under any weight
             part = compressed if self.projector is None else self.projector
-            shown = Batch(batch.student, own, batch.cached, batch.targets, batch.temperature, kd.options)
+            items = None if batch.own_inputs is None else batch.kd_items
+            shown = Batch(batch.student, own, batch.cached, batch.compared, batch.temperature, kd.options, items)
             kd = self.kind.terms(shown, part)
         loss, metrics = fused_kd_loss(
             batch.student,
@@ -170,22 +188,20 @@ class TeacherSide:
         )
         if kd.anchor_loss is not None:
             loss = loss + recipe.anchor_weight * kd.anchor_loss
-            metrics = metrics._replace(anchor=kd.anchor_loss.detach().float() / batch.share)
+            metrics = metrics._replace(anchor=kd.anchor_loss.detach().float() / batch.compared_share)
         found = None
         true = batch.cached.at_one() if own is None and batch.cached else own
         if true is not None and batch.with_fidelity:
-            found = fidelity(batch.student, kd.surrogate and kd.surrogate(), true, batch.targets, **options)
-        return Learned(loss, metrics, strange, getattr(states, "hidden_states", None), found)
+            found = fidelity(batch.student, kd.surrogate and kd.surrogate(), true, batch.compared, **options)
+        return Learned(loss, metrics, strange, states, found)
 
     @torch.no_grad()
-    def run(self, batch: StudentBatch) -> tuple[Head, Any, Tensor]:
-        """Return its own head over a batch, what its backbone gave, and whether it lacks an id that is not padding."""
+    def run(self, batch: StudentBatch) -> tuple[Head, tuple[Tensor, ...], Tensor]:
+        """Return its own head over a batch, at the student's positions, and as `run_teacher` layers and `strange`."""
         assert self.model is not None
         self._check_places(batch.inputs)
-        mask = batch.inputs.get("attention_mask")
-        ids, strange = known_ids(self.model, "teacher", batch.input_ids, mask, look=batch.look)
-        states = run_backbone(self.model, input_ids=ids, **batch.inputs)
-        return head(self.model, states.last_hidden_state.to(ids.device)), states, strange
+        states, strange = run_teacher(self.model, batch.input_ids, batch.inputs, batch.own_inputs, look=batch.look)
+        return head(self.model, states[-1].to(batch.input_ids.device)), states[:-1], strange
 
     def _check_places(self, inputs: dict[str, Any]) -> None:
         """Raise ValueError for images whose places the teacher would not find: both models read the same ids."""
@@ -197,6 +213,39 @@ class TeacherSide:
                     f"the batch has images, video or sound, whose place in input_ids is {kind}_token_id={ours} for the "
                     f"student and {other} for the teacher. Take two models of one processor, or leave images out"
                 )
+
+
+def run_teacher(
+    model: PreTrainedModel, input_ids: Tensor, inputs: dict[str, Any], own: OwnInputs | None, *, look: bool
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Return hidden states (B, T, H), of the layers where they are asked for and the last ones, and `strange`, ().
+
+    The latter says whether the teacher has no row for an id that is not padding, or no such position.
+
+    Args:
+        input_ids, inputs: as the student reads them, and what else both backbones take.
+        own: in place of the student's ids and mask; what is returned is at the student's positions then.
+        look: raise ValueError for what is strange, which waits for the device.
+
+    Raises ValueError for `own` beside what goes with the student's ids, such as images.
+    """
+    argument, bad = "input_ids", None
+    if own is not None:
+        if more := sorted(inputs.keys() - TEXT):
+            raise ValueError(
+                f"the batch has teacher_input_ids and {more[0]}, which goes with input_ids; expected text alone where "
+                "the teacher reads ids of its own"
+            )
+        bad, argument, input_ids = own.strange(look=look), "teacher_input_ids", own.input_ids
+        inputs = {name: x for name, x in inputs.items() if name != "position_ids"}
+        inputs["attention_mask"] = own.attention_mask
+    mask = inputs.get("attention_mask")
+    ids, strange = known_ids(model, "teacher", input_ids, mask, look=look, argument=argument)
+    output = run_backbone(model, **{**inputs, "input_ids": ids, "use_cache": False})
+    states = (*(getattr(output, "hidden_states", None) or ()), output.last_hidden_state)
+    if own is not None and bad is not None:
+        states, strange = tuple(map(own.align, states)), strange | bad
+    return states, strange
 
 
 def _check_pair(

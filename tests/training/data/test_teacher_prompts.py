@@ -1,11 +1,18 @@
 """A teacher that reads another prompt than the student: its rows, where they meet the student's, and what is refused."""
 
-import pytest
-from byte_tokenizer import make_tokenizer
-from chats import CHATML, QUESTIONS, assistant, chat_tokenizer, user
-from datasets import Dataset
+import shutil
 
-from kdfast.training import tokenize_dataset
+import pytest
+import torch
+import torch.nn.functional as F
+from byte_tokenizer import make_tokenizer
+from cases import relative
+from chats import CHATML, QUESTIONS, VOCAB, assistant, chat_tokenizer, user
+from datasets import Dataset
+from tiny_models import tiny
+from training_fixtures import config  # noqa: F401
+
+from kdfast.training import KDTrainer, cache_teacher, tokenize_dataset
 from kdfast.training.data.packing import PaddingCollator
 from kdfast.training.data.text import DataError
 
@@ -166,5 +173,72 @@ def test_batches_are_padded_each_to_its_own_length():
         positions = batch["teacher_positions"][i]
         assert positions[: len(row["input_ids"])].tolist() == row["teacher_positions"]
         assert (positions[len(row["input_ids"]) :] == -1).all()
+    with pytest.raises(ValueError, match="a row of 2 input_ids has 0 teacher_positions"):
+        PaddingCollator()([{"input_ids": [1, 2], "teacher_input_ids": [1], "labels": [1, 2]}])
     with pytest.raises(ValueError, match="packed of several documents and have teacher_input_ids"):
         PaddingCollator()([{"input_ids": [1, 2], "seq_lengths": [1, 1], "teacher_input_ids": [1], "labels": [1, 2]}])
+
+
+def pair():
+    models = [tiny("llama", V=VOCAB, seed=i, width=16 * i, layers=2) for i in (1, 2)]
+    for model in models:
+        model.config.max_position_embeddings = 512
+    return models
+
+
+def alone(student, teacher, rows, tau=2.0, kd_weight=0.7):
+    """Loss, gradients and KL(teacher ‖ student) at τ = 1, from whole logits of the rows one by one."""
+    ce = kd = kl = n = n_kd = 0
+    for row in rows:
+        z, y = (model(torch.tensor([ids])).logits[0] for model, ids in
+                ((student, row["input_ids"]), (teacher, row["teacher_input_ids"])))  # fmt: skip
+        targets, positions = torch.tensor(row["labels"][1:]), torch.tensor(row["teacher_positions"])[:-1]
+        counted, z = targets != -100, z[:-1]
+        both = counted & (positions >= 0)
+        ce, n = ce + F.cross_entropy(z[counted], targets[counted], reduction="sum"), n + counted.sum()
+        z, y, n_kd = z[both], y[positions[both]].detach(), n_kd + both.sum()
+        kd, kl = (total + F.kl_div((z / t).log_softmax(-1), (y / t).log_softmax(-1), reduction="sum", log_target=True)
+                  for total, t in ((kd, tau), (kl, 1)))  # fmt: skip
+    loss = ce / n + kd_weight * tau**2 * kd / n_kd
+    return loss, torch.autograd.grad(loss, list(student.parameters())), (kl / n_kd).item()
+
+
+@pytest.mark.parametrize("kind", ["text", "messages", "context of a chat"])
+def test_a_step_of_micro_batches_is_that_of_the_rows_alone(config, kind):  # noqa: F811
+    """Of a chat, where turns before the last are learned from the text alone, the KD term has its own divisor."""
+    rows, options, _ = KINDS[kind]
+    student, teacher = pair()
+    args = config(
+        recipe="teacher_head", per_device_train_batch_size=1, gradient_accumulation_steps=4, max_steps=1, optim="sgd",
+        max_grad_norm=0, learning_rate=1.0, lr_scheduler_type="constant", **options,
+    )  # fmt: skip
+    data, tokenizer = Dataset.from_list(rows), chat_tokenizer()
+    trainer = KDTrainer(
+        student, args, teacher=teacher, train_dataset=data, eval_dataset=data, processing_class=tokenizer
+    )
+    made = list(tokenize_dataset(data, tokenizer, **options)[0])
+    loss, right, kl = alone(student, teacher, made)
+    evaluated = trainer.evaluate()
+    assert evaluated["eval_kl_teacher_student"] == pytest.approx(kl, rel=1e-5)
+    before = [p.detach().clone() for p in student.parameters()]
+    trainer.train()
+    assert trainer.state.log_history[-2]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    found = [b - p.detach() for b, p in zip(before, student.parameters(), strict=True)]
+    assert max(map(relative, found, right)) <= 2e-6
+    shutil.rmtree(args.output_dir)
+
+
+def test_no_cache_is_made_of_it(config, tmp_path, capsys):  # noqa: F811
+    student, teacher = pair()
+    data, tokenizer = Dataset.from_list(KINDS["text"][0]), make_tokenizer()
+    given = {"teacher": teacher, "train_dataset": data, "processing_class": tokenizer}
+    unasked = config(recipe="teacher_head", precompute_teacher_log_probs=None, max_steps=8)
+    trainer = KDTrainer(student, unasked, **given)
+    assert trainer._precomputation is None
+    assert "the teacher runs at every step" in capsys.readouterr().out
+    trainer.train()
+    with pytest.raises(ValueError, match=r"cannot be run beforehand.*has teacher_input_ids, and a cache is of text"):
+        KDTrainer(student, config(recipe="teacher_head", precompute_teacher_log_probs=True), **given)
+    rows, _ = tokenize_dataset(data, tokenizer)
+    with pytest.raises(ValueError, match=r"splits\['train'\] has teacher_input_ids, and a cache is of text alone"):
+        cache_teacher(teacher, {"train": rows}, tmp_path / "cache")
