@@ -1,4 +1,4 @@
-"""A teacher that reads another prompt than the student: its rows, where they meet the student's, and what is refused."""
+"""A teacher that reads another prompt than the student: its rows, where they meet the student's, what is refused."""
 
 import shutil
 
