@@ -23,7 +23,14 @@ try:
 except ImportError as error:
     raise ImportError(f"kdfast.training needs {error.name}: pip install 'kdfast[train]'") from error
 
-from kdfast.training.cache import CachedBlocks, CacheError, TeacherCache, cache_teacher
+from kdfast.training.cache import (
+    CachedBlocks,
+    CacheError,
+    TeacherCache,
+    cache_from_server,
+    cache_teacher,
+    import_log_probs,
+)
 from kdfast.training.callbacks import Finding, HealthCallback
 from kdfast.training.config import KDConfig
 from kdfast.training.data.chat import tokenize_dataset
@@ -63,9 +70,11 @@ __all__ = [
     "TeacherCache",
     "TerminatedError",
     "backbone",
+    "cache_from_server",
     "cache_teacher",
     "choose_recipe",
     "head",
+    "import_log_probs",
     "load_student",
     "load_teacher",
     "shift_labels",

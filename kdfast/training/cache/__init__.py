@@ -5,10 +5,22 @@
 
 description.py  cache.json, what lies where      entries.py  what is kept of a distribution, as rows and back
 write.py        cache_teacher                    read.py     TeacherCache, and whether a run can learn from it
+imported.py     import_log_probs                 formats.py  log-probabilities as others print them
+servers.py      cache_from_server
 """
 
 from kdfast.training.cache.description import CacheError, CacheSummary
+from kdfast.training.cache.imported import import_log_probs
 from kdfast.training.cache.read import CachedBlocks, TeacherCache
+from kdfast.training.cache.servers import cache_from_server
 from kdfast.training.cache.write import cache_teacher
 
-__all__ = ["CacheError", "CacheSummary", "CachedBlocks", "TeacherCache", "cache_teacher"]
+__all__ = [
+    "CacheError",
+    "CacheSummary",
+    "CachedBlocks",
+    "TeacherCache",
+    "cache_from_server",
+    "cache_teacher",
+    "import_log_probs",
+]

@@ -105,9 +105,16 @@ class Description:
         """Return what cache.json holds: of a model's entries no source, as before there were others."""
         return {name: value for name, value in asdict(self).items() if name != "source" or value is not None}
 
+    def _decisive(self) -> dict[str, Any]:
+        """Return what decides what is in a cache: neither the version nor where a server or a file was."""
+        content = {name: value for name, value in self._content().items() if name != "version"}
+        if self.source is not None:
+            content["source"] = {name: value for name, value in self.source.items() if name not in ("url", "name")}
+        return content
+
     def mark(self, split: str, shard: int) -> str:
         """Return what a shard carries, by which it is known for this one of a cache of this description."""
-        content = {name: value for name, value in self._content().items() if name != "version"}
+        content = self._decisive()
         sum = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         return json.dumps({"split": split, "shard": shard, "cache_sha256": sum}) + "\n"
 
@@ -139,10 +146,11 @@ class Description:
 
     def differences(self, other: Description) -> list[str]:
         """Return 'name: then X, now Y' of every field that decides what is in a cache, where the two differ."""
+        then, now = self._decisive(), other._decisive()
         return [
             f"{field.name}: then {getattr(self, field.name)!r}, now {getattr(other, field.name)!r}"
             for field in fields(self)
-            if field.name != "version" and getattr(self, field.name) != getattr(other, field.name)
+            if then.get(field.name) != now.get(field.name)
         ]
 
 

@@ -30,7 +30,7 @@ from kdfast.training.durable.errors import first_line
 from kdfast.training.durable.processes import print_once
 from kdfast.training.hf import head_shape
 from kdfast.training.model import DistillationModel
-from kdfast.training.teachers.entries import OWN_ENTRIES
+from kdfast.training.teachers.entries import OWN_ENTRIES, TeacherTail
 
 
 class TeacherCache:
@@ -97,13 +97,17 @@ class TeacherCache:
                 "rows differ, make the cache and train with valid_vocab, the number of real tokens"
             )
 
-    def dataset(self, split: str, dataset: Any, *, temperature: float = 2.0) -> CachedBlocks:
+    def dataset(
+        self, split: str, dataset: Any, *, temperature: float = 2.0, tail: TeacherTail | None = None
+    ) -> CachedBlocks:
         """Return the rows of `dataset` with the teacher's entries.
 
         Args:
             split: as it was called when the cache was made.
             dataset: the rows it was made of, in the same order; labels and whatever else they have stay.
             temperature: of the KD term. One that the cache was made for; 1 too, unless ids were drawn.
+            tail: what the run's `teacher_tail` is: entries are then as a data set's own, of any temperature, and the
+                mass that they leave is as it says. None: as it was kept.
 
         Raises CacheError: no such split, other rows, another temperature; it says then and now.
         """
@@ -124,11 +128,15 @@ class TeacherCache:
                 f"({now.sha256[:12]}…). Train on the data, tokenizer and block length the cache was made with, or make "
                 "it again"
             )
-        if temperature not in self.temperatures:
+        if tail is not None and self.description.method != "top_k":
+            raise CacheError(f"teacher_tail={tail!r}, and {str(self.folder)!r} is no cache of top_k; leave it out")
+        if tail is None and temperature not in self.temperatures:
+            remedy = f"make another cache, with cache_temperatures: [{temperature:g}]"
+            if self.description.source is not None:
+                remedy = "say what its entries leave at others: teacher_tail: renormalize_both, or bucket, renormalize"
             raise CacheError(
                 f"temperature={temperature:g}; {str(self.folder)!r} was made for "
-                f"{', '.join(f'{tau:g}' for tau in self.temperatures)}. Train with one of those, or make another "
-                f"cache, with cache_temperatures: [{temperature:g}]"
+                f"{', '.join(f'{tau:g}' for tau in self.temperatures)}. Train with one of those, or {remedy}"
             )
         here = f"{str(self.folder)!r}, split {split!r},"
         try:
@@ -139,7 +147,7 @@ class TeacherCache:
             raise CacheError(f"{here} cannot be read ({first_line(error)}); make it again") from error
         if len(entries) != len(dataset):
             raise CacheError(f"{here} has {len(entries)} rows for {len(dataset)} of the data; make it again")
-        return CachedBlocks(self, dataset, entries, temperature)
+        return CachedBlocks(self, dataset, entries, temperature, tail)
 
 
 def cached_blocks(dataset: Any) -> list[CachedBlocks]:
@@ -158,8 +166,10 @@ class CachedBlocks(data.Dataset):
     `TeacherCache.dataset` makes it, of the cache's entries at one temperature.
     """
 
-    def __init__(self, cache: TeacherCache, dataset: Any, entries: Dataset, temperature: float) -> None:
-        self.cache, self.dataset, self.temperature = cache, dataset, temperature
+    def __init__(
+        self, cache: TeacherCache, dataset: Any, entries: Dataset, temperature: float, tail: TeacherTail | None = None
+    ) -> None:
+        self.cache, self.dataset, self.temperature, self.tail = cache, dataset, temperature, tail
         self.description = cache.description
         self.entries = entries.with_format("numpy", dtype=None)  # as they were kept
 
@@ -167,7 +177,10 @@ class CachedBlocks(data.Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        entries: dict[str, Tensor] = decode(self.entries[index], self.description, self.temperature)
+        temperature = self.temperature if self.tail is None else 1.0
+        entries: dict[str, Tensor] = decode(self.entries[index], self.description, temperature)
+        if self.tail is not None:
+            del entries["teacher_log_tails"]
         return {**self.dataset[index], **entries}
 
 
@@ -201,6 +214,11 @@ def check_datasets(model: DistillationModel, datasets: Mapping[str, Any], temper
                 raise CacheError(
                     f"{argument} has a teacher's entries for temperature={blocks.temperature:g}, and the run is at "
                     f"{run}; expected the same, throughout the run"
+                )
+            if recipe.kd_on == "all" and not (blocks.description.source or {}).get("whole", True):
+                raise CacheError(
+                    f"kd_on='all', and {argument} has entries of a file ({blocks.description.teacher}) that holds none "
+                    "for some tokens, such as prompts; expected kd_on='completion'"
                 )
             if blocks.description.method == "sample" and model.divergence.name != "forward_kl":
                 raise CacheError(
