@@ -17,6 +17,7 @@ from pathlib import Path
 import oracle
 import pytest
 import torch
+from datasets import Dataset
 from tiny_models import tiny, tiny_moe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -25,7 +26,8 @@ from kdfast.training import DistillationModel
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
-NEEDS = {"lightning_module": "lightning", "lora_chat": "peft", "trl_trainer": "trl", "vlm": "trl"}
+NEEDS = {"lightning_module": "lightning", "lora_chat": "peft"}
+NEEDS |= dict.fromkeys(("trl_on_policy", "trl_trainer", "vlm"), "trl")
 SUMMARY = re.compile(r"held-out cross entropy: ([\d.]+) before, ([\d.]+) after")
 STUDENT, TEACHER = 16, 32  # widths of the small models
 IGNORED = -100
@@ -285,6 +287,103 @@ def test_trl_trainer(example, small, calls, reads, capsys):
     _divisors(made)
     assert all((labels[:, 0] == IGNORED).all() for labels, _ in made)  # prompts are masked
     assert len(_summaries(capsys.readouterr().out)) == 1
+
+
+@pytest.fixture
+def beside_theirs(monkeypatch):
+    """beside_theirs(module) → a list of (β, what was compared on) of every training loss of `FusedLoss`; each is held
+    to TRL's own on the same batch, by its value and by the gradient of all that is trained."""
+
+    def record(module):
+        made = []
+        ours = module.FusedLoss.compute_loss
+
+        def checked(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss = ours(self, model, inputs, return_outputs, num_items_in_batch)
+            if not torch.is_grad_enabled():
+                return loss
+            base = super(module.FusedLoss, self)
+            theirs = base.compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch)
+            torch.testing.assert_close(loss, theirs, rtol=1e-5, atol=0)
+            names, trained = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
+            both = (torch.autograd.grad(one, trained, retain_graph=True) for one in (loss, theirs))
+            for name, one, other in zip(names, *both, strict=True):
+                assert (one - other).norm() <= 1e-5 * other.norm(), name
+            made.append((names, inputs))
+            return loss
+
+        monkeypatch.setattr(module.FusedLoss, "compute_loss", checked)
+        return made
+
+    return record
+
+
+def _chats(tokenizer):
+    """Rows of unlike length; a tokenizer that pads, with a template."""
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    turns = [(f"{'so ' * (i % 5)}{i}²? ", f"{i * i}") for i in range(24)]
+    return [[{"role": "user", "content": asked}, {"role": "assistant", "content": said}] for asked, said in turns]
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("kind", ["gkd", "distillation"])
+def test_trl_on_policy_is_their_objective(kind, adapter, beta, example, small, beside_theirs, tmp_path_factory):
+    """On what the student wrote, and on the data's text where GKDTrainer's λ leaves it."""
+    pytest.importorskip("trl", reason="pip install trl")
+    more = {}
+    if adapter:
+        config = pytest.importorskip("peft").LoraConfig(target_modules=["c_attn"], init_lora_weights=False)
+        more["peft_config"] = config
+    module = example("trl_on_policy")
+    made = beside_theirs(module)
+    teacher, student = (AutoModelForCausalLM.from_pretrained(name) for name in small[:2])
+    tokenizer = AutoTokenizer.from_pretrained(small[0])
+    rows = Dataset.from_dict({"messages": _chats(tokenizer)})
+    common = {
+        "output_dir": str(tmp_path_factory.mktemp("trl_on_policy")), "max_steps": 3, "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2, "bf16": False, "report_to": "none", "save_strategy": "no", "beta": beta,
+        "learning_rate": 1e-2,
+    }  # fmt: skip
+    if kind == "gkd":
+        config = module.GKDConfig(**common, lmbda=0.5, temperature=0.7, max_new_tokens=9)
+        trainer_class = module.FusedGKDTrainer
+    else:
+        config = module.DistillationConfig(**common, temperature=0.7, max_completion_length=9)
+        trainer_class, rows = module.FusedDistillationTrainer, module.questions(rows)
+    trainer = trainer_class(student, teacher, config, train_dataset=rows, processing_class=tokenizer, **more)
+    trainer.train()
+    assert len(made) == 3 * 2
+    assert all(("lora" in name) == adapter for names, _ in made for name in names)
+    said = {f"{i * i}" for i in range(24)}
+    written = [
+        tokenizer.decode(row[row != IGNORED], skip_special_tokens=True)
+        for _, inputs in made
+        for row in (inputs["labels"] if kind == "gkd" else inputs["completion_ids"])
+    ]
+    data = [text in said for text in written]
+    assert any(data) == (kind == "gkd")
+    assert not all(data)
+
+
+def test_trl_on_policy(example, small, beside_theirs, tmp_path_factory, capsys):
+    pytest.importorskip("trl", reason="pip install trl")
+    module = example("trl_on_policy")
+    made = beside_theirs(module)
+    place, tokenizer = tmp_path_factory.mktemp("trl_on_policy"), AutoTokenizer.from_pretrained(small[0])
+    rows = _chats(tokenizer)
+    teacher, chats = shutil.copytree(small[0], place / "teacher"), place / "chats.jsonl"
+    tokenizer.save_pretrained(teacher)
+    chats.write_text("".join(f"{json.dumps({'messages': row})}\n" for row in rows))
+    _three_steps(module, (str(teacher), small[1], str(chats), str(chats)))
+    assert len(made) == 2 * 3 * 2
+    out = capsys.readouterr().out
+    assert len(_summaries(out)) == 1
+    before, after = re.search(r"reverse KL on its own text: ([\d.]+) before, ([\d.]+) after", out).groups()
+    assert before != after
 
 
 def _divisors(made):
