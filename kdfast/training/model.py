@@ -6,7 +6,7 @@ through this forward: the hooks of DDP and FSDP run, and autocast and torch.comp
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
@@ -20,8 +20,7 @@ from kdfast.frontend.checks import can_read, has_values
 from kdfast.inputs import Head
 from kdfast.loss import KDMetrics, fused_kd_loss
 from kdfast.low_rank_head import CompressedHead
-from kdfast.training.adapters import adapt, adapted_layer, adapter_state, unwrap
-from kdfast.training.data.tokenizers import find_valid_vocab
+from kdfast.training.adapters import adapt, adapted_layer, adapter_state
 from kdfast.training.durable.processes import say_once
 from kdfast.training.hf import (
     IGNORE_INDEX,
@@ -38,12 +37,20 @@ from kdfast.training.hf import (
     shift_labels,
 )
 from kdfast.training.initialization.calibration import Calibration, Start, set_projector
-from kdfast.training.recipes import AUTO, Recipe, choose_recipe, get_recipe
+from kdfast.training.recipes import AUTO, Recipe, get_recipe
 from kdfast.training.teachers.entries import CachedEntries, TeacherTail, read_entries
 from kdfast.training.teachers.fidelity import Fidelity
 from kdfast.training.teachers.hidden_states import HiddenStateLoss
 from kdfast.training.teachers.own_inputs import read_own_inputs
-from kdfast.training.teachers.side import StudentBatch, TeacherSide
+from kdfast.training.teachers.several import (
+    Teachers,
+    choose_recipe_of_all,
+    find_valid_vocab_of_all,
+    hold,
+    name_teachers,
+    naming,
+)
+from kdfast.training.teachers.side import Learned, StudentBatch
 
 
 class DistillationOutput(NamedTuple):
@@ -54,6 +61,7 @@ class DistillationOutput(NamedTuple):
     log_probs: Tensor | None = None  # (B, T): of the targets, where they were asked for
     targets: Tensor | None = None  # (), how many there are; metrics.tokens is the KD term's number
     compared: Tensor | None = None  # (), those that fidelity and anchor are of, where that is not all of them
+    by_teacher: dict[str, Learned] | None = None  # of each teacher that was asked: its own part of metrics and fidelity
 
 
 class DistillationModel(nn.Module):
@@ -67,7 +75,9 @@ class DistillationModel(nn.Module):
             `model.student` is the transformers model inside.
         teacher: another one that takes the same token ids; None for the recipes "lm_only" and "cached", which use a
             teacher for evaluation only. One that accelerate has offloaded or spread over devices (`device_map`,
-            `cpu_offload`) stays where it is, and is fed there.
+            `cpu_offload`) stays where it is, and is fed there. Several: a list, or a mapping from names to them; each
+            is learned from under the recipe, and starts of the student are solved from the first.
+        teacher_weights: of several, what multiplies the KD term of each; None = equal ones that sum to 1.
         recipe: a name, or a `Recipe` such as `KDConfig(…).resolved()`; "auto" is what `choose_recipe` finds for these
             models. One with solved starts wants `solve` called before the first step, as KDTrainer does.
         engine, scratch_bytes, valid_vocab, vocab: as in `fused_kd_loss`. Where valid_vocab is None and the heads have
@@ -95,8 +105,9 @@ class DistillationModel(nn.Module):
     def __init__(
         self,
         student: PreTrainedModel,
-        teacher: PreTrainedModel | None = None,
+        teacher: PreTrainedModel | Sequence[PreTrainedModel] | Mapping[str, PreTrainedModel] | None = None,
         *,
+        teacher_weights: Sequence[float] | None = None,
         recipe: str | Recipe = AUTO,
         engine: str = "auto",
         scratch_bytes: int | None = None,
@@ -109,12 +120,12 @@ class DistillationModel(nn.Module):
         check_heads: bool = True,
     ) -> None:
         super().__init__()
-        student, teacher = adapt(student, peft_config), unwrap(teacher, "teacher")
-        valid_vocab = find_valid_vocab(student, teacher, tokenizer, valid_vocab)
+        student, teachers = adapt(student, peft_config), name_teachers(teacher)
+        valid_vocab = find_valid_vocab_of_all(student, teachers, tokenizer, valid_vocab)
         self.teacher_tail = teacher_tail
         self.by_default = recipe == AUTO  # the caller did not choose it
         if recipe == AUTO:
-            recipe = choose_recipe(student, teacher, valid_vocab, vocab).recipe
+            recipe = choose_recipe_of_all(student, teachers, valid_vocab, vocab).recipe
         self.recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
         self.divergence = self.recipe.make_divergence()
         self.loss_options: dict[str, Any] = {
@@ -122,20 +133,26 @@ class DistillationModel(nn.Module):
         }  # fmt: skip
         check_model(student, "student", compare=check_heads, router_aux_loss_coef=router_aux_loss_coef)
         self.router_loss = router_loss(student, router_aux_loss_coef)
-        self.side = TeacherSide(
-            student, teacher, self.recipe, valid_vocab=valid_vocab, vocab=vocab, check_heads=check_heads
-        )
+        self.sides = Teachers(
+            student, teachers, self.recipe, teacher_weights, valid_vocab=valid_vocab, vocab=vocab,
+            check_heads=check_heads,
+        )  # fmt: skip
         self.student = student
-        keep = object.__setattr__ if teacher is not None and is_dispatched(teacher) else setattr
-        keep(self, "teacher", teacher)  # as a submodule, one that accelerate has placed would be moved by .to()
+        # as a submodule, one that accelerate has placed would be moved by .to()
+        placed = [None if is_dispatched(one) else one for one in teachers.values()] or [None]
+        if len(placed) > 1:
+            self.teacher = nn.ModuleList(placed)  # type: ignore[assignment, arg-type]
+        elif placed[0] is None:
+            object.__setattr__(self, "teacher", next(iter(teachers.values()), None))
+        else:
+            self.teacher = placed[0]
         self.inputs = {"student": inputs_of(student)}
-        if teacher is not None:
-            self.inputs["teacher"] = self.side.inputs
+        self.inputs |= {side.role: side.inputs for side in self.sides.values() if side.model is not None}
         self.placeholders = placeholders(student)
         self.valid_vocab = valid_vocab
-        self.logit_projector = self.side.projector
-        self.hidden_loss = _make_hidden_loss(student, teacher, self.recipe)
-        self.compressed_head: CompressedHead | None = None  # made by solve()
+        self.logit_projector: Any = hold([side.projector for side in self.sides.values()])
+        self.hidden_loss = _make_hidden_loss(student, next(iter(teachers.values()), None), self.recipe)
+        self.compressed_head: CompressedHead | None = None  # made by solve(); of several teachers a list of them
         self.solved = not self.recipe.solves
         self.looked = False  # at a batch's ids; on a GPU only at the first batch's, because looking waits for it
         self.loaded = False  # with trained weights, which solving leaves as they are
@@ -155,6 +172,7 @@ class DistillationModel(nn.Module):
         teacher_input_ids: Tensor | None = None,
         teacher_attention_mask: Tensor | None = None,
         teacher_positions: Tensor | None = None,
+        teacher_id: Tensor | Sequence[str | int] | None = None,
         *,
         temperature: float | Tensor | None = None,
         kd_weight: float | Tensor | None = None,
@@ -182,6 +200,8 @@ class DistillationModel(nn.Module):
             teacher_attention_mask: (B, Tt), of that; None = no padding.
             teacher_positions: (B, T) int64: the place in teacher_input_ids where the teacher predicts what the student
                 does at t; −1: nowhere, and the KD term (anchor, hidden states and fidelity too) leaves that out.
+            teacher_id: (B,) int64 or a list, the name or number of the one teacher that a row learns from. None: all
+                rows learn from all teachers, under their weights.
             temperature, kd_weight: number or 0-d tensor; None = the recipe's, without its schedule. In training a
                 kd_weight of 0, given as a number, leaves the teacher out, where nothing else needs it: kd is NaN then.
             num_items_in_batch: the divisor of every term: the targets (`model.targets(…) != -100`) in all
@@ -217,17 +237,18 @@ class DistillationModel(nn.Module):
         if cached:
             self._check_entries(cached, temperature, kd_targets, look=look)
         batch = StudentBatch(
-            student, input_ids, inputs, targets, kd_targets, cached, temperature, kd_weight,
+            student, input_ids, inputs, targets, kd_targets, cached, temperature, kd_weight, self.recipe.ce_weight,
             items=num_items_in_batch, kd_items=kd_items, look=look, with_fidelity=with_fidelity,
             with_metrics=with_metrics, own_inputs=own_inputs,
         )  # fmt: skip
-        learned = self.side.learn(
-            batch, self.recipe, self.divergence, self.loss_options, train=self.training, compressed=self.compressed_head
-        )
-        loss, metrics, strange = learned.loss, learned.metrics, strange | learned.strange
+        every, by_teacher = self.sides.learn(
+            batch, teacher_id, self.recipe, self.divergence, self.loss_options, train=self.training,
+            compressed=self.compressed_head,
+        )  # fmt: skip
+        loss, metrics, strange = every.loss, every.metrics, strange | every.strange
         if self.hidden_loss is not None:
-            assert learned.hidden_states is not None
-            of_layers = self.hidden_loss(states.hidden_states, learned.hidden_states, kd_targets, kd_items)
+            assert every.hidden_states is not None
+            of_layers = self.hidden_loss(states.hidden_states, every.hidden_states, kd_targets, kd_items)
             loss = loss + self.recipe.hidden_weight * of_layers
         aux_loss: Tensor | None = None
         if self.router_loss is not None:
@@ -242,7 +263,14 @@ class DistillationModel(nn.Module):
         if with_log_probs:
             log_probs = -fused_kd_loss(student, None, targets, ce_weight=1.0, reduction="none", **self.loss_options)
         n_compared = None if own_inputs is None else (batch.compared != IGNORE_INDEX).sum()
-        return DistillationOutput(loss, metrics, learned.fidelity, aux_loss, log_probs, batch.counted, n_compared)
+        return DistillationOutput(
+            loss, metrics, every.fidelity, aux_loss, log_probs, batch.counted, n_compared, by_teacher
+        )  # fmt: skip
+
+    @property
+    def teachers(self) -> dict[str, PreTrainedModel]:
+        """The teachers that run, by name."""
+        return self.sides.models
 
     def _check_trainable(self, labels: Tensor | None) -> None:
         """Raise where there is nothing to learn, starts have not been solved, or a gradient would be missing."""
@@ -309,7 +337,8 @@ class DistillationModel(nn.Module):
         """Return what both backbones are called with besides ids; ValueError for what one of them does not read."""
         inputs = {name: x for name, x in given.items() if x is not None}
         check_inputs(self.student, "student", inputs, self.inputs["student"])
-        self.side.check_inputs(inputs)
+        for side in self.sides.values():
+            side.check_inputs(inputs)
         layers = {} if self.hidden_loss is None else {"output_hidden_states": True}
         return {**inputs, "attention_mask": attention_mask, "use_cache": False, **layers}
 
@@ -350,8 +379,8 @@ class DistillationModel(nn.Module):
     def train(self, mode: bool = True) -> DistillationModel:
         """As nn.Module's, but the teacher stays in eval mode."""
         super().train(mode)
-        if self.teacher is not None:
-            self.teacher.eval()
+        for teacher in self.teachers.values():
+            teacher.eval()
         return self
 
     def learn_from_entries(self, kd_until: float | None = None) -> None:
@@ -359,11 +388,12 @@ class DistillationModel(nn.Module):
 
         kd_until: in place of the recipe's, which may spare a teacher that runs.
         """
+        (side,) = self.sides.values()
         kd_until = self.recipe.kd_until if kd_until is None else kd_until
         self.recipe = replace(
             self.recipe, teacher="cached", compressed_rank=None, compressed_kl=None, kd_until=kd_until
         )
-        self.side.learn_from_entries(self.recipe)
+        side.learn_from_entries(self.recipe)
         self.compressed_head, self.solved = None, self.solved or not self.recipe.solves
 
     @torch.no_grad()
@@ -382,10 +412,29 @@ class DistillationModel(nn.Module):
         recipe = self.recipe
         if not recipe.solves:
             return []
-        assert self.teacher is not None
-        text = Calibration(self.student, self.teacher, batches, tokens, self.loss_options)
         starts: list[Start] = []
-        projection = None
+        heads: list[CompressedHead | None] = []
+        first = next(iter(self.teachers.values()))
+        for (name, teacher), some in zip(self.teachers.items(), self.sides.share_out(batches), strict=True):
+            with naming(name, self.teachers):
+                text = Calibration(self.student, teacher, some, tokens, self.loss_options)
+            if teacher is first:
+                starts += self._solve_from(text)
+            if recipe.teacher == "compressed_head":
+                compressed, start = text.compress(recipe)
+                heads.append(compressed)
+                starts.append(start._replace(what=f"{start.what}, of {name}") if len(self.sides) > 1 else start)
+        if heads:
+            self.compressed_head = hold(heads)
+            # every process made the same: DDP need not send it
+            buffers = [] if self.compressed_head is None else self.compressed_head.named_buffers()
+            self._ddp_params_and_buffers_to_ignore = [f"compressed_head.{name}" for name, _ in buffers]
+        self.solved = True
+        return starts
+
+    def _solve_from(self, text: Calibration) -> list[Start]:
+        """Solve the student's start and the projector from the only teacher's, or the first one's, states."""
+        recipe, starts, projection = self.recipe, [], None
         if recipe.student_init != "own" and not self.loaded:
             solve = text.solve_student if recipe.student_init == "svd" else text.solve_layers
             projection, start = solve()
@@ -394,14 +443,6 @@ class DistillationModel(nn.Module):
             starts += text.solve_projector(self.logit_projector, recipe.projector_init, projection)
         if recipe.projector_resolve_steps > 0:
             self.vocab_weights = text.vocab_weights
-        if recipe.teacher == "compressed_head":
-            self.compressed_head, start = text.compress(recipe)
-            starts.append(start)
-            # every process made the same: DDP need not send it
-            buffers = [] if self.compressed_head is None else self.compressed_head.named_buffers()
-            names = [f"compressed_head.{name}" for name, _ in buffers]
-            self._ddp_params_and_buffers_to_ignore = names
-        self.solved = True
         return starts
 
     @torch.no_grad()
@@ -428,7 +469,8 @@ class DistillationModel(nn.Module):
     @property
     def _no_split_modules(self) -> list[str]:
         """Classes of the layers that FSDP shards and recomputes one by one."""
-        named = {name for part in self.children() for name in getattr(part, "_no_split_modules", None) or ()}
+        models = (self.student, *self.teachers.values())
+        named = {name for model in models for name in model._no_split_modules or ()}
         return sorted(named & {type(module).__name__ for module in self.modules()})
 
     def get_input_embeddings(self) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +48,7 @@ class StudentBatch:
     cached: CachedEntries | None
     temperature: float | Tensor
     kd_weight: float | Tensor
+    ce_weight: float
     items: int | Tensor | None  # the divisor of every term; None = the targets of this batch
     kd_items: int | Tensor | None  # the KD term's own
     look: bool  # whether ids and entries may be looked at, which waits for the device
@@ -92,12 +93,44 @@ class StudentBatch:
             return weights
         return weights * (self.items / torch.as_tensor(self.kd_items).clamp(min=1))
 
+    def rows(self, index: list[int]) -> StudentBatch:
+        """Return the batch of these rows, whose terms are still divided as those of the whole one.
+
+        Raises ValueError for inputs of which no row can be taken.
+        """
+        n_rows = len(self.targets)
+        for name, x in self.inputs.items():
+            if isinstance(x, Tensor) and (name in MEDIA or len(x) != n_rows):
+                raise ValueError(
+                    f"teacher_id sends rows to several teachers, and {name} is {tuple(x.shape)} for {n_rows} rows: "
+                    "which of it belongs to which row is not known. Leave it out, or batch rows of one teacher each"
+                )
+        if len(index) == n_rows:
+            return self
+        at = torch.tensor(index, device=self.targets.device)
+
+        def of_rows(x: Any) -> Any:
+            if isinstance(x, Head):
+                return replace(x, hidden=x.hidden[at])
+            if isinstance(x, CachedEntries | OwnInputs):
+                return type(x)(*map(of_rows, x))
+            if isinstance(x, dict):
+                return {name: of_rows(value) for name, value in x.items()}
+            return x[at] if isinstance(x, Tensor) and x.dim() > 0 else x
+
+        found = replace(self, **{field.name: of_rows(getattr(self, field.name)) for field in fields(self)})
+        if self.items is None:
+            found = replace(found, items=self.counted, kd_items=(self.kd_targets != IGNORE_INDEX).sum())
+        return replace(found, kd_targets=found.targets) if self.kd_targets is self.targets else found
+
 
 class Learned(NamedTuple):
     """What a student has from one teacher for a batch, its own cross entropy included."""
 
     loss: Tensor  # ()
     metrics: KDMetrics
+    counted: Tensor  # (), targets
+    compared: Tensor  # (), those that fidelity and anchor are of
     strange: bool | Tensor  # (), whether the teacher has no row for an id that is not padding
     hidden_states: tuple[Tensor, ...] | None = None  # of the teacher's layers, where they were asked for
     fidelity: Fidelity | None = None  # where it was asked for and there is a teacher to compare with
@@ -110,6 +143,7 @@ class TeacherSide:
         student: as in `DistillationModel`.
         teacher: likewise; None where batches bring its entries, or nothing is learned from one.
         recipe, valid_vocab, vocab, check_heads: likewise.
+        role: what errors call it.
 
     Raises ValueError and TypeError as `DistillationModel` does of a teacher.
     """
@@ -123,10 +157,12 @@ class TeacherSide:
         valid_vocab: int | None,
         vocab: str,
         check_heads: bool = True,
+        role: str = "teacher",
     ) -> None:
         if teacher is not None:
             check_model(teacher, "teacher", compare=check_heads)
         _check_pair(student, teacher, recipe, valid_vocab, vocab)
+        self.role = role
         self.model = None if teacher is None else teacher.requires_grad_(False).eval()
         self.inputs = frozenset[str]() if teacher is None else inputs_of(teacher)
         self.kind = KINDS[recipe.teacher](recipe)
@@ -140,7 +176,12 @@ class TeacherSide:
     def check_inputs(self, inputs: dict[str, Any]) -> None:
         """Raise ValueError for an input that the teacher does not read."""
         if self.model is not None:
-            check_inputs(self.model, "teacher", inputs, self.inputs)
+            check_inputs(self.model, self.role, inputs, self.inputs)
+
+    def is_needed(self, batch: StudentBatch, recipe: Recipe, *, train: bool) -> bool:
+        """Return whether a batch has a use for it: not in training under a KD weight that is known to be 0."""
+        zero = not isinstance(batch.kd_weight, Tensor) and batch.kd_weight == 0 and train
+        return batch.with_fidelity or not zero or recipe.needs_teacher_always
 
     def learn(
         self,
@@ -155,13 +196,12 @@ class TeacherSide:
         """Return the loss of a batch: the cross entropy, the KD term and the anchor.
 
         Args:
-            recipe: whose numbers hold where the batch has none.
+            recipe: of the run.
             options: engine, scratch_bytes, valid_vocab and vocab, as in `fused_kd_loss`.
             train: whether a KD weight of 0 leaves the teacher out.
             compressed: the teacher's compressed head, where it has one.
         """
-        zero = not isinstance(batch.kd_weight, Tensor) and batch.kd_weight == 0 and train
-        needed = batch.with_fidelity or not zero or recipe.needs_teacher_always
+        needed = self.is_needed(batch, recipe, train=train)
         own: Head | None = None
         states: tuple[Tensor, ...] | None = None
         strange: bool | Tensor = False
@@ -181,7 +221,7 @@ class TeacherSide:
             temperature=batch.temperature,
             kd_weight=batch.kd_weight,
             divergence=divergence,
-            ce_weight=recipe.ce_weight,
+            ce_weight=batch.ce_weight,
             kd_token_weights=batch.kd_token_weights,
             return_metrics=True if batch.with_metrics or self.projector is not None else "terms",
             **kd.options,
@@ -193,14 +233,16 @@ class TeacherSide:
         true = batch.cached.at_one() if own is None and batch.cached else own
         if true is not None and batch.with_fidelity:
             found = fidelity(batch.student, kd.surrogate and kd.surrogate(), true, batch.compared, **options)
-        return Learned(loss, metrics, strange, states, found)
+        compared = (batch.compared != IGNORE_INDEX).sum()
+        return Learned(loss, metrics, batch.counted, compared, strange, states, found)
 
     @torch.no_grad()
     def run(self, batch: StudentBatch) -> tuple[Head, tuple[Tensor, ...], Tensor]:
         """Return its own head over a batch, at the student's positions, and as `run_teacher` layers and `strange`."""
         assert self.model is not None
         self._check_places(batch.inputs)
-        states, strange = run_teacher(self.model, batch.input_ids, batch.inputs, batch.own_inputs, look=batch.look)
+        given = (batch.input_ids, batch.inputs, batch.own_inputs)
+        states, strange = run_teacher(self.model, *given, look=batch.look, role=self.role)
         return head(self.model, states[-1].to(batch.input_ids.device)), states[:-1], strange
 
     def _check_places(self, inputs: dict[str, Any]) -> None:
@@ -216,7 +258,13 @@ class TeacherSide:
 
 
 def run_teacher(
-    model: PreTrainedModel, input_ids: Tensor, inputs: dict[str, Any], own: OwnInputs | None, *, look: bool
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    inputs: dict[str, Any],
+    own: OwnInputs | None,
+    *,
+    look: bool,
+    role: str = "teacher",
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """Return hidden states (B, T, H), of the layers where they are asked for and the last ones, and `strange`, ().
 
@@ -226,6 +274,7 @@ def run_teacher(
         input_ids, inputs: as the student reads them, and what else both backbones take.
         own: in place of the student's ids and mask; what is returned is at the student's positions then.
         look: raise ValueError for what is strange, which waits for the device.
+        role: what errors call it.
 
     Raises ValueError for `own` beside what goes with the student's ids, such as images.
     """
@@ -240,7 +289,7 @@ def run_teacher(
         inputs = {name: x for name, x in inputs.items() if name != "position_ids"}
         inputs["attention_mask"] = own.attention_mask
     mask = inputs.get("attention_mask")
-    ids, strange = known_ids(model, "teacher", input_ids, mask, look=look, argument=argument)
+    ids, strange = known_ids(model, role, input_ids, mask, look=look, argument=argument)
     output = run_backbone(model, **{**inputs, "input_ids": ids, "use_cache": False})
     states = (*(getattr(output, "hidden_states", None) or ()), output.last_hidden_state)
     if own is not None and bad is not None:

@@ -1,0 +1,284 @@
+"""Several teachers: their names and weights, which of them a row learns from, and the sum of what they teach."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import operator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kdfast.loss import KDMetrics
+from kdfast.training.adapters import unwrap
+from kdfast.training.data.tokenizers import find_valid_vocab
+from kdfast.training.recipes import Choice, Recipe, choose_recipe
+from kdfast.training.teachers.fidelity import Fidelity
+from kdfast.training.teachers.side import Learned, StudentBatch, TeacherSide
+
+COLUMN = "teacher_id"  # TRL's: which teacher a row learns from
+
+
+def name_teachers(given: Any) -> dict[str, PreTrainedModel]:
+    """Return teachers by name, of one, of a list, or of a mapping from names to teachers; none of None.
+
+    A name is the last part of the folder or hub name that a teacher was loaded from, with its number behind it where
+    several have that name; "teacher_0" and so on where it has none.
+
+    Raises ValueError for an empty list, a model that is there twice, or a name that could be no part of a key in logs.
+    """
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        several = list(given) if isinstance(given, list | tuple) else [given]
+        short = [Path(getattr(getattr(one, "config", None), "_name_or_path", "")).name for one in several]
+        times = Counter(short)
+        names = [f"{name or 'teacher'}_{i}" if not name or times[name] > 1 else name for i, name in enumerate(short)]
+        given = dict(zip(names, several, strict=True))
+    teachers = {name: unwrap(one, "teacher") for name, one in given.items()}
+    if not teachers:
+        raise ValueError("teacher is empty; expected a model, a list of some, or None")
+    for name in teachers:
+        if not isinstance(name, str) or not name or "/" in name:
+            raise ValueError(f"teacher: {name!r} is no name for one; expected text without '/', as in 'math'")
+    seen: dict[int, str] = {}
+    for name, one in teachers.items():
+        if (first := seen.setdefault(id(one), name)) != name:
+            raise ValueError(
+                f"teacher: {name!r} and {first!r} are the same model; expected each once, with teacher_weights"
+            )
+    return teachers
+
+
+@contextmanager
+def naming(name: str, teachers: Mapping[str, Any]) -> Iterator[None]:
+    """Put a teacher's name in front of what is wrong with it, where there are several."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        if len(teachers) < 2:
+            raise
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"teacher {name!r}: {error}") from error
+
+
+def read_weights(given: Sequence[float] | None, names: Sequence[str]) -> list[float]:
+    """Return a weight for each teacher; equal ones that sum to 1 where none are given. ValueError for wrong ones."""
+    if given is None:
+        return [1 / max(len(names), 1)] * max(len(names), 1)
+    weights = list(given)
+    fine = all(isinstance(w, int | float) and math.isfinite(w) and w >= 0 for w in weights) and any(weights)
+    if not fine or len(weights) != len(names):
+        raise ValueError(
+            f"teacher_weights={weights}; expected a number ≥ 0, not all of them 0, for each of {len(names)} teachers"
+            + f" ({', '.join(names)})" * bool(names)
+        )
+    return weights
+
+
+def find_valid_vocab_of_all(
+    student: Any, teachers: Mapping[str, PreTrainedModel], processor: Any, valid_vocab: int | None
+) -> int | None:
+    """Return what `find_valid_vocab` does, of all teachers; they share the text's tokenizer."""
+    found = []
+    for name, teacher in teachers.items():
+        with naming(name, teachers):
+            found.append(find_valid_vocab(student, teacher, processor, valid_vocab))
+    if not teachers:
+        found = [find_valid_vocab(student, None, processor, valid_vocab)]
+    return next((ids for ids in found if ids is not None), None)
+
+
+def choose_recipe_of_all(
+    student: PreTrainedModel, teachers: Mapping[str, PreTrainedModel], valid_vocab: int | None, vocab: str
+) -> Choice:
+    """Return `choose_recipe`'s choice for the first teacher, with which the others have to get along."""
+    if not teachers:
+        return choose_recipe(student, None, valid_vocab, vocab)
+    choices = []
+    for name, teacher in teachers.items():
+        with naming(name, teachers):
+            choices.append(choose_recipe(student, teacher, valid_vocab, vocab))
+    if len(teachers) == 1:
+        return choices[0]
+    first, *others = teachers
+    why = f"{choices[0].why} (the first teacher is {first!r}; {', '.join(map(repr, others))} only teach)"
+    return choices[0]._replace(why=why)
+
+
+def check_recipe(recipe: Recipe, teachers: Mapping[str, Any]) -> None:
+    """Raise ValueError for what one teacher alone can do."""
+    wrong = None
+    if recipe.hidden_weight:
+        wrong = f"hidden_weight={recipe.hidden_weight:g}, which draws the student's layers to one teacher's"
+    elif recipe.solves_projector:
+        wrong = f"recipe {recipe.name!r}, which solves a projector for one teacher; expected drawn ones, 'projector'"
+    elif recipe.teacher == "cached":
+        wrong = (
+            f"recipe {recipe.name!r}, which learns from what a batch brings of one teacher. Rows that come from the "
+            "caches of several are concatenated data sets, with no teacher here"
+        )
+    if wrong is not None and len(teachers) > 1:
+        raise ValueError(f"{len(teachers)} teachers ({', '.join(teachers)}) and {wrong}")
+
+
+def teacher_number(value: Any, names: Sequence[str], column: str = COLUMN) -> int:
+    """Return which of the teachers a row's `value` means, by name or number. ValueError where it means none."""
+    value = value.item() if hasattr(value, "item") else value
+    if isinstance(value, str) and value in names:
+        return list(names).index(value)
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(names):
+        return value
+    raise ValueError(
+        f"{column}={value!r} names no teacher; expected {', '.join(map(repr, names))}, or a number from 0 to "
+        f"{len(names) - 1}"
+    )
+
+
+def rows_by_teacher(teacher_id: Any, names: Sequence[str], n_rows: int) -> dict[str, list[int]]:
+    """Return the numbers of the rows that learn from each teacher, of those that have any.
+
+    teacher_id: (B,) int64, on a GPU a small copy that is waited for; or a sequence of names or numbers.
+    """
+    values = list(teacher_id.tolist() if isinstance(teacher_id, Tensor) else teacher_id)
+    if len(values) != n_rows:
+        raise ValueError(f"{COLUMN} has {len(values)} values for {n_rows} rows; expected one for each")
+    numbers = [teacher_number(value, names) for value in values]
+    return {name: rows for i, name in enumerate(names) if (rows := [j for j, n in enumerate(numbers) if n == i])}
+
+
+def hold(parts: Sequence[nn.Module | None]) -> Any:
+    """Return one part as it is, and several teachers' in a list that a module can register; None where none has any."""
+    if len(parts) == 1 or not any(part is not None for part in parts):
+        return parts[0]
+    return nn.ModuleList(parts)  # type: ignore[arg-type]  # it takes None
+
+
+class Teachers(dict[str, TeacherSide]):
+    """Map names to a run's teachers, of which there may be one, or one side without a model.
+
+    Args:
+        student, recipe, valid_vocab, vocab, check_heads: as in `TeacherSide`.
+        teachers: as `name_teachers` returns them.
+        weights: of the KD terms; None = equal ones that sum to 1.
+
+    Raises ValueError and TypeError as `TeacherSide` does, naming the teacher, and for what one alone can do.
+    """
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        teachers: Mapping[str, PreTrainedModel],
+        recipe: Recipe,
+        weights: Sequence[float] | None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.models = dict(teachers)
+        self.weights, self.weights_are_given = read_weights(weights, [*teachers]), weights is not None
+        check_recipe(recipe, teachers)
+        for name, one in teachers.items() or [("teacher", None)]:
+            role = f"teacher {name!r}" if len(teachers) > 1 else "teacher"
+            alone = replace(recipe, student_init="own") if self else recipe  # a start is the first teacher's
+            with naming(name, teachers):
+                self[name] = TeacherSide(student, one, alone, role=role, **options)
+
+    def learn(
+        self, batch: StudentBatch, teacher_id: Any, recipe: Recipe, *args: Any, train: bool, compressed: Any
+    ) -> tuple[Learned, dict[str, Learned]]:
+        """Return what all teach together, and each of them: of all rows, or of those that are its own.
+
+        The cross entropy is computed once: with the first teacher, or of each row with its own.
+
+        Args:
+            teacher_id: as in `DistillationModel.forward`.
+            recipe, args, train: as in `TeacherSide.learn`.
+            compressed: the compressed heads, held by `hold`.
+        """
+        heads = [compressed] if len(self) == 1 else list(compressed or [None] * len(self))
+        rows = None if teacher_id is None else rows_by_teacher(teacher_id, [*self], len(batch.targets))
+        if rows is not None and self.weights_are_given:
+            raise ValueError(
+                f"{COLUMN}, which sends each row to one teacher, and teacher_weights; expected one of the two"
+            )
+        learned: dict[str, Learned] = {}
+        used = []
+        for (name, side), weight, head in zip(self.items(), self.weights, heads, strict=True):
+            if rows is None:
+                kd_weight = batch.kd_weight if weight == 1 else batch.kd_weight * weight if weight else 0.0
+                asked = replace(batch, kd_weight=kd_weight, ce_weight=0.0 if learned else batch.ce_weight)
+                if learned and not side.is_needed(asked, recipe, train=train):
+                    continue
+                used.append(weight)
+            elif name in rows:
+                asked = batch.rows(rows[name])
+            else:
+                continue
+            learned[name] = side.learn(asked, recipe, *args, train=train, compressed=head)
+        every = add_up([*learned.values()], used if rows is None else None)
+        for name in self.keys() - learned:  # DDP and FSDP wait for the gradient of every projector
+            part = self[name].projector
+            if trained := [p for p in ([] if part is None else part.parameters()) if p.requires_grad]:
+                every = every._replace(loss=every.loss + 0.0 * sum(p.sum() for p in trained))
+        return every, {name: one._replace(loss=one.loss.detach()) for name, one in learned.items()}
+
+    def share_out(self, batches: Iterable[dict[str, Any]]) -> list[Iterator[dict[str, Any]]]:
+        """Return for each teacher the batches' rows that learn from it; all of them where nothing says which."""
+
+        def own(name: str, some: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+            for batch in some:
+                if (teacher_id := batch.get(COLUMN)) is None:
+                    yield batch
+                elif rows := rows_by_teacher(teacher_id, [*self], len(teacher_id)).get(name):
+                    yield {key: x[rows] if isinstance(x, Tensor) else x for key, x in batch.items()}
+
+        return [own(name, some) for name, some in zip(self, itertools.tee(batches, len(self)), strict=True)]
+
+
+def add_up(learned: Sequence[Learned], weights: Sequence[float] | None) -> Learned:
+    """Return the sum of what several teachers teach.
+
+    kd is their weighted sum, as it stands in the loss; of what else is measured of each the weighted mean.
+
+    Args:
+        weights: of the teachers, each of all rows. None: each has rows of its own, and counts by them.
+    """
+    first = learned[0]
+    if len(learned) == 1 and weights in (None, [1.0]):
+        return first
+    given = None if weights is None else first.loss.new_tensor(weights)
+    own = (torch.stack(x) for x in zip(*((x.metrics.tokens, x.counted, x.compared) for x in learned), strict=True))
+    by_rows, by_targets, by_compared = own if given is None else (given,) * 3
+    weighing = {"ce": by_targets, "anchor": by_compared}  # and the rows of the KD term what else is measured
+
+    def mean(values: Iterable[Tensor], by: Tensor) -> Tensor:
+        stacked = torch.stack([*values])
+        return (torch.where(by > 0, stacked * by, 0.0).sum() / by.sum()).to(stacked.dtype)
+
+    columns = zip(KDMetrics._fields, zip(*(x.metrics for x in learned), strict=True), strict=True)
+    metrics = KDMetrics(**{name: mean(x, weighing.get(name, by_rows)) for name, x in columns})
+    if given is None:
+        metrics = metrics._replace(tokens=by_rows.sum())
+    else:
+        same = {name: getattr(first.metrics, name) for name in ("ce", "student_entropy", "tokens")}
+        metrics = metrics._replace(kd=metrics.kd * sum(weights or ()), **same)
+    compared: Fidelity | None = None
+    if len(fidelities := [x.fidelity for x in learned if x.fidelity is not None]) == len(learned):
+        pairs = zip(Fidelity._fields, zip(*fidelities, strict=True), strict=True)
+        compared = Fidelity(**{name: mean(x, by_compared) for name, x in pairs if not any(y is None for y in x)})
+    return Learned(
+        sum((x.loss for x in learned[1:]), first.loss),
+        metrics,
+        by_targets.sum() if given is None else first.counted,
+        by_compared.sum() if given is None else first.compared,
+        functools.reduce(operator.or_, (x.strange for x in learned)),
+        fidelity=compared,
+    )

@@ -1,0 +1,279 @@
+"""Several teachers in one model: the weighted sum of single ones, and rows that have a teacher each."""
+
+import pytest
+import torch
+
+from kdfast.training import DistillationModel
+from kdfast.training.recipes import Recipe
+
+KINDS = {
+    "own_head": {"teacher": "own_head"},
+    "compressed_head": {"teacher": "compressed_head", "compressed_rank": 8},
+    "projected": {"teacher": "projected", "anchor_weight": 0.5},
+    "probe": {"teacher": "probe", "anchor_weight": 0.5},
+}
+BY_NAME = ["math", "code"]
+
+
+def teachers(tiny, V=67):
+    return {"math": tiny("qwen2", width=24, seed=1), "code": tiny("llama", V=V, width=32, seed=2)}
+
+
+def make(tiny, batch, given, *, dtype=torch.float64, solve=True, **recipe):
+    """A model of one or several teachers, whose projectors are the same whatever the others are."""
+    weights = recipe.pop("teacher_weights", None)
+    model = DistillationModel(tiny("gpt2"), given, teacher_weights=weights, recipe=Recipe("test", **recipe))
+    generator = torch.Generator().manual_seed(9)
+    for side in model.sides.values():
+        for p in [] if side.projector is None else side.projector.parameters():
+            p.data.normal_(std=0.2, generator=generator.manual_seed(p.shape[-1]))
+    model.to(dtype)
+    if solve:
+        model.solve([batch])
+    return model
+
+
+def gradients(model, loss):
+    """By name, a projector's by its place among them."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    found = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
+    return {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(named, found, strict=True)}
+
+
+def own_names(of_one, number):
+    """Names of the gradients of a model of one teacher as they are in a model of several."""
+    return {name.replace("logit_projector.", f"logit_projector.{number}."): g for name, g in of_one.items()}
+
+
+def assert_close(ours, theirs, tolerance=1e-9):
+    assert ours.keys() == theirs.keys()
+    for name, g in ours.items():
+        assert torch.allclose(g, theirs[name], rtol=1e-6, atol=tolerance), name
+
+
+def summed(several):
+    names = {name for one in several for name in one}
+    return {name: sum(one[name] for one in several if name in one) for name in names}
+
+
+@pytest.mark.parametrize("kd_on", ["completion", "all"])
+@pytest.mark.parametrize("weights", [None, [0.7, 0.3], [2.0, 1.0]])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gradients_are_the_sum_of_single_ones(tiny, batch, kind, weights, kd_on):
+    recipe = {**KINDS[kind], "kd_on": kd_on}
+    given = teachers(tiny)
+    model = make(tiny, batch, given, teacher_weights=weights, **recipe)
+    output = model(**batch)
+    ours = gradients(model, output.loss)
+
+    parts, loss, kd = [], 0.0, 0.0
+    for number, (name, weight) in enumerate(zip(given, weights or [0.5, 0.5], strict=True)):
+        alone = make(tiny, batch, {name: teachers(tiny)[name]}, **{**recipe, "ce_weight": float(number == 0)})
+        one = alone(**batch, kd_weight=0.7 * weight)
+        parts.append(own_names(gradients(alone, one.loss), number))
+        loss, kd = loss + one.loss.item(), kd + weight * one.metrics.kd.item()
+        assert output.by_teacher[name].metrics.kd.item() == pytest.approx(one.metrics.kd.item(), rel=1e-6)
+    assert output.loss.item() == pytest.approx(loss, rel=1e-9)
+    assert output.metrics.kd.item() == pytest.approx(kd, rel=1e-6), "as it stands in the loss"
+    assert_close(ours, summed(parts))
+
+
+def test_in_single_precision_too(tiny, batch):
+    given = teachers(tiny)
+    model = make(tiny, batch, list(given.values()), dtype=torch.float32, teacher="own_head")
+    ours = gradients(model, model(**batch).loss)
+    parts = []
+    for number, one in enumerate(teachers(tiny).values()):
+        alone = make(tiny, batch, one, dtype=torch.float32, teacher="own_head", ce_weight=float(number == 0))
+        parts.append(gradients(alone, alone(**batch, kd_weight=0.35).loss))
+    assert_close(ours, summed(parts), 1e-6)
+
+
+@pytest.mark.parametrize("kd_on", ["completion", "all"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("routes", [[0, 1, 0], [1, 1, 0], [1, 1, 1]])
+def test_a_row_learns_from_its_own_teacher_alone(tiny, batch, kind, routes, kd_on):
+    recipe = {**KINDS[kind], "kd_on": kd_on}
+    model = make(tiny, batch, teachers(tiny), solve=False, **recipe)
+    routed = {**batch, "teacher_id": torch.tensor(routes)}
+    if model.recipe.solves:
+        model.solve([batch])
+    output = model(**routed, with_fidelity=True)
+    ours = gradients(model, output.loss)
+
+    items = output.targets
+    kd_items = (model.every_target(batch["input_ids"], batch["attention_mask"], None) != -100).sum()
+    losses, parts, kd = 0.0, [], 0.0
+    for number, name in enumerate(BY_NAME):
+        alone = make(tiny, batch, {name: teachers(tiny)[name]}, **recipe)
+        for row in [i for i, route in enumerate(routes) if route == number]:
+            one = alone(
+                **{key: x[row : row + 1] for key, x in batch.items()},
+                num_items_in_batch=items,
+                kd_items_in_batch=kd_items,
+                with_fidelity=True,
+            )
+            losses = losses + one.loss.item()
+            parts.append(own_names(gradients(alone, one.loss), number))
+            kd = kd + (one.metrics.kd * one.metrics.tokens).item()
+    assert output.loss.item() == pytest.approx(losses, rel=1e-7), "a share of the KD term's rows is in fp32"
+    assert output.metrics.kd.item() == pytest.approx(kd / output.metrics.tokens.item(), rel=1e-5)
+    assert output.metrics.tokens == (items if kd_on == "completion" else kd_items)
+    nothing = {name: torch.zeros_like(g) for name, g in ours.items()}  # of a teacher that has no row
+    assert_close(ours, summed([nothing, *parts]), 1e-7)
+    assert [*output.by_teacher] == [name for i, name in enumerate(BY_NAME) if i in routes]
+
+
+def test_a_teacher_runs_over_its_own_rows_alone(tiny, batch):
+    model = make(tiny, batch, teachers(tiny), teacher="own_head")
+    seen = {}
+    for name, teacher in model.teachers.items():
+        teacher.base_model.register_forward_hook(
+            lambda _, args, kwargs, out, name=name: seen.update({name: kwargs["input_ids"]}), with_kwargs=True
+        )
+    students = []
+    model.student.base_model.register_forward_hook(lambda *_: students.append(1))
+    model(**batch, teacher_id=["code", "math", 1])
+    assert torch.equal(seen["math"], batch["input_ids"][1:2])
+    assert torch.equal(seen["code"], batch["input_ids"][[0, 2]])
+    assert students == [1]
+
+
+def test_micro_batches_give_the_gradient_of_the_whole(tiny, batch):
+    model = make(tiny, batch, teachers(tiny), teacher="own_head")
+    whole = gradients(model, model(**batch, teacher_id=[0, 1, 0]).loss)
+    items = (model.targets(batch["labels"], batch["attention_mask"]) != -100).sum()
+    parts = []
+    for rows, routes in (([0], [0]), ([1, 2], [1, 0])):
+        some = {key: x[rows] for key, x in batch.items()}
+        parts.append(gradients(model, model(**some, teacher_id=routes, num_items_in_batch=items).loss))
+    assert_close(whole, summed(parts))
+
+
+@pytest.mark.parametrize("value", ["physics", 2, -1, "0", None, 1.0, True])
+def test_a_value_that_names_no_teacher(tiny, batch, value):
+    model = make(tiny, batch, teachers(tiny), teacher="own_head")
+    with pytest.raises(ValueError, match="names no teacher; expected 'math', 'code', or a number from 0 to 1"):
+        model(**batch, teacher_id=["math", value, "code"])
+
+
+def test_as_many_routes_as_rows(tiny, batch):
+    model = make(tiny, batch, teachers(tiny), teacher="own_head")
+    with pytest.raises(ValueError, match="teacher_id has 2 values for 3 rows"):
+        model(**batch, teacher_id=[0, 1])
+
+
+def test_routes_and_weights_exclude_each_other(tiny, batch):
+    model = make(tiny, batch, teachers(tiny), teacher="own_head", teacher_weights=[1, 1])
+    with pytest.raises(ValueError, match=r"teacher_id, .* and teacher_weights; expected one"):
+        model(**batch, teacher_id=[0, 1, 0])
+
+
+@pytest.mark.parametrize("weights", [[1.0], [1, 2, 3], [-1, 2], [0, 0], [float("nan"), 1], ["a", 1]])
+def test_weights_that_are_none(tiny, batch, weights):
+    with pytest.raises(ValueError, match=r"teacher_weights=\[.*each of 2 teachers \(math, code\)"):
+        make(tiny, batch, teachers(tiny), teacher="own_head", teacher_weights=weights)
+
+
+def test_a_teacher_of_weight_zero_is_evaluated_and_not_run_in_training(tiny, batch):
+    model = make(tiny, batch, teachers(tiny), teacher="own_head", teacher_weights=[1, 0])
+    runs = []
+    model.teachers["code"].base_model.register_forward_hook(lambda *_: runs.append(1))
+    alone = make(tiny, batch, teachers(tiny)["math"], teacher="own_head")
+    torch.testing.assert_close(model(**batch).loss, alone(**batch).loss)
+    assert runs == []
+    output = model(**batch, with_fidelity=True)
+    assert output.by_teacher["code"].fidelity.kl_teacher_student > 0
+    expected = alone(**batch, with_fidelity=True).fidelity.kl_teacher_student
+    torch.testing.assert_close(output.fidelity.kl_teacher_student, expected)
+
+
+def test_a_kd_weight_of_zero_runs_none(tiny, batch):
+    model = make(tiny, batch, teachers(tiny), teacher="own_head")
+    for one in model.teachers.values():
+        one.base_model.register_forward_hook(lambda *_: pytest.fail("a teacher was run"))
+    alone = DistillationModel(tiny("gpt2"), recipe="lm_only").double()
+    torch.testing.assert_close(model(**batch, kd_weight=0.0).loss, alone(**batch).loss)
+
+
+def test_one_in_a_list_is_that_teacher(tiny, batch):
+    one, listed = (make(tiny, batch, given, teacher="projected") for given in (tiny("gpt2"), [tiny("gpt2")]))
+    assert [*listed.state_dict()] == [*one.state_dict()]
+    assert listed.teacher is not None
+    assert torch.equal(one(**batch).loss, listed(**batch).loss)
+
+
+def test_state_of_several(tiny, batch):
+    model = make(tiny, batch, teachers(tiny), teacher="projected")
+    state = model.state_dict()
+    assert not [name for name in state if not name.startswith(("student.", "logit_projector."))]
+    assert {name for name in state if name.startswith("logit")} == {
+        f"logit_projector.{i}.{name}" for i in range(2) for name in ("weight", "bias")
+    }
+    other = make(tiny, batch, teachers(tiny), teacher="projected")
+    other.load_state_dict(state)
+    assert not any(module.training for one in model.train().teachers.values() for module in one.modules())
+    assert not any(p.requires_grad for one in model.teachers.values() for p in one.parameters())
+
+
+def test_names(tiny):
+    def named(*names):
+        several = [tiny(seed=i) for i in range(len(names))]
+        for one, name in zip(several, names, strict=True):
+            one.config._name_or_path = name
+        return [*DistillationModel(tiny(), several, recipe="teacher_head").teachers]
+
+    assert named("runs/gpt2-medium", "openai/gpt-neo") == ["gpt2-medium", "gpt-neo"]
+    assert named("a/final", "b/final", "c") == ["final_0", "final_1", "c"], "two of one name"
+    assert named("", "b") == ["teacher_0", "b"]
+
+
+def test_a_teacher_given_twice(tiny):
+    teacher = tiny(seed=1)
+    with pytest.raises(ValueError, match="'teacher_1' and 'teacher_0' are the same model"):
+        DistillationModel(tiny(), [teacher, teacher])
+
+
+@pytest.mark.parametrize("given", [[], {}])
+def test_an_empty_list(tiny, given):
+    with pytest.raises(ValueError, match="teacher is empty"):
+        DistillationModel(tiny(), given)
+
+
+@pytest.mark.parametrize("recipe", ["teacher_head", "auto", "compressed_head"])
+def test_a_teacher_with_another_vocabulary_is_named(tiny, recipe):
+    with pytest.raises(ValueError, match=r"teacher 'code': .*the teacher's head has 70 rows and the student's 67"):
+        DistillationModel(tiny(), teachers(tiny, V=70), recipe=recipe)
+
+
+def test_what_one_teacher_alone_can_do(tiny):
+    for recipe, what in (
+        (Recipe("x", "own_head", hidden_weight=1.0), "hidden_weight=1"),
+        ("projector_refit", "solves a projector"),
+        ("cached", "what a batch brings of one teacher"),
+    ):
+        with pytest.raises(ValueError, match=rf"2 teachers \(math, code\) and .*{what}"):
+            DistillationModel(tiny(), teachers(tiny), recipe=recipe)
+
+
+def test_a_start_is_solved_from_the_first(tiny, batch):
+    recipe = Recipe("x", "compressed_head", student_init="svd")
+    model = DistillationModel(tiny(), teachers(tiny), recipe=recipe)
+    starts = model.solve([{**batch, "teacher_id": torch.tensor([0, 1, 0])}] * 4)
+    assert [start.what for start in starts] == [
+        "student_init='svd'",
+        "teacher's head at rank 16, of math",
+        "teacher's head at rank 16, of code",
+    ]
+    assert [head.rank for head in model.compressed_head] == [16, 16]
+    alone = DistillationModel(tiny(), teachers(tiny)["math"], recipe=recipe)
+    alone.solve([{key: x[[0, 2]] for key, x in batch.items()}] * 4)
+    assert torch.equal(alone.student.get_output_embeddings().weight, model.student.get_output_embeddings().weight)
+    for name, factor in alone.compressed_head.named_buffers():
+        torch.testing.assert_close(model.compressed_head[0].get_buffer(name), factor, msg=name)
+
+
+def test_too_few_rows_of_one_to_solve_from(tiny, batch):
+    model = DistillationModel(tiny(), teachers(tiny), recipe="compressed_head")
+    with pytest.raises(ValueError, match="teacher 'code': batches hold 0 targets"):
+        model.solve([{**batch, "teacher_id": torch.zeros(3, dtype=torch.long)}] * 4)
