@@ -58,6 +58,7 @@ setup(
         "kdfast.training.data",
         "kdfast.training.durable",
         "kdfast.training.initialization",
+        "kdfast.training.on_policy",
         "kdfast.training.teachers",
         "kdfast.kernels",
     ],

@@ -42,6 +42,7 @@ ELSEWHERE = {
     **{"lora": "use_peft", "lora_rank": "lora_r", "lora_target": "lora_target_modules"},
     **{"dataset": "dataset_name", "lr": "learning_rate", "optimizer": "optim"},
     **{"chat_template_path": "chat_template", "sample_packing": "packing"},
+    **{"lmbda": "on_policy", "max_completion_length": "max_new_tokens", "num_generations": "generations_per_prompt"},
 }
 
 

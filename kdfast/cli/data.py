@@ -108,20 +108,22 @@ def load_splits(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> tup
         documents = read_dataset(key, data.dataset_name or "", data.dataset_config_name, value, streaming=streaming)
         return f"dataset_name {data.dataset_name!r}, split {value!r}", documents
 
-    def rows(what: str, documents: Any) -> tuple[Any, Counts]:
-        return tokenize_dataset(documents, tokenizer, argument=what, **options)
+    def rows(what: str, documents: Any, prompts: str | None = None) -> tuple[Any, Counts]:
+        return tokenize_dataset(documents, tokenizer, argument=what, prompts=prompts, **options)
+
+    prompts = arguments.training.prompts  # of what is trained on
 
     key = "train_file" if data.train_file is not None else "dataset_split"
     what, documents = read(key, streaming=data.streaming)
     named = next((key for key in ("eval_file", "eval_dataset_split") if getattr(data, key) is not None), None)
     if named is not None:
-        (train, counts), (evaluation, others) = rows(what, documents), rows(*read(named))
+        (train, counts), (evaluation, others) = rows(what, documents, prompts), rows(*read(named))
     elif options["packing"] is None and kind_of(what, columns_of(documents), options["text_column"]) == "text":
-        train, counts = rows(what, documents)
+        train, counts = rows(what, documents, prompts)
         train, evaluation = hold_out(train, data.eval_fraction)
         counts = counts.of_blocks(train, options["max_length"])
         others = Counts(argument=f"{what}, held out").of_blocks(evaluation, options["max_length"])
     else:  # rows before they are packed, by length
         train, held_out = hold_out(documents, data.eval_fraction)
-        (train, counts), (evaluation, others) = rows(what, train), rows(f"{what}, held out", held_out)
+        (train, counts), (evaluation, others) = rows(what, train, prompts), rows(f"{what}, held out", held_out)
     return train, evaluation, {"train": counts, "eval": others}

@@ -23,6 +23,7 @@ from kdfast.training.teachers.entries import TeacherTail
 
 logger = logging.getLogger(__name__)
 
+ON_POLICY_DIVERGENCE = "reverse_kl"  # where none is given; docs/recipes.md has what each came to
 DRAWN, KEPT = 32, 64  # ids drawn, or kept, per token where nothing is said
 
 # evaluation metrics → whether a greater value is better, for metric_for_best_model; None: neither is
@@ -37,18 +38,19 @@ GREATER_IS_BETTER: dict[str, bool | None] = {
 NUMBERS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "a number ≥ 0": (lambda x: x >= 0, (
         "kd_weight", "kd_ramp_start", "ce_weight", "anchor_weight", "projector_lr", "projector_lr_multiplier",
-        "router_lr_multiplier", "hidden_weight", "router_aux_loss_coef",
+        "router_lr_multiplier", "hidden_weight", "router_aux_loss_coef", "sampling_temperature",
     )),
     "a number > 0": (lambda x: x > 0, ("temperature", "compressed_kl")),
     "a fraction of the run in [0, 1]": (lambda x: 0 <= x <= 1, ("kd_ramp", "kd_until")),
-    "a number in [0, 1]": (lambda x: 0 <= x <= 1, ("kd_ratio",)),
+    "a number in [0, 1]": (lambda x: 0 <= x <= 1, ("kd_ratio", "on_policy")),
+    "a number in (0, 1]": (lambda x: 0 < x <= 1, ("top_p",)),
     "a number": (lambda x: True, ("alpha", "beta")),
     "an int > 0": (lambda x: x > 0 and x == int(x), (
         "cache_samples", "cache_top_k", "cache_shard_tokens",
         "scratch_bytes", "valid_vocab", "compressed_rank", "calibration_tokens", "max_skipped_steps",
-        "max_length", "dataset_num_proc",
+        "max_length", "dataset_num_proc", "max_new_tokens", "generations_per_prompt", "on_policy_buffer",
     )),
-    "an int ≥ 0": (lambda x: x >= 0 and x == int(x), ("projector_resolve_steps",)),
+    "an int ≥ 0": (lambda x: x >= 0 and x == int(x), ("projector_resolve_steps", "top_k")),
 }  # fmt: skip
 CHOICES = {
     "kd_on": ("completion", "all"),
@@ -142,6 +144,15 @@ class KDConfig(TrainingArguments):
     text_column: str = _field("text", "The column that holds the text.")
     dataset_num_proc: int | None = _field(None, "Processes that tokenize.")
 
+    on_policy: float = _field(0.0, "Share of the batches whose completions the student writes; TRL's lmbda.")
+    seq_kd: bool = _field(False, "The teacher writes the completions of the other batches.")
+    max_new_tokens: int = _field(128, "Tokens of a completion at most.")
+    sampling_temperature: float = _field(1.0, "At which it is drawn, whatever the loss's is; 0 = the likeliest tokens.")
+    top_p: float = _field(1.0, "Draw from the likeliest tokens of this mass.")
+    top_k: int = _field(0, "Draw from so many likeliest tokens; 0 = all.")
+    generations_per_prompt: int = _field(1, "Completions of each of a batch's prompts, rows of one batch.")
+    on_policy_buffer: int = _field(1, "Keep so many of the student's batches, and train on each so many times.")
+
     precompute_teacher_log_probs: bool | None = _field(
         None, "Run the teacher once over the training text, before the first step. None = where the text comes again."
     )
@@ -189,6 +200,10 @@ class KDConfig(TrainingArguments):
             given["teacher_tail"] = self.teacher_tail
         if unused := [name for name in given if name in (*UNUSED[found.teacher], "teacher_tail", "kd_ratio")]:
             logger.warning("recipe=%r has no use for %s: left out", found.name, ", ".join(unused))
+        if self.on_policy and found.teacher != "none":
+            given.setdefault("kd_until", 1.0)
+            if not {"divergence", "alpha", "beta"} & given.keys():
+                given["divergence"] = ON_POLICY_DIVERGENCE
         if "temperature_steps" in given:
             given["temperature_steps"] = tuple(given["temperature_steps"])
         given = {name: value for name, value in given.items() if name not in unused}
@@ -200,6 +215,16 @@ class KDConfig(TrainingArguments):
     def data_options(self) -> dict[str, Any]:
         """Return the arguments of `tokenize_dataset` that are settings."""
         return {name: getattr(self, name) for name in DATA}
+
+    @property
+    def prompts(self) -> str | None:
+        """Return the same of rows to train on: whether completions are written to their prompts, and all of them."""
+        return None if not self.generates else "alone" if self.seq_kd or self.on_policy == 1 else "beside"
+
+    @property
+    def generates(self) -> bool:
+        """Whether text is generated to be trained on."""
+        return self.on_policy > 0 or self.seq_kd
 
     def cache_options(self, temperatures: Sequence[float], method: str = "sample") -> dict[str, Any]:
         """Return the arguments of `cache_teacher` that are settings; `temperatures` and `method` where none are set."""
@@ -246,6 +271,19 @@ class KDConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and value not in allowed:
                 raise ValueError(f"{name}={value!r}; expected one of {', '.join(allowed)}")
+        if self.generates:
+            asked = f"on_policy={self.on_policy:g}" if self.on_policy else "seq_kd=True"
+            cached = ("precompute_teacher_log_probs", "teacher_cache")
+            given = [name for name in (*cached, "packing") if getattr(self, name)]
+            given += ["recipe"] * (self.recipe == "cached" or (self.recipe == "lm_only" and self.on_policy > 0))
+            if given:
+                what = f"{given[0]}={getattr(self, given[0])!r} and {asked}"
+                raise ValueError(
+                    f"{what}; expected rows that are padded: leave packing out"
+                    if given == ["packing"]
+                    else f"{what}; a teacher's entries, made beforehand, say nothing of text that is written during "
+                    f"the run: it has to run. Leave {given[0]} out, or set on_policy=0 and seq_kd=False"
+                )
         counts = {"sample": self.cache_samples, "top_k": self.cache_top_k}
         given = [method for method, count in counts.items() if count is not None]
         if len(given) > 1 or (given and self.cache_method not in (None, *given)):

@@ -150,6 +150,20 @@ def root_owns_the_heads(model: DistillationModel) -> Iterator[None]:
         model.__dict__.pop("get_input_embeddings", None)
 
 
+@contextmanager
+def gathered_once(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
+    """Keep what a forward gathers until the end: `generate` runs one per token, and not as many in every process."""
+    parts = [module for module in model.modules() if isinstance(module, FSDPModule) and module is not model]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        reshard(model)
+        for part in parts:
+            part.set_reshard_after_forward(accelerator.state.fsdp_plugin.reshard_after_forward, recurse=False)
+
+
 def full_state(model: nn.Module) -> dict[str, Tensor]:
     """Return what is saved of `state_dict`, as of an unsharded model, on the first process's CPU; empty on the others.
 

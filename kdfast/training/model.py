@@ -6,7 +6,7 @@ through this forward: the hooks of DDP and FSDP run, and autocast and torch.comp
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
@@ -181,6 +181,8 @@ class DistillationModel(nn.Module):
         with_fidelity: bool = False,
         with_metrics: bool = True,
         with_log_probs: bool = False,
+        ce_weight: float | None = None,
+        write: Callable[..., Any] | None = None,
         **backbone_inputs: Any,
     ) -> DistillationOutput:
         """Return the loss of one batch: ce_weight·LM + kd_weight·τ²·KL (+ the anchor, + what balances experts).
@@ -213,8 +215,13 @@ class DistillationModel(nn.Module):
             with_metrics: False = of the metrics only those of the loss's own terms, which cost nothing, the others
                 being NaN; all nevertheless where there is a projector, which is judged by them.
             with_log_probs: also return the student's log p of each target, at another pass over its head.
+            ce_weight: in place of the recipe's: 0 for text that has no labels, the student's own.
+            write: return what this makes of (model, input_ids, attention_mask) instead: generated text. FSDP gathers
+                weights in a forward alone.
             backbone_inputs: of both backbones, such as pixel_values. ValueError for one that either does not read.
         """
+        if write is not None:
+            return write(self, input_ids, attention_mask)
         self._check_trainable(labels)
         assert labels is not None
         given = (teacher_input_ids, teacher_attention_mask, teacher_positions)
@@ -237,7 +244,8 @@ class DistillationModel(nn.Module):
         if cached:
             self._check_entries(cached, temperature, kd_targets, look=look)
         batch = StudentBatch(
-            student, input_ids, inputs, targets, kd_targets, cached, temperature, kd_weight, self.recipe.ce_weight,
+            student, input_ids, inputs, targets, kd_targets, cached, temperature, kd_weight,
+            self.recipe.ce_weight if ce_weight is None else ce_weight,
             items=num_items_in_batch, kd_items=kd_items, look=look, with_fidelity=with_fidelity,
             with_metrics=with_metrics, own_inputs=own_inputs,
         )  # fmt: skip

@@ -39,7 +39,7 @@ from kdfast.training.config import KDConfig
 from kdfast.training.data.chat import Counts, is_raw_text, read_template, tokenize_dataset
 from kdfast.training.data.columns import MEDIA, by_name, check_columns, check_names, media_columns, names_of
 from kdfast.training.data.packing import PaddingCollator, check_apart
-from kdfast.training.data.rows import PACKED, Collator
+from kdfast.training.data.rows import PACKED, PROMPTS, PROMPTS_MASK, Collator
 from kdfast.training.data.text import check_positions
 from kdfast.training.data.tokenizers import check_tokens, find_valid_vocab, own_tokenizer, text_tokenizer, tokenizer_of
 from kdfast.training.durable import processes, resume
@@ -49,6 +49,7 @@ from kdfast.training.initialization.calibration import Start
 from kdfast.training.metrics import EvalLogProbs, EvaluationMeter, TrainingMeter, check_best, memory_bytes
 from kdfast.training.model import DistillationModel
 from kdfast.training.nan_guard import NonFiniteGuard
+from kdfast.training.on_policy.run import WRITER, OnPolicy, PromptCollator
 from kdfast.training.recipes import AUTO, FROM_CACHE, Choice, choose_recipe
 
 # Methods of transformers.Trainer that are private and overridden all the same, here and in DurableTrainer, and why.
@@ -170,8 +171,10 @@ class KDTrainer(DurableTrainer):
             student = model.student if isinstance(model, DistillationModel) else model
             with args.main_process_first(desc="tokenizing"):
                 train_dataset, eval_dataset = (
-                    self._tokenized(name, dataset, processing_class, student, args)
-                    for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset))
+                    self._tokenized(name, dataset, processing_class, student, args, prompts)
+                    for name, dataset, prompts in (
+                        ("train_dataset", train_dataset, args.prompts), ("eval_dataset", eval_dataset, None),
+                    )
                 )
         datasets = by_name(train_dataset=train_dataset, eval_dataset=eval_dataset)
         check_columns(datasets, args.remove_unused_columns and collator is None)
@@ -255,19 +258,25 @@ class KDTrainer(DurableTrainer):
         self.kd_weight_schedule = kd_weight_schedule or model.recipe.kd_weight_schedule()
         self.temperature_schedule = temperature_schedule or model.recipe.temperature_schedule()
         self._solved, self._recipe = False, model.recipe
+        self._on_policy: OnPolicy | None = None
+        if args.generates:
+            self._on_policy = OnPolicy(args, model, text_tokenizer(processor, model.student), self._text)
         self.starts: list[Start] = []  # what was solved before the first step
         self.solve_seconds = 0.0  # that took
         self._start_run()
 
-    def _tokenized(self, argument: str, given: Any, processor: Any, student: Any, args: KDConfig) -> Any:
+    def _tokenized(self, argument: str, given: Any, *how: Any) -> Any:
         """Return a data set, or a dict of them, with rows of text, completions or chats tokenized."""
         if isinstance(given, dict):
-            return {k: self._tokenized(f"{argument}[{k!r}]", one, processor, student, args) for k, one in given.items()}
+            return {k: self._tokenized(f"{argument}[{k!r}]", one, *how) for k, one in given.items()}
+        processor, student, args, prompts = how
         if not is_raw_text(given) or media_columns(given):  # the latter are refused below
             return given
         if (tokenizer := text_tokenizer(processor, student)) is None:
             raise ValueError(f"{argument} has text, and processing_class is None; expected its tokenizer")
-        rows, self.counts[argument] = tokenize_dataset(given, tokenizer, argument=argument, **args.data_options)
+        rows, self.counts[argument] = tokenize_dataset(
+            given, tokenizer, argument=argument, prompts=prompts, **args.data_options
+        )
         if args.chat_template is not None:
             tokenizer.chat_template = read_template(args.chat_template)  # saved with the student
         return rows
@@ -332,6 +341,8 @@ class KDTrainer(DurableTrainer):
         check_adapter(self.accelerator.unwrap_model(self.model).student)  # one may have come since
         self._start_run()
         self._solve_starts()
+        if self._on_policy is not None:
+            self._on_policy.begin(self._newest)
         processes.print_once(f"{self._recipe.name}: {self.price}")
         student = self.accelerator.unwrap_model(self.model).student
         if (trained := student.num_parameters(only_trainable=True)) < (every := student.num_parameters()):
@@ -413,7 +424,10 @@ class KDTrainer(DurableTrainer):
             collate_fn=self._collator,
             generator=torch.Generator(),  # of its own, so that the run's random states stay as they are
         )
-        yield from map(self._prepare_inputs, loader)
+        for batch in map(self._prepare_inputs, loader):
+            if self._on_policy is not None and not (batch["labels"] != IGNORE_INDEX).any():  # prompts alone
+                batch["labels"] = batch["input_ids"]
+            yield {name: value for name, value in batch.items() if name not in (PROMPTS, PROMPTS_MASK)}
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
@@ -423,7 +437,8 @@ class KDTrainer(DurableTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Return Trainer's loader; a collator that asks for columns by name finds those that no model takes, too."""
-        with replaced(self, data_collator=self._collator), replaced(self.args, remove_unused_columns=False):
+        collator: Any = self._collator if self._on_policy is None else PromptCollator(self._collator, self._on_policy)
+        with replaced(self, data_collator=collator), replaced(self.args, remove_unused_columns=False):
             return super().get_train_dataloader()
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
@@ -475,11 +490,16 @@ class KDTrainer(DurableTrainer):
         weights: dict[str, Any] = self._on_device(self._weights)
         if self._weights["kd_weight"] == 0:
             weights["kd_weight"] = 0.0  # a number, which the model can see without waiting for the device
-        with_metrics = return_outputs or self._may_be_logged(self.state.global_step + 1)
+        writer = inputs.pop(WRITER, None)
+        if writer == "student":  # its own text is no label
+            weights["ce_weight"] = 0.0
+        with_metrics = return_outputs or writer is not None or self._may_be_logged(self.state.global_step + 1)
         items = {"num_items_in_batch": num_items_in_batch, "kd_items_in_batch": self._kd_items}
         output = model(**inputs, **weights, **items, with_metrics=with_metrics)
         loss, metrics = output.loss, output.metrics
         self._guard.watch_loss(self.state.global_step + 1, loss, metrics.ce, metrics.kd, **self._weights)
+        if self._on_policy is not None:
+            metrics = self._on_policy.add(writer, metrics)
         self._meter.add(metrics, output.aux_loss, output.targets, output.compared)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # DDP and FSDP average gradients over the processes; divided by the targets of all, they have to be summed
@@ -501,6 +521,11 @@ class KDTrainer(DurableTrainer):
     ) -> tuple[list[Any], Tensor | int | None]:
         """Return a step's batches and the number of their targets: shifted, and without padding."""
         batches = list(itertools.islice(epoch_iterator, num_batches))
+        if self._on_policy is not None:
+            self._meter.start()
+            step, kd_weight = self.state.global_step, self._weights_in_force()["kd_weight"]
+            logged = self._may_be_logged(step + 1)
+            batches = self._on_policy.replace(batches, step, self._write, kd_weight=kd_weight, logged=logged)
         if not batches or "labels" not in batches[0]:
             return batches, None
         if self.is_fsdp_enabled and self._may_skip_parameters:
@@ -517,6 +542,14 @@ class KDTrainer(DurableTrainer):
         counts = self._reduce(counts) if self.args.average_tokens_across_devices else counts
         self._kd_items = counts[1]
         return batches, counts[0]
+
+    def _write(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the model, as it is wrapped, writes within its forward."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            if not self.is_fsdp_enabled:
+                return self.accelerator.unwrap_model(self.model_wrapped)(*args, **kwargs)
+            with fsdp.gathered_once(self.model, self.accelerator):
+                return self.model_wrapped(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Take one micro-batch forward and backward, as Trainer does."""
@@ -580,6 +613,8 @@ class KDTrainer(DurableTrainer):
             self._guard.check()
             logs |= self._learning_rates
             logs |= self._meter.read(self._reduce)
+            if self._on_policy is not None:
+                logs |= self._on_policy.meter.read(self._reduce)
             if self._recipe.teacher != "none":
                 logs |= self._weights
             self._count_tokens()
@@ -673,6 +708,11 @@ class KDTrainer(DurableTrainer):
             self._guard.check_weights(trained, self._reduce)
             self._count_tokens()
             yield
+
+    def save_state_beside(self, folder: Path) -> None:
+        """Write the generated text that will be trained on again."""
+        if self._on_policy is not None:
+            self._on_policy.buffer.save(folder, self.args.process_index)
 
     @property
     def price(self) -> Price:

@@ -71,7 +71,7 @@ class Precomputation:
         Raises ValueError where it was asked for and cannot be.
         """
         asked, recipe, given = self.args.precompute_teacher_log_probs, self.model.recipe, self.dataset
-        if given is None or cached_blocks(given) or "teacher_indices" in names_of(given):
+        if given is None or cached_blocks(given) or "teacher_indices" in names_of(given) or self.args.generates:
             return False
         fits = recipe.teacher in ("own_head", "compressed_head", "cached") and not recipe.hidden_weight
         if self.model.teacher is None or not fits:

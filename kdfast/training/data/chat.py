@@ -26,6 +26,7 @@ from tokenizers import processors
 from kdfast._version import __version__
 from kdfast.inputs import did_you_mean
 from kdfast.training.data.packing import pack
+from kdfast.training.data.rows import PROMPTS
 from kdfast.training.data.teacher_prompts import TeacherPrompt, cut, positions
 from kdfast.training.data.text import DataError, check_text_only, columns_of, load_blocks, map_rows
 from kdfast.training.durable.errors import first_line
@@ -114,6 +115,7 @@ def tokenize_dataset(
     teacher_prompt_template: str | None = None,
     text_column: str = "text",
     dataset_num_proc: int | None = None,
+    prompts: str | None = None,
     argument: str = "dataset",
 ) -> tuple[Any, Counts]:
     """Return rows that `KDTrainer` trains on, and what became of the raw ones.
@@ -135,17 +137,32 @@ def tokenize_dataset(
             "{prompt}\\n\\n{privileged_context}", where there is that column.
         text_column: the column that holds text.
         dataset_num_proc: processes that tokenize.
+        prompts: for rows whose completions are to be generated: "beside", a column of the prompts' ids, those of
+            messages up to the last answer; "alone", and rows need no completions. A longer one than max_length is
+            skipped.
         argument: what errors call the data set.
 
     Returns:
         Columns input_ids and labels (not shifted); seq_lengths where rows are packed; teacher_input_ids and
-        teacher_positions where the teacher has its own prompts. The collator of `KDTrainer` pads.
+        teacher_positions where the teacher has its own prompts; prompts where they are asked for. The collator of
+        `KDTrainer` pads.
 
     Raises DataError, a ValueError: columns of no kind or of two, options that do not fit them, a template that is
     missing, refuses a row, has no marks or does not belong to the tokenizer, no row left to train on.
     """
     columns = columns_of(dataset)
-    kind = kind_of(argument, columns, text_column)
+    alone = "prompt" in columns and not {"completion", "messages"} & {*columns}
+    if prompts == "beside" and alone:
+        raise DataError(
+            f"{argument} has prompts without completions, and some of its batches are to be trained on as they are. "
+            "Expected on_policy=1, seq_kd=True, or a column completion"
+        )
+    kind = "prompt" if prompts and alone else kind_of(argument, columns, text_column)
+    if prompts and kind == "text":
+        raise DataError(
+            f"{argument} has text, and on_policy and seq_kd write completions to prompts. Expected columns prompt and "
+            "completion, prompt alone, or messages: split each text where a completion is to begin, or set on_policy=0"
+        )
     check_text_only(argument, dataset, columns)
     if completion_only_loss and kind != "completion":
         raise DataError(
@@ -172,12 +189,12 @@ def tokenize_dataset(
     template = None if chat_template is None else read_template(chat_template)
     encoder = Encoder(
         argument, kind, tokenizer, text_column, max_length, truncation_mode, completion_only_loss is not False,
-        assistant_only_loss, template, teacher_prompt,
+        assistant_only_loss, template, teacher_prompt, bool(prompts),
     )  # fmt: skip
     encoder.check(next(iter(dataset), None))
     rows = map_rows(
         dataset, encoder, f"Tokenizing {argument}", dataset_num_proc,
-        with_indices=True, remove_columns=columns, features=_features(teacher_prompt is not None),
+        with_indices=True, remove_columns=columns, features=_features(teacher_prompt is not None, bool(prompts)),
     )  # fmt: skip
     if not hasattr(rows, "__len__"):
         rows = rows.filter(counts.keep).remove_columns([*NOTES])
@@ -254,6 +271,7 @@ class Encoder:
     assistant_only_loss: bool
     chat_template: str | None
     teacher_prompt: TeacherPrompt | None = None
+    prompts: bool = False
     version: str = __version__
     roles: set[str] = field(default_factory=set)  # that the template is known to write out
 
@@ -266,7 +284,7 @@ class Encoder:
 
     def check(self, row: dict[str, Any] | None) -> None:
         """Raise DataError where tokenizer, template and options do not go together for rows like this first one."""
-        column = {"messages": "messages", "completion": "completion", "text": self.text_column}[self.kind]
+        column = self.text_column if self.kind == "text" else self.kind
         chat = self.kind == "messages" or isinstance((row or {}).get(column), list)
         if not chat:
             if self.assistant_only_loss:
@@ -305,18 +323,25 @@ class Encoder:
     def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
         """Return token ids, labels and notes. Raise DataError, naming the row, for one that cannot be read."""
         where = f"{self.argument}, row {index}"
-        encode = {"messages": self._messages, "completion": self._completion, "text": self._text}[self.kind]
+        encode = {
+            "messages": self._messages, "completion": self._completion, "text": self._text, "prompt": self._only_prompt,
+        }[self.kind]  # fmt: skip
         ids, counted, reason = encode(row, where)
+        prompt: list[int] = []
+        if self.prompts and not reason:
+            prompt = ids if self.kind == "prompt" else self._prompt(row, where)
+            too_long = self.max_length is not None and len(prompt) > self.max_length
+            reason = "empty prompt" if not prompt else "prompt longer than max_length" if too_long else ""
         theirs: list[int] = []  # the teacher's ids
         found: list[int] = []  # where in them it predicts what
-        if self.teacher_prompt is not None and not reason:
+        if self.teacher_prompt is not None and self.kind != "prompt" and not reason:
             theirs, found, reason = self._of_teacher(ids, row, where)
         kept = slice(None)
         if self.max_length is not None:
             kept = slice(self.max_length) if self.truncation_mode == "keep_start" else slice(-self.max_length, None)
         truncated = len(ids[kept]) < len(ids) or len(theirs[kept]) < len(theirs)
         found = cut(found[kept], range(len(theirs))[kept])
-        if not reason and not any(counted[kept][1:]):
+        if not reason and self.kind != "prompt" and not any(counted[kept][1:]):
             reason = "no target within max_length" if any(counted[1:]) else "no target"
         if not reason and found and max(found) < 0:
             reason = "no completion within max_length of the teacher's row"
@@ -325,7 +350,21 @@ class Encoder:
         notes = {"skipped": reason, "truncated": truncated and not reason, "tokens": len(ids)}
         notes |= {"targets": sum(counted[1:]), "teacher_tokens": len(theirs)}
         own = {"teacher_input_ids": theirs, "teacher_positions": [] if reason else found}
-        return {"input_ids": ids, "labels": labels, **notes, **(own if self.teacher_prompt is not None else {})}
+        made = {"input_ids": ids, "labels": labels, **notes, **(own if self.teacher_prompt is not None else {})}
+        return made | ({PROMPTS: [] if reason else prompt} if self.prompts else {})
+
+    def _prompt(self, row: dict[str, Any], where: str) -> list[int]:
+        """Return the ids that a completion is written to: of messages those before the last answer."""
+        given = row["prompt"] if self.kind != "messages" else row["messages"]
+        if isinstance(given, str):
+            return self._ids(given)
+        if self.kind == "messages":
+            given = given[: max(i for i, one in enumerate(given) if one["role"] == "assistant")]
+        return self._chat(given, row, where, add_generation_prompt=True)[0] if given else []
+
+    def _only_prompt(self, row: dict[str, Any], where: str) -> tuple[list[int], list[bool], str]:
+        ids = self._prompt(row, where) if row["prompt"] else []
+        return ids, [False] * len(ids), ""
 
     def _text(self, row: dict[str, Any], where: str) -> tuple[list[int], list[bool], str]:
         text = row[self.text_column]
@@ -464,10 +503,11 @@ def _lacks_answer(messages: Any, where: str) -> str:
     return "" if any(said) else "empty completion"
 
 
-def _features(with_teacher: bool) -> Any:
+def _features(with_teacher: bool, with_prompts: bool) -> Any:
     from datasets import Features, List, Value
 
     ids, number = List(Value("int32")), Value("int64")
     names = ["input_ids", "labels", *(["teacher_input_ids", "teacher_positions"] if with_teacher else [])]
+    names += [PROMPTS] * with_prompts
     notes = {"skipped": Value("string"), "truncated": Value("bool")}
     return Features(dict.fromkeys(names, ids) | dict.fromkeys(NOTES, number) | notes)

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset, IterableDataset
 # arguments of DistillationModel.forward that are not data
 ARGUMENTS = (
     "self", "temperature", "kd_weight", "num_items_in_batch", "kd_items_in_batch", "with_fidelity", "with_metrics",
-    "with_log_probs", "backbone_inputs",
+    "with_log_probs", "ce_weight", "write", "backbone_inputs",
 )  # fmt: skip
 # what processors turn images, video and sound into, and what TRL calls the columns they come from
 MEDIA = frozenset(("pixel_values", "pixel_values_videos", "input_features", "input_values"))

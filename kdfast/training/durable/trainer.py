@@ -122,6 +122,9 @@ class DurableTrainer(Trainer):
         """Return a context around every save, in all processes; a subclass checks there what is to be saved."""
         return nullcontext()
 
+    def save_state_beside(self, folder: Path) -> None:
+        """Write what a run needs besides into a checkpoint, in every process; for a subclass."""
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write student, projector and tokenizer into `output_dir`, whose files are complete or not there."""
         if _internal_call:  # into a checkpoint, which is itself still to be published
@@ -148,6 +151,7 @@ class DurableTrainer(Trainer):
             with self._staging(staged, written, final):
                 with replaced(self.args, output_dir=str(staged), push_to_hub=False):
                     super()._save_checkpoint(model, None)  # a trial would name a folder below that
+                self.save_state_beside(written)
                 self.accelerator.wait_for_everyone()
                 best = self._run / f"checkpoint-{self.state.best_global_step}"
                 if self.state.best_global_step and (best == final or best.is_dir()):  # evaluated now, or after a save

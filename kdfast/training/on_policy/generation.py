@@ -1,0 +1,97 @@
+"""Completions that a model writes to prompts, and the rows to train on that they make.
+
+Prompts are padded on the left, where `generate` wants it; the rows that come of them are padded on the right, as all
+other batches are. A row ends with its first end-of-text token, and lacks one where it was cut at `max_new_tokens`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from kdfast.training.hf import IGNORE_INDEX, embedding_rows, input_device
+
+
+class Sampling(NamedTuple):
+    """How text is drawn: settings of `KDConfig`, and ids of tokenizer and models."""
+
+    max_new_tokens: int
+    temperature: float  # 0: the most likely token each time
+    top_p: float
+    top_k: int
+    end_ids: tuple[int, ...]
+    pad_id: int
+    n_ids: int  # those from here on are never drawn
+
+
+class Written(NamedTuple):
+    """Rows to train on, padded on the right."""
+
+    input_ids: Tensor  # (B, T) int64: prompts with their completions
+    attention_mask: Tensor  # (B, T) int64
+    labels: Tensor  # (B, T) int64, −100 but for completions and the token that ends them
+    ended: Tensor  # (B,) bool: whether there is one
+
+
+@contextmanager
+def _ready(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Put a model into eval mode, with no defaults of its own for generation, and back as it was."""
+    modes, own = [(module, module.training) for module in model.modules()], model.generation_config
+    try:
+        model.eval()
+        model.generation_config = config
+        yield
+    finally:
+        model.generation_config = own
+        for module, training in modes:
+            module.training = training
+
+
+@torch.compiler.disable
+@torch.no_grad()
+def write(model: PreTrainedModel, prompts: Tensor, mask: Tensor, sampling: Sampling, seed: Sequence[int]) -> Written:
+    """Return what `model` writes to prompts (B, T) int64 with their mask (B, T), padded on the left.
+
+    The same `seed` gives the same text; the process's own random state stays as it is.
+    """
+    drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+    unknown = list(range(sampling.n_ids, embedding_rows(model)))
+    config = GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        use_cache=True,
+        do_sample=sampling.temperature > 0,
+        eos_token_id=list(sampling.end_ids),
+        pad_token_id=sampling.pad_id,
+        suppress_tokens=unknown or None,
+        **(drawn if sampling.temperature > 0 else {}),
+    )
+    device = input_device(model)
+    devices = [device] if device.type not in ("cpu", "meta") else []
+    with _ready(model, config), torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+        torch.manual_seed(random.Random(repr(tuple(seed))).getrandbits(63))
+        given = {"input_ids": prompts.to(device), "attention_mask": mask.to(device)}
+        ids: Any = model.generate(**given, generation_config=config)  # type: ignore[operator]
+    return as_rows(ids.to(prompts.device), mask, sampling.end_ids)
+
+
+def as_rows(ids: Tensor, prompt_mask: Tensor, end_ids: Sequence[int]) -> Written:
+    """Return rows of `generate`'s ids (B, Tp + N), whose prompts have the mask (B, Tp)."""
+    written = ids[:, prompt_mask.shape[1] :]
+    ends = torch.isin(written, torch.tensor(list(end_ids), device=ids.device))
+    kept = ends.cumsum(1) - ends.long() == 0  # up to the first end, and it
+    mask = torch.cat([prompt_mask, kept.to(prompt_mask)], 1)
+    labels = torch.cat([torch.full_like(prompt_mask, IGNORE_INDEX), written.masked_fill(~kept, IGNORE_INDEX)], 1)
+    order = mask.argsort(stable=True, dim=1, descending=True)[:, : int(mask.sum(1).max())]  # what is real to the left
+    mask = mask.gather(1, order)
+    return Written(
+        ids.gather(1, order).masked_fill(mask == 0, int(end_ids[0]) if len(end_ids) else 0),
+        mask,
+        labels.gather(1, order),
+        ends.any(1),
+    )
