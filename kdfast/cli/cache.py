@@ -45,7 +45,7 @@ def make_cache(arguments: Arguments) -> CacheSummary:
     options = training.cache_options(training.resolved(CACHED).temperatures, "top_k")
     autocast = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None  # as for a live teacher
     try:
-        tokenizer, train, evaluation, _ = load_text(arguments)
+        tokenizer, train, evaluation, *_ = load_text(arguments)
         teacher = load_teacher(
             models.teacher_model_name_or_path,
             tokenizer=tokenizer,

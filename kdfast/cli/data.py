@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from kdfast.cli.arguments import Arguments, ModelArguments, parse_argv
 from kdfast.cli.errors import UserError
+from kdfast.training.data.alignment import OtherTokenizer, find_other_tokenizer
 from kdfast.training.data.chat import Counts, kind_of, read_template, tokenize_dataset
 from kdfast.training.data.rows import lengths_of
 from kdfast.training.data.text import columns_of, hold_out, read_dataset, read_files
@@ -32,6 +33,7 @@ class Text(NamedTuple):
     train: Any
     evaluation: Dataset
     counts: dict[str, Counts]  # of both, by "train" and "eval"
+    other: OtherTokenizer | None = None  # the teacher's, where that is another
 
     def describe(self, max_length: int | None) -> str:
         """Return how many rows there are, in words."""
@@ -69,15 +71,19 @@ def preview(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], marks: tupl
     return "".join(f"{marks[0]}{part}{marks[1]}" if learned else part for learned, part in text)
 
 
-def load_text(arguments: Arguments) -> Text:
+def load_text(arguments: Arguments, teacher: str | None = None) -> Text:
     """Return tokenizer, rows to train on and rows to evaluate on; the first process tokenizes, the others read what
-    it kept."""
+    it kept. teacher: the name of one that reads the text, perhaps with a tokenizer of its own."""
     training = arguments.training
     if training.process_index > 0:
         transformers.utils.logging.disable_progress_bar()  # of loading: one is enough
     tokenizer = load_tokenizer(arguments.model)
+    other = None
+    if teacher is not None:
+        given = training.teacher_tokenizer_name_or_path
+        other = find_other_tokenizer("teacher_model_name_or_path", tokenizer, teacher, given, training.valid_vocab)
     with training.main_process_first(desc="tokenizing"):
-        text = Text(tokenizer, *load_splits(arguments, tokenizer))
+        text = Text(tokenizer, *load_splits(arguments, tokenizer, other), other)
     if training.chat_template is not None:
         tokenizer.chat_template = read_template(training.chat_template)  # saved with the student
     return text
@@ -97,7 +103,9 @@ def load_tokenizer(models: ModelArguments) -> PreTrainedTokenizerBase:
     raise ValueError("tokenizer_name is missing; it is needed where neither student nor teacher brings a tokenizer")
 
 
-def load_splits(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, Any, dict[str, Counts]]:
+def load_splits(
+    arguments: Arguments, tokenizer: PreTrainedTokenizerBase, other: OtherTokenizer | None = None
+) -> tuple[Any, Any, dict[str, Counts]]:
     """Return rows to train on, rows to evaluate on, and what became of the raw ones."""
     data, options = arguments.data, arguments.training.data_options
 
@@ -109,7 +117,8 @@ def load_splits(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> tup
         return f"dataset_name {data.dataset_name!r}, split {value!r}", documents
 
     def rows(what: str, documents: Any, prompts: str | None = None) -> tuple[Any, Counts]:
-        return tokenize_dataset(documents, tokenizer, argument=what, prompts=prompts, **options)
+        options["argument"], options["teacher_tokenizer"] = what, other
+        return tokenize_dataset(documents, tokenizer, prompts=prompts, **options)
 
     prompts = arguments.training.prompts  # of what is trained on
 

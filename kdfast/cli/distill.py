@@ -115,7 +115,8 @@ def _run(arguments: Arguments, output_dir: Path) -> Run:
 def _trainer(arguments: Arguments, name: str) -> KDTrainer:
     models, training = arguments.model, arguments.training
     training.dataloader_pin_memory &= torch.accelerator.is_available()  # without one, a warning is all it brings
-    given = load_text(arguments)
+    without_teacher = _learns_without_teacher(arguments)
+    given = load_text(arguments, None if without_teacher else models.teacher_model_name_or_path)
     tokenizer, train, evaluation = given.tokenizer, given.train, given.evaluation
     set_seed(training.seed)  # a fresh student's weights
     text: dict[str, Any] = {"tokenizer": tokenizer, "valid_vocab": training.valid_vocab}
@@ -127,10 +128,12 @@ def _trainer(arguments: Arguments, name: str) -> KDTrainer:
         **text,
     )
     loaded = {"student": student}
-    if _learns_without_teacher(arguments):
+    if without_teacher:
         train, evaluation = _with_cache(arguments, tokenizer, train, evaluation)
     elif (teacher := models.teacher_model_name_or_path) is not None:
         text["model_init_kwargs"] = models.teacher_model_init_kwargs
+        if given.other is not None:
+            text = {"tokenizer": given.other.teacher.tokenizer, "model_init_kwargs": text["model_init_kwargs"]}
         loaded["teacher"] = load_teacher(teacher, dtype=models.teacher_dtype, **text)
     for which, model in loaded.items():
         check_positions(which, model, training.max_length)

@@ -88,6 +88,8 @@ def price_per_token(
         heads = 2 * rank * (teacher.vocab + teacher.width)
     elif recipe.teacher in ("own_head", "compressed_head"):
         heads = own
+    elif recipe.teacher == "shared_head":
+        heads = 2 * student.vocab * teacher.width
     elif recipe.teacher == "projected":
         trained = recipe.projector_resolve_steps == 0
         reached = trained and (recipe.teacher_grad != "none" or recipe.anchor_weight > 0)

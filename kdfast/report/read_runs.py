@@ -24,7 +24,9 @@ RECORD, SUMMARY, REPORT = "kdfast.json", "summary.json", "report.html"
 STATE = "trainer_state.json"  # transformers', in every run and checkpoint
 
 # of an evaluation, whose keys have the prefix eval_; the student's ce keeps it
-EVALUATED = ("perplexity", "kd", "kl_teacher_student", "kl_teacher_projected", "ce_projected", "agreement")
+EVALUATED = (
+    "perplexity", "bits_per_byte", "kd", "kl_teacher_student", "kl_teacher_projected", "ce_projected", "agreement",
+)  # fmt: skip
 
 
 class RunsError(ValueError):

@@ -29,7 +29,7 @@ DRAWN, KEPT = 32, 64  # ids drawn, or kept, per token where nothing is said
 # evaluation metrics → whether a greater value is better, for metric_for_best_model; None: neither is
 GREATER_IS_BETTER: dict[str, bool | None] = {
     **dict.fromkeys(("loss", "ce", "ce_projected", "perplexity", "kd", "aux_loss", "kl_teacher_student"), False),
-    **dict.fromkeys(("kl_teacher_projected", "runtime"), False),
+    **dict.fromkeys(("kl_teacher_projected", "bits_per_byte", "runtime"), False),
     **dict.fromkeys(("agreement", "samples_per_second", "steps_per_second"), True),
     **dict.fromkeys(("student_entropy", "teacher_entropy", "tokens"), None),
 }
@@ -153,6 +153,9 @@ class KDConfig(TrainingArguments):
     generations_per_prompt: int = _field(1, "Completions of each of a batch's prompts, rows of one batch.")
     on_policy_buffer: int = _field(1, "Keep so many of the student's batches, and train on each so many times.")
 
+    teacher_tokenizer_name_or_path: str | None = _field(
+        None, "The teacher's own tokenizer; None = the one beside its weights."
+    )
     precompute_teacher_log_probs: bool | None = _field(
         None, "Run the teacher once over the training text, before the first step. None = where the text comes again."
     )

@@ -101,6 +101,8 @@ def place_teacher(model: DistillationModel, accelerator: Accelerator, shard: boo
     teacher = model.teacher
     if teacher is None:
         return
+    if model.shared_head is not None:
+        model.shared_head.to(accelerator.device)
     if is_dispatched(teacher):
         if shard:
             raise ValueError(

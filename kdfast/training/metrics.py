@@ -19,7 +19,7 @@ from kdfast.inputs import same_vocabulary
 from kdfast.loss import KDMetrics
 from kdfast.training.cache.read import cached_blocks
 from kdfast.training.data.columns import names_of
-from kdfast.training.hf import head_shape
+from kdfast.training.hf import IGNORE_INDEX, head_shape
 from kdfast.training.model import DistillationModel, DistillationOutput
 
 Reduce = Callable[[Tensor], Tensor]  # sums a tensor over the processes
@@ -139,21 +139,36 @@ class EvaluationMeter:
     """Collect the metrics of a whole evaluation set."""
 
     NAMES = ("loss", *LOGGED.values(), "aux_loss", "kl_teacher_student", "kl_teacher_projected")
-    ADDED = ("perplexity", "tokens", "runtime", "samples_per_second", "steps_per_second")  # from runtime on Trainer's
+    ADDED = (
+        "perplexity",
+        "bits_per_byte",
+        "tokens",
+        "runtime",
+        "samples_per_second",
+        "steps_per_second",
+    )  # from runtime on Trainer's
 
-    def __init__(self, device: torch.device) -> None:
-        self._means = TokenMeans(self.NAMES, device)
+    def __init__(self, device: torch.device, lengths: Tensor | None = None) -> None:
+        """lengths: (V,) bytes of each id, None where they are not known."""
+        self._means = TokenMeans((*self.NAMES, "bytes"), device)
+        self._lengths = None if lengths is None else lengths.to(device)
 
-    def add(self, output: DistillationOutput) -> None:
+    def add(self, output: DistillationOutput, targets: Tensor) -> None:
+        """Add a batch; targets: (B, T), whose bytes are counted."""
         values: dict[str, Tensor | None] = {"loss": output.loss, "aux_loss": output.aux_loss, **named(output.metrics)}
+        if self._lengths is not None:
+            found = targets[targets != IGNORE_INDEX]
+            values["bytes"] = self._lengths[found].float().mean()
         if output.fidelity is not None:
             values |= {name: value for name, value in output.fidelity._asdict().items() if value is not None}
-        targets = output.metrics.tokens if output.targets is None else output.targets
-        _add(self._means, values, targets, output.metrics.tokens, output.compared)
+        counted = output.metrics.tokens if output.targets is None else output.targets
+        _add(self._means, values, counted, output.metrics.tokens, output.compared)
 
     def read(self, reduce: Reduce) -> dict[str, float]:
-        """Return the means there are, `perplexity` and `tokens`."""
+        """Return the means there are, `perplexity`, `bits_per_byte` and `tokens`."""
         means, tokens = self._means.read(reduce)
+        if (per_token := means.pop("bytes", 0.0)) > 0 and "ce" in means:
+            means["bits_per_byte"] = means["ce"] / per_token / math.log(2)
         if "ce" in means:
             means["perplexity"] = math.exp(means["ce"]) if means["ce"] < 700 else math.inf
         return {**means, "tokens": tokens}
@@ -174,8 +189,11 @@ def _add(
     means.add(values, targets)
 
 
-def evaluated(model: DistillationModel, dataset: Any) -> list[str]:
-    """Return the names of what an evaluation of `model` logs, on a `dataset` whose rows have targets."""
+def evaluated(model: DistillationModel, dataset: Any, knows_bytes: bool = False) -> list[str]:
+    """Return the names of what an evaluation of `model` logs, on a `dataset` whose rows have targets.
+
+    knows_bytes: whether those of its tokens are known.
+    """
     teacher, absent = model.recipe.teacher, set()
     if teacher == "cached" and model.teacher is not None and "teacher_indices" not in names_of(dataset):
         teacher = "own_head"
@@ -185,10 +203,10 @@ def evaluated(model: DistillationModel, dataset: Any) -> list[str]:
         known = any(one.description.method == "top_k" for one in blocks) or (own and not blocks)
     else:
         rows = head_shape(model.student)[0], head_shape(model.teacher)[0]
-        known = same_vocabulary(*rows, model.valid_vocab, model.loss_options["vocab"])
+        known = model.shared_head is not None or same_vocabulary(*rows, model.valid_vocab, model.loss_options["vocab"])
     if not known:
         absent |= {"kl_teacher_student", "kl_teacher_projected"}
-    if teacher in ("none", "own_head", "cached"):
+    if teacher in ("none", "own_head", "shared_head", "cached"):
         absent |= {"ce_projected", "kl_teacher_projected"}
     if teacher in ("none", "cached"):
         absent |= {"teacher_entropy"}
@@ -196,15 +214,19 @@ def evaluated(model: DistillationModel, dataset: Any) -> list[str]:
         absent |= {"kd", "agreement"}
     if model.router_loss is None:
         absent |= {"aux_loss"}
+    if not knows_bytes:
+        absent |= {"bits_per_byte"}
     return [name for name in (*EvaluationMeter.NAMES, *EvaluationMeter.ADDED) if name not in absent]
 
 
-def check_best(metric: str, model: DistillationModel, eval_dataset: Any) -> None:
+def check_best(metric: str, model: DistillationModel, eval_dataset: Any, knows_bytes: bool = False) -> None:
     """Raise ValueError where evaluations of `model` on `eval_dataset`, or a dict of them, do not log `metric`."""
     several = {"eval": eval_dataset}
     if isinstance(eval_dataset, dict):
         several = {f"eval_{name}": dataset for name, dataset in eval_dataset.items()}
-    logged = [f"{prefix}_{name}" for prefix, dataset in several.items() for name in evaluated(model, dataset)]
+    logged = [
+        f"{prefix}_{name}" for prefix, dataset in several.items() for name in evaluated(model, dataset, knows_bytes)
+    ]
     if (metric if metric.startswith("eval_") else f"eval_{metric}") not in logged:
         raise ValueError(
             f"metric_for_best_model={metric!r}, which no evaluation here logs; expected one of {', '.join(logged)}, or "

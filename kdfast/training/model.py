@@ -21,6 +21,7 @@ from kdfast.inputs import Head
 from kdfast.loss import KDMetrics, fused_kd_loss
 from kdfast.low_rank_head import CompressedHead
 from kdfast.training.adapters import adapt, adapted_layer, adapter_state
+from kdfast.training.data.shared_vocabulary import SharedVocabulary
 from kdfast.training.durable.processes import say_once
 from kdfast.training.hf import (
     IGNORE_INDEX,
@@ -86,6 +87,8 @@ class DistillationModel(nn.Module):
         tokenizer: the text's; None = the one beside the student's weights. One beside either's must have its
             tokens.
         peft_config: put an adapter of this kind (a `LoraConfig`) into the student, whose own weights are frozen.
+        shared_vocabulary: what the teacher's tokenizer, another than the text's, has in common with it
+            (`OtherTokenizer(…).vocabulary`); batches have to bring teacher_input_ids and teacher_positions.
         teacher_tail: what a batch's teacher_log_probs are, where they do not come from a `TeacherCache`; see
             `SparseLogits`. "bucket", "renormalize", "renormalize_both": log-probabilities at τ = 1; "none": log(n/N) of
             ids that came n times in N draws at the KD term's temperature.
@@ -115,17 +118,19 @@ class DistillationModel(nn.Module):
         vocab: Literal["error", "truncate"] = "error",
         tokenizer: Any = None,
         peft_config: Any = None,
+        shared_vocabulary: SharedVocabulary | None = None,
         teacher_tail: TeacherTail | None = None,
         router_aux_loss_coef: float | None = None,
         check_heads: bool = True,
     ) -> None:
         super().__init__()
         student, teachers = adapt(student, peft_config), name_teachers(teacher)
-        valid_vocab = find_valid_vocab_of_all(student, teachers, tokenizer, valid_vocab)
+        other = shared_vocabulary is not None
+        valid_vocab = find_valid_vocab_of_all(student, {} if other else teachers, tokenizer, valid_vocab)
         self.teacher_tail = teacher_tail
         self.by_default = recipe == AUTO  # the caller did not choose it
         if recipe == AUTO:
-            recipe = choose_recipe_of_all(student, teachers, valid_vocab, vocab).recipe
+            recipe = choose_recipe_of_all(student, teachers, valid_vocab, vocab, other).recipe
         self.recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
         self.divergence = self.recipe.make_divergence()
         self.loss_options: dict[str, Any] = {
@@ -135,7 +140,7 @@ class DistillationModel(nn.Module):
         self.router_loss = router_loss(student, router_aux_loss_coef)
         self.sides = Teachers(
             student, teachers, self.recipe, teacher_weights, valid_vocab=valid_vocab, vocab=vocab,
-            check_heads=check_heads,
+            check_heads=check_heads, shared_vocabulary=shared_vocabulary,
         )  # fmt: skip
         self.student = student
         # as a submodule, one that accelerate has placed would be moved by .to()
@@ -151,6 +156,9 @@ class DistillationModel(nn.Module):
         self.placeholders = placeholders(student)
         self.valid_vocab = valid_vocab
         self.logit_projector: Any = hold([side.projector for side in self.sides.values()])
+        self.shared_head = next(iter(self.sides.values())).shared_head
+        # every process has the same: DDP need not send it
+        self._ddp_params_and_buffers_to_ignore = [f"shared_head.{name}" for name in ("weight", "bias", "mask")]
         self.hidden_loss = _make_hidden_loss(student, next(iter(teachers.values()), None), self.recipe)
         self.compressed_head: CompressedHead | None = None  # made by solve(); of several teachers a list of them
         self.solved = not self.recipe.solves

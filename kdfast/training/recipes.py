@@ -12,6 +12,7 @@ svd_init         likewise, for a fresh student, whose embedding is solved from t
 svd_blocks       likewise, and its layers from the teacher's
 projector_refit  the best that goes through a projector: svd_init's start, the projector solved again every 16 steps
 probe            a projector with a head of its own, trained on the labels alone
+shared_tokens    the teacher's own head over the strings that its tokenizer shares with the student's, which is another
 cached           the teacher's own distribution as `kdfast cache` has kept it: no teacher in memory
 
 docs/recipes.md has what each of them came to.
@@ -41,6 +42,7 @@ from kdfast.training.initialization.layers import find_misfit, has_trained_layer
 TeacherKind = Literal[
     "none",
     "own_head",  # the teacher's own head
+    "shared_head",  # its rows of the strings that another tokenizer shares with the student's
     "compressed_head",  # the same as two thin factors, fixed
     "projected",  # a projector, then the student's own head
     "probe",  # a projector and a head of its own, trained by the anchor alone
@@ -194,6 +196,7 @@ RECIPES = RecipeTable(
             teacher_grad="none",
         ),
         Recipe("probe", teacher="probe", anchor_weight=1.0),
+        Recipe("shared_tokens", teacher="shared_head", temperature=1.0, kd_weight=1.0),
         Recipe(CACHED, teacher="cached"),
     )
 )
@@ -211,6 +214,7 @@ _KD = ("kd_on", "kd_weight", "kd_ramp", "kd_ramp_start", "kd_until", "temperatur
 UNUSED: dict[str, tuple[str, ...]] = {
     "none": (*_KD, *_PROJECTOR, *_COMPRESSED),
     "own_head": (*_PROJECTOR, *_COMPRESSED),
+    "shared_head": (*_PROJECTOR, *_COMPRESSED),
     "compressed_head": _PROJECTOR,
     "projected": _COMPRESSED,
     "probe": (*_COMPRESSED, "teacher_grad", "projector_resolve_steps"),
@@ -255,7 +259,11 @@ FROM_CACHE = Choice(CACHED, "the data set brings a teacher's cached entries")
 
 
 def choose_recipe(
-    student: PreTrainedModel, teacher: PreTrainedModel | None, valid_vocab: int | None = None, vocab: str = "error"
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    valid_vocab: int | None = None,
+    vocab: str = "error",
+    other_tokenizer: bool = False,
 ) -> Choice:
     """Return the best measured recipe for these two models, and why: what recipe="auto" takes.
 
@@ -265,6 +273,7 @@ def choose_recipe(
         student, teacher: causal models; a teacher of None is `lm_only`'s.
         valid_vocab: as in `fused_kd_loss`: heads that differ by padding rows alone count as equal.
         vocab: "truncate": others are compared at their first ids; nothing is solved from such a teacher's rows.
+        other_tokenizer: the teacher is known to have another tokenizer than the student.
 
     Raises ValueError where a teacher is given whose vocabulary is another.
     """
@@ -273,6 +282,8 @@ def choose_recipe(
     if teacher is None:
         return Choice("lm_only", "there is no teacher")
     check_model(teacher, "teacher", compare=False)
+    if other_tokenizer:
+        return Choice("shared_tokens", "the teacher has another tokenizer: KD is over the strings that both have")
     rows = head_shape(student)[0], head_shape(teacher)[0]
     if not same_vocabulary(*rows, valid_vocab, vocab):
         raise ValueError(f"recipe='auto' has no use for this teacher: {other_vocabulary(student, teacher)}")

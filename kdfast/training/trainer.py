@@ -36,10 +36,12 @@ from kdfast.training.cache.precompute import Precomputation
 from kdfast.training.cache.read import cached_blocks, check_datasets
 from kdfast.training.callbacks import HealthCallback
 from kdfast.training.config import KDConfig
+from kdfast.training.data.alignment import OtherTokenizer, find_other_tokenizer
 from kdfast.training.data.chat import Counts, is_raw_text, read_template, tokenize_dataset
 from kdfast.training.data.columns import MEDIA, by_name, check_columns, check_names, media_columns, names_of
 from kdfast.training.data.packing import PaddingCollator, check_apart
 from kdfast.training.data.rows import PACKED, PROMPTS, PROMPTS_MASK, Collator
+from kdfast.training.data.shared_vocabulary import SharedVocabulary, token_lengths
 from kdfast.training.data.text import check_positions
 from kdfast.training.data.tokenizers import check_tokens, find_valid_vocab, own_tokenizer, text_tokenizer, tokenizer_of
 from kdfast.training.durable import processes, resume
@@ -85,9 +87,9 @@ class KDTrainer(DurableTrainer):
     without its coefficient), kd_weight, temperature, lr_<part>, tokens_per_second, tokens_seen (targets; padding not
     counted), skipped_steps, memory_bytes (this process; the allocator's peak so far on a GPU). Means are since the line
     before; where there is no projector, those of agreement, entropies and a ce of weight 0 are over the line's own
-    step, the only one to compute them. Evaluated: loss under the weights now in force, ce, perplexity, kd, aux_loss,
-    and against the teacher's own head, where its vocabulary is the student's, kl_teacher_student, kl_teacher_projected.
-    What does not exist under a recipe is absent.
+    step, the only one to compute them. Evaluated: loss under the weights now in force, ce, perplexity, bits_per_byte
+    (where the tokens' bytes are known), kd, aux_loss, and against the teacher's own head, over the ids that both have,
+    kl_teacher_student, kl_teacher_projected. What does not exist under a recipe is absent.
 
     Args:
         model: the student, wrapped here under the recipe of `args`, or a `DistillationModel`.
@@ -166,16 +168,19 @@ class KDTrainer(DurableTrainer):
             set_seed(args.seed)
             model = super().call_model_init()  # type: ignore[assignment]
         collator, self.counts = data_collator, {}
+        student, live = model, teacher
+        if isinstance(model, DistillationModel):
+            student, live = model.student, model.teacher
+        self._other = _other_tokenizer(student, unwrap(live, "teacher"), processing_class, args)
+        with args.main_process_first(desc="tokenizing"):
+            train_dataset, eval_dataset = (
+                self._tokenized(name, dataset, processing_class, student, args, data_collator is None, prompts)
+                for name, dataset, prompts in (
+                    ("train_dataset", train_dataset, args.prompts), ("eval_dataset", eval_dataset, None),
+                )
+            )  # fmt: skip
         if data_collator is None:
             data_collator = PaddingCollator(processing_class)
-            student = model.student if isinstance(model, DistillationModel) else model
-            with args.main_process_first(desc="tokenizing"):
-                train_dataset, eval_dataset = (
-                    self._tokenized(name, dataset, processing_class, student, args, prompts)
-                    for name, dataset, prompts in (
-                        ("train_dataset", train_dataset, args.prompts), ("eval_dataset", eval_dataset, None),
-                    )
-                )
         datasets = by_name(train_dataset=train_dataset, eval_dataset=eval_dataset)
         check_columns(datasets, args.remove_unused_columns and collator is None)
         self.args, self._text = args, train_dataset
@@ -211,7 +216,7 @@ class KDTrainer(DurableTrainer):
             fsdp.place_teacher(model, self.accelerator, args.shard_teacher)
         self._adopt(choice, wrapped_here)
         if own and args.metric_for_best_model is not None and args.eval_strategy != "no" and eval_dataset is not None:
-            check_best(args.metric_for_best_model, model, eval_dataset)
+            check_best(args.metric_for_best_model, model, eval_dataset, self._lengths is not None)
 
     def _wrapped(self, model: Any) -> tuple[DistillationModel, Choice | None, bool]:
         """Return `model` under the recipe, and what `_adopt` is given."""
@@ -220,13 +225,14 @@ class KDTrainer(DurableTrainer):
         wrapped_here = not isinstance(model, DistillationModel)
         if wrapped_here:
             set_seed(self.args.seed)  # the adapter's start
-            model, choice = _wrap(adapt(model, peft_config), self.args, teacher, processor, datasets)
+            shared = None if self._other is None else self._other.vocabulary
+            model, choice = _wrap(adapt(model, peft_config), self.args, teacher, processor, datasets, shared)
         elif teacher is not None or peft_config is not None:
             given = "peft_config" if teacher is None else "teacher"
             raise ValueError(f"{given} is given besides a DistillationModel, which has its own; leave it out")
         elif isinstance(processor, PreTrainedTokenizerBase):
             check_tokens("student", processor, tokenizer_of(model.student), model.valid_vocab)
-            if model.teacher is not None:
+            if model.teacher is not None and model.shared_head is None:
                 check_tokens("teacher", processor, own_tokenizer(model.teacher), model.valid_vocab)
         check_adapter(model.student)
         packed = self.args.packing or any(PACKED in names_of(dataset) for dataset in datasets.values())
@@ -266,20 +272,26 @@ class KDTrainer(DurableTrainer):
         self._start_run()
 
     def _tokenized(self, argument: str, given: Any, *how: Any) -> Any:
-        """Return a data set, or a dict of them, with rows of text, completions or chats tokenized."""
+        """Return a data set, or a dict of them, with rows of text, completions or chats tokenized if they are raw.
+
+        Where the teacher's tokenizer is another, rows have what it reads, too.
+        """
         if isinstance(given, dict):
             return {k: self._tokenized(f"{argument}[{k!r}]", one, *how) for k, one in given.items()}
-        processor, student, args, prompts = how
-        if not is_raw_text(given) or media_columns(given):  # the latter are refused below
-            return given
-        if (tokenizer := text_tokenizer(processor, student)) is None:
-            raise ValueError(f"{argument} has text, and processing_class is None; expected its tokenizer")
-        rows, self.counts[argument] = tokenize_dataset(
-            given, tokenizer, argument=argument, prompts=prompts, **args.data_options
-        )
-        if args.chat_template is not None:
-            tokenizer.chat_template = read_template(args.chat_template)  # saved with the student
-        return rows
+        processor, student, args, raw, prompts = how
+        rows, whole = given, False
+        if raw and is_raw_text(given) and not media_columns(given):  # the latter are refused below
+            if (tokenizer := text_tokenizer(processor, student)) is None:
+                raise ValueError(f"{argument} has text, and processing_class is None; expected its tokenizer")
+            options = {"argument": argument, "prompts": prompts, "teacher_tokenizer": self._other, **args.data_options}
+            rows, self.counts[argument] = tokenize_dataset(given, tokenizer, **options)
+            if args.chat_template is not None:
+                tokenizer.chat_template = read_template(args.chat_template)  # saved with the student
+            whole = len({len(row["input_ids"]) for row in itertools.islice(rows, 100)}) > 1  # not blocks
+        known = {"teacher_input_ids", "teacher_indices"}.intersection(names_of(rows)) or cached_blocks(rows)
+        if self._other is None or rows is None or known:
+            return rows
+        return self._other.align(argument, rows, documents=whole)
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator as Trainer does, with FSDP on CPUs too."""
@@ -653,7 +665,7 @@ class KDTrainer(DurableTrainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Evaluate as Trainer does, but by token-weighted means over the whole set, without logits."""
-        self._evaluation, prefix = EvaluationMeter(self.args.device), metric_key_prefix
+        self._evaluation, prefix = EvaluationMeter(self.args.device, self._lengths), metric_key_prefix
         with self._meter.paused():
             loss_only = self.args.prediction_loss_only or self.compute_metrics is None
             output = super().evaluation_loop(dataloader, description, loss_only, ignore_keys, prefix)
@@ -676,10 +688,17 @@ class KDTrainer(DurableTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             asked = {"with_fidelity": True, "with_log_probs": not prediction_loss_only}
             output = model(**inputs, **self._on_device(self._weights_in_force()), **asked)
-        self._evaluation.add(output)
+        targets = self.model.targets(inputs["labels"], inputs.get("attention_mask"))
+        self._evaluation.add(output, targets)
         if prediction_loss_only:
             return output.loss, None, None
-        return output.loss, output.log_probs, self.model.targets(inputs["labels"], inputs.get("attention_mask"))
+        return output.loss, output.log_probs, targets
+
+    @functools.cached_property
+    def _lengths(self) -> Tensor | None:
+        """(V,), the bytes of each of the student's ids, None where they are not known."""
+        tokenizer = text_tokenizer(self._wrapping[2], self.model.student)
+        return None if tokenizer is None else token_lengths(tokenizer, head_shape(self.model.student)[0])
 
     def _without_repeats(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Mask the labels of samples already seen, with which the last batch of several processes is filled up."""
@@ -727,12 +746,30 @@ class KDTrainer(DurableTrainer):
         return price_per_token(model.recipe, size_of(model.student), teacher, rank=rank, passes=passes)
 
 
+def _other_tokenizer(student: Any, teacher: Any, processor: Any, args: KDConfig) -> OtherTokenizer | None:
+    """Return the teacher's tokenizer where it is known and another than the text's."""
+    if not isinstance(student, PreTrainedModel) or not isinstance(teacher, PreTrainedModel):
+        return None  # which is refused later, with a message of its own
+    ours, given = text_tokenizer(processor, student), args.teacher_tokenizer_name_or_path
+    length = getattr(teacher.config.get_text_config(), "max_position_embeddings", None)
+    found = find_other_tokenizer("teacher", ours, teacher, given, args.valid_vocab, length)
+    for line in found.vocabulary.lines if found else ():
+        processes.print_once(line)
+    return found
+
+
 def _wrap(
-    student: PreTrainedModel, args: KDConfig, teacher: PreTrainedModel | None, processor: Any, datasets: dict[str, Any]
+    student: PreTrainedModel,
+    args: KDConfig,
+    teacher: PreTrainedModel | None,
+    processor: Any,
+    datasets: dict[str, Any],
+    shared: SharedVocabulary | None = None,
 ) -> tuple[DistillationModel, Choice | None]:
     """Return the student under the recipe of `args`, and the choice that "auto" made; None where it had none."""
     choice: Choice | None = None
-    recipe, valid_vocab = args.recipe, find_valid_vocab(student, teacher, processor, args.valid_vocab)
+    recipe = args.recipe
+    valid_vocab = find_valid_vocab(student, None if shared else teacher, processor, args.valid_vocab)
     train_dataset = datasets.get("train_dataset")
     cached = cached_blocks(train_dataset)
     entries = bool(cached) or "teacher_indices" in names_of(train_dataset)
@@ -752,7 +789,7 @@ def _wrap(
                 "out, or name the recipe: 'cached' learns from the entries, and has teacher for evaluation; "
                 "the others learn from teacher"
             )
-        choice = FROM_CACHE if entries else choose_recipe(student, teacher, valid_vocab, args.vocab)
+        choice = FROM_CACHE if entries else choose_recipe(student, teacher, valid_vocab, args.vocab, shared is not None)
         recipe = choice.recipe
     set_seed(args.seed)  # the projector's start
     model = DistillationModel(
@@ -764,6 +801,7 @@ def _wrap(
         valid_vocab=valid_vocab,
         vocab=args.vocab,  # type: ignore[arg-type]  # checked there, as teacher_tail
         tokenizer=processor,
+        shared_vocabulary=shared,
         teacher_tail=args.teacher_tail,  # type: ignore[arg-type]
         router_aux_loss_coef=args.router_aux_loss_coef,
     )

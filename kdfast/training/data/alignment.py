@@ -8,12 +8,21 @@ changes is found: a row has no aligned position from there on.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from kdfast.training.data.shared_vocabulary import TokenTable
+import numpy as np
+from transformers import PreTrainedTokenizerBase
 
+from kdfast.training.data.rows import PACKED
+from kdfast.training.data.shared_vocabulary import TokenTable, share_vocabulary
+from kdfast.training.data.text import DataError, columns_of, map_rows
+from kdfast.training.data.tokenizers import check_tokens, other_tokenizer
+from kdfast.training.durable.processes import print_once
+
+IGNORED = -100  # a label that counts for nothing
 NOWHERE = -1  # in place of a position, or of an offset
 CHANGED = "text that the teacher's tokenizer changes"
 UNKNOWN = "tokens of the student's without bytes"
@@ -45,17 +54,121 @@ class _Part(NamedTuple):
     opens: bool = False  # at the start of a text, where a tokenizer may put a blank
 
 
+class OtherTokenizer:
+    """Hold a teacher's tokenizer that is not the text's, and what the two share.
+
+    length: ids in a teacher's row at most; None = any number.
+
+    Raises ValueError for a tokenizer whose tokens' bytes are not known, or two without a string in common.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, length: int | None = None
+    ) -> None:
+        self.student = TokenTable("processing_class", tokenizer)
+        self.teacher = TokenTable("teacher", teacher)
+        self.vocabulary, self.length = share_vocabulary(self.student, self.teacher), length
+
+    def aligner(self, documents: bool = False) -> Aligner:
+        """Return what aligns rows; `documents` as there."""
+        return Aligner(self.student, self.teacher, self.length, documents)
+
+    def align(self, argument: str, rows: Any, *, documents: bool = False) -> Any:
+        """Return a data set's rows of input_ids with teacher_input_ids and teacher_positions; print their share.
+
+        documents: as in `Aligner`. Raises DataError, a ValueError, for rows that are packed, for a data set
+        that is no list and none of `datasets`, and where nothing is aligned.
+        """
+        columns = [*rows[0]] if isinstance(rows, list) and rows else columns_of(rows) if hasattr(rows, "map") else []
+        if PACKED in columns or not columns:
+            what = "packed of several documents" if columns else f"in a {type(rows).__name__}"
+            raise DataError(
+                f"{argument}: its rows are {what}, and the teacher's tokenizer is another; expected a list or a "
+                "datasets.Dataset of rows with one document each (packing=False; text in blocks), or with the columns "
+                "teacher_input_ids and teacher_positions"
+            )
+        columned = _Columns(self.aligner(documents))
+        if isinstance(rows, list):
+            made = columned({name: [row[name] for row in rows] for name in ("input_ids", "labels") if name in columns})
+            notes = {name: made.pop(name) for name in NOTES}
+            rows = [{**row, **{name: made[name][i] for name in made}} for i, row in enumerate(rows)]
+        else:
+            rows = map_rows(rows, columned, f"Aligning {argument}", batched=True)
+            notes = {name: rows[name] for name in NOTES} if hasattr(rows, "__len__") else {}
+            rows = rows.remove_columns([*NOTES])
+        if notes:
+            print_once(described(argument, **notes))
+        return rows
+
+
+def find_other_tokenizer(
+    argument: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    teacher: Any,
+    given: str | None = None,
+    valid_vocab: int | None = None,
+    length: int | None = None,
+) -> OtherTokenizer | None:
+    """Return the teacher's tokenizer where it is known and another than the text's, `tokenizer`.
+
+    teacher, given: as in `other_tokenizer`. Raises ValueError, naming `argument`, where the bytes of a tokenizer of the
+    two are not known.
+    """
+    own = other_tokenizer(tokenizer, teacher, given, valid_vocab)
+    if tokenizer is None or own is None:
+        return None
+    try:
+        return OtherTokenizer(tokenizer, own, length)
+    except ValueError:
+        check_tokens(argument, tokenizer, own, valid_vocab)
+        raise
+
+
+NOTES = ("aligned", "counted", "lost")  # of a row, beside its columns
+
+
+def described(argument: str, aligned: Iterable[int], counted: Iterable[int], lost: Iterable[str]) -> str:
+    """Return the share of aligned positions in words. Raise DataError where there is none."""
+    found, every, reasons = sum(aligned), sum(counted), Counter(filter(None, lost))
+    text = (
+        f"{argument}: aligned with the teacher's tokens at {found:,} of {every:,} targets ({found / (every or 1):.0%})"
+    )
+    text += "".join(f"; {number} rows not to their end: {reason}" for reason, number in sorted(reasons.items()))
+    if not found:
+        raise DataError(f"{text}. There is nothing to learn from this teacher: take another, or recipe='lm_only'")
+    return text
+
+
+class _Columns:
+    """Give a batch of rows the teacher's columns. An object, so that `datasets` finds what it kept of it."""
+
+    def __init__(self, aligner: Aligner) -> None:
+        self.aligner = aligner
+
+    def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        rows = self.aligner([np.asarray(one).tolist() for one in batch["input_ids"]])
+        labels = [np.asarray(one)[1:] != IGNORED for one in batch.get("labels", batch["input_ids"])]
+        places = [np.asarray(row.positions)[: len(one)] != NOWHERE for row, one in zip(rows, labels, strict=True)]
+        return {
+            "teacher_input_ids": [row.ids for row in rows],
+            "teacher_positions": [row.positions for row in rows],
+            "aligned": [int((one & place).sum()) for one, place in zip(labels, places, strict=True)],
+            "counted": [int(one.sum()) for one in labels],
+            "lost": [row.lost for row in rows],
+        }
+
+
 class Aligner:
     """Align rows of the student's ids. Offsets count bytes; before each text one is kept for a blank put there.
 
     Args:
         student, teacher: their tokens.
         length: ids in a teacher's row at most; None = any number.
-        documents: a row begins where a text does; not so a block, which begins anywhere.
+        documents: a row begins where a text does; a block begins anywhere, and a blank there is the text's.
     """
 
     def __init__(
-        self, student: TokenTable, teacher: TokenTable, length: int | None = None, documents: bool = True
+        self, student: TokenTable, teacher: TokenTable, length: int | None = None, documents: bool = False
     ) -> None:
         self.student, self.teacher, self.length, self.documents = student, teacher, length, documents
         self._roles = {i: role for role, i in student.roles.items()}

@@ -25,6 +25,7 @@ from tokenizers import processors
 
 from kdfast._version import __version__
 from kdfast.inputs import did_you_mean
+from kdfast.training.data.alignment import Aligner, OtherTokenizer, Span
 from kdfast.training.data.packing import pack
 from kdfast.training.data.rows import PROMPTS
 from kdfast.training.data.teacher_prompts import TeacherPrompt, cut, positions
@@ -116,6 +117,7 @@ def tokenize_dataset(
     text_column: str = "text",
     dataset_num_proc: int | None = None,
     prompts: str | None = None,
+    teacher_tokenizer: OtherTokenizer | None = None,
     argument: str = "dataset",
 ) -> tuple[Any, Counts]:
     """Return rows that `KDTrainer` trains on, and what became of the raw ones.
@@ -140,11 +142,14 @@ def tokenize_dataset(
         prompts: for rows whose completions are to be generated: "beside", a column of the prompts' ids, those of
             messages up to the last answer; "alone", and rows need no completions. A longer one than max_length is
             skipped.
+        teacher_tokenizer: the teacher's, where that is another: chats are aligned with what it reads through its own
+            template, on what the assistant says. `KDTrainer` aligns other rows, for which it needs their ids alone.
         argument: what errors call the data set.
 
     Returns:
         Columns input_ids and labels (not shifted); seq_lengths where rows are packed; teacher_input_ids and
-        teacher_positions where the teacher has its own prompts; prompts where they are asked for. The collator of
+        teacher_positions where the teacher has its own prompts, or another tokenizer for chats; prompts where they are
+        asked for. The collator of
         `KDTrainer` pads.
 
     Raises DataError, a ValueError: columns of no kind or of two, options that do not fit them, a template that is
@@ -170,6 +175,9 @@ def tokenize_dataset(
             "messages assistant_only_loss trains on what the assistant says"
         )
     teacher_prompt = TeacherPrompt.of(argument, kind, columns, teacher_prompt_template)
+    if teacher_tokenizer is not None and (packing or prompts or teacher_prompt is not None):
+        what = "packing=True" if packing else "on_policy or seq_kd" if prompts else "a prompt of the teacher's own"
+        raise DataError(f"{what} with a teacher that has another tokenizer, which is not supported. Leave one out")
     if packing and teacher_prompt is not None:
         raise DataError(
             f"packing=True, and the teacher reads prompts of its own in {argument}, whose rows are of another length "
@@ -191,10 +199,13 @@ def tokenize_dataset(
         argument, kind, tokenizer, text_column, max_length, truncation_mode, completion_only_loss is not False,
         assistant_only_loss, template, teacher_prompt, bool(prompts),
     )  # fmt: skip
-    encoder.check(next(iter(dataset), None))
+    first = next(iter(dataset), None)
+    encoder.check(first)
+    if teacher_tokenizer is not None and encoder.has_chats(first):
+        encoder.read_by(teacher_tokenizer, first)
     rows = map_rows(
         dataset, encoder, f"Tokenizing {argument}", dataset_num_proc,
-        with_indices=True, remove_columns=columns, features=_features(teacher_prompt is not None, bool(prompts)),
+        with_indices=True, remove_columns=columns, features=_features(encoder.has_own, bool(prompts)),
     )  # fmt: skip
     if not hasattr(rows, "__len__"):
         rows = rows.filter(counts.keep).remove_columns([*NOTES])
@@ -272,6 +283,8 @@ class Encoder:
     chat_template: str | None
     teacher_prompt: TeacherPrompt | None = None
     prompts: bool = False
+    reader: Encoder | None = None  # by which a teacher with another tokenizer reads a chat
+    aligner: Aligner | None = None  # with what that reads
     version: str = __version__
     roles: set[str] = field(default_factory=set)  # that the template is known to write out
 
@@ -284,9 +297,7 @@ class Encoder:
 
     def check(self, row: dict[str, Any] | None) -> None:
         """Raise DataError where tokenizer, template and options do not go together for rows like this first one."""
-        column = self.text_column if self.kind == "text" else self.kind
-        chat = self.kind == "messages" or isinstance((row or {}).get(column), list)
-        if not chat:
+        if not self.has_chats(row):
             if self.assistant_only_loss:
                 raise DataError(NOT_A_CHAT.format(argument=self.argument))
             if self.tokenizer.eos_token is None:
@@ -320,6 +331,26 @@ class Encoder:
                 )
             print_once(f"{self.argument}: {what}, and are written as ordinary text")
 
+    def has_chats(self, row: dict[str, Any] | None) -> bool:
+        """Return whether rows like this one are messages."""
+        return self.kind == "messages" or (
+            self.kind == "completion" and isinstance((row or {}).get("completion"), list)
+        )
+
+    def read_by(self, other: OtherTokenizer, row: dict[str, Any] | None) -> None:
+        """Have rows like this one read by a teacher with another tokenizer, through its own chat template."""
+        tokenizer = other.teacher.tokenizer
+        self.reader = replace(
+            self, argument="teacher", tokenizer=tokenizer, chat_template=None, assistant_only_loss=False, roles=set()
+        )
+        self.reader.check(row)
+        self.aligner = other.aligner()
+
+    @property
+    def has_own(self) -> bool:
+        """Whether the teacher reads other ids than the student."""
+        return self.teacher_prompt is not None or self.reader is not None
+
     def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
         """Return token ids, labels and notes. Raise DataError, naming the row, for one that cannot be read."""
         where = f"{self.argument}, row {index}"
@@ -336,6 +367,8 @@ class Encoder:
         found: list[int] = []  # where in them it predicts what
         if self.teacher_prompt is not None and self.kind != "prompt" and not reason:
             theirs, found, reason = self._of_teacher(ids, row, where)
+        if self.reader is not None and not reason:
+            theirs, found = self._of_other_tokenizer(ids, row, where)
         kept = slice(None)
         if self.max_length is not None:
             kept = slice(self.max_length) if self.truncation_mode == "keep_start" else slice(-self.max_length, None)
@@ -350,7 +383,7 @@ class Encoder:
         notes = {"skipped": reason, "truncated": truncated and not reason, "tokens": len(ids)}
         notes |= {"targets": sum(counted[1:]), "teacher_tokens": len(theirs)}
         own = {"teacher_input_ids": theirs, "teacher_positions": [] if reason else found}
-        made = {"input_ids": ids, "labels": labels, **notes, **(own if self.teacher_prompt is not None else {})}
+        made = {"input_ids": ids, "labels": labels, **notes, **(own if self.has_own else {})}
         return made | ({PROMPTS: [] if reason else prompt} if self.prompts else {})
 
     def _prompt(self, row: dict[str, Any], where: str) -> list[int]:
@@ -417,6 +450,33 @@ class Encoder:
             return [], [], "the completion's tokens are others after the teacher's prompt"
         return theirs, positions(len(ids), start, their_start), ""
 
+    def _of_other_tokenizer(self, ids: list[int], row: dict[str, Any], where: str) -> tuple[list[int], list[int]]:
+        """Return what a teacher with another tokenizer reads of a chat, and where that is aligned with `ids`."""
+        assert self.reader is not None
+        assert self.aligner is not None
+        messages = row["messages"] if self.kind == "messages" else row["prompt"] + row["completion"]
+        theirs, _ = self.reader._chat(messages, row, where)
+        ours, other = self._written(messages, row), self.reader._written(messages, row)
+        spans = []
+        for i, message in enumerate(messages):
+            content = message.get("content")
+            if message["role"] != "assistant" or not isinstance(content, str) or not content.strip():
+                continue
+            changed = [*messages[:i], {**message, "content": PROBE}, *messages[i + 1 :]]
+            text, places = content.strip(), []
+            for side, whole in ((self, ours), (self.reader, other)):
+                before = side._written(changed, row).partition(PROBE)[0]
+                place = whole.find(text, len(before), len(before) + len(content)) if whole.startswith(before) else -1
+                places.append(len(whole[:place].encode()) if place >= 0 else -1)
+            if min(places) >= 0:  # not where a template leaves it out, or writes something else
+                spans.append(Span(text.encode(), *places))
+        aligned = self.aligner.chat(ids, ours, theirs, other, spans)
+        return aligned.ids, aligned.positions
+
+    def _written(self, messages: list[dict[str, Any]], row: dict[str, Any]) -> str:
+        """Return messages as the chat template writes them."""
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **self._template_options(row)))
+
     def _joined(self, prompt: Any, completion: Any, row: dict[str, Any], where: str) -> tuple[list[int], list[bool]]:
         """Return the ids of a prompt with its completion, and which of them count, the prompt's too."""
         if not isinstance(prompt, str):
@@ -448,12 +508,7 @@ class Encoder:
         self, messages: list[dict[str, Any]], row: dict[str, Any], where: str, *, add_generation_prompt: bool = False
     ) -> tuple[list[int], list[bool]]:
         """Return the ids of messages, and which of them count."""
-        tools = row.get("tools")
-        options = {
-            "chat_template": self.chat_template,
-            "tools": json.loads(tools) if isinstance(tools, str) else tools,
-            **(row.get("chat_template_kwargs") or {}),
-        }
+        options = self._template_options(row)
         masked = self.assistant_only_loss and not add_generation_prompt
         try:
             for i, message in enumerate(messages):
@@ -472,6 +527,14 @@ class Encoder:
             ) from error
         ids = encoded["input_ids"]
         return ids, [bool(one) for one in encoded["assistant_masks"]] if masked else [True] * len(ids)
+
+    def _template_options(self, row: dict[str, Any]) -> dict[str, Any]:
+        tools = row.get("tools")
+        return {
+            "chat_template": self.chat_template,
+            "tools": json.loads(tools) if isinstance(tools, str) else tools,
+            **(row.get("chat_template_kwargs") or {}),
+        }
 
     def _check_role(self, messages: list[dict[str, Any]], i: int, where: str, **options: Any) -> None:
         """Raise DataError where the template writes nothing of the message: many pass over roles they do not know."""

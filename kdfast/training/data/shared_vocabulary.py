@@ -11,6 +11,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -133,6 +134,17 @@ class TokenTable:
             if (one := self.bytes[i]) and i not in self.special:
                 found.setdefault(one, i)
         return found
+
+
+def token_lengths(tokenizer: PreTrainedTokenizerBase, rows: int) -> Tensor | None:
+    """Return the bytes of text that each id stands for, (rows,) int64, 0 of special ones; None where not known."""
+    with suppress(ValueError):
+        table = TokenTable("tokenizer", tokenizer)
+        found = torch.zeros(rows, dtype=torch.int64)
+        for i, one in enumerate(table.bytes[:rows]):
+            found[i] = 0 if one is None or i in table.special else len(one)
+        return found
+    return None
 
 
 @dataclass(frozen=True)

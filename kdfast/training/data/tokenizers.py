@@ -1,8 +1,8 @@
 """Tokenizers compared token by token, and the ids that two models share.
 
-Student and teacher read the same ids. A teacher with another tokenizer reads other words than are there, whatever the
-recipe: that is an error wherever both tokenizers are known. Heads of different sizes over one tokenizer differ by
-padding rows, and `valid_vocab` is its highest id + 1.
+Student and teacher read the same ids, unless the teacher is known to have another tokenizer, and reads its own
+(alignment.py). Heads of different sizes over one tokenizer differ by padding rows, and `valid_vocab` is its highest id
++ 1.
 """
 
 from __future__ import annotations
@@ -64,17 +64,15 @@ def check_tokens(
     """
     if own is None:
         return
-    ours, theirs = ({i: token for token, i in one.get_vocab().items()} for one in (tokenizer, own))
-    others = sorted(i for i in ours.keys() & theirs.keys() if ours[i] != theirs[i] and i < (valid_vocab or i + 1))
-    added = [one.added_tokens_decoder for one in (tokenizer, own)]
-    renamed = [i for i in others if all(i in one for one in added) and any(one[i].special for one in added)]
-    others = sorted({*others}.difference(renamed))
+    ours, theirs = _tokens(tokenizer), _tokens(own)
+    others, renamed = _differences(tokenizer, own, valid_vocab)
     some = ", ".join(f"{i} is {ours[i]!r} in the text's and {theirs[i]!r} there" for i in (others or renamed)[:3])
     if others:
         rest = f". If the text has no id from {others[0]} on, valid_vocab={others[0]} leaves those out"
         raise ValueError(
             f"{argument}: the tokenizer of {str(own.name_or_path)!r} has other tokens than the text's, of "
-            f"{len(others)} ids: {some}. The model would read other words than are there. Take one "
+            f"{len(others)} ids: {some}. The model would read other words than are there. A teacher reads its own "
+            "under recipe='shared_tokens' or 'projector' of KDTrainer, where bytes of tokens are known; else take one "
             "tokenizer for student, teacher and text: another teacher, or a fresh student (student_config) with its: "
             f"processing_class= tells KDTrainer the text's{rest if others[0] > len(theirs) // 2 else ''}"
         )
@@ -83,6 +81,37 @@ def check_tokens(
             f"{argument}: the tokenizer of {str(own.name_or_path)!r} has other names for {len(renamed)} special tokens "
             f"than the text's: {some}. They are taken for the same"
         )
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    return {i: token for token, i in tokenizer.get_vocab().items()}
+
+
+def _differences(
+    tokenizer: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase, valid_vocab: int | None
+) -> tuple[list[int], list[int]]:
+    """Return the ids that are other tokens in two tokenizers, and special ones under another name."""
+    ours, theirs = _tokens(tokenizer), _tokens(own)
+    others = sorted(i for i in ours.keys() & theirs.keys() if ours[i] != theirs[i] and i < (valid_vocab or i + 1))
+    added = [one.added_tokens_decoder for one in (tokenizer, own)]
+    renamed = [i for i in others if all(i in one for one in added) and any(one[i].special for one in added)]
+    return sorted({*others}.difference(renamed)), renamed
+
+
+def other_tokenizer(
+    tokenizer: PreTrainedTokenizerBase | None, teacher: Any, given: str | None = None, valid_vocab: int | None = None
+) -> PreTrainedTokenizerBase | None:
+    """Return the teacher's tokenizer where it has other tokens than the text's; None where it has those, or is unknown.
+
+    teacher: a model, or its name. given: `teacher_tokenizer_name_or_path`, in place of the one beside the teacher.
+    Raise ValueError where there is none of that name.
+    """
+    own = own_tokenizer(teacher if given is None else given, local=given is None and not isinstance(teacher, str))
+    if own is None and given is not None:
+        raise ValueError(f"teacher_tokenizer_name_or_path={given!r}: no tokenizer could be loaded from there")
+    if tokenizer is None or own is None or not _differences(tokenizer, own, valid_vocab)[0]:
+        return None
+    return own
 
 
 def shared_ids(
@@ -134,8 +163,8 @@ def other_vocabulary(student: PreTrainedModel, teacher: PreTrainedModel) -> str:
         "rows differ, pass valid_vocab, its highest id + 1. Tokens that were added to one of them need rows in the "
         f"other, {smaller}.resize_token_embeddings({max(ours, theirs)}), or valid_vocab={min(ours, theirs)} where the "
         "text has none of them but at padding; with vocab='truncate' KD is on the first ids, which both have. A "
-        "teacher with another tokenizer would read the student's ids as other words, whatever the recipe: take one "
-        "with the student's, train a fresh student with the teacher's, or leave the teacher out"
+        "teacher with another tokenizer would read the student's ids as other words; recipe='shared_tokens' has it "
+        "read its own, if that tokenizer lies beside its weights or is named (teacher_tokenizer_name_or_path)"
     )
 
 

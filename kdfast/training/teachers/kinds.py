@@ -65,7 +65,7 @@ class NoTeacher:
         return None
 
     def terms(self, batch: Batch, part: nn.Module | None) -> KDTerms:
-        """Return the teacher of one batch; `part` is the model's projector or compressed head."""
+        """Return the teacher of one batch; `part` is the model's projector, or compressed or shared head."""
         return KDTerms(None, batch.options)
 
 
@@ -74,6 +74,14 @@ class OwnHead(NoTeacher):
 
     def terms(self, batch: Batch, part: nn.Module | None) -> KDTerms:
         return KDTerms(batch.own, batch.options)
+
+
+class SharedTokens(NoTeacher):
+    """Learn from the teacher's own head over the strings that both tokenizers have."""
+
+    def terms(self, batch: Batch, part: nn.Module | None) -> KDTerms:
+        assert part is not None
+        return KDTerms(batch.own, {**batch.options, "kd_vocab_mask": part.mask})
 
 
 class Cached(NoTeacher):
@@ -159,6 +167,7 @@ class ThroughProbe(ThroughProjector):
 KINDS: dict[str, type[NoTeacher]] = {  # by `Recipe.teacher`
     "none": NoTeacher,
     "own_head": OwnHead,
+    "shared_head": SharedTokens,
     "compressed_head": Compressed,
     "projected": ThroughProjector,
     "probe": ThroughProbe,

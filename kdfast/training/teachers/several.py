@@ -98,7 +98,11 @@ def find_valid_vocab_of_all(
 
 
 def choose_recipe_of_all(
-    student: PreTrainedModel, teachers: Mapping[str, PreTrainedModel], valid_vocab: int | None, vocab: str
+    student: PreTrainedModel,
+    teachers: Mapping[str, PreTrainedModel],
+    valid_vocab: int | None,
+    vocab: str,
+    other_tokenizer: bool = False,
 ) -> Choice:
     """Return `choose_recipe`'s choice for the first teacher, with which the others have to get along."""
     if not teachers:
@@ -106,7 +110,7 @@ def choose_recipe_of_all(
     choices = []
     for name, teacher in teachers.items():
         with naming(name, teachers):
-            choices.append(choose_recipe(student, teacher, valid_vocab, vocab))
+            choices.append(choose_recipe(student, teacher, valid_vocab, vocab, other_tokenizer))
     if len(teachers) == 1:
         return choices[0]
     first, *others = teachers
@@ -185,6 +189,10 @@ class Teachers(dict[str, TeacherSide]):
         self.models = dict(teachers)
         self.weights, self.weights_are_given = read_weights(weights, [*teachers]), weights is not None
         check_recipe(recipe, teachers)
+        if len(teachers) > 1 and options.get("shared_vocabulary") is not None:
+            raise ValueError(
+                f"{len(teachers)} teachers, and shared_vocabulary is of one with another tokenizer; expected it alone"
+            )
         for name, one in teachers.items() or [("teacher", None)]:
             role = f"teacher {name!r}" if len(teachers) > 1 else "teacher"
             alone = replace(recipe, student_init="own") if self else recipe  # a start is the first teacher's

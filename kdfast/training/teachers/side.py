@@ -14,6 +14,7 @@ from kdfast.inputs import Head, same_vocabulary
 from kdfast.loss import KDMetrics, fused_kd_loss
 from kdfast.training.adapters import adapted_layer
 from kdfast.training.data.columns import MEDIA
+from kdfast.training.data.shared_vocabulary import SharedVocabulary
 from kdfast.training.data.tokenizers import other_vocabulary
 from kdfast.training.hf import (
     IGNORE_INDEX,
@@ -32,6 +33,7 @@ from kdfast.training.teachers.entries import CachedEntries
 from kdfast.training.teachers.fidelity import Fidelity, fidelity
 from kdfast.training.teachers.kinds import KINDS, Batch, KDTerms
 from kdfast.training.teachers.own_inputs import OwnInputs
+from kdfast.training.teachers.shared_head import SharedHead
 
 TEXT = {"input_ids", "attention_mask", "position_ids", "use_cache", "output_hidden_states"}  # of a batch of text
 
@@ -142,7 +144,7 @@ class TeacherSide:
     Args:
         student: as in `DistillationModel`.
         teacher: likewise; None where batches bring its entries, or nothing is learned from one.
-        recipe, valid_vocab, vocab, check_heads: likewise.
+        recipe, valid_vocab, vocab, shared_vocabulary, check_heads: likewise.
         role: what errors call it.
 
     Raises ValueError and TypeError as `DistillationModel` does of a teacher.
@@ -156,12 +158,15 @@ class TeacherSide:
         *,
         valid_vocab: int | None,
         vocab: str,
+        shared_vocabulary: SharedVocabulary | None = None,
         check_heads: bool = True,
         role: str = "teacher",
     ) -> None:
         if teacher is not None:
             check_model(teacher, "teacher", compare=check_heads)
-        _check_pair(student, teacher, recipe, valid_vocab, vocab)
+        shared = None if teacher is None else shared_vocabulary
+        _check_pair(student, teacher, recipe, valid_vocab, vocab, shared is not None)
+        self.shared_head = None if shared is None or teacher is None else SharedHead(student, teacher, shared)
         self.role = role
         self.model = None if teacher is None else teacher.requires_grad_(False).eval()
         self.inputs = frozenset[str]() if teacher is None else inputs_of(teacher)
@@ -210,7 +215,7 @@ class TeacherSide:
             own, states, strange = self.run(batch)
         kd = KDTerms(None, {**options, "num_items_in_batch": batch.items})
         if needed or recipe.teacher == "cached":  # a batch that lacks them is an error under any weight
-            part = compressed if self.projector is None else self.projector
+            part = self.projector or self.shared_head or compressed
             items = None if batch.own_inputs is None else batch.kd_items
             shown = Batch(batch.student, own, batch.cached, batch.compared, batch.temperature, kd.options, items)
             kd = self.kind.terms(shown, part)
@@ -232,7 +237,8 @@ class TeacherSide:
         found = None
         true = batch.cached.at_one() if own is None and batch.cached else own
         if true is not None and batch.with_fidelity:
-            found = fidelity(batch.student, kd.surrogate and kd.surrogate(), true, batch.compared, **options)
+            over = options if self.shared_head is None else {**options, "kd_vocab_mask": self.shared_head.mask}
+            found = fidelity(batch.student, kd.surrogate and kd.surrogate(), true, batch.compared, **over)
         compared = (batch.compared != IGNORE_INDEX).sum()
         return Learned(loss, metrics, batch.counted, compared, strange, states, found)
 
@@ -241,9 +247,15 @@ class TeacherSide:
         """Return its own head over a batch, at the student's positions, and as `run_teacher` layers and `strange`."""
         assert self.model is not None
         self._check_places(batch.inputs)
+        if self.shared_head is not None and batch.own_inputs is None:
+            raise ValueError(
+                "the batch has no teacher_input_ids, and the teacher's tokenizer is another: it would read other words "
+                "than are there. Expected rows as OtherTokenizer(…).align gives them, which KDTrainer calls itself"
+            )
         given = (batch.input_ids, batch.inputs, batch.own_inputs)
         states, strange = run_teacher(self.model, *given, look=batch.look, role=self.role)
-        return head(self.model, states[-1].to(batch.input_ids.device)), states[:-1], strange
+        own = head(self.model, states[-1].to(batch.input_ids.device))
+        return own if self.shared_head is None else self.shared_head(own), states[:-1], strange
 
     def _check_places(self, inputs: dict[str, Any]) -> None:
         """Raise ValueError for images whose places the teacher would not find: both models read the same ids."""
@@ -298,7 +310,12 @@ def run_teacher(
 
 
 def _check_pair(
-    student: PreTrainedModel, teacher: PreTrainedModel | None, recipe: Recipe, valid_vocab: int | None, vocab: str
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    recipe: Recipe,
+    valid_vocab: int | None,
+    vocab: str,
+    other_tokenizer: bool,
 ) -> None:
     if recipe.student_init != "own" and (layer := adapted_layer(student)) is not None:
         raise ValueError(
@@ -320,6 +337,17 @@ def _check_pair(
             "both. Give the student a copy, or use a recipe with student_init='own', such as 'compressed_head'"
         )
     rows = head_shape(student)[0], head_shape(teacher)[0]
+    if other_tokenizer and (recipe.needs_true_head or recipe.teacher == "cached"):
+        raise ValueError(
+            f"recipe {recipe.name!r} compares two heads id by id, and the teacher's tokenizer is another, whose ids "
+            "are other strings. Use recipe='shared_tokens', which learns of those that both have, or 'projector'"
+        )
+    if recipe.teacher == "shared_head" and not other_tokenizer:
+        raise ValueError(
+            f"recipe {recipe.name!r} is for a teacher whose tokenizer is known and another than the text's; this one's "
+            "is the same, or does not lie beside its weights. Name it (teacher_tokenizer_name_or_path), or use "
+            "recipe='compressed_head' or 'teacher_head'"
+        )
     if recipe.needs_true_head and not same_vocabulary(*rows, valid_vocab, vocab):
         raise ValueError(
             f"recipe {recipe.name!r} compares the two heads token by token, so they must have the same ids: "

@@ -64,7 +64,7 @@ def check_by_character(ours, theirs, name):
         text = text.removeprefix(" ") if "one leading" in name else text  # its ids do not tell whether there is one
     ids, ends, _ = places(student.tokenizer, text)
     other, other_ends, unknown = places(teacher.tokenizer, text)
-    [row] = Aligner(student, teacher)([ids])
+    [row] = Aligner(student, teacher, documents=True)([ids])
     start = [] if teacher.start is None else [teacher.start]
     assert row.lost == ""
     assert len(row.positions) == len(ids)
@@ -84,8 +84,9 @@ def check_by_character(ours, theirs, name):
             assert any(text.encode().startswith(one) for one in both[0] & both[1])
 
 
-def aligner(ours="bytes", theirs="pieces", **options):
-    return Aligner(*(TokenTable("tokenizer", TOKENIZERS.get(one, one)) for one in (ours, theirs)), **options)
+def aligner(ours="bytes", theirs="pieces", documents=True, **options):
+    tables = (TokenTable("tokenizer", TOKENIZERS.get(one, one)) for one in (ours, theirs))
+    return Aligner(*tables, documents=documents, **options)
 
 
 def shown(align, ids, row):
