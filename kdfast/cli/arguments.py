@@ -23,7 +23,7 @@ from kdfast.cli.errors import UserError
 from kdfast.inputs import did_you_mean
 from kdfast.training import KDConfig
 from kdfast.training.config import DATA
-from kdfast.training.recipes import AUTO, CACHED, RECIPES, current_name
+from kdfast.training.recipes import AUTO, CACHED, RECIPES, SELF, current_name
 
 Command = Literal["distill", "cache", "data"]
 LM_ONLY = "lm_only"
@@ -43,6 +43,7 @@ ELSEWHERE = {
     **{"dataset": "dataset_name", "lr": "learning_rate", "optimizer": "optim"},
     **{"chat_template_path": "chat_template", "sample_packing": "packing"},
     **{"lmbda": "on_policy", "max_completion_length": "max_new_tokens", "num_generations": "generations_per_prompt"},
+    **{"teacher_model_kind": "teacher_model_name_or_path", "ema_decay": "teacher_update_rate"},
 }
 
 
@@ -54,7 +55,9 @@ def _key(default: Any, help: str) -> Any:
 class ModelArguments:
     model_name_or_path: str | None = _key(None, "the student to go on training: a name or a folder")
     student_config: str | None = _key(None, "a fresh student: a config.json, its folder, or a mapping with model_type")
-    teacher_model_name_or_path: str | None = _key(None, "the teacher; recipe lm_only needs none")
+    teacher_model_name_or_path: str | None = _key(
+        None, "the teacher; recipe lm_only needs none; self: the student as it is at the start"
+    )
     tokenizer_name: str | None = _key(None, "default: the student's, or else the teacher's")
     dtype: str | None = _key(None, "dtype of the student's weights; default: float32, over which bf16: true is mixed")
     teacher_dtype: str | None = _key(None, "dtype of the teacher's weights; default: auto, the one they were saved in")
@@ -236,7 +239,15 @@ def _problems(given: Mapping[str, Any], command: Command) -> Iterator[str]:
     for key in (f.name for f in dataclasses.fields(AdapterArguments) if f.default != given[f.name]):
         if not given["use_peft"]:
             yield f"{key}={given[key]!r} without use_peft: true, and there is no adapter without it"
-    recipe, live, cached = given["recipe"], given["teacher_model_name_or_path"], given["teacher_cache"]
+    live = given["teacher_model_name_or_path"]
+    for key in ("teacher_dtype", "teacher_model_init_kwargs", "teacher_tokenizer_name_or_path"):
+        if live == SELF and given[key]:
+            yield f"{key}={given[key]!r}, and the teacher self is the student's own weights; leave it out"
+    if live == SELF and command == "cache":
+        yield "teacher_model_name_or_path: self, and kdfast cache loads no student; expected a model's name or folder"
+    if given["teacher_update_rate"] is not None and live != SELF:
+        yield f"teacher_update_rate={given['teacher_update_rate']} without teacher_model_name_or_path: self"
+    recipe, cached = given["recipe"], given["teacher_cache"]
     direct = RECIPES.get(recipe, RECIPES[LM_ONLY]).teacher in ("own_head", "compressed_head")
     fits = {LM_ONLY: True, CACHED: cached, AUTO: live or cached}.get(recipe, live and (direct or not cached))
     if distills and not fits:

@@ -18,6 +18,7 @@ from kdfast.training.data.rows import lengths_of
 from kdfast.training.data.text import columns_of, hold_out, read_dataset, read_files
 from kdfast.training.durable.errors import first_line
 from kdfast.training.hf import IGNORE_INDEX, SOURCE, read_init_kwargs
+from kdfast.training.recipes import SELF
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -92,7 +93,7 @@ def load_text(arguments: Arguments, teacher: str | None = None) -> Text:
 def load_tokenizer(models: ModelArguments) -> PreTrainedTokenizerBase:
     """Return that of tokenizer_name, or the student's, or the teacher's: the first that is given."""
     for key in ("tokenizer_name", "model_name_or_path", "teacher_model_name_or_path"):
-        if (name := getattr(models, key)) is not None:
+        if (name := getattr(models, key)) not in (None, SELF):
             own = key.replace("name_or_path", "init_kwargs")
             kwargs = read_init_kwargs(own, getattr(models, own) if own != key else None)
             place = {key: kwargs[key] for key in (*SOURCE, "trust_remote_code") if key in kwargs}

@@ -31,7 +31,7 @@ from kdfast.training.data.text import check_positions
 from kdfast.training.durable.errors import RunStoppedError, TerminatedError
 from kdfast.training.durable.processes import by_first, leave, print_once
 from kdfast.training.hf import read_init_kwargs, read_mapping
-from kdfast.training.recipes import AUTO, CACHED
+from kdfast.training.recipes import AUTO, CACHED, SELF
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -115,8 +115,8 @@ def _run(arguments: Arguments, output_dir: Path) -> Run:
 def _trainer(arguments: Arguments, name: str) -> KDTrainer:
     models, training = arguments.model, arguments.training
     training.dataloader_pin_memory &= torch.accelerator.is_available()  # without one, a warning is all it brings
-    without_teacher = _learns_without_teacher(arguments)
-    given = load_text(arguments, None if without_teacher else models.teacher_model_name_or_path)
+    without_teacher, own = _learns_without_teacher(arguments), models.teacher_model_name_or_path == SELF
+    given = load_text(arguments, None if without_teacher or own else models.teacher_model_name_or_path)
     tokenizer, train, evaluation = given.tokenizer, given.train, given.evaluation
     set_seed(training.seed)  # a fresh student's weights
     text: dict[str, Any] = {"tokenizer": tokenizer, "valid_vocab": training.valid_vocab}
@@ -130,7 +130,7 @@ def _trainer(arguments: Arguments, name: str) -> KDTrainer:
     loaded = {"student": student}
     if without_teacher:
         train, evaluation = _with_cache(arguments, tokenizer, train, evaluation)
-    elif (teacher := models.teacher_model_name_or_path) is not None:
+    elif not own and (teacher := models.teacher_model_name_or_path) is not None:
         text["model_init_kwargs"] = models.teacher_model_init_kwargs
         if given.other is not None:
             text = {"tokenizer": given.other.teacher.tokenizer, "model_init_kwargs": text["model_init_kwargs"]}
@@ -143,7 +143,7 @@ def _trainer(arguments: Arguments, name: str) -> KDTrainer:
     trainer = KDTrainer(
         student,
         training,
-        teacher=loaded.get("teacher"),
+        teacher=SELF if own else loaded.get("teacher"),
         peft_config=_peft_config(arguments.adapter),
         train_dataset=train,
         eval_dataset=evaluation,

@@ -43,12 +43,13 @@ NUMBERS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "a number > 0": (lambda x: x > 0, ("temperature", "compressed_kl")),
     "a fraction of the run in [0, 1]": (lambda x: 0 <= x <= 1, ("kd_ramp", "kd_until")),
     "a number in [0, 1]": (lambda x: 0 <= x <= 1, ("kd_ratio", "on_policy")),
-    "a number in (0, 1]": (lambda x: 0 < x <= 1, ("top_p",)),
+    "a number in (0, 1]": (lambda x: 0 < x <= 1, ("top_p", "teacher_update_rate")),
     "a number": (lambda x: True, ("alpha", "beta")),
     "an int > 0": (lambda x: x > 0 and x == int(x), (
         "cache_samples", "cache_top_k", "cache_shard_tokens",
         "scratch_bytes", "valid_vocab", "compressed_rank", "calibration_tokens", "max_skipped_steps",
         "max_length", "dataset_num_proc", "max_new_tokens", "generations_per_prompt", "on_policy_buffer",
+        "teacher_sync_steps",
     )),
     "an int ≥ 0": (lambda x: x >= 0 and x == int(x), ("projector_resolve_steps", "top_k")),
 }  # fmt: skip
@@ -127,6 +128,10 @@ class KDConfig(TrainingArguments):
     teacher_tail: str | None = _field(
         None, "What teacher_log_probs of the data's own are: bucket, renormalize, renormalize_both; none, of drawn ids."
     )
+    teacher_update_rate: float | None = _field(
+        None, "Makes the teacher self a moving average of the student, whose share in an update this is."
+    )
+    teacher_sync_steps: int | None = _field(None, "Steps between those updates; None = 1.")
     valid_vocab: int | None = _field(None, "Ids from here on are padding rows; None = as the tokenizer says, or none.")
     vocab: str = _field("error", "For heads of other sizes: error, or truncate: KD on the first ids, which both have.")
 
@@ -270,6 +275,8 @@ class KDConfig(TrainingArguments):
                 f"kd_ratio={self.kd_ratio:g} and {', '.join(f'{name}={x:g}' for name, x in both.items())}; expected "
                 "kd_ratio, or ce_weight and kd_weight: kd_ratio r is ce_weight 1 − r and kd_weight r"
             )
+        if self.teacher_sync_steps is not None and self.teacher_update_rate is None:
+            raise ValueError(f"teacher_sync_steps={self.teacher_sync_steps}; expected a teacher_update_rate with it")
         for name, allowed in CHOICES.items():
             value = getattr(self, name)
             if value is not None and value not in allowed:

@@ -103,6 +103,13 @@ def place_teacher(model: DistillationModel, accelerator: Accelerator, shard: boo
         return
     if model.shared_head is not None:
         model.shared_head.to(accelerator.device)
+    if model.average is not None:
+        raise ValueError(
+            "teacher_update_rate under FSDP, where no process has the student whole to average it. Use DDP, or leave "
+            "teacher_update_rate out: the teacher 'self' stays as it began"
+        )
+    if shard and not {id(p) for p in teacher.parameters()}.isdisjoint(map(id, model.student.parameters())):
+        raise ValueError("shard_teacher=True, and the teacher shares the student's weights; leave shard_teacher out")
     if is_dispatched(teacher):
         if shard:
             raise ValueError(

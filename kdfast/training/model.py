@@ -38,11 +38,12 @@ from kdfast.training.hf import (
     shift_labels,
 )
 from kdfast.training.initialization.calibration import Calibration, Start, set_projector
-from kdfast.training.recipes import AUTO, Recipe, get_recipe
+from kdfast.training.recipes import AUTO, SELF, Recipe, get_recipe
 from kdfast.training.teachers.entries import CachedEntries, TeacherTail, read_entries
 from kdfast.training.teachers.fidelity import Fidelity
 from kdfast.training.teachers.hidden_states import HiddenStateLoss
 from kdfast.training.teachers.own_inputs import read_own_inputs
+from kdfast.training.teachers.self_teacher import Average, copy_student
 from kdfast.training.teachers.several import (
     Teachers,
     choose_recipe_of_all,
@@ -76,8 +77,9 @@ class DistillationModel(nn.Module):
             `model.student` is the transformers model inside.
         teacher: another one that takes the same token ids; None for the recipes "lm_only" and "cached", which use a
             teacher for evaluation only. One that accelerate has offloaded or spread over devices (`device_map`,
-            `cpu_offload`) stays where it is, and is fed there. Several: a list, or a mapping from names to them; each
-            is learned from under the recipe, and starts of the student are solved from the first.
+            `cpu_offload`) stays where it is, and is fed there. "self": the student's own weights as they are now; below
+            an adapter they are not in memory twice. Several: a list, or a mapping from names to them; each is learned
+            from under the recipe, and starts of the student are solved from the first.
         teacher_weights: of several, what multiplies the KD term of each; None = equal ones that sum to 1.
         recipe: a name, or a `Recipe` such as `KDConfig(…).resolved()`; "auto" is what `choose_recipe` finds for these
             models. One with solved starts wants `solve` called before the first step, as KDTrainer does.
@@ -89,6 +91,8 @@ class DistillationModel(nn.Module):
         peft_config: put an adapter of this kind (a `LoraConfig`) into the student, whose own weights are frozen.
         shared_vocabulary: what the teacher's tokenizer, another than the text's, has in common with it
             (`OtherTokenizer(…).vocabulary`); batches have to bring teacher_input_ids and teacher_positions.
+        teacher_update_rate: of the teacher "self", a moving average of the student's weights: the student's share in
+            each `average.update()`, which KDTrainer calls after a step, and your own loop where it wants to.
         teacher_tail: what a batch's teacher_log_probs are, where they do not come from a `TeacherCache`; see
             `SparseLogits`. "bucket", "renormalize", "renormalize_both": log-probabilities at τ = 1; "none": log(n/N) of
             ids that came n times in N draws at the KD term's temperature.
@@ -108,7 +112,7 @@ class DistillationModel(nn.Module):
     def __init__(
         self,
         student: PreTrainedModel,
-        teacher: PreTrainedModel | Sequence[PreTrainedModel] | Mapping[str, PreTrainedModel] | None = None,
+        teacher: PreTrainedModel | str | Sequence[Any] | Mapping[str, Any] | None = None,
         *,
         teacher_weights: Sequence[float] | None = None,
         recipe: str | Recipe = AUTO,
@@ -119,6 +123,7 @@ class DistillationModel(nn.Module):
         tokenizer: Any = None,
         peft_config: Any = None,
         shared_vocabulary: SharedVocabulary | None = None,
+        teacher_update_rate: float | None = None,
         teacher_tail: TeacherTail | None = None,
         router_aux_loss_coef: float | None = None,
         check_heads: bool = True,
@@ -132,6 +137,11 @@ class DistillationModel(nn.Module):
         if recipe == AUTO:
             recipe = choose_recipe_of_all(student, teachers, valid_vocab, vocab, other).recipe
         self.recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
+        teachers = {k: self._copy_student(student, x) if isinstance(x, str) else x for k, x in teachers.items()}
+        self.average: Average | None = None  # of the student's weights, which the teacher follows
+        if teacher_update_rate is not None:
+            self._check_average(teacher, teacher_update_rate)
+            self.average = Average(student, next(iter(teachers.values())), teacher_update_rate)
         self.divergence = self.recipe.make_divergence()
         self.loss_options: dict[str, Any] = {
             "engine": engine, "scratch_bytes": scratch_bytes, "valid_vocab": valid_vocab, "vocab": vocab
@@ -167,6 +177,28 @@ class DistillationModel(nn.Module):
         self.vocab_weights: Tensor | None = None  # (V,) float64, for solving the projector again; made by solve()
         self.register_state_dict_post_hook(_drop_teacher)
         self.register_load_state_dict_post_hook(_forgive_teacher)
+
+    def _copy_student(self, student: PreTrainedModel, asked: str) -> PreTrainedModel:
+        """Return the teacher "self". Raise ValueError for another string, and for a recipe that it is no teacher of."""
+        recipe = self.recipe
+        if asked != SELF:
+            raise ValueError(f"teacher={asked!r}; expected a model, as load_teacher({asked!r}) gives, or 'self'")
+        if recipe.student_init != "own":
+            raise ValueError(
+                f"teacher='self' and recipe {recipe.name!r}, which would solve the student from itself; expected a "
+                "recipe with student_init='own', such as 'teacher_head'"
+            )
+        return copy_student(student)
+
+    def _check_average(self, asked: Any, update_rate: float) -> None:
+        """Raise ValueError where no teacher could follow the student, or the recipe would not see that it does."""
+        if asked != SELF:
+            raise ValueError(f"teacher_update_rate={update_rate:g}; expected teacher='self', alone, with it")
+        if self.recipe.teacher in ("none", "cached", "compressed_head"):
+            raise ValueError(
+                f"teacher_update_rate={update_rate:g} and recipe {self.recipe.name!r}, which does not look at the "
+                "teacher's head at every step; expected 'teacher_head', or a projector's"
+            )
 
     def forward(
         self,
@@ -532,8 +564,11 @@ def _make_hidden_loss(
 
 
 def _drop_teacher(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    average: Average | None = getattr(module, "average", None)
+    kept = set() if average is None else {f"{prefix}teacher.{name}" for name in average.names}
     for name in [name for name in state if name.startswith((f"{prefix}teacher.", f"{prefix}compressed_head."))]:
-        del state[name]
+        if name not in kept:
+            del state[name]
 
 
 def _forgive_teacher(module: nn.Module, incompatible: Any) -> None:

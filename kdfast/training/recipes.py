@@ -201,6 +201,7 @@ RECIPES = RecipeTable(
     )
 )
 
+SELF = "self"  # in a teacher's place: the student's own earlier self
 AUTO = "auto"  # in a recipe's place: choose_recipe finds one for the models at hand
 
 # What a recipe of that kind has no use for: given explicitly, it is left out, and the log says so.
@@ -260,7 +261,7 @@ FROM_CACHE = Choice(CACHED, "the data set brings a teacher's cached entries")
 
 def choose_recipe(
     student: PreTrainedModel,
-    teacher: PreTrainedModel | None,
+    teacher: PreTrainedModel | str | None,
     valid_vocab: int | None = None,
     vocab: str = "error",
     other_tokenizer: bool = False,
@@ -270,7 +271,7 @@ def choose_recipe(
     The choice rests on the experiment of `bench/recipes/`, whose figures are in docs/recipes.md.
 
     Args:
-        student, teacher: causal models; a teacher of None is `lm_only`'s.
+        student, teacher: causal models; a teacher of None is `lm_only`'s, and "self" `teacher_head`'s.
         valid_vocab: as in `fused_kd_loss`: heads that differ by padding rows alone count as equal.
         vocab: "truncate": others are compared at their first ids; nothing is solved from such a teacher's rows.
         other_tokenizer: the teacher is known to have another tokenizer than the student.
@@ -281,6 +282,8 @@ def choose_recipe(
     check_model(student, "student", compare=False)
     if teacher is None:
         return Choice("lm_only", "there is no teacher")
+    if isinstance(teacher, str):
+        return Choice("teacher_head", "the teacher is the student's own earlier self")
     check_model(teacher, "teacher", compare=False)
     if other_tokenizer:
         return Choice("shared_tokens", "the teacher has another tokenizer: KD is over the strings that both have")

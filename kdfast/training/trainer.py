@@ -53,6 +53,7 @@ from kdfast.training.model import DistillationModel
 from kdfast.training.nan_guard import NonFiniteGuard
 from kdfast.training.on_policy.run import WRITER, OnPolicy, PromptCollator
 from kdfast.training.recipes import AUTO, FROM_CACHE, Choice, choose_recipe
+from kdfast.training.teachers.self_teacher import TeacherUpdate
 
 # Methods of transformers.Trainer that are private and overridden all the same, here and in DurableTrainer, and why.
 PRIVATE_OVERRIDES = {
@@ -95,7 +96,7 @@ class KDTrainer(DurableTrainer):
         model: the student, wrapped here under the recipe of `args`, or a `DistillationModel`.
         args: a `KDConfig`.
         teacher: for a student that is not wrapped yet; None under "lm_only" and "cached", which otherwise use it for
-            evaluation.
+            evaluation; "self", the student's own weights at the start (`KDConfig.teacher_update_rate`: their average).
         peft_config: as in `DistillationModel`. A student with an adapter is trained and saved as that adapter alone:
             `PeftModel.from_pretrained(base, output_dir)` reads it, and `kdfast merge` makes a whole model of it.
         train_dataset, eval_dataset, processing_class, data_collator, callbacks, optimizers: as in Trainer. A tokenizer
@@ -125,7 +126,7 @@ class KDTrainer(DurableTrainer):
         model: PreTrainedModel | DistillationModel | None = None,
         args: KDConfig | None = None,
         *,
-        teacher: PreTrainedModel | None = None,
+        teacher: PreTrainedModel | str | None = None,
         peft_config: Any = None,
         model_init: Callable[..., Any] | None = None,
         train_dataset: Any = None,
@@ -193,6 +194,9 @@ class KDTrainer(DurableTrainer):
         own = own and compute_metrics is None
         if args.health and not any(isinstance(callback, HealthCallback) for callback in callbacks or ()):
             callbacks = [*(callbacks or ()), HealthCallback(args.health_thresholds)]  # type: ignore[arg-type]  # parsed by now
+        if model.average is not None:
+            steps = args.teacher_sync_steps or 1
+            callbacks = [TeacherUpdate(lambda: self.model.average, steps, self._was_left_out), *(callbacks or ())]
         use_cache = getattr(model.config, "use_cache", None)
         super().__init__(
             model=model,
@@ -221,15 +225,15 @@ class KDTrainer(DurableTrainer):
     def _wrapped(self, model: Any) -> tuple[DistillationModel, Choice | None, bool]:
         """Return `model` under the recipe, and what `_adopt` is given."""
         teacher, peft_config, processor, datasets = self._wrapping
+        own = {"teacher": teacher, "peft_config": peft_config, "teacher_update_rate": self.args.teacher_update_rate}
         choice: Choice | None = None
         wrapped_here = not isinstance(model, DistillationModel)
         if wrapped_here:
             set_seed(self.args.seed)  # the adapter's start
             shared = None if self._other is None else self._other.vocabulary
             model, choice = _wrap(adapt(model, peft_config), self.args, teacher, processor, datasets, shared)
-        elif teacher is not None or peft_config is not None:
-            given = "peft_config" if teacher is None else "teacher"
-            raise ValueError(f"{given} is given besides a DistillationModel, which has its own; leave it out")
+        elif given := [name for name, x in own.items() if x is not None]:
+            raise ValueError(f"{given[0]} is given besides a DistillationModel, which has its own; leave it out")
         elif isinstance(processor, PreTrainedTokenizerBase):
             check_tokens("student", processor, tokenizer_of(model.student), model.valid_vocab)
             if model.teacher is not None and model.shared_head is None:
@@ -312,6 +316,7 @@ class KDTrainer(DurableTrainer):
             most_skips=self.args.max_skipped_steps if self.args.non_finite == "skip" else 0,
             report=self._report_non_finite,
         )
+        self._left_out = False  # whether the last step was
         self._kd_items: Tensor | None = None  # the step's tokens with a KD term
         self._before_step: tuple[Any, Any] | None = None  # logged loss and meter, for a step that is left out
         self._weights: dict[str, float] = {}  # kd_weight and temperature of the last batch
@@ -577,7 +582,9 @@ class KDTrainer(DurableTrainer):
         if isinstance(norm, Tensor) and not self._scaled:
             self._guard.watch_gradient(norm)
         if self._guard.most_skips:
-            if bad := self._guard.skip(self.state.global_step + 1, self._reduce):
+            bad = self._guard.skip(self.state.global_step + 1, self._reduce)
+            self._left_out = bool(bad)
+            if bad:
                 self._leave_out(model, bad)
                 norm = None  # not logged
             self._before_step = None
@@ -592,6 +599,10 @@ class KDTrainer(DurableTrainer):
         self._tr_loss.copy_(loss)
         self._meter.rewind(meter)
         self._report_non_finite(self.state.global_step + 1, f"{what}; the step was left out", aloud=True)
+
+    def _was_left_out(self) -> bool:
+        """Return whether the last step has changed no weight."""
+        return self._left_out or self.accelerator.optimizer_step_was_skipped
 
     @property
     def _scaled(self) -> bool:
@@ -761,7 +772,7 @@ def _other_tokenizer(student: Any, teacher: Any, processor: Any, args: KDConfig)
 def _wrap(
     student: PreTrainedModel,
     args: KDConfig,
-    teacher: PreTrainedModel | None,
+    teacher: PreTrainedModel | str | None,
     processor: Any,
     datasets: dict[str, Any],
     shared: SharedVocabulary | None = None,
@@ -782,7 +793,8 @@ def _wrap(
             valid_vocab = everywhere[0].cache.find_valid_vocab(head_shape(student)[0], tokenizer)
     if recipe == AUTO:
         made_of = {blocks.description.teacher_sha256 for blocks in cached}
-        if entries and teacher is not None and made_of != {teacher_fingerprint(teacher)}:
+        same = not isinstance(teacher, str) and teacher is not None and made_of == {teacher_fingerprint(teacher)}
+        if entries and teacher is not None and not same:
             raise ValueError(
                 "train_dataset brings a teacher's entries (teacher_indices), and teacher is given too, which "
                 "for all that is known is another: recipe='auto' does not know which to learn from. Leave one "
@@ -802,6 +814,7 @@ def _wrap(
         vocab=args.vocab,  # type: ignore[arg-type]  # checked there, as teacher_tail
         tokenizer=processor,
         shared_vocabulary=shared,
+        teacher_update_rate=args.teacher_update_rate,
         teacher_tail=args.teacher_tail,  # type: ignore[arg-type]
         router_aux_loss_coef=args.router_aux_loss_coef,
     )

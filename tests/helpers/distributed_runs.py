@@ -30,13 +30,14 @@ class Scenario:
     recompute: bool = False  # activation checkpointing
     shard_teacher: bool = False
     adapter: str = ""  # lora: in the layers; head: and the head trained whole
+    teacher: str = ""  # self: the student at the start; prompted: it reads ids of its own
     more: tuple = ()  # further settings of KDConfig, as pairs
 
     @property
     def name(self):
         flags = [f"accumulation{self.accumulation}"] * (self.accumulation > 1)
         flags += ["recompute"] * self.recompute + ["shard_teacher"] * self.shard_teacher
-        flags += [self.adapter] * bool(self.adapter)
+        flags += [self.adapter] * bool(self.adapter) + [self.teacher] * bool(self.teacher)
         return "-".join([self.how, self.family, self.recipe, self.dtype, *flags, *(key for key, _ in self.more)])
 
 
@@ -46,6 +47,8 @@ DDP = [
     Scenario(family="llama", accumulation=2, recompute=True),
     Scenario(family="llama", recipe="projector_refit"),
     Scenario(dtype="float32", more=FROM_ZERO),
+    Scenario(family="llama", recipe="teacher_head", accumulation=2, teacher="prompted"),
+    Scenario(recipe="teacher_head", teacher="self", more=(("teacher_update_rate", 0.5),)),
 ]
 FSDP = [
     Scenario("fsdp"),
@@ -53,12 +56,14 @@ FSDP = [
     Scenario("fsdp", family="llama", recompute=True, shard_teacher=True),
     Scenario("fsdp", recipe="svd_init", recompute=True, shard_teacher=True),
     Scenario("fsdp", dtype="float32", accumulation=2),
+    Scenario("fsdp", family="llama", shard_teacher=True, teacher="prompted"),
     Scenario("fsdp", family="llama", recipe="teacher_head", dtype="float32", shard_teacher=True, more=FROM_ZERO),
 ]
 ADAPTED = [
     Scenario(family="llama", accumulation=2, recompute=True, adapter="lora"),
     Scenario("fsdp", family="llama", recompute=True, adapter="lora"),
     Scenario("fsdp", recipe="teacher_head", shard_teacher=True, adapter="head"),
+    Scenario("fsdp", family="llama", recipe="teacher_head", adapter="lora", teacher="self"),
 ] * (importlib.util.find_spec("peft") is not None)
 SCENARIOS = {
     2: [*DDP, *FSDP, *ADAPTED],
@@ -99,9 +104,11 @@ def make_trainer(scenario, folder, processes=PROCESSES, **more):
     os.environ.pop("ACCELERATE_USE_FSDP", None)  # accelerate sets it, for whatever comes next
     dtype = getattr(torch, scenario.dtype)
     student = tiny(scenario.family, layers=2).to(dtype)
-    teacher = tiny(width=24, layers=2, seed=1).to(dtype)
+    teacher = "self" if scenario.teacher == "self" else tiny(width=24, layers=2, seed=1).to(dtype)
     args = KDConfig(**settings(scenario, folder, processes, **more))
     rows = make_rows(5 + 8 * args.max_steps)  # 5: the last global batch is filled up, and what fills it must not count
+    if scenario.teacher == "prompted":
+        rows = list(map(prompted, rows, range(len(rows))))
     data = {"train_dataset": rows[5:], "eval_dataset": rows[:5]}
     trainer = KDTrainer(student, args, teacher=teacher, peft_config=adapter_of(scenario), **data)
     if trainer.model.hidden_loss is not None:
@@ -138,6 +145,12 @@ def make_rows(n, T=12):
     generator = torch.Generator().manual_seed(5)
     rows = [torch.randint(3, 67, (T,), generator=generator) for _ in range(n)]
     return [{"input_ids": r, "labels": torch.where(torch.arange(T) < 3 * i % T, -100, r)} for i, r in enumerate(rows)]
+
+
+def prompted(row, i):
+    """The row whose teacher reads i % 7 ids before it, and predicts other parts of it."""
+    ids, places = torch.cat([torch.arange(3, 3 + i % 7), row["input_ids"]]), torch.arange(len(row["input_ids"])) + i % 7
+    return {**row, "teacher_input_ids": ids, "teacher_positions": torch.where(places % 5 < 1 + i % 4, -1, places)}
 
 
 def run(scenario, folder, processes=PROCESSES):

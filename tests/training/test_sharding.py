@@ -143,3 +143,13 @@ def test_an_optimizer_state_of_another_launch_is_refused(tiny, config, tmp_path,
     (tmp_path / written).touch()
     with pytest.raises(ValueError, match=message):
         trainer.check_start(tmp_path)
+
+
+def test_a_teacher_that_is_the_student_is_not_sharded_with_it(tiny):
+    peft, cpu = pytest.importorskip("peft"), SimpleNamespace(device="cpu", mixed_precision="no")
+    model = DistillationModel(tiny(), "self", recipe="teacher_head", teacher_update_rate=0.5)
+    with pytest.raises(ValueError, match="teacher_update_rate under FSDP"):
+        fsdp.place_teacher(model, cpu, shard=False)
+    model = DistillationModel(tiny(), "self", recipe="teacher_head", peft_config=peft.LoraConfig())
+    with pytest.raises(ValueError, match="shard_teacher=True, and the teacher shares the student's weights"):
+        fsdp.place_teacher(model, cpu, shard=True)

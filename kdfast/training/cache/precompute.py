@@ -128,6 +128,8 @@ class Precomputation:
         args, recipe, given, folder = self.args, self.model.recipe, self.dataset, self.folder
         if unasked and not self.wrapped_here:
             yield "the DistillationModel is your own. precompute_teacher_log_probs=True changes its recipe"
+        if self.model.average is not None:
+            yield "the teacher follows the student (teacher_update_rate)"
         if self.schedule is not None or len(set(recipe.temperatures)) > 1:
             yield "the run has several temperatures, and entries are of one. Leave temperature_steps out"
         options = self._options()

@@ -4,6 +4,7 @@
     adapter_config.json, adapter_model.safetensors   in their place, of a student with an adapter
     logit_projector.safetensors         the projector, where there is one (with a probe's head)
     hidden_loss.safetensors             the maps of the hidden-state loss, where there is one
+    teacher.safetensors                 the teacher's weights, where they are an average of the student's
 
 Weights are safetensors throughout, so reading runs no code. How a folder appears only when complete: atomic_io.py.
 """
@@ -66,6 +67,11 @@ def load_models(folder: Path, model: DistillationModel) -> None:
             if not path.is_file():
                 raise ValueError(f"{str(folder)!r} has no {path.name}; it was saved by a recipe without one")
             load_full_state(module, load_file(path))
+    if model.average is not None:
+        path = folder / "teacher.safetensors"
+        if not path.is_file():
+            raise ValueError(f"{str(folder)!r} has no {path.name}; it was saved without teacher_update_rate")
+        model.average.load(load_file(path))
 
 
 def rotate(run: Path, limit: int | None, best: str | None, *, ended: bool = False) -> None:

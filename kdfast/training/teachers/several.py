@@ -27,8 +27,8 @@ from kdfast.training.teachers.side import Learned, StudentBatch, TeacherSide
 COLUMN = "teacher_id"  # TRL's: which teacher a row learns from
 
 
-def name_teachers(given: Any) -> dict[str, PreTrainedModel]:
-    """Return teachers by name, of one, of a list, or of a mapping from names to teachers; none of None.
+def name_teachers(given: Any) -> dict[str, Any]:
+    """Return teachers by name, of one, of a list, or of a mapping from names to teachers ("self" too); none of None.
 
     A name is the last part of the folder or hub name that a teacher was loaded from, with its number behind it where
     several have that name; "teacher_0" and so on where it has none.
@@ -39,7 +39,8 @@ def name_teachers(given: Any) -> dict[str, PreTrainedModel]:
         return {}
     if not isinstance(given, Mapping):
         several = list(given) if isinstance(given, list | tuple) else [given]
-        short = [Path(getattr(getattr(one, "config", None), "_name_or_path", "")).name for one in several]
+        paths = (getattr(getattr(one, "config", None), "_name_or_path", "") for one in several)
+        short = [one if isinstance(one, str) else Path(path).name for one, path in zip(several, paths, strict=True)]
         times = Counter(short)
         names = [f"{name or 'teacher'}_{i}" if not name or times[name] > 1 else name for i, name in enumerate(short)]
         given = dict(zip(names, several, strict=True))
