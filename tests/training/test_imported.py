@@ -9,10 +9,10 @@ import pytest
 import torch
 from byte_tokenizer import make_tokenizer
 from datasets import Dataset
-from logprob_server import log_probs, sglang, vllm
+from logprob_server import V, cached, dense, exact, log_probs, loss_and_gradient, sglang, vllm
 from tiny_models import tiny
 
-from kdfast import Head, SparseLogits, fused_kd_loss
+from kdfast import SparseLogits
 from kdfast.training import (
     RECIPES,
     CachedEntries,
@@ -24,7 +24,7 @@ from kdfast.training import (
     import_log_probs,
 )
 
-V, T = 257, 12
+T = 12
 TOKENIZER = make_tokenizer()
 
 
@@ -94,46 +94,6 @@ def imported(source, folder, data, temperature=1.0, **options):
     options = {"tokenizer": TOKENIZER, "dtype": "float32", "shard_tokens": 3 * T, **options}
     import_log_probs(source, {"train": data}, folder, **options)
     return TeacherCache(folder).dataset("train", data, temperature=temperature)
-
-
-def loss_and_gradient(rows, teacher_of, tau=1.0):
-    """Of a student at these rows, against the teacher that `teacher_of(batch)` gives."""
-    batch = {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]}
-    student = tiny("gpt2", V=V, width=16, seed=2, spread=0.4)
-    hidden = student.transformer(batch["input_ids"]).last_hidden_state
-    targets = batch["labels"].roll(-1, dims=1)
-    targets[:, -1] = -100
-    weight = student.lm_head.weight
-    loss = fused_kd_loss(
-        Head(hidden, weight), teacher_of(batch), targets, temperature=tau, kd_weight=1.0, ce_weight=0.0
-    )
-    loss.backward()
-    return loss.detach(), student.get_input_embeddings().weight.grad
-
-
-def cached(batch):
-    return CachedEntries(batch["teacher_indices"], batch["teacher_log_probs"], batch["teacher_log_tails"]).at(1.0)
-
-
-def dense(teacher):
-    return lambda batch: Head(
-        teacher.transformer(batch["input_ids"]).last_hidden_state.detach(), teacher.lm_head.weight.detach()
-    )
-
-
-def exact(teacher, k, own):
-    """The k most likely ids, the token itself where `own`, and the tail from all of the vocabulary."""
-
-    def make(batch):
-        with torch.no_grad():
-            p = teacher(input_ids=batch["input_ids"]).logits.double().log_softmax(-1)
-        inside = torch.zeros_like(p, dtype=torch.bool).scatter(-1, p.topk(k).indices, True)
-        if own:
-            inside[:, :-1].scatter_(-1, batch["input_ids"][:, 1:, None], True)
-        values, indices = p.masked_fill(~inside, -torch.inf).topk(k + 1)
-        return SparseLogits(indices, values, log_tail=p.masked_fill(inside, -torch.inf).logsumexp(-1), tail="bucket")
-
-    return make
 
 
 class TestValues:

@@ -251,7 +251,7 @@ class Server:
                 problem, wait = self._hide(f"{type(error).__name__}: {error}"), None
             if attempt < self.retries:
                 wait = min(FIRST_WAIT * 2**attempt, LONGEST_WAIT) * random.uniform(0.5, 1) if wait is None else wait
-                if self._stopped.wait(wait):
+                if _pause(self._stopped, wait):
                     raise CacheError(f"{self.url}: stopped")
         raise ConnectionError(f"{self.url}{path}: no answer in {self.retries + 1} attempts; the last: {_line(problem)}")
 
@@ -279,6 +279,11 @@ class Server:
         if "context length" in text:
             return f"{what}. Lower max_length, or start the server with a longer context"
         return what
+
+
+def _pause(stopped: threading.Event, seconds: float) -> bool:
+    """Wait; return whether it was ended by an error elsewhere."""
+    return stopped.wait(seconds)
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
