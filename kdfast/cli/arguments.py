@@ -44,6 +44,8 @@ ELSEWHERE = {
     **{"chat_template_path": "chat_template", "sample_packing": "packing"},
     **{"lmbda": "on_policy", "max_completion_length": "max_new_tokens", "num_generations": "generations_per_prompt"},
     **{"teacher_model_kind": "teacher_model_name_or_path", "ema_decay": "teacher_update_rate"},
+    **dict.fromkeys(("server", "teacher_server", "kd_online_server_base_url"), "teacher_model_server_url"),
+    **{"kd_online_server": "server_kind", "kd_online_topk": "cache_top_k", "max_tokens": "server_token_limit"},
 }
 
 
@@ -97,6 +99,22 @@ class DataArguments:
 
 
 @dataclass
+class SourceArguments:
+    teacher_model_server_url: str | None = field(
+        default=None,
+        metadata={"help": "a vLLM or SGLang server that serves the teacher, http://host:port", "aliases": ["--server"]},
+    )
+    server_kind: str = _key("vllm", "vllm or sglang; its key is read from $KDFAST_SERVER_API_KEY, or $OPENAI_API_KEY")
+    server_model: str | None = _key(None, "the model as the server calls it; default: the first that it serves")
+    server_concurrency: int = _key(4, "requests at once, of per_device_eval_batch_size rows each")
+    server_timeout: float = _key(300.0, "seconds without an answer after which a request is made again")
+    server_token_limit: int | None = _key(None, "stop before more prompt tokens than this are sent")
+    teacher_logprobs: str | None = _key(None, "log-probabilities made elsewhere: JSON lines, parquet, a data set")
+    logprobs_field: str | None = _key(None, "the column that holds them, where it has a name of its own")
+    logprobs_temperature: float = _key(1.0, "the kd_temperature of axolotl's target_logprobs")
+
+
+@dataclass
 class RunArguments:
     overwrite_output_dir: bool = _key(False, "throw away the run that output_dir holds and start anew")
 
@@ -106,13 +124,15 @@ ARGUMENT_CLASSES: dict[Any, str] = {
     ModelArguments: "models",
     AdapterArguments: "adapter",
     DataArguments: "data",
+    SourceArguments: "the teacher elsewhere",
     RunArguments: "run",
     KDConfig: "training",
 }
 EPILOGS = {
     "distill": "Every name of transformers.TrainingArguments is a key too.",
     "cache": "The other keys of kdfast distill are keys too, so that one file serves both. What counts of them here: "
-    "temperature, valid_vocab, seed, bf16, fp16, use_cpu, per_device_eval_batch_size.",
+    "temperature, teacher_tail, valid_vocab, seed, bf16, fp16, use_cpu, per_device_eval_batch_size. "
+    "kdfast cache import FILE CONFIG.yaml is --teacher_logprobs FILE.",
     "data": "The other keys of kdfast distill are keys too, so that one file serves both.",
 }
 
@@ -121,6 +141,7 @@ class Arguments(NamedTuple):
     model: ModelArguments
     adapter: AdapterArguments
     data: DataArguments
+    source: SourceArguments
     run: RunArguments
     training: KDConfig
     given: dict[str, Any]  # what differs from the defaults, by key
@@ -214,7 +235,11 @@ def _problems(given: Mapping[str, Any], command: Command) -> Iterator[str]:
         if (given[one] is None) == (given[other] is None):
             found = "neither" if given[one] is None else "both"
             yield f"{found} of {one} and {other} given; expected exactly one of the two"
-    needed = {"distill": ["output_dir"], "cache": ["teacher_cache", "teacher_model_name_or_path"], "data": []}
+    elsewhere = [key for key in ("teacher_model_server_url", "teacher_logprobs") if given[key]]
+    if len(elsewhere) > 1:
+        yield f"both of {' and '.join(elsewhere)} given; expected one of them"
+    live = ["teacher_model_name_or_path"] * (not elsewhere)
+    needed = {"distill": ["output_dir"], "cache": ["teacher_cache", *live], "data": []}
     for key in needed[command]:
         if not given[key]:
             yield f"{key} is missing; kdfast {command} needs it"
@@ -268,7 +293,9 @@ def format_help(command: Command) -> str:
     )
     trainers = {f.name for f in dataclasses.fields(TrainingArguments)} - {"output_dir"}
     for cls, title in ARGUMENT_CLASSES.items():
-        if command != "distill" and cls in (RunArguments, AdapterArguments):
+        if (command != "distill" and cls in (RunArguments, AdapterArguments)) or (
+            command != "cache" and cls is SourceArguments
+        ):
             continue
         group = parser.add_argument_group(title)
         for f in dataclasses.fields(cls):

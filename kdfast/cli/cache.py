@@ -1,5 +1,7 @@
 """`kdfast cache CONFIG.yaml`: the teacher over the training and evaluation text, once, kept in `teacher_cache`.
 
+The teacher is run here, or asked for on a server; `kdfast cache import FILE CONFIG.yaml` takes what a file says of it.
+
 The configuration may be that of `kdfast distill`, which then trains from the cache and loads no teacher. The same
 command again resumes an interrupted one, and leaves a complete cache alone.
 """
@@ -7,16 +9,16 @@ command again resumes an interrupted one, and leaves a complete cache alone.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from kdfast.cli.arguments import Arguments, parse_argv
+from kdfast.cli.arguments import Arguments, SourceArguments, parse_argv
 from kdfast.cli.data import load_text
 from kdfast.cli.errors import RunFailed, UserError
-from kdfast.training import load_teacher
+from kdfast.training import KDConfig, cache_from_server, cache_teacher, import_log_probs, load_teacher
 from kdfast.training.cache.description import CacheSummary, is_complete
 from kdfast.training.cache.read import TeacherCache
-from kdfast.training.cache.write import cache_teacher
 from kdfast.training.data.text import check_positions
 from kdfast.training.durable.errors import first_line
 from kdfast.training.durable.processes import by_first, leave, print_once
@@ -26,6 +28,8 @@ from kdfast.training.recipes import CACHED
 
 def cache(argv: list[str]) -> int:
     """Do what the command line says; return the exit code."""
+    if argv[:1] == ["import"] and len(argv) > 2:
+        argv = [argv[2], "--teacher_logprobs", argv[1], *argv[3:]]
     arguments = parse_argv(argv, "cache")
     summary = make_cache(arguments)
     print_once(f"{arguments.training.teacher_cache}: {summary}")
@@ -38,44 +42,43 @@ def make_cache(arguments: Arguments) -> CacheSummary:
 
     Raises UserError where they cannot be run, RunFailed where it cannot be written.
     """
-    training, models = arguments.training, arguments.model
-    assert training.teacher_cache is not None  # parse saw to it
-    assert models.teacher_model_name_or_path is not None
-    folder = Path(training.teacher_cache)
-    options = training.cache_options(training.resolved(CACHED).temperatures, "top_k")
-    autocast = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None  # as for a live teacher
+    training, models, source = arguments.training, arguments.model, arguments.source
+    folder = Path(str(training.teacher_cache))  # parse saw to it that there is one
+    taus = training.resolved(CACHED).temperatures
+    options = training.cache_options(taus, "top_k")
+    elsewhere = source.teacher_model_server_url or source.teacher_logprobs
+    counts = {"k": "cache_top_k" if options["method"] == "top_k" else "cache_samples"}
     try:
-        tokenizer, train, evaluation, *_ = load_text(arguments)
-        teacher = load_teacher(
-            models.teacher_model_name_or_path,
-            tokenizer=tokenizer,
-            valid_vocab=training.valid_vocab,
-            dtype=models.teacher_dtype,
-            model_init_kwargs=models.teacher_model_init_kwargs,
-        )
-        check_positions("teacher", teacher, training.max_length)
-        if not is_dispatched(teacher):
-            teacher.to(training.device)  # type: ignore[arg-type]
-        complete = is_complete(folder)
-        with torch.autocast(training.device.type, autocast, enabled=autocast is not None):
-            summary = cache_teacher(
-                teacher,
-                {"train": train, "eval": evaluation},
-                folder,
-                tokenizer=tokenizer,
-                valid_vocab=training.valid_vocab,
-                batch_size=training.per_device_eval_batch_size,
-                name=models.teacher_model_name_or_path,
-                tell=lambda text: print_once(f"{folder}: {text}"),
-                **options,
+        if elsewhere and options["method"] != "top_k":
+            raise ValueError(
+                f"cache_method={options['method']!r} and {elsewhere!r}; expected top_k, all that it can say"
             )
+        if source.teacher_model_server_url and {*taus} != {1.0} and training.teacher_tail is None:
+            raise ValueError(
+                f"temperature={max(taus):g}, and of the ids that a server leaves out the mass is known at 1 alone; "
+                "expected temperature: 1, or teacher_tail: renormalize_both, bucket or renormalize, which says what "
+                "they are at others"
+            )
+        tokenizer, train, evaluation, *_ = load_text(arguments)
+        given: dict[str, Any] = {
+            "splits": {"train": train, "eval": evaluation},
+            "folder": folder,
+            "tokenizer": tokenizer,
+            "name": models.teacher_model_name_or_path,
+            "tell": lambda text: print_once(f"{folder}: {text}"),
+        }
+        complete = is_complete(folder)
+        if elsewhere:
+            summary = _from_elsewhere(source, training, options, given)
+        else:
+            summary = _from_model(arguments, options, given)
         if complete:
             by_first(lambda: TeacherCache(folder).summary)  # its checksums
             print_once(f"{folder}: complete already; remove the folder to make it again")
-    except ValueError as error:  # which names cache_teacher's arguments: here they are keys
+    except ValueError as error:  # which names the arguments of Python's functions: here they are keys
         name, _, rest = str(error).partition("=")
-        count = "cache_top_k" if options["method"] == "top_k" else "cache_samples"
-        keys = {"k": count, "temperatures": "cache_temperatures"}
+        keys = {"temperatures": "cache_temperatures", "url": "teacher_model_server_url", **counts}
+        keys |= {name: f"server_{name}" for name in ("kind", "concurrency", "token_limit")}
         raise UserError(f"{keys[name]}={rest}" if name in keys else str(error)) from error
     except OSError as error:
         raise RunFailed(
@@ -83,3 +86,53 @@ def make_cache(arguments: Arguments) -> CacheSummary:
             "from the last complete shard"
         ) from error
     return summary
+
+
+def _from_model(arguments: Arguments, options: dict[str, Any], given: dict[str, Any]) -> CacheSummary:
+    training, models = arguments.training, arguments.model
+    autocast = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None  # as for a live teacher
+    assert models.teacher_model_name_or_path is not None
+    teacher = load_teacher(
+        models.teacher_model_name_or_path,
+        tokenizer=given["tokenizer"],
+        valid_vocab=training.valid_vocab,
+        dtype=models.teacher_dtype,
+        model_init_kwargs=models.teacher_model_init_kwargs,
+    )
+    check_positions("teacher", teacher, training.max_length)
+    if not is_dispatched(teacher):
+        teacher.to(training.device)  # type: ignore[arg-type]
+    with torch.autocast(training.device.type, autocast, enabled=autocast is not None):
+        return cache_teacher(
+            teacher,
+            valid_vocab=training.valid_vocab,
+            batch_size=training.per_device_eval_batch_size,
+            **given,
+            **options,
+        )
+
+
+def _from_elsewhere(
+    source: SourceArguments, training: KDConfig, options: dict[str, Any], given: dict[str, Any]
+) -> CacheSummary:
+    given = {**given, "dtype": options["dtype"], "shard_tokens": options["shard_tokens"]}
+    if source.teacher_logprobs is not None:
+        return import_log_probs(
+            source.teacher_logprobs,
+            k=training.cache_top_k,
+            temperatures=options["temperatures"],
+            logprobs_field=source.logprobs_field,
+            logprobs_temperature=source.logprobs_temperature,
+            **given,
+        )
+    return cache_from_server(
+        str(source.teacher_model_server_url),
+        kind=source.server_kind,  # type: ignore[arg-type]  # checked there
+        k=options["k"],
+        model=source.server_model,
+        batch_size=training.per_device_eval_batch_size,
+        concurrency=source.server_concurrency,
+        timeout=source.server_timeout,
+        token_limit=source.server_token_limit,
+        **given,
+    )

@@ -179,10 +179,11 @@ def _with_cache(
         )
     alone = training.recipe == LM_ONLY
     tau = training.resolved(CACHED).temperatures[0]  # that there are no others, the trainer checks
-    if alone and tau not in cache.temperatures:
+    tail: Any = training.teacher_tail if cache.description.source else None
+    if alone and tau not in cache.temperatures and tail is None:
         return train, evaluation
-    evaluation = cache.dataset("eval", evaluation, temperature=tau)
-    return train if alone else cache.dataset("train", train, temperature=tau), evaluation
+    evaluation = cache.dataset("eval", evaluation, temperature=tau, tail=tail)
+    return train if alone else cache.dataset("train", train, temperature=tau, tail=tail), evaluation
 
 
 def _peft_config(given: AdapterArguments) -> Any:

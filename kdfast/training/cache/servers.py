@@ -32,7 +32,7 @@ from kdfast.inputs import MOST_ENTRIES
 from kdfast.training.cache.description import CacheError, CacheSummary
 from kdfast.training.cache.formats import Position, check_texts, fit, read_row, rows_in
 from kdfast.training.cache.imported import describe, documents_of, encode_row
-from kdfast.training.cache.write import describe_splits, fill, is_count
+from kdfast.training.cache.write import check_options, describe_splits, fill, is_count
 from kdfast.training.data.tokenizers import count_ids
 from kdfast.training.durable import processes
 
@@ -93,7 +93,8 @@ def cache_from_server(
     """
     if kind not in PATHS:
         raise ValueError(f"kind={kind!r}; expected 'vllm' or 'sglang'")
-    for argument, value in {"batch_size": batch_size, "concurrency": concurrency, "k": k}.items():
+    check_options("top_k", k, (), dtype, count_ids(tokenizer))
+    for argument, value in {"batch_size": batch_size, "concurrency": concurrency}.items():
         if not is_count(value):
             raise ValueError(f"{argument}={value!r}; expected an int of at least 1")
     if token_limit is not None and not is_count(token_limit):
