@@ -19,7 +19,7 @@ NO_NETWORK = {"dataset_name", "dataset_split", "eval_dataset_split"}
 # a 32nd of the widths that the files name: gpt2-medium's 1024, gpt2's and distilgpt2's 768, and cpu.yaml's 256
 TEMPLATE = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}{% generation %}{{ m.content }}"
 TEMPLATE += "{% endgeneration %}{% endif %}{% endfor %}"
-WIDTHS = {"gpt2.yaml": (32, 24), "cpu.yaml": (24, 8), "lora_chat.yaml": (32, 24)}
+WIDTHS = {"gpt2.yaml": (32, 24), "cpu.yaml": (24, 8), "lora_chat.yaml": (32, 24), "self_distillation.yaml": (32, 24)}
 
 
 @pytest.fixture
@@ -45,7 +45,8 @@ def test_three_steps(name, model, tmp_path, monkeypatch):
     settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     teacher, student = WIDTHS[name]
     settings = {key: value for key, value in settings.items() if key not in NO_NETWORK}
-    settings["teacher_model_name_or_path"] = model(teacher)
+    if settings["teacher_model_name_or_path"] != "self":
+        settings["teacher_model_name_or_path"] = model(teacher)
     if "student_config" in settings:
         settings["student_config"] |= {"n_embd": student, "n_head": 2}
     else:
