@@ -89,6 +89,20 @@ def test_a_wrong_gradient_is_shown_as_that():
     assert math.isinf(check(detached, inputs, truth.truth(inputs))["errors"]["weight"])
 
 
+def test_trainers_that_are_compared_take_the_same_step():
+    pytest.importorskip("trl", reason="pip install trl")
+    import on_policy
+
+    both = on_policy.make_models(size := on_policy.Size(97, 32, 64))
+    for pair in on_policy.CONTENDERS.values():
+        gradients = []
+        for name in pair:
+            on_policy.make_step(name, size, both)(2, 3, 5)
+            gradients.append([p.grad for p in both[0].parameters()])
+        for theirs, ours in zip(*gradients, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
+
+
 def test_a_contender_that_fails_is_listed():
     def fails(inputs):
         raise RuntimeError("no such thing")

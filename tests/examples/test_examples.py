@@ -369,6 +369,23 @@ def test_trl_on_policy_is_their_objective(kind, adapter, beta, example, small, b
     assert not all(data)
 
 
+def test_trl_on_policy_labels_only_what_the_student_wrote(example):
+    """Padding is read by neither model, and what a tool said is read but not learned."""
+    pytest.importorskip("trl", reason="pip install trl")
+    with_labels = example("trl_on_policy").with_labels
+    names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask")
+    rows = [[0, 5], [0, 1], [7, 8, 9, 0], [1, 1, 1, 0], [1, 0, 1, 1]]
+    batch = {name: torch.tensor([row]) for name, row in zip(names, rows, strict=True)}
+    made = {name: tensor.tolist() for name, tensor in with_labels(batch).items()}
+    assert made == {
+        "input_ids": [[0, 5, 7, 8, 9, 0]],
+        "attention_mask": [[0, 1, 1, 1, 1, 0]],
+        "labels": [[IGNORED, IGNORED, 7, IGNORED, 9, IGNORED]],
+    }
+    with pytest.raises(ValueError, match="pixel_values"):
+        with_labels({**batch, "pixel_values": torch.ones(1)})
+
+
 def test_trl_on_policy(example, small, beside_theirs, tmp_path_factory, capsys):
     pytest.importorskip("trl", reason="pip install trl")
     module = example("trl_on_policy")
