@@ -10,6 +10,7 @@ not trained: unlike a projector through the student's moving embedding, this tea
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -55,10 +56,12 @@ class CompressedHead(nn.Module):
     def __init__(self, start: LowRankStart, whole: Head) -> None:
         super().__init__()
         dtype = whole.weight.dtype
-        bias = start.projection.bias
-        self.register_buffer("weight", start.embedding.to(dtype))
-        self.register_buffer("projector", start.projection.weight.to(dtype))
-        self.register_buffer("bias", None if bias is None else bias.to(dtype))
+        embedding, (projector, bias) = start
+        # balances what int8 of a coordinate costs in logits; powers of two, so that nothing else is rounded by it
+        scale = embedding.norm(dim=0).clamp_min(torch.finfo(embedding.dtype).tiny).log2().div(4).round().exp2()
+        self.register_buffer("weight", (embedding / scale).to(dtype))
+        self.register_buffer("projector", (projector * scale[:, None]).to(dtype))
+        self.register_buffer("bias", None if bias is None else (bias * scale).to(dtype))
         self.logit_scale, self.softcap = whole.logit_scale, whole.softcap
         self.fidelity: HeadFidelity | None = None
         self.tried: tuple[HeadFidelity, ...] = ()
@@ -85,6 +88,7 @@ def compress_head(
     vocab_weights: Tensor | None = None,
     valid_vocab: int | None = None,
     engine: str = "auto",
+    rounded: Callable[[Tensor], Tensor] = lambda projected: projected,
 ) -> CompressedHead:
     """Return the teacher's head at a given rank, or at the smallest whose measured KL is at most `max_kl`.
 
@@ -95,6 +99,7 @@ def compress_head(
         max_kl: in nats, instead of `rank`; searched by halving, over multiples of 16.
         vocab_weights, valid_vocab: as in `kdfast.closed_form.Factors`.
         engine: of the measuring, as in `fused_kd_loss`.
+        rounded: what becomes of projected hidden states (n, r) before they are used, such as int8's; measured with it.
 
     Raises:
         ValueError: both or neither of rank and max_kl, a rank below 1, or too few rows.
@@ -115,7 +120,9 @@ def compress_head(
 
     def at(rank: int) -> CompressedHead:
         compressed = CompressedHead(factors.cut(rank), teacher)
-        measured = kl_and_agreement(compressed(whole.hidden), whole, valid_vocab=valid_vocab, engine=engine)
+        surrogate = compressed(whole.hidden)
+        surrogate = replace(surrogate, hidden=rounded(surrogate.hidden))
+        measured = kl_and_agreement(surrogate, whole, valid_vocab=valid_vocab, engine=engine)
         compressed.fidelity = tried[rank] = HeadFidelity(compressed.rank, *measured)
         return compressed
 

@@ -1,10 +1,11 @@
-"""What a student loses when its teacher was run once: caches of several sizes against the live teacher.
+"""What a student loses when its teacher was run once: caches of several methods and sizes against the live teacher.
 
-    python bench/recipes/cached.py [--runs runs/recipes] [--out bench/results] [--seeds 3] [--quick]
+    python bench/recipes/cached.py [--runs runs/worth] [--out bench/results] [--only TEXT …] [--seeds 3] [--minutes 60]
 
-The teacher, tokenizer and evaluation text of experiment.py, and the wider fresh student at the learning rate that was
-tuned there for "true_head". The text is the first TEXT_BYTES of the training files, about one pass; so a cache of all
-of it is small. Every contender sees the same batches. A finished run or cache is read, never made again.
+The teachers of worth.py, "strong" and the one of 16,384 tokens, and the wider fresh student of experiment.py at the
+learning rate that was tuned there for "true_head". The text is the first TEXT_BYTES of the training files, about one
+pass, which drawn ids like best: none comes twice. Every contender sees the same batches, and evaluation is against the
+live teacher, whose KL to the student it measures. A finished run or cache is read, never made again.
 """
 
 from __future__ import annotations
@@ -14,68 +15,137 @@ import datetime
 import json
 import statistics
 import sys
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # the modules beside this one
 
 import setting
+import worth
 
-from kdfast.cli.arguments import parse_mapping
-from kdfast.cli.cache import make_cache
 from kdfast.demo.toy_text import once
 from kdfast.training.durable.atomic_io import write_text
 from kdfast.versions import versions
 
 TEXT_BYTES = 300_000
-CASE = setting.CASES["fresh-192"]
+STUDENT = setting.CASES["fresh-192"]
 RATE = 1e-3
-CACHES: dict[str, dict[str, Any]] = {
-    "top-4": {"cache_top_k": 4},
-    "top-16": {"cache_top_k": 16},
-    "top-64": {"cache_top_k": 64},
-    "top-256": {"cache_top_k": 256},
-    "64 drawn": {"cache_method": "sample", "cache_samples": 64},
-    "16 drawn": {"cache_method": "sample", "cache_samples": 16},
-}
+TEACHERS = {"strong": ("prepared", "strong"), "wide": ("wide", "teacher")}
+LIVE = {"recipe": "teacher_head", "precompute_teacher_log_probs": False}
+TOP_K = {64: 14, 128: 30, 256: 62, 512: 126, 1024: 254}  # bytes per token → ids: 4·k + 8
+DRAWN = {64: 22, 128: 46, 256: 95, 512: 200}  # of the strong teacher, as measured: an id that comes again costs nothing
+HIDDEN = {"float16": {64: 32, 128: 64, 256: 128, 512: 256}, "int8": {64: 62, 128: 126, 256: 254}}  # → rank
+
+
+class Contender(NamedTuple):
+    name: str
+    size: int | None  # bytes per token, about
+    keys: dict[str, Any]
+
+
+CONTENDERS = [
+    Contender("lm_only", None, {"recipe": "lm_only"}),
+    Contender("live", None, LIVE),
+    *(
+        Contender(f"{name}-{count}", size, {"recipe": "teacher_head", key: count})
+        for name, key, counts in (("top", "cache_top_k", TOP_K), ("drawn", "cache_samples", DRAWN))
+        for size, count in counts.items()
+    ),
+    *(
+        Contender(
+            f"hidden-{dtype}-{rank}",
+            size,
+            {"recipe": "teacher_head", "cache_method": "hidden", "cache_dtype": dtype, "compressed_rank": rank},
+        )
+        for dtype, ranks in HIDDEN.items()
+        for size, rank in ranks.items()
+    ),
+]
+
+
+class Job(NamedTuple):
+    teacher: str
+    contender: Contender
+    seed: int
+
+    def settings(self, runs: Path) -> dict[str, Any]:
+        folder, teacher = TEACHERS[self.teacher]
+        prepared = runs / folder
+        keys = setting.student(prepared, STUDENT, RATE, self.seed)
+        keys |= {"teacher_model_name_or_path": str(prepared / teacher), "train_file": str(prepared / "little")}
+        if self.contender.size is not None:
+            keys |= {"precompute_teacher_log_probs": True, "teacher_cache": str(self.cache(runs))}
+        return keys | self.contender.keys
+
+    def cache(self, runs: Path) -> Path:
+        return runs / self.teacher / f"cache-{self.contender.name}"
+
+    def path(self, runs: Path) -> Path:
+        return runs / self.teacher / f"{self.contender.name}--seed{self.seed}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--runs", type=Path, default=Path("runs/recipes"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/worth"))
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="four steps a run: whether it works, not what comes out")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="teacher and contender that hold one")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="no run is begun after them")
     args = parser.parse_args()
-    prepared, here = args.runs / "prepared", args.runs / "cached"
-    setting.prepare(prepared, [CASE], quick=args.quick)
-    here.mkdir(parents=True, exist_ok=True)
-    train = prepared / "train"
-    once(here / "text", lambda folder: write_text(folder / "text.txt", setting.first_files(train, TEXT_BYTES)))
-    steps = 4 if args.quick else None
-    rows = []
-    live = {"recipe": "teacher_head", "precompute_teacher_log_probs": False}
-    for name, keys in {"lm_only": {"recipe": "lm_only"}, "live": live, **CACHES}.items():
-        row: dict[str, Any] = {"teacher": name, "bytes_per_token": None, "runs": []}
-        for seed in range(args.seeds):
-            run = {**setting.student(prepared, CASE, RATE, seed, steps), "train_file": str(here / "text"), **keys}
-            if name in CACHES:
-                run |= {"teacher_cache": str(here / f"cache-{name.replace(' ', '-')}"), "seed": 0}
-                row["bytes_per_token"] = make_cache(parse_mapping(name, run, command="cache")).bytes_per_token
-                run["seed"] = seed
-            summary = setting.run(here / f"{name.replace(' ', '-')}--seed{seed}", run).summary
-            row["runs"].append({key: summary[key] for key in ("seed", "eval_ce", "kl_teacher_student", "tokens")})
-        rows.append(row)
-        print(_line(row), flush=True)
+    end = time.monotonic() + 60 * args.minutes
+    worth.prepare(args.runs, {"strong", "wide"}, quick=False)
+    for folder, _ in TEACHERS.values():
+        text = args.runs / folder
+        once(
+            text / "little",
+            lambda made, text=text: write_text(
+                made / "text.txt", setting.first_files(text / "train", TEXT_BYTES)
+            ),
+        )  # fmt: skip
+    jobs = [
+        Job(teacher, contender, seed)
+        for teacher in TEACHERS
+        for seed in range(args.seeds)
+        for contender in CONTENDERS
+    ]  # fmt: skip
+    for job in jobs:
+        if time.monotonic() < end and any(text in f"{job.teacher} {job.contender.name}" for text in args.only):
+            summary = setting.run(job.path(args.runs), job.settings(args.runs)).summary
+            print(f"{job.path(args.runs)}: CE {summary['eval_ce']:.4f}", flush=True)
+            for weights in job.path(args.runs).glob("*.safetensors"):  # figures are what is kept
+                weights.unlink()
+    rows = collect(args.runs, jobs)
     result = {"date": datetime.date.today().isoformat(), "rate": RATE, "rows": rows, "versions": versions()}
     write_text(args.out / "cached.json", json.dumps(result, indent=1) + "\n")
+    print("\n".join(map(_line, rows)))
+
+
+def collect(runs: Path, jobs: list[Job]) -> list[dict[str, Any]]:
+    """Return a row for every teacher and contender that has a finished run."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for job in jobs:
+        if not (found := job.path(runs) / "summary.json").is_file():
+            continue
+        row = rows.setdefault(
+            (job.teacher, job.contender.name),
+            {"teacher": job.teacher, "name": job.contender.name, "size": job.contender.size, "cache": None, "runs": []},
+        )
+        summary = json.loads(found.read_text())
+        keys = ("seed", "eval_ce", "kl_teacher_student", "tokens", "tokens_per_second")
+        row["runs"].append({key: summary[key] for key in keys})
+        if (written := job.cache(runs) / "summary.json").is_file():
+            row["cache"] = json.loads(written.read_text())
+    return list(rows.values())
 
 
 def _line(row: dict[str, Any]) -> str:
-    ces = [run["eval_ce"] for run in row["runs"]]
-    size = "" if row["bytes_per_token"] is None else f"{row['bytes_per_token']:.0f}"
-    spread = f" ± {(max(ces) - min(ces)) / 2:.3f}" if len(ces) > 1 else ""
-    return f"| {row['teacher']} | {size} | {statistics.mean(ces):.3f}{spread} |"
+    cells = [row["teacher"], row["name"], f"{row['cache']['bytes_per_token']:.0f}" if row["cache"] else ""]
+    for key in ("eval_ce", "kl_teacher_student"):
+        found = [run[key] for run in row["runs"]]
+        spread = f" ± {(max(found) - min(found)) / 2:.3f}" if len(found) > 1 else ""
+        cells.append(f"{statistics.mean(found):.3f}{spread}")
+    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

@@ -299,7 +299,7 @@ def format_help(command: Command) -> str:
             continue
         group = parser.add_argument_group(title)
         for f in dataclasses.fields(cls):
-            kept = command == "cache" and f.name.startswith(("teacher_cache", "cache_"))
+            kept = command == "cache" and f.name.startswith(("teacher_cache", "cache_", "compressed_"))
             if (
                 f.init
                 and f.name not in trainers

@@ -180,7 +180,7 @@ def _with_cache(
     alone = training.recipe == LM_ONLY
     tau = training.resolved(CACHED).temperatures[0]  # that there are no others, the trainer checks
     tail: Any = training.teacher_tail if cache.description.source else None
-    if alone and tau not in cache.temperatures and tail is None:
+    if alone and not cache.description.serves(tau) and tail is None:
         return train, evaluation
     evaluation = cache.dataset("eval", evaluation, temperature=tau, tail=tail)
     return train if alone else cache.dataset("train", train, temperature=tau, tail=tail), evaluation

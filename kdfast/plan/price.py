@@ -70,19 +70,22 @@ def price_per_token(
         its own head               + u(Ht)
         compressed, of `rank` r    + 2·r·(V + Ht); None: the head stays whole
         projected                  + 2·Ht·Hs + u(Hs), and what its gradients take
-        entries kept of it         nothing, or the whole once in `passes`, how often the run goes over its text
+        entries kept of it         nothing, or the whole once in `passes`, how often the run goes over its text; of
+                                   hidden states kept at `rank` besides 2·r·V
 
     A teacher that runs in the first part of the run alone (`kd_until`) costs that part. Solves, before the first step
     or again on the way, are not in it.
     """
     product = 2 * student.vocab * student.width
     lm_only = 6 * student.parameters - 2 * student.frozen + (3 - student.frozen_head) * product
+    kept = 2 * (rank or 0) * student.vocab if recipe.teacher == "cached" else 0
     if teacher is None:
-        return Price(lm_only, 0)
+        return Price(lm_only, round(recipe.kd_until * kept))
     own, projector = 2 * teacher.vocab * teacher.width, 2 * teacher.width * student.width
     if recipe.teacher in ("none", "cached") and not recipe.hidden_weight:
         once = 2 * teacher.parameters + own
-        return Price(lm_only, round(once / passes) if recipe.teacher == "cached" and passes else 0)
+        share = 1 / passes if recipe.teacher == "cached" and passes else 0
+        return Price(lm_only, round(share * once + recipe.kd_until * kept))
     heads = 0
     if recipe.teacher == "compressed_head" and rank is not None:
         heads = 2 * rank * (teacher.vocab + teacher.width)

@@ -24,6 +24,7 @@ from kdfast.training.teachers.entries import TeacherTail
 logger = logging.getLogger(__name__)
 
 ON_POLICY_DIVERGENCE = "reverse_kl"  # where none is given; docs/recipes.md has what each came to
+CACHE_METHOD = "sample"  # where nothing is said
 DRAWN, KEPT = 32, 64  # ids drawn, or kept, per token where nothing is said
 
 # evaluation metrics → whether a greater value is better, for metric_for_best_model; None: neither is
@@ -62,8 +63,8 @@ CHOICES = {
     "engine": engines.NAMES,
     "teacher_tail": get_args(TeacherTail),
     "non_finite": ("stop", "skip"),
-    "cache_method": ("sample", "top_k"),
-    "cache_dtype": ("float16", "float32"),
+    "cache_method": ("hidden", "sample", "top_k"),
+    "cache_dtype": ("float16", "float32", "int8"),
     "vocab": ("error", "truncate"),
 }
 
@@ -109,7 +110,7 @@ class KDConfig(TrainingArguments):
     kd_on: str | None = _from_recipe("completion: the KD term where labels count; all: on every token.")
     ce_weight: float | None = _from_recipe("Multiplies the language-model loss.")
     student_init: str | None = _from_recipe("A fresh student: own; svd, its embedding solved; svd_blocks, all of it.")
-    compressed_rank: int | None = _from_recipe("Rank of a compressed teacher's head.")
+    compressed_rank: int | None = _from_recipe("Rank of a compressed teacher's head, and of hidden states kept of it.")
     compressed_kl: float | None = _from_recipe("Instead: the smallest rank whose KL to the whole head is at most this.")
     anchor_weight: float | None = _from_recipe("Multiplies the projected teacher's own cross entropy on the labels.")
     teacher_grad: str | None = _from_recipe("Where the KD gradient goes on the teacher's side: full, projector, none.")
@@ -168,11 +169,13 @@ class KDConfig(TrainingArguments):
         None, "Folder of the teacher's entries: read, or made where it is not there; None = output_dir/teacher_cache."
     )
     cache_method: str | None = _field(
-        None, "sample, ids drawn at random, or top_k; None = by the number given, else sample, of kdfast cache top_k."
+        None, "hidden, its states compressed; sample, ids drawn; top_k. None = by the number given, else sample."
     )
     cache_samples: int | None = _field(None, f"Ids drawn per token, at most 1024; None = {DRAWN}.")
     cache_top_k: int | None = _field(None, f"Ids kept per token, at most 1024; None = {KEPT}.")
-    cache_dtype: str = _field("float16", "float16 or float32, of top_k's log-probabilities.")
+    cache_dtype: str | None = _field(
+        None, "Of top_k's log-probabilities: float16 or float32; of hidden's coordinates also int8, their default."
+    )
     cache_temperatures: list[float] | None = _field(None, "Of the runs to come, besides 1; default: the run's.")
     cache_shard_tokens: int | None = _field(None, "Tokens in a shard; None = a 64th of the text, 2^14 to 2^20.")
 
@@ -206,8 +209,9 @@ class KDConfig(TrainingArguments):
             given |= shares if found.teacher != "none" else {"kd_ratio": self.kd_ratio}
         if self.teacher_tail is not None and found.teacher not in ("none", "cached"):
             given["teacher_tail"] = self.teacher_tail
-        if unused := [name for name in given if name in (*UNUSED[found.teacher], "teacher_tail", "kd_ratio")]:
-            logger.warning("recipe=%r has no use for %s: left out", found.name, ", ".join(unused))
+        unused = [name for name in given if name in (*UNUSED[found.teacher], "teacher_tail", "kd_ratio")]
+        if lost := [name for name in unused if name not in self._of_cache]:
+            logger.warning("recipe=%r has no use for %s: left out", found.name, ", ".join(lost))
         if self.on_policy and found.teacher != "none":
             given.setdefault("kd_until", 1.0)
             if not {"divergence", "alpha", "beta"} & given.keys():
@@ -234,18 +238,24 @@ class KDConfig(TrainingArguments):
         """Whether text is generated to be trained on."""
         return self.on_policy > 0 or self.seq_kd
 
-    def cache_options(self, temperatures: Sequence[float], method: str = "sample") -> dict[str, Any]:
+    def cache_options(self, temperatures: Sequence[float], method: str = CACHE_METHOD) -> dict[str, Any]:
         """Return the arguments of `cache_teacher` that are settings; `temperatures` and `method` where none are set."""
         counts = {"sample": self.cache_samples, "top_k": self.cache_top_k}
         method = self.cache_method or next((name for name, count in counts.items() if count is not None), method)
+        hidden = {"rank": self.compressed_rank, "max_kl": self.compressed_kl}
         return {
             "method": method,
-            "k": counts[method] or {"sample": DRAWN, "top_k": KEPT}[method],
+            **(hidden if method == "hidden" else {"k": counts[method] or {"sample": DRAWN, "top_k": KEPT}[method]}),
             "temperatures": self.cache_temperatures or sorted(set(temperatures)),
             "dtype": self.cache_dtype,
             "seed": self.seed,
             "shard_tokens": self.cache_shard_tokens,
         }
+
+    @property
+    def _of_cache(self) -> tuple[str, ...]:
+        """The settings of a compressed head that a cache of hidden states has a use for, whatever the recipe."""
+        return ("compressed_rank", "compressed_kl") if self.cache_options([])["method"] == "hidden" else ()
 
     def _check(self) -> None:
         if self.recipe != AUTO:

@@ -18,7 +18,7 @@ from torch import Tensor
 from kdfast.inputs import same_vocabulary
 from kdfast.loss import KDMetrics
 from kdfast.training.cache.read import cached_blocks
-from kdfast.training.data.columns import names_of
+from kdfast.training.data.columns import brings_teacher, names_of
 from kdfast.training.hf import IGNORE_INDEX, head_shape
 from kdfast.training.model import DistillationModel, DistillationOutput
 
@@ -195,12 +195,12 @@ def evaluated(model: DistillationModel, dataset: Any, knows_bytes: bool = False)
     knows_bytes: whether those of its tokens are known.
     """
     teacher, absent = model.recipe.teacher, set()
-    if teacher == "cached" and model.teacher is not None and "teacher_indices" not in names_of(dataset):
+    if teacher == "cached" and model.teacher is not None and not brings_teacher(dataset):
         teacher = "own_head"
     if model.teacher is None:  # the data set may bring the true teacher's entries
         names, blocks = names_of(dataset), cached_blocks(dataset)
         own = "teacher_indices" in names and (model.teacher_tail == "bucket" or "teacher_log_tails" in names)
-        known = any(one.description.method == "top_k" for one in blocks) or (own and not blocks)
+        known = any(one.description.method != "sample" for one in blocks) or (own and not blocks)
     else:
         rows = head_shape(model.student)[0], head_shape(model.teacher)[0]
         known = model.shared_head is not None or same_vocabulary(*rows, model.valid_vocab, model.loss_options["vocab"])
@@ -208,7 +208,7 @@ def evaluated(model: DistillationModel, dataset: Any, knows_bytes: bool = False)
         absent |= {"kl_teacher_student", "kl_teacher_projected"}
     if teacher in ("none", "own_head", "shared_head", "cached"):
         absent |= {"ce_projected", "kl_teacher_projected"}
-    if teacher in ("none", "cached"):
+    if teacher == "none" or (teacher == "cached" and "teacher_hidden" not in names_of(dataset)):
         absent |= {"teacher_entropy"}
     if teacher == "none":
         absent |= {"kd", "agreement"}

@@ -39,7 +39,7 @@ from kdfast.training.hf import (
 )
 from kdfast.training.initialization.calibration import Calibration, Start, set_projector
 from kdfast.training.recipes import AUTO, SELF, Recipe, get_recipe
-from kdfast.training.teachers.entries import CachedEntries, TeacherTail, read_entries
+from kdfast.training.teachers.entries import CachedEntries, CachedStates, TeacherTail, read_entries, read_states
 from kdfast.training.teachers.fidelity import Fidelity
 from kdfast.training.teachers.hidden_states import HiddenStateLoss
 from kdfast.training.teachers.own_inputs import read_own_inputs
@@ -171,6 +171,7 @@ class DistillationModel(nn.Module):
         self._ddp_params_and_buffers_to_ignore = [f"shared_head.{name}" for name in ("weight", "bias", "mask")]
         self.hidden_loss = _make_hidden_loss(student, next(iter(teachers.values()), None), self.recipe)
         self.compressed_head: CompressedHead | None = None  # made by solve(); of several teachers a list of them
+        self.cached_head: Any = None  # what a batch's teacher_hidden goes through, a cache's; no module
         self.solved = not self.recipe.solves
         self.looked = False  # at a batch's ids; on a GPU only at the first batch's, because looking waits for it
         self.loaded = False  # with trained weights, which solving leaves as they are
@@ -209,6 +210,7 @@ class DistillationModel(nn.Module):
         teacher_indices: Tensor | None = None,
         teacher_log_probs: Tensor | None = None,
         teacher_log_tails: Tensor | None = None,
+        teacher_hidden: Tensor | None = None,
         teacher_input_ids: Tensor | None = None,
         teacher_attention_mask: Tensor | None = None,
         teacher_positions: Tensor | None = None,
@@ -237,6 +239,8 @@ class DistillationModel(nn.Module):
                 distribution *after* token t, as logits are. −inf: no entry.
             teacher_log_tails: (B, T, 2), of a teacher cache (`CachedBlocks`) made for this temperature: the log of the
                 other ids' mass at τ = 1 and there; (B, T, 0), of drawn ids. None: `teacher_tail` says what they are.
+            teacher_hidden: (B, T, r) in their place, of a teacher cache with method="hidden", whose head
+                `learn_from_entries` was given.
             teacher_input_ids: (B, Tt) int64, what the teacher reads in place of input_ids: another prompt before the
                 same completion, or the same text by another tokenizer.
             teacher_attention_mask: (B, Tt), of that; None = no padding.
@@ -280,7 +284,9 @@ class DistillationModel(nn.Module):
             self._say_what_counts_for_nothing(labels, attention_mask, targets)
 
         student, states, strange = self._run_student(input_ids, inputs, look=look)
+        cached: CachedEntries | CachedStates | None
         cached = read_entries(teacher_indices, teacher_log_probs, teacher_log_tails, self.teacher_tail)
+        cached = cached or read_states(teacher_hidden, input_ids.shape, self.cached_head)
         if cached:
             self._check_entries(cached, temperature, kd_targets, look=look)
         batch = StudentBatch(
@@ -352,15 +358,16 @@ class DistillationModel(nn.Module):
         return head(self.student, states.last_hidden_state), states, strange
 
     def _check_entries(
-        self, cached: CachedEntries, temperature: float | Tensor, kd_targets: Tensor, *, look: bool
+        self, cached: CachedEntries | CachedStates, temperature: float | Tensor, kd_targets: Tensor, *, look: bool
     ) -> None:
         """Raise ValueError for entries of another temperature, or that a recipe which nobody chose has no use for."""
         if self.recipe.teacher == "cached":
             if look:
                 cached.check(temperature, kd_targets != IGNORE_INDEX)
         elif self.by_default and (self.training or self.teacher is None):
+            column = "teacher_hidden" if isinstance(cached, CachedStates) else "teacher_indices"
             raise ValueError(
-                f"the batch has teacher_indices, and recipe='auto' took {self.recipe.name!r}, which learns nothing of "
+                f"the batch has {column}, and recipe='auto' took {self.recipe.name!r}, which learns nothing of "
                 "them, for no column said that they would come; name the recipe: 'cached' learns from them"
             )
 
@@ -431,10 +438,11 @@ class DistillationModel(nn.Module):
             teacher.eval()
         return self
 
-    def learn_from_entries(self, kd_until: float | None = None) -> None:
+    def learn_from_entries(self, kd_until: float | None = None, head: Any = None) -> None:
         """Take the teacher's entries, which batches bring from now on, in place of its head. Before `solve`.
 
-        kd_until: in place of the recipe's, which may spare a teacher that runs.
+        kd_until: in place of the recipe's, which may spare a teacher that runs. head: of a cache whose batches bring
+        teacher_hidden, `TeacherCache.head`.
         """
         (side,) = self.sides.values()
         kd_until = self.recipe.kd_until if kd_until is None else kd_until
@@ -442,6 +450,7 @@ class DistillationModel(nn.Module):
             self.recipe, teacher="cached", compressed_rank=None, compressed_kl=None, kd_until=kd_until
         )
         side.learn_from_entries(self.recipe)
+        self.cached_head = head
         self.compressed_head, self.solved = None, self.solved or not self.recipe.solves
 
     @torch.no_grad()

@@ -33,12 +33,20 @@ from kdfast.training import fsdp
 from kdfast.training.adapters import adapt, check_adapter, unwrap
 from kdfast.training.cache.description import teacher_fingerprint
 from kdfast.training.cache.precompute import Precomputation
-from kdfast.training.cache.read import cached_blocks, check_datasets
+from kdfast.training.cache.read import cached_blocks, check_datasets, take_head
 from kdfast.training.callbacks import HealthCallback
 from kdfast.training.config import KDConfig
 from kdfast.training.data.alignment import OtherTokenizer, find_other_tokenizer
 from kdfast.training.data.chat import Counts, is_raw_text, read_template, tokenize_dataset
-from kdfast.training.data.columns import MEDIA, by_name, check_columns, check_names, media_columns, names_of
+from kdfast.training.data.columns import (
+    MEDIA,
+    brings_teacher,
+    by_name,
+    check_columns,
+    check_names,
+    media_columns,
+    names_of,
+)
 from kdfast.training.data.packing import PaddingCollator, check_apart
 from kdfast.training.data.rows import PACKED, PROMPTS, PROMPTS_MASK, Collator
 from kdfast.training.data.shared_vocabulary import SharedVocabulary, token_lengths
@@ -425,6 +433,7 @@ class KDTrainer(DurableTrainer):
         if self._precomputation is not None and text is not None and not cached_blocks(text):
             with self.naming_lost_processes():
                 self.train_dataset = self._precomputation.make(text, self.compute_loss_context_manager())
+            take_head(self._precomputation.model, {"train_dataset": self.train_dataset})
         if self.health is not None:
             drawn = [blocks.description.method == "sample" for blocks in cached_blocks(self.train_dataset)]
             self.health.drawn = self._recipe.teacher == "cached" and any(drawn)
@@ -752,7 +761,8 @@ class KDTrainer(DurableTrainer):
         """
         model: DistillationModel = self.accelerator.unwrap_model(self.model)
         teacher = None if model.teacher is None else size_of(model.teacher)
-        rank = None if model.compressed_head is None else model.compressed_head.rank
+        cut: Any = model.compressed_head or model.cached_head
+        rank = None if cut is None else cut.rank
         passes = None if self._precomputation is None else self._precomputation.passes
         return price_per_token(model.recipe, size_of(model.student), teacher, rank=rank, passes=passes)
 
@@ -783,7 +793,7 @@ def _wrap(
     valid_vocab = find_valid_vocab(student, None if shared else teacher, processor, args.valid_vocab)
     train_dataset = datasets.get("train_dataset")
     cached = cached_blocks(train_dataset)
-    entries = bool(cached) or "teacher_indices" in names_of(train_dataset)
+    entries = bool(cached) or brings_teacher(train_dataset)
     everywhere = [blocks for one in datasets.values() for blocks in cached_blocks(one)]
     if everywhere and isinstance(student, PreTrainedModel):
         tokenizer = text_tokenizer(processor, student)

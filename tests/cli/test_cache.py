@@ -121,7 +121,7 @@ def test_what_the_cache_refuses(configured, kdfast, capsys):
         "teacher_cache is missing; kdfast cache needs it": ["--teacher_cache="],
         "teacher_model_name_or_path is missing; kdfast cache needs it": ["--teacher_model_name_or_path="],
         "cache_top_k=300; expected 1 to 257": ["--cache_top_k", "300"],
-        "cache_method='beam'; expected one of sample, top_k": ["--cache_method", "beam"],
+        "cache_method='beam'; expected one of hidden, sample, top_k": ["--cache_method", "beam"],
         "max_length=65 is more than the 64 positions the teacher has": ["--max_length", "65"],
     }
     for message, overrides in refused.items():

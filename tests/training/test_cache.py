@@ -346,7 +346,7 @@ class TestWriting:
         assert data.description.teacher_dtype == "bfloat16"
 
     WRONG: ClassVar = {
-        "method": ({"method": "beam"}, "method='beam'; expected 'top_k' or 'sample'"),
+        "method": ({"method": "beam"}, "method='beam'; expected 'hidden', 'top_k' or 'sample'"),
         "k": ({"k": V + 1}, f"k={V + 1}; expected 1 to {V}"),
         "none": ({"k": 0}, "k=0; expected 1 to"),
         "many draws": ({"method": "sample", "k": 1025}, "k=1025; expected 1 to 1024"),

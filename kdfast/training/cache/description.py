@@ -2,6 +2,7 @@
 
 cache.json              teacher, tokenizer, data, and how entries were taken: written first; what a cache is asked for
                         again, or is trained from, has to agree with it
+factor/                 of hidden states, what makes logits of them, with shard.json and SHA256SUMS; before any shard
 train-00000/ …          shards: a data set each (`datasets.load_from_disk` reads one), shard.json and SHA256SUMS
 summary.json            sizes and speed; written last: with it the cache is complete
 .lock                   held while the cache is being made
@@ -32,7 +33,8 @@ NAME = "cache.json"
 SUMMARY = "summary.json"
 MARK = "shard.json"  # in a shard: which one of which cache it is
 LOCK = ".lock"
-FORMAT = 1
+FACTOR = "factor"  # the folder of what makes logits of hidden states
+FORMATS = {"top_k": 1, "sample": 1, "hidden": 2}  # by method: what reads the second reads the first
 SAMPLE_OF_A_TENSOR = 1024  # elements that a fingerprint of weights reads of each
 
 
@@ -74,20 +76,23 @@ class Description:
     tokenizer_sha256: str  # of its tokens and their ids; "" where none was given
     vocab: int  # ids the teacher's head has
     valid_vocab: int | None
-    method: str  # "top_k" | "sample"
-    k: int  # ids kept per token, or drawn for it
+    method: str  # "top_k" | "sample" | "hidden"
+    k: int  # ids kept per token, or drawn for it; coordinates at most
     temperatures: tuple[float, ...]  # besides 1: at which the tail's mass is kept; the one that ids are drawn at
-    dtype: str  # of log-probabilities
+    dtype: str  # of log-probabilities; of coordinates
     seed: int  # of ids that are drawn
     shard_sequences: int
     splits: dict[str, Split]
     source: dict[str, Any] | None = None  # where entries come from, if not from a model: "kind", and what it is
+    max_kl: float | None = None  # of hidden states: what their rank is chosen by; None: k is the rank
     version: str = __version__
-    format: int = FORMAT
+    format: int = 1
 
     @property
     def bytes_per_token(self) -> float:
-        """Bytes of top-k entries, before anything around them; drawn ids are at most this."""
+        """Bytes of top-k entries, before anything around them; drawn ids, and coordinates by a KL, are at most this."""
+        if self.method == "hidden":
+            return self.k * np.dtype(self.dtype).itemsize + 2 * (self.dtype == "int8")
         id_bytes = np.dtype(id_type(self.vocab)).itemsize
         if self.method == "top_k":
             return self.k * (id_bytes + np.dtype(self.dtype).itemsize) + 4 * (1 + len(self.temperatures))
@@ -95,15 +100,20 @@ class Description:
 
     @property
     def usable_temperatures(self) -> tuple[float, ...]:
-        """Temperatures that a KD term may be at."""
+        """Temperatures that a KD term may be at; none in particular of hidden states, which serve all."""
         return (1.0,) * (self.method == "top_k") + self.temperatures
+
+    def serves(self, temperature: float) -> bool:
+        """Return whether a KD term may be at this temperature."""
+        return self.method == "hidden" or temperature in self.usable_temperatures
 
     def write(self, folder: Path) -> None:
         write_text(folder / NAME, json.dumps(self._content(), indent=2, ensure_ascii=False) + "\n")
 
     def _content(self) -> dict[str, Any]:
-        """Return what cache.json holds: of a model's entries no source, as before there were others."""
-        return {name: value for name, value in asdict(self).items() if name != "source" or value is not None}
+        """Return what cache.json holds: of what format 1 did not have, what is not None."""
+        later = ("source", "max_kl")
+        return {name: value for name, value in asdict(self).items() if name not in later or value is not None}
 
     def _decisive(self) -> dict[str, Any]:
         """Return what decides what is in a cache: neither the version nor where a server or a file was."""
@@ -112,9 +122,14 @@ class Description:
             content["source"] = {name: value for name, value in self.source.items() if name not in ("url", "name")}
         return content
 
-    def mark(self, split: str, shard: int) -> str:
-        """Return what a shard carries, by which it is known for this one of a cache of this description."""
+    def mark(self, split: str, shard: int, factor: str = "") -> str:
+        """Return what a shard carries, by which it is known for this one of a cache of this description.
+
+        factor: the checksums of what its coordinates go through; "" of what is no coordinates.
+        """
         content = self._decisive()
+        if factor:
+            content[FACTOR] = factor
         sum = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         return json.dumps({"split": split, "shard": shard, "cache_sha256": sum}) + "\n"
 
@@ -128,12 +143,13 @@ class Description:
             if not path.is_file():  # a pipe would be waited for
                 raise ValueError("it is no file")
             given = json.loads(path.read_text(encoding="utf-8"))
-            if given["format"] != FORMAT:
+            if given["format"] not in FORMATS.values():
                 raise CacheError(
                     f"{str(folder)!r} is a teacher cache of format {given['format']}, written by kdfast "
-                    f"{given['version']}; this one reads format {FORMAT}. Make it again with `kdfast cache`"
+                    f"{given['version']}; this one reads formats up to {max(FORMATS.values())}. Make it again with "
+                    "`kdfast cache`"
                 )
-            given.setdefault("source", None)
+            given = {"source": None, "max_kl": None} | given
             if given.keys() != {field.name for field in fields(cls)}:
                 raise KeyError(*given.keys() ^ {field.name for field in fields(cls)})
             splits = {name: Split(**split) for name, split in given.pop("splits").items()}
@@ -199,9 +215,21 @@ class Shard:
         if damage := checksums.find_damage(self.folder):
             return damage
         mark = self.folder / MARK
-        if not mark.is_file() or mark.read_bytes() != description.mark(self.split, self.number).encode():
-            return f"by its {MARK} it is another shard, or of a cache with another {NAME} than this folder's"
+        if not mark.is_file() or mark.read_bytes() != self.mark(description).encode():
+            other = f"{NAME} or {FACTOR}" if description.method == "hidden" else NAME
+            return f"by its {MARK} it is another shard, or of a cache with another {other} than this folder's"
         return None
+
+    def mark(self, description: Description) -> str:
+        """Return what it carries. Coordinates are of the one factor that they were made with."""
+        sums = self.folder.parent / FACTOR / checksums.NAME
+        mine = self.folder.name != FACTOR and sums.is_file()
+        return description.mark(self.split, self.number, sums.read_text(encoding="utf-8") if mine else "")
+
+
+def factor_of(folder: Path) -> Shard:
+    """Return the part of a cache of hidden states that is written first and makes logits of them."""
+    return Shard(FACTOR, 0, range(0), 0, folder / FACTOR)
 
 
 def shards(folder: Path, description: Description, split: str) -> Iterator[Shard]:

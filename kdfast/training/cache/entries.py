@@ -5,6 +5,7 @@ Logits exist for a chunk of tokens at a time, and are rounded by fp32 alone. On 
 top_k   indices (T·k) uint16, or int32 for more than 65536 ids;  log_probs (T·k) float16 or float32;
         log_tails (T·(1 + temperatures)) float32
 sample  indices (all) likewise;  counts (all) uint8, or uint16 for more than 255 draws;  distinct (T) uint16
+hidden  coordinates (T·r) and scales (T), as hidden.py says
 
 float16 keeps eleven bits: a log-probability of −0.01 to 5e-6, one of −10 to 4e-3, so probabilities are kept to 0.4%
 where they are 5e-5 and to better where they are larger. What that takes from their sum is given back when they are
@@ -25,6 +26,9 @@ from torch import Tensor
 from kdfast.inputs import Head
 from kdfast.ops.logit_chunks import logit_chunks
 from kdfast.training.cache.description import Description, count_type, id_type
+from kdfast.training.cache.hidden import keep, restore
+
+HIDDEN = ("coordinates", "scales")  # columns of a row
 
 
 class TopK(NamedTuple):
@@ -86,8 +90,12 @@ def _possible(logits: Tensor, valid_vocab: int | None) -> Tensor:
     return logits if valid_vocab is None else logits[:, :valid_vocab]
 
 
-def encode(entries: TopK | Drawn, description: Description) -> dict[str, np.ndarray]:
-    """Return the row of one sequence's entries, (T, …) each."""
+def encode(entries: TopK | Drawn | Tensor, description: Description) -> dict[str, np.ndarray]:
+    """Return the row of one sequence's entries or coordinates, (T, …) each."""
+    if isinstance(entries, Tensor):
+        coordinates, scales = keep(entries, description.dtype)
+        row = {"coordinates": coordinates} if scales is None else {"coordinates": coordinates, "scales": scales}
+        return {name: part.cpu().numpy().reshape(-1) for name, part in row.items()}
     dtypes = {
         "indices": id_type(description.vocab),
         "log_probs": description.dtype,
@@ -98,23 +106,25 @@ def encode(entries: TopK | Drawn, description: Description) -> dict[str, np.ndar
     return {name: part.cpu().numpy().astype(dtypes[name]).reshape(-1) for name, part in entries._asdict().items()}
 
 
-def tokens_of(row: dict[str, np.ndarray], description: Description) -> int:
-    """Return how many tokens a row of `encode`'s has entries of."""
-    return len(row["distinct"]) if "distinct" in row else len(row["log_tails"]) // (1 + len(description.temperatures))
-
-
 def table(rows: list[dict[str, np.ndarray]]) -> pa.Table:
     """Return a table of rows as `encode` makes them."""
     return pa.table({name: _lists([row[name] for row in rows]) for name in rows[0]})
 
 
-def decode(columns: dict[str, np.ndarray], description: Description, temperature: float) -> dict[str, Tensor]:
-    """Return what `DistillationModel` takes besides tokens, of one row:
+def decode(
+    columns: dict[str, np.ndarray], description: Description, temperature: float, tokens: int = -1
+) -> dict[str, Tensor]:
+    """Return what `DistillationModel` takes besides tokens, of one row; hidden states need to know how many these are:
 
+    teacher_hidden     (T, r) hidden: coordinates, float16 or float32; no other method has it, and it nothing else
     teacher_indices    (T, K) int32
     teacher_log_probs  (T, K) top_k: at τ = 1, as it was kept; sample: log(counts/n), −inf beyond the ids of a token
     teacher_log_tails  (T, 2) fp32: at τ = 1 and at `temperature`; sample: (T, 0), which tells that ids were drawn
     """
+    if description.method == "hidden":
+        kept, scales = (torch.from_numpy(columns[name].copy()) if name in columns else None for name in HIDDEN)
+        assert kept is not None
+        return {"teacher_hidden": restore(kept.view(tokens, len(kept) // tokens), scales)}
     if description.method == "sample":
         return _drawn(columns, description.k)
     indices = columns["indices"].astype("int32").reshape(-1, description.k)

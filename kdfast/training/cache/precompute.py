@@ -25,7 +25,7 @@ from kdfast.training.cache.description import NAME, Description, is_complete
 from kdfast.training.cache.read import CachedBlocks, TeacherCache, cached_blocks
 from kdfast.training.cache.write import INPUTS, cache_teacher, describe
 from kdfast.training.config import KDConfig
-from kdfast.training.data.columns import names_of
+from kdfast.training.data.columns import brings_teacher
 from kdfast.training.data.packing import PaddingCollator
 from kdfast.training.data.rows import inputs_of_row
 from kdfast.training.data.tokenizers import text_tokenizer
@@ -71,7 +71,7 @@ class Precomputation:
         Raises ValueError where it was asked for and cannot be.
         """
         asked, recipe, given = self.args.precompute_teacher_log_probs, self.model.recipe, self.dataset
-        if given is None or cached_blocks(given) or "teacher_indices" in names_of(given) or self.args.generates:
+        if given is None or cached_blocks(given) or brings_teacher(given) or self.args.generates:
             return False
         fits = recipe.teacher in ("own_head", "compressed_head", "cached") and not recipe.hidden_weight
         if self.model.teacher is None or not fits:
@@ -130,14 +130,15 @@ class Precomputation:
             yield "the DistillationModel is your own. precompute_teacher_log_probs=True changes its recipe"
         if self.model.average is not None:
             yield "the teacher follows the student (teacher_update_rate)"
-        if self.schedule is not None or len(set(recipe.temperatures)) > 1:
-            yield "the run has several temperatures, and entries are of one. Leave temperature_steps out"
         options = self._options()
+        several = self.schedule is not None or len(set(recipe.temperatures)) > 1
+        if several and options["method"] != "hidden":
+            yield "the run has several temperatures, and entries are of one. Set cache_method='hidden'"
         rows = head_shape(self.model.student)[0], head_shape(self._teacher)[0]
         if not same_vocabulary(*rows, self.model.valid_vocab):
             yield f"vocab='truncate', where the student has {rows[0]} ids and the teacher {rows[1]}, needs its head"
         if options["method"] == "sample" and self.model.divergence.name != "forward_kl":
-            yield f"divergence={recipe.divergence!r}, of which drawn ids are no estimate. Set cache_method='top_k'"
+            yield f"divergence={recipe.divergence!r}, of which drawn ids are no estimate. Set cache_method='hidden'"
         if self.sharded:
             yield "the teacher is sharded. Leave shard_teacher out, or make a cache beforehand (kdfast cache)"
         if isinstance(given, IterableDataset) or not (hasattr(given, "__len__") and hasattr(given, "__getitem__")):
@@ -154,7 +155,7 @@ class Precomputation:
                 yield f"data_collator ({type(self.collate).__name__}) makes other inputs of the rows than they hold"
             if not (folder / NAME).exists():
                 yield from self._lacking_room(description)
-                if recipe.temperature not in description.usable_temperatures:
+                if not description.serves(recipe.temperature):
                     yield f"cache_temperatures={args.cache_temperatures} lacks the run's, {recipe.temperature:g}"
             elif changed := self._differences(description):
                 yield f"{str(folder)!r} is of something else ({'; '.join(changed)}). Name another, or remove it"
@@ -217,7 +218,8 @@ class Precomputation:
         if free < 1.1 * need + SPARE:
             yield (
                 f"entries take up to {need / 1e9:.1f} GB, and the disk of {str(self.folder)!r} has {free / 1e9:.1f} GB "
-                "free. Make room, name another folder (teacher_cache), or keep fewer ids (cache_samples)"
+                "free. Make room, name another folder (teacher_cache), or keep less (compressed_rank; "
+                "cache_method='sample')"
             )
 
     def _differences(self, description: Description) -> list[str]:
@@ -229,9 +231,12 @@ class Precomputation:
         held = {**asdict(there), SPLIT: there.splits.get(SPLIT), "temperature": there.usable_temperatures}
         asked = {**asdict(description), SPLIT: description.splits[SPLIT], "temperature": temperature}
         names = ["teacher_sha256", "tokenizer_sha256", "vocab", "valid_vocab", SPLIT]
-        names += ["temperature"] * (temperature not in there.usable_temperatures)
-        count = self.args.cache_samples or self.args.cache_top_k
-        names += ["method"] * bool(count or self.args.cache_method) + ["k"] * bool(count)
+        names += ["temperature"] * (not there.serves(temperature))
+        args = self.args
+        count = args.cache_samples or args.cache_top_k
+        if there.method == description.method == "hidden":
+            names += ["max_kl"] * bool(args.compressed_kl) + ["k"] * bool(args.compressed_rank)
+        names += ["method"] * bool(count or args.cache_method) + ["k"] * bool(count)
         return [f"{name}: then {held[name]}, now {asked[name]}" for name in names if held[name] != asked[name]]
 
 

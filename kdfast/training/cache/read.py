@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,16 @@ from kdfast.training.cache.description import (
     CacheSummary,
     Description,
     describe_split,
+    factor_of,
     is_complete,
     read_summary,
     shards,
     tokenizer_fingerprint,
 )
 from kdfast.training.cache.entries import decode
-from kdfast.training.data.columns import media_columns, names_of
+from kdfast.training.cache.hidden import CachedHead
+from kdfast.training.data.columns import BROUGHT, media_columns, names_of
+from kdfast.training.durable import checksums
 from kdfast.training.durable.errors import first_line
 from kdfast.training.durable.processes import print_once
 from kdfast.training.hf import head_shape
@@ -56,6 +60,12 @@ class TeacherCache:
             )
         self.summary: CacheSummary = read_summary(self.folder)
         if verify:
+            factor = factor_of(self.folder)
+            if self.description.method == "hidden" and (damage := factor.find_damage(self.description)):
+                raise CacheError(
+                    f"{str(factor.folder)!r} is damaged: {damage}. Remove that folder and {SUMMARY}, and start "
+                    "`kdfast cache` again with the same configuration: it is made again, and what does not fit it"
+                )
             for split in self.description.splits:
                 for shard in shards(self.folder, self.description, split):
                     if damage := shard.find_damage(self.description):
@@ -66,8 +76,24 @@ class TeacherCache:
 
     @property
     def temperatures(self) -> tuple[float, ...]:
-        """Temperatures that a KD term may be at."""
+        """Temperatures that a KD term may be at; of hidden states none is named, and all are served."""
         return self.description.usable_temperatures
+
+    @cached_property
+    def head(self) -> CachedHead | None:
+        """What makes logits of a cache's hidden states, on the CPU; None for other methods."""
+        if self.description.method != "hidden":
+            return None
+        folder = factor_of(self.folder).folder
+        try:
+            return CachedHead.load(folder)
+        except Exception as error:  # of safetensors: a file that is whole, and none of its own
+            raise CacheError(f"{str(folder)!r} cannot be read ({first_line(error)}); make it again") from error
+
+    @property
+    def factor_sums(self) -> str:
+        """The checksums of what makes logits of a cache's hidden states."""
+        return (factor_of(self.folder).folder / checksums.NAME).read_text(encoding="utf-8")
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
         """Raise CacheError where its tokens are not those the cache was made with; None, not known, passes."""
@@ -105,7 +131,8 @@ class TeacherCache:
         Args:
             split: as it was called when the cache was made.
             dataset: the rows it was made of, in the same order; labels and whatever else they have stay.
-            temperature: of the KD term. One that the cache was made for; 1 too, unless ids were drawn.
+            temperature: of the KD term. One that the cache was made for; 1 too, unless ids were drawn; any, of hidden
+                states.
             tail: what the run's `teacher_tail` is: entries are then as a data set's own, of any temperature, and the
                 mass that they leave is as it says. None: as it was kept.
 
@@ -130,7 +157,7 @@ class TeacherCache:
             )
         if tail is not None and self.description.method != "top_k":
             raise CacheError(f"teacher_tail={tail!r}, and {str(self.folder)!r} is no cache of top_k; leave it out")
-        if tail is None and temperature not in self.temperatures:
+        if tail is None and not self.description.serves(temperature):
             remedy = f"make another cache, with cache_temperatures: [{temperature:g}]"
             if self.description.source is not None:
                 remedy = "say what its entries leave at others: teacher_tail: renormalize_both, or bucket, renormalize"
@@ -160,8 +187,9 @@ def cached_blocks(dataset: Any) -> list[CachedBlocks]:
 
 
 class CachedBlocks(data.Dataset):
-    """Add to the rows of `dataset` teacher_indices, teacher_log_probs and teacher_log_tails: what
-    `DistillationModel.forward` takes under the recipe "cached", and `CachedEntries` turns into a `SparseLogits`.
+    """Add to the rows of `dataset` teacher_indices, teacher_log_probs and teacher_log_tails, or teacher_hidden: what
+    `DistillationModel.forward` takes under the recipe "cached", and `CachedEntries` turns into a `SparseLogits`, or
+    `TeacherCache.head` into a `Head`.
 
     `TeacherCache.dataset` makes it, of the cache's entries at one temperature.
     """
@@ -177,11 +205,12 @@ class CachedBlocks(data.Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        temperature = self.temperature if self.tail is None else 1.0
-        entries: dict[str, Tensor] = decode(self.entries[index], self.description, temperature)
+        row = self.dataset[index]
+        temperature, tokens = self.temperature if self.tail is None else 1.0, len(row["input_ids"])
+        entries: dict[str, Tensor] = decode(self.entries[index], self.description, temperature, tokens)
         if self.tail is not None:
             del entries["teacher_log_tails"]
-        return {**self.dataset[index], **entries}
+        return {**row, **entries}
 
 
 def check_datasets(model: DistillationModel, datasets: Mapping[str, Any], temperature: Schedule | None) -> None:
@@ -210,6 +239,8 @@ def check_datasets(model: DistillationModel, datasets: Mapping[str, Any], temper
             blocks.cache.check_vocabulary(head_shape(model.student)[0], model.valid_vocab)
             if recipe.teacher != "cached":
                 continue
+            if blocks.description.method == "hidden":
+                continue
             if temperature is not None or set(recipe.temperatures) != {blocks.temperature}:
                 raise CacheError(
                     f"{argument} has a teacher's entries for temperature={blocks.temperature:g}, and the run is at "
@@ -224,13 +255,32 @@ def check_datasets(model: DistillationModel, datasets: Mapping[str, Any], temper
                 raise CacheError(
                     f"divergence={recipe.divergence!r} and {argument} has ids drawn at random, which are no estimate "
                     "of it: it is not linear in the teacher's probabilities, or infinite. Expected forward_kl, or a "
-                    "cache made with cache_method: top_k"
+                    "cache made with cache_method: hidden or top_k"
                 )
+    if recipe.teacher == "cached":
+        take_head(model, datasets)
     names = {argument: list(names_of(dataset)) for argument, dataset in datasets.items()}
-    bringing = [argument for argument, columns in names.items() if "teacher_indices" in columns]
+    bringing = [argument for argument, columns in names.items() if not BROUGHT.isdisjoint(columns)]
     lacking = [argument for argument, columns in names.items() if columns and argument not in bringing]
     if recipe.teacher == "cached" and model.teacher is None and bringing and lacking:
         raise CacheError(
-            f"{lacking[0]} has no teacher_indices, which {bringing[0]} has; recipe 'cached' wants a teacher's entries "
-            "in both. Cache that data too (TeacherCache.dataset gives the rows), or leave it out"
+            f"{lacking[0]} has no teacher's entries (teacher_indices), which {bringing[0]} has; recipe 'cached' wants "
+            "them in both. Cache that data too (TeacherCache.dataset gives the rows), or leave it out"
         )
+
+
+def take_head(model: DistillationModel, datasets: Mapping[str, Any]) -> None:
+    """Give `model` the head that the hidden states in these data sets go through, where there are some.
+
+    Raises CacheError where they are of several.
+    """
+    blocks = [one for dataset in datasets.values() for one in cached_blocks(dataset)]
+    hidden = {one.cache.factor_sums: one.cache for one in blocks if one.description.method == "hidden"}
+    if len(hidden) > 1:
+        one, other, *_ = hidden.values()
+        raise CacheError(
+            f"{str(one.folder)!r} and {str(other.folder)!r} hold hidden states that go through different heads; "
+            "expected the splits of one cache; of several teachers' caches, cache_method: sample or top_k"
+        )
+    for cache in hidden.values():
+        model.cached_head = cache.head

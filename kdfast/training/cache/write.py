@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import cache, partial
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
@@ -23,9 +24,10 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kdfast.inputs import MOST_ENTRIES, kind
+from kdfast.inputs import MOST_ENTRIES, Head, kind
 from kdfast.ops import autocast
 from kdfast.training.cache.description import (
+    FORMATS,
     LOCK,
     MARK,
     NAME,
@@ -36,6 +38,7 @@ from kdfast.training.cache.description import (
     Shard,
     Split,
     describe_split,
+    factor_of,
     ids_of,
     is_complete,
     read_summary,
@@ -43,7 +46,8 @@ from kdfast.training.cache.description import (
     teacher_fingerprint,
     tokenizer_fingerprint,
 )
-from kdfast.training.cache.entries import TopK, draw, encode, table, tokens_of, top_k
+from kdfast.training.cache.entries import TopK, draw, encode, table, top_k
+from kdfast.training.cache.hidden import TOKENS_PER_WIDTH, CachedHead, solve_head
 from kdfast.training.data.columns import MEDIA, media_columns
 from kdfast.training.data.packing import PaddingCollator
 from kdfast.training.data.rows import inputs_of_row
@@ -64,6 +68,7 @@ from kdfast.training.hf import (
 
 SHARD_TOKENS = 2**14, 2**20  # the least and the most where nothing is said; a shard costs a tenth of a second
 INPUTS = ("input_ids", "attention_mask", "position_ids")
+MAX_KL = 0.01  # nats, of hidden states where nothing is said: that of the recipe "compressed_head"
 SEEDS = 2**32  # a sequence's own: the run's times this, and its place in the split
 
 
@@ -72,10 +77,12 @@ def cache_teacher(
     splits: Mapping[str, Any],
     folder: str | Path,
     *,
-    method: Literal["top_k", "sample"] = "top_k",
+    method: Literal["top_k", "sample", "hidden"] = "top_k",
     k: int = 64,
+    rank: int | None = None,
+    max_kl: float | None = None,
     temperatures: Sequence[float] = (2.0,),
-    dtype: Literal["float16", "float32"] = "float16",
+    dtype: Literal["float16", "float32", "int8"] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     valid_vocab: int | None = None,
     seed: int = 0,
@@ -95,9 +102,13 @@ def cache_teacher(
             these same rows.
         folder: of the cache. A complete one is left alone, an interrupted one completed.
         method: "top_k": the k most likely ids and the mass of all others. "sample": k ids drawn at random, counted.
-        k: 1 to 1024, and at most the teacher's vocabulary for "top_k".
+            "hidden": the coordinates that `compress_head` makes of its hidden states, and once the head for them.
+        k: 1 to 1024, and at most the teacher's vocabulary for "top_k". Of no meaning for "hidden".
+        rank, max_kl: one of them for "hidden": how many coordinates are kept, or the KL to the whole teacher, rounding
+            included, by which that is chosen; neither: MAX_KL. From the teacher's width on the states are kept whole.
         temperatures: τ of the runs to come; entries serve τ = 1 besides. One alone for "sample": ids are drawn there.
-        dtype: of log-probabilities.
+            "hidden" serves all.
+        dtype: of log-probabilities, None = float16; of coordinates, None = int8, with a scale per token.
         tokenizer: its tokens are noted, so that a run with another one is refused, and must be those of the one beside
             the teacher's weights.
         valid_vocab: ids ≥ this are padding rows of the teacher's head: probability 0. None = those that `tokenizer` has
@@ -116,14 +127,31 @@ def cache_teacher(
     if not is_count(batch_size):
         raise ValueError(f"batch_size={batch_size!r} ({kind(batch_size)}); expected an int of at least 1")
     description = describe(
-        teacher, splits, method=method, k=k, temperatures=temperatures, dtype=dtype, tokenizer=tokenizer,
-        valid_vocab=valid_vocab, seed=seed, shard_tokens=shard_tokens, name=name, tell=tell,
+        teacher, splits, method=method, k=k, rank=rank, max_kl=max_kl, temperatures=temperatures, dtype=dtype,
+        tokenizer=tokenizer, valid_vocab=valid_vocab, seed=seed, shard_tokens=shard_tokens, name=name, tell=tell,
     )  # fmt: skip
+    factor = factor_of(Path(folder))
+
+    kept = cache(lambda: CachedHead.load(factor.folder))
+
+    def begin() -> float:
+        if description.method != "hidden":
+            return description.bytes_per_token
+        if not factor.folder.exists() or factor.find_damage(description):
+            solved = solve_head(_some_text(teacher, next(iter(splits.values())), batch_size), description)
+            _write_shard(factor, solved.save, description)
+        tell(str(kept()))
+        return replace(description, k=kept().rank).bytes_per_token
 
     def rows(dataset: Any, within: range) -> Iterator[dict[str, np.ndarray]]:
-        return _rows(teacher, dataset, within, description, batch_size)
+        for numbers, lengths, whole in _heads(teacher, dataset, within, batch_size):
+            if description.method == "hidden":
+                coordinates = kept().to(whole.hidden.device).coordinates(whole.hidden)
+                yield from (encode(some, description) for some in coordinates.split(lengths))
+            else:
+                yield from _entries(whole, numbers, lengths, description)
 
-    return fill(Path(folder), splits, description, rows, tell)
+    return fill(Path(folder), splits, description, rows, tell, begin)
 
 
 def fill(
@@ -132,10 +160,12 @@ def fill(
     description: Description,
     rows: Callable[[Any, range], Iterator[dict[str, np.ndarray]]],
     tell: Callable[[str], None],
+    begin: Callable[[], float] | None = None,
 ) -> CacheSummary:
     """Make, complete or find the cache that `description` says; all processes call it, and each writes its share.
 
-    rows: the encoded entries of a data set's rows in a range, in order.
+    rows: the encoded entries of a data set's rows in a range, in order. begin: called before any, by the first process;
+    returns bytes per token, None = the description's.
     Raises CacheError and OSError as `cache_teacher` does, and what `rows` raises: what is complete stays.
     """
     tokens = sum(split.tokens for split in description.splits.values())
@@ -143,9 +173,9 @@ def fill(
     try:
         if processes.by_first(lambda: _claim(folder, description, lock)):
             return read_summary(folder)
+        size = description.bytes_per_token if begin is None else processes.by_first(begin)
         at_most = "at most " if description.method == "sample" else ""
-        tell(f"{tokens:,} tokens, {at_most}{description.bytes_per_token:.0f} bytes each: {at_most}"
-             f"{tokens * description.bytes_per_token / 1e6:,.1f} MB")  # fmt: skip
+        tell(f"{tokens:,} tokens, {at_most}{size:.0f} bytes each: {at_most}{tokens * size / 1e6:,.1f} MB")
         start = time.perf_counter()
         written = sum(processes.by_all(lambda: _write_share(splits, folder, description, rows)))
         seconds = time.perf_counter() - start
@@ -159,9 +189,11 @@ def describe(
     splits: Mapping[str, Any],
     *,
     method: str,
-    k: int,
+    k: int = 1,
+    rank: int | None = None,
+    max_kl: float | None = None,
     temperatures: Sequence[float],
-    dtype: str,
+    dtype: str | None,
     tokenizer: PreTrainedTokenizerBase | None,
     valid_vocab: int | None,
     seed: int,
@@ -171,13 +203,19 @@ def describe(
 ) -> Description:
     """Return what `cache_teacher` makes of these arguments. Raise ValueError where it would."""
     check_model(teacher, "teacher")
-    vocab, _ = head_shape(teacher)
+    vocab, width = head_shape(teacher)
+    dtype = dtype or ("int8" if method == "hidden" else "float16")
+    if method == "hidden":
+        _check_hidden(rank, max_kl, dtype)
+        max_kl = MAX_KL if rank is None and max_kl is None else max_kl
+        k, temperatures, seed = min(rank or width, width), (), 0  # all that decides what is kept
     if tokenizer is not None:
         check_tokens("tokenizer", tokenizer, own_tokenizer(teacher), valid_vocab)
         if valid_vocab is None and (ids := count_ids(tokenizer)) < vocab:
             valid_vocab = ids
             tell(f"valid_vocab={ids}: the teacher's head has {vocab} rows, the tokenizer {ids} ids")
-    check_options(method, k, temperatures, dtype, vocab if valid_vocab is None else min(vocab, valid_vocab))
+    if method != "hidden":
+        check_options(method, k, temperatures, dtype, vocab if valid_vocab is None else min(vocab, valid_vocab))
     for split, dataset in splits.items():
         row = dataset[0] if len(dataset) else {}
         check_inputs(teacher, "teacher", [name for name in INPUTS if name in row])
@@ -207,6 +245,8 @@ def describe(
         seed=seed,
         shard_sequences=shard_sequences,
         splits=described,
+        max_kl=max_kl if method == "hidden" else None,
+        format=FORMATS[method],
     )
 
 
@@ -270,25 +310,26 @@ def _write_share(
             if shard.folder.exists() and not shard.find_damage(description):
                 progress.update(shard.tokens)
                 continue
-            rows = []
-            for row in rows_of(splits[shard.split], shard.sequences):
+            rows, dataset = [], splits[shard.split]
+            for i, row in zip(shard.sequences, rows_of(dataset, shard.sequences), strict=True):
                 rows.append(row)
-                tokens = tokens_of(row, description)
+                tokens = len(dataset[i]["input_ids"])
                 written += tokens
                 progress.update(tokens)
-            _write_shard(shard, table(rows), description.mark(shard.split, shard.number))
+            _write_shard(shard, partial(_save, rows), description)
     return written
 
 
 @torch.no_grad()
-def _rows(
-    teacher: PreTrainedModel, dataset: Any, within: range, description: Description, batch_size: int
-) -> Iterator[dict[str, np.ndarray]]:
-    """Yield the encoded rows of a data set's sequences `within`."""
+def _heads(
+    teacher: PreTrainedModel, dataset: Any, within: range, batch_size: int
+) -> Iterator[tuple[range, list[int], Head]]:
+    """Yield the teacher's head over the tokens of some rows at a time, after their numbers and their lengths."""
     teacher.eval()
     dtype = _dtype(teacher)
-    for start in range(within.start, within.stop, batch_size):
-        batch = [dataset[i] for i in range(start, min(start + batch_size, within.stop))]
+    for at in range(0, len(within), batch_size):
+        numbers = within[at : at + batch_size]
+        batch = [dataset[i] for i in numbers]
         lengths = [len(row["input_ids"]) for row in batch]
         inputs = PaddingCollator()([inputs_of_row(row, INPUTS) for row in batch])
         real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
@@ -296,17 +337,29 @@ def _rows(
         own = head(teacher, run_backbone(teacher, **inputs, use_cache=False).last_hidden_state)
         bias = None if own.bias is None else own.bias.to(dtype)
         hidden = own.hidden[real.to(own.hidden.device)].to(dtype)
-        whole = replace(own, hidden=hidden, weight=own.weight.to(dtype), bias=bias)
-        if description.method == "top_k":
-            largest = top_k(whole, description.k, description.temperatures, description.valid_vocab)
-            for entries in zip(*(part.cpu().split(lengths) for part in largest), strict=True):
-                yield encode(TopK(*entries), description)
-            continue
-        for i, hidden in enumerate(whole.hidden.split(lengths)):
-            generator = torch.Generator(hidden.device).manual_seed((description.seed * SEEDS + start + i) % 2**63)
-            (tau,) = description.temperatures
-            found = draw(replace(whole, hidden=hidden), description.k, tau, generator, description.valid_vocab)
-            yield encode(found, description)
+        yield numbers, lengths, replace(own, hidden=hidden, weight=own.weight.to(dtype), bias=bias)
+
+
+def _entries(whole: Head, numbers: range, lengths: list[int], x: Description) -> Iterator[dict[str, np.ndarray]]:
+    """Yield the encoded entries of rows with these numbers and lengths."""
+    if x.method == "top_k":
+        largest = top_k(whole, x.k, x.temperatures, x.valid_vocab)
+        for entries in zip(*(part.cpu().split(lengths) for part in largest), strict=True):
+            yield encode(TopK(*entries), x)
+        return
+    (tau,) = x.temperatures
+    for number, hidden in zip(numbers, whole.hidden.split(lengths), strict=True):
+        generator = torch.Generator(hidden.device).manual_seed((x.seed * SEEDS + number) % 2**63)
+        yield encode(draw(replace(whole, hidden=hidden), x.k, tau, generator, x.valid_vocab), x)
+
+
+def _some_text(teacher: PreTrainedModel, dataset: Any, batch_size: int) -> Head:
+    """Return the teacher's head over rows of a data set, evenly spaced: TOKENS_PER_WIDTH times its width of tokens."""
+    _, width = head_shape(teacher)
+    tokens = sum(len(ids) for ids in ids_of(dataset))
+    step = max(1, tokens // (TOKENS_PER_WIDTH * width))
+    pieces = [whole for _, _, whole in _heads(teacher, dataset, range(0, len(dataset), step), batch_size)]
+    return replace(pieces[0], hidden=torch.cat([whole.hidden for whole in pieces]))
 
 
 def _dtype(teacher: PreTrainedModel) -> torch.dtype:
@@ -314,13 +367,17 @@ def _dtype(teacher: PreTrainedModel) -> torch.dtype:
     return autocast.dtype_of(input_device(teacher)) or teacher.get_output_embeddings().weight.dtype
 
 
-def _write_shard(shard: Shard, rows: Any, mark: str) -> None:
+def _save(rows: list[dict[str, np.ndarray]], folder: Path) -> None:
+    Dataset(table(rows)).save_to_disk(folder, num_shards=1)
+
+
+def _write_shard(shard: Shard, save: Callable[[Path], None], description: Description) -> None:
     staged = atomic_io.staging(shard.folder)
     shown = not are_progress_bars_disabled()
     disable_progress_bars()  # of datasets: one a shard
     try:
-        Dataset(rows).save_to_disk(staged, num_shards=1)
-        write_text(staged / MARK, mark)
+        save(staged)
+        write_text(staged / MARK, shard.mark(description))
         checksums.write(staged)
         atomic_io.publish(staged, shard.folder, replace=True)
     except OSError:
@@ -340,10 +397,19 @@ def _finish(folder: Path, tokens: int, written: int, seconds: float) -> CacheSum
     return summary
 
 
+def _check_hidden(rank: int | None, max_kl: float | None, dtype: str) -> None:
+    if dtype not in ("float16", "float32", "int8"):
+        raise ValueError(f"dtype={dtype!r}; expected 'int8', 'float16' or 'float32'")
+    if rank is not None and (max_kl is not None or not is_count(rank)):
+        raise ValueError(f"rank={rank!r} and max_kl={max_kl}; expected an int ≥ 1, or max_kl in its place")
+    if max_kl is not None and not max_kl > 0:
+        raise ValueError(f"max_kl={max_kl!r}; expected a KL > 0 in nats")
+
+
 def check_options(method: str, k: int, temperatures: Sequence[float], dtype: str, vocab: int) -> None:
     """Raise ValueError where they cannot be had, naming the argument; `vocab` is the ids that are real."""
     if method not in ("top_k", "sample"):
-        raise ValueError(f"method={method!r}; expected 'top_k' or 'sample'")
+        raise ValueError(f"method={method!r}; expected 'hidden', 'top_k' or 'sample'")
     if dtype not in ("float16", "float32"):
         raise ValueError(f"dtype={dtype!r}; expected 'float16' or 'float32'")
     most = min(MOST_ENTRIES, vocab) if method == "top_k" else MOST_ENTRIES

@@ -15,6 +15,7 @@ ARGUMENTS = (
 # what processors turn images, video and sound into, and what TRL calls the columns they come from
 MEDIA = frozenset(("pixel_values", "pixel_values_videos", "input_features", "input_values"))
 RAW = ("images", "videos")
+BROUGHT = frozenset(("teacher_indices", "teacher_hidden"))  # of a teacher that was run before, one or the other
 MEDIA_TYPES = ("Image", "Video", "Audio")  # feature types of `datasets`
 
 
@@ -78,6 +79,11 @@ def names_of(dataset: Any) -> Iterable[str]:
     if names is None and is_map and hasattr(dataset, "__len__") and len(dataset):
         names = dataset[0]
     return names if isinstance(names, list | dict) else ()
+
+
+def brings_teacher(dataset: Any) -> bool:
+    """Return whether the rows bring what a teacher that was run before said of them."""
+    return not BROUGHT.isdisjoint(names_of(dataset))
 
 
 def _is_media(feature: Any) -> bool:

@@ -12,7 +12,7 @@ from transformers import DataCollatorWithPadding
 from kdfast.training.data.columns import is_raw, unread
 from kdfast.training.durable.errors import first_line
 
-ENTRIES = ("teacher_indices", "teacher_log_probs", "teacher_log_tails")  # a teacher's, in `CachedBlocks`' rows
+ENTRIES = ("teacher_indices", "teacher_log_probs", "teacher_log_tails", "teacher_hidden")  # in `CachedBlocks`' rows
 PROMPTS, PROMPTS_MASK = "prompts", "prompt_attention_mask"  # ids that completions are written to: TRL's names
 PACKED = "seq_lengths"  # TRL's column: the lengths of the documents packed into a row
 

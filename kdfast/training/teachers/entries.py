@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from math import inf
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kdfast.inputs import SparseLogits
+from kdfast.inputs import Head, SparseLogits
 
 TeacherTail = Literal["bucket", "renormalize", "renormalize_both", "none"]
 OWN_ENTRIES = (
@@ -63,6 +63,44 @@ class CachedEntries(NamedTuple):
         left = torch.log(-torch.expm1(log_tail.clamp_max(0)))
         log_probs = entries + left[..., None]
         return SparseLogits(self.indices, log_probs, log_tail=log_tail, tail="bucket", tempered=True)
+
+
+class CachedStates(NamedTuple):
+    """In the place of `CachedEntries`: coordinates of the teacher's hidden states, under the head they go through."""
+
+    head: Head
+    tail: TeacherTail = "none"  # there is none
+
+    def at(self, temperature: float | Tensor) -> Head:
+        """Return the teacher for a KD term at any temperature."""
+        return self.head
+
+    def check(self, temperature: float | Tensor, counted: Tensor) -> None:
+        """Pass: every temperature will do."""
+
+    def at_one(self) -> Head:
+        """Return the teacher at τ = 1."""
+        return self.head
+
+
+def read_states(hidden: Tensor | None, shape: torch.Size, head: Any) -> CachedStates | None:
+    """Return a batch's coordinates (B, T, r) under the cache's `head`; None where it has none.
+
+    shape: (B, T), of its ids. Raises ValueError where there is no head for them, or one of another rank.
+    """
+    if hidden is None:
+        return None
+    if head is None:
+        raise ValueError(
+            "the batch has teacher_hidden, and the model no head for it; expected model.learn_from_entries("
+            "head=TeacherCache(folder).head), as KDTrainer does"
+        )
+    if hidden.shape != (*shape, head.rank):
+        raise ValueError(
+            f"teacher_hidden is {tuple(hidden.shape)}; expected {(*shape, head.rank)}: a row for each of input_ids, "
+            "and the rank of the cache that the model has the head of"
+        )
+    return CachedStates(head.to(hidden.device)(hidden))
 
 
 def read_entries(

@@ -19,7 +19,7 @@ from kdfast.loss import fused_kd_loss
 from kdfast.projector import LogitProjector
 from kdfast.training.hf import head_shape
 from kdfast.training.recipes import Recipe
-from kdfast.training.teachers.entries import OWN_ENTRIES, CachedEntries
+from kdfast.training.teachers.entries import OWN_ENTRIES, CachedEntries, CachedStates
 
 
 class Probe(LogitProjector):
@@ -38,7 +38,7 @@ class Batch(NamedTuple):
 
     student: Head
     own: Head | None  # the teacher's own head, where there is a live one
-    cached: CachedEntries | None
+    cached: CachedEntries | CachedStates | None
     targets: Tensor  # (B, T), −100 counts for nothing, and so does what the teacher has no position for
     temperature: float | Tensor
     options: dict[str, Any]  # of `fused_kd_loss`: engine, scratch_bytes, valid_vocab, num_items_in_batch

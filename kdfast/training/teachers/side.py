@@ -29,7 +29,7 @@ from kdfast.training.hf import (
 )
 from kdfast.training.initialization.layers import find_misfit
 from kdfast.training.recipes import Recipe
-from kdfast.training.teachers.entries import CachedEntries
+from kdfast.training.teachers.entries import CachedEntries, CachedStates
 from kdfast.training.teachers.fidelity import Fidelity, fidelity
 from kdfast.training.teachers.kinds import KINDS, Batch, KDTerms
 from kdfast.training.teachers.own_inputs import OwnInputs
@@ -47,7 +47,7 @@ class StudentBatch:
     inputs: dict[str, Any]  # what else both backbones take
     targets: Tensor  # (B, T), −100 counts for nothing
     kd_targets: Tensor  # (B, T), whose rows the KD term counts; `targets` itself where those are the same
-    cached: CachedEntries | None
+    cached: CachedEntries | CachedStates | None
     temperature: float | Tensor
     kd_weight: float | Tensor
     ce_weight: float
