@@ -3,9 +3,10 @@
     python bench/recipes/cached.py [--runs runs/worth] [--out bench/results] [--only TEXT …] [--seeds 3] [--minutes 60]
 
 The teachers of worth.py, "strong" and the one of 16,384 tokens, and the wider fresh student of experiment.py at the
-learning rate that was tuned there for "true_head". The text is the first TEXT_BYTES of the training files, about one
-pass, which drawn ids like best: none comes twice. Every contender sees the same batches, and evaluation is against the
-live teacher, whose KL to the student it measures. A finished run or cache is read, never made again.
+learning rate that was tuned there for "true_head". The text is the first bytes of the training files: about one pass,
+which drawn ids like best, for none comes twice; or, "again", a quarter of it in four passes, where a run keeps its
+teacher's entries unasked. Every contender sees the same batches, and evaluation is against the live teacher, whose KL
+to the student it measures. A finished run or cache is read, never made again.
 """
 
 from __future__ import annotations
@@ -28,10 +29,14 @@ from kdfast.demo.toy_text import once
 from kdfast.training.durable.atomic_io import write_text
 from kdfast.versions import versions
 
-TEXT_BYTES = 300_000
 STUDENT = setting.CASES["fresh-192"]
 RATE = 1e-3
-TEACHERS = {"strong": ("prepared", "strong"), "wide": ("wide", "teacher")}
+# case → folder, teacher, folder of the text and how many bytes it has
+CASES = {
+    "strong": ("prepared", "strong", "little", 300_000),
+    "again": ("prepared", "strong", "less", 75_000),
+    "wide": ("wide", "teacher", "little", 300_000),
+}
 LIVE = {"recipe": "teacher_head", "precompute_teacher_log_probs": False}
 TOP_K = {64: 14, 128: 30, 256: 62, 512: 126, 1024: 254}  # bytes per token → ids: 4·k + 8
 DRAWN = {64: 22, 128: 46, 256: 95, 512: 200}  # of the strong teacher, as measured: an id that comes again costs nothing
@@ -65,24 +70,24 @@ CONTENDERS = [
 
 
 class Job(NamedTuple):
-    teacher: str
+    case: str
     contender: Contender
     seed: int
 
     def settings(self, runs: Path) -> dict[str, Any]:
-        folder, teacher = TEACHERS[self.teacher]
+        folder, teacher, text, _ = CASES[self.case]
         prepared = runs / folder
         keys = setting.student(prepared, STUDENT, RATE, self.seed)
-        keys |= {"teacher_model_name_or_path": str(prepared / teacher), "train_file": str(prepared / "little")}
+        keys |= {"teacher_model_name_or_path": str(prepared / teacher), "train_file": str(prepared / text)}
         if self.contender.size is not None:
             keys |= {"precompute_teacher_log_probs": True, "teacher_cache": str(self.cache(runs))}
         return keys | self.contender.keys
 
     def cache(self, runs: Path) -> Path:
-        return runs / self.teacher / f"cache-{self.contender.name}"
+        return runs / self.case / f"cache-{self.contender.name}"
 
     def path(self, runs: Path) -> Path:
-        return runs / self.teacher / f"{self.contender.name}--seed{self.seed}"
+        return runs / self.case / f"{self.contender.name}--seed{self.seed}"
 
 
 def main() -> None:
@@ -90,27 +95,17 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/worth"))
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="teacher and contender that hold one")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="case and contender that hold one")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="no run is begun after them")
     args = parser.parse_args()
     end = time.monotonic() + 60 * args.minutes
     worth.prepare(args.runs, {"strong", "wide"}, quick=False)
-    for folder, _ in TEACHERS.values():
-        text = args.runs / folder
-        once(
-            text / "little",
-            lambda made, text=text: write_text(
-                made / "text.txt", setting.first_files(text / "train", TEXT_BYTES)
-            ),
-        )  # fmt: skip
-    jobs = [
-        Job(teacher, contender, seed)
-        for teacher in TEACHERS
-        for seed in range(args.seeds)
-        for contender in CONTENDERS
-    ]  # fmt: skip
+    for folder, _, name, size in CASES.values():
+        text = setting.first_files(args.runs / folder / "train", size)
+        once(args.runs / folder / name, lambda made, text=text: write_text(made / "text.txt", text))
+    jobs = [Job(case, contender, seed) for case in CASES for seed in range(args.seeds) for contender in CONTENDERS]
     for job in jobs:
-        if time.monotonic() < end and any(text in f"{job.teacher} {job.contender.name}" for text in args.only):
+        if time.monotonic() < end and any(text in f"{job.case} {job.contender.name}" for text in args.only):
             summary = setting.run(job.path(args.runs), job.settings(args.runs)).summary
             print(f"{job.path(args.runs)}: CE {summary['eval_ce']:.4f}", flush=True)
             for weights in job.path(args.runs).glob("*.safetensors"):  # figures are what is kept
@@ -122,14 +117,14 @@ def main() -> None:
 
 
 def collect(runs: Path, jobs: list[Job]) -> list[dict[str, Any]]:
-    """Return a row for every teacher and contender that has a finished run."""
+    """Return a row for every case and contender that has a finished run."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for job in jobs:
         if not (found := job.path(runs) / "summary.json").is_file():
             continue
         row = rows.setdefault(
-            (job.teacher, job.contender.name),
-            {"teacher": job.teacher, "name": job.contender.name, "size": job.contender.size, "cache": None, "runs": []},
+            (job.case, job.contender.name),
+            {"case": job.case, "name": job.contender.name, "size": job.contender.size, "cache": None, "runs": []},
         )
         summary = json.loads(found.read_text())
         keys = ("seed", "eval_ce", "kl_teacher_student", "tokens", "tokens_per_second")
@@ -140,7 +135,7 @@ def collect(runs: Path, jobs: list[Job]) -> list[dict[str, Any]]:
 
 
 def _line(row: dict[str, Any]) -> str:
-    cells = [row["teacher"], row["name"], f"{row['cache']['bytes_per_token']:.0f}" if row["cache"] else ""]
+    cells = [row["case"], row["name"], f"{row['cache']['bytes_per_token']:.0f}" if row["cache"] else ""]
     for key in ("eval_ce", "kl_teacher_student"):
         found = [run[key] for run in row["runs"]]
         spread = f" ± {(max(found) - min(found)) / 2:.3f}" if len(found) > 1 else ""

@@ -260,12 +260,13 @@ def check_datasets(model: DistillationModel, datasets: Mapping[str, Any], temper
     if recipe.teacher == "cached":
         take_head(model, datasets)
     names = {argument: list(names_of(dataset)) for argument, dataset in datasets.items()}
-    bringing = [argument for argument, columns in names.items() if not BROUGHT.isdisjoint(columns)]
+    bringing = {argument: name for argument, columns in names.items() for name in BROUGHT.intersection(columns)}
     lacking = [argument for argument, columns in names.items() if columns and argument not in bringing]
     if recipe.teacher == "cached" and model.teacher is None and bringing and lacking:
+        argument, brought = next(iter(bringing.items()))
         raise CacheError(
-            f"{lacking[0]} has no teacher's entries (teacher_indices), which {bringing[0]} has; recipe 'cached' wants "
-            "them in both. Cache that data too (TeacherCache.dataset gives the rows), or leave it out"
+            f"{lacking[0]} has no {brought}, which {argument} has; recipe 'cached' wants a teacher's entries in "
+            "both. Cache that data too (TeacherCache.dataset gives the rows), or leave it out"
         )
 
 
