@@ -77,9 +77,9 @@ def make_cache(arguments: Arguments) -> CacheSummary:
             print_once(f"{folder}: complete already; remove the folder to make it again")
     except ValueError as error:  # which names the arguments of Python's functions: here they are keys
         name, _, rest = str(error).partition("=")
-        keys = {"temperatures": "cache_temperatures", "dtype": "cache_dtype", "url": "teacher_model_server_url", **counts}
+        keys = {"temperatures": "cache_temperatures", "url": "teacher_model_server_url", **counts}
         keys |= {name: f"server_{name}" for name in ("kind", "concurrency", "token_limit")}
-        keys |= {"rank": "compressed_rank", "max_kl": "compressed_kl"}
+        keys |= {"rank": "compressed_rank", "max_kl": "compressed_kl", "dtype": "cache_dtype"}
         raise UserError(f"{keys[name]}={rest}" if name in keys else str(error)) from error
     except OSError as error:
         raise RunFailed(

@@ -247,7 +247,7 @@ class KDConfig(TrainingArguments):
             "method": method,
             **(hidden if method == "hidden" else {"k": counts[method] or {"sample": DRAWN, "top_k": KEPT}[method]}),
             "temperatures": self.cache_temperatures or sorted(set(temperatures)),
-            "dtype": self.cache_dtype,
+            "dtype": self.cache_dtype or ("int8" if method == "hidden" else "float16"),
             "seed": self.seed,
             "shard_tokens": self.cache_shard_tokens,
         }

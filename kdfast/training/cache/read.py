@@ -191,7 +191,7 @@ class CachedBlocks(data.Dataset):
     `DistillationModel.forward` takes under the recipe "cached", and `CachedEntries` turns into a `SparseLogits`, or
     `TeacherCache.head` into a `Head`.
 
-    `TeacherCache.dataset` makes it, of the cache's entries at one temperature.
+    `TeacherCache.dataset` makes it, of the cache's entries at one temperature; `tail` as there.
     """
 
     def __init__(
