@@ -6,7 +6,7 @@
 1. **Padding.** One tokenizer, two embeddings padded to different multiples (Qwen2.5 has 151936 rows and 152064, of
    which 151665 are tokens). Rows beyond the tokenizer are no tokens, whatever weights they have:
    `valid_vocab=len(tokenizer)` ends both softmaxes there. Right wherever the *tokens* are the same. (KDTrainer finds
-   that out by itself, and refuses a teacher of another tokenizer.)
+   that out by itself.)
 2. **Tokens added.** The student's tokenizer has all of the teacher's ids and some more (markers of a chat, of tools;
    here one for the three quotes of a docstring). They are real tokens, which the student must learn to write: the
    labels teach it, over its whole vocabulary, and `vocab="truncate"` ends the KD term's softmaxes, the teacher's and
@@ -14,8 +14,8 @@
    reads, in place of a token it does not have, one that it has; and where such a token is to be written, it has no
    opinion: `kd_token_weights` leaves KD out there.
 
-Never pad the smaller side with logits of zero: exp(0) is mass. Where ids mean different things to two tokenizers no
-option helps, and no projector: the teacher would read other words than are there.
+Never pad the smaller side with logits of zero: exp(0) is mass. Where ids mean different things to two tokenizers, the
+teacher has to read its own: KDTrainer does that under recipe="shared_tokens".
 
 It ends with a line for each part: what the padding or the new token takes of the probability, and the student's cross
 entropy on held-out text, in nats per token, before and after: 8.1 and 5.8 in both parts with the small models.

@@ -33,6 +33,7 @@ from kdfast.training.cache import (
 )
 from kdfast.training.callbacks import Finding, HealthCallback
 from kdfast.training.config import KDConfig
+from kdfast.training.data.alignment import OtherTokenizer
 from kdfast.training.data.chat import tokenize_dataset
 from kdfast.training.diagnostics import HealthThresholds
 from kdfast.training.durable.errors import (
@@ -65,6 +66,7 @@ __all__ = [
     "KDTrainer",
     "LostProcessError",
     "NonFiniteLossError",
+    "OtherTokenizer",
     "Recipe",
     "SmallModels",
     "TeacherCache",

@@ -87,7 +87,7 @@ class DistillationModel(nn.Module):
             different numbers of rows for one tokenizer, it is that tokenizer's ids. Under vocab="truncate" nothing is
             solved from a teacher with another number of ids.
         tokenizer: the text's; None = the one beside the student's weights. One beside either's must have its
-            tokens.
+            tokens, but for a teacher's under shared_vocabulary.
         peft_config: put an adapter of this kind (a `LoraConfig`) into the student, whose own weights are frozen.
         shared_vocabulary: what the teacher's tokenizer, another than the text's, has in common with it
             (`OtherTokenizer(…).vocabulary`); batches have to bring teacher_input_ids and teacher_positions.

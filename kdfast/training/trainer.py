@@ -37,7 +37,7 @@ from kdfast.training.cache.read import cached_blocks, check_datasets, take_head
 from kdfast.training.callbacks import HealthCallback
 from kdfast.training.config import KDConfig
 from kdfast.training.data.alignment import OtherTokenizer, find_other_tokenizer
-from kdfast.training.data.chat import Counts, is_raw_text, read_template, tokenize_dataset
+from kdfast.training.data.chat import Counts, is_raw_text, kind_of, read_template, tokenize_dataset
 from kdfast.training.data.columns import (
     MEDIA,
     brings_teacher,
@@ -50,7 +50,7 @@ from kdfast.training.data.columns import (
 from kdfast.training.data.packing import PaddingCollator, check_apart
 from kdfast.training.data.rows import PACKED, PROMPTS, PROMPTS_MASK, Collator
 from kdfast.training.data.shared_vocabulary import SharedVocabulary, token_lengths
-from kdfast.training.data.text import check_positions
+from kdfast.training.data.text import check_positions, columns_of
 from kdfast.training.data.tokenizers import check_tokens, find_valid_vocab, own_tokenizer, text_tokenizer, tokenizer_of
 from kdfast.training.durable import processes, resume
 from kdfast.training.durable.trainer import DurableTrainer, replaced
@@ -108,10 +108,10 @@ class KDTrainer(DurableTrainer):
         peft_config: as in `DistillationModel`. A student with an adapter is trained and saved as that adapter alone:
             `PeftModel.from_pretrained(base, output_dir)` reads it, and `kdfast merge` makes a whole model of it.
         train_dataset, eval_dataset, processing_class, data_collator, callbacks, optimizers: as in Trainer. A tokenizer
-            beside the weights of student or teacher must have processing_class's tokens (special ones by whatever
-            name). Without a data_collator rows of text, prompt and completion, or messages are tokenized as
-            `tokenize_dataset` does, and batches padded, labels too. With a `TeacherCache`'s data sets the recipe is
-            "cached".
+            beside the student's weights must have processing_class's tokens (special ones by whatever name); where the
+            teacher's has others, rows are given what it reads, too. Without a data_collator rows of text, prompt and
+            completion, or messages are tokenized as `tokenize_dataset` does, and batches padded, labels too. With a
+            `TeacherCache`'s data sets the recipe is "cached".
         model_init: in place of model, a function that makes the student, anew for each `train`; as in Trainer it may
             take a trial.
         compute_metrics: as in Trainer, but of `EvalLogProbs`: log p of each label, and no logits.
@@ -299,7 +299,8 @@ class KDTrainer(DurableTrainer):
             rows, self.counts[argument] = tokenize_dataset(given, tokenizer, **options)
             if args.chat_template is not None:
                 tokenizer.chat_template = read_template(args.chat_template)  # saved with the student
-            whole = len({len(row["input_ids"]) for row in itertools.islice(rows, 100)}) > 1  # not blocks
+            kind = kind_of(argument, columns_of(given), args.text_column)
+            whole = kind != "text" or args.packing is not None  # not blocks, which begin anywhere
         known = {"teacher_input_ids", "teacher_indices"}.intersection(names_of(rows)) or cached_blocks(rows)
         if self._other is None or rows is None or known:
             return rows

@@ -277,3 +277,12 @@ def test_on_the_command_line(saved, tmp_path, capsys):
     assert summary["bits_per_byte"] > 0
     assert summary["kl_teacher_student"] > 0
     load_student(tmp_path / "run", tokenizer=tokenizer)
+
+
+def test_a_stream(saved, config):  # noqa: F811
+    trainer = KDTrainer(
+        tiny(V=408), config(recipe="auto", max_length=32), teacher=saved(), train_dataset=texts().to_iterable_dataset(),
+        processing_class=SIZES["bytes"][0](),
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.log_history[0]["kd"] > 0

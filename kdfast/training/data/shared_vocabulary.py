@@ -179,14 +179,14 @@ def share_vocabulary(student: TokenTable, teacher: TokenTable) -> SharedVocabula
         f"shared strings: {len(pairs):,} of the student's {len(student.bytes):,} ids and of the teacher's "
         f"{len(teacher.bytes):,}; {_classes(ours, theirs)}"
     ]
-    for name, table, other in (("student", ours, theirs), ("teacher", theirs, ours)):
+    for name, table, other, another in (("student", ours, theirs, "teacher"), ("teacher", theirs, ours, "student")):
         for what in ("digits", "numbers of several digits"):
             of_class = [one for one in table if _class(one) == what]
             lost = [one for one in of_class if one not in other]
             if of_class and len(lost) > len(of_class) / 2:
                 lines.append(
                     f"warning: {len(lost)} of the {len(of_class)} {what} that are one token of the {name}'s are none "
-                    "of the other's, so the teacher has no say there: where arithmetic counts, compare with lm_only"
+                    f"of the {another}'s, and KD leaves them out: where arithmetic counts, compare with lm_only"
                 )
     return SharedVocabulary(shared[:, 0], shared[:, 1], lines)
 
