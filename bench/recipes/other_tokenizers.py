@@ -2,11 +2,13 @@
 
     python bench/recipes/other_tokenizers.py [--prepared runs/prepared] [--runs runs/tokenizers] [--only TEXT …]
 
-The teacher is worth.py's "strong" one, byte-level BPE of 4096 tokens. Students are half as wide as the others there,
-and their tokenizers are trained on another text, the sources of transformers: "bytes", byte-level BPE of 2048 tokens,
-and "pieces", Unigram of 6000 with ▁ and byte fallback, as sentencepiece has it. A pretrained student has seen
-PRETRAINING steps of the same text, without a teacher. PLAN says which runs there are, in the order in which they are
-made; learning rates were tuned for each contender on seed 0. One process; a finished run is read, never made again.
+The teacher is worth.py's "strong" one, byte-level BPE of 4096 tokens. Students are half as wide as others there, and
+their tokenizers are trained on another text, the sources of transformers: "bytes", byte-level BPE of 2048 tokens;
+"scripts", Unigram of 6000 with ▁ and byte fallback, whose tokens are of words, digits, marks or blanks alone, as
+sentencepiece trains them; "pieces", the same with anything but blanks in one token, and never two blanks. A pretrained
+student has seen PRETRAINING steps of the same text, without a teacher. PLAN says which runs there are, in the order in
+which they are made; learning rates were tuned for each contender on seed 0. One process; a finished run is read, never
+made again.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # the modules beside t
 
 import setting
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from kdfast.demo.toy_text import once
@@ -37,33 +39,37 @@ from kdfast.versions import versions
 WIDTH, LENGTH = 64, 112  # the teacher has 128 positions, and reads a student's row in fewer tokens
 STEPS = {"fresh": 384, "pretrained": 192}
 PRETRAINING = 768
-TEXT_BYTES, TOKENIZER_CHARACTERS = 3_000_000, {"bytes": 3_000_000, "pieces": 2_000_000}
+TEXT_BYTES, TOKENIZER_CHARACTERS = 3_000_000, {"bytes": 3_000_000, "pieces": 2_000_000, "scripts": 2_000_000}
 
 # tokenizer | start | recipe and keys that differ from it | learning rates | seeds
 PLAN = """
-bytes  | fresh      | lm_only                    | 1e-3 2e-3 4e-3 8e-3 | 0
-bytes  | fresh      | shared_tokens              | 2e-3 4e-3           | 0
-bytes  | fresh      | shared_tokens kd_weight=2  | 2e-3                | 0
-pieces | fresh      | lm_only                    | 1e-3 2e-3 4e-3      | 0
-pieces | fresh      | shared_tokens              | 2e-3 4e-3           | 0
-bytes  | fresh      | projector_fixed            | 2e-3                | 0
-pieces | fresh      | projector_fixed            | 2e-3                | 0
-bytes  | fresh      | lm_only                    | 2e-3                | 1 2
-bytes  | fresh      | shared_tokens              | 2e-3                | 1 2
-pieces | fresh      | lm_only                    | 2e-3                | 1 2
-pieces | fresh      | shared_tokens              | 2e-3                | 1 2
-bytes  | pretrained | lm_only                    | 5e-4 1e-3 2e-3      | 0
-bytes  | pretrained | shared_tokens              | 1e-3 2e-3           | 0
-bytes  | pretrained | projector_fixed            | 1e-3                | 0
-pieces | pretrained | lm_only                    | 5e-4 1e-3 2e-3      | 0
-pieces | pretrained | shared_tokens              | 1e-3 2e-3           | 0
-bytes  | pretrained | lm_only                    | 1e-3                | 1 2
-bytes  | pretrained | shared_tokens              | 1e-3                | 1 2
-pieces | pretrained | lm_only                    | 1e-3                | 1 2
-pieces | pretrained | shared_tokens              | 1e-3                | 1 2
-pieces | pretrained | projector_fixed            | 1e-3                | 0
-bytes  | fresh      | projector_fixed            | 2e-3                | 1 2
-pieces | fresh      | projector_fixed            | 2e-3                | 1 2
+bytes   | fresh      | lm_only                    | 1e-3 2e-3 4e-3 8e-3 | 0
+bytes   | fresh      | shared_tokens              | 2e-3 4e-3           | 0
+bytes   | fresh      | shared_tokens kd_weight=2  | 2e-3                | 0
+bytes   | fresh      | projector_fixed            | 2e-3                | 0
+pieces  | fresh      | lm_only                    | 1e-3 2e-3 4e-3      | 0
+pieces  | fresh      | shared_tokens              | 2e-3 4e-3           | 0
+pieces  | fresh      | projector_fixed            | 2e-3                | 0
+scripts | fresh      | lm_only                    | 1e-3 2e-3 4e-3      | 0
+scripts | fresh      | shared_tokens              | 2e-3 4e-3           | 0
+bytes   | fresh      | lm_only                    | 2e-3                | 1 2
+bytes   | fresh      | shared_tokens              | 2e-3                | 1 2
+scripts | fresh      | lm_only                    | 2e-3                | 1 2
+scripts | fresh      | shared_tokens              | 2e-3                | 1 2
+bytes   | pretrained | lm_only                    | 5e-4 1e-3 2e-3      | 0
+bytes   | pretrained | shared_tokens              | 1e-3 2e-3           | 0
+scripts | pretrained | lm_only                    | 5e-4 1e-3 2e-3      | 0
+scripts | pretrained | shared_tokens              | 1e-3 2e-3           | 0
+bytes   | pretrained | lm_only                    | 1e-3                | 1 2
+bytes   | pretrained | shared_tokens              | 1e-3                | 1 2
+scripts | pretrained | lm_only                    | 1e-3                | 1 2
+scripts | pretrained | shared_tokens              | 1e-3                | 1 2
+scripts | fresh      | projector_fixed            | 2e-3                | 0 1 2
+bytes   | fresh      | projector_fixed            | 2e-3                | 1 2
+bytes   | pretrained | projector_fixed            | 1e-3                | 0 1 2
+scripts | pretrained | projector_fixed            | 1e-3                | 0 1 2
+pieces  | fresh      | lm_only                    | 2e-3                | 1 2
+pieces  | fresh      | shared_tokens              | 2e-3                | 1 2
 """
 
 
@@ -106,7 +112,7 @@ def settings(prepared: Path, runs: Path, job: Job) -> dict[str, Any]:
 def prepare(prepared: Path, runs: Path, tokenizer: str, pretrained: bool) -> None:
     """Make the text, a tokenizer and the pretrained student that has it, unless they are there."""
     once(runs / "text", lambda path: _write_text(path, setting.first_files(prepared / "train", TEXT_BYTES)))
-    once(runs / tokenizer, lambda path: {"bytes": _byte_level, "pieces": _pieces}[tokenizer]().save_pretrained(path))
+    once(runs / tokenizer, lambda path: _tokenizer(tokenizer).save_pretrained(path))
     if pretrained:
         keys = setting.settings(
             prepared,
@@ -141,7 +147,18 @@ def _other_text(characters: int) -> list[str]:
     return texts
 
 
-def _byte_level() -> PreTrainedTokenizerFast:
+BLANKS = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
+SCRIPTS = pre_tokenizers.Sequence(
+    [
+        pre_tokenizers.Metaspace(prepend_scheme="first", split=False),
+        pre_tokenizers.Split(Regex(r"▁+(?![^▁])|▁?\p{L}+|▁?\p{N}|▁?[^▁\p{L}\p{N}]+"), "isolated"),
+    ]
+)
+
+
+def _tokenizer(name: str) -> PreTrainedTokenizerFast:
+    if name != "bytes":
+        return _unigram(name, {"pieces": BLANKS, "scripts": SCRIPTS}[name])
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -149,18 +166,18 @@ def _byte_level() -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(
         vocab_size=2048, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False
     )
-    backend.train_from_iterator(_other_text(TOKENIZER_CHARACTERS["bytes"]), trainer)
+    backend.train_from_iterator(_other_text(TOKENIZER_CHARACTERS[name]), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
 
 
-def _pieces() -> PreTrainedTokenizerFast:
+def _unigram(name: str, pre_tokenizer: Any) -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.Unigram())
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
+    backend.pre_tokenizer = pre_tokenizer
     special = ["<unk>", "<s>", "</s>"]
     trainer = trainers.UnigramTrainer(
         vocab_size=6000 - 256, special_tokens=special, unk_token="<unk>", show_progress=False
     )
-    lines = (line for text in _other_text(TOKENIZER_CHARACTERS["pieces"]) for line in text.splitlines())
+    lines = (line for text in _other_text(TOKENIZER_CHARACTERS[name]) for line in text.splitlines())
     backend.train_from_iterator(lines, trainer)
     described = json.loads(backend.to_str())
     vocabulary, fallback = described["model"]["vocab"], [[f"<0x{byte:02X}>", -20.0] for byte in range(256)]

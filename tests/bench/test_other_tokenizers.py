@@ -35,11 +35,12 @@ def test_its_tokenizers(experiment, monkeypatch):
 
     text = ["def words(text):\n    return [word for word in text.split()]\n" * 200]
     monkeypatch.setattr(experiment, "_other_text", lambda characters: text)
-    pair = OtherTokenizer(experiment._byte_level(), experiment._pieces())
-    assert pair.student.start is None
-    assert pair.teacher.prefixed
-    [row] = pair.aligner()([pair.student.tokenizer("def 字 words<end>")["input_ids"]])
-    assert (row.lost, row.positions[-1] >= 0) == ("", True)
+    for name in ("pieces", "scripts"):
+        pair = OtherTokenizer(experiment._tokenizer("bytes"), experiment._tokenizer(name))
+        assert pair.student.start is None
+        assert pair.teacher.prefixed
+        [row] = pair.aligner()([pair.student.tokenizer("def 字  words<end>")["input_ids"]])
+        assert (row.lost, row.positions[-1] >= 0) == ("", True)
 
 
 def test_the_table(experiment):
