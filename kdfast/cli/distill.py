@@ -31,6 +31,7 @@ from kdfast.training.data.text import check_positions
 from kdfast.training.durable.errors import RunStoppedError, TerminatedError
 from kdfast.training.durable.processes import by_first, leave, print_once
 from kdfast.training.hf import read_init_kwargs, read_mapping
+from kdfast.training.on_policy.texts import read_texts
 from kdfast.training.recipes import AUTO, CACHED, SELF
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def _run(arguments: Arguments, output_dir: Path) -> Run:
     evaluated = [entry for entry in log if "eval_ce" in entry and entry["step"] == step and not best]
     evaluation = evaluated[-1] if evaluated else trainer.evaluate()  # eval_strategy had the last step evaluated
     trainer.save_model()
-    run = Run(name, log_table(trainer.state.log_history), summarize(trainer, evaluation))
+    run = Run(name, log_table(trainer.state.log_history), summarize(trainer, evaluation), read_texts(output_dir))
 
     def write() -> None:
         trainer.save_state()

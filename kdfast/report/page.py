@@ -19,6 +19,7 @@ import pandas as pd
 from kdfast.report.curves import MADE_BY, PANELS, Curve, Panel, differ_in_tokens, draw, panels
 from kdfast.report.read_runs import Run
 from kdfast.training.durable.atomic_io import write_bytes, write_text
+from kdfast.training.on_policy.texts import Text
 
 PAGE = Path(__file__).with_name("page.html")
 COLUMNS = {  # header: key of the summary, digits, unit
@@ -114,9 +115,17 @@ def write_report(path: Path, title: str, runs: Sequence[Run], note: str = "") ->
         runs=runs,
         by_tokens=differ_in_tokens(runs),
         figures=[_figure(panel, curves, runs) for panel, curves in panels(runs)],
+        texts={run.name: some for run in runs if (some := _some(run.texts))},
         settings={run.name: json.dumps(run.summary, indent=2, ensure_ascii=False) for run in runs},
     )
     write_text(path, text)
+
+
+def _some(texts: Sequence[Text]) -> list[Text]:
+    """Return the texts of the first step that has some, of the middle one and of the last."""
+    steps = sorted({text.step for text in texts})
+    shown = {steps[0], steps[len(steps) // 2], steps[-1]} if steps else set()
+    return [text for text in texts if text.step in shown]
 
 
 def _figure(panel: Panel, curves: Sequence[Curve], runs: Sequence[Run]) -> dict[str, str]:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from kdfast.training.on_policy.texts import Text, read_texts
 from kdfast.training.recipes import AUTO
 
 # in the folder of a run of ours: which run it is, written first; what came of it, written last; the page
@@ -39,6 +40,7 @@ class Run(NamedTuple):
     name: str
     log: pd.DataFrame
     summary: dict[str, Any]
+    texts: Sequence[Text] = ()  # that student or teacher wrote
 
 
 def is_finished(path: Path) -> bool:
@@ -110,7 +112,7 @@ def read_run(path: Path, name: str | None = None) -> Run:
         raise RunsError(f"{str(path)!r}: {STATE} has no log_history; expected the file transformers.Trainer writes")
     log = log_table(history)
     if is_finished(path):
-        return Run(name or path.name, log, _read(path / SUMMARY))
+        return Run(name or path.name, log, _read(path / SUMMARY), read_texts(path))
     ours = (path / RECORD).is_file()
     summary: dict[str, Any] = {}
     step, end = state.get("global_step") or 0, state.get("max_steps") or 0
@@ -120,7 +122,7 @@ def read_run(path: Path, name: str | None = None) -> Run:
         summary["recipe"] = _read(path / RECORD).get("recipe", AUTO)  # what differs from the defaults is recorded
     noted = [(line.get("step"), line["health"]) for line in history if isinstance(line.get("health"), list)]
     health = [{"step": step, "message": message} for step, messages in noted for message in messages]
-    return Run(name or path.name, log, {**summary, **summarize_log(log), "health": health})
+    return Run(name or path.name, log, {**summary, **summarize_log(log), "health": health}, read_texts(path))
 
 
 def _find(argument: str) -> list[tuple[Path, str | None]]:

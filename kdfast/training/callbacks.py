@@ -38,7 +38,7 @@ class Finding:
     """Hold what `HealthCallback` said: at which step, of which kind, in which words."""
 
     step: int
-    kind: str  # non_finite, initial_loss, kl, perplexity, rising, oscillating, follows, misleads or decays
+    kind: str  # non_finite, initial_loss, kl, perplexity, rising, oscillating, follows, misleads, decays or collapses
     message: str  # what is seen, in numbers, and what to do
 
 

@@ -43,6 +43,8 @@ class HealthThresholds:
     misleading_margin: float = 0.3  # nats of cross entropy by which the projected teacher is worse than the student
     misleading_after: float = 0.2  # share of the run after which `misleading_margin` applies
     decay: float = 0.2  # nats of the projected teacher's cross entropy above its lowest value
+    repetition: float = 0.5  # share of 4-grams that a completion had before, over the last `window` lines
+    repetition_entropy: float = 0.3  # nats of the student's entropy on its own text below which that is a collapse
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -61,6 +63,10 @@ class HealthThresholds:
         if unknown := [name for name in given or {} if name not in known]:
             raise ValueError(f"{unknown[0]!r} is no threshold; expected some of {', '.join(known)}")
         return cls(**(given or {}))
+
+
+# of generated text: length, share that ended by itself, repeated 4-grams, the student's entropy
+WRITTEN = ("completion_length", "eos_share", "repetition", "entropy_on_policy")
 
 
 class Compared(NamedTuple):
@@ -91,6 +97,7 @@ class Log:
         self._losses: deque[tuple[float, float | None]] = deque(maxlen=HISTORY)
         self._window: deque[Compared] = deque(maxlen=limits.window)
         self._steps: deque[float] = deque(maxlen=HISTORY)  # of the projected CE, from line to line of training
+        self.written: deque[tuple[float, ...]] = deque(maxlen=limits.window)  # of lines with generated text, `WRITTEN`
 
     def read(self, line: Mapping[str, Any], progress: float) -> dict[str, str | None]:
         """Return kind → sentence, or None where the sign is judged and not there; `progress`: share of the run done."""
@@ -102,6 +109,8 @@ class Log:
         self.first, self.projected, self.noise = False, None, 0.0
         if self.trains("loss"):
             self._read_loss()
+        if self.trains("eos_share"):
+            self.written.append(tuple(self.line.get(name, math.nan) for name in WRITTEN))
         if self._temperature is not None and progress > self.limits.projected_after:
             self._read_projected(self._temperature)
         judged = {kind: says(self) for kind, (is_judged, says) in SIGNS.items() if is_judged(self)}
@@ -275,6 +284,22 @@ def _decays(log: Log) -> Sign:
     )
 
 
+def _collapses(log: Log) -> Sign:
+    """Look for text that repeats itself with certainty, and for texts of which none comes to an end."""
+    finite = ([x for x in values if not math.isnan(x)] for values in zip(*log.written, strict=True))
+    length, ended, repeated, entropy = (fmean(values) if values else math.nan for values in finite)
+    if repeated > log.limits.repetition and entropy < log.limits.repetition_entropy:
+        return True, (
+            f"the student's own text collapses: {repeated:.0%} of its 4-grams repeat, at an entropy of {entropy:.2g} "
+            "nats. Lower learning_rate, mix in data (on_policy=0.5), or take divergence='forward_kl'; some of the "
+            "texts are in completions.jsonl"
+        )
+    return ended == 0, (
+        f"none of the last texts that were generated came to an end within {length:.0f} tokens. Raise max_new_tokens, "
+        "or check that completions of the data end with the end-of-text token of generation_config"
+    )
+
+
 # kind → whether the last line tells something about it; what it tells
 SIGNS: dict[str, tuple[Callable[[Log], bool], Callable[[Log], Sign]]] = {
     "non_finite": (lambda log: bool(log.bad) or ("loss" in log.raw and not log.raw.get("skipped_steps")), _non_finite),
@@ -288,4 +313,5 @@ SIGNS: dict[str, tuple[Callable[[Log], bool], Callable[[Log], Sign]]] = {
     "follows": (lambda log: log.projected is not None, _follows),
     "misleads": (lambda log: log.projected is not None, _misleads),
     "decays": (lambda log: log.projected is not None, _decays),
+    "collapses": (lambda log: log.trains("eos_share") and len(log.written) == log.limits.window, _collapses),
 }  # fmt: skip

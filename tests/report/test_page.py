@@ -12,6 +12,7 @@ import pytest
 from kdfast.report.curves import PANELS, differ_in_tokens, limits_after_the_fall, panels
 from kdfast.report.page import less_lm_only, made_here, png_names, table, text_table, write_pngs, write_report
 from kdfast.report.read_runs import Run, log_table
+from kdfast.training.on_policy.texts import Text
 
 LOG = [
     {"step": 1, "loss": 9.0, "ce": 8.0, "kd": 2.0, "kd_weight": 0.1, "learning_rate": 1e-3},
@@ -231,3 +232,12 @@ def test_a_short_run_beside_a_long_one_keeps_its_first_values_in_sight():
     short = run("short", [{"step": step, "ce": 9.0 - step} for step in (1, 2, 5)])
     curves = next(curves for panel, curves in panels([long, short]) if panel.keys == ("ce",))
     assert limits_after_the_fall(curves) == (3.0, 8.0)
+
+
+def test_generated_text_is_shown_of_the_first_the_middle_and_the_last_step(tmp_path):
+    texts = [Text(step, "student", f"<p{step}>", f"said at {step}") for step in range(1, 6)]
+    write_report(tmp_path / "page.html", "t", [run("a", ONE_PANEL)._replace(texts=texts), run("b", ONE_PANEL)])
+    page = (tmp_path / "page.html").read_text()
+    Page(page)
+    assert re.findall("said at ([0-9])", page) == ["1", "3", "5"]
+    assert "&lt;p3&gt;<mark>said at 3</mark>" in page

@@ -489,3 +489,25 @@ def test_stopping_is_a_finding_too(tiny, rows, config, caplog):
 
 def test_a_loss_that_is_logged_as_nan_is_named():
     assert kinds(train([4.0, NAN, 4.0, math.inf])) == ["non_finite"]
+
+
+# Generated text
+
+
+WELL = {"eos_share": 0.9, "completion_length": 30.0, "repetition": 0.05, "entropy_on_policy": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("seen", "says"),
+    [
+        ({}, None),
+        ({"repetition": 0.8, "entropy_on_policy": 1.5}, None),  # it varies: a list, or code
+        ({"repetition": 0.8}, "80% of its 4-grams repeat, at an entropy of 0.1 nats"),
+        ({"eos_share": 0.0, "completion_length": 128.0}, "came to an end within 128 tokens"),
+    ],
+)
+def test_generated_text_that_repeats_itself_or_never_ends_is_seen(seen, says):
+    health = replay(train(falling(), **WELL | seen), vocabulary=10_000)
+    found = [finding.message for finding in health.findings if finding.kind == "collapses"]
+    assert (len(found) == 1 and says in found[0]) if says else not found
+    assert not any(finding.kind == "collapses" and finding.step < 5 for finding in health.findings)
