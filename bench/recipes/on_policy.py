@@ -3,9 +3,10 @@
     OMP_NUM_THREADS=1 python bench/recipes/on_policy.py --runs FOLDER [--seeds 0 1 2] [--out FILE.json]
 
 A prompt is `31+59=`, the completion the sum's three digits, the last digit first, and an end. Of the training rows'
-completions WRONG have a wrong digit; the teacher was trained on right ones. A student of a sixth of its parameters is
-trained by what `CONTENDERS` lists, each at its better learning rate of RATES by seed 0, on batches of BATCH rows. All
-have the same budget of tokens, those that are written and those that are read by a training step. Exact match is that
+completions WRONG have a wrong digit; the teacher was trained on right ones. A student of half its parameters is trained
+on the rows by supervision alone, for no student writes a sum before it has seen one, and goes on from there by what
+`CONTENDERS` lists, each at its better learning rate of RATES by seed 0, on batches of BATCH rows. All have the same
+budget of tokens, those that are written and those that are read by a training step. Exact match is that
 of greedy completions of HELD_OUT prompts that are in no training row. Seconds are of one core's work
 (`time.process_time`), generation included, evaluation not. A finished run is read from --runs, never made again.
 """
@@ -32,9 +33,9 @@ DIGITS = 2
 PROMPT, ANSWER, ROW = 6, 4, 10  # tokens
 ROWS, HELD_OUT, WRONG, BATCH = 20_000, 1_000, 0.3, 128
 TEACHER = {"width": 64, "layers": 2, "steps": 1000, "rate": 4e-3}
-STUDENT = {"width": 32, "layers": 1}
-BUDGET = 500 * BATCH * ROW  # tokens, read by a step or written
-RATES = (3e-3, 1e-2)
+STUDENT = {"width": 48, "layers": 2, "steps": 400, "rate": 5e-3}
+BUDGET = 250 * BATCH * ROW  # tokens after the common start, read by a step or written
+RATES = (1e-3, 3e-3)
 PURE: dict[str, Any] = {"recipe": "teacher_head", "ce_weight": 0.0, "kd_weight": 1.0, "temperature": 1.0}
 CONTENDERS: dict[str, dict[str, Any]] = {
     "supervised": {"recipe": "lm_only"},
@@ -142,7 +143,7 @@ def result(name: str, seed: int, rate: float, teacher: LlamaForCausalLM, runs: P
     file = runs / f"{name.replace(', ', '-').replace(' ', '_')}-{seed}-{rate:g}.json"
     if not file.exists():
         settings = dict(CONTENDERS[name])
-        student = model(STUDENT["width"], STUDENT["layers"], seed)
+        student = trained_before(runs / f"start-{seed}", STUDENT, seed, ROWS, WRONG)
         began = time.process_time()
         trainer = train(
             student, runs / file.stem, make_rows(ROWS, WRONG, seed), teacher, max_steps=steps_of(settings),
@@ -179,7 +180,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     given.runs.mkdir(parents=True, exist_ok=True)
-    teacher = find_teacher(given.runs / "teacher")
+    teacher = trained_before(given.runs / "teacher", TEACHER, 100, 4 * ROWS, 0.0)
     results, tuning = [], []
     rates: dict[str, float] = {}
     for seed in given.seeds:
@@ -192,7 +193,17 @@ def main() -> None:
             print(results[-1], flush=True)
     print(table(results))
     if given.out:
-        about = {"teacher": exact_match(teacher), "wrong": WRONG, "budget": BUDGET, "threads": torch.get_num_threads()}
+        starts = {
+            seed: exact_match(trained_before(given.runs / f"start-{seed}", STUDENT, seed, ROWS, WRONG))
+            for seed in given.seeds
+        }
+        about = {
+            "teacher": exact_match(teacher),
+            "starts": starts,
+            "wrong": WRONG,
+            "budget": BUDGET,
+            "threads": torch.get_num_threads(),
+        }
         given.out.write_text(json.dumps({"setting": about, "runs": results, "tuning": tuning}, indent=1) + "\n")
 
 

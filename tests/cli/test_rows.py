@@ -130,3 +130,19 @@ def test_what_a_stream_cannot_do(rows, kdfast, command, change, expected):
     code, _, err = kdfast(command, "c.yaml")
     assert code == 2
     assert expected in err
+
+
+def test_a_run_on_text_that_the_student_writes_to_the_prompts_of_chats(rows, kdfast):
+    place = rows("messages", on_policy=0.5, max_new_tokens=6, save_steps=4, logging_steps=1)
+    code, _, err = kdfast("distill", "c.yaml")
+    assert code == 0, err
+    texts = [json.loads(line) for line in (place / "out/completions.jsonl").read_text().splitlines()]
+    assert {text["step"] for text in texts} == {2, 4}
+    assert all(text["prompt"].startswith("user: ") for text in texts)
+    page = (place / "out/report.html").read_text()
+    assert "Generated text" in page
+    assert "KL on the student&#39;s own text" in page
+    code, _, err = kdfast("distill", "c.yaml", "--lmbda", "0.5")
+    assert code == 2
+    assert "'lmbda'" in err
+    assert "on_policy" in err

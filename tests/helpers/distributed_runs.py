@@ -141,10 +141,15 @@ def start_elsewhere(model):
     model.solve = solve_elsewhere
 
 
+COLUMNS = ("input_ids", "labels", "prompts")  # the last is dropped but where text is generated
+
+
 def make_rows(n, T=12):
     generator = torch.Generator().manual_seed(5)
     rows = [torch.randint(3, 67, (T,), generator=generator) for _ in range(n)]
-    return [{"input_ids": r, "labels": torch.where(torch.arange(T) < 3 * i % T, -100, r)} for i, r in enumerate(rows)]
+    prompts = [r[: 2 + i % 3].tolist() for i, r in enumerate(rows)]
+    labels = [torch.where(torch.arange(T) < 3 * i % T, -100, r) for i, r in enumerate(rows)]
+    return [dict(zip(COLUMNS, row, strict=True)) for row in zip(rows, labels, prompts, strict=True)]
 
 
 def prompted(row, i):
@@ -271,6 +276,28 @@ def skip(scenario, folder):
     }
 
 
+def on_policy(scenario, folder):
+    """Four steps on text that the student writes, ragged; the last two once more from the checkpoint between."""
+
+    def trained(name, checkpoint=None):
+        made = make_trainer(
+            scenario, folder / name, max_steps=4, save_strategy="steps", save_steps=2, on_policy=1.0,
+            on_policy_buffer=2, max_new_tokens=5, sampling_temperature=3.0,
+        )  # fmt: skip
+        texts, compute_loss = [], made.compute_loss
+
+        def note(model, inputs, *args, **kwargs):
+            texts.append(inputs["input_ids"].clone())
+            return compute_loss(model, inputs, *args, **kwargs)
+
+        made.compute_loss = note
+        made.train(resume_from_checkpoint=checkpoint)
+        return {"texts": texts, "weights": weights_of(made), "steps": made.state.log_history}
+
+    unbroken = trained("unbroken")
+    return {**unbroken, "resumed": trained("resumed", str(folder / "unbroken" / "checkpoint-2"))}
+
+
 def bf16(scenario, folder):
     """Two steps in mixed precision, and what was in which dtype."""
     trainer = make_trainer(scenario, folder, bf16=True)
@@ -309,6 +336,9 @@ def main(folder):
         results["best"] = best_model(tied, folder / "best")
         for scenario in ADAPTED:
             results[f"checkpoint-{scenario.name}"] = checkpoint(scenario, folder / f"checkpoint-{scenario.name}")
+        for how, shard_teacher in (("ddp", False), ("fsdp", True)):
+            scenario = Scenario(how, "llama", "teacher_head", shard_teacher=shard_teacher)
+            results[f"on_policy-{how}"] = on_policy(scenario, folder / f"on_policy-{how}")
         for how in ("ddp", "fsdp"):
             results[f"skip-{how}"] = skip(Scenario(how), folder / f"skip-{how}")
             results[f"bf16-{how}"] = bf16(Scenario(how, dtype="float32"), folder / f"bf16-{how}")

@@ -172,6 +172,20 @@ def test_the_best_model_is_loaded_in_the_end(several):
         assert found["evaluated"][0] < found["evaluated"][1]
 
 
+def test_generated_text_is_each_processes_own_and_the_same_under_fsdp_and_after_a_resume(several):
+    results = several(2)
+    for result in results:
+        ddp, fsdp = (result[f"on_policy-{how}"] for how in ("ddp", "fsdp"))
+        assert all(torch.equal(*pair) for pair in zip(ddp["texts"], fsdp["texts"], strict=True))
+        for name, weight in ddp["weights"].items():
+            torch.testing.assert_close(fsdp["weights"][name], weight, rtol=1e-9, atol=1e-12)
+        for one in (ddp, fsdp):
+            assert all(torch.equal(*pair) for pair in zip(one["texts"][2:], one["resumed"]["texts"], strict=True))
+            assert all(torch.equal(weight, one["resumed"]["weights"][name]) for name, weight in one["weights"].items())
+    first, second = (result["on_policy-ddp"]["texts"][0] for result in results)
+    assert first.shape != second.shape or not torch.equal(first, second)
+
+
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_a_step_that_is_bad_on_one_process_is_left_out_on_all(several, how):
     told = [result[f"skip-{how}"] for result in several(2)]

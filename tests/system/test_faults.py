@@ -185,6 +185,16 @@ def test_kill_9_leaves_complete_checkpoints_alone_in_sight(tmp_path, unbroken, w
     assert [path.name for path in (tmp_path / "run").iterdir() if path.name.startswith(".")] == []
 
 
+def test_text_that_is_generated_after_a_kill_is_that_of_an_unbroken_run(tmp_path):
+    settings = {"recipe": "teacher_head", "kd_ramp": 0.0, "on_policy": 0.75, "on_policy_buffer": 2, "max_new_tokens": 6}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert join(start(whole, fault_runs.train, **settings)) == [0]
+    assert join(start(killed, fault_runs.train, False, fault_runs.kill_at_3, **settings)) == [-signal.SIGKILL]
+    assert join(start(killed, fault_runs.train, True, **settings)) == [0]
+    assert f"FROM {killed}/run/checkpoint-2" in output(killed)
+    assert same_end(whole, killed)
+
+
 def test_kill_9_between_the_two_renames_of_a_replacement_loses_nothing(tmp_path, unbroken):
     shutil.copytree(unbroken(1) / "run/checkpoint-2", tmp_path / "run/checkpoint-2")
     assert join(start(tmp_path, kill_in, "between two names")) == [-signal.SIGKILL]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 
 Batch = dict[str, Any]
 
@@ -39,7 +40,8 @@ class Buffer:
         """Read what this process kept; nothing where there is no checkpoint, or no such file in it."""
         self._kept = {}
         if folder is not None and (path := folder / _name(rank)).is_file():
-            self._kept = torch.load(path, map_location=device, weights_only=True)
+            kept = torch.load(path, map_location="cpu", weights_only=True)
+            self._kept = send_to_device(kept, device)
 
 
 def _name(rank: int) -> str:
