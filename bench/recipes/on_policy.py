@@ -119,16 +119,15 @@ def train(student: LlamaForCausalLM, folder: Path, rows: Any, teacher: Any = Non
     return trainer
 
 
-def find_teacher(folder: Path) -> LlamaForCausalLM:
-    """Return the teacher, trained on right sums if it is not there yet."""
+def trained_before(folder: Path, of: dict[str, Any], seed: int, n: int, wrong: float) -> LlamaForCausalLM:
+    """Return a model that was trained by supervision alone, from its folder if it is there."""
     if not (folder / "config.json").exists():
-        teacher = model(TEACHER["width"], TEACHER["layers"], 0)
-        rows = make_rows(4 * ROWS, 0.0, 100)
-        train(
-            teacher, folder / "run", rows, recipe="lm_only", max_steps=TEACHER["steps"], learning_rate=TEACHER["rate"]
-        )
-        print(f"teacher: {exact_match(teacher):.1%}", flush=True)
-        teacher.save_pretrained(folder)
+        made = model(of["width"], of["layers"], seed)
+        rows = make_rows(n, wrong, seed)
+        settings = {"recipe": "lm_only", "max_steps": of["steps"], "learning_rate": of["rate"], "seed": seed}
+        train(made, folder / "run", rows, **settings)
+        print(f"{folder.name}: {exact_match(made):.1%}", flush=True)
+        made.save_pretrained(folder)
     return LlamaForCausalLM.from_pretrained(folder)
 
 
