@@ -61,6 +61,7 @@ from kdfast.training.model import DistillationModel
 from kdfast.training.nan_guard import NonFiniteGuard
 from kdfast.training.on_policy.run import WRITER, OnPolicy, PromptCollator
 from kdfast.training.recipes import AUTO, FROM_CACHE, Choice, choose_recipe
+from kdfast.training.teachers.own_inputs import NAMES
 from kdfast.training.teachers.self_teacher import TeacherUpdate
 
 # Methods of transformers.Trainer that are private and overridden all the same, here and in DurableTrainer, and why.
@@ -454,6 +455,7 @@ class KDTrainer(DurableTrainer):
         for batch in map(self._prepare_inputs, loader):
             if self._on_policy is not None and not (batch["labels"] != IGNORE_INDEX).any():  # prompts alone
                 batch["labels"] = batch["input_ids"]
+                batch = {name: value for name, value in batch.items() if name not in NAMES}
             yield {name: value for name, value in batch.items() if name not in (PROMPTS, PROMPTS_MASK)}
 
     def _set_signature_columns_if_needed(self) -> None:

@@ -210,6 +210,66 @@ def test_prompts_alone_do_where_all_is_generated(run):
     assert [batch[WRITER] for batch in trainer.trained] == ["student"] * 2
 
 
+HINTED = Dataset.from_list([{**row, "privileged_context": f"hint {i}"} for i, row in enumerate(QUESTIONS)])
+
+
+def written(batch, prefix=""):
+    """What a batch's rows are, decoded."""
+    ids, mask = (batch[f"{prefix}{name}"] for name in ("input_ids", "attention_mask"))
+    return [TOKENIZER.decode(one[real.bool()]) for one, real in zip(ids, mask, strict=True)]
+
+
+@pytest.mark.parametrize("settings", [{}, {"seq_kd": True, "on_policy": 0.0}, {"generations_per_prompt": 2}])
+@pytest.mark.parametrize("alone", [False, True])
+def test_what_is_written_is_read_by_the_teacher_behind_its_own_prompt(run, settings, alone):
+    """Its distribution behind its own prompt is learned behind the student's, on the completion's tokens alone."""
+    rows = HINTED
+    if alone:
+        rows = [{"prompt": row["messages"][:1], "privileged_context": row["privileged_context"]} for row in HINTED]
+        rows = Dataset.from_list(rows)
+    student = tiny("llama", V=VOCAB).double()
+    teacher = tiny("llama", V=VOCAB, width=24, seed=1).double()
+    grads, writer = {}, "teacher" if "seq_kd" in settings else "student"
+    trainer = run(
+        rows, student=student, teacher=teacher, kd_weight=0.5, temperature=1.5, max_steps=1, learning_rate=0.0,
+        sampling_temperature=0.0, divergence="forward_kl", max_grad_norm=0.0, **settings,
+    )  # fmt: skip
+    trainer.add_callback(_Gradients(student, grads))
+    trainer.train()
+    (batch,) = trainer.trained
+    assert batch.pop(WRITER) == writer
+    student.zero_grad()
+    ce = kd = n = 0
+    for i, (ours, theirs) in enumerate(zip(written(batch), written(batch, "teacher_"), strict=True)):
+        prompt, _, completion = ours.partition("assistant\n")
+        own, _, same = theirs.partition("assistant\n")
+        assert same == completion
+        asked, end = re.escape(prompt).split(re.escape("<|im_end|>"))
+        assert re.fullmatch(rf"{asked}\n\nhint \d+<\|im_end\|>{end}", own)
+        labels = batch["labels"][i]
+        n_new = int((labels >= 0).sum())
+        ids, own_ids = (batch[f"{p}input_ids"][i][batch[f"{p}attention_mask"][i].bool()] for p in ("", "teacher_"))
+        by, read = (teacher, own_ids) if writer == "teacher" else (student, ids)
+        assert by(read[None]).logits[0, -n_new - 1 : -1].argmax(-1).tolist() == ids[-n_new:].tolist()  # greedily
+        z, y = (model(x[None]).logits[0, -n_new - 1 : -1] for model, x in ((student, ids), (teacher, own_ids)))
+        ce, n = ce + F.cross_entropy(z, ids[-n_new:], reduction="sum"), n + n_new
+        log_p, log_q = ((x / 1.5).log_softmax(-1) for x in (y.detach(), z))
+        kd = kd + (log_p.exp() * (log_p - log_q)).sum()
+    loss = 0.5 * 1.5**2 * kd / n + (ce / n if writer == "teacher" else 0)
+    loss.backward()
+    assert losses(trainer)[0] == pytest.approx(loss.item(), rel=1e-5)
+    for name, parameter in student.named_parameters():
+        torch.testing.assert_close(grads[name], parameter.grad, rtol=1e-6, atol=1e-8)
+
+
+def test_a_start_is_solved_from_prompts_alone(run):
+    """Which the teacher reads as the student does there: nothing is completed yet."""
+    rows = [{"prompt": row["messages"][:1], "privileged_context": row["privileged_context"]} for row in HINTED]
+    trainer = run(Dataset.from_list(rows), recipe="compressed_head", calibration_tokens=100, max_steps=1)
+    trainer.train()
+    assert trainer.starts
+
+
 def test_several_completions_of_a_prompt_are_rows_of_one_batch(run):
     trainer = run(generations_per_prompt=3, max_steps=1)
     trainer.train()

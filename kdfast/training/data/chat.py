@@ -27,7 +27,7 @@ from kdfast._version import __version__
 from kdfast.inputs import did_you_mean
 from kdfast.training.data.alignment import Aligner, OtherTokenizer, Span
 from kdfast.training.data.packing import pack
-from kdfast.training.data.rows import PROMPTS
+from kdfast.training.data.rows import PROMPTS, TEACHER_PROMPTS
 from kdfast.training.data.teacher_prompts import TeacherPrompt, cut, positions
 from kdfast.training.data.text import DataError, check_text_only, columns_of, load_blocks, map_rows
 from kdfast.training.durable.errors import first_line
@@ -140,8 +140,8 @@ def tokenize_dataset(
         text_column: the column that holds text.
         dataset_num_proc: processes that tokenize.
         prompts: for rows whose completions are to be generated: "beside", a column of the prompts' ids, those of
-            messages up to the last answer; "alone", and rows need no completions. A longer one than max_length is
-            skipped.
+            messages up to the last answer, and `teacher_prompts` where the teacher has its own; "alone", and rows need
+            no completions. A longer one than max_length is skipped.
         teacher_tokenizer: the teacher's, where that is another: chats are aligned with what it reads through its own
             template, on what the assistant says. `KDTrainer` aligns other rows, for which it needs their ids alone.
         argument: what errors call the data set.
@@ -359,12 +359,18 @@ class Encoder:
         }[self.kind]  # fmt: skip
         ids, counted, reason = encode(row, where)
         prompt: list[int] = []
-        if self.prompts and not reason:
-            prompt = ids if self.kind == "prompt" else self._prompt(row, where)
-            too_long = self.max_length is not None and len(prompt) > self.max_length
-            reason = "empty prompt" if not prompt else "prompt longer than max_length" if too_long else ""
         theirs: list[int] = []  # the teacher's ids
         found: list[int] = []  # where in them it predicts what
+        own_prompt: list[int] = []  # the teacher's
+        if self.prompts and not reason:
+            asked = self._asked(row)
+            prompt = ids if self.kind == "prompt" else self._prompt(asked, row, where)
+            if self.teacher_prompt is not None and prompt:
+                own_prompt = self._prompt(self.teacher_prompt(asked, row, where), row, where)
+            too_long = self.max_length is not None and max(len(prompt), len(own_prompt)) > self.max_length
+            reason = "empty prompt" if not prompt else "prompt longer than max_length" if too_long else ""
+            if self.kind == "prompt":
+                theirs, found = own_prompt, [-1] * len(prompt)
         if self.teacher_prompt is not None and self.kind != "prompt" and not reason:
             theirs, found, reason = self._of_teacher(ids, row, where)
         if self.reader is not None and not reason:
@@ -376,7 +382,7 @@ class Encoder:
         found = cut(found[kept], range(len(theirs))[kept])
         if not reason and self.kind != "prompt" and not any(counted[kept][1:]):
             reason = "no target within max_length" if any(counted[1:]) else "no target"
-        if not reason and found and max(found) < 0:
+        if not reason and self.kind != "prompt" and found and max(found) < 0:
             reason = "no completion within max_length of the teacher's row"
         ids, counted, theirs = ([], [], []) if reason else (ids[kept], counted[kept], theirs[kept])
         labels = [token if counts else IGNORE_INDEX for token, counts in zip(ids, counted, strict=True)]
@@ -384,19 +390,22 @@ class Encoder:
         notes |= {"targets": sum(counted[1:]), "teacher_tokens": len(theirs)}
         own = {"teacher_input_ids": theirs, "teacher_positions": [] if reason else found}
         made = {"input_ids": ids, "labels": labels, **notes, **(own if self.has_own else {})}
-        return made | ({PROMPTS: [] if reason else prompt} if self.prompts else {})
+        prompts = {PROMPTS: prompt, **({TEACHER_PROMPTS: own_prompt} if self.teacher_prompt is not None else {})}
+        return made | ({name: [] if reason else one for name, one in prompts.items()} if self.prompts else {})
 
-    def _prompt(self, row: dict[str, Any], where: str) -> list[int]:
-        """Return the ids that a completion is written to: of messages those before the last answer."""
-        given = row["prompt"] if self.kind != "messages" else row["messages"]
-        if isinstance(given, str):
-            return self._ids(given)
-        if self.kind == "messages":
-            given = given[: max(i for i, one in enumerate(given) if one["role"] == "assistant")]
-        return self._chat(given, row, where, add_generation_prompt=True)[0] if given else []
+    def _asked(self, row: dict[str, Any]) -> Any:
+        """Return the text or messages that a completion is written to: of messages those before the last answer."""
+        if self.kind != "messages":
+            return row["prompt"]
+        return row["messages"][: max(i for i, one in enumerate(row["messages"]) if one["role"] == "assistant")]
+
+    def _prompt(self, asked: Any, row: dict[str, Any], where: str) -> list[int]:
+        if isinstance(asked, str):
+            return self._ids(asked)
+        return self._chat(asked, row, where, add_generation_prompt=True)[0] if asked else []
 
     def _only_prompt(self, row: dict[str, Any], where: str) -> tuple[list[int], list[bool], str]:
-        ids = self._prompt(row, where) if row["prompt"] else []
+        ids = self._prompt(row["prompt"], row, where) if row["prompt"] else []
         return ids, [False] * len(ids), ""
 
     def _text(self, row: dict[str, Any], where: str) -> tuple[list[int], list[bool], str]:
@@ -571,6 +580,6 @@ def _features(with_teacher: bool, with_prompts: bool) -> Any:
 
     ids, number = List(Value("int32")), Value("int64")
     names = ["input_ids", "labels", *(["teacher_input_ids", "teacher_positions"] if with_teacher else [])]
-    names += [PROMPTS] * with_prompts
+    names += [PROMPTS] * with_prompts + [TEACHER_PROMPTS] * (with_prompts and with_teacher)
     notes = {"skipped": Value("string"), "truncated": Value("bool")}
     return Features(dict.fromkeys(names, ids) | dict.fromkeys(NOTES, number) | notes)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, default_data_collator
 
-from kdfast.training.data.rows import PACKED, PROMPTS, lengths_of
+from kdfast.training.data.rows import PACKED, PROMPTS, TEACHER_PROMPTS, lengths_of
 from kdfast.training.data.text import map_rows
 from kdfast.training.hf import IGNORE_INDEX, check_inputs, embedding_rows, input_device, run_backbone
 
@@ -108,11 +108,12 @@ class PaddingCollator:
         if len({*lengths}) == 1 and not packed and PROMPTS not in [*rows[0]]:
             return default_data_collator(rows)
         by_token: dict[str, list[Tensor]] = {}
-        for name in [name for name in rows[0] if name not in (PACKED, PROMPTS)]:
+        elsewhere = (PACKED, PROMPTS, TEACHER_PROMPTS)
+        for name in [name for name in rows[0] if name not in elsewhere]:
             values = [row[name] for row in rows]
             if [_length(x) for x in values] == lengths:
                 by_token[name] = [torch.as_tensor(x) for x in values]
-        others = [{name: x for name, x in row.items() if name not in (*by_token, PACKED, PROMPTS)} for row in rows]
+        others = [{name: x for name, x in row.items() if name not in (*by_token, *elsewhere)} for row in rows]
         batch: dict[str, Any] = default_data_collator(others) if any(others) else {}
         if packed:
             positions = [torch.cat([torch.arange(n) for n in some]) for some in documents]

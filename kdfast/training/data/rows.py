@@ -14,6 +14,7 @@ from kdfast.training.durable.errors import first_line
 
 ENTRIES = ("teacher_indices", "teacher_log_probs", "teacher_log_tails", "teacher_hidden")  # in `CachedBlocks`' rows
 PROMPTS, PROMPTS_MASK = "prompts", "prompt_attention_mask"  # ids that completions are written to: TRL's names
+TEACHER_PROMPTS, TEACHER_PROMPTS_MASK = "teacher_prompts", "teacher_prompt_attention_mask"  # its own, if it has any
 PACKED = "seq_lengths"  # TRL's column: the lengths of the documents packed into a row
 
 

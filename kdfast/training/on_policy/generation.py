@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel
 
-from kdfast.training.hf import IGNORE_INDEX, embedding_rows, input_device
+from kdfast.training.hf import IGNORE_INDEX, embedding_rows, input_device, shift_labels
 
 
 class Sampling(NamedTuple):
@@ -78,6 +79,30 @@ def write(model: PreTrainedModel, prompts: Tensor, mask: Tensor, sampling: Sampl
         given = {"input_ids": prompts.to(device), "attention_mask": mask.to(device)}
         ids: Any = model.generate(**given, generation_config=config)  # type: ignore[operator]
     return as_rows(ids.to(prompts.device), mask, sampling.end_ids)
+
+
+def behind(written: Written, prompts: Tensor, mask: Tensor) -> Written:
+    """Return rows of the same completions behind other prompts (B, Tp), whose mask is (B, Tp)."""
+    completions = [ids[of] for ids, of in zip(written.input_ids, written.labels != IGNORE_INDEX, strict=True)]
+    before = [ids[real != 0] for ids, real in zip(prompts, mask, strict=True)]
+    ids = [torch.cat(pair) for pair in zip(before, completions, strict=True)]
+    labels = [torch.cat([torch.full_like(p, IGNORE_INDEX), c]) for p, c in zip(before, completions, strict=True)]
+    return Written(
+        pad_sequence(ids, batch_first=True),
+        pad_sequence([torch.ones_like(one) for one in ids], batch_first=True),
+        pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
+        written.ended,
+    )
+
+
+def positions_in(theirs: Written, ours: Written) -> Tensor:
+    """Return where in `theirs` stands what predicts the token after each of `ours` (B, T); −1: not of a completion.
+
+    Both have the same completions, behind prompts of their own.
+    """
+    start, own = ((rows.labels != IGNORE_INDEX).int().argmax(1, keepdim=True) for rows in (theirs, ours))
+    places = torch.arange(ours.labels.shape[1], device=own.device) + start - own
+    return places.where(shift_labels(ours.labels) != IGNORE_INDEX, -1)
 
 
 def as_rows(ids: Tensor, prompt_mask: Tensor, end_ids: Sequence[int]) -> Written:

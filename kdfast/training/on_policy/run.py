@@ -18,17 +18,20 @@ from kdfast.inputs import did_you_mean
 from kdfast.loss import KDMetrics
 from kdfast.training.config import KDConfig
 from kdfast.training.data.columns import names_of
-from kdfast.training.data.rows import PROMPTS, PROMPTS_MASK
+from kdfast.training.data.rows import PROMPTS, PROMPTS_MASK, TEACHER_PROMPTS, TEACHER_PROMPTS_MASK
 from kdfast.training.data.text import check_positions
 from kdfast.training.hf import embedding_rows
 from kdfast.training.model import DistillationModel
 from kdfast.training.on_policy.buffer import Batch, Buffer
-from kdfast.training.on_policy.generation import Sampling, Written, write
+from kdfast.training.on_policy.generation import Sampling, Written, behind, positions_in, write
 from kdfast.training.on_policy.texts import TextMeter, Texts
+from kdfast.training.teachers.own_inputs import NAMES
 from kdfast.training.teachers.several import COLUMN
 
 WRITER = "writer"  # in a batch: who wrote its completions
-READ = ("input_ids", "attention_mask", "labels", PROMPTS, PROMPTS_MASK)  # columns that generated text has, or replaces
+# columns that generated text has, or replaces
+READ = ("input_ids", "attention_mask", "labels", PROMPTS, PROMPTS_MASK, *NAMES)
+COLUMNS = ((PROMPTS, PROMPTS_MASK), (TEACHER_PROMPTS, TEACHER_PROMPTS_MASK))
 
 
 class OnPolicy:
@@ -87,7 +90,7 @@ class OnPolicy:
         share = self.args.on_policy
         before, after = (math.floor(n * share + 1e-9) for n in (number, number + 1))
         writer = "student" if after > before and kd_weight != 0 else "teacher" if self.args.seq_kd else None
-        prompts, mask = batch.pop(PROMPTS, None), batch.pop(PROMPTS_MASK, None)
+        (prompts, mask), (own, own_mask) = ((batch.pop(name, None) for name in pair) for pair in COLUMNS)
         if writer is None:
             return batch
         kept = self.buffer.find(before) if writer == "student" else None
@@ -102,10 +105,18 @@ class OnPolicy:
             )
         copies = self.args.generations_per_prompt
         prompts, mask = (x.repeat_interleave(copies, 0) for x in (prompts, mask))
+        read = (prompts, mask)
+        if own is not None:
+            own, own_mask = (x.repeat_interleave(copies, 0) for x in (own, own_mask))
+            read = (own, own_mask) if writer == "teacher" else read
         began = time.perf_counter()
         seed = (self.args.seed, number, self.args.process_index)
-        written = run(prompts, mask, write=functools.partial(_write, writer, self.samplings[writer], seed))
-        made = {name: getattr(written, name) for name in ("input_ids", "attention_mask", "labels")}
+        written = run(*read, write=functools.partial(_write, writer, self.samplings[writer], seed))
+        rows = behind(written, prompts, mask) if read[0] is own else written
+        made = {name: getattr(rows, name) for name in ("input_ids", "attention_mask", "labels")}
+        if own is not None:
+            theirs = written if read[0] is own else behind(written, own, own_mask)
+            made |= zip(NAMES, (theirs.input_ids, theirs.attention_mask, positions_in(theirs, rows)), strict=True)
         if (asked := batch.get(COLUMN)) is not None:
             made[COLUMN] = [one for one in getattr(asked, "tolist", lambda: asked)() for _ in range(copies)]
         self.meter.add_texts(written, time.perf_counter() - began)
@@ -153,26 +164,28 @@ def _check(args: KDConfig, model: DistillationModel, dataset: Any) -> None:
         near = did_you_mean(PROMPTS, [name for name in names if name.startswith("prompt")])
         raise ValueError(f"train_dataset has no column {PROMPTS}{near}: {NO_PROMPTS}")
     if names and hasattr(dataset, "__len__") and PROMPTS in names:
-        longest = args.max_new_tokens + max((len(row[PROMPTS]) for row in dataset), default=0)
         what = f"a prompt and max_new_tokens={args.max_new_tokens}, together {{}} tokens,"
         for role, one in {"student": model.student, **model.teachers}.items():
+            column = TEACHER_PROMPTS if one is not model.student and TEACHER_PROMPTS in names else PROMPTS
+            longest = args.max_new_tokens + max((len(row[column]) for row in dataset), default=0)
             check_positions(role, one, longest, what)
 
 
 class PromptCollator:
     """Add to the batches of another collator the rows' prompts, padded on the left: `prompts` and their mask, (B, Tp).
 
-    The names are those of TRL's collator for chats, whose batches may have them already.
+    The names are those of TRL's collator for chats, whose batches may have them already. The teacher's own likewise.
     """
 
     def __init__(self, collate: Callable[[list[Any]], dict[str, Any]], on_policy: OnPolicy) -> None:
         self.collate, self.pad_id = collate, on_policy.samplings["student"].pad_id
 
     def __call__(self, rows: list[Any]) -> dict[str, Any]:
-        prompts = [torch.as_tensor(row[PROMPTS]).long() for row in rows if isinstance(row, Mapping) and PROMPTS in row]
         batch = self.collate(rows)
-        if prompts and PROMPTS not in batch:
-            options: Any = {"batch_first": True, "padding_side": "left"}
-            batch[PROMPTS] = pad_sequence(prompts, padding_value=self.pad_id, **options)
-            batch[PROMPTS_MASK] = pad_sequence([torch.ones_like(one) for one in prompts], **options)
+        options: Any = {"batch_first": True, "padding_side": "left"}
+        for name, mask in COLUMNS:
+            prompts = [torch.as_tensor(row[name]).long() for row in rows if isinstance(row, Mapping) and name in row]
+            if prompts and name not in batch:
+                batch[name] = pad_sequence(prompts, padding_value=self.pad_id, **options)
+                batch[mask] = pad_sequence([torch.ones_like(one) for one in prompts], **options)
         return batch
