@@ -14,8 +14,8 @@ from kdfast.kernels.divergences import Entry, entry_of, series
 
 Matrix = namedtuple("Matrix", "pointer row column")  # with its strides
 # what logits are products of: hidden (N, Hs), teacher_hidden (N, Hs) or (N, Ht), weight (V, Hs), teacher_weight
-# (V, Ht), of which the teacher's may have no pointer; biases (V,) or None
-Operands = namedtuple("Operands", "hidden teacher_hidden weight teacher_weight bias teacher_bias")
+# (V, Ht), of which the teacher's may have no pointer; biases (V,), and which tokens the KD term is over, (V,) or None
+Operands = namedtuple("Operands", "hidden teacher_hidden weight teacher_weight bias teacher_bias mask")
 Given = namedtuple("Given", "logits offsets")  # dense teacher logits the caller made, their rows' offsets; or None
 LossTensors = namedtuple("LossTensors", "labels targets active coefficients tau teacher_tau scale series")
 
@@ -49,7 +49,8 @@ class HeadFlags:
 
     softcap_s: bool = False
     softcap_t: bool = False
-    truncated: bool = False  # the KD term ends before the student's vocabulary does
+    truncated: bool = False  # the cross entropy sees tokens that the KD term does not
+    further: bool = False  # so does what is taken of the teacher at τ = 1
     given_stride: int = 0  # of the entries of given logits
     given_even: bool = False  # their rows start at multiples of 8 entries
     even_s: bool = True  # Hs is a multiple of a tile's BLOCK_H
@@ -104,6 +105,13 @@ class Heads:
     kd_vocab: int  # of both sides of the KD term; the rest is the cross entropy's alone
     tf32: bool  # fp32 products may round their operands to TF32
     truncated: bool = False  # there is a rest; where the vocabulary lies in slices, in some slice
+    mask: Tensor | None = None  # (V,) bool, False from kd_vocab on: the tokens that the KD term is over
+
+    @property
+    def further(self) -> bool:
+        """Whether what is taken of the teacher at τ = 1 sees the rest, too: of one that shares the student's head."""
+        shared = self.teacher_hidden is not None and self.teacher_weight is None
+        return shared and self.truncated and self.mask is not None
 
     @property
     def teacher(self) -> bool:
@@ -117,12 +125,12 @@ class Heads:
     @property
     def intricate(self) -> bool:
         """Whether a logit takes more than a product and a sum: the "full" rows of the table of block sizes."""
-        extras = (self.softcap, self.teacher_softcap, self.bias, self.teacher_bias)
+        extras = (self.softcap, self.teacher_softcap, self.bias, self.teacher_bias, self.mask)
         return any(extra is not None for extra in extras)
 
     def operands(self) -> Operands:
         hidden, teacher, weight, own = map(matrix, (self.hidden, self.teacher_hidden, self.weight, self.teacher_weight))
-        return Operands(hidden, teacher, weight, own, self.bias, self.teacher_bias)
+        return Operands(hidden, teacher, weight, own, self.bias, self.teacher_bias, self.mask)
 
     def given(self) -> Given:
         return Given(self.teacher_logits, self.offsets)
@@ -142,7 +150,8 @@ class Heads:
             *strides, given_stride = self.teacher_logits.stride()
             given_even = given_stride == 1 and all(stride % 8 == 0 for stride in strides)
         flags = HeadFlags(
-            self.softcap is not None, self.teacher_softcap is not None, self.truncated, given_stride, given_even,
+            self.softcap is not None, self.teacher_softcap is not None, self.truncated, self.further, given_stride,
+            given_even,
             scaled_s=self.logit_scale != 1, scaled_t=self.teacher_logit_scale != 1,
         )  # fmt: skip
         if config is None:

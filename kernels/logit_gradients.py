@@ -29,34 +29,38 @@ def load_coefficients(pointers, stride, mask, scale):
 
 @triton.jit
 def gradients(
-    z_s, z_t, slope_s, slope_t, v, begin, kd_V, constants, decorrelation, coefficients, loss,
-    TEACHER: tl.constexpr, TRUNCATED: tl.constexpr, DIVERGENCE: tl.constexpr, GRAD: tl.constexpr,
+    z_s, z_t, slope_s, slope_t, v, begin, kd, constants, decorrelation, coefficients, loss,
+    TEACHER: tl.constexpr, MASKED: tl.constexpr, HEADS: tl.constexpr, DIVERGENCE: tl.constexpr, GRAD: tl.constexpr,
 ):  # fmt: skip
     """Return (student's, teacher's KD part, teacher's anchor part), [R, BLOCK] each; an unwanted one is 0.
 
     z [R, BLOCK]; v [1, BLOCK], from `begin` on; decorrelation [R]: the teacher's part has that much of the student's
-    added. TRUNCATED: the KD term ends at kd_V. For a "sparse" teacher the student's part is what tokens get that it
-    does not have: A_p·exp(x − log S), with the constants in the teacher's place."""
+    added; kd [1, BLOCK]: which tokens the KD term is over, read if not all. For a "sparse" teacher the student's part
+    is what tokens get that it does not have: A_p·exp(x − log S), with the constants in the teacher's place."""
     NAME: tl.constexpr = DIVERGENCE.name
     grad_s = tl.zeros_like(z_s)
     grad_t, grad_a = grad_s, grad_s
+    shared, theirs = z_s, z_t
+    if MASKED or HEADS.truncated:
+        shared = tl.where(kd, z_s, -float("inf"))
+    if MASKED:
+        theirs = tl.where(kd, z_t, -float("inf"))
     if DIVERGENCE.name == "sparse":
         if GRAD.student:
             factor = constants.A_p * _over_sum(constants.log_S_t, constants.m_t, loss.c_s, GRAD)
-            e = power(exponent(z_s, constants.m_t, loss.c_s, GRAD.precise), GRAD.precise)
+            e = power(exponent(shared, constants.m_t, loss.c_s, GRAD.precise), GRAD.precise)
             grad_s = tl.where((constants.A_p == 0)[:, None], 0, factor[:, None] * e)
     elif TEACHER and (GRAD.student or GRAD.teacher):
-        shared = tl.where(v < kd_V, z_s, -float("inf")) if TRUNCATED else z_s
         if DIVERGENCE.base != "":
-            grad_s, grad_t = _kl_gradients(shared, z_t, constants, coefficients.kd, loss, DIVERGENCE, GRAD)
+            grad_s, grad_t = _kl_gradients(shared, theirs, constants, coefficients.kd, loss, DIVERGENCE, GRAD)
         elif DIVERGENCE.in_log2 and not GRAD.precise:
-            x_p, x_q = log2_probabilities(shared, z_t, constants, loss)
+            x_p, x_q = log2_probabilities(shared, theirs, constants, loss)
             p, q, _, a_p, a_q = in_log2(DIVERGENCE, x_p, x_q, loss.series, loss.parameter)
             _, of_p, of_q = factors(NAME, loss.parameter)
             grad_s = _less_mean(a_q, q, of_q, constants.A_q, coefficients.kd * loss.inv_tau, NAME)
             grad_t = _less_mean(a_p, p, of_p, constants.A_p, coefficients.kd * loss.inv_tau_t, NAME)
         else:
-            p, q, g, log_p, log_q = probabilities(shared, z_t, constants, loss, GRAD.precise)
+            p, q, g, log_p, log_q = probabilities(shared, theirs, constants, loss, GRAD.precise)
             _, a_p, a_q = terms(NAME, p, q, g, log_p, log_q, loss.parameter, loss.second)
             if GRAD.student:
                 k = (coefficients.kd * loss.inv_tau)[:, None]
@@ -68,11 +72,13 @@ def gradients(
             grad_t = grad_a
     if GRAD.student and GRAD.ce:
         grad_s = _add_cross_entropy(
-            grad_s, z_s, v, begin, constants.m_s, constants.log_S1_s, loss.labels, coefficients.ce, TRUNCATED, GRAD
+            grad_s, z_s, v, begin, constants.m_s, constants.log_S1_s, loss.labels, coefficients.ce, HEADS.truncated,
+            GRAD,
         )
     if GRAD.anchor:
         grad_a = slope_t * _add_cross_entropy(
-            grad_a, z_t, v, begin, constants.m_t, constants.log_S1_t, loss.targets, coefficients.anchor, False, GRAD
+            grad_a, z_t, v, begin, constants.m_t, constants.log_S1_t, loss.targets, coefficients.anchor,
+            HEADS.further, GRAD,
         )
     grad_s *= slope_s
     grad_t *= slope_t

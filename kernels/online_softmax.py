@@ -346,13 +346,20 @@ def finalize(student, teacher, pair, loss, DIVERGENCE: tl.constexpr, WANT: tl.co
 
 
 @triton.jit
-def whole_vocabulary(student, beyond, constants, PRECISE: tl.constexpr):
-    """Return the student's side and the constants where entries beyond the shared ones have been added to `beyond`: a
-    cross entropy and an entropy see them, the KD term and the argmax do not."""
-    log_S1_s = log_sum(beyond.S1, beyond.m, 1.0 if PRECISE else LOG2E, PRECISE) + (beyond.m - constants.m_s)
-    m_s, log_S_s, m_t, log_S_t, gap, A_p, A_q, _, log_S1_t, D_p, D_q = constants
+def whole_vocabulary(
+    student, teacher, beyond_s, beyond_t, constants, FURTHER: tl.constexpr, PRECISE: tl.constexpr
+):  # fmt: skip
+    """Return both sides and the constants where tokens that the KD term leaves out have been added to `beyond`: a cross
+    entropy and an entropy see them, the KD term and the argmax do not. FURTHER: of the teacher, too."""
+    ONE: tl.constexpr = 1.0 if PRECISE else LOG2E
+    m_s, log_S_s, m_t, log_S_t, gap, A_p, A_q, log_S1_s, log_S1_t, D_p, D_q = constants
+    log_S1_s = log_sum(beyond_s.S1, beyond_s.m, ONE, PRECISE) + (beyond_s.m - m_s)
+    student = Side(beyond_s.m, student.S, beyond_s.S1, beyond_s.E, student.argmax, beyond_s.target)
+    if FURTHER:
+        log_S1_t = log_sum(beyond_t.S1, beyond_t.m, ONE, PRECISE) + (beyond_t.m - m_t)
+        teacher = Side(beyond_t.m, teacher.S, beyond_t.S1, beyond_t.E, teacher.argmax, beyond_t.target)
     constants = RowConstants(m_s, log_S_s, m_t, log_S_t, gap, A_p, A_q, log_S1_s, log_S1_t, D_p, D_q)
-    return Side(beyond.m, student.S, beyond.S1, beyond.E, student.argmax, beyond.target), constants
+    return student, teacher, constants
 
 
 @triton.jit

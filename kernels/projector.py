@@ -25,7 +25,7 @@ def projection_kernel(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     o = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     nothing = Matrix(None, 0, 0)
-    operands = Operands(x, nothing, weight, nothing, None, None)
+    operands = Operands(x, nothing, weight, nothing, None, None, None)
     acc, _ = tile(operands, n, o, N, Hs, Hs, Ht, Ht, HEADS, dtype, BLOCK_N, BLOCK_V, BLOCK_H)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + tl.minimum(o, Hs - 1)).to(dtype)[None, :]

@@ -39,8 +39,9 @@ from kdfast.kernels.math import along, over_threads
 from kdfast.kernels.tiles import given_logits
 
 # Kernel argument, the chunk's logits and what turns products into them: student (m, V); teacher (m, ≥ kd_V), or None
-# where not computed; `launch.Given`; biases (V,) or None; width: what may be read and written of a row, ≥ V
-Logits = namedtuple("Logits", "student teacher stride given bias_s bias_t V kd_V width")
+# where not computed; `launch.Given`; biases (V,) or None; width: what may be read and written of a row, ≥ V; mask (V,)
+# bool or None: the tokens that the KD term is over
+Logits = namedtuple("Logits", "student teacher stride given bias_s bias_t V kd_V width mask")
 # The rows of one program: r [R] of the chunk, n [R] of all tokens, where there are fewer the last again; inside [R],
 # active [R]; offset, given_offset [R] to the rows' first logits; zero [R], of the dtype in which everything is computed
 Rows = namedtuple("Rows", "r n inside active offset given_offset scales zero")
@@ -120,6 +121,20 @@ def teacher_logits(logits, rows, v, HEADS: tl.constexpr, MASKED: tl.constexpr, K
 
 
 @triton.jit
+def kd_tokens(logits, v, MASKED: tl.constexpr):
+    """Return which tokens v the mask leaves to the KD term. MASKED: they may go past it."""
+    return tl.load(logits.mask + v, mask=v < logits.kd_V if MASKED else None, other=0 if MASKED else None) != 0
+
+
+@triton.jit
+def of_kd(z, logits, v, MASKED: tl.constexpr):
+    """Return logits of tokens v, −inf at those that the mask takes out of the KD term."""
+    if logits.mask is not None:
+        z = tl.where(kd_tokens(logits, v, MASKED), z, -float("inf"))
+    return z
+
+
+@triton.jit
 def _update(
     student, teacher, pair, logits, rows, loss, block, lane, bits_ptr,
     HEADS: tl.constexpr, DIVERGENCE: tl.constexpr, WANT: tl.constexpr, MASKED: tl.constexpr, KEEP: tl.constexpr,
@@ -127,12 +142,14 @@ def _update(
     """Return the states with a block added. An argmax is the first token of the block in which a maximum last rose."""
     v, m_s, m_t = block + lane, student.m, teacher.m
     z_s, _ = student_logits(logits, rows, v, logits.kd_V, HEADS, MASKED, KEEP)
+    z_s = of_kd(z_s, logits, v, MASKED)
     if DIVERGENCE.name == "sparse":
         student, teacher = online.update_sparse(student, teacher, z_s, v, loss, bits_ptr, WANT)
     else:
         z_t = z_s
         if WANT.teacher:
             z_t, _ = teacher_logits(logits, rows, v, HEADS, MASKED, KEEP)
+            z_t = of_kd(z_t, logits, v, MASKED)
         student, teacher, pair = online.update(student, teacher, pair, z_s, z_t, loss, DIVERGENCE, WANT)
     if WANT.metrics:
         student = online.with_argmax(student, tl.where(student.m > m_s, block, student.argmax))
@@ -166,17 +183,33 @@ def statistics_pass(
 
 @triton.jit
 def beyond_pass(
-    student, logits, rows, loss, HEADS: tl.constexpr, WANT: tl.constexpr, LANES: tl.constexpr, KEEP: tl.constexpr
-):
-    """Return the student's `Side` with the tokens added that the teacher's vocabulary does not have; merged."""
+    student, teacher, logits, rows, loss,
+    HEADS: tl.constexpr, WANT: tl.constexpr, LANES: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """Return the student's `Side` with the tokens added that the KD term leaves out, and so the teacher's where what is
+    taken of it sees them, too; merged."""
     STEP: tl.constexpr = LANES * VEC
-    for block in range(logits.kd_V // STEP * STEP, logits.V, STEP):
+    if logits.mask is None:
+        first = logits.kd_V // STEP * STEP
+    else:
+        first = 0
+    for block in range(first, logits.V, STEP):
         v = block + places(STEP, LANES)
+        if logits.mask is None:
+            kd = v < logits.kd_V
+        else:
+            kd = kd_tokens(logits, v, True)
         z_s, _ = student_logits(logits, rows, v, logits.V, HEADS, True, KEEP)
-        z_s = tl.where(v >= logits.kd_V, z_s, -float("inf"))
+        z_s = tl.where(kd, -float("inf"), z_s)
         student, _ = online.update_side(student, z_s, loss.c_s, True, WANT.metrics, WANT.precise)
+        if HEADS.further:
+            z_t, _ = teacher_logits(logits, rows, v, HEADS, True, KEEP)
+            z_t = tl.where(kd, -float("inf"), z_t)
+            teacher, _ = online.update_side(teacher, z_t, loss.c_t, True, WANT.metrics, WANT.precise)
     student, _ = online.merge_side(student, loss.c_s, True, WANT.metrics, WANT.precise)
-    return student
+    if HEADS.further:
+        teacher, _ = online.merge_side(teacher, loss.c_t, True, WANT.metrics, WANT.precise)
+    return student, teacher
 
 
 @triton.jit
@@ -201,11 +234,11 @@ def targets_and_argmaxes(
     if WANT.metrics:
         v = student.argmax[:, None] + tl.arange(0, BLOCK)[None, :]
         z, _ = student_logits(logits, rows, v, logits.kd_V, HEADS, True, KEEP)
-        student = online.with_argmax(student, _first(z, v))
+        student = online.with_argmax(student, _first(of_kd(z, logits, v, True), v))
         if (logits.teacher is not None) or (logits.given.logits is not None):
             v = teacher.argmax[:, None] + tl.arange(0, BLOCK)[None, :]
             z, _ = teacher_logits(logits, rows, v, HEADS, True, KEEP)
-            teacher = online.with_argmax(teacher, _first(z, v))
+            teacher = online.with_argmax(teacher, _first(of_kd(z, logits, v, True), v))
     return student, teacher
 
 
@@ -216,6 +249,7 @@ def _terms(
 ):  # fmt: skip
     z_s, _ = student_logits(logits, rows, v, logits.kd_V, HEADS, MASKED, KEEP)
     z_t, _ = teacher_logits(logits, rows, v, HEADS, MASKED, KEEP)
+    z_s, z_t = of_kd(z_s, logits, v, MASKED), of_kd(z_t, logits, v, MASKED)
     return online.update_terms(total, z_s, z_t, constants, loss, DIVERGENCE, WANT)
 
 
@@ -250,9 +284,13 @@ def _gradients(
     z_t, slope_t = z_s, slope_s
     if TEACHER:
         z_t, slope_t = teacher_logits(logits, rows, v, HEADS, MASKED, "evict_first")
+    if logits.mask is None:
+        kd = v < logits.kd_V
+    else:
+        kd = kd_tokens(logits, v, MASKED)
     grad_s, grad_t, grad_a = gradients(
-        z_s, z_t, slope_s, slope_t, v, block, logits.kd_V, constants, decorrelation, coefficients, loss,
-        TEACHER, HEADS.truncated, DIVERGENCE, GRAD,
+        z_s, z_t, slope_s, slope_t, v, block, kd, constants, decorrelation, coefficients, loss,
+        TEACHER, logits.mask is not None, HEADS, DIVERGENCE, GRAD,
     )  # fmt: skip
     if IN_PLACE:
         tl.debug_barrier()  # the block has been read by every thread before any of it is written
@@ -323,12 +361,14 @@ def row_kernel(
     AGAIN: tl.constexpr = "evict_last" if WRITES or SECOND else "evict_first"
 
     student, teacher, pair = statistics_pass(logits, rows, loss, None, HEADS, DIVERGENCE, WANT, BLOCK, LANES, AGAIN)
-    beyond = student
+    beyond_s, beyond_t = student, teacher
     student, teacher, pair = online.merge_threads(student, teacher, pair, loss, DIVERGENCE, WANT)
     value, constants, dots = online.finalize(student, teacher, pair, loss, DIVERGENCE, WANT)
     if HEADS.truncated:
-        beyond = beyond_pass(beyond, logits, rows, loss, HEADS, WANT, LANES, AGAIN)
-        student, constants = online.whole_vocabulary(student, beyond, constants, WANT.precise)
+        beyond_s, beyond_t = beyond_pass(beyond_s, beyond_t, logits, rows, loss, HEADS, WANT, LANES, AGAIN)
+        student, teacher, constants = online.whole_vocabulary(
+            student, teacher, beyond_s, beyond_t, constants, HEADS.further, WANT.precise
+        )
     student, teacher = targets_and_argmaxes(student, teacher, logits, rows, loss, HEADS, WANT, BLOCK, AGAIN)
     if SECOND:
         KEEP: tl.constexpr = "evict_last" if WRITES else "evict_first"
@@ -359,14 +399,14 @@ def states_kernel(
     logits, tensors, stride_c, start, m,
     scale_s: "fp64", softcap_s: "fp64", scale_t: "fp64", softcap_t: "fp64", parameter: "fp64", second: "fp64",
     bits,  # (m, words) int32 or None
-    states_ptr,  # (15, m), or (21, m) where truncated: student, teacher, pair, the student's tokens beyond
+    states_ptr,  # (15, m) student, teacher, pair; where truncated (21, m), the student's tokens beyond; or (27, m)
     HEADS: tl.constexpr, DIVERGENCE: tl.constexpr, WANT: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
     LANES: tl.constexpr,
 ):  # fmt: skip
     """The statistics of the vocabulary that is here, before what is only known with the rest of it."""
     rows = open_rows(logits, tensors, start, m, scale_s, softcap_s, scale_t, softcap_t, HEADS, R)
     if tl.max(rows.active.to(tl.int32), axis=0) == 0:
-        store_zeros(states_ptr, m, rows, online.STATE + (online.SIDE if HEADS.truncated else 0))
+        store_zeros(states_ptr, m, rows, online.STATE + online.SIDE * (HEADS.truncated + HEADS.further))
         return
     loss = online.load_loss(tensors, parameter, second, rows.n, rows.inside, rows.zero.dtype, WANT.precise)
     bits_ptr = bits.pointer
@@ -379,8 +419,11 @@ def states_kernel(
     states_ptr += rows.r
     if HEADS.truncated:
         nothing = online.empty_side(tl.zeros([R, LANES], rows.zero.dtype), WANT.precise)
-        beyond = beyond_pass(nothing, logits, rows, loss, HEADS, WANT, LANES, "evict_last")
-        online.store_tensors(states_ptr + online.STATE * m.to(tl.int64), m, beyond, rows.inside)
+        beyond_s, beyond_t = beyond_pass(nothing, nothing, logits, rows, loss, HEADS, WANT, LANES, "evict_last")
+        beyond_ptr = states_ptr + online.STATE * m.to(tl.int64)
+        online.store_tensors(beyond_ptr, m, beyond_s, rows.inside)
+        if HEADS.further:
+            online.store_tensors(beyond_ptr + online.SIDE * m.to(tl.int64), m, beyond_t, rows.inside)
     student, teacher = targets_and_argmaxes(student, teacher, logits, rows, loss, HEADS, WANT, BLOCK, "evict_last")
     online.store_tensors(states_ptr, m, student + teacher + pair, rows.inside)
 
@@ -457,7 +500,7 @@ def _launch(
     if m == 0:
         return
     biases = (heads.bias, heads.teacher_bias)
-    logits = Logits(z_s, chunk.z_t, z_s.stride(0), heads.given(), *biases, V, heads.kd_vocab, chunk.width)
+    logits = Logits(z_s, chunk.z_t, z_s.stride(0), heads.given(), *biases, V, heads.kd_vocab, chunk.width, heads.mask)
 
     def launch(config: RowConfig) -> None:
         threads = config.warps * (64 if torch.version.hip else 32)
@@ -490,7 +533,7 @@ def solve_rows(chunk: Chunk, grads: Gradients, *, stats: Tensor, config: RowConf
 
 
 def row_states(chunk: Chunk, states: Tensor, *, decorrelate: bool, config: RowConfig | None = None) -> None:
-    """Fill states (15, m), or (21, m) where the vocabulary is truncated, with the statistics of what is here."""
+    """Fill states (15, m), or (21, m) or (27, m), as the heads' flags say, with the statistics of what is here."""
     want = chunk.term.statistics_flags(chunk.teacher, decorrelate)
     _launch(states_kernel, chunk, matrix(chunk.term.bits), states, WANT=want, config=config)
 

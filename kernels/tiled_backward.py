@@ -61,11 +61,14 @@ def gradients_kernel(
         z_s, slope_s, z_t, slope_t = both_logits(
             parts_s[i], parts_t[i], operands, given_ptr, begin + v, V, kd_V, scales, HEADS, dtype
         )
-        if HEADS.truncated:
-            z_t = tl.where((v < kd_V - begin)[None, :], z_t, -float("inf"))
+        kd = (v < kd_V - begin)[None, :]
+        if operands.mask is not None:
+            kd = (tl.load(operands.mask + tl.minimum(begin + v, V - 1)) != 0)[None, :]
+        elif HEADS.truncated:
+            z_t = tl.where(kd, z_t, -float("inf"))
         grad_s, grad_t, grad_a = gradients(
-            z_s, z_t, slope_s, slope_t, v[None, :], 0, kd_V - begin, constants, decorrelation, coefficients, loss,
-            TEACHER, HEADS.truncated, DIVERGENCE, GRAD,
+            z_s, z_t, slope_s, slope_t, v[None, :], 0, kd, constants, decorrelation, coefficients, loss,
+            TEACHER, operands.mask is not None, HEADS, DIVERGENCE, GRAD,
         )  # fmt: skip
         # what lies between `width` and the end of its last tile is padding of the slab, and takes the store whole
         mask = inside[:, None] & (start + v < grads.stride)[None, :]

@@ -4,7 +4,7 @@
                  updates the state of `kdfast.kernels.online_softmax`; partial states (splits, state, N)
     combine      merges the parts in order (no atomics: two runs are bit-equal) into row constants and statistics
 
-Where the teacher's vocabulary ends before the student's, what lies beyond is walked apart, for the student alone.
+Tokens that the KD term leaves out are walked apart, for what is taken at τ = 1 alone.
 
 A divergence that is no KL needs both log-sum-exps first and takes both kernels twice: 2u more operations.
 
@@ -25,7 +25,7 @@ from kdfast.kernels.autotune import choose
 from kdfast.kernels.block_sizes import TileConfig, splits_of, threads_of_row
 from kdfast.kernels.launch import Heads, Term, matrix
 from kdfast.kernels.math import added, over_threads
-from kdfast.kernels.tiles import both_logits, lanes, masked, parts, tile
+from kdfast.kernels.tiles import both_logits, lanes, masked, of_mask, parts, tile
 
 
 @triton.jit(do_not_specialize=["N", "tiles_per_split", "begin"])
@@ -37,15 +37,21 @@ def statistics_kernel(
     scale_s: "fp64", softcap_s: "fp64", scale_t: "fp64", softcap_t: "fp64", parameter: "fp64", second: "fp64",
     HEADS: tl.constexpr, DIVERGENCE: tl.constexpr, WANT: tl.constexpr, SECOND: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr,
-    VEC: tl.constexpr,
+    VEC: tl.constexpr, OUTSIDE: tl.constexpr,
 ):  # fmt: skip
+    """OUTSIDE: of the tokens that the mask takes out of the KD term."""
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
     inside = n < N
     loss = online.load_loss(tensors, parameter, second, n, inside, dtype, WANT.precise)
     labels = tl.where(loss.labels < V, loss.labels, -1)  # another launch's; a tile past V has a column of its number
-    loss = online.Loss(labels, *loss[1:])
+    targets = loss.targets
+    if operands.mask is not None:
+        labels = tl.where(tl.load(operands.mask + labels, mask=labels >= 0, other=0) != OUTSIDE, labels, -1)
+        targets = tl.where(targets < V, targets, -1)
+        targets = tl.where(tl.load(operands.mask + targets, mask=targets >= 0, other=0) != OUTSIDE, targets, -1)
+    loss = online.Loss(labels, targets, *loss[2:])
     scales = online.scales_of(scale_s, softcap_s, scale_t, softcap_t, dtype)
     zero = tl.zeros([BLOCK_N, LANES], dtype)
     student, teacher, pair = online.empty_state(zero, WANT.precise)
@@ -72,6 +78,8 @@ def statistics_kernel(
                 z_s, z_t = masked(z_s, z_t, v, V)
             elif start + BLOCK_V > V:  # a branch, which costs the others registers
                 z_s, z_t = masked(z_s, z_t, v, V)
+            if operands.mask is not None:
+                z_s, z_t = of_mask(z_s, z_t, operands.mask, v, V, OUTSIDE)
             z_s, z_t, v = lanes(z_s, LANES, VEC), lanes(z_t, LANES, VEC), lanes(v[None, :], LANES, VEC)
             if SECOND:
                 total = online.update_terms(total, z_s, z_t, constants, loss, DIVERGENCE, WANT)
@@ -119,14 +127,16 @@ def _merge_sides(a, b, c, WANT: tl.constexpr):
 )
 def combine_kernel(
     parts_ptr, stride_parts,  # (splits, state, N)
-    beyond_ptr, stride_beyond,  # (splits_beyond, side, N): the student's past the shared vocabulary, or None
+    beyond_ptr, stride_beyond,  # (splits_beyond, side, N): the student's of tokens that the KD term leaves out, or None
     tensors, stride_c, parameter: "fp64",  # `launch.LossTensors`
     stats_ptr, stride_stats,  # (6, N)
     constants_ptr,  # (12, N): the rows' constants and decorrelation
     merged_ptr,  # (state, N) or None; given = the merged state goes there, and no further
     N, splits, splits_beyond,
     DIVERGENCE: tl.constexpr, WANT: tl.constexpr, CE_GRADIENT: tl.constexpr, SECOND: tl.constexpr, BLOCK: tl.constexpr,
+    FURTHER: tl.constexpr,
 ):  # fmt: skip
+    """FURTHER: below the student's there is the teacher's side of those tokens."""
     dtype: tl.constexpr = parts_ptr.dtype.element_ty
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = n < N
@@ -170,11 +180,16 @@ def combine_kernel(
             return
         value, constants, dots = online.finalize(student, teacher, pair, loss, DIVERGENCE, WANT)
         if beyond_ptr is not None:
-            beyond = student
+            beyond_s, beyond_t = student, teacher
             for split in range(splits_beyond):
-                other = _load_side(beyond_ptr + n + split * stride_beyond.to(tl.int64), stride, inside)
-                beyond, _, _ = _merge_sides(beyond, other, loss.c_s, WANT)
-            student, constants = online.whole_vocabulary(student, beyond, constants, WANT.precise)
+                p = beyond_ptr + n + split * stride_beyond.to(tl.int64)
+                beyond_s, _, _ = _merge_sides(beyond_s, _load_side(p, stride, inside), loss.c_s, WANT)
+                if FURTHER:
+                    other = _load_side(p + online.SIDE * stride, stride, inside)
+                    beyond_t, _, _ = _merge_sides(beyond_t, other, loss.c_t, WANT)
+            student, teacher, constants = online.whole_vocabulary(
+                student, teacher, beyond_s, beyond_t, constants, FURTHER, WANT.precise
+            )
         ce = online.store_statistics(stats_ptr + n, stride_stats, inside & counts, student, teacher, DIVERGENCE, WANT)
 
     if WANT.teacher:
@@ -203,7 +218,7 @@ def statistics(
 
     def launch(config: TileConfig) -> None:
         shared, beyond = partial_states(heads, term, decorrelate=decorrelate, config=config)
-        combine(term, shared, beyond, **out)
+        combine(term, shared, beyond, **out, further=heads.further)
         if heads.teacher and term.entry.base == "":
             sums, _ = partial_states(heads, term, decorrelate=decorrelate, config=config, constants=constants)
             combine(term, sums, None, **out, second=True)
@@ -222,20 +237,29 @@ def config_of(heads: Heads, term: Term, launch: Callable[[TileConfig], Any]) -> 
 def partial_states(
     heads: Heads, term: Term, *, decorrelate: bool, config: TileConfig, constants: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return (splits, state, N) partial states of the shared vocabulary, and of the student's side of what lies beyond,
-    None where nothing does. constants (12, N): given = this is the second pass, which returns its terms alone."""
+    """Return (splits, state, N) partial states of the KD term's tokens, and of the student's side of the others, or of
+    both sides, None where there are no others. constants (12, N): given = this is the second pass, which returns its
+    terms alone."""
     shared = _partial_states(heads, term, constants, config, decorrelate, 0, heads.kd_vocab)
     if not heads.truncated or constants is not None:
         return shared, None
-    student = replace(term, divergence="sparse", targets=None, bits=None)
-    alone = heads.student_alone()
-    return shared, _partial_states(alone, student, None, config, decorrelate, heads.kd_vocab, heads.vocab)
+    rest, begin = rest_of(term, heads), heads.kd_vocab if heads.mask is None else 0
+    seen = heads if heads.further else heads.student_alone()
+    return shared, _partial_states(seen, rest, None, config, decorrelate, begin, heads.vocab, outside=True)
+
+
+def rest_of(term: Term, heads: Heads) -> Term:
+    """Return what is taken of tokens that the KD term leaves out."""
+    if heads.further:
+        return replace(term, divergence="total_variation", bits=None)  # whose first pass is both sides alone
+    return replace(term, divergence="sparse", targets=None, bits=None)
 
 
 def _partial_states(
-    heads: Heads, term: Term, constants: Tensor | None, config: TileConfig, decorrelate: bool, begin: int, end: int
-) -> Tensor:
-    """Return partial states of the tokens from `begin` to `end`."""
+    heads: Heads, term: Term, constants: Tensor | None, config: TileConfig, decorrelate: bool, begin: int, end: int,
+    outside: bool = False,
+) -> Tensor:  # fmt: skip
+    """Return partial states of the tokens from `begin` to `end`, where there is a mask of those in it, or outside."""
     N, second = heads.hidden.shape[0], constants is not None
     row_blocks, tiles = triton.cdiv(N, config.block_n), max(1, triton.cdiv(end - begin, config.block_v))
     splits = splits_of(row_blocks, tiles, heads.hidden.device)
@@ -250,7 +274,7 @@ def _partial_states(
         heads.operands(), heads.given(), matrix(term.bits), tensors, constants, partial,
         N, end, *heads.widths(), per_split, begin, *heads.scalars(), term.parameter, term.second,
         HEADS=heads.flags(config), DIVERGENCE=term.entry, WANT=term.statistics_flags(heads.teacher, decorrelate),
-        SECOND=second, LANES=lanes, VEC=vec, PARTS=config.parts, **config.blocks(),
+        SECOND=second, OUTSIDE=outside, LANES=lanes, VEC=vec, PARTS=config.parts, **config.blocks(),
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return partial
@@ -258,21 +282,21 @@ def _partial_states(
 
 def combine(
     term: Term, parts: Tensor, beyond: Tensor | None, *, stats: Tensor, constants: Tensor, decorrelate: bool,
-    teacher: bool, second: bool = False, merged: Tensor | None = None,
+    teacher: bool, second: bool = False, merged: Tensor | None = None, further: bool = False,
 ) -> None:  # fmt: skip
     """Merge partial states in order, of this process's splits or of all processes'; fill stats (6, N) and constants
     (12, N).
 
     parts (splits, state, N), beyond (splits, ≥ side, N), rows one after the other; teacher: there are two sides of
-    logits; merged (state, N): given = the merged state goes there, and no further."""
+    logits; merged (state, N): given = the merged state goes there, and nowhere else; further: beyond has both sides."""
     N = constants.shape[1]
     assert parts.stride()[1:] == (N, 1)
     assert beyond is None or beyond.stride()[1:] == (N, 1)
-    further = (None, 0) if beyond is None else (beyond, beyond.stride(0))
+    rest = (None, 0) if beyond is None else (beyond, beyond.stride(0))
     combine_kernel[(triton.cdiv(N, COMBINE_BLOCK),)](
-        parts, parts.stride(0), *further, term.tensors(), term.coefficients.stride(0), term.parameter,
+        parts, parts.stride(0), *rest, term.tensors(), term.coefficients.stride(0), term.parameter,
         stats, stats.stride(0), constants, merged,
         N, parts.shape[0], 0 if beyond is None else beyond.shape[0],
         DIVERGENCE=term.entry, WANT=term.statistics_flags(teacher or term.bits is not None, decorrelate),
-        CE_GRADIENT=term.ce_gradient, SECOND=second, BLOCK=COMBINE_BLOCK, num_warps=4,
+        CE_GRADIENT=term.ce_gradient, SECOND=second, BLOCK=COMBINE_BLOCK, FURTHER=further, num_warps=4,
     )  # fmt: skip

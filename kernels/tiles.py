@@ -129,6 +129,13 @@ def masked(z_s, z_t, v, V):
 
 
 @triton.jit
+def of_mask(z_s, z_t, mask_ptr, v, V, OUTSIDE: tl.constexpr):
+    """Return both sides' logits, −inf at tokens that the mask takes out of the KD term, or at the others."""
+    kd = (tl.load(mask_ptr + tl.minimum(v, V - 1)) != OUTSIDE)[None, :]
+    return tl.where(kd, z_s, -float("inf")), tl.where(kd, z_t, -float("inf"))
+
+
+@triton.jit
 def given_logits(pointers, STRIDE: tl.constexpr, v, V, dtype: tl.constexpr, MASKED: tl.constexpr):
     """Return a block of logits the caller gave; pointers [R, 1], v [1, BLOCK], or of more dimensions. MASKED: −inf from
     V on."""

@@ -112,7 +112,6 @@ class TorchVocabParallelRows(TorchRows):
         self.kl = x.divergence_name in ("forward_kl", "reverse_kl")
         self.forward_kl = x.divergence_name == "forward_kl"
         self.second_pass = self.teacher and not self.kl
-        self.further = x.projected and x.truncated  # the anchor sees ids that the KD term does not
         self.targets = {term: x.local(targets) for term, targets in self.targets.items()}
 
     # first pass
@@ -121,7 +120,7 @@ class TorchVocabParallelRows(TorchRows):
         return torch.cat(self.in_blocks(self._packed, rows, z_s, z_t), dim=1)
 
     def _packed(self, rows: slice, z_s: Tensor, z_t: Tensor | None) -> Tensor:
-        return self._state(rows, z_s, z_t).packed(self.further)
+        return self._state(rows, z_s, z_t).packed(self.x.further)
 
     def _state(self, rows: slice, z_s: Tensor, z_t: Tensor | None) -> State:
         x = self.x
@@ -164,7 +163,7 @@ class TorchVocabParallelRows(TorchRows):
         return side, x, e
 
     def merge(self, rows: slice, states: Tensor) -> Constants:
-        x, stats, of = self.x, self.stats, State.of_all(states, self.further)
+        x, stats, of = self.x, self.stats, State.of_all(states, self.x.further)
         student = _merged(of.student.m, of.student.S, self.tau)
         teacher = _merged(of.teacher.m, of.teacher.S, self.tau_t)
         log_s, log_t = student.S.log(), teacher.S.log()

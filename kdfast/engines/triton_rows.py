@@ -58,17 +58,18 @@ class TritonRows:
 
 def count_of_states(x: Problem) -> int:
     """Return how many numbers per row `row_states` leaves."""
-    return STATE.value + (SIDE.value if x.truncated else 0)
+    return STATE.value + SIDE.value * (x.truncated + x.further)
 
 
 def combine_states(x: Problem, term: Term, rows: slice, states: Tensor, *, stats: Tensor, decorrelate: bool) -> Tensor:
     """Return the rows' constants and decorrelation (12, m), from states (slices, ≥ numbers, m); fill `stats[:, rows]`.
     """
     constants = states.new_empty(CONSTANTS.value + 1, states.shape[-1])
-    beyond = states[:, STATE.value :] if x.truncated else None  # the student's side alone
+    beyond = states[:, STATE.value : count_of_states(x)] if x.truncated else None
     teacher = x.teacher_hidden is not None or x.teacher_logits is not None or (x.sparse and sparse.has_rest(x))
     parts, out = states[:, : STATE.value], {"stats": stats[:, rows], "constants": constants}
-    combine(term_of_rows(term, rows), parts, beyond, **out, decorrelate=decorrelate, teacher=teacher)
+    how = {"decorrelate": decorrelate, "teacher": teacher, "further": x.further}
+    combine(term_of_rows(term, rows), parts, beyond, **out, **how)
     return constants
 
 
@@ -109,6 +110,7 @@ def heads_of(x: Problem) -> Heads:
         kd_vocab=x.kd_vocab,
         tf32=matmul.tf32(x.hidden.device),
         truncated=x.truncated,
+        mask=x.kd_mask,
     )
 
 

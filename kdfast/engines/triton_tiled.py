@@ -33,7 +33,7 @@ from kdfast.kernels.launch import Gradients, Heads, Term
 from kdfast.kernels.logit_gradients import add_column_sums
 from kdfast.kernels.online_softmax import CONSTANTS, STATE, TERMS
 from kdfast.kernels.tiled_backward import slab_gradients
-from kdfast.kernels.tiled_forward import combine, config_of, partial_states, statistics
+from kdfast.kernels.tiled_forward import combine, config_of, partial_states, rest_of, statistics
 from kdfast.ops import collectives, matmul
 from kdfast.ops.planning import (
     active_rows,
@@ -98,9 +98,10 @@ def _statistics_of_all(x: Problem, heads: Heads, term: Term, stats: Tensor, rows
     states = [merged(parts, term, heads.teacher)]
     number_from(x, states[0])
     if beyond is not None:
-        states.append(merged(beyond, replace(term, bits=None), teacher=False))
+        states.append(merged(beyond, rest_of(term, heads), teacher=heads.further))
     both = collectives.all_gather(torch.stack(states), x.group).wait()
-    combine(term, both[:, 0], None if beyond is None else both[:, 1], **out, teacher=heads.teacher)
+    rest = None if beyond is None else both[:, 1]
+    combine(term, both[:, 0], rest, **out, teacher=heads.teacher, further=heads.further)
     if second:
         parts, _ = partial_states(heads, term, **how, config=config, constants=rows)
         sums = merged(parts, term, True, second=True)

@@ -68,7 +68,7 @@ class TritonVocabParallelRows:
         constants = combine_states(x, self.term, rows, states, stats=self.stats, decorrelate=self.decorrelate)
         if not x.sparse:
             return Constants(constants)
-        at = triton_sparse.entries_of(x, rows, states[:, STATE.value :].sum(dim=0).t().contiguous())
+        at = triton_sparse.entries_of(x, rows, states[:, count_of_states(x) :].sum(dim=0).t().contiguous())
         found = triton_sparse.solve(x, rows, at, constants, self.scale)
         triton_sparse.record(x, rows, found, self.stats)
         inside = triton_sparse.inside(x, rows, at, found, constants, self.scale, self.dtype)
@@ -109,7 +109,7 @@ class TritonVocabParallelRows:
 def empty_states(states: Tensor) -> None:
     """Fill states (…, numbers, rows) with those of no tokens."""
     states.zero_()
-    for first in (0, SIDE.value, STATE.value):
+    for first in (0, SIDE.value, STATE.value, STATE.value + SIDE.value):
         if first < states.shape[-2]:
             states[..., first, :] = LOWEST.value
 

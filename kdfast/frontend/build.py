@@ -37,7 +37,7 @@ def build_problem(x: Arguments) -> tuple[Problem, Tensor]:
         teacher=isinstance(x.teacher, (Head, Projected)),
         scratch_bytes=options.scratch_bytes or 0,
         buffers=2 if vocabulary.group else 1,
-        kernels=has_kernels(options.divergence, x.teacher) and options.kd_vocab_mask is None,
+        kernels=has_kernels(options.divergence, x.teacher),
     )
     teacher = _teacher(x.teacher, student, valid_vocab, engine, x.kd_vocab_mask)
     double = torch.float64 in (hidden.dtype, None if teacher.hidden is None else teacher.hidden.dtype)

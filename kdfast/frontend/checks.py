@@ -386,8 +386,6 @@ def _check_kd_vocab_mask(x: Arguments) -> None:
     check_mask(mask, x.student)
     if mask is None:
         return
-    if x.options.engine.startswith("triton"):
-        raise ValueError(f"kd_vocab_mask with engine={x.options.engine!r}, which does not take it yet; use 'torch'")
     if isinstance(teacher, SparseLogits) and teacher.tail == "bucket" and teacher.log_tail is None:
         raise ValueError(
             "kd_vocab_mask with teacher: SparseLogits.tail='bucket' and no log_tail; what the entries leave of 1 is on "

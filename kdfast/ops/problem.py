@@ -108,6 +108,11 @@ class Problem:
         masked = self.kd_mask is not None and (self.use_ce or self.use_anchor or self.want_metrics)
         return masked or self.kd_size < self.vocab_size
 
+    @property
+    def further(self) -> bool:
+        """Whether what is taken of the teacher at τ = 1 sees entries that the KD term does not: it shares the head."""
+        return self.projected and self.truncated
+
     def of_kd(self, z: Tensor) -> Tensor:
         """Return logits (r, ≥ kd_vocab) as the KD term sees them: (r, kd_vocab), −inf at ids that it leaves out."""
         z = z[:, : self.kd_vocab]

@@ -362,7 +362,7 @@ def a_problem(one_of):
     valid_vocab = one_of("valid_vocab", None, None, max(1, vocab - 1), max(1, vocab // 2), vocab)
     truncate = one_of("truncate", "error", "error", "truncate")
     masked = one_of("masked", False, False, False, True)
-    kd_mask = one_of("kd_mask", False)
+    kd_mask = one_of("kd_mask", False, False, True)
 
     def a_given(which):
         def of(what, *choices):

@@ -20,7 +20,7 @@ from kdfast import Head, Logits, SparseLogits
 
 KINDS = [
     "projected", "hidden", "head", "logits", "renormalize", "bucket", "log_tail", "renormalize_both", "weights",
-    "nothing", "truncated",
+    "nothing", "truncated", "masked",
 ]  # fmt: skip
 PROJECTED = ("projected", "hidden")
 ENGINES = ["reference", "torch", "triton_chunked", "triton_tiled"]

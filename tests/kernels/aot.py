@@ -144,9 +144,10 @@ def scratch(rows: int, V: int, dtype: torch.dtype = torch.float32) -> torch.Tens
 def heads_of(
     V: int, N: int, dtype: torch.dtype, *, extra: torch.Tensor | None = None, softcap: float | None = None,
     own: int | None = None, teacher: bool = True, given: torch.Tensor | None = None, shared: int | None = None,
-    tf32: bool = False,
+    tf32: bool = False, masked: bool = False,
 ) -> Heads:  # fmt: skip
-    """own: width of the teacher's own head; given: its logits instead; shared: its vocabulary, where smaller."""
+    """own: width of the teacher's own head; given: its logits instead; shared: its vocabulary, where smaller; masked:
+    KD is over some of the tokens."""
     Hs, kd_V = 768, shared or V
     teacher_hidden = meta(N, own or Hs, dtype=dtype) if teacher and given is None else None
     teacher_weight = meta(kd_V, own, dtype=dtype) if own is not None else None
@@ -154,7 +155,7 @@ def heads_of(
     return Heads(
         meta(N, Hs, dtype=dtype), meta(V, Hs, dtype=dtype), extra, 1.0, softcap,
         teacher_hidden, teacher_weight, extra, 1.0, softcap, given, offsets, V, kd_V, tf32,
-        kd_V < V,
+        kd_V < V or masked, meta(V, dtype=torch.bool) if masked else None,
     )  # fmt: skip
 
 
@@ -220,6 +221,12 @@ def row_cases(arch: str, V: int) -> Iterator[Case]:
     few = few if arch in ("sm_100", "sm_120") else None
     x = chunk(given, usual("skew_kl", fixed=True), None)
     yield solve("skew_kl, given logits, truncated", x, Gradients.of(grad_s), few)
+
+    for divergence in ("forward_kl", "jsd"):
+        x = chunk(heads_of(V, TOKENS, torch.bfloat16, own=768, masked=True), usual(divergence, fixed=True))
+        yield solve(f"some tokens: {divergence}, own head, CE", x, Gradients.of(grad_s))
+    x = chunk(full(masked=True), term_of(TOKENS, "forward_kl", labels=True, heavy=True))
+    yield solve("some tokens: forward_kl, everything", x, everything)
 
     # one slice of the vocabulary: what processes do between their collectives
     constants, states, decorrelate = meta(12, CHUNK), meta(25, CHUNK), {"decorrelate": True, **how}
@@ -298,6 +305,13 @@ def tile_cases(
             "given logits, truncated": (
                 heads_of(V, N, dtype, given=meta(N, V, dtype=dtype), shared=V - 257),
                 terms("skew_kl", labels=True, heavy=False, fixed=True),
+            ),
+            "some tokens, own head": (
+                heads_of(V, N, dtype, own=even, masked=True), terms("forward_kl", labels=True, heavy=False, fixed=True)
+            ),
+            "some tokens, everything": (
+                heads_of(V, N, dtype, extra=bias, softcap=30.0, masked=True),
+                terms("forward_kl", labels=True, heavy=True),
             ),
             "sparse": (
                 heads_of(V, N, dtype, teacher=False), terms("sparse", labels=True, heavy=False, bits=bits)

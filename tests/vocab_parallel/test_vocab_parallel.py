@@ -133,8 +133,6 @@ def test_transforms_are_right_on_the_reference_and_refused_elsewhere(pool, kind)
 def test_dtensors(pool, engine, mask):
     """W, b sharded by torch on the mesh that is passed; replicated hidden states get a replicated gradient."""
     options = {"ce_weight": 0.5, "divergence": "jsd"}
-    if mask != "none" and engine.startswith("triton"):
-        pytest.skip("the kernels do not take it yet")
     if mask != "none":
         options["kd_vocab_mask"] = torch.arange(101) % 3 > 0
     for loss, found in pool.run(4, meshes.sharded, 3, engine, mask == "sharded", **options):
