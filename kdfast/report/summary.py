@@ -33,7 +33,7 @@ def summarize(trainer: KDTrainer, evaluation: dict[str, float]) -> dict[str, Any
         "device": torch.cuda.get_device_name(device) if on_gpu else f"{device.type}, {torch.get_num_threads()} threads",
         "student_parameters": model.student.num_parameters(),
         "student_trained_parameters": model.student.num_parameters(only_trainable=True),
-        "teacher_parameters": None if model.teacher is None else model.teacher.num_parameters(),
+        "teacher_parameters": sum(one.num_parameters() for one in model.teachers.values()) or None,
         "operations_per_token": sum(trainer.price),
         "times_lm_only": trainer.price.ratio,
         "seed": trainer.args.seed,

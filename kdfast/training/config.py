@@ -35,6 +35,8 @@ GREATER_IS_BETTER: dict[str, bool | None] = {
     **dict.fromkeys(("student_entropy", "teacher_entropy", "tokens"), None),
 }
 
+OF_EACH = ("kl_teacher_student", "kl_teacher_projected", "kd")  # of several teachers: also kd_<name> and so on
+
 # what is expected of numbers → whether it holds, and of which fields
 NUMBERS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "a number ≥ 0": (lambda x: x >= 0, (
@@ -179,6 +181,16 @@ class KDConfig(TrainingArguments):
     cache_temperatures: list[float] | None = _field(None, "Of the runs to come, besides 1; default: the run's.")
     cache_shard_tokens: int | None = _field(None, "Tokens in a shard; None = a 64th of the text, 2^14 to 2^20.")
 
+    teacher_weights: list[float] | None = _field(
+        None, "Of several teachers, what multiplies each one's KD term; None = equal ones that sum to 1."
+    )
+    teacher_column: str | None = _field(
+        None,
+        "Each row learns from the one of several teachers that this column names; None = teacher_id, if it is there.",
+    )
+    offload_teachers: bool = _field(
+        False, "Keep teachers on the CPU; their layers are copied to the device one by one, as they run."
+    )
     shard_teacher: bool = _field(False, "Under FSDP: shard the teacher too, in place of a whole copy per process.")
     non_finite: str = _field("stop", "At a loss or gradient that is not finite: stop, or skip the step (synchronizes).")
     max_skipped_steps: int = _field(10, "With non_finite=skip: so many steps in a row stop the run nevertheless.")
@@ -335,6 +347,7 @@ def _greater_is_better(metric: str) -> bool | None:
     None for a name that is not known here; TrainingArguments decides on those.
     """
     known = max((name for name in GREATER_IS_BETTER if f"_{metric}".endswith(f"_{name}")), key=len, default=None)
+    known = known or next((name for name in OF_EACH if f"_{name}_" in f"_{metric}"), None)  # of one of several teachers
     if known is None:
         return None
     if (greater := GREATER_IS_BETTER[known]) is None:

@@ -110,6 +110,11 @@ def place_teacher(model: DistillationModel, accelerator: Accelerator, shard: boo
         )
     if shard and not {id(p) for p in teacher.parameters()}.isdisjoint(map(id, model.student.parameters())):
         raise ValueError("shard_teacher=True, and the teacher shares the student's weights; leave shard_teacher out")
+    if shard and model.several:
+        raise ValueError(
+            f"shard_teacher=True with several teachers ({', '.join(model.several)}), which is not supported. Leave it "
+            "out: every process has them whole; offload_teachers=True keeps them on the CPU"
+        )
     if is_dispatched(teacher):
         if shard:
             raise ValueError(

@@ -18,9 +18,11 @@ from torch import Tensor
 from kdfast.inputs import same_vocabulary
 from kdfast.loss import KDMetrics
 from kdfast.training.cache.read import cached_blocks
+from kdfast.training.config import OF_EACH
 from kdfast.training.data.columns import brings_teacher, names_of
 from kdfast.training.hf import IGNORE_INDEX, head_shape
 from kdfast.training.model import DistillationModel, DistillationOutput
+from kdfast.training.teachers.side import Learned
 
 Reduce = Callable[[Tensor], Tensor]  # sums a tensor over the processes
 
@@ -62,8 +64,9 @@ class TokenMeans:
 class TrainingMeter:
     """Collect metrics and speed between two log lines, and count the tokens of the run."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._means = TokenMeans((*LOGGED.values(), "aux_loss"), device)
+    def __init__(self, device: torch.device, teachers: Iterable[str] = ()) -> None:
+        """Take the names of several teachers, of which each has a kd of its own."""
+        self._means = TokenMeans((*LOGGED.values(), "aux_loss", *(f"kd_{name}" for name in teachers)), device)
         self._tokens = torch.zeros((), device=device, dtype=self._means._sums.dtype)  # since the last count
         self._since = math.nan
 
@@ -78,9 +81,11 @@ class TrainingMeter:
         aux_loss: Tensor | None = None,
         targets: Tensor | None = None,
         compared: Tensor | None = None,
+        by_teacher: Mapping[str, Learned] | None = None,
     ) -> None:
         targets = metrics.tokens if targets is None else targets
         _add(self._means, {**named(metrics), "aux_loss": aux_loss}, targets, metrics.tokens, compared)
+        _add_each(self._means, by_teacher)
         self._tokens += targets
 
     def read(self, reduce: Reduce) -> dict[str, float]:
@@ -148,9 +153,10 @@ class EvaluationMeter:
         "steps_per_second",
     )  # from runtime on Trainer's
 
-    def __init__(self, device: torch.device, lengths: Tensor | None = None) -> None:
-        """lengths: (V,) bytes of each id, None where they are not known."""
-        self._means = TokenMeans((*self.NAMES, "bytes"), device)
+    def __init__(self, device: torch.device, lengths: Tensor | None = None, teachers: Iterable[str] = ()) -> None:
+        """lengths: (V,) bytes of each id, None where they are not known. teachers: names of several."""
+        each = (f"{x}_{name}" for name in teachers for x in OF_EACH)
+        self._means = TokenMeans((*self.NAMES, "bytes", *each), device)
         self._lengths = None if lengths is None else lengths.to(device)
 
     def add(self, output: DistillationOutput, targets: Tensor) -> None:
@@ -163,6 +169,7 @@ class EvaluationMeter:
             values |= {name: value for name, value in output.fidelity._asdict().items() if value is not None}
         counted = output.metrics.tokens if output.targets is None else output.targets
         _add(self._means, values, counted, output.metrics.tokens, output.compared)
+        _add_each(self._means, output.by_teacher)
 
     def read(self, reduce: Reduce) -> dict[str, float]:
         """Return the means there are, `perplexity`, `bits_per_byte` and `tokens`."""
@@ -189,6 +196,15 @@ def _add(
     means.add(values, targets)
 
 
+def _add_each(means: TokenMeans, by_teacher: Mapping[str, Learned] | None) -> None:
+    """Add what each of several teachers is logged with, under its name."""
+    for name, one in (by_teacher or {}).items():
+        if f"kd_{name}" in means.names:
+            means.add({f"kd_{name}": one.metrics.kd}, one.metrics.tokens)
+            found = {} if one.fidelity is None else one.fidelity._asdict()
+            means.add({f"{x}_{name}": value for x, value in found.items()}, one.compared)
+
+
 def evaluated(model: DistillationModel, dataset: Any, knows_bytes: bool = False) -> list[str]:
     """Return the names of what an evaluation of `model` logs, on a `dataset` whose rows have targets.
 
@@ -202,8 +218,9 @@ def evaluated(model: DistillationModel, dataset: Any, knows_bytes: bool = False)
         own = "teacher_indices" in names and (model.teacher_tail == "bucket" or "teacher_log_tails" in names)
         known = any(one.description.method != "sample" for one in blocks) or (own and not blocks)
     else:
-        rows = head_shape(model.student)[0], head_shape(model.teacher)[0]
-        known = model.shared_head is not None or same_vocabulary(*rows, model.valid_vocab, model.loss_options["vocab"])
+        options = (model.valid_vocab, model.loss_options["vocab"])
+        rows, theirs = head_shape(model.student)[0], [head_shape(one)[0] for one in model.teachers.values()]
+        known = model.shared_head is not None or all(same_vocabulary(rows, one, *options) for one in theirs)
     if not known:
         absent |= {"kl_teacher_student", "kl_teacher_projected"}
     if teacher in ("none", "own_head", "shared_head", "cached"):
@@ -216,7 +233,8 @@ def evaluated(model: DistillationModel, dataset: Any, knows_bytes: bool = False)
         absent |= {"aux_loss"}
     if not knows_bytes:
         absent |= {"bits_per_byte"}
-    return [name for name in (*EvaluationMeter.NAMES, *EvaluationMeter.ADDED) if name not in absent]
+    logged = [name for name in (*EvaluationMeter.NAMES, *EvaluationMeter.ADDED) if name not in absent]
+    return logged + [f"{x}_{name}" for name in model.several for x in OF_EACH if x in logged]
 
 
 def check_best(metric: str, model: DistillationModel, eval_dataset: Any, knows_bytes: bool = False) -> None:

@@ -137,10 +137,11 @@ class DistillationModel(nn.Module):
         if recipe == AUTO:
             recipe = choose_recipe_of_all(student, teachers, valid_vocab, vocab, other).recipe
         self.recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
+        asked = [*teachers.values()]
         teachers = {k: self._copy_student(student, x) if isinstance(x, str) else x for k, x in teachers.items()}
         self.average: Average | None = None  # of the student's weights, which the teacher follows
         if teacher_update_rate is not None:
-            self._check_average(teacher, teacher_update_rate)
+            self._check_average(asked, teacher_update_rate)
             self.average = Average(student, next(iter(teachers.values())), teacher_update_rate)
         self.divergence = self.recipe.make_divergence()
         self.loss_options: dict[str, Any] = {
@@ -191,9 +192,9 @@ class DistillationModel(nn.Module):
             )
         return copy_student(student)
 
-    def _check_average(self, asked: Any, update_rate: float) -> None:
+    def _check_average(self, asked: list[Any], update_rate: float) -> None:
         """Raise ValueError where no teacher could follow the student, or the recipe would not see that it does."""
-        if asked != SELF:
+        if asked != [SELF]:
             raise ValueError(f"teacher_update_rate={update_rate:g}; expected teacher='self', alone, with it")
         if self.recipe.teacher in ("none", "cached", "compressed_head"):
             raise ValueError(
@@ -325,6 +326,11 @@ class DistillationModel(nn.Module):
     def teachers(self) -> dict[str, PreTrainedModel]:
         """The teachers that run, by name."""
         return self.sides.models
+
+    @property
+    def several(self) -> list[str]:
+        """The teachers' names where there are several, as in the keys of logs; empty for one."""
+        return [*self.sides] if len(self.sides) > 1 else []
 
     def _check_trainable(self, labels: Tensor | None) -> None:
         """Raise where there is nothing to learn, starts have not been solved, or a gradient would be missing."""

@@ -11,13 +11,14 @@ import functools
 import inspect
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import cpu_offload
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
@@ -30,7 +31,7 @@ from kdfast.param_groups import distillation_param_groups
 from kdfast.plan.price import Price, price_per_token, size_of
 from kdfast.schedules import Schedule
 from kdfast.training import fsdp
-from kdfast.training.adapters import adapt, check_adapter, unwrap
+from kdfast.training.adapters import adapt, check_adapter
 from kdfast.training.cache.description import teacher_fingerprint
 from kdfast.training.cache.precompute import Precomputation
 from kdfast.training.cache.read import cached_blocks, check_datasets, take_head
@@ -51,18 +52,27 @@ from kdfast.training.data.packing import PaddingCollator, check_apart
 from kdfast.training.data.rows import PACKED, PROMPTS, PROMPTS_MASK, Collator
 from kdfast.training.data.shared_vocabulary import SharedVocabulary, token_lengths
 from kdfast.training.data.text import check_positions, columns_of
-from kdfast.training.data.tokenizers import check_tokens, find_valid_vocab, own_tokenizer, text_tokenizer, tokenizer_of
+from kdfast.training.data.tokenizers import check_tokens, own_tokenizer, text_tokenizer, tokenizer_of
 from kdfast.training.durable import processes, resume
 from kdfast.training.durable.trainer import DurableTrainer, replaced
-from kdfast.training.hf import IGNORE_INDEX, head_shape, may_skip_parameters
+from kdfast.training.hf import IGNORE_INDEX, head_shape, is_dispatched, may_skip_parameters
 from kdfast.training.initialization.calibration import Start
 from kdfast.training.metrics import EvalLogProbs, EvaluationMeter, TrainingMeter, check_best, memory_bytes
 from kdfast.training.model import DistillationModel
 from kdfast.training.nan_guard import NonFiniteGuard
 from kdfast.training.on_policy.run import WRITER, OnPolicy, PromptCollator
-from kdfast.training.recipes import AUTO, FROM_CACHE, Choice, choose_recipe
+from kdfast.training.recipes import AUTO, FROM_CACHE, Choice
 from kdfast.training.teachers.own_inputs import NAMES
 from kdfast.training.teachers.self_teacher import TeacherUpdate
+from kdfast.training.teachers.several import (
+    COLUMN,
+    choose_recipe_of_all,
+    column_of,
+    find_column,
+    find_valid_vocab_of_all,
+    name_teachers,
+    read_route,
+)
 
 # Methods of transformers.Trainer that are private and overridden all the same, here and in DurableTrainer, and why.
 PRIVATE_OVERRIDES = {
@@ -106,6 +116,9 @@ class KDTrainer(DurableTrainer):
         args: a `KDConfig`.
         teacher: for a student that is not wrapped yet; None under "lm_only" and "cached", which otherwise use it for
             evaluation; "self", the student's own weights at the start (`KDConfig.teacher_update_rate`: their average).
+            Several: a list, or a mapping from names. Every row learns from all, under `teacher_weights`, or from the
+            one that its `teacher_id` (`teacher_column`) names; kd_<name>, evaluated kl_teacher_student_<name> and
+            kl_teacher_projected_<name>, are of one.
         peft_config: as in `DistillationModel`. A student with an adapter is trained and saved as that adapter alone:
             `PeftModel.from_pretrained(base, output_dir)` reads it, and `kdfast merge` makes a whole model of it.
         train_dataset, eval_dataset, processing_class, data_collator, callbacks, optimizers: as in Trainer. A tokenizer
@@ -135,7 +148,7 @@ class KDTrainer(DurableTrainer):
         model: PreTrainedModel | DistillationModel | None = None,
         args: KDConfig | None = None,
         *,
-        teacher: PreTrainedModel | str | None = None,
+        teacher: PreTrainedModel | str | Sequence[Any] | Mapping[str, Any] | None = None,
         peft_config: Any = None,
         model_init: Callable[..., Any] | None = None,
         train_dataset: Any = None,
@@ -178,13 +191,16 @@ class KDTrainer(DurableTrainer):
             set_seed(args.seed)
             model = super().call_model_init()  # type: ignore[assignment]
         collator, self.counts = data_collator, {}
-        student, live = model, teacher
+        student, teachers = model, name_teachers(teacher)
+        live = {**teachers}
         if isinstance(model, DistillationModel):
-            student, live = model.student, model.teacher
-        self._other = _other_tokenizer(student, unwrap(live, "teacher"), processing_class, args)
+            student, live = model.student, model.teachers
+        only = next(iter(live.values()), None) if len(live) == 1 else None
+        self._other = _other_tokenizer(student, only, processing_class, args)
         with args.main_process_first(desc="tokenizing"):
+            how = (processing_class, student, args, data_collator is None, len(live))
             train_dataset, eval_dataset = (
-                self._tokenized(name, dataset, processing_class, student, args, data_collator is None, prompts)
+                self._tokenized(name, dataset, *how, prompts)
                 for name, dataset, prompts in (
                     ("train_dataset", train_dataset, args.prompts), ("eval_dataset", eval_dataset, None),
                 )
@@ -194,7 +210,7 @@ class KDTrainer(DurableTrainer):
         datasets = by_name(train_dataset=train_dataset, eval_dataset=eval_dataset)
         check_columns(datasets, args.remove_unused_columns and collator is None)
         self.args, self._text = args, train_dataset
-        self._wrapping = (unwrap(teacher, "teacher"), peft_config, processing_class, datasets)
+        self._wrapping = (teachers, peft_config, processing_class, datasets)
         self._schedules = kd_weight_schedule, temperature_schedule
         model, choice, wrapped_here = self._wrapped(model)
         own = type(self).evaluate is KDTrainer.evaluate and type(self).evaluation_loop is KDTrainer.evaluation_loop
@@ -233,29 +249,33 @@ class KDTrainer(DurableTrainer):
 
     def _wrapped(self, model: Any) -> tuple[DistillationModel, Choice | None, bool]:
         """Return `model` under the recipe, and what `_adopt` is given."""
-        teacher, peft_config, processor, datasets = self._wrapping
-        own = {"teacher": teacher, "peft_config": peft_config, "teacher_update_rate": self.args.teacher_update_rate}
+        teachers, peft_config, processor, datasets = self._wrapping
+        names = ("teacher_weights", "offload_teachers", "teacher_update_rate")
+        own = {"teacher": teachers, "peft_config": peft_config, **{name: getattr(self.args, name) for name in names}}
         choice: Choice | None = None
         wrapped_here = not isinstance(model, DistillationModel)
         if wrapped_here:
             set_seed(self.args.seed)  # the adapter's start
             shared = None if self._other is None else self._other.vocabulary
-            model, choice = _wrap(adapt(model, peft_config), self.args, teacher, processor, datasets, shared)
-        elif given := [name for name, x in own.items() if x is not None]:
+            model, choice = _wrap(adapt(model, peft_config), self.args, teachers, processor, datasets, shared)
+        elif given := [name for name, x in own.items() if x]:
             raise ValueError(f"{given[0]} is given besides a DistillationModel, which has its own; leave it out")
         elif isinstance(processor, PreTrainedTokenizerBase):
             check_tokens("student", processor, tokenizer_of(model.student), model.valid_vocab)
-            if model.teacher is not None and model.shared_head is None:
-                check_tokens("teacher", processor, own_tokenizer(model.teacher), model.valid_vocab)
+            for side in model.sides.values():
+                if side.model is not None and model.shared_head is None:
+                    check_tokens(side.role, processor, own_tokenizer(side.model), model.valid_vocab)
         check_adapter(model.student)
         packed = self.args.packing or any(PACKED in names_of(dataset) for dataset in datasets.values())
         longest = max((counts.longest for counts in self.counts.values()), default=0)
-        for role, one in {"student": model.student, "teacher": model.teacher}.items():
+        sides = {side.role: side.model for side in model.sides.values()}
+        for role, one in {"student": model.student, **sides}.items():
             if one is not None:
                 check_positions(role, one, longest, "a row of {} tokens")
             if one is not None and packed:
                 check_apart(one, role)
         check_datasets(model, datasets, self._schedules[1])
+        self._teacher_column = find_column(self.args.teacher_column, model.sides, datasets, self.args.packing)
         return model, choice, wrapped_here
 
     def _adopt(self, choice: Choice | None, wrapped_here: bool) -> None:
@@ -263,6 +283,8 @@ class KDTrainer(DurableTrainer):
         model, args, (kd_weight_schedule, temperature_schedule) = self.model, self.args, self._schedules
         if choice is not None:
             processes.print_once(str(choice))
+        if model.several:
+            processes.print_once(model.sides.describe(self._teacher_column))
         sharded, processor = self.is_fsdp_enabled and args.shard_teacher, self._wrapping[2]
         before = Precomputation(
             model, args, self._text, wrapped_here, temperature_schedule, sharded, self._collator, processor
@@ -291,12 +313,14 @@ class KDTrainer(DurableTrainer):
         """
         if isinstance(given, dict):
             return {k: self._tokenized(f"{argument}[{k!r}]", one, *how) for k, one in given.items()}
-        processor, student, args, raw, prompts = how
+        processor, student, args, raw, n_teachers, prompts = how
         rows, whole = given, False
         if raw and is_raw_text(given) and not media_columns(given):  # the latter are refused below
             if (tokenizer := text_tokenizer(processor, student)) is None:
                 raise ValueError(f"{argument} has text, and processing_class is None; expected its tokenizer")
+            column = column_of(args.teacher_column, args.teacher_weights, n_teachers, columns_of(given))
             options = {"argument": argument, "prompts": prompts, "teacher_tokenizer": self._other, **args.data_options}
+            options["teacher_column"] = column
             rows, self.counts[argument] = tokenize_dataset(given, tokenizer, **options)
             if args.chat_template is not None:
                 tokenizer.chat_template = read_template(args.chat_template)  # saved with the student
@@ -318,7 +342,7 @@ class KDTrainer(DurableTrainer):
         self.is_fsdp_enabled = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
 
     def _start_run(self) -> None:
-        self._meter = TrainingMeter(self.args.device)
+        self._meter = TrainingMeter(self.args.device, self.model.several)
         self._solved_at = -1  # the step before which the projector was solved again
         self._guard = NonFiniteGuard(
             self.args.device,
@@ -478,7 +502,11 @@ class KDTrainer(DurableTrainer):
     @property
     def _collator(self) -> Collator:
         self._set_signature_columns_if_needed()
-        return Collator(self.data_collator, self._signature_columns if self.args.remove_unused_columns else None)
+        model: DistillationModel = self.accelerator.unwrap_model(self.model)
+        column = self._teacher_column
+        route = None if column is None else functools.partial(read_route, column=column, names=[*model.sides])
+        columns = self._signature_columns if self.args.remove_unused_columns else None
+        return Collator(self.data_collator, columns, route, {COLUMN, column or COLUMN})
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Create the optimizer, with a learning rate for each part of the model."""
@@ -529,7 +557,7 @@ class KDTrainer(DurableTrainer):
         self._guard.watch_loss(self.state.global_step + 1, loss, metrics.ce, metrics.kd, **self._weights)
         if self._on_policy is not None:
             metrics = self._on_policy.add(writer, metrics)
-        self._meter.add(metrics, output.aux_loss, output.targets, output.compared)
+        self._meter.add(metrics, output.aux_loss, output.targets, output.compared, output.by_teacher)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # DDP and FSDP average gradients over the processes; divided by the targets of all, they have to be summed
             loss = loss * self.accelerator.num_processes
@@ -688,7 +716,8 @@ class KDTrainer(DurableTrainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Evaluate as Trainer does, but by token-weighted means over the whole set, without logits."""
-        self._evaluation, prefix = EvaluationMeter(self.args.device, self._lengths), metric_key_prefix
+        self._evaluation = EvaluationMeter(self.args.device, self._lengths, self.model.several)
+        prefix = metric_key_prefix
         with self._meter.paused():
             loss_only = self.args.prediction_loss_only or self.compute_metrics is None
             output = super().evaluation_loop(dataloader, description, loss_only, ignore_keys, prefix)
@@ -763,11 +792,20 @@ class KDTrainer(DurableTrainer):
         Before a run the price of a compressed head is the whole one's.
         """
         model: DistillationModel = self.accelerator.unwrap_model(self.model)
-        teacher = None if model.teacher is None else size_of(model.teacher)
+        student, passes = size_of(model.student), None if self._precomputation is None else self._precomputation.passes
         cut: Any = model.compressed_head or model.cached_head
-        rank = None if cut is None else cut.rank
-        passes = None if self._precomputation is None else self._precomputation.passes
-        return price_per_token(model.recipe, size_of(model.student), teacher, rank=rank, passes=passes)
+        ranks = [None if one is None else one.rank for one in model.sides.each(cut)]
+        prices = [
+            price_per_token(model.recipe, student, side.model and size_of(side.model), rank=rank, passes=passes)
+            for side, rank in zip(model.sides.values(), ranks, strict=True)
+        ]
+        if len(prices) == 1:
+            return prices[0]
+        if self._teacher_column is not None:  # a row has one of them; which, the text alone knows
+            return Price(prices[0].lm_only, sum(price.teacher for price in prices) // len(prices))
+        asked = [price.teacher for price, weight in zip(prices, model.sides.weights, strict=True) if weight]
+        again = 6 * student.vocab * student.width * model.recipe.kd_until  # the student's head, after the first teacher
+        return Price(prices[0].lm_only, round(sum(asked) + again * max(len([*filter(None, asked)]) - 1, 0)))
 
 
 def _other_tokenizer(student: Any, teacher: Any, processor: Any, args: KDConfig) -> OtherTokenizer | None:
@@ -785,7 +823,7 @@ def _other_tokenizer(student: Any, teacher: Any, processor: Any, args: KDConfig)
 def _wrap(
     student: PreTrainedModel,
     args: KDConfig,
-    teacher: PreTrainedModel | str | None,
+    teachers: dict[str, Any],
     processor: Any,
     datasets: dict[str, Any],
     shared: SharedVocabulary | None = None,
@@ -793,7 +831,7 @@ def _wrap(
     """Return the student under the recipe of `args`, and the choice that "auto" made; None where it had none."""
     choice: Choice | None = None
     recipe = args.recipe
-    valid_vocab = find_valid_vocab(student, None if shared else teacher, processor, args.valid_vocab)
+    valid_vocab = find_valid_vocab_of_all(student, {} if shared else teachers, processor, args.valid_vocab)
     train_dataset = datasets.get("train_dataset")
     cached = cached_blocks(train_dataset)
     entries = bool(cached) or brings_teacher(train_dataset)
@@ -806,20 +844,30 @@ def _wrap(
             valid_vocab = everywhere[0].cache.find_valid_vocab(head_shape(student)[0], tokenizer)
     if recipe == AUTO:
         made_of = {blocks.description.teacher_sha256 for blocks in cached}
-        same = not isinstance(teacher, str) and teacher is not None and made_of == {teacher_fingerprint(teacher)}
-        if entries and teacher is not None and not same:
+        live = [one for one in teachers.values() if isinstance(one, PreTrainedModel)]
+        if entries and teachers and made_of != set(map(teacher_fingerprint, live)):
             raise ValueError(
                 "train_dataset brings a teacher's entries (teacher_indices), and teacher is given too, which "
                 "for all that is known is another: recipe='auto' does not know which to learn from. Leave one "
                 "out, or name the recipe: 'cached' learns from the entries, and has teacher for evaluation; "
                 "the others learn from teacher"
             )
-        choice = FROM_CACHE if entries else choose_recipe(student, teacher, valid_vocab, args.vocab, shared is not None)
+        choice = (
+            FROM_CACHE
+            if entries
+            else choose_recipe_of_all(student, teachers, valid_vocab, args.vocab, shared is not None)
+        )
         recipe = choice.recipe
+    for teacher in teachers.values() if args.offload_teachers else ():
+        if isinstance(teacher, str):
+            raise ValueError(f"offload_teachers=True and teacher={teacher!r}, which the student is; leave one out")
+        if not is_dispatched(teacher):  # else it is where a device_map has put it
+            cpu_offload(teacher, args.device)
     set_seed(args.seed)  # the projector's start
     model = DistillationModel(
         student,
-        teacher,
+        teachers or None,
+        teacher_weights=args.teacher_weights,
         recipe=args.resolved(recipe),
         engine=args.engine,
         scratch_bytes=args.scratch_bytes,

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch.utils.data import IterableDataset
 
-from kdfast.training import DistillationModel
+from kdfast.training import DistillationModel, KDTrainer
+from kdfast.training.metrics import evaluated
 from kdfast.training.recipes import Recipe
 
 KINDS = {
@@ -150,7 +152,7 @@ def test_micro_batches_give_the_gradient_of_the_whole(tiny, batch):
     assert_close(whole, summed(parts))
 
 
-@pytest.mark.parametrize("value", ["physics", 2, -1, "0", None, 1.0, True])
+@pytest.mark.parametrize("value", ["physics", 2, -1, "2", None, 1.0, True])
 def test_a_value_that_names_no_teacher(tiny, batch, value):
     model = make(tiny, batch, teachers(tiny), teacher="own_head")
     with pytest.raises(ValueError, match="names no teacher; expected 'math', 'code', or a number from 0 to 1"):
@@ -277,3 +279,204 @@ def test_too_few_rows_of_one_to_solve_from(tiny, batch):
     model = DistillationModel(tiny(), teachers(tiny), recipe="compressed_head")
     with pytest.raises(ValueError, match="teacher 'code': batches hold 0 targets"):
         model.solve([{**batch, "teacher_id": torch.zeros(3, dtype=torch.long)}] * 4)
+
+
+# In the trainer
+
+
+def named_rows(rows, n, names=("math", "code", "code"), **given):
+    return [{**row, "teacher_id": names[i % len(names)]} for i, row in enumerate(rows(n, **given))]
+
+
+@pytest.fixture
+def trainer(tiny, rows, config):
+    def make(data=None, *, given=None, recipe="teacher_head", **args):
+        evaluated = args.pop("eval_dataset", data)
+        return KDTrainer(
+            tiny("gpt2"),
+            config(recipe=recipe, **args),
+            teacher=teachers(tiny) if given is None else given,
+            train_dataset=rows(6) if data is None else data,
+            eval_dataset=evaluated,
+        )
+
+    return make
+
+
+def test_accumulated_steps_of_routed_rows_are_those_of_one_batch(trainer, rows):
+    data = named_rows(rows, 8)
+    weights = []
+    for size, accumulated in ((4, 1), (1, 4)):
+        run = trainer(
+            data, per_device_train_batch_size=size, gradient_accumulation_steps=accumulated, max_steps=2, optim="sgd"
+        )
+        run.train()
+        weights.append(torch.cat([p.flatten() for p in run.model.student.parameters()]))
+    torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
+
+
+def test_evaluation_of_each_teacher_and_of_all(tiny, trainer, rows):
+    data = named_rows(rows, 5)
+    found = trainer(data).evaluate()
+    for name in BY_NAME:
+        own = [row for row in data if row["teacher_id"] == name]
+        alone = trainer(own, given={name: teachers(tiny)[name]}).evaluate()
+        for key in ("kd", "kl_teacher_student"):
+            assert found[f"eval_{key}_{name}"] == pytest.approx(alone[f"eval_{key}"], rel=1e-5)
+            assert f"eval_{key}_{name}" not in alone
+    targets = [sum((row["labels"][1:] != -100).sum().item() for row in data if row["teacher_id"] == n) for n in BY_NAME]
+    for key in ("kd", "kl_teacher_student"):
+        each = [found[f"eval_{key}_{name}"] for name in BY_NAME]
+        mean = sum(n * x for n, x in zip(targets, each, strict=True)) / sum(targets)
+        assert found[f"eval_{key}"] == pytest.approx(mean, rel=1e-5)
+    assert found["eval_loss"] == pytest.approx(found["eval_ce"] + 0.7 * 4 * found["eval_kd"], rel=1e-5)
+    assert found["eval_tokens"] == sum(targets)
+
+
+@pytest.mark.parametrize("recipe", ["teacher_head", "projector", "lm_only"])
+def test_evaluation_under_weights(tiny, trainer, rows, recipe):
+    data = rows(5)
+    run = trainer(data, recipe=recipe, teacher_weights=[0.75, 0.25])
+    found = run.evaluate()
+    logged = evaluated(run.model, data)
+    assert {f"eval_{name}" for name in logged} - found.keys() <= {
+        "eval_runtime",
+        "eval_samples_per_second",
+        "eval_steps_per_second",
+    }
+    key = "kl_teacher_student"
+    assert found[f"eval_{key}"] == pytest.approx(
+        0.75 * found[f"eval_{key}_math"] + 0.25 * found[f"eval_{key}_code"], rel=1e-5
+    )
+    assert ("eval_kl_teacher_projected_math" in found) == (recipe == "projector")
+    assert ("eval_kd_math" in found) == (recipe != "lm_only")
+
+
+def test_training_logs_each_teacher(trainer, rows):
+    run = trainer(named_rows(rows, 6), max_steps=3, per_device_train_batch_size=6)
+    run.train()
+    lines = [line for line in run.state.log_history if "loss" in line]
+    assert all(line["kd_math"] > 0 and line["kd_code"] > 0 for line in lines)
+    assert all(min(x["kd_math"], x["kd_code"]) <= x["kd"] <= max(x["kd_math"], x["kd_code"]) for x in lines)
+
+
+def test_the_best_model_by_one_teacher(trainer, rows, config):
+    args = config(metric_for_best_model="kl_teacher_student_math")
+    assert args.greater_is_better is False
+    with pytest.raises(ValueError, match=r"expected one of .*eval_kl_teacher_student_code"):
+        trainer(rows(4), metric_for_best_model="kd_physics", eval_strategy="steps", greater_is_better=False)
+
+
+def test_what_is_printed(trainer, rows, capsys):
+    trainer(named_rows(rows, 4))
+    assert "2 teachers, each of the rows whose 'teacher_id' names it: math, code" in capsys.readouterr().out
+    trainer(rows(4))
+    assert "2 teachers, each of every row, by their weights: math (0.5), code (0.5)" in capsys.readouterr().out
+    trainer(named_rows(rows, 4), teacher_weights=[1, 3])
+    assert "by their weights: math (1), code (3)" in capsys.readouterr().out, "over the column"
+
+
+def test_weights_leave_the_column_alone(tiny, trainer, rows):
+    data = named_rows(rows, 4)
+    with_column = trainer(data, teacher_weights=[1, 3], max_steps=2)
+    without = trainer(rows(4), teacher_weights=[1, 3], max_steps=2)
+    losses = [run.train().training_loss for run in (with_column, without)]
+    assert losses[0] == losses[1]
+
+
+def test_a_column_of_another_name(trainer, rows):
+    data = [{**row, "domain": i % 2} for i, row in enumerate(rows(4))]
+    by_number, by_name = trainer(data, teacher_column="domain"), trainer(named_rows(rows, 4, BY_NAME))
+    assert by_number.evaluate()["eval_loss"] == by_name.evaluate()["eval_loss"]
+    assert by_number.train().training_loss == by_name.train().training_loss
+
+
+def test_a_single_teacher_leaves_the_column_alone(tiny, trainer, rows):
+    one = {"physics": tiny(seed=1)}
+    losses = [trainer(data, given=one, max_steps=1).train().training_loss for data in (named_rows(rows, 4), rows(4))]
+    assert losses[0] == losses[1]
+    with pytest.raises(ValueError, match=r"teacher_id='(math|code)' names no teacher; expected 'physics'"):
+        trainer(named_rows(rows, 4), given=one, teacher_column="teacher_id").train()
+
+
+def test_a_column_that_is_not_there(trainer, rows):
+    with pytest.raises(ValueError, match=r"teacher_column='domain', and train_dataset has no such column"):
+        trainer(named_rows(rows, 4), teacher_column="domain")
+    with pytest.raises(ValueError, match=r"teacher_column='teacher_id', and eval_dataset has no such column"):
+        trainer(named_rows(rows, 4), eval_dataset=rows(4))
+    with pytest.raises(ValueError, match=r"teacher_column='teacher_id' and teacher_weights=\[1, 1\]; expected one"):
+        trainer(named_rows(rows, 4), teacher_column="teacher_id", teacher_weights=[1, 1])
+
+
+def test_a_row_that_names_none(trainer, rows):
+    with pytest.raises(ValueError, match="teacher_id='physics' names no teacher; expected 'math', 'code'"):
+        trainer(named_rows(rows, 4, ["physics"])).train()
+
+
+def test_a_stream_of_unknown_columns(trainer, rows):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(named_rows(rows, 8))
+
+    with pytest.raises(ValueError, match="train_dataset does not list its columns"):
+        trainer(Stream(), eval_dataset=None)
+    asked = trainer(Stream(), eval_dataset=None, teacher_column="teacher_id", max_steps=2)
+    listed = trainer(named_rows(rows, 8), max_steps=2, train_sampling_strategy="sequential")
+    assert asked.train().training_loss == listed.train().training_loss
+
+
+def test_packed_rows_have_no_teacher_of_their_own(trainer, rows):
+    data = [{**row, "seq_lengths": [6, 6]} for row in named_rows(rows, 4)]
+    with pytest.raises(ValueError, match="teacher_column='teacher_id' and packing"):
+        trainer(data)
+
+
+def test_a_cache_is_not_made_of_several(trainer, rows, capsys):
+    options = {"precompute_teacher_log_probs": None, "max_steps": 12}
+    trainer(rows(4), **options)
+    assert "the teacher runs at every step" in (said := capsys.readouterr().out)
+    assert "entries are of one teacher, and there are 2" in said
+    with pytest.raises(ValueError, match=r"cannot be run beforehand.* entries are of one teacher, and there are 2"):
+        trainer(rows(4), precompute_teacher_log_probs=True)
+
+
+def test_resumed_with_a_projector_each(tiny, trainer, rows, tmp_path):
+    data = named_rows(rows, 8)
+
+    def make(folder, **given):
+        return trainer(data, recipe="projector", output_dir=str(tmp_path / folder), save_strategy="steps", **given)
+
+    whole = make("whole", save_steps=4)
+    whole.train()
+    make("resumed", save_steps=2).train()
+    resumed = make("resumed", save_steps=4)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "resumed" / "checkpoint-2"))
+    for (name, p), q in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+def test_teachers_that_are_kept_on_the_cpu(tiny, trainer, rows):
+    data = named_rows(rows, 6)
+    losses = []
+    for offloaded in (False, True):
+        run = trainer(data, recipe="compressed_head", offload_teachers=offloaded, kd_until=1.0)
+        losses.append(run.train().training_loss)
+        on_meta = [all(p.is_meta for p in one.parameters()) for one in run.model.teachers.values()]
+        assert on_meta == [offloaded] * 2, "between two batches no weight of a teacher is on the device"
+    assert losses[0] == losses[1]
+
+
+def test_auto_says_whose_start_it_is(tiny, rows, config, capsys):
+    KDTrainer(tiny("llama"), config(recipe="auto"), teacher=teachers(tiny), train_dataset=rows(4))
+    assert "(the first teacher is 'math'; 'code' only teach)" in capsys.readouterr().out
+
+
+def test_the_price_is_of_all(tiny, trainer, rows):
+    both, alone = (
+        [trainer(rows(4), given={n: teachers(tiny)[n] for n in names}).price for names in some]
+        for some in ([BY_NAME], [["math"], ["code"]])
+    )
+    again = 6 * 67 * 16
+    assert both[0].teacher == sum(price.teacher for price in alone) + again
+    routed = trainer(named_rows(rows, 4)).price
+    assert routed.teacher == sum(price.teacher for price in alone) // 2

@@ -126,6 +126,9 @@ class Precomputation:
     def _obstacles(self, unasked: bool) -> Iterator[str]:
         """Yield what is in the way; what takes longer to find out comes later."""
         args, recipe, given, folder = self.args, self.model.recipe, self.dataset, self.folder
+        if self.model.several:
+            yield f"entries are of one teacher, and there are {len(self.model.several)}. Leave teacher_cache out"
+            return
         if unasked and not self.wrapped_here:
             yield "the DistillationModel is your own. precompute_teacher_log_probs=True changes its recipe"
         if self.model.average is not None:

@@ -115,6 +115,7 @@ def tokenize_dataset(
     chat_template: str | None = None,
     teacher_prompt_template: str | None = None,
     text_column: str = "text",
+    teacher_column: str | None = None,
     dataset_num_proc: int | None = None,
     prompts: str | None = None,
     teacher_tokenizer: OtherTokenizer | None = None,
@@ -138,6 +139,7 @@ def tokenize_dataset(
         teacher_prompt_template: makes the teacher's prompt of {prompt} and other columns, named in braces; None = TRL's
             "{prompt}\\n\\n{privileged_context}", where there is that column.
         text_column: the column that holds text.
+        teacher_column: one that is kept as it is, since it says which of several teachers a row learns from.
         dataset_num_proc: processes that tokenize.
         prompts: for rows whose completions are to be generated: "beside", a column of the prompts' ids, those of
             messages up to the last answer, and `teacher_prompts` where the teacher has its own; "alone", and rows need
@@ -183,6 +185,17 @@ def tokenize_dataset(
             f"packing=True, and the teacher reads prompts of its own in {argument}, whose rows are of another length "
             "than the student's. Leave packing out, or the teacher's prompts"
         )
+    if teacher_column is not None and teacher_column not in columns:
+        raise DataError(
+            f"teacher_column={teacher_column!r}, and {argument} has no such column; its columns are "
+            f"{', '.join(columns)}{did_you_mean(teacher_column, columns)}"
+        )
+    if teacher_column is not None and (packing or (kind == "text" and packing is None)):
+        joined = "several rows in one" if packing else "text cut into blocks, where rows are joined"
+        raise DataError(
+            f"the column {teacher_column!r} of {argument} sends each row to a teacher, and packing={packing} makes "
+            f"{joined}. Set packing=False, or teacher_weights in the column's place"
+        )
     counts = Counts(argument=argument)
     if kind == "text" and packing is None:
         if assistant_only_loss:
@@ -205,7 +218,8 @@ def tokenize_dataset(
         encoder.read_by(teacher_tokenizer, first)
     rows = map_rows(
         dataset, encoder, f"Tokenizing {argument}", dataset_num_proc,
-        with_indices=True, remove_columns=columns, features=_features(encoder.has_own, bool(prompts)),
+        with_indices=True, remove_columns=[name for name in columns if name != teacher_column],
+        features=_features(encoder.has_own, bool(prompts), dataset, teacher_column),
     )  # fmt: skip
     if not hasattr(rows, "__len__"):
         rows = rows.filter(counts.keep).remove_columns([*NOTES])
@@ -575,11 +589,12 @@ def _lacks_answer(messages: Any, where: str) -> str:
     return "" if any(said) else "empty completion"
 
 
-def _features(with_teacher: bool, with_prompts: bool) -> Any:
+def _features(with_teacher: bool, with_prompts: bool, dataset: Any, kept: str | None) -> Any:
     from datasets import Features, List, Value
 
     ids, number = List(Value("int32")), Value("int64")
     names = ["input_ids", "labels", *(["teacher_input_ids", "teacher_positions"] if with_teacher else [])]
     names += [PROMPTS] * with_prompts + [TEACHER_PROMPTS] * (with_prompts and with_teacher)
     notes = {"skipped": Value("string"), "truncated": Value("bool")}
-    return Features(dict.fromkeys(names, ids) | dict.fromkeys(NOTES, number) | notes)
+    others = {} if kept is None else {kept: (dataset.features or {}).get(kept, Value("string"))}
+    return Features(dict.fromkeys(names, ids) | dict.fromkeys(NOTES, number) | notes | others)

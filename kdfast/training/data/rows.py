@@ -52,15 +52,28 @@ class Collator:
 
     A collator that goes over all columns, as transformers' do, sees those in `columns` (None = all); one that reads a
     column by name, as TRL's reads `seq_lengths`, finds it.
+
+    route: returns which of several teachers a row learns from, for the batch's `teacher_id`; None = there is no such.
+    hidden: columns that `collate` never sees.
     """
 
-    def __init__(self, collate: Callable[[list[Any]], dict[str, Any]], columns: Iterable[str] | None) -> None:
+    def __init__(
+        self,
+        collate: Callable[[list[Any]], dict[str, Any]],
+        columns: Iterable[str] | None,
+        route: Callable[[Any], int] | None = None,
+        hidden: Iterable[str] = (),
+    ) -> None:
+        self.route, self.hidden = route, frozenset(hidden)
         self.collate = collate
         self.columns = None if columns is None else frozenset(columns)
         self._name = getattr(collate, "__name__", type(collate).__name__)
 
     def __call__(self, rows: list[Any]) -> dict[str, Any]:
         entries: dict[str, Tensor] = {}
+        routes = None if self.route is None else torch.tensor([self.route(row) for row in rows])
+        if rows and isinstance(rows[0], dict) and not self.hidden.isdisjoint(rows[0]):
+            rows = [{name: value for name, value in row.items() if name not in self.hidden} for row in rows]
         if isinstance(self.collate, DataCollatorWithPadding):  # of tensors (T, K) it makes no batch
             names = [name for name, value in rows[0].items() if name in ENTRIES and isinstance(value, Tensor)]
             entries = {name: torch.stack([row[name] for row in rows]) for name in names}
@@ -81,6 +94,8 @@ class Collator:
             ) from error
         if entries:
             batch.update(entries)
+        if routes is not None:
+            batch["teacher_id"] = routes
         batch = _without_empty_mask(dict(batch) if isinstance(batch, Row) else batch)
         if unseen := [name for row in given if isinstance(row, Row) for name in row.unseen()]:
             raise ValueError(unread("the data set", unseen[0]))

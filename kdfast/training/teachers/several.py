@@ -19,6 +19,8 @@ from transformers import PreTrainedModel
 
 from kdfast.loss import KDMetrics
 from kdfast.training.adapters import unwrap
+from kdfast.training.data.columns import names_of
+from kdfast.training.data.rows import PACKED
 from kdfast.training.data.tokenizers import find_valid_vocab
 from kdfast.training.recipes import Choice, Recipe, choose_recipe
 from kdfast.training.teachers.fidelity import Fidelity
@@ -140,12 +142,65 @@ def teacher_number(value: Any, names: Sequence[str], column: str = COLUMN) -> in
     value = value.item() if hasattr(value, "item") else value
     if isinstance(value, str) and value in names:
         return list(names).index(value)
+    value = int(value) if isinstance(value, str) and value.isdecimal() else value  # of a file without types
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(names):
         return value
     raise ValueError(
         f"{column}={value!r} names no teacher; expected {', '.join(map(repr, names))}, or a number from 0 to "
         f"{len(names) - 1}"
     )
+
+
+def column_of(given: str | None, weights: Any, n_teachers: int, columns: Iterable[str]) -> str | None:
+    """Return the column that says which teacher a row learns from: as `given`, else COLUMN where it is among `columns`.
+
+    None: every row learns from all teachers, of which there may be one. ValueError for a column and weights.
+    """
+    if given is not None and weights is not None:
+        raise ValueError(
+            f"teacher_column={given!r} and teacher_weights={weights}; expected one of them: a row learns from one "
+            "teacher, or from all under their weights"
+        )
+    routed = n_teachers > 1 and weights is None and COLUMN in columns
+    return given or (COLUMN if routed else None)
+
+
+def find_column(
+    given: str | None, teachers: Teachers, datasets: Mapping[str, Any], packing: bool | None = None
+) -> str | None:
+    """Return the column that says which teacher a row of `datasets` (as `by_name` returns them) learns from.
+
+    None: every row learns from all. Raises ValueError where a data set lacks it, packs rows, or may have it or not.
+    """
+    weights = teachers.weights if teachers.weights_are_given else None
+    known = {name: [*names_of(one)] for name, one in datasets.items() if one is not None}
+    column = column_of(given, weights, len(teachers), {x for names in known.values() for x in names})
+    for name, columns in known.items():
+        if column is None and len(teachers) > 1 and weights is None and not columns:
+            raise ValueError(
+                f"{name} does not list its columns, so whether its rows name one of {len(teachers)} teachers is not "
+                f"known; expected teacher_column={COLUMN!r}, or teacher_weights, under which all teach every row"
+            )
+        if column is not None and columns and column not in columns:
+            raise ValueError(
+                f"teacher_column={column!r}, and {name} has no such column; its columns are {', '.join(columns)}. Add "
+                "it to every data set, or leave teacher_column out and the column too"
+            )
+        if column is not None and (packing or PACKED in columns):
+            raise ValueError(
+                f"teacher_column={column!r} and packing, where a row holds several; expected packing=False"
+            )
+    return column
+
+
+def read_route(row: Any, column: str, names: Sequence[str]) -> int:
+    """Return which of the teachers a row learns from. ValueError where it does not say."""
+    if not isinstance(row, Mapping) or column not in row:
+        raise ValueError(
+            f"a row has no column {column!r}, which says what teacher it learns from ({', '.join(names)}). Add it, or "
+            "leave teacher_column out: all teachers then teach every row, under teacher_weights"
+        )
+    return teacher_number(row[column], names, column)
 
 
 def rows_by_teacher(teacher_id: Any, names: Sequence[str], n_rows: int) -> dict[str, list[int]]:
@@ -212,7 +267,7 @@ class Teachers(dict[str, TeacherSide]):
             recipe, args, train: as in `TeacherSide.learn`.
             compressed: the compressed heads, held by `hold`.
         """
-        heads = [compressed] if len(self) == 1 else list(compressed or [None] * len(self))
+        heads = self.each(compressed)
         rows = None if teacher_id is None else rows_by_teacher(teacher_id, [*self], len(batch.targets))
         if rows is not None and self.weights_are_given:
             raise ValueError(
@@ -238,6 +293,17 @@ class Teachers(dict[str, TeacherSide]):
             if trained := [p for p in ([] if part is None else part.parameters()) if p.requires_grad]:
                 every = every._replace(loss=every.loss + 0.0 * sum(p.sum() for p in trained))
         return every, {name: one._replace(loss=one.loss.detach()) for name, one in learned.items()}
+
+    def each(self, held: Any) -> list[Any]:
+        """Return the part of each teacher, of what `hold` has made of them."""
+        return [held] if len(self) == 1 else list(held or [None] * len(self))
+
+    def describe(self, column: str | None) -> str:
+        """Return what a run prints of several: who teaches which rows."""
+        if column is not None:
+            return f"{len(self)} teachers, each of the rows whose {column!r} names it: {', '.join(self)}"
+        weighted = (f"{name} ({weight:.3g})" for name, weight in zip(self, self.weights, strict=True))
+        return f"{len(self)} teachers, each of every row, by their weights: {', '.join(weighted)}"
 
     def share_out(self, batches: Iterable[dict[str, Any]]) -> list[Iterator[dict[str, Any]]]:
         """Return for each teacher the batches' rows that learn from it; all of them where nothing says which."""
