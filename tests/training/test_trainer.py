@@ -13,8 +13,8 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 from kdfast.loss import fused_kd_loss
 from kdfast.schedules import Linear, Piecewise
 from kdfast.training import DistillationModel, KDTrainer
-from kdfast.training import model as model_file
 from kdfast.training.data.columns import ARGUMENTS
+from kdfast.training.teachers import side
 from kdfast.training.trainer import ELSEWHERE
 
 
@@ -216,7 +216,7 @@ def test_what_is_no_part_of_the_loss_is_computed_in_steps_that_are_logged(
 
         args = config(recipe=recipe, ce_weight=ce_weight, learning_rate=0.0, weight_decay=0.0, max_steps=7, **given)
         trainer = KDTrainer(tiny(), args, teacher=tiny(width=24, seed=1), train_dataset=rows(28))
-        monkeypatch.setattr(model_file, "fused_kd_loss", note)
+        monkeypatch.setattr(side, "fused_kd_loss", note)
         trainer.train()
         return asked, train_logs(trainer)
 
