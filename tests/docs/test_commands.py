@@ -76,7 +76,7 @@ def check_kdfast(argv, monkeypatch):
     assert main.main(argv) == 0
     assert reached, argv
     if argv[0] in ("distill", "cache", "data"):
-        config, *overrides = argv[1:]
+        config, *overrides = argv[3:] if argv[1] == "import" else argv[1:]
         path = documents.ROOT / config
         overrides += ["--bf16", "false"]  # which would need a GPU
         arguments.parse(str(path), overrides) if path.is_file() else arguments.parse_mapping("page", BASE, overrides)

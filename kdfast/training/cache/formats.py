@@ -131,9 +131,9 @@ def _vllm(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Listed:
 def _by_id(entries: Any) -> Position | None:
     if entries is None:
         return None
-    entries = {i: x for i, x in entries.items() if x is not None}  # Arrow gives each row all ids of a column
-    texts = [x.get("decoded_token") if isinstance(x, Mapping) else None for x in entries.values()]
-    return Position(_ids(entries), [x["logprob"] if isinstance(x, Mapping) else x for x in entries.values()], texts)
+    known = [(int(i), x) for i, x in entries.items() if x is not None]  # Arrow gives each row all ids of a column
+    ids, values = [i for i, _ in known], [x if isinstance(x, dict) else {"logprob": x} for _, x in known]
+    return Position(ids, [x["logprob"] for x in values], [x.get("decoded_token") for x in values])
 
 
 def _sglang(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Listed:

@@ -29,7 +29,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from kdfast.inputs import MOST_ENTRIES
-from kdfast.training.cache.description import CacheError, CacheSummary
+from kdfast.training.cache.description import CacheError, CacheSummary, Description
 from kdfast.training.cache.formats import Position, check_texts, fit, read_row, rows_in
 from kdfast.training.cache.imported import describe, documents_of, encode_row
 from kdfast.training.cache.write import check_options, describe_splits, fill, is_count
@@ -118,9 +118,7 @@ def cache_from_server(
 
     def rows(dataset: Any, within: range) -> Iterator[dict[str, np.ndarray]]:
         batches = [range(i, min(i + batch_size, within.stop)) for i in range(within.start, within.stop, batch_size)]
-        for batch, entries in zip(batches, server.ask_all(dataset, batches, concurrency), strict=True):
-            for i, parts in zip(batch, entries, strict=True):
-                yield encode_row(parts, f"{server.url}, for row {i} of the text", description)
+        yield from server.ask_all(dataset, batches, concurrency, description)
 
     return fill(Path(folder), splits, description, rows, tell)
 
@@ -166,25 +164,25 @@ class Server:
         return found[0] if name is None else found[names.index(name)]
 
     def ask_all(
-        self, dataset: Any, batches: list[range], concurrency: int
-    ) -> Iterator[list[list[list[Position | None]]]]:
-        """Yield for each batch of rows, in order, the entries of each row's documents, several batches being asked."""
+        self, dataset: Any, batches: list[range], concurrency: int, description: Description
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Yield the encoded entries of each row of the batches, in order, several batches being asked at a time."""
         pool = ThreadPoolExecutor(concurrency)
-        waiting: deque[Future[list[list[list[Position | None]]]]] = deque()
+        waiting: deque[Future[list[dict[str, np.ndarray]]]] = deque()
         try:
             for batch in batches:
-                waiting.append(pool.submit(self._ask, [documents_of(dataset[i]) for i in batch]))
+                waiting.append(pool.submit(self._ask, [documents_of(dataset[i]) for i in batch], batch, description))
                 if len(waiting) > 2 * concurrency:
-                    yield waiting.popleft().result()
+                    yield from waiting.popleft().result()
             while waiting:
-                yield waiting.popleft().result()
+                yield from waiting.popleft().result()
         finally:
             if waiting:
                 self._stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _ask(self, rows: list[list[list[int]]]) -> list[list[list[Position | None]]]:
-        """Return the entries after each token of each document of each row."""
+    def _ask(self, rows: list[list[list[int]]], batch: range, description: Description) -> list[dict[str, np.ndarray]]:
+        """Return the encoded entries of each row's documents; `batch` has the rows' numbers."""
         prompts = [ids for row in rows for ids in row]
         look = not self.checked  # what the first answers decode, for it takes SGLang longer
         asked: dict[str, Any] = {"model": self.model, "prompt": prompts, "max_tokens": 1, "temperature": 1.0}
@@ -196,7 +194,11 @@ class Server:
         answers = self._answers(self._call(PATHS[self.kind], asked, sum(map(len, prompts))), len(prompts))
         found = iter([self._entries(answer, ids, look) for answer, ids in zip(answers, prompts, strict=True)])
         self.checked = True
-        return [[next(found) for _ in row] for row in rows]
+        parts = [[next(found) for _ in row] for row in rows]
+        return [
+            encode_row(x, f"{self.url}, for row {i} of the text", description)
+            for i, x in zip(batch, parts, strict=True)
+        ]
 
     def _answers(self, answer: Any, count: int) -> list[Any]:
         """Return the answers to `count` prompts, in their order."""
