@@ -23,6 +23,7 @@ def configured(place, monkeypatch):
     for name in servers.KEYS:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(servers, "FIRST_WAIT", 0.01)
+    monkeypatch.setenv("no_proxy", "*")
     config = yaml.safe_load((place / "config.yaml").read_text())
     del config["teacher_model_name_or_path"]
     (place / "c.yaml").write_text(yaml.safe_dump(config | KEPT))

@@ -2,7 +2,6 @@
 
 import json
 import threading
-import time
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -64,14 +63,14 @@ def sglang(model, tokenizer, ids, k, texts=False):
 class LogProbServer:
     """Answers at `url`; `behave(number of the request, its body)` may return what is answered in place of the truth.
 
-    That is ("cut", bytes), ("late", seconds), ("status", code, headers, body), ("json", object) or
-    ("change", function of the true answer); None is the truth. `requests`: what came, as (path, headers, body).
+    That is ("cut", bytes), ("late",) until `end` is set, ("twice",), ("status", code, headers, body), ("json", object),
+    or ("change", function of the true answer); None is the truth. `requests`: what came, as (path, headers, body).
     """
 
     def __init__(self, model, tokenizer, kind, most=64):
         self.model, self.tokenizer, self.kind, self.most = model, tokenizer, kind, most
         self.requests, self.behave, self.context = [], lambda number, body: None, 4096
-        self.lock = threading.Lock()
+        self.lock, self.end = threading.Lock(), threading.Event()
 
     def models(self):
         return {"object": "list", "data": [{"id": "served", "object": "model", "max_model_len": self.context}]}
@@ -112,7 +111,7 @@ class LogProbServer:
             code, headers, content = rest
             return self.send(handler, code, content.encode(), headers)
         if what == "late":
-            time.sleep(rest[0])
+            self.end.wait(60)
         with self.lock:  # one model, one thread
             status, answer = (200, self.models()) if body is None else self.answer(body)
         if what == "json":
