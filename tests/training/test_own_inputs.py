@@ -167,6 +167,32 @@ def test_rows_one_by_one_are_the_batch(recipe, given):
     assert max(map(relative, gradients(model, sum(losses)).values(), gradients(model, whole).values())) <= 1e-6
 
 
+@pytest.mark.parametrize("routed", [False, True])
+def test_several_teachers_read_the_same_ids_of_their_own(routed):
+    """One of them the student itself: the weighted sum of what each teaches, or each row from its own."""
+    student, other, batch = tiny(layers=2).double(), tiny(width=24, seed=1, layers=2).double(), own_batch()
+    given = {"temperature": TAU, "kd_weight": KD_WEIGHT}
+    both = DistillationModel(
+        student, {"other": other, "own": "self"}, recipe="teacher_head",
+        teacher_weights=None if routed else [0.3, 0.7],
+    )  # fmt: skip
+    alone = [DistillationModel(student, one, recipe="teacher_head") for one in (other, both.teachers["own"])]
+    if routed:
+        rows, names = [[0, 2], [1, 3]], ["other", "own", "other", "own"]
+        targets = both.targets(batch["labels"], batch["attention_mask"])
+        kd_targets = both.kd_targets(targets, batch["input_ids"], None, None, batch["teacher_positions"])
+        items = {"num_items_in_batch": (targets != -100).sum(), "kd_items_in_batch": (kd_targets != -100).sum()}
+        found = both(**batch, **given, teacher_id=names).loss
+        parts = [{name: x[some] for name, x in batch.items()} for some in rows]
+        expected = sum(model(**part, **given, **items).loss for model, part in zip(alone, parts, strict=True))
+    else:
+        found = both(**batch, **given).loss
+        weights = [KD_WEIGHT * 0.3, KD_WEIGHT * 0.7]
+        parts = [m(**batch, temperature=TAU, kd_weight=w).loss for m, w in zip(alone, weights, strict=True)]
+        expected = sum(parts) - alone[0](**batch, kd_weight=0.0).loss
+    compare(both, both, found, expected)
+
+
 def test_a_teacher_that_reads_the_students_ids_is_as_without():
     model, batch = make("teacher_head"), own_batch()
     plain = {name: x for name, x in batch.items() if not name.startswith("teacher_")}
