@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tiny_models import loss_by_hand, tiny
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from kdfast.training import DistillationModel, KDTrainer
+from kdfast.training import DistillationModel, KDTrainer, load_student
 from kdfast.training.recipes import choose_recipe
 
 RATE = 0.3
@@ -67,6 +67,20 @@ def test_below_an_adapter_there_is_one_base(config, rows):
     assert all(torch.equal(p, other) for p, other in zip(frozen, whole.values(), strict=True))
     loss = model.eval()(input_ids=ids, labels=ids).loss
     torch.testing.assert_close(loss, loss_by_hand(model.student, at_first, ids, ids))
+
+
+def test_a_quantized_base_is_shared_too(config, rows, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    tiny(width=64).save_pretrained(tmp_path / "base")
+    quantized = {"quantization_config": {"load_in_4bit": True, "bnb_4bit_compute_dtype": "float32"}}
+    student = load_student(tmp_path / "base", model_init_kwargs=quantized)
+    args = config(**STEADY, teacher_update_rate=RATE, save_strategy="steps", save_steps=4)
+    trainer = KDTrainer(student, args, teacher="self", peft_config=lora(), train_dataset=rows(8))
+    adapter = trained(trainer.model.student)
+    ours, theirs = ({id(p) for p in model.parameters()} for model in (trainer.model.student, trainer.model.teacher))
+    assert len(theirs - ours) == len(adapter)
+    trainer.train()
+    assert load_file(f"{args.output_dir}/checkpoint-4/teacher.safetensors").keys() == adapter.keys()
 
 
 @pytest.mark.parametrize("adapted", [False, True])
