@@ -122,13 +122,14 @@ def load_splits(
         return tokenize_dataset(documents, tokenizer, prompts=prompts, **options)
 
     prompts = arguments.training.prompts  # of what is trained on
+    in_blocks = options["packing"] is None and prompts is None
 
     key = "train_file" if data.train_file is not None else "dataset_split"
     what, documents = read(key, streaming=data.streaming)
     named = next((key for key in ("eval_file", "eval_dataset_split") if getattr(data, key) is not None), None)
     if named is not None:
         (train, counts), (evaluation, others) = rows(what, documents, prompts), rows(*read(named))
-    elif options["packing"] is None and kind_of(what, columns_of(documents), options["text_column"]) == "text":
+    elif in_blocks and kind_of(what, columns_of(documents), options["text_column"]) == "text":
         train, counts = rows(what, documents, prompts)
         train, evaluation = hold_out(train, data.eval_fraction)
         counts = counts.of_blocks(train, options["max_length"])

@@ -11,6 +11,7 @@ trainer.py   KDTrainer                     fsdp.py         sharding
 metrics.py   means for logs, memory        callbacks.py    health in words, the progress bar
 nan_guard.py stop at NaN                   diagnostics.py  what a log tells
 durable/     runs that survive kills       cache/          a teacher run once
+on_policy/   text that the student or the teacher writes
 data/        text, completions and chats to rows and batches, tokenizers
 """
 

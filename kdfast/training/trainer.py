@@ -109,7 +109,8 @@ class KDTrainer(DurableTrainer):
     before; where there is no projector, those of agreement, entropies and a ce of weight 0 are over the line's own
     step, the only one to compute them. Evaluated: loss under the weights now in force, ce, perplexity, bits_per_byte
     (where the tokens' bytes are known), kd, aux_loss, and against the teacher's own head, over the ids that both have,
-    kl_teacher_student, kl_teacher_projected. What does not exist under a recipe is absent.
+    kl_teacher_student, kl_teacher_projected. What does not exist under a recipe is absent. docs/training.md has what is
+    logged of generated text.
 
     Args:
         model: the student, wrapped here under the recipe of `args`, or a `DistillationModel`.
@@ -324,8 +325,9 @@ class KDTrainer(DurableTrainer):
             rows, self.counts[argument] = tokenize_dataset(given, tokenizer, **options)
             if args.chat_template is not None:
                 tokenizer.chat_template = read_template(args.chat_template)  # saved with the student
-            kind = kind_of(argument, columns_of(given), args.text_column)
-            whole = kind != "text" or args.packing is not None  # not blocks, which begin anywhere
+            if self._other is not None:
+                kind = kind_of(argument, columns_of(given), args.text_column)
+                whole = kind != "text" or args.packing is not None  # not blocks, which begin anywhere
         known = {"teacher_input_ids", "teacher_indices"}.intersection(names_of(rows)) or cached_blocks(rows)
         if self._other is None or rows is None or known:
             return rows

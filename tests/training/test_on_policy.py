@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
-from chats import KINDS, VOCAB, chat_tokenizer, raw, user
+from chats import KINDS, VOCAB, assistant, chat_tokenizer, raw, user
 from datasets import Dataset
 from tiny_models import tiny
 
@@ -181,6 +181,52 @@ def test_the_share_of_generated_batches_is_exact_and_the_data_keeps_its_labels(r
         assert line["kd"] == pytest.approx(line.get("kd_on_policy", line.get("kd_data")))
         if writer == "student":
             assert {"completion_length", "eos_share", "entropy_on_policy", "repetition"} <= line.keys()
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_teacher_with_another_prompt_scores_the_same_completion(run, chat):
+    """What privileged self-distillation is: the teacher's distribution after its own prompt, on the student's text."""
+    texts = [("2+2?", "4", "2+2? It is 4."), ("Hi", "Hello", "Hi, greet back"), ("abc", "d", "alphabet: abc")]
+    given = [
+        {"prompt": [user(p)], "completion": [assistant(c)], "teacher_prompt": [user(t)]}
+        if chat
+        else {"prompt": p, "completion": c, "teacher_prompt": t}
+        for p, c, t in texts
+    ]
+    student = tiny("llama", V=VOCAB).double()
+    teacher = tiny("llama", V=VOCAB, width=24, seed=1).double()
+    trainer = run(
+        Dataset.from_list(given), student=student, teacher=teacher, divergence="reverse_kl", kd_weight=0.5,
+        temperature=1.0, max_steps=1, learning_rate=0.0, per_device_train_batch_size=3, generations_per_prompt=2,
+    )  # fmt: skip
+    grads = {}
+    trainer.add_callback(_Gradients(student, grads))
+    trainer.train()
+    (batch,) = trainer.trained
+    student.zero_grad()
+    asked = {}
+    for prompt, _, own in texts:
+        ids = [
+            TOKENIZER.apply_chat_template([user(one)], add_generation_prompt=True, return_dict=True)["input_ids"]
+            if chat
+            else TOKENIZER(one)["input_ids"]
+            for one in (prompt, own)
+        ]
+        asked[tuple(ids[0])] = ids[1]
+    total, n = 0.0, 0
+    for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
+        completion = labels[labels != -100]
+        k = len(completion)
+        prompt = ids[mask.bool()][:-k]
+        theirs = torch.cat([torch.tensor(asked[tuple(prompt.tolist())]), completion])
+        log_q = F.log_softmax(student(torch.cat([prompt, completion])[None]).logits[0, -k - 1 : -1], -1)
+        with torch.no_grad():
+            log_p = F.log_softmax(teacher(theirs[None]).logits[0, -k - 1 : -1], -1)
+        total, n = total + (log_q.exp() * (log_q - log_p)).sum(), n + k
+    (0.5 * total / n).backward()
+    assert losses(trainer)[0] == pytest.approx((0.5 * total / n).item(), rel=1e-6)
+    for name, parameter in student.named_parameters():
+        torch.testing.assert_close(grads[name], parameter.grad, rtol=1e-6, atol=1e-9)
 
 
 def test_micro_batches_are_divided_by_the_targets_of_all(run):
