@@ -109,7 +109,7 @@ def fused_kd_loss(
             entries) are those of the whole vocabulary. A DTensor without process_group, such as an FSDP-sharded head,
             is an error. The first call with a set of slices compares what the processes call with; KDFAST_CHECK=1
             compares every call.
-            Collectives: for each chunk of tokens (all of them with "triton_tiled") a gather of 60 to 100 bytes per
+            Collectives: for each chunk of tokens (all of them with "triton_tiled") a gather of 60 to 124 bytes per
             token and process, two for a divergence that is neither forward nor reverse KL, and one sum of dX.
             docs/distributed.md.
         engine: "auto", "reference" (eager, whole logits), "torch" (chunks of tokens, any device), "triton_chunked" (a

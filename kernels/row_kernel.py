@@ -11,6 +11,7 @@ nothing is shared between programs. A program walks its row pair up to three tim
                                forward and reverse KL, or no teacher    statistics, gradients           2 reads, 1 write
                                every other divergence                   statistics, terms, gradients    3 reads, 1 write
                                without gradients                        one fewer, and no write
+                               tokens that the KD term leaves out       the student's once more, for the cross entropy
     states_kernel          statistics, to be merged (`tiled_forward.combine`)
     terms_kernel           terms, to be merged
     row_gradients_kernel   gradients, from the rows' constants

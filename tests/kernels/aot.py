@@ -250,9 +250,9 @@ def row_cases(arch: str, V: int) -> Iterator[Case]:
 
 
 def pair_bytes(chunk: Chunk) -> int:
-    """Return the bytes that a kernel reads of one token's logits and biases."""
+    """Return the bytes that a kernel reads of one token's logits, biases and mask."""
     heads = chunk.heads
-    operands = [chunk.z_s, chunk.z_t, heads.teacher_logits, heads.bias]
+    operands = [chunk.z_s, chunk.z_t, heads.teacher_logits, heads.bias, heads.mask]
     operands += [heads.teacher_bias] * (chunk.z_t is not None)
     return sum(operand.element_size() for operand in operands if operand is not None)
 

@@ -11,6 +11,7 @@ from teachers import ENGINES, entries, own_logits
 
 from kdfast import Logits, SparseLogits, fused_kd_loss
 from kdfast.frontend import checks
+from kdfast.training.teachers.fidelity import fidelity
 
 IDS = torch.arange(V)
 MASK = (IDS * 7 % 11 < 6) & (IDS != 40)
@@ -260,6 +261,14 @@ def test_where_it_cannot_be_read_a_mask_of_nothing_is_a_nan(engine, kind, monkey
         source = SparseLogits(*entries(case, k=3), tail="bucket", log_tail=torch.full((len(case.labels),), -1.0))
     loss = fused_kd_loss(student(case), source, case.labels, kd_vocab_mask=MASK & False, engine=engine)
     assert loss.isnan()
+
+
+def test_fidelity_is_of_the_compared_ids():
+    case = make()
+    found = fidelity(student(case), student(case), teacher(case, "head"), case.labels, kd_vocab_mask=MASK)
+    log_p, log_q = (z[:, HERE].log_softmax(-1) for z in (own_logits(case), oracle.logits(case.hs, case.W, case.b)))
+    expected = mean(value("forward_kl", log_p, log_q), keep(case)).float()
+    torch.testing.assert_close(found[:2], (expected.detach(), expected.detach()))
 
 
 def test_without_a_teacher_it_changes_nothing():

@@ -239,6 +239,7 @@ WRONG = {
     "bias of one": "Head.bias is .*expected|rank 1 of process_group refuses its arguments",
     "mask": r"kd_vocab_mask is \(101,\); expected \(5[01],\)",
     "mask of one": "the kind of call .* is not the same on rank 0 and rank 1",
+    "mask without mesh": "kd_vocab_mask is a DTensor; expected a plain tensor, or process_group=",
     "mask of nothing": "kd_vocab_mask is False at every id that both sides have",
     "mesh of two": r"process_group is a DeviceMesh of 2 dimensions \('data', 'vocab'\)",
     "data mesh": "student: Head.weight is a DTensor on .*not on the group passed as process_group",
