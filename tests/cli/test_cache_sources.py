@@ -62,6 +62,9 @@ def test_from_a_server_as_from_the_live_teacher(configured, kdfast, server, monk
     assert (code, "recipe cached" in out) == (0, True), err
     assert kdfast("distill", "config.yaml", *LIVE)[0] == 0
     assert losses(configured, "out") == pytest.approx(losses(configured, "live"), rel=1e-5)
+    solved = ["--recipe", "svd_init", "--teacher_model_name_or_path", "teacher", "--output_dir", "solved"]
+    code, out, err = kdfast("distill", "c.yaml", *solved)  # whose start needs the teacher itself
+    assert (code, "kept: the teacher's entries are there" in out) == (0, True), err
     written = [path for folder in ("kept", "out") for path in (configured / folder).rglob("*") if path.is_file()]
     assert not any(KEY.encode() in path.read_bytes() for path in written)
 

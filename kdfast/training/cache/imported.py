@@ -21,6 +21,7 @@ from kdfast.training.cache.formats import SUM, Listed, Position, check_texts, fi
 from kdfast.training.cache.write import check_options, describe_splits, fill
 from kdfast.training.data.rows import lengths_of
 from kdfast.training.data.tokenizers import count_ids
+from kdfast.training.durable import processes
 from kdfast.training.durable.errors import first_line
 from kdfast.training.hf import IGNORE_INDEX
 
@@ -71,7 +72,9 @@ def import_log_probs(
     described, shard_sequences = describe_splits(splits, shard_tokens)
     wanted = {split: list(_documents(dataset)) for split, dataset in splits.items()}
     longest = max(length for documents in wanted.values() for _, _, length in documents)
-    found = Source(source, tokenizer, logprobs_field, longest)
+    read: list[Source] = []
+    processes.by_all(lambda: read.append(Source(source, tokenizer, logprobs_field, longest)))
+    (found,) = read
     if logprobs_temperature != 1 and not found.renormalized:
         raise CacheError(
             f"logprobs_temperature={logprobs_temperature:g}, and {found.name} has log-probabilities that leave a tail, "

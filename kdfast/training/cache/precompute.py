@@ -233,7 +233,8 @@ class Precomputation:
         temperature = self.model.recipe.temperature
         held = {**asdict(there), SPLIT: there.splits.get(SPLIT), "temperature": there.usable_temperatures}
         asked = {**asdict(description), SPLIT: description.splits[SPLIT], "temperature": temperature}
-        names = ["teacher_sha256", "tokenizer_sha256", "vocab", "valid_vocab", SPLIT]
+        names = ["tokenizer_sha256", SPLIT]  # of a teacher elsewhere no more is known
+        names += ["teacher_sha256", "vocab", "valid_vocab"] * (there.source is None)
         names += ["temperature"] * (not there.serves(temperature))
         args = self.args
         count = args.cache_samples or args.cache_top_k

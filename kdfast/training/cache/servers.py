@@ -17,10 +17,10 @@ import urllib.error
 import urllib.request
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from http.client import HTTPException
+from multiprocessing.pool import AsyncResult, ThreadPool
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -167,19 +167,21 @@ class Server:
         self, dataset: Any, batches: list[range], concurrency: int, description: Description
     ) -> Iterator[dict[str, np.ndarray]]:
         """Yield the encoded entries of each row of the batches, in order, several batches being asked at a time."""
-        pool = ThreadPoolExecutor(concurrency)
-        waiting: deque[Future[list[dict[str, np.ndarray]]]] = deque()
+        pool = ThreadPool(concurrency)  # whose threads are not waited for where a run is interrupted
+        waiting: deque[AsyncResult[list[dict[str, np.ndarray]]]] = deque()
         try:
             for batch in batches:
-                waiting.append(pool.submit(self._ask, [documents_of(dataset[i]) for i in batch], batch, description))
+                documents = [documents_of(dataset[i]) for i in batch]
+                waiting.append(pool.apply_async(self._ask, (documents, batch, description)))
                 if len(waiting) > 2 * concurrency:
-                    yield from waiting.popleft().result()
+                    yield from waiting.popleft().get()
             while waiting:
-                yield from waiting.popleft().result()
+                yield from waiting.popleft().get()
+        except BaseException:
+            self._stopped.set()
+            raise
         finally:
-            if waiting:
-                self._stopped.set()
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.terminate()
 
     def _ask(self, rows: list[list[list[int]]], batch: range, description: Description) -> list[dict[str, np.ndarray]]:
         """Return the encoded entries of each row's documents; `batch` has the rows' numbers."""
