@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from chats import KINDS, VOCAB, assistant, chat_tokenizer, raw, user
 from datasets import Dataset
-from tiny_models import tiny
+from tiny_models import RECOMPUTE, tiny
 
 from kdfast.training import KDTrainer, tokenize_dataset
 from kdfast.training.data.text import DataError
@@ -169,6 +169,25 @@ class _Gradients:
         return Callback()
 
 
+@pytest.mark.parametrize("how", ["recomputed", "adapter"])
+def test_text_is_the_same_where_layers_are_recomputed_and_of_the_adapter_where_there_is_one(run, how):
+    plain = run(max_steps=2)
+    plain.train()
+    if how == "recomputed":
+        other = run(max_steps=2, **{RECOMPUTE: True})
+    else:
+        peft = pytest.importorskip("peft")
+        student = peft.get_peft_model(
+            tiny("llama", V=VOCAB), peft.LoraConfig(target_modules="all-linear", exclude_modules=["lm_head"])
+        )
+        other = run(student=student, max_steps=2)
+    other.train()
+    assert torch.equal(other.trained[0]["input_ids"], plain.trained[0]["input_ids"])
+    if how == "recomputed":
+        assert losses(other) == losses(plain)
+        assert torch.equal(other.trained[1]["input_ids"], plain.trained[1]["input_ids"])
+
+
 def test_the_share_of_generated_batches_is_exact_and_the_data_keeps_its_labels(run):
     trainer = run(on_policy=0.4, max_steps=10, learning_rate=1e-3)
     trainer.train()
@@ -324,6 +343,17 @@ def test_several_completions_of_a_prompt_are_rows_of_one_batch(run):
         batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True
     )]  # fmt: skip
     assert sorted(Counter(prompts).values()) in ([3, 3], [6])
+
+
+def test_a_row_is_scored_by_the_teacher_of_its_prompt(run):
+    rows = [{"prompt": f"{name}{i}", "completion": "x", "teacher_id": name} for name in "ab" for i in range(4)]
+    teachers = {name: tiny("llama", V=VOCAB, width=24, seed=i) for i, name in enumerate("ab")}
+    trainer = run(
+        Dataset.from_list(rows), teacher=teachers, max_steps=1, per_device_train_batch_size=4, generations_per_prompt=2
+    )
+    trainer.train()
+    (batch,) = trainer.trained
+    assert ["ab"[number] for number in batch["teacher_id"]] == [TOKENIZER.decode(ids[:1]) for ids in batch["input_ids"]]
 
 
 # The same once more
