@@ -35,7 +35,7 @@ ROWS, HELD_OUT, WRONG, BATCH = 20_000, 1_000, 0.3, 128
 TEACHER = {"width": 64, "layers": 2, "steps": 1000, "rate": 4e-3}
 STUDENT = {"width": 48, "layers": 2, "steps": 400, "rate": 5e-3}
 BUDGET = 250 * BATCH * ROW  # tokens after the common start, read by a step or written
-RATES = (1e-3, 3e-3)
+RATES = (1e-3, 3e-3, 1e-2)
 PURE: dict[str, Any] = {"recipe": "teacher_head", "ce_weight": 0.0, "kd_weight": 1.0, "temperature": 1.0}
 CONTENDERS: dict[str, dict[str, Any]] = {
     "supervised": {"recipe": "lm_only"},
