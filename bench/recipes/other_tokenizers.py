@@ -43,33 +43,35 @@ TEXT_BYTES, TOKENIZER_CHARACTERS = 3_000_000, {"bytes": 3_000_000, "pieces": 2_0
 
 # tokenizer | start | recipe and keys that differ from it | learning rates | seeds
 PLAN = """
-bytes   | fresh      | lm_only                    | 1e-3 2e-3 4e-3 8e-3 | 0
-bytes   | fresh      | shared_tokens              | 2e-3 4e-3           | 0
-bytes   | fresh      | shared_tokens kd_weight=2  | 2e-3                | 0
-bytes   | fresh      | projector_fixed            | 2e-3                | 0
-pieces  | fresh      | lm_only                    | 1e-3 2e-3 4e-3      | 0
-pieces  | fresh      | shared_tokens              | 2e-3 4e-3           | 0
-pieces  | fresh      | projector_fixed            | 2e-3                | 0
-scripts | fresh      | lm_only                    | 1e-3 2e-3 4e-3      | 0
-scripts | fresh      | shared_tokens              | 2e-3 4e-3           | 0
-bytes   | fresh      | lm_only                    | 2e-3                | 1 2
-bytes   | fresh      | shared_tokens              | 2e-3                | 1 2
-scripts | fresh      | lm_only                    | 2e-3                | 1 2
-scripts | fresh      | shared_tokens              | 2e-3                | 1 2
-bytes   | pretrained | lm_only                    | 5e-4 1e-3 2e-3      | 0
-bytes   | pretrained | shared_tokens              | 1e-3 2e-3           | 0
-scripts | pretrained | lm_only                    | 5e-4 1e-3 2e-3      | 0
-scripts | pretrained | shared_tokens              | 1e-3 2e-3           | 0
-bytes   | pretrained | lm_only                    | 1e-3                | 1 2
-bytes   | pretrained | shared_tokens              | 1e-3                | 1 2
-scripts | pretrained | lm_only                    | 1e-3                | 1 2
-scripts | pretrained | shared_tokens              | 1e-3                | 1 2
-scripts | fresh      | projector_fixed            | 2e-3                | 0 1 2
-bytes   | fresh      | projector_fixed            | 2e-3                | 1 2
-bytes   | pretrained | projector_fixed            | 1e-3                | 0 1 2
-scripts | pretrained | projector_fixed            | 1e-3                | 0 1 2
-pieces  | fresh      | lm_only                    | 2e-3                | 1 2
-pieces  | fresh      | shared_tokens              | 2e-3                | 1 2
+bytes   | fresh      | lm_only                    | 1e-3 2e-3 4e-3 8e-3      | 0
+bytes   | fresh      | shared_tokens              | 2e-3 4e-3                | 0
+bytes   | fresh      | shared_tokens kd_weight=2  | 2e-3                     | 0
+bytes   | fresh      | projector_fixed            | 2e-3                     | 0
+pieces  | fresh      | lm_only                    | 1e-3 2e-3 4e-3           | 0
+pieces  | fresh      | shared_tokens              | 2e-3 4e-3                | 0
+pieces  | fresh      | projector_fixed            | 2e-3                     | 0
+scripts | fresh      | lm_only                    | 1e-3 2e-3 4e-3           | 0
+scripts | fresh      | shared_tokens              | 2e-3 4e-3 8e-3           | 0
+bytes   | fresh      | lm_only                    | 2e-3                     | 1 2
+bytes   | fresh      | shared_tokens              | 2e-3                     | 1 2
+scripts | fresh      | lm_only                    | 2e-3                     | 1 2
+scripts | fresh      | shared_tokens              | 4e-3                     | 1 2
+bytes   | pretrained | lm_only                    | 5e-4 1e-3 2e-3 4e-3      | 0
+bytes   | pretrained | shared_tokens              | 1e-3 2e-3 4e-3 8e-3      | 0
+scripts | pretrained | lm_only                    | 5e-4 1e-3 2e-3 4e-3      | 0
+scripts | pretrained | shared_tokens              | 2e-3 4e-3                | 0
+bytes   | pretrained | lm_only                    | 2e-3                     | 1 2
+bytes   | pretrained | shared_tokens              | 4e-3                     | 1 2
+scripts | pretrained | lm_only                    | 2e-3                     | 1 2
+scripts | pretrained | shared_tokens              | 2e-3                     | 1 2
+bytes   | fresh      | lm_only max_steps=1152     | 2e-3                     | 0
+scripts | fresh      | shared_tokens              | 2e-3                     | 1 2
+bytes   | fresh      | projector_fixed            | 2e-3                     | 1 2
+bytes   | pretrained | projector_fixed            | 2e-3                     | 0 1 2
+scripts | fresh      | projector_fixed            | 2e-3                     | 0 1 2
+scripts | pretrained | projector_fixed            | 2e-3                     | 0 1 2
+bytes   | pretrained | lm_only                    | 4e-3                     | 1 2
+bytes   | pretrained | lm_only max_steps=576      | 2e-3                     | 0
 """
 
 
@@ -120,7 +122,7 @@ def prepare(prepared: Path, runs: Path, tokenizer: str, pretrained: bool) -> Non
             WIDTH,
             steps=PRETRAINING,
             batch=setting.BATCH,
-            learning_rate=4e-3,
+            learning_rate=2e-3,
             seed=1000,
         )
         setting.run(runs / f"{tokenizer}-pretrained", keys | _text(prepared, runs, tokenizer) | {"recipe": "lm_only"})
@@ -220,8 +222,8 @@ def collect(runs: Path) -> dict[str, Any]:
     for job in plan([]):
         if (path := runs / "runs" / job.name / "summary.json").is_file():
             summary = json.loads(path.read_text())
-            names = ("bits_per_byte", "eval_ce", "kl_teacher_student", "tokens", "seconds", "times_lm_only")
-            rows.append({**job._asdict(), "steps": STEPS[job.start], **{name: summary[name] for name in names}})
+            names = ("steps", "bits_per_byte", "eval_ce", "kl_teacher_student", "tokens", "seconds", "times_lm_only")
+            rows.append({**job._asdict(), **{name: summary[name] for name in names}})
     return {"date": datetime.date.today().isoformat(), "versions": versions(), "runs": rows}
 
 

@@ -251,6 +251,8 @@ EXPECTED = {
     "less a teacher adds: compare recipe=lm_only, student_init=svd_blocks",
     "svd_init": "ahead of LM only at equal tokens, and near it at equal seconds while text is new; try higher learning "
     "rates than LM only's",
+    "shared_tokens": "ahead of LM only at equal tokens where most of the student's strings, and of its positions, are the "
+    "teacher's too; compare recipe=lm_only, at its own best learning rate",
     "compressed_head": "ahead of LM only at equal tokens where the teacher knows this text better than the student "
     "does; compare recipe=lm_only at equal seconds, at its own best learning rate",
 }

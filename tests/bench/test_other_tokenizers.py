@@ -26,7 +26,8 @@ def test_every_run_is_one_that_kdfast_distill_accepts(experiment, tmp_path):
     for job in jobs:
         keys = experiment.settings(tmp_path / "prepared", tmp_path / "runs", job)
         arguments = parse_mapping(job.name, {**keys, "output_dir": str(tmp_path / job.name)})
-        assert arguments.training.max_steps == experiment.STEPS[job.start]
+        longer = 3 if "max_steps" in job.contender else 1
+        assert arguments.training.max_steps == longer * experiment.STEPS[job.start]
         assert (arguments.model.student_config is None) == (job.start == "pretrained")
 
 
