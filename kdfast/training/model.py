@@ -130,12 +130,12 @@ class DistillationModel(nn.Module):
     ) -> None:
         super().__init__()
         student, teachers = adapt(student, peft_config), name_teachers(teacher)
-        other = shared_vocabulary is not None
-        valid_vocab = find_valid_vocab_of_all(student, {} if other else teachers, tokenizer, valid_vocab)
+        share = None if shared_vocabulary is None else shared_vocabulary.share
+        valid_vocab = find_valid_vocab_of_all(student, teachers if share is None else {}, tokenizer, valid_vocab)
         self.teacher_tail = teacher_tail
         self.by_default = recipe == AUTO  # the caller did not choose it
         if recipe == AUTO:
-            recipe = choose_recipe_of_all(student, teachers, valid_vocab, vocab, other).recipe
+            recipe = choose_recipe_of_all(student, teachers, valid_vocab, vocab, share).recipe
         self.recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
         asked = [*teachers.values()]
         teachers = {k: self._copy_student(student, x) if isinstance(x, str) else x for k, x in teachers.items()}

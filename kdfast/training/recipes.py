@@ -202,6 +202,8 @@ RECIPES = RecipeTable(
 )
 
 SELF = "self"  # in a teacher's place: the student's own earlier self
+FEW_STRINGS = 0.5  # over 64% of the student's KD helped, over 33% it did harm (docs/recipes.md)
+
 AUTO = "auto"  # in a recipe's place: choose_recipe finds one for the models at hand
 
 # What a recipe of that kind has no use for: given explicitly, it is left out, and the log says so.
@@ -251,8 +253,8 @@ EXPECTED = {
     "less a teacher adds: compare recipe=lm_only, student_init=svd_blocks",
     "svd_init": "ahead of LM only at equal tokens, and near it at equal seconds while text is new; try higher learning "
     "rates than LM only's",
-    "shared_tokens": "ahead of LM only at equal tokens where most of the student's strings, and of its positions, are the "
-    "teacher's too; compare recipe=lm_only, at its own best learning rate",
+    "shared_tokens": "ahead of LM only at equal tokens where most strings and positions are shared; compare "
+    "recipe=lm_only, at its own best learning rate",
     "compressed_head": "ahead of LM only at equal tokens where the teacher knows this text better than the student "
     "does; compare recipe=lm_only at equal seconds, at its own best learning rate",
 }
@@ -266,7 +268,7 @@ def choose_recipe(
     teacher: PreTrainedModel | str | None,
     valid_vocab: int | None = None,
     vocab: str = "error",
-    other_tokenizer: bool = False,
+    shared_strings: float | None = None,
 ) -> Choice:
     """Return the best measured recipe for these two models, and why: what recipe="auto" takes.
 
@@ -276,7 +278,8 @@ def choose_recipe(
         student, teacher: causal models; a teacher of None is `lm_only`'s, and "self" `teacher_head`'s.
         valid_vocab: as in `fused_kd_loss`: heads that differ by padding rows alone count as equal.
         vocab: "truncate": others are compared at their first ids; nothing is solved from such a teacher's rows.
-        other_tokenizer: the teacher is known to have another tokenizer than the student.
+        shared_strings: of a teacher that is known to have another tokenizer, the share of the student's tokens that it
+            has too.
 
     Raises ValueError where a teacher is given whose vocabulary is another.
     """
@@ -287,8 +290,11 @@ def choose_recipe(
     if isinstance(teacher, str):
         return Choice("teacher_head", "the teacher is the student's own earlier self")
     check_model(teacher, "teacher", compare=False)
-    if other_tokenizer:
-        return Choice("shared_tokens", "the teacher has another tokenizer: KD is over the strings that both have")
+    if shared_strings is not None:
+        why = f"the teacher has another tokenizer, with {shared_strings:.0%} of the student's strings"
+        if shared_strings < FEW_STRINGS:
+            return Choice("lm_only", f"{why}, and KD over so few did harm; recipe='shared_tokens' does it all the same")
+        return Choice("shared_tokens", f"{why}: KD is over those")
     rows = head_shape(student)[0], head_shape(teacher)[0]
     if not same_vocabulary(*rows, valid_vocab, vocab):
         raise ValueError(f"recipe='auto' has no use for this teacher: {other_vocabulary(student, teacher)}")

@@ -857,7 +857,7 @@ def _wrap(
         choice = (
             FROM_CACHE
             if entries
-            else choose_recipe_of_all(student, teachers, valid_vocab, args.vocab, shared is not None)
+            else choose_recipe_of_all(student, teachers, valid_vocab, args.vocab, shared.share if shared else None)
         )
         recipe = choice.recipe
     for teacher in teachers.values() if args.offload_teachers else ():

@@ -145,6 +145,18 @@ def test_auto_takes_what_both_have(saved, config, capsys, ours):  # noqa: F811
     assert "precompute" not in capsys.readouterr().out
 
 
+def test_auto_leaves_a_teacher_with_few_shared_strings(saved, config, capsys):  # noqa: F811
+    tokenizer = byte_level(1000, [" ".join(f"{i}th{i * i}" for i in range(900))] * 2)
+    options = {"teacher": saved(), "train_dataset": texts(), "eval_dataset": texts(), "processing_class": tokenizer}
+    trainer = KDTrainer(tiny(V=1000), config(recipe="auto", max_length=16), **options)
+    share = trainer._other.vocabulary.share
+    assert share < 0.5
+    assert f"recipe lm_only: the teacher has another tokenizer, with {share:.0%} of" in capsys.readouterr().out
+    assert "eval_kl_teacher_student" in trainer.evaluate()
+    trainer = KDTrainer(tiny(V=1000), config(recipe="shared_tokens", max_length=16), **options)
+    assert trainer.model.recipe.teacher == "shared_head"
+
+
 def test_rows_of_ids_and_of_lists(saved, config):  # noqa: F811
     """The same losses however the rows come, and as the model gives by itself; micro-batches and padding included."""
     teacher, tokenizer = saved(), SIZES["bytes"][0]()

@@ -21,7 +21,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-LITTLE = 0.5  # share of the student's strings below which a warning says what came of it
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 ROLES = ("eos", "bos")
 # words for kinds of strings, and what they match; the first that does
@@ -157,6 +156,7 @@ class SharedVocabulary:
 
     student: Tensor
     teacher: Tensor
+    share: float  # of the student's ids
     lines: list[str]  # what a run prints of it
 
     def mask(self, rows: int) -> Tensor:
@@ -180,11 +180,6 @@ def share_vocabulary(student: TokenTable, teacher: TokenTable) -> SharedVocabula
         f"shared strings: {len(pairs):,} of the student's {len(student.bytes):,} ids and of the teacher's "
         f"{len(teacher.bytes):,}; {_classes(ours, theirs)}"
     ]
-    if len(pairs) < LITTLE * len(student.bytes):
-        lines.append(
-            f"warning: the teacher has {len(pairs) / len(student.bytes):.0%} of the student's strings; KD over a third "
-            "of them was no better than lm_only where tried, over two thirds it was (docs/recipes.md)"
-        )
     for name, table, other, another in (("student", ours, theirs, "teacher"), ("teacher", theirs, ours, "student")):
         for what in ("digits", "numbers of several digits"):
             of_class = [one for one in table if _class(one) == what]
@@ -194,7 +189,7 @@ def share_vocabulary(student: TokenTable, teacher: TokenTable) -> SharedVocabula
                     f"warning: {len(lost)} of the {len(of_class)} {what} that are one token of the {name}'s are none "
                     f"of the {another}'s, and KD leaves them out: where arithmetic counts, compare with lm_only"
                 )
-    return SharedVocabulary(shared[:, 0], shared[:, 1], lines)
+    return SharedVocabulary(shared[:, 0], shared[:, 1], len(pairs) / len(student.bytes), lines)
 
 
 def _classes(ours: dict[bytes, int], theirs: dict[bytes, int]) -> str:

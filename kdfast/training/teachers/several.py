@@ -105,7 +105,7 @@ def choose_recipe_of_all(
     teachers: Mapping[str, PreTrainedModel],
     valid_vocab: int | None,
     vocab: str,
-    other_tokenizer: bool = False,
+    shared_strings: float | None = None,
 ) -> Choice:
     """Return `choose_recipe`'s choice for the first teacher, with which the others have to get along."""
     if not teachers:
@@ -113,7 +113,7 @@ def choose_recipe_of_all(
     choices = []
     for name, teacher in teachers.items():
         with naming(name, teachers):
-            choices.append(choose_recipe(student, teacher, valid_vocab, vocab, other_tokenizer))
+            choices.append(choose_recipe(student, teacher, valid_vocab, vocab, shared_strings))
     if len(teachers) == 1:
         return choices[0]
     first, *others = teachers

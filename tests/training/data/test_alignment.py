@@ -1,7 +1,6 @@
 """Shared strings of two tokenizers, and rows aligned with the other's: against places in the text, by character."""
 
 import itertools
-from pathlib import Path
 
 import pytest
 from chats import UNMARKED, assistant, user
@@ -273,16 +272,6 @@ def test_which_strings_are_shared():
     assert shared.lines[1].startswith(
         "warning: 11 of the 11 numbers of several digits that are one token of the student's"
     )
-
-
-def test_few_shared_strings_are_said():
-    large = TokenTable("tokenizer", byte_level(2000, [Path(__file__).read_text()] * 2))
-    small = TokenTable("tokenizer", byte_level(300, CODE))
-    few, most = share_vocabulary(large, small), share_vocabulary(small, large)
-    share = len(few.student) / len(large.bytes)
-    assert share < 0.5
-    assert few.lines[1].startswith(f"warning: the teacher has {share:.0%} of the student's strings")
-    assert "of the student's strings;" not in "".join(most.lines)
 
 
 def test_added_tokens_and_those_without_a_role():
