@@ -9,6 +9,9 @@ vLLM, chat templates, LoRA (`peft_config=…`), λ, and what is logged stay TRL'
 τ²; GKDTrainer's `temperature` in sampling alone, DistillationTrainer's in the loss too; the mean over the text that was
 written, prompts and padding masked. Rows are {"messages": [{"role": "user", "content": …}, …, the assistant's]}.
 
+GKDTrainer's own loss makes whole logits and many copies of them, DistillationTrainer's makes tiles:
+bench/on_policy.py measures both beside this one.
+
 Without --use both models are `small_models`' and chats are made from their text: a user shows lines of Python, and the
 assistant goes on. A fresh student first learns from these chats and its own text in turn (GKDTrainer, λ = ½), then from
 its own alone (DistillationTrainer, reverse KL). It ends with the cross entropy of held-out answers, in nats per token,
