@@ -27,6 +27,7 @@ from kdfast.training.recipes import AUTO, CACHED, RECIPES, SELF, current_name
 
 Command = Literal["distill", "cache", "data"]
 LM_ONLY = "lm_only"
+SEVERAL = "teacher_model_name_or_path"  # a list is kept as JSON
 
 # what other libraries call a key, or people in a hurry
 ELSEWHERE = {
@@ -53,18 +54,52 @@ def _key(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+def read_json(given: str | None) -> Any:
+    """Return what a text holds as JSON, or else the text."""
+    try:
+        return json.loads(given or "null")
+    except json.JSONDecodeError:
+        return given
+
+
+def dict_of(given: Any) -> dict[Any, Any]:
+    """Return a mapping as it is, and a list by number."""
+    return dict(given) if isinstance(given, dict) else dict(enumerate(given))
+
+
 @dataclass
 class ModelArguments:
     model_name_or_path: str | None = _key(None, "the student to go on training: a name or a folder")
     student_config: str | None = _key(None, "a fresh student: a config.json, its folder, or a mapping with model_type")
     teacher_model_name_or_path: str | None = _key(
-        None, "the teacher; recipe lm_only needs none; self: the student as it is at the start"
+        None, "the teacher, or a list of several; lm_only needs none; self: the student as it is at the start"
     )
     tokenizer_name: str | None = _key(None, "default: the student's, or else the teacher's")
     dtype: str | None = _key(None, "dtype of the student's weights; default: float32, over which bf16: true is mixed")
     teacher_dtype: str | None = _key(None, "dtype of the teacher's weights; default: auto, the one they were saved in")
     model_init_kwargs: str | None = _key(None, "a mapping: arguments of from_pretrained, as attn_implementation")
-    teacher_model_init_kwargs: str | None = _key(None, "the same for the teacher: quantization_config, device_map, …")
+    teacher_model_init_kwargs: str | None = _key(None, "the same for the teacher, or a list: quantization_config, …")
+
+    @property
+    def teachers(self) -> dict[str | int, str]:
+        """Several teachers, by name or number; empty where there is one, or none."""
+        given = read_json(self.teacher_model_name_or_path)
+        if isinstance(given, list | dict) and all(isinstance(name, str) for name in dict_of(given).values()):
+            return dict_of(given)
+        return {}
+
+    @property
+    def kwargs_of_teachers(self) -> list[Any]:
+        """The same arguments of from_pretrained for each of `teachers`, or its own. ValueError for a wrong number."""
+        given, n_teachers = read_json(self.teacher_model_init_kwargs), len(self.teachers)
+        if not isinstance(given, list):
+            return [self.teacher_model_init_kwargs] * n_teachers
+        if len(given) != n_teachers:
+            raise ValueError(
+                f"teacher_model_init_kwargs has {len(given)} mappings; expected one for each of {n_teachers} teachers, "
+                "or one for all"
+            )
+        return given
 
 
 @dataclass
@@ -180,6 +215,8 @@ class _Parser(HfArgumentParser):
     def __init__(self, source: str) -> None:
         super().__init__(list(ARGUMENT_CLASSES), allow_abbrev=False, add_help=False)
         self.source = source
+        (several,) = [action for action in self._actions if action.dest == SEVERAL]
+        several.nargs = "+"
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.source}: {message.removeprefix('argument ')}")
@@ -214,6 +251,8 @@ def parse_mapping(
         parser.error(_explain(unknown[0], list(defaults)))
     source += " and command line" * bool(overrides)
     values = vars(parsed)
+    if (names := values[SEVERAL]) is not None:
+        values[SEVERAL] = names[0] if len(names) == 1 else json.dumps(names)
     given = {key: value for key, value in values.items() if value != defaults[key]}
     if "recipe" in given:
         given["recipe"] = current_name(given["recipe"])
@@ -268,6 +307,11 @@ def _problems(given: Mapping[str, Any], command: Command) -> Iterator[str]:
     for key in ("teacher_dtype", "teacher_model_init_kwargs", "teacher_tokenizer_name_or_path"):
         if live == SELF and given[key]:
             yield f"{key}={given[key]!r}, and the teacher self is the student's own weights; leave it out"
+    if n_teachers := len(ModelArguments(teacher_model_name_or_path=live).teachers):
+        alone = [key for key in ("teacher_cache", "teacher_tokenizer_name_or_path") if given[key]]
+        if command == "cache" or alone:
+            what = f"{alone[0]}={given[alone[0]]!r}" if command != "cache" else "kdfast cache"
+            yield f"{what} and {n_teachers} teachers in {SEVERAL}; expected one with it"
     if live == SELF and command == "cache":
         yield "teacher_model_name_or_path: self, and kdfast cache loads no student; expected a model's name or folder"
     if given["teacher_update_rate"] is not None and live != SELF:
@@ -313,10 +357,10 @@ def format_help(command: Command) -> str:
 def _as_arguments(content: Mapping[str, Any]) -> list[str]:
     arguments = []
     for key, value in content.items():
-        if isinstance(value, list):
+        if isinstance(value, list) and not any(isinstance(one, dict) for one in value):
             arguments += [f"--{key}", *map(str, value)]
         elif value is not None:  # `key:` with nothing behind it: the default
-            arguments.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
+            arguments.append(f"--{key}={json.dumps(value) if isinstance(value, dict | list) else value}")
     return arguments
 
 

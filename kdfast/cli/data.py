@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from kdfast.cli.arguments import Arguments, ModelArguments, parse_argv
+from kdfast.cli.arguments import SEVERAL, Arguments, ModelArguments, parse_argv
 from kdfast.cli.errors import UserError
 from kdfast.training.data.alignment import OtherTokenizer, find_other_tokenizer
 from kdfast.training.data.chat import Counts, kind_of, read_template, tokenize_dataset
@@ -19,6 +19,7 @@ from kdfast.training.data.text import columns_of, hold_out, read_dataset, read_f
 from kdfast.training.durable.errors import first_line
 from kdfast.training.hf import IGNORE_INDEX, SOURCE, read_init_kwargs
 from kdfast.training.recipes import SELF
+from kdfast.training.teachers.several import column_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -95,7 +96,10 @@ def load_tokenizer(models: ModelArguments) -> PreTrainedTokenizerBase:
     for key in ("tokenizer_name", "model_name_or_path", "teacher_model_name_or_path"):
         if (name := getattr(models, key)) not in (None, SELF):
             own = key.replace("name_or_path", "init_kwargs")
-            kwargs = read_init_kwargs(own, getattr(models, own) if own != key else None)
+            kwargs = getattr(models, own) if own != key else None
+            if key == SEVERAL and models.teachers:
+                name, kwargs = next(iter(models.teachers.values())), models.kwargs_of_teachers[0]
+            kwargs = read_init_kwargs(own, kwargs)
             place = {key: kwargs[key] for key in (*SOURCE, "trust_remote_code") if key in kwargs}
             try:
                 return AutoTokenizer.from_pretrained(name, **{"trust_remote_code": False, **place})
@@ -119,6 +123,10 @@ def load_splits(
 
     def rows(what: str, documents: Any, prompts: str | None = None) -> tuple[Any, Counts]:
         options["argument"], options["teacher_tokenizer"] = what, other
+        training, several = arguments.training, len(arguments.model.teachers)
+        options["teacher_column"] = column_of(
+            training.teacher_column, training.teacher_weights, several, columns_of(documents)
+        )
         return tokenize_dataset(documents, tokenizer, prompts=prompts, **options)
 
     prompts = arguments.training.prompts  # of what is trained on

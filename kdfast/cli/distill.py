@@ -117,7 +117,8 @@ def _trainer(arguments: Arguments, name: str) -> KDTrainer:
     models, training = arguments.model, arguments.training
     training.dataloader_pin_memory &= torch.accelerator.is_available()  # without one, a warning is all it brings
     without_teacher, own = _learns_without_teacher(arguments), models.teacher_model_name_or_path == SELF
-    given = load_text(arguments, None if without_teacher or own else models.teacher_model_name_or_path)
+    several = models.teachers
+    given = load_text(arguments, None if without_teacher or own or several else models.teacher_model_name_or_path)
     tokenizer, train, evaluation = given.tokenizer, given.train, given.evaluation
     set_seed(training.seed)  # a fresh student's weights
     text: dict[str, Any] = {"tokenizer": tokenizer, "valid_vocab": training.valid_vocab}
@@ -131,6 +132,10 @@ def _trainer(arguments: Arguments, name: str) -> KDTrainer:
     loaded = {"student": student}
     if without_teacher:
         train, evaluation = _with_cache(arguments, tokenizer, train, evaluation)
+    elif several:
+        text["dtype"] = models.teacher_dtype
+        for (key, one), kwargs in zip(several.items(), models.kwargs_of_teachers, strict=True):
+            loaded[f"teacher {key}"] = load_teacher(one, model_init_kwargs=kwargs, **text)
     elif not own and (teacher := models.teacher_model_name_or_path) is not None:
         text["model_init_kwargs"] = models.teacher_model_init_kwargs
         if given.other is not None:
@@ -141,10 +146,13 @@ def _trainer(arguments: Arguments, name: str) -> KDTrainer:
     sizes = ", ".join(f"{which} {model.num_parameters() / 1e6:.1f}M parameters" for which, model in loaded.items())
     engine, rows = engine_of(training, student), given.describe(training.max_length)
     print_once(f"{name}: recipe {training.recipe}; {sizes}; {rows}; engine {engine} on {training.device}")
+    teachers: Any = {key: loaded[f"teacher {key}"] for key in several} or loaded.get("teacher")
+    if 0 in several:  # names are the folders'
+        teachers = [*teachers.values()]
     trainer = KDTrainer(
         student,
         training,
-        teacher=SELF if own else loaded.get("teacher"),
+        teacher=SELF if own else teachers,
         peft_config=_peft_config(arguments.adapter),
         train_dataset=train,
         eval_dataset=evaluation,

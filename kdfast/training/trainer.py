@@ -196,6 +196,11 @@ class KDTrainer(DurableTrainer):
         live = {**teachers}
         if isinstance(model, DistillationModel):
             student, live = model.student, model.teachers
+        if len(live) > 1 and args.teacher_tokenizer_name_or_path is not None:
+            raise ValueError(
+                f"teacher_tokenizer_name_or_path={args.teacher_tokenizer_name_or_path!r} and {len(live)} teachers; "
+                "several have to share the text's tokenizer. Leave it out, or take one teacher"
+            )
         only = next(iter(live.values()), None) if len(live) == 1 else None
         self._other = _other_tokenizer(student, only, processing_class, args)
         with args.main_process_first(desc="tokenizing"):
