@@ -19,6 +19,7 @@ from kdfast.cli.errors import RunFailed, UserError
 from kdfast.training import KDConfig, cache_from_server, cache_teacher, import_log_probs, load_teacher
 from kdfast.training.cache.description import CacheSummary, is_complete
 from kdfast.training.cache.read import TeacherCache
+from kdfast.training.config import CACHE_METHOD
 from kdfast.training.data.text import check_positions
 from kdfast.training.durable.errors import first_line
 from kdfast.training.durable.processes import by_first, leave, print_once
@@ -45,8 +46,8 @@ def make_cache(arguments: Arguments) -> CacheSummary:
     training, models, source = arguments.training, arguments.model, arguments.source
     folder = Path(str(training.teacher_cache))  # parse saw to it that there is one
     taus = training.resolved(CACHED).temperatures
-    options = training.cache_options(taus, "top_k")
     elsewhere = source.teacher_model_server_url or source.teacher_logprobs
+    options = training.cache_options(taus, "top_k" if elsewhere else CACHE_METHOD)
     counts = {"k": "cache_top_k" if options["method"] == "top_k" else "cache_samples"}
     try:
         if elsewhere and options["method"] != "top_k":

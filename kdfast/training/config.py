@@ -24,7 +24,7 @@ from kdfast.training.teachers.entries import TeacherTail
 logger = logging.getLogger(__name__)
 
 ON_POLICY_DIVERGENCE = "reverse_kl"  # where none is given; docs/recipes.md has what each came to
-CACHE_METHOD = "sample"  # where nothing is said
+CACHE_METHOD = "hidden"  # where nothing is said
 DRAWN, KEPT = 32, 64  # ids drawn, or kept, per token where nothing is said
 
 # evaluation metrics → whether a greater value is better, for metric_for_best_model; None: neither is
@@ -171,7 +171,7 @@ class KDConfig(TrainingArguments):
         None, "Folder of the teacher's entries: read, or made where it is not there; None = output_dir/teacher_cache."
     )
     cache_method: str | None = _field(
-        None, "hidden, its states compressed; sample, ids drawn; top_k. None = by the number given, else sample."
+        None, "hidden, its states compressed; sample, ids drawn; top_k. None = by the number given, else hidden."
     )
     cache_samples: int | None = _field(None, f"Ids drawn per token, at most 1024; None = {DRAWN}.")
     cache_top_k: int | None = _field(None, f"Ids kept per token, at most 1024; None = {KEPT}.")

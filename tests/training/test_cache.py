@@ -41,7 +41,7 @@ def make(folder, data=None, *, family="gpt2", teacher=None, shard_tokens=3 * T, 
     """A cache of a tiny teacher over `data`, and its data set."""
     data = data or blocks()
     teacher = teacher or tiny(family, V=V, width=32, seed=1)
-    cache_teacher(teacher, {"train": data}, folder, shard_tokens=shard_tokens, **options)
+    cache_teacher(teacher, {"train": data}, folder, shard_tokens=shard_tokens, **{"k": 64, **options})
     tau = options.get("temperatures", (2.0,))[0]
     return teacher, TeacherCache(folder).dataset("train", data, temperature=tau)
 

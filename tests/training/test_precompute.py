@@ -67,22 +67,23 @@ def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.arrow")}
 
 
-def test_a_text_that_comes_round_again_is_shown_to_the_teacher_once(make, capsys, tmp_path):
+def test_a_text_that_comes_round_again_is_shown_to_the_teacher_beforehand(make, capsys, tmp_path):
     trainer = make()
     teacher = size_of(trainer.model.teacher)
     assert trainer.price.teacher == (2 * teacher.parameters + 2 * V * 32) // 2  # four steps go over the text twice
     trainer.train()
-    assert len(trainer.shown) == N  # four steps of 32
+    assert len(trainer.shown) == 2 * N  # four steps of 32; the head is cut on some text, here all of it
     assert isinstance(trainer.train_dataset, CachedBlocks)
     description = trainer.train_dataset.description
-    assert (description.method, description.k, description.temperatures) == ("sample", 32, (2.0,))
+    assert (description.method, description.max_kl, description.dtype) == ("hidden", 0.01, "int8")
+    rank = trainer.train_dataset.cache.head.rank
     out = capsys.readouterr().out
     assert "the text comes round 2 times: the teacher runs over it once" in out
-    assert f"{tmp_path / 'run' / 'teacher_cache'}: {N * T} tokens, at most 98 bytes each" in out
+    assert f"{tmp_path / 'run' / 'teacher_cache'}: {N * T} tokens, {rank + 2} bytes each" in out
     trainer.train()  # from there on
-    assert len(trainer.shown) == N
+    assert len(trainer.shown) == 2 * N
     assert trainer.evaluate()["eval_kl_teacher_student"] > 0  # to the live teacher
-    assert len(trainer.shown) == N + 8
+    assert len(trainer.shown) == 2 * N + 8
 
 
 @pytest.mark.parametrize(
@@ -130,7 +131,7 @@ def test_a_further_student_pays_nothing(make, tmp_path):
 
 
 def test_an_interrupted_one_is_completed_to_the_same_bytes(make, tmp_path, monkeypatch):
-    given = {"cache_shard_tokens": 20 * T}
+    given = {"cache_shard_tokens": 20 * T, "cache_method": "sample"}
     make(teacher_cache=str(tmp_path / "whole"), **given).train()
     whole, kept = write._write_shard, []
 
@@ -185,10 +186,10 @@ def shifted(rows):
 
 
 STAYS_LIVE = {
-    "one temperature|entries are of one": {"temperature_steps": [2.0, 1.0]},
-    "drawn ids are no estimate": {"divergence": "reverse_kl"},
+    "one temperature|entries are of one": {"temperature_steps": [2.0, 1.0], "cache_method": "sample"},
+    "drawn ids are no estimate": {"divergence": "reverse_kl", "cache_samples": 32},
     "other inputs of the rows": {"collator": shifted},
-    "lacks the run's, 2": {"cache_temperatures": [1.0]},
+    "lacks the run's, 2": {"cache_temperatures": [1.0], "cache_top_k": 8},
 }
 
 
@@ -261,6 +262,6 @@ def test_a_kl_to_drawn_ids_is_not_judged():
 
 
 def test_health_of_a_run_with_drawn_ids(make):
-    trainer = make()
+    trainer = make(cache_method="sample")
     trainer.train()
     assert trainer.health.drawn

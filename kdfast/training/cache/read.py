@@ -257,8 +257,7 @@ def check_datasets(model: DistillationModel, datasets: Mapping[str, Any], temper
                     "of it: it is not linear in the teacher's probabilities, or infinite. Expected forward_kl, or a "
                     "cache made with cache_method: hidden or top_k"
                 )
-    if recipe.teacher == "cached":
-        take_head(model, datasets)
+    take_head(model, datasets)
     names = {argument: list(names_of(dataset)) for argument, dataset in datasets.items()}
     bringing = {argument: name for argument, columns in names.items() for name in BROUGHT.intersection(columns)}
     lacking = [argument for argument, columns in names.items() if columns and argument not in bringing]

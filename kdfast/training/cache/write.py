@@ -77,8 +77,8 @@ def cache_teacher(
     splits: Mapping[str, Any],
     folder: str | Path,
     *,
-    method: Literal["top_k", "sample", "hidden"] = "top_k",
-    k: int = 64,
+    method: Literal["hidden", "sample", "top_k"] | None = None,
+    k: int | None = None,
     rank: int | None = None,
     max_kl: float | None = None,
     temperatures: Sequence[float] = (2.0,),
@@ -103,7 +103,8 @@ def cache_teacher(
         folder: of the cache. A complete one is left alone, an interrupted one completed.
         method: "top_k": the k most likely ids and the mass of all others. "sample": k ids drawn at random, counted.
             "hidden": the coordinates that `compress_head` makes of its hidden states, and once the head for them.
-        k: 1 to 1024, and at most the teacher's vocabulary for "top_k". Of no meaning for "hidden".
+            None: "top_k" where k is given, else "hidden".
+        k: 1 to 1024, and at most the teacher's vocabulary for "top_k"; None = 64. Of no meaning for "hidden".
         rank, max_kl: one of them for "hidden": how many coordinates are kept, or the KL to the whole teacher, rounding
             included, by which that is chosen; neither: MAX_KL. From the teacher's width on the states are kept whole.
         temperatures: τ of the runs to come; entries serve τ = 1 besides. One alone for "sample": ids are drawn there.
@@ -126,9 +127,11 @@ def cache_teacher(
     """
     if not is_count(batch_size):
         raise ValueError(f"batch_size={batch_size!r} ({kind(batch_size)}); expected an int of at least 1")
+    method = method or ("hidden" if k is None else "top_k")
     description = describe(
-        teacher, splits, method=method, k=k, rank=rank, max_kl=max_kl, temperatures=temperatures, dtype=dtype,
-        tokenizer=tokenizer, valid_vocab=valid_vocab, seed=seed, shard_tokens=shard_tokens, name=name, tell=tell,
+        teacher, splits, method=method, k=64 if k is None else k, rank=rank, max_kl=max_kl, temperatures=temperatures,
+        dtype=dtype, tokenizer=tokenizer, valid_vocab=valid_vocab, seed=seed, shard_tokens=shard_tokens, name=name,
+        tell=tell,
     )  # fmt: skip
     factor = factor_of(Path(folder))
 
