@@ -19,7 +19,6 @@ from kdfast.cli.errors import RunFailed, UserError
 from kdfast.training import KDConfig, cache_from_server, cache_teacher, import_log_probs, load_teacher
 from kdfast.training.cache.description import CacheSummary, is_complete
 from kdfast.training.cache.read import TeacherCache
-from kdfast.training.config import CACHE_METHOD
 from kdfast.training.data.text import check_positions
 from kdfast.training.durable.errors import first_line
 from kdfast.training.durable.processes import by_first, leave, print_once
@@ -47,7 +46,7 @@ def make_cache(arguments: Arguments) -> CacheSummary:
     folder = Path(str(training.teacher_cache))  # parse saw to it that there is one
     taus = training.resolved(CACHED).temperatures
     elsewhere = source.teacher_model_server_url or source.teacher_logprobs
-    options = training.cache_options(taus, "top_k" if elsewhere else CACHE_METHOD)
+    options = training.cache_options(taus, "top_k" if elsewhere else "hidden")
     counts = {"k": "cache_top_k" if options["method"] == "top_k" else "cache_samples"}
     try:
         if elsewhere and options["method"] != "top_k":

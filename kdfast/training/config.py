@@ -24,7 +24,6 @@ from kdfast.training.teachers.entries import TeacherTail
 logger = logging.getLogger(__name__)
 
 ON_POLICY_DIVERGENCE = "reverse_kl"  # where none is given; docs/recipes.md has what each came to
-CACHE_METHOD = "hidden"  # where nothing is said
 DRAWN, KEPT = 32, 64  # ids drawn, or kept, per token where nothing is said
 
 # evaluation metrics → whether a greater value is better, for metric_for_best_model; None: neither is
@@ -171,7 +170,7 @@ class KDConfig(TrainingArguments):
         None, "Folder of the teacher's entries: read, or made where it is not there; None = output_dir/teacher_cache."
     )
     cache_method: str | None = _field(
-        None, "hidden, its states compressed; sample, ids drawn; top_k. None = by the number given, else hidden."
+        None, "sample: ids drawn at random; hidden: compressed states; top_k. None = by the number given or the run."
     )
     cache_samples: int | None = _field(None, f"Ids drawn per token, at most 1024; None = {DRAWN}.")
     cache_top_k: int | None = _field(None, f"Ids kept per token, at most 1024; None = {KEPT}.")
@@ -250,7 +249,7 @@ class KDConfig(TrainingArguments):
         """Whether text is generated to be trained on."""
         return self.on_policy > 0 or self.seq_kd
 
-    def cache_options(self, temperatures: Sequence[float], method: str = CACHE_METHOD) -> dict[str, Any]:
+    def cache_options(self, temperatures: Sequence[float], method: str) -> dict[str, Any]:
         """Return the arguments of `cache_teacher` that are settings; `temperatures` and `method` where none are set."""
         counts = {"sample": self.cache_samples, "top_k": self.cache_top_k}
         method = self.cache_method or next((name for name, count in counts.items() if count is not None), method)
@@ -267,7 +266,7 @@ class KDConfig(TrainingArguments):
     @property
     def _of_cache(self) -> tuple[str, ...]:
         """The settings of a compressed head that a cache of hidden states has a use for, whatever the recipe."""
-        return ("compressed_rank", "compressed_kl") if self.cache_options([])["method"] == "hidden" else ()
+        return ("compressed_rank", "compressed_kl") if self.cache_options([], "hidden")["method"] == "hidden" else ()
 
     def _check(self) -> None:
         if self.recipe != AUTO:

@@ -134,8 +134,7 @@ class Precomputation:
         if self.model.average is not None:
             yield "the teacher follows the student (teacher_update_rate)"
         options = self._options()
-        several = self.schedule is not None or len(set(recipe.temperatures)) > 1
-        if several and options["method"] != "hidden":
+        if self._has_several and options["method"] != "hidden":
             yield "the run has several temperatures, and entries are of one. Set cache_method='hidden'"
         rows = head_shape(self.model.student)[0], head_shape(self._teacher)[0]
         if not same_vocabulary(*rows, self.model.valid_vocab):
@@ -194,10 +193,16 @@ class Precomputation:
         assert self.model.teacher is not None
         return self.model.teacher
 
+    @property
+    def _has_several(self) -> bool:
+        """Whether the run has several temperatures."""
+        return self.schedule is not None or len(set(self.model.recipe.temperatures)) > 1
+
     def _options(self) -> dict[str, Any]:
-        """Return what `describe` and `cache_teacher` are both given."""
+        """Return what `describe` and `cache_teacher` are both given: drawn ids, where those can be learned from."""
+        method = "hidden" if self._has_several or self.model.divergence.name != "forward_kl" else "sample"
         return {
-            **self.args.cache_options(self.model.recipe.temperatures),
+            **self.args.cache_options(self.model.recipe.temperatures, method),
             "tokenizer": text_tokenizer(self.processor, self.model.student),
             "valid_vocab": self.model.valid_vocab,
         }
