@@ -1,10 +1,13 @@
 """Several teachers in one model: the weighted sum of single ones, and rows that have a teacher each."""
 
 import pytest
+import server
 import torch
-from torch.utils.data import IterableDataset
+from datasets import Dataset
+from torch.utils.data import ConcatDataset, IterableDataset
 
-from kdfast.training import DistillationModel, KDTrainer
+from kdfast.training import DistillationModel, KDConfig, KDTrainer, TeacherCache, cache_teacher
+from kdfast.training.durable import processes
 from kdfast.training.metrics import evaluated
 from kdfast.training.recipes import Recipe
 
@@ -480,3 +483,46 @@ def test_the_price_is_of_all(tiny, trainer, rows):
     assert both[0].teacher == sum(price.teacher for price in alone) + again
     routed = trainer(named_rows(rows, 4)).price
     assert routed.teacher == sum(price.teacher for price in alone) // 2
+
+
+def test_rows_from_a_cache_of_each(tiny, config, tmp_path):
+    """A row's entries are of the teacher that its cache was made of."""
+    ids = torch.randint(3, 67, (6, 12), generator=torch.Generator().manual_seed(1)).tolist()
+    parts, live = [], []
+    for i, (name, teacher) in enumerate(teachers(tiny).items()):
+        some = Dataset.from_dict({"input_ids": ids[3 * i : 3 * i + 3], "labels": ids[3 * i : 3 * i + 3]})
+        cache_teacher(teacher, {"train": some}, tmp_path / name, method="top_k", k=67, dtype="float32")
+        parts.append(TeacherCache(tmp_path / name).dataset("train", some))
+        live += [{**row, "teacher_id": name} for row in some]
+    options = {"per_device_train_batch_size": 6, "max_steps": 2}
+    cached = KDTrainer(tiny("gpt2"), config(recipe="cached", **options), train_dataset=ConcatDataset(parts))
+    direct = KDTrainer(
+        tiny("gpt2"), config(recipe="teacher_head", **options), teacher=teachers(tiny), train_dataset=live
+    )
+    assert cached.train().training_loss == pytest.approx(direct.train().training_loss, rel=1e-5)
+
+
+def train_one_row_each(folder, size):
+    """Two processes, of which each has a row of another teacher; one with both."""
+    from tiny_models import tiny
+
+    ids = torch.randint(3, 67, (4, 12), generator=torch.Generator().manual_seed(1)).tolist()
+    data = [{"input_ids": row, "labels": row, "teacher_id": i % 2} for i, row in enumerate(ids)]
+    args = KDConfig(
+        output_dir=str(folder / f"{size}"), recipe="projector", per_device_train_batch_size=2 // size, max_steps=2,
+        use_cpu=True, disable_tqdm=True, report_to="none", save_strategy="no", optim="sgd", learning_rate=0.1,
+        train_sampling_strategy="sequential",
+    )  # fmt: skip
+    trainer = KDTrainer(tiny("gpt2"), args, teacher=teachers(tiny), train_dataset=data)
+    trainer.train()
+    if trainer.is_world_process_zero():
+        torch.save(trainer.model.state_dict(), folder / f"{size}.pt")
+    processes.leave()
+
+
+def test_two_processes_with_a_teacher_each_are_one_with_both(tmp_path):
+    train_one_row_each(tmp_path, 1)
+    assert server.join(server.start(tmp_path / "said", 2, train_one_row_each, tmp_path, 2)) == [0, 0]
+    one, two = (torch.load(tmp_path / f"{size}.pt", weights_only=True) for size in (1, 2))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
