@@ -77,9 +77,7 @@ class TokenTable:
                 self.fallback.add(i)
             elif i in hidden:
                 continue
-            elif i in added:
-                self.bytes[i] = token.encode()
-            elif byte_level:
+            elif byte_level and i not in added:
                 self.bytes[i] = bytes(alphabet[c] for c in token) if {*token} <= alphabet.keys() else None
             else:
                 self.bytes[i] = (token.replace("▁", " ") if "▁" in steps else token).encode()

@@ -4,12 +4,12 @@ import itertools
 
 import pytest
 from chats import UNMARKED, assistant, user
-from tokenizers import Tokenizer, models, normalizers
+from tokenizers import AddedToken, Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 from two_tokenizers import CODE, ENGLISH, byte_level, sentencepiece
 
 from kdfast.training.data.alignment import CHANGED, NO_MARK, NOWHERE, UNKNOWN, Aligner, Span
-from kdfast.training.data.shared_vocabulary import TokenTable, share_vocabulary
+from kdfast.training.data.shared_vocabulary import TokenTable, share_vocabulary, token_lengths
 
 TOKENIZERS = {
     "bytes": lambda: byte_level(),
@@ -286,6 +286,22 @@ def test_added_tokens_and_those_without_a_role():
     assert pairs[ours.convert_tokens_to_ids("wholeword")] == theirs.convert_tokens_to_ids("wholeword")
     assert ours.convert_tokens_to_ids("<tool>") not in pairs
     assert pairs[ours.eos_token_id] == theirs.eos_token_id
+
+
+def test_runs_of_blanks_that_are_added_tokens_too():
+    """As Gemma's are: words of the vocabulary that stand among the added ones, spelled with ▁."""
+    text = "def words(text):\n        for word in text:\n            yield word"
+    ours = sentencepiece(texts=[text] * 8, start=False)
+    runs = [token for token in ours.get_vocab() if len(token) > 1 and {*token} == {"▁"}]
+    ours.add_tokens([AddedToken(run, normalized=False) for run in runs])
+    ids = ours(text)["input_ids"]
+    assert set(runs) & {*ours.convert_ids_to_tokens(ids)}
+    table = TokenTable("tokenizer", ours)
+    assert b"".join(map(table.__getitem__, ids)).decode() == " " + text
+    [row] = aligner(ours, "bytes, of code")([ids])
+    assert row.lost == ""
+    assert TOKENIZERS["bytes, of code"].decode(row.ids) == text
+    assert token_lengths(ours, len(ours))[ids].sum() == len(text) + 1
 
 
 def test_tokenizers_that_hide_their_bytes():
