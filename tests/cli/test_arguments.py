@@ -168,11 +168,12 @@ def test_examples_are_valid(example):
 
 # what people type who come from TRL, axolotl or LLaMA-Factory: the key it is here, or no suggestion at all
 TYPED = {
-    **dict.fromkeys(["lmbda", "seq_kd", "bf16_full", "fp32", "use_vllm"]),
+    **dict.fromkeys(["bf16_full", "fp32", "use_vllm"]),
+    "lmbda": "on_policy",
     **dict.fromkeys(["device_map", "attn_implementation", "trust_remote_code"], "model_init_kwargs"),
     "torch_dtype": "dtype",
     **dict.fromkeys(["projector", "teacher_temperature", "warmup_ratio", "fp8"]),
-    **dict.fromkeys(["val_set_size", "adapter", "eval_dataset", "tf16", "top_k", "stage", "test"]),
+    **dict.fromkeys(["val_set_size", "adapter", "eval_dataset", "tf16", "stage", "test"]),
     "bf61": "bf16",
     "lora": "use_peft",
     "lora_rank": "lora_r",
