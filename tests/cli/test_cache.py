@@ -62,6 +62,28 @@ def test_from_a_cache_as_from_the_live_teacher(configured, kdfast, monkeypatch):
     assert json.loads((configured / "alone/summary.json").read_text())["kl_teacher_student"] > 0
 
 
+def test_hidden_states_are_kept_where_nothing_is_said(configured, kdfast, monkeypatch):
+    """Of a rank, for runs at any temperature, under any divergence: whole they are the live teacher."""
+    plain = ["--teacher_cache", "kept", "--cache_dtype", "float32", "--compressed_rank", "4096"]
+    code, out, err = kdfast("cache", "config.yaml", *plain)
+    assert code == 0, err
+    assert "of the teacher's head: KL(teacher ‖ what is kept) 0, agreement 100%" in out
+    assert json.loads((configured / "kept/cache.json").read_text())["method"] == "hidden"
+    of_run = ["--temperature", "3", "--divergence", "jsd", "--output_dir"]
+    assert kdfast("distill", "config.yaml", "--recipe", "teacher_head", *of_run, "live")[0] == 0
+    monkeypatch.setattr(distill, "load_teacher", None)
+    code, _, err = kdfast("distill", "config.yaml", "--recipe", "cached", *plain[:2], *of_run, "out")
+    assert code == 0, err
+    assert losses(configured, "out") == pytest.approx(losses(configured, "live"), rel=1e-5)
+    refused = {
+        "--compressed_rank=8 --compressed_kl=0.1": "compressed_rank=8 and max_kl=0.1",
+        "--cache_top_k=4 --cache_dtype=int8": "cache_dtype='int8'; expected 'float16'",
+    }
+    for wrong, said in refused.items():
+        code, _, err = kdfast("cache", "config.yaml", "--teacher_cache", "other", *wrong.split())
+        assert (code, said in err) == (2, True), err
+
+
 def test_a_complete_cache_is_left_alone_and_an_interrupted_one_completed(configured, kdfast, monkeypatch):
     def full(*args, **kwargs):
         if len(list((configured / "kept").glob("train-*"))) == 1:
