@@ -35,7 +35,7 @@ ROWS, HELD_OUT, WRONG, BATCH = 20_000, 1_000, 0.3, 128
 TEACHER = {"width": 64, "layers": 2, "steps": 1000, "rate": 4e-3}
 STUDENT = {"width": 48, "layers": 2, "steps": 400, "rate": 5e-3}
 BUDGET = 250 * BATCH * ROW  # tokens after the common start, read by a step or written
-RATES = (1e-3, 3e-3, 1e-2)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 PURE: dict[str, Any] = {"recipe": "teacher_head", "ce_weight": 0.0, "kd_weight": 1.0, "temperature": 1.0}
 CONTENDERS: dict[str, dict[str, Any]] = {
     "supervised": {"recipe": "lm_only"},
@@ -137,15 +137,15 @@ def steps_of(settings: dict[str, Any]) -> int:
     return round(BUDGET / (BATCH * (ROW + written * ANSWER)))
 
 
-def result(name: str, seed: int, rate: float, teacher: LlamaForCausalLM, runs: Path) -> dict[str, Any]:
+def result(name: str, seed: int, rate: float, wrong: float, teacher: LlamaForCausalLM, runs: Path) -> dict[str, Any]:
     """Return what one run came to, from its file if it was made before."""
-    file = runs / f"{name.replace(', ', '-').replace(' ', '_')}-{seed}-{rate:g}.json"
+    file = runs / f"{name.replace(', ', '-').replace(' ', '_')}-{seed}-{rate:g}{f'-{wrong:g}' * (wrong != WRONG)}.json"
     if not file.exists():
         settings = dict(CONTENDERS[name])
         student = trained_before(runs / f"start-{seed}", STUDENT, seed, ROWS, WRONG)
         began = time.process_time()
         trainer = train(
-            student, runs / file.stem, make_rows(ROWS, WRONG, seed), teacher, max_steps=steps_of(settings),
+            student, runs / file.stem, make_rows(ROWS, wrong, seed), teacher, max_steps=steps_of(settings),
             learning_rate=rate, seed=seed, **settings,
         )  # fmt: skip
         seconds = time.process_time() - began
@@ -176,6 +176,8 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS))
+    parser.add_argument("--wrong", type=float, default=WRONG, help="share of wrong rows after the common start")
+    parser.add_argument("--rates", type=float, nargs="+", default=list(RATES))
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     given.runs.mkdir(parents=True, exist_ok=True)
@@ -185,10 +187,10 @@ def main() -> None:
     for seed in given.seeds:
         for name in given.contenders:
             if name not in rates:
-                tried = [result(name, 0, rate, teacher, given.runs) for rate in RATES]
+                tried = [result(name, 0, rate, given.wrong, teacher, given.runs) for rate in given.rates]
                 tuning += tried
                 rates[name] = max(tried, key=lambda one: one["exact_match"])["rate"]
-            results.append(result(name, seed, rates[name], teacher, given.runs))
+            results.append(result(name, seed, rates[name], given.wrong, teacher, given.runs))
             print(results[-1], flush=True)
     print(table(results))
     if given.out:
@@ -199,7 +201,7 @@ def main() -> None:
         about = {
             "teacher": exact_match(teacher),
             "starts": starts,
-            "wrong": WRONG,
+            "wrong": given.wrong,
             "budget": BUDGET,
             "threads": torch.get_num_threads(),
         }

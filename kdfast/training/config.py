@@ -23,7 +23,6 @@ from kdfast.training.teachers.entries import TeacherTail
 
 logger = logging.getLogger(__name__)
 
-ON_POLICY_DIVERGENCE = "reverse_kl"  # where none is given; docs/recipes.md has what each came to
 DRAWN, KEPT = 32, 64  # ids drawn, or kept, per token where nothing is said
 
 # evaluation metrics → whether a greater value is better, for metric_for_best_model; None: neither is
@@ -225,8 +224,6 @@ class KDConfig(TrainingArguments):
             logger.warning("recipe=%r has no use for %s: left out", found.name, ", ".join(lost))
         if self.on_policy and found.teacher != "none":
             given.setdefault("kd_until", 1.0)
-            if not {"divergence", "alpha", "beta"} & given.keys():
-                given["divergence"] = ON_POLICY_DIVERGENCE
         if "temperature_steps" in given:
             given["temperature_steps"] = tuple(given["temperature_steps"])
         given = {name: value for name, value in given.items() if name not in unused}
