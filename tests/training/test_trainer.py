@@ -496,5 +496,5 @@ def test_all_of_trainers_arguments_are_taken_or_answered():
 def test_a_name_in_a_models_place(tiny, rows, config, recipe):
     with pytest.raises(TypeError, match="student is str; expected a transformers PreTrainedModel"):
         KDTrainer("gpt2", config(recipe=recipe), teacher=tiny(), train_dataset=rows(4))
-    with pytest.raises(ValueError, match="teacher='gpt2'; expected a model, as load_teacher"):
-        KDTrainer(tiny(), config(recipe=recipe), teacher="gpt2", train_dataset=rows(4))
+    with pytest.raises(ValueError, match=r"teacher='org/gpt2'; expected a model, as load_teacher\('org/gpt2'\) gives"):
+        KDTrainer(tiny(), config(recipe=recipe), teacher="org/gpt2", train_dataset=rows(4))

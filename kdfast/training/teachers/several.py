@@ -42,7 +42,7 @@ def name_teachers(given: Any) -> dict[str, Any]:
     if not isinstance(given, Mapping):
         several = list(given) if isinstance(given, list | tuple) else [given]
         paths = (getattr(getattr(one, "config", None), "_name_or_path", "") for one in several)
-        short = [one if isinstance(one, str) else Path(path).name for one, path in zip(several, paths, strict=True)]
+        short = [Path(one if isinstance(one, str) else path).name for one, path in zip(several, paths, strict=True)]
         times = Counter(short)
         names = [f"{name or 'teacher'}_{i}" if not name or times[name] > 1 else name for i, name in enumerate(short)]
         given = dict(zip(names, several, strict=True))
