@@ -48,6 +48,12 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "on-policy, skew reverse": {**PURE, "divergence": "skew_reverse_kl", "on_policy": 1.0},
     "half on-policy, forward": {**PURE, "divergence": "forward_kl", "on_policy": 0.5},
     "half on-policy, reverse": {**PURE, "divergence": "reverse_kl", "on_policy": 0.5},
+    "on-policy, forward, buffer 4": {
+        **PURE,
+        "divergence": "forward_kl",
+        "on_policy": 1.0,
+        "on_policy_buffer": 4,
+    },
     "on-policy, reverse, buffer 4": {**PURE, "divergence": "reverse_kl", "on_policy": 1.0, "on_policy_buffer": 4},
 }
 
