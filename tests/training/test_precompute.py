@@ -129,6 +129,24 @@ def test_a_further_student_pays_nothing(make, tmp_path):
             make(**kept, **{name: value})
 
 
+@pytest.mark.parametrize(
+    ("method", "run", "what"),
+    [
+        ("top_k", {"temperature_steps": [3.0, 2.0]}, r"temperature: then \(1.0, 2.0, 3.0\), now \(3.0, 2.0\)"),
+        ("sample", {"divergence": "jsd"}, "divergence: then forward_kl, now jsd"),
+        ("hidden", {"cache_dtype": "float32"}, "dtype: then int8, now float32"),
+    ],
+)
+def test_entries_that_are_there_and_do_not_fit_the_run(make, tiny, tmp_path, method, run, what):
+    """Without cache_method, what a run would make is another kind than what is there."""
+    kept = {"teacher_cache": str(tmp_path / "kept")}
+    make(**kept, cache_method=method, cache_temperatures=[2.0, 3.0] if method == "top_k" else None).train()
+    with pytest.raises(ValueError, match=f"kept' is of something else \\({what}"):
+        make(**kept, output_dir=str(tmp_path / "second"), **run)
+    if method == "hidden":
+        make(**kept, output_dir=str(tmp_path / "second"), temperature_steps=[3.0, 2.0], divergence="jsd").train()
+
+
 def test_an_interrupted_one_is_completed_to_the_same_bytes(make, tmp_path, monkeypatch):
     given = {"cache_shard_tokens": 20 * T}
     make(teacher_cache=str(tmp_path / "whole"), **given).train()

@@ -235,17 +235,23 @@ class Precomputation:
         there = Description.read(self.folder)
         if not is_complete(self.folder):
             return there.differences(description)
-        temperature = self.model.recipe.temperature
+        recipe, args, whole = self.model.recipe, self.args, (there.source or {}).get("whole", True)
+        temperature: Any = recipe.temperature
+        if self._has_several and there.method != "hidden":
+            temperature = recipe.temperatures if self.schedule is None else "a temperature_schedule"
         held = {**asdict(there), SPLIT: there.splits.get(SPLIT), "temperature": there.usable_temperatures}
+        held |= {"divergence": "forward_kl", "kd_on": "completion"}
         asked = {**asdict(description), SPLIT: description.splits[SPLIT], "temperature": temperature}
+        asked |= {"divergence": self.model.divergence.name, "kd_on": recipe.kd_on}
         names = ["tokenizer_sha256", SPLIT]  # of a teacher elsewhere no more is known
         names += ["teacher_sha256", "vocab", "valid_vocab"] * (there.source is None)
         names += ["temperature"] * (not there.serves(temperature))
-        args = self.args
+        names += ["divergence"] * (there.method == "sample") + ["kd_on"] * (not whole)
         count = args.cache_samples or args.cache_top_k
         if there.method == description.method == "hidden":
             names += ["max_kl"] * bool(args.compressed_kl) + ["k"] * bool(args.compressed_rank)
         names += ["method"] * bool(count or args.cache_method) + ["k"] * bool(count)
+        names += ["dtype"] * bool(args.cache_dtype)
         return [f"{name}: then {held[name]}, now {asked[name]}" for name in names if held[name] != asked[name]]
 
 
