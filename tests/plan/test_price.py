@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kdfast.engines import operators
 from kdfast.plan.price import Price, Size, price_per_token, size_of
 from kdfast.training import RECIPES, DistillationModel
+from kdfast.training.data.shared_vocabulary import SharedVocabulary
 from kdfast.training.recipes import Recipe
 
 FAMILIES = ("gpt2", "llama", "qwen2")
@@ -60,9 +61,14 @@ def test_it_is_what_torch_counts(family, recipe, counted, monkeypatch):
     for one in (student, teacher):
         one.set_attn_implementation("eager")
     given = None if recipe.name == "lm_only" else teacher
-    model = DistillationModel(student, given, recipe=recipe, engine="torch", check_heads=False)
     batch = {"input_ids": torch.randint(3, 67, (8, 16), generator=torch.Generator().manual_seed(0))}
     batch["labels"] = batch["input_ids"]
+    shared = None
+    if recipe.teacher == "shared_head":
+        shared = SharedVocabulary(torch.arange(60), torch.arange(60), share=60 / 67, lines=[])
+        batch |= {"teacher_input_ids": batch["input_ids"], "teacher_positions": torch.arange(16).expand(8, 16)}
+    options = {"engine": "torch", "check_heads": False, "shared_vocabulary": shared}
+    model = DistillationModel(student, given, recipe=recipe, **options)
     model.solve([batch])
     operations = counted(lambda: model(**batch).loss.backward())
     rank = None if model.compressed_head is None else model.compressed_head.rank
