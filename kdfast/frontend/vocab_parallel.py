@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed import _functional_collectives as functional_collectives
 from torch.distributed.device_mesh import DeviceMesh
 
 from kdfast.frontend.agreement import NO_ENTRIES, Slice, agree_on_slices, kind_of_call
@@ -49,6 +48,9 @@ def localize(student: Head, teacher: Teacher | None, labels: Any, options: Optio
     mask = options.kd_vocab_mask if isinstance(teacher, SparseLogits) else None
     if mask is not None:  # entries may be anywhere
         mask = F.pad(mask.to(torch.uint8), (mine.start, vocabulary.size - mine.start - mine.rows))
+        # a module that `import torch` leaves out
+        from torch.distributed import _functional_collectives as functional_collectives
+
         mask = functional_collectives.all_reduce(mask, "sum", sharding.group) != 0
     return Arguments(student, teacher, labels, options, vocabulary, mask, compare)
 
