@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from chats import KINDS, VOCAB, assistant, chat_tokenizer, raw, user
 from datasets import Dataset
 from tiny_models import RECOMPUTE, tiny
+from tokenizers import processors
 
 from kdfast.training import KDTrainer, tokenize_dataset
 from kdfast.training.data.text import DataError
 from kdfast.training.on_policy.buffer import Buffer
-from kdfast.training.on_policy.generation import Sampling, as_rows, write
+from kdfast.training.on_policy.generation import Sampling, as_rows, find_end_of_turn, write
 from kdfast.training.on_policy.run import WRITER
 from kdfast.training.on_policy.texts import count_repeated, read_texts
 
@@ -275,6 +276,13 @@ def test_prompts_alone_do_where_all_is_generated(run):
     assert [batch[WRITER] for batch in trainer.trained] == ["student"] * 2
 
 
+def test_prompts_alone_teach_nothing_once_the_teacher_is_gone(run):
+    rows = Dataset.from_list([{"prompt": [user(q)]} for q in ("2+2?", "Hi", "a b c", "Who?")])
+    with pytest.raises(ValueError, match=r"kd_until=0.5 and rows of prompts alone"):
+        run(rows, kd_until=0.5)
+    run(rows, kd_until=0.5, seq_kd=True)
+
+
 HINTED = Dataset.from_list([{**row, "privileged_context": f"hint {i}"} for i, row in enumerate(QUESTIONS)])
 
 
@@ -431,6 +439,32 @@ def test_rows_of_ids_with_prompts_are_taken(run, rows):
     trainer = run(given, max_steps=1)
     trainer.train()
     assert trainer.trained[0][WRITER] == "student"
+
+
+def test_rows_of_ids_with_a_prompt_of_the_teachers_own_are_refused_without_it(run, rows):
+    """It would be the student's prompt that the teacher reads."""
+    own = {"teacher_input_ids": [9, 9, 9, 9], "teacher_positions": [-1] * 11 + [3]}
+    given = [{**row, "prompts": row["input_ids"][:3].tolist(), **own} for row in rows(4)]
+    with pytest.raises(ValueError, match="the batch has 'teacher_"):
+        run(given, max_steps=1).train()
+
+
+def test_an_answer_ends_where_the_chat_template_ends_it(run):
+    """As the data's do, whose turns end with another token than texts."""
+    close = TOKENIZER.convert_tokens_to_ids("<|im_end|>")
+    assert close != END
+    assert {close, END} <= set(run()._on_policy.samplings["student"].end_ids)
+    assert find_end_of_turn(chat_tokenizer("{{ raise_exception('no') }}")) is None
+    assert find_end_of_turn(chat_tokenizer("{% for m in messages %}{{ m.content }} {% endfor %}")) is None
+
+
+def test_prompts_are_open_whatever_the_tokenizer_adds():
+    tokenizer = chat_tokenizer()
+    added = processors.TemplateProcessing(single="$A <end>", special_tokens=[("<end>", END)])
+    tokenizer.backend_tokenizer.post_processor = added
+    for rows, kind in (({"prompt": "ab", "completion": "c"}, "beside"), ({"prompt": "ab"}, "alone")):
+        made, _ = tokenize_dataset(Dataset.from_list([rows]), tokenizer, prompts=kind)
+        assert tokenizer.decode(made[0]["prompts"]) == "ab"
 
 
 def test_prompts_with_their_completions_have_to_fit_the_models(run):

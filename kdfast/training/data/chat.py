@@ -415,7 +415,9 @@ class Encoder:
 
     def _prompt(self, asked: Any, row: dict[str, Any], where: str) -> list[int]:
         if isinstance(asked, str):
-            return self._ids(asked)
+            ids = self._ids(asked)
+            added = ids[-1:] == [self.tokenizer.eos_token_id] and not asked.endswith(str(self.tokenizer.eos_token))
+            return ids[:-1] if added else ids  # a completion would stand behind the end of the text
         return self._chat(asked, row, where, add_generation_prompt=True)[0] if asked else []
 
     def _only_prompt(self, row: dict[str, Any], where: str) -> tuple[list[int], list[bool], str]:

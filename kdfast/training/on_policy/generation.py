@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel
 
+from kdfast.training.data.chat import PROBE
 from kdfast.training.hf import IGNORE_INDEX, embedding_rows, input_device, shift_labels
 
 
@@ -38,6 +39,19 @@ class Written(NamedTuple):
     attention_mask: Tensor  # (B, T) int64
     labels: Tensor  # (B, T) int64, −100 but for completions and the token that ends them
     ended: Tensor  # (B,) bool: whether there is one
+
+
+def find_end_of_turn(tokenizer: Any) -> int | None:
+    """Return the token that a chat template closes an answer with, which may be no end of text; None for none."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    try:
+        chat = [{"role": "user", "content": PROBE}, {"role": "assistant", "content": PROBE}]
+        after = tokenizer.apply_chat_template(chat, tokenize=False).rpartition(PROBE)[2]
+    except Exception:  # a template that wants other messages, or raises an error of its own
+        return None
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+    return next((one for one in ids if one in tokenizer.added_tokens_decoder), None)
 
 
 @contextmanager

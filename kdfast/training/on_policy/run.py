@@ -20,10 +20,10 @@ from kdfast.training.config import KDConfig
 from kdfast.training.data.columns import names_of
 from kdfast.training.data.rows import PROMPTS, PROMPTS_MASK, TEACHER_PROMPTS, TEACHER_PROMPTS_MASK
 from kdfast.training.data.text import check_positions
-from kdfast.training.hf import embedding_rows
+from kdfast.training.hf import IGNORE_INDEX, embedding_rows
 from kdfast.training.model import DistillationModel
 from kdfast.training.on_policy.buffer import Batch, Buffer
-from kdfast.training.on_policy.generation import Sampling, Written, behind, positions_in, write
+from kdfast.training.on_policy.generation import Sampling, Written, behind, find_end_of_turn, positions_in, write
 from kdfast.training.on_policy.texts import TextMeter, Texts
 from kdfast.training.teachers.own_inputs import NAMES
 from kdfast.training.teachers.several import COLUMN
@@ -57,6 +57,7 @@ class OnPolicy:
     def _sampling(self, model: PreTrainedModel, n_ids: int) -> Sampling:
         args, own = self.args, model.generation_config.eos_token_id
         ends = [*(own if isinstance(own, list) else [own]), getattr(self.tokenizer, "eos_token_id", None)]
+        ends.append(find_end_of_turn(self.tokenizer))
         end_ids = tuple(sorted({one for one in ends if one is not None}))
         pads = (getattr(self.tokenizer, "pad_token_id", None), *end_ids, 0)
         return Sampling(
@@ -98,7 +99,8 @@ class OnPolicy:
             return {**kept, WRITER: writer}
         if prompts is None:
             raise ValueError(f"the batch has no {PROMPTS}: {NO_PROMPTS}")
-        if strange := [name for name in batch if name not in (*READ, COLUMN)]:
+        known = {*READ, COLUMN} - ({*NAMES} if own is None else set())
+        if strange := [name for name in batch if name not in known]:
             raise ValueError(
                 f"the batch has {strange[0]!r}, and on_policy={share:g} would write other text to its prompts, which "
                 "that does not belong to. Leave the column out, or set on_policy=0"
@@ -159,6 +161,12 @@ def _check(args: KDConfig, model: DistillationModel, dataset: Any) -> None:
         raise ValueError(f"seq_kd=True and {len(model.teachers)} teachers; expected one, which writes the completions")
     if dataset is None:
         return
+    row = next(iter(dataset), None) if recipe.kd_until < 1 and not args.seq_kd else None
+    if isinstance(row, Mapping) and "labels" in row and (torch.as_tensor(row["labels"]) == IGNORE_INDEX).all():
+        raise ValueError(
+            f"kd_until={recipe.kd_until:g} and rows of prompts alone: steps after that would learn nothing, for the "
+            "student's own text has no labels. Expected kd_until=1, seq_kd=True, or rows with completions"
+        )
     names = names_of(dataset)
     if names and "input_ids" in names and PROMPTS not in names:
         near = did_you_mean(PROMPTS, [name for name in names if name.startswith("prompt")])
