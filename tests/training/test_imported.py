@@ -388,6 +388,8 @@ class TestTaken:
         for row, like in zip(found, whole, strict=True):
             assert torch.equal(row["teacher_log_probs"][3:], like["teacher_log_probs"][3:])
             assert row["teacher_log_probs"][:3].eq(-torch.inf).all()
+        with pytest.raises(CacheError, match="no entries for token 1 of row 0, which is trained on"):
+            found.cache.dataset("train", data, temperature=1.0)
         args = KDConfig(
             output_dir=str(tmp_path / "out"),
             report_to="none",

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset, concatenate_datasets, load_from_disk
 from torch import Tensor
 from torch.utils import data
@@ -29,10 +30,11 @@ from kdfast.training.cache.description import (
 from kdfast.training.cache.entries import decode
 from kdfast.training.cache.hidden import CachedHead
 from kdfast.training.data.columns import BROUGHT, media_columns, names_of
+from kdfast.training.data.rows import lengths_of
 from kdfast.training.durable import checksums
 from kdfast.training.durable.errors import first_line
 from kdfast.training.durable.processes import print_once
-from kdfast.training.hf import head_shape
+from kdfast.training.hf import IGNORE_INDEX, head_shape
 from kdfast.training.model import DistillationModel
 from kdfast.training.teachers.entries import OWN_ENTRIES, TeacherTail
 
@@ -174,7 +176,21 @@ class TeacherCache:
             raise CacheError(f"{here} cannot be read ({first_line(error)}); make it again") from error
         if len(entries) != len(dataset):
             raise CacheError(f"{here} has {len(entries)} rows for {len(dataset)} of the data; make it again")
+        if not (self.description.source or {}).get("whole", True):
+            self._check_targets(here, dataset, entries)
         return CachedBlocks(self, dataset, entries, temperature, tail)
+
+    def _check_targets(self, here: str, dataset: Any, entries: Dataset) -> None:
+        """Raise CacheError where a token is learned that a file has no entries for: all is in its tail."""
+        for n, tails in enumerate(entries.select_columns(["log_tails"]).with_format("numpy")["log_tails"]):
+            row = dict(dataset[n])
+            learned = np.roll(np.asarray(row.get("labels", row["input_ids"])) != IGNORE_INDEX, -1)
+            learned[np.cumsum(lengths_of(row) or [len(learned)]) - 1] = False  # after a document's last token
+            if lost := np.flatnonzero(learned & (tails.reshape(len(learned), -1)[:, 0] == 0)).tolist():
+                raise CacheError(
+                    f"{here} has no entries for token {lost[0] + 1} of row {n}, which is trained on. Expected labels "
+                    "of -100 there, as when the cache was made (completion_only_loss, assistant_only_loss)"
+                )
 
 
 def cached_blocks(dataset: Any) -> list[CachedBlocks]:
