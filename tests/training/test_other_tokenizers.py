@@ -181,6 +181,20 @@ def test_rows_of_ids_and_of_lists(saved, config):  # noqa: F811
     )
 
 
+@pytest.mark.parametrize("kind", [list, Dataset.from_list])
+def test_padding_of_the_student_s_is_not_read(kind):
+    tokenizer = SIZES["bytes"][0]()
+    ids = tokenizer(TEXTS[0])["input_ids"]
+    other = OtherTokenizer(tokenizer, SIZES["pieces"][0]())
+    [row] = other.align("rows", kind([{"input_ids": ids, "labels": ids}]))
+    end, n = tokenizer.eos_token_id, len(ids)
+    padded = {"input_ids": [end] * 3 + ids + [end], "attention_mask": [0] * 3 + [1] * n + [0], "labels": [-100] * 3}
+    padded["labels"] += [*ids, -100]
+    [found] = other.align("rows", kind([padded]))
+    assert found["teacher_input_ids"] == row["teacher_input_ids"]
+    assert found["teacher_positions"] == [-1] * 3 + row["teacher_positions"] + [-1]
+
+
 @pytest.mark.parametrize("recipe", ["projector", "projector_fixed", "probe", "lm_only"])
 def test_recipes_that_need_no_shared_string(saved, config, recipe):  # noqa: F811
     trainer = KDTrainer(

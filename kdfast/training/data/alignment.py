@@ -89,7 +89,7 @@ class OtherTokenizer:
             )
         columned = _Columns(self.aligner(documents))
         if isinstance(rows, list):
-            made = columned({name: [row[name] for row in rows] for name in ("input_ids", "labels") if name in columns})
+            made = columned({name: [row[name] for row in rows] for name in COLUMNS if name in columns})
             notes = {name: made.pop(name) for name in NOTES}
             rows = [{**row, **{name: made[name][i] for name in made}} for i, row in enumerate(rows)]
         else:
@@ -124,6 +124,7 @@ def find_other_tokenizer(
         raise
 
 
+COLUMNS = ("input_ids", "attention_mask", "labels")  # of a row, that are read
 NOTES = ("aligned", "counted", "lost")  # of a row, beside its columns
 
 
@@ -146,7 +147,13 @@ class _Columns:
         self.aligner = aligner
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        rows = self.aligner([np.asarray(one).tolist() for one in batch["input_ids"]])
+        ids = [np.asarray(one) for one in batch["input_ids"]]
+        real = [np.asarray(one) != 0 for one in batch.get("attention_mask", [np.ones_like(one) for one in ids])]
+        rows = self.aligner([one[mask].tolist() for one, mask in zip(ids, real, strict=True)])
+        for i, mask in enumerate(real):  # padding is not read
+            found = np.full(len(mask), NOWHERE)
+            found[mask] = rows[i].positions
+            rows[i] = rows[i]._replace(positions=found.tolist())
         labels = [np.asarray(one)[1:] != IGNORED for one in batch.get("labels", batch["input_ids"])]
         places = [np.asarray(row.positions)[: len(one)] != NOWHERE for row, one in zip(rows, labels, strict=True)]
         return {
