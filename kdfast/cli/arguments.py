@@ -22,6 +22,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from kdfast.cli.errors import UserError
 from kdfast.inputs import did_you_mean
 from kdfast.training import KDConfig
+from kdfast.training.cache.description import NAME
 from kdfast.training.config import DATA
 from kdfast.training.recipes import AUTO, CACHED, RECIPES, SELF, current_name
 
@@ -55,10 +56,10 @@ def _key(default: Any, help: str) -> Any:
 
 
 def read_json(given: str | None) -> Any:
-    """Return what a text holds as JSON, or else the text."""
+    """Return what a text holds as JSON or in YAML's brackets, or else the text."""
     try:
-        return json.loads(given or "null")
-    except json.JSONDecodeError:
+        return yaml.load(given, _Loader) if given and given[0] in "[{" else given
+    except yaml.YAMLError:
         return given
 
 
@@ -218,6 +219,16 @@ class _Parser(HfArgumentParser):
         (several,) = [action for action in self._actions if action.dest == SEVERAL]
         several.nargs = "+"
 
+    def spread(self, given: Sequence[str]) -> list[str]:
+        """Return the arguments, numbers in brackets (`--teacher_weights "[0.7, 0.3]"`) one by one."""
+        listed = [action for action in self._actions if action.nargs == "+" and action.type in (int, float)]
+        numbers = {name for action in listed for name in action.option_strings}
+        return [
+            one
+            for before, now in zip(["", *given], given, strict=False)
+            for one in (now.strip("[] ").replace(",", " ").split() if before in numbers and now[:1] == "[" else [now])
+        ]
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.source}: {message.removeprefix('argument ')}")
 
@@ -246,7 +257,7 @@ def parse_mapping(
         parsed, unknown = parser.parse_known_args(_as_arguments(content))
     if not unknown:
         parser.source = "command line"
-        parsed, unknown = parser.parse_known_args(overrides, parsed)
+        parsed, unknown = parser.parse_known_args(parser.spread(overrides), parsed)
     if unknown:
         parser.error(_explain(unknown[0], list(defaults)))
     source += " and command line" * bool(overrides)
@@ -277,6 +288,13 @@ def _problems(given: Mapping[str, Any], command: Command) -> Iterator[str]:
     elsewhere = [key for key in ("teacher_model_server_url", "teacher_logprobs") if given[key]]
     if len(elsewhere) > 1:
         yield f"both of {' and '.join(elsewhere)} given; expected one of them"
+    if distills and elsewhere and given["recipe"] != LM_ONLY:
+        cached = given["teacher_cache"]
+        if not cached or not (Path(cached) / NAME).exists():
+            yield (
+                f"{elsewhere[0]}={given[elsewhere[0]]!r} and teacher_cache={cached!r}, which holds nothing; kdfast "
+                "distill learns from what `kdfast cache`, from the same file, has put there before"
+            )
     live = ["teacher_model_name_or_path"] * (not elsewhere)
     needed = {"distill": ["output_dir"], "cache": ["teacher_cache", *live], "data": []}
     for key in needed[command]:

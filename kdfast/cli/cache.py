@@ -28,8 +28,10 @@ from kdfast.training.recipes import CACHED
 
 def cache(argv: list[str]) -> int:
     """Do what the command line says; return the exit code."""
-    if argv[:1] == ["import"] and len(argv) > 2:
-        argv = [argv[2], "--teacher_logprobs", argv[1], *argv[3:]]
+    if argv[:1] == ["import"] and not {"-h", "--help"} & set(argv):
+        if len(argv) < 3 or argv[2].startswith("-"):
+            raise UserError(f"cache {' '.join(argv)}; expected kdfast cache import FILE CONFIG.yaml")
+        argv = [argv[2], "--teacher_model_server_url=", "--teacher_logprobs", argv[1], *argv[3:]]
     arguments = parse_argv(argv, "cache")
     summary = make_cache(arguments)
     print_once(f"{arguments.training.teacher_cache}: {summary}")

@@ -76,6 +76,10 @@ def test_from_a_file_as_from_the_live_teacher(configured, kdfast, model):
     blocks = [ids[i : i + 32] for i in range(0, len(ids) - 31, 32)]
     rows = [{"prompt_token_ids": block, "prompt_logprobs": vllm(model, TOKENIZER, block, 257)} for block in blocks]
     (configured / "given.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = yaml.safe_load((configured / "c.yaml").read_text())  # whose server is not asked
+    (configured / "c.yaml").write_text(yaml.safe_dump({**config, "teacher_model_server_url": "http://127.0.0.1:9"}))
+    code, _, err = kdfast("cache", "import", "given.jsonl")
+    assert (code, "expected kdfast cache import FILE CONFIG.yaml" in err) == (2, True), err
     code, out, err = kdfast("cache", "import", "given.jsonl", "c.yaml")
     assert (code, "kept: given.jsonl: prompt_logprobs, at most 257 entries a token" in out) == (0, True), err
     code, out, err = kdfast("distill", "c.yaml")
@@ -109,6 +113,10 @@ def test_what_is_refused(configured, kdfast, server):
         code, _, err = kdfast("cache", "c.yaml", *overrides)
         assert (code, message in err, err.count("kdfast: ")) == (2, True, 1), err
     server.behave = lambda number, body: ("status", 503, {"Retry-After": "0"}, "overloaded")
+    nothing = [*here, "--teacher_cache", "none"]
+    for teacher in ("teacher", ""):  # and not the live one, unsaid
+        code, _, err = kdfast("distill", "c.yaml", *nothing, "--teacher_model_name_or_path", teacher)
+        assert (code, "teacher_cache='none', which holds nothing; kdfast distill learns" in err) == (2, True), err
     code, _, err = kdfast("cache", "c.yaml", *here)
     assert (code, "no answer in 7 attempts; the last: 503, overloaded. Once that is mended" in err) == (1, True), err
 

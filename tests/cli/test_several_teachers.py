@@ -8,6 +8,8 @@ import yaml
 from byte_tokenizer import make_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from kdfast.cli.arguments import parse
+
 ENDS = {"bos_token_id": 256, "eos_token_id": 256}
 
 
@@ -55,6 +57,10 @@ def test_on_the_command_line(configured, place, kdfast):
     code, out, err = kdfast("distill", configured(), *names)
     assert code == 0, err
     assert "by their weights: wide (0.5), small (0.5)" in out
+    for teachers in ("{code: models/wide, math: models/small}", '{"code": "models/wide", "math": "models/small"}'):
+        read = parse("c.yaml", ["--teacher_model_name_or_path", teachers, "--teacher_weights", "[0.7, 0.3]"])
+        assert read.model.teachers == {"code": "models/wide", "math": "models/small"}
+        assert read.training.teacher_weights == [0.7, 0.3]
 
 
 def test_rows_that_name_their_teacher(configured, place, kdfast):

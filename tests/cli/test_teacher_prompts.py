@@ -115,6 +115,8 @@ def test_an_adapter_learns_from_its_base_with_the_context(configure, kdfast):
         ("distill", {"packing": True}, "packing=True, and the teacher reads prompts of its own"),
         ("distill", {"precompute_teacher_log_probs": True}, "has teacher_input_ids, and a cache is of text alone"),
         ("cache", {"teacher_cache": "kept"}, "has teacher_input_ids, and a cache is of text alone"),
+        ("cache", {"teacher_cache": "kept", "teacher_logprobs": "no", "temperature": 1},
+         "not be shown it (of teacher_prompt, privileged_context or teacher_prompt_template)"),
         ("cache", {**SELF, "teacher_cache": "kept"}, "teacher_model_name_or_path: self, and kdfast cache loads no"),
     ],
 )  # fmt: skip

@@ -284,7 +284,8 @@ def check_texts(listed: Listed, where: str, tokenizer: PreTrainedTokenizerBase) 
     if len(wrong) > len(checked) / WRONG_TEXTS:
         raise CacheError(
             f"{where}: {len(wrong)} of {len(checked)} ids are other words than in the tokenizer "
-            f"{str(tokenizer.name_or_path)!r}: {', '.join(list(wrong.values())[:3])}. Name that teacher's"
+            f"{str(tokenizer.name_or_path)!r}: {', '.join(list(wrong.values())[:3])}. "
+            "Expected a teacher that reads the student's ids; tokenizer_name names their tokenizer"
         )
 
 

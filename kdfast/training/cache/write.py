@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cache, partial
 from numbers import Integral
@@ -222,12 +222,7 @@ def describe(
     for split, dataset in splits.items():
         row = dataset[0] if len(dataset) else {}
         check_inputs(teacher, "teacher", [name for name in INPUTS if name in row])
-        read = inputs_of(teacher).difference(INPUTS) | {"teacher_input_ids"}
-        if lost := [*media_columns(dataset), *(name for name in row if name in MEDIA or name in read)]:
-            raise ValueError(
-                f"splits[{split!r}] has {lost[0]}, and a cache is of text alone: the teacher would not be shown it. "
-                "Leave it out of the data, or train with a live teacher"
-            )
+        _check_text_alone(split, dataset, inputs_of(teacher).difference(INPUTS))
         for i, text in enumerate(ids_of(dataset, f"splits[{split!r}]")):  # before hours have gone by
             if text.size and not 0 <= text.min() <= text.max() < embedding_rows(teacher):
                 inputs = PaddingCollator()([inputs_of_row(dataset[i], INPUTS)])
@@ -253,12 +248,26 @@ def describe(
     )
 
 
+def _check_text_alone(split: str, dataset: Any, read: Iterable[str] = ()) -> None:
+    """Raise ValueError for a column that the teacher would read besides `input_ids`, or in their place."""
+    row = dataset[0] if len(dataset) else {}
+    read = {*read, "teacher_input_ids"}
+    if lost := [*media_columns(dataset), *(name for name in row if name in MEDIA or name in read)]:
+        own = " (of teacher_prompt, privileged_context or teacher_prompt_template)" * (lost[0] == "teacher_input_ids")
+        raise ValueError(
+            f"splits[{split!r}] has {lost[0]}, and a cache is of text alone: the teacher would not be shown it{own}. "
+            "Leave it out of the data, or train with a live teacher"
+        )
+
+
 def describe_splits(splits: Mapping[str, Any], shard_tokens: int | None) -> tuple[dict[str, Split], int]:
     """Return what the data sets are and how many sequences go into a shard. Raise ValueError where they are empty."""
     if shard_tokens is not None and not is_count(shard_tokens):
         raise ValueError(f"shard_tokens={shard_tokens!r} ({kind(shard_tokens)}); expected an int ≥ 1, or None")
     if not splits:
         raise ValueError("splits is empty; expected {name: data set}, such as {'train': …, 'eval': …}")
+    for split, dataset in splits.items():
+        _check_text_alone(split, dataset)
     described = {split: describe_split(dataset, f"splits[{split!r}]") for split, dataset in splits.items()}
     tokens = sum(split.tokens for split in described.values())
     least, most = SHARD_TOKENS
