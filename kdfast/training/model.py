@@ -275,6 +275,9 @@ class DistillationModel(nn.Module):
             self._check_own_inputs(teacher_indices)
         targets = self.targets(labels, attention_mask)
         kd_targets = self.kd_targets(targets, input_ids, attention_mask, position_ids, teacher_positions)
+        if num_items_in_batch is not None and kd_targets is not targets:  # a step without labels has a KD term still
+            items = num_items_in_batch
+            num_items_in_batch = items.clamp(min=1) if isinstance(items, Tensor) else max(items, 1)
         kd_items = num_items_in_batch if kd_items_in_batch is None or kd_targets is targets else kd_items_in_batch
         inputs = self._inputs_of_both({**backbone_inputs, "position_ids": position_ids}, attention_mask)
         temperature = self.recipe.temperature if temperature is None else temperature

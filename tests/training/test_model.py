@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ import torch.nn.functional as F
 
 from kdfast.training import RECIPES, DistillationModel
 from kdfast.training.hf import shift_labels
+from kdfast.training.recipes import get_recipe
 
 TAU, KD_WEIGHT = 1.7, 0.6
 HEADS = {  # family → (logit scale, softcap) of conftest's models, applied here by hand to the projected teacher
@@ -78,6 +80,18 @@ def test_the_divisor_is_num_items_in_batch(tiny, batch):
     targets = (shift_labels(batch["labels"], batch["attention_mask"]) != -100).sum()
     loss = model(**batch).loss
     torch.testing.assert_close(model(**batch, num_items_in_batch=4 * targets).loss, loss / 4)
+
+
+@pytest.mark.parametrize("items", [0, torch.tensor(0)])
+def test_a_step_without_labels_has_the_kd_term_of_all_tokens(tiny, batch, items):
+    recipe = replace(get_recipe("teacher_head"), kd_on="all")
+    model = DistillationModel(tiny(), tiny(width=24, seed=1), recipe=recipe).train()
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    n = (model.kd_targets(model.targets(batch["labels"]), batch["input_ids"], batch["attention_mask"]) != -100).sum()
+    alone = model(**batch)
+    assert alone.loss > 0
+    loss = model(**batch, num_items_in_batch=items, kd_items_in_batch=n).loss
+    torch.testing.assert_close(loss, alone.loss)
 
 
 def test_the_teacher_stays_in_eval_mode_and_out_of_everything(tiny, batch):
