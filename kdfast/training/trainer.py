@@ -723,6 +723,8 @@ class KDTrainer(DurableTrainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Evaluate as Trainer does, but by token-weighted means over the whole set, without logits."""
+        if self.model.recipe.teacher == "cached":  # whatever is evaluated on, its states go through one head
+            take_head(self.model, by_name(train_dataset=self.train_dataset, eval_dataset=dataloader.dataset))
         self._evaluation = EvaluationMeter(self.args.device, self._lengths, self.model.several)
         prefix = metric_key_prefix
         with self._meter.paused():

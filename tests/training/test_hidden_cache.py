@@ -250,6 +250,21 @@ class TestTraining:
             assert ("teacher_hidden" in trainer.train_dataset[0]) is kept
         assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
+    def test_evaluation_on_another_cache_s_states(self, tmp_path, config):
+        """They are never put through the head of what is trained on."""
+        (teacher, train), (_, other) = (make(tmp_path / name, blocks(seed=n), rank=8) for n, name in enumerate("ab"))
+        train = KDTrainer(tiny("gpt2", V=V), config(recipe="cached"), train_dataset=train)
+        with pytest.raises(CacheError, match="go through different heads"):
+            train.evaluate(other)
+        given = config(
+            recipe="teacher_head", precompute_teacher_log_probs=True, cache_method="hidden", compressed_rank=8
+        )
+        live = KDTrainer(tiny("gpt2", V=V), given, teacher=teacher, train_dataset=blocks(), eval_dataset=other)
+        live.train()
+        with pytest.raises(CacheError, match="go through different heads"):
+            live.evaluate()
+        live.evaluate(blocks(seed=3))
+
     def test_states_of_two_caches(self, tmp_path, config):
         made = [make(tmp_path / name, blocks(seed=seed), rank=8)[1] for name, seed in (("a", 1), ("b", 2))]
         with pytest.raises(CacheError, match=r"'.*a' and '.*b' hold hidden states that go through different heads"):
