@@ -73,7 +73,7 @@ class ModelArguments:
     model_name_or_path: str | None = _key(None, "the student to go on training: a name or a folder")
     student_config: str | None = _key(None, "a fresh student: a config.json, its folder, or a mapping with model_type")
     teacher_model_name_or_path: str | None = _key(
-        None, "the teacher, or a list of several; lm_only needs none; self: the student as it is at the start"
+        None, "the teacher, or a list, caches among them; lm_only needs none; self: the student as it is at the start"
     )
     tokenizer_name: str | None = _key(None, "default: the student's, or else the teacher's")
     dtype: str | None = _key(None, "dtype of the student's weights; default: float32, over which bf16: true is mixed")

@@ -135,7 +135,8 @@ def _trainer(arguments: Arguments, name: str) -> KDTrainer:
     elif several:
         text["dtype"] = models.teacher_dtype
         for (key, one), kwargs in zip(several.items(), models.kwargs_of_teachers, strict=True):
-            loaded[f"teacher {key}"] = load_teacher(one, model_init_kwargs=kwargs, **text)
+            if not (Path(one) / NAME).exists():  # a cache, which the trainer reads
+                loaded[f"teacher {key}"] = load_teacher(one, model_init_kwargs=kwargs, **text)
     elif not own and (teacher := models.teacher_model_name_or_path) is not None:
         text["model_init_kwargs"] = models.teacher_model_init_kwargs
         if given.other is not None:
@@ -146,7 +147,7 @@ def _trainer(arguments: Arguments, name: str) -> KDTrainer:
     sizes = ", ".join(f"{which} {model.num_parameters() / 1e6:.1f}M parameters" for which, model in loaded.items())
     engine, rows = engine_of(training, student), given.describe(training.max_length)
     print_once(f"{name}: recipe {training.recipe}; {sizes}; {rows}; engine {engine} on {training.device}")
-    teachers: Any = {key: loaded[f"teacher {key}"] for key in several} or loaded.get("teacher")
+    teachers: Any = {key: loaded.get(f"teacher {key}", one) for key, one in several.items()} or loaded.get("teacher")
     if 0 in several:  # names are the folders'
         teachers = [*teachers.values()]
     trainer = KDTrainer(

@@ -23,7 +23,8 @@ def summarize(trainer: KDTrainer, evaluation: dict[str, float]) -> dict[str, Any
     """Return the summary of a trained run and of its last `evaluation`; `summarize_log` says what came of it."""
     model, device = trainer.model, trainer.args.device
     on_gpu = device.type == "cuda"
-    caches = {blocks.cache.folder: blocks.cache for blocks in cached_blocks(trainer.train_dataset)}
+    used = [*(blocks.cache for blocks in cached_blocks(trainer.train_dataset)), *model.sides.caches.values()]
+    caches: dict[Any, Any] = {cache.folder: cache for cache in used}
     return {
         "recipe": model.recipe.name,
         **summarize_log(log_table(trainer.state.log_history), evaluation),

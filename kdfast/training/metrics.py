@@ -19,7 +19,7 @@ from kdfast.inputs import same_vocabulary
 from kdfast.loss import KDMetrics
 from kdfast.training.cache.read import cached_blocks
 from kdfast.training.config import OF_EACH
-from kdfast.training.data.columns import brings_teacher, names_of
+from kdfast.training.data.columns import BROUGHT, brings_teacher, names_of
 from kdfast.training.hf import IGNORE_INDEX, head_shape
 from kdfast.training.model import DistillationModel, DistillationOutput
 from kdfast.training.teachers.side import Learned
@@ -213,10 +213,14 @@ def evaluated(model: DistillationModel, dataset: Any, knows_bytes: bool = False)
     teacher, absent = model.recipe.teacher, set()
     if teacher == "cached" and model.teacher is not None and not brings_teacher(dataset):
         teacher = "own_head"
+    caches, columns = model.sides.caches, {*names_of(dataset)}
+    silent = {name for name in caches if columns.isdisjoint(f"{column}_{name}" for column in BROUGHT)}
+    methods = {name: cache.description.method for name, cache in caches.items() if name not in silent}
     if model.teacher is None:  # the data set may bring the true teacher's entries
         names, blocks = names_of(dataset), cached_blocks(dataset)
         own = "teacher_indices" in names and (model.teacher_tail == "bucket" or "teacher_log_tails" in names)
         known = any(one.description.method != "sample" for one in blocks) or (own and not blocks)
+        known |= bool(methods)
     else:
         options = (model.valid_vocab, model.loss_options["vocab"])
         rows, theirs = head_shape(model.student)[0], [head_shape(one)[0] for one in model.teachers.values()]
@@ -225,7 +229,7 @@ def evaluated(model: DistillationModel, dataset: Any, knows_bytes: bool = False)
         absent |= {"kl_teacher_student", "kl_teacher_projected"}
     if teacher in ("none", "own_head", "shared_head", "cached"):
         absent |= {"ce_projected", "kl_teacher_projected"}
-    if teacher == "none" or (teacher == "cached" and "teacher_hidden" not in names_of(dataset)):
+    if teacher == "none" or (teacher == "cached" and "teacher_hidden" not in columns and not methods):
         absent |= {"teacher_entropy"}
     if teacher == "none":
         absent |= {"kd", "agreement"}
@@ -233,8 +237,14 @@ def evaluated(model: DistillationModel, dataset: Any, knows_bytes: bool = False)
         absent |= {"aux_loss"}
     if not knows_bytes:
         absent |= {"bits_per_byte"}
+    of_each = {name: absent for name in model.several if name not in silent}
+    if methods:  # what one of several teachers lacks, all of them together lack
+        absent = absent | {"ce_projected", "kl_teacher_projected"}
+        of_each |= {k: absent | ({"kl_teacher_student"} if x == "sample" else set()) for k, x in methods.items()}
+        absent = absent.union(*(of_each[name] for name in methods))
+        absent |= {"teacher_entropy"} if {*methods.values()} != {"hidden"} else set()
     logged = [name for name in (*EvaluationMeter.NAMES, *EvaluationMeter.ADDED) if name not in absent]
-    return logged + [f"{x}_{name}" for name in model.several for x in OF_EACH if x in logged]
+    return logged + [f"{x}_{name}" for name in model.several for x in OF_EACH if x not in of_each.get(name, OF_EACH)]
 
 
 def check_best(metric: str, model: DistillationModel, eval_dataset: Any, knows_bytes: bool = False) -> None:

@@ -39,7 +39,14 @@ from kdfast.training.hf import (
 )
 from kdfast.training.initialization.calibration import Calibration, Start, set_projector
 from kdfast.training.recipes import AUTO, SELF, Recipe, get_recipe
-from kdfast.training.teachers.entries import CachedEntries, CachedStates, TeacherTail, read_entries, read_states
+from kdfast.training.teachers.entries import (
+    CachedEntries,
+    CachedStates,
+    TeacherTail,
+    read_entries,
+    read_states,
+    take_entries,
+)
 from kdfast.training.teachers.fidelity import Fidelity
 from kdfast.training.teachers.hidden_states import HiddenStateLoss
 from kdfast.training.teachers.own_inputs import read_own_inputs
@@ -51,6 +58,7 @@ from kdfast.training.teachers.several import (
     hold,
     name_teachers,
     naming,
+    running,
 )
 from kdfast.training.teachers.side import Learned, StudentBatch
 
@@ -79,7 +87,8 @@ class DistillationModel(nn.Module):
             teacher for evaluation only. One that accelerate has offloaded or spread over devices (`device_map`,
             `cpu_offload`) stays where it is, and is fed there. "self": the student's own weights as they are now; below
             an adapter they are not in memory twice. Several: a list, or a mapping from names to them; each is learned
-            from under the recipe, and starts of the student are solved from the first.
+            from under the recipe, and starts of the student are solved from the first. Beside another one a
+            `TeacherCache` too, whose entries batches bring in columns of its name: teacher_indices_<name> and so on.
         teacher_weights: of several, what multiplies the KD term of each; None = equal ones that sum to 1.
         recipe: a name, or a `Recipe` such as `KDConfig(…).resolved()`; "auto" is what `choose_recipe` finds for these
             models. One with solved starts wants `solve` called before the first step, as KDTrainer does.
@@ -139,6 +148,7 @@ class DistillationModel(nn.Module):
         self.recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
         asked = [*teachers.values()]
         teachers = {k: self._copy_student(student, x) if isinstance(x, str) else x for k, x in teachers.items()}
+        live = running(teachers)
         self.average: Average | None = None  # of the student's weights, which the teacher follows
         if teacher_update_rate is not None:
             self._check_average(asked, teacher_update_rate)
@@ -155,11 +165,11 @@ class DistillationModel(nn.Module):
         )  # fmt: skip
         self.student = student
         # as a submodule, one that accelerate has placed would be moved by .to()
-        placed = [None if is_dispatched(one) else one for one in teachers.values()] or [None]
+        placed = [None if is_dispatched(one) else one for one in live.values()] or [None]
         if len(placed) > 1:
             self.teacher = nn.ModuleList(placed)  # type: ignore[assignment, arg-type]
         elif placed[0] is None:
-            object.__setattr__(self, "teacher", next(iter(teachers.values()), None))
+            object.__setattr__(self, "teacher", next(iter(live.values()), None))
         else:
             self.teacher = placed[0]
         self.inputs = {"student": inputs_of(student)}
@@ -170,7 +180,7 @@ class DistillationModel(nn.Module):
         self.shared_head = next(iter(self.sides.values())).shared_head
         # every process has the same: DDP need not send it
         self._ddp_params_and_buffers_to_ignore = [f"shared_head.{name}" for name in ("weight", "bias", "mask")]
-        self.hidden_loss = _make_hidden_loss(student, next(iter(teachers.values()), None), self.recipe)
+        self.hidden_loss = _make_hidden_loss(student, next(iter(live.values()), None), self.recipe)
         self.compressed_head: CompressedHead | None = None  # made by solve(); of several teachers a list of them
         self.cached_head: Any = None  # what a batch's teacher_hidden goes through, a cache's; no module
         self.solved = not self.recipe.solves
@@ -264,6 +274,7 @@ class DistillationModel(nn.Module):
             write: return what this makes of (model, input_ids, attention_mask) instead: generated text. FSDP gathers
                 weights in a forward alone.
             backbone_inputs: of both backbones, such as pixel_values. ValueError for one that either does not read.
+                Of a cache among several teachers what it has to say: teacher_indices_<name> and so on.
         """
         if write is not None:
             return write(self, input_ids, attention_mask)
@@ -279,6 +290,10 @@ class DistillationModel(nn.Module):
             items = num_items_in_batch
             num_items_in_batch = items.clamp(min=1) if isinstance(items, Tensor) else max(items, 1)
         kd_items = num_items_in_batch if kd_items_in_batch is None or kd_targets is targets else kd_items_in_batch
+        entries = {
+            name: take_entries(backbone_inputs, name, input_ids.shape, cache.head, self.teacher_tail)
+            for name, cache in self.sides.caches.items()
+        }
         inputs = self._inputs_of_both({**backbone_inputs, "position_ids": position_ids}, attention_mask)
         temperature = self.recipe.temperature if temperature is None else temperature
         kd_weight = self.recipe.kd_weight if kd_weight is None else kd_weight
@@ -293,6 +308,9 @@ class DistillationModel(nn.Module):
         cached = cached or read_states(teacher_hidden, input_ids.shape, self.cached_head)
         if cached:
             self._check_entries(cached, temperature, kd_targets, look=look)
+        for one in entries.values() if look else ():
+            if one is not None:
+                one.check(temperature, kd_targets != IGNORE_INDEX)
         batch = StudentBatch(
             student, input_ids, inputs, targets, kd_targets, cached, temperature, kd_weight,
             self.recipe.ce_weight if ce_weight is None else ce_weight,
@@ -301,7 +319,7 @@ class DistillationModel(nn.Module):
         )  # fmt: skip
         every, by_teacher = self.sides.learn(
             batch, teacher_id, self.recipe, self.divergence, self.loss_options, train=self.training,
-            compressed=self.compressed_head,
+            compressed=self.compressed_head, entries=entries,
         )  # fmt: skip
         loss, metrics, strange = every.loss, every.metrics, strange | every.strange
         if self.hidden_loss is not None:
@@ -383,7 +401,7 @@ class DistillationModel(nn.Module):
     def _check_own_inputs(self, teacher_indices: Tensor | None) -> None:
         """Raise ValueError where what only the teacher reads would not be used as it is meant; say where it is not."""
         recipe = self.recipe
-        if teacher_indices is not None or recipe.teacher == "cached":
+        if teacher_indices is not None or recipe.teacher == "cached" or self.sides.caches:
             raise ValueError(
                 "the batch has teacher_input_ids, which a teacher that runs reads, and recipe "
                 f"{recipe.name!r} learns from entries; expected precompute_teacher_log_probs=False and a teacher, with "
@@ -479,7 +497,7 @@ class DistillationModel(nn.Module):
         if not recipe.solves:
             return []
         starts: list[Start] = []
-        heads: list[CompressedHead | None] = []
+        heads: dict[str, CompressedHead | None] = {}
         first = next(iter(self.teachers.values()))
         for (name, teacher), some in zip(self.teachers.items(), self.sides.share_out(batches), strict=True):
             with naming(name, self.teachers):
@@ -488,10 +506,10 @@ class DistillationModel(nn.Module):
                 starts += self._solve_from(text)
             if recipe.teacher == "compressed_head":
                 compressed, start = text.compress(recipe)
-                heads.append(compressed)
+                heads[name] = compressed
                 starts.append(start._replace(what=f"{start.what}, of {name}") if len(self.sides) > 1 else start)
         if heads:
-            self.compressed_head = hold(heads)
+            self.compressed_head = hold([heads.get(name) for name in self.sides])
             # every process made the same: DDP need not send it
             buffers = [] if self.compressed_head is None else self.compressed_head.named_buffers()
             self._ddp_params_and_buffers_to_ignore = [f"compressed_head.{name}" for name, _ in buffers]

@@ -32,9 +32,10 @@ from kdfast.plan.price import Price, price_per_token, size_of
 from kdfast.schedules import Schedule
 from kdfast.training import fsdp
 from kdfast.training.adapters import adapt, check_adapter
+from kdfast.training.cache.description import NAME as CACHE
 from kdfast.training.cache.description import teacher_fingerprint
 from kdfast.training.cache.precompute import Precomputation
-from kdfast.training.cache.read import cached_blocks, check_datasets, take_head
+from kdfast.training.cache.read import TeacherCache, cached_blocks, check_datasets, join_caches, take_head
 from kdfast.training.callbacks import HealthCallback
 from kdfast.training.config import KDConfig
 from kdfast.training.data.alignment import OtherTokenizer, find_other_tokenizer
@@ -49,7 +50,7 @@ from kdfast.training.data.columns import (
     names_of,
 )
 from kdfast.training.data.packing import PaddingCollator, check_apart
-from kdfast.training.data.rows import PACKED, PROMPTS, PROMPTS_MASK, Collator
+from kdfast.training.data.rows import ENTRIES, PACKED, PROMPTS, PROMPTS_MASK, Collator
 from kdfast.training.data.shared_vocabulary import SharedVocabulary, token_lengths
 from kdfast.training.data.text import check_positions, columns_of
 from kdfast.training.data.tokenizers import check_tokens, own_tokenizer, text_tokenizer, tokenizer_of
@@ -72,6 +73,7 @@ from kdfast.training.teachers.several import (
     find_valid_vocab_of_all,
     name_teachers,
     read_route,
+    running,
 )
 
 # Methods of transformers.Trainer that are private and overridden all the same, here and in DurableTrainer, and why.
@@ -117,7 +119,8 @@ class KDTrainer(DurableTrainer):
         args: a `KDConfig`.
         teacher: for a student that is not wrapped yet; None under "lm_only" and "cached", which otherwise use it for
             evaluation; "self", the student's own weights at the start (`KDConfig.teacher_update_rate`: their average).
-            Several: a list, or a mapping from names. Every row learns from all, under `teacher_weights`, or from the
+            Several: a list, or a mapping from names; a `TeacherCache` or its folder may be among them, with the splits
+            "train" and "eval" (or eval_dataset's keys). Every row learns from all, under `teacher_weights`, or from the
             one that its `teacher_id` (`teacher_column`) names; kd_<name>, evaluated kl_teacher_student_<name> and
             kl_teacher_projected_<name>, are of one.
         peft_config: as in `DistillationModel`. A student with an adapter is trained and saved as that adapter alone:
@@ -192,7 +195,7 @@ class KDTrainer(DurableTrainer):
             set_seed(args.seed)
             model = super().call_model_init()  # type: ignore[assignment]
         collator, self.counts = data_collator, {}
-        student, teachers = model, name_teachers(teacher)
+        student, teachers = model, {name: _read_cache(one) for name, one in name_teachers(teacher).items()}
         live = {**teachers}
         if isinstance(model, DistillationModel):
             student, live = model.student, model.teachers
@@ -219,6 +222,8 @@ class KDTrainer(DurableTrainer):
         self._wrapping = (teachers, peft_config, processing_class, datasets)
         self._schedules = kd_weight_schedule, temperature_schedule
         model, choice, wrapped_here = self._wrapped(model)
+        self._texts = train_dataset, eval_dataset
+        train_dataset, eval_dataset = self._with_entries(model)
         own = type(self).evaluate is KDTrainer.evaluate and type(self).evaluation_loop is KDTrainer.evaluation_loop
         packages = {one.on_evaluate.__module__.partition(".")[0] for one in callbacks or ()}
         own = own and packages <= {"transformers", "kdfast"}  # another's on_evaluate may add to what is logged
@@ -283,6 +288,13 @@ class KDTrainer(DurableTrainer):
         check_datasets(model, datasets, self._schedules[1])
         self._teacher_column = find_column(self.args.teacher_column, model.sides, datasets, self.args.packing)
         return model, choice, wrapped_here
+
+    def _with_entries(self, model: DistillationModel) -> list[Any]:
+        """Return the data sets to train and to evaluate on, with the entries of teachers that are caches."""
+        if model.sides.caches and self.args.generates:
+            raise ValueError("text that is generated, and a teacher that is a cache; expected teachers that run")
+        named = zip(("train_dataset", "eval_dataset"), self._texts, ("train", "eval"), strict=True)
+        return [join_caches(model, argument, one, self._schedules[1], split) for argument, one, split in named]
 
     def _adopt(self, choice: Choice | None, wrapped_here: bool) -> None:
         """Prepare a run of the model that there is: its entries, schedules and starts."""
@@ -373,9 +385,9 @@ class KDTrainer(DurableTrainer):
             with replaced(self, create_accelerator_and_postprocess=lambda: None):
                 self._hp_search_setup(trial)  # Trainer does so too, past where its settings are needed
             self.args._check()
-            self.train_dataset = self._text
             set_seed(self.args.seed)
             self.model, choice, wrapped_here = self._wrapped(super().call_model_init(trial))
+            self.train_dataset, self.eval_dataset = self._with_entries(self.model)
             self.model_wrapped = self.model.to(self.args.device)
             self._adopt(choice, wrapped_here)
         return super().train(resume_from_checkpoint, trial, *args, **kwargs)
@@ -468,7 +480,8 @@ class KDTrainer(DurableTrainer):
                 self.train_dataset = self._precomputation.make(text, self.compute_loss_context_manager())
             take_head(self._precomputation.model, {"train_dataset": self.train_dataset})
         if self.health is not None:
-            drawn = [blocks.description.method == "sample" for blocks in cached_blocks(self.train_dataset)]
+            caches: list[Any] = [*cached_blocks(self.train_dataset), *self.model.sides.caches.values()]
+            drawn = [one.description.method == "sample" for one in caches]
             self.health.drawn = self._recipe.teacher == "cached" and any(drawn)
 
     def _calibration_batches(self) -> Iterator[dict[str, Any]]:
@@ -494,6 +507,7 @@ class KDTrainer(DurableTrainer):
             super()._set_signature_columns_if_needed()
             columns: Any = self._signature_columns
             columns += sorted(MEDIA.union(*self.model.inputs.values()))
+            columns += [f"{column}_{name}" for name in self.model.sides.caches for column in ENTRIES]
 
     def get_train_dataloader(self) -> DataLoader:
         """Return Trainer's loader; a collator that asks for columns by name finds those that no model takes, too."""
@@ -803,11 +817,12 @@ class KDTrainer(DurableTrainer):
         model: DistillationModel = self.accelerator.unwrap_model(self.model)
         student, passes = size_of(model.student), None if self._precomputation is None else self._precomputation.passes
         cut: Any = model.compressed_head or model.cached_head
-        ranks = [None if one is None else one.rank for one in model.sides.each(cut)]
-        prices = [
-            price_per_token(model.recipe, student, side.model and size_of(side.model), rank=rank, passes=passes)
-            for side, rank in zip(model.sides.values(), ranks, strict=True)
-        ]
+        prices = []
+        for (name, side), part in zip(model.sides.items(), model.sides.each(cut), strict=True):
+            head = model.sides.caches[name].head if name in model.sides.caches else part
+            own, rank = model.sides.recipe_of(name, model.recipe), None if head is None else head.rank
+            size = None if side.model is None else size_of(side.model)
+            prices.append(price_per_token(own, student, size, rank=rank, passes=passes))
         if len(prices) == 1:
             return prices[0]
         if self._teacher_column is not None:  # a row has one of them; which, the text alone knows
@@ -815,6 +830,13 @@ class KDTrainer(DurableTrainer):
         asked = [price.teacher for price, weight in zip(prices, model.sides.weights, strict=True) if weight]
         again = 6 * student.vocab * student.width * model.recipe.kd_until  # the student's head, after the first teacher
         return Price(prices[0].lm_only, round(sum(asked) + again * max(len([*filter(None, asked)]) - 1, 0)))
+
+
+def _read_cache(teacher: Any) -> Any:
+    """Return the cache in a folder; anything else as it is."""
+    if isinstance(teacher, str) and (Path(teacher) / CACHE).exists():
+        return processes.by_first(lambda: TeacherCache(teacher))
+    return teacher
 
 
 def _other_tokenizer(student: Any, teacher: Any, processor: Any, args: KDConfig) -> OtherTokenizer | None:
@@ -844,13 +866,15 @@ def _wrap(
     train_dataset = datasets.get("train_dataset")
     cached = cached_blocks(train_dataset)
     entries = bool(cached) or brings_teacher(train_dataset)
-    everywhere = [blocks for one in datasets.values() for blocks in cached_blocks(one)]
+    everywhere = [blocks.cache for one in datasets.values() for blocks in cached_blocks(one)]
+    among = [one for one in teachers.values() if isinstance(one, TeacherCache)]
+    everywhere += among
     if everywhere and isinstance(student, PreTrainedModel):
         tokenizer = text_tokenizer(processor, student)
-        for blocks in everywhere:
-            blocks.cache.check_tokenizer(tokenizer)
+        for cache in everywhere:
+            cache.check_tokenizer(tokenizer)
         if valid_vocab is None:
-            valid_vocab = everywhere[0].cache.find_valid_vocab(head_shape(student)[0], tokenizer)
+            valid_vocab = everywhere[0].find_valid_vocab(head_shape(student)[0], tokenizer)
     if recipe == AUTO:
         made_of = {blocks.description.teacher_sha256 for blocks in cached}
         live = [one for one in teachers.values() if isinstance(one, PreTrainedModel)]
@@ -867,17 +891,19 @@ def _wrap(
             else choose_recipe_of_all(student, teachers, valid_vocab, args.vocab, shared.share if shared else None)
         )
         recipe = choice.recipe
-    for teacher in teachers.values() if args.offload_teachers else ():
+    for teacher in running(teachers).values() if args.offload_teachers else ():
         if isinstance(teacher, str):
             raise ValueError(f"offload_teachers=True and teacher={teacher!r}, which the student is; leave one out")
         if not is_dispatched(teacher):  # else it is where a device_map has put it
             cpu_offload(teacher, args.device)
     set_seed(args.seed)  # the projector's start
+    with replaced(args, teacher_tail=None if among else args.teacher_tail):  # which a cache has a use for
+        resolved = args.resolved(recipe)
     model = DistillationModel(
         student,
         teachers or None,
         teacher_weights=args.teacher_weights,
-        recipe=args.resolved(recipe),
+        recipe=resolved,
         engine=args.engine,
         scratch_bytes=args.scratch_bytes,
         valid_vocab=valid_vocab,

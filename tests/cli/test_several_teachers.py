@@ -86,6 +86,21 @@ def test_names_of_ones_own(configured, place, kdfast):
     assert "teacher code 0.0M parameters, teacher math" in out
 
 
+def test_a_cache_beside_one_that_runs(configured, place, kdfast):
+    options = {"cache_method": "top_k", "cache_top_k": 257, "cache_dtype": "float32", "cache_temperatures": [2.0]}
+    one = configured(teacher_model_name_or_path="models/wide", teacher_cache="kept/wide", **options)
+    assert kdfast("cache", one)[0] == 0
+    found = []
+    for second, out in (("models/wide", "live"), ("kept/wide", "mixed")):
+        given = {"output_dir": out, "teacher_model_name_or_path": ["models/small", second], "eval_strategy": "steps"}
+        code, said, err = kdfast("distill", configured(**given, teacher_weights=[0.7, 0.3], eval_steps=1))
+        assert code == 0, err
+        assert "by their weights: small (0.7), wide (0.3)" in said
+        found.append(evaluated(place, out))
+    for key in ("eval_kd", "eval_kd_small", "eval_kd_wide", "eval_ce"):
+        assert found[1][key] == pytest.approx(found[0][key], rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

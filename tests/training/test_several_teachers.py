@@ -18,6 +18,7 @@ KINDS = {
     "probe": {"teacher": "probe", "anchor_weight": 0.5},
 }
 BY_NAME = ["math", "code"]
+TIMES = {"eval_" + x for x in ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")}
 
 
 def teachers(tiny, V=67):
@@ -255,7 +256,7 @@ def test_what_one_teacher_alone_can_do(tiny):
     for recipe, what in (
         (Recipe("x", "own_head", hidden_weight=1.0), "hidden_weight=1"),
         ("projector_refit", "solves a projector"),
-        ("cached", "what a batch brings of one teacher"),
+        ("cached", "recipe 'cached', of which 'math' is no cache"),
     ):
         with pytest.raises(ValueError, match=rf"2 teachers \(math, code\) and .*{what}"):
             DistillationModel(tiny(), teachers(tiny), recipe=recipe)
@@ -342,11 +343,7 @@ def test_evaluation_under_weights(tiny, trainer, rows, recipe):
     run = trainer(data, recipe=recipe, teacher_weights=[0.75, 0.25])
     found = run.evaluate()
     logged = evaluated(run.model, data)
-    assert {f"eval_{name}" for name in logged} - found.keys() <= {
-        "eval_runtime",
-        "eval_samples_per_second",
-        "eval_steps_per_second",
-    }
+    assert {f"eval_{name}" for name in logged} - found.keys() <= TIMES
     key = "kl_teacher_student"
     assert found[f"eval_{key}"] == pytest.approx(
         0.75 * found[f"eval_{key}_math"] + 0.25 * found[f"eval_{key}_code"], rel=1e-5
@@ -526,3 +523,180 @@ def test_two_processes_with_a_teacher_each_are_one_with_both(tmp_path):
     one, two = (torch.load(tmp_path / f"{size}.pt", weights_only=True) for size in (1, 2))
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+
+
+METHODS = {
+    "top_k": {"method": "top_k", "k": 67, "dtype": "float32"},
+    "hidden": {"method": "hidden", "rank": 32, "dtype": "float32"},
+    "sample": {"method": "sample", "k": 64},
+}
+
+
+@pytest.fixture
+def kept(tiny, tmp_path):
+    """Text, and what keeps a teacher's entries of it in a cache."""
+    ids = torch.randint(3, 67, (6, 12), generator=torch.Generator().manual_seed(1)).tolist()
+    text = Dataset.from_list([{"input_ids": row[: 7 + i], "labels": row[: 7 + i]} for i, row in enumerate(ids)])
+
+    def make(name, method="top_k", splits=("train", "eval")):
+        cache_teacher(teachers(tiny)[name], dict.fromkeys(splits, text), tmp_path / name, **METHODS[method])
+        return TeacherCache(tmp_path / name)
+
+    return text, make
+
+
+def batch_of(text, **caches):
+    """Rows of one length, with the columns of each cache under its name."""
+    rows = [row[: len(text[0]["input_ids"])] for row in text["input_ids"]]
+    batch = {"input_ids": torch.tensor(rows), "labels": torch.tensor(rows)}
+    for name, cache in caches.items():
+        for column in cache.dataset("train", text)[0].keys() - batch.keys():
+            some = [row[column][: len(rows[0])] for row in cache.dataset("train", text)]
+            batch[f"{column}_{name}"] = torch.stack(some)
+    return batch
+
+
+def assert_same(ours, theirs):
+    assert ours.loss.item() == pytest.approx(theirs.loss.item(), rel=1e-5)
+    assert ours.metrics.kd.item() == pytest.approx(theirs.metrics.kd.item(), rel=1e-5)
+    for name, one in theirs.by_teacher.items():
+        assert ours.by_teacher[name].metrics.kd.item() == pytest.approx(one.metrics.kd.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("routes", [None, [0, 1, 0, 1, 1, 1]])
+@pytest.mark.parametrize("method", ["top_k", "hidden"])
+def test_a_live_teacher_beside_a_cache_is_two_live_ones(tiny, kept, method, routes):
+    text, make_cache = kept
+    cache = make_cache("code", method)
+    weights = {"teacher_weights": [0.7, 0.3] if routes is None else None, "teacher": "own_head"}
+    mixed = make(tiny, None, {**teachers(tiny), "code": cache}, dtype=torch.float32, solve=False, **weights)
+    live = make(tiny, None, teachers(tiny), dtype=torch.float32, solve=False, **weights)
+    ours = mixed(**batch_of(text, code=cache), teacher_id=routes)
+    theirs = live(**batch_of(text), teacher_id=routes)
+    assert_same(ours, theirs)
+    assert_close(gradients(mixed, ours.loss), gradients(live, theirs.loss), 1e-5)
+
+
+@pytest.mark.parametrize("methods", [("top_k", "hidden"), ("hidden", "hidden"), ("top_k", "top_k")])
+def test_two_caches_are_two_live_teachers(tiny, kept, methods):
+    text, make_cache = kept
+    caches = {name: make_cache(name, method) for name, method in zip(BY_NAME, methods, strict=True)}
+    cached = make(tiny, None, caches, dtype=torch.float32, teacher="cached")
+    live = make(tiny, None, teachers(tiny), dtype=torch.float32, teacher="own_head")
+    ours, theirs = cached(**batch_of(text, **caches)), live(**batch_of(text))
+    assert_same(ours, theirs)
+    assert_close(gradients(cached, ours.loss), gradients(live, theirs.loss), 1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cache_is_learned_from_directly_whatever_the_other_is(tiny, kept, kind):
+    text, make_cache = kept
+    cache, plain = make_cache("code"), batch_of(text)
+    for given in ({"math": "live", "code": cache}, {"code": cache, "math": "live"}):
+        given = {name: teachers(tiny)[name] if one == "live" else one for name, one in given.items()}
+        model = make(tiny, plain, given, dtype=torch.float32, **KINDS[kind])
+        alone = make(tiny, plain, teachers(tiny)["math"], dtype=torch.float32, **KINDS[kind])
+        other = make(tiny, plain, teachers(tiny)["code"], dtype=torch.float32, teacher="own_head", ce_weight=0.0)
+        loss = alone(**plain, kd_weight=0.35).loss.item() + other(**plain, kd_weight=0.35).loss.item()
+        assert model(**batch_of(text, code=cache)).loss.item() == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["mixed", "cached"])
+def test_trained_and_evaluated_as_two_live_ones(tiny, kept, config, tmp_path, kind):
+    text, make_cache = kept
+    make_cache("code", "hidden")
+    caches = {"code": str(tmp_path / "code")}
+    if kind == "cached":
+        caches = {"math": make_cache("math"), **caches}
+    found = []
+    for given in ({**teachers(tiny), **caches}, teachers(tiny)):
+        recipe = "auto" if kind == "cached" and given["math"] is caches["math"] else "teacher_head"
+        options = {
+            "recipe": recipe,
+            "max_steps": 4,
+            "per_device_train_batch_size": 3,
+            "kd_weight": 0.7,
+            "kd_until": 1.0,
+        }
+        run = KDTrainer(
+            tiny("gpt2"),
+            config(**options, teacher_weights=[0.7, 0.3], logging_steps=1),
+            teacher=given,
+            train_dataset=text,
+            eval_dataset=text,
+        )
+        losses = [run.train().training_loss, *(line["kd_code"] for line in run.state.log_history if "kd_code" in line)]
+        found.append(torch.tensor([*losses, *(run.evaluate()[f"eval_{key}"] for key in OF_BOTH)]))
+    assert len(found[0]) == len(found[1]) > 4
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+
+
+OF_BOTH = ("loss", "kd", "kd_code", "kd_math", "kl_teacher_student", "kl_teacher_student_code", "tokens")
+
+
+@pytest.mark.parametrize("recipe", ["teacher_head", "projector", "lm_only"])
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_evaluated_beside_a_cache(tiny, kept, config, method, recipe):
+    text, make_cache = kept
+    run = KDTrainer(
+        tiny("gpt2"),
+        config(recipe=recipe),
+        teacher={**teachers(tiny), "code": make_cache("code", method)},
+        train_dataset=text,
+        eval_dataset=text,
+    )
+    logged = {f"eval_{name}" for name in evaluated(run.model, run.eval_dataset)}
+    found = run.evaluate()
+    assert {name for name in found if name.startswith("eval_")} - TIMES == logged - TIMES
+    assert ("eval_kl_teacher_student_code" in found) == (method != "sample")
+    assert "eval_kl_teacher_student_math" in found
+
+
+def test_a_cache_without_the_evaluated_text(tiny, kept, config, capsys):
+    text, make_cache = kept
+    data = {"train_dataset": text, "eval_dataset": text}
+    cache = make_cache("code", splits=["train"])
+    run = KDTrainer(tiny("gpt2"), config(recipe="teacher_head"), teacher={**teachers(tiny), "code": cache}, **data)
+    found = run.evaluate()
+    assert "eval_kd_math" in found
+    assert "eval_kd_code" not in found
+    assert {f"eval_{name}" for name in evaluated(run.model, run.eval_dataset)} <= found.keys() | TIMES
+    assert "teacher 'code' has no entries of the evaluated text" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"eval_dataset: none of the teachers' caches has the split 'eval'"):
+        KDTrainer(
+            tiny("gpt2"),
+            config(recipe="auto"),
+            teacher={"code": cache, "math": make_cache("math", splits=["train"])},
+            **data,
+        )
+
+
+def test_caches_that_do_not_fit(tiny, kept, config):
+    text, make_cache = kept
+    given = {**teachers(tiny), "code": make_cache("code")}
+    model = make(tiny, None, given, dtype=torch.float32, solve=False, teacher="own_head")
+    with pytest.raises(ValueError, match="teacher 'code' is a cache, and the batch has no entries of it"):
+        model(**batch_of(text))
+
+    def train(message, given=given, **args):
+        with pytest.raises(ValueError, match=message):
+            KDTrainer(tiny("gpt2"), config(**args), teacher=given, train_dataset=text)
+
+    train("recipe 'cached', of which 'math' is no cache", recipe="cached")
+    caches = {"code": make_cache("code"), "too": TeacherCache(make_cache("code").folder)}
+    train("they are all caches; expected 'cached'", caches, recipe="teacher_head")
+    train("teacher is a cache, alone", make_cache("code"))
+    train("the run is at 2, 1", recipe="teacher_head", temperature_steps=[2, 1])
+    drawn = {**teachers(tiny), "math": make_cache("math", "sample")}
+    train("ids drawn at random", drawn, recipe="teacher_head", divergence="reverse_kl")
+    train("text that is generated, and a teacher that is a cache", recipe="teacher_head", on_policy=0.5)
+
+
+def test_a_student_made_anew_has_the_entries_too(tiny, kept, config):
+    text, make_cache = kept
+    given = {**teachers(tiny), "code": make_cache("code")}
+    made = {"args": config(recipe="teacher_head", max_steps=2), "teacher": given, "train_dataset": text}
+    losses = [
+        KDTrainer(**made, **one).train().training_loss for one in ({"model_init": lambda: tiny()}, {"model": tiny()})
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)

@@ -36,10 +36,10 @@ from kdfast.training.durable.errors import first_line
 from kdfast.training.durable.processes import print_once
 from kdfast.training.hf import IGNORE_INDEX, head_shape
 from kdfast.training.model import DistillationModel
-from kdfast.training.teachers.entries import OWN_ENTRIES, TeacherTail
+from kdfast.training.teachers.entries import OWN_ENTRIES, KeptTeacher, TeacherTail
 
 
-class TeacherCache:
+class TeacherCache(KeptTeacher):
     """Read what `cache_teacher` has written to `folder`.
 
         cache = TeacherCache("caches/gpt2-medium")
@@ -222,11 +222,61 @@ class CachedBlocks(data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.dataset[index]
-        temperature, tokens = self.temperature if self.tail is None else 1.0, len(row["input_ids"])
+        return {**row, **self.entries_of(index, len(row["input_ids"]))}
+
+    def entries_of(self, index: int, tokens: int) -> dict[str, Tensor]:
+        """Return the columns that are added to a row of so many tokens."""
+        temperature = self.temperature if self.tail is None else 1.0
         entries: dict[str, Tensor] = decode(self.entries[index], self.description, temperature, tokens)
         if self.tail is not None:
             del entries["teacher_log_tails"]
-        return {**row, **entries}
+        return entries
+
+
+class SeveralCached(data.Dataset):
+    """Add to the rows of `dataset` what each of several caches adds, in columns of the teacher's own name."""
+
+    def __init__(self, dataset: Any, blocks: Mapping[str, CachedBlocks]) -> None:
+        self.dataset, self.blocks = dataset, blocks
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = dict(self.dataset[index])
+        for name, blocks in self.blocks.items():
+            found = blocks.entries_of(index, len(row["input_ids"]))
+            row |= {f"{column}_{name}": x for column, x in found.items()}
+        return row
+
+
+def join_caches(model: DistillationModel, argument: str, dataset: Any, temperature: Schedule | None, split: str) -> Any:
+    """Return the rows of `dataset`, or of a dict of them, with the entries of teachers that are caches.
+
+    split: of the caches. One that lacks it is left out, but for "train"; of a dict's data sets it is their key.
+    Raises CacheError where a cache does not fit the data, `model` or its recipe, or each lacks the split.
+    """
+    recipe, caches = model.recipe, model.sides.caches
+    if dataset is None or not caches:
+        return dataset
+    if isinstance(dataset, dict):
+        return {k: join_caches(model, f"{argument}[{k!r}]", one, temperature, k) for k, one in dataset.items()}
+    found = {}
+    for name, cache in caches.items():
+        assert isinstance(cache, TeacherCache)
+        tau, tail = recipe.temperatures[0], model.teacher_tail if cache.description.source else None
+        lacks = split != "train" and split not in cache.description.splits
+        if lacks or (recipe.teacher == "none" and (split == "train" or not cache.description.serves(tau))):
+            continue
+        found[name] = cache.dataset(split, dataset, temperature=tau, tail=tail)
+        if recipe.teacher != "none":
+            _check_blocks(argument, found[name], model, temperature)
+    if recipe.teacher == "cached" and not found:
+        raise CacheError(
+            f"{argument}: none of the teachers' caches has the split {split!r}, and recipe 'cached' learns from their "
+            "entries alone; make one of them with that split, or leave the data out"
+        )
+    return SeveralCached(dataset, found) if found else dataset
 
 
 def check_datasets(model: DistillationModel, datasets: Mapping[str, Any], temperature: Schedule | None) -> None:
@@ -238,7 +288,7 @@ def check_datasets(model: DistillationModel, datasets: Mapping[str, Any], temper
     """
     recipe = model.recipe
     several = temperature is not None or len(set(recipe.temperatures)) > 1
-    run = "a temperature_schedule" if temperature is not None else ", ".join(f"{tau:g}" for tau in recipe.temperatures)
+    run = _temperatures(model, temperature)
     for argument, dataset in datasets.items():
         of_cache = cached_blocks(dataset)
         names = () if of_cache else names_of(dataset)
@@ -253,26 +303,8 @@ def check_datasets(model: DistillationModel, datasets: Mapping[str, Any], temper
             )
         for blocks in of_cache:
             blocks.cache.check_vocabulary(head_shape(model.student)[0], model.valid_vocab)
-            if recipe.teacher != "cached":
-                continue
-            if blocks.description.method == "hidden":
-                continue
-            if temperature is not None or set(recipe.temperatures) != {blocks.temperature}:
-                raise CacheError(
-                    f"{argument} has a teacher's entries for temperature={blocks.temperature:g}, and the run is at "
-                    f"{run}; expected the same, throughout the run"
-                )
-            if recipe.kd_on == "all" and not (blocks.description.source or {}).get("whole", True):
-                raise CacheError(
-                    f"kd_on='all', and {argument} has entries of a file ({blocks.description.teacher}) that holds none "
-                    "for some tokens, such as prompts; expected kd_on='completion'"
-                )
-            if blocks.description.method == "sample" and model.divergence.name != "forward_kl":
-                raise CacheError(
-                    f"divergence={recipe.divergence!r} and {argument} has ids drawn at random, which are no estimate "
-                    "of it: it is not linear in the teacher's probabilities, or infinite. Expected forward_kl, or a "
-                    "cache made with cache_method: hidden or top_k"
-                )
+            if recipe.teacher == "cached":
+                _check_blocks(argument, blocks, model, temperature)
     take_head(model, datasets)
     names = {argument: list(names_of(dataset)) for argument, dataset in datasets.items()}
     bringing = {argument: name for argument, columns in names.items() for name in BROUGHT.intersection(columns)}
@@ -282,6 +314,33 @@ def check_datasets(model: DistillationModel, datasets: Mapping[str, Any], temper
         raise CacheError(
             f"{lacking[0]} has no {brought}, which {argument} has; recipe 'cached' wants a teacher's entries in "
             "both. Cache that data too (TeacherCache.dataset gives the rows), or leave it out"
+        )
+
+
+def _temperatures(model: DistillationModel, schedule: Schedule | None) -> str:
+    return "a temperature_schedule" if schedule else ", ".join(f"{tau:g}" for tau in model.recipe.temperatures)
+
+
+def _check_blocks(argument: str, blocks: CachedBlocks, model: DistillationModel, temperature: Schedule | None) -> None:
+    """Raise CacheError where the run cannot learn from these blocks; the arguments are `check_datasets`'."""
+    recipe = model.recipe
+    if blocks.description.method == "hidden":
+        return
+    if temperature is not None or set(recipe.temperatures) != {blocks.temperature}:
+        raise CacheError(
+            f"{argument} has a teacher's entries for temperature={blocks.temperature:g}, and the run is at "
+            f"{_temperatures(model, temperature)}; expected the same, throughout the run"
+        )
+    if recipe.kd_on == "all" and not (blocks.description.source or {}).get("whole", True):
+        raise CacheError(
+            f"kd_on='all', and {argument} has entries of a file ({blocks.description.teacher}) that holds none "
+            "for some tokens, such as prompts; expected kd_on='completion'"
+        )
+    if blocks.description.method == "sample" and model.divergence.name != "forward_kl":
+        raise CacheError(
+            f"divergence={recipe.divergence!r} and {argument} has ids drawn at random, which are no estimate "
+            "of it: it is not linear in the teacher's probabilities, or infinite. Expected forward_kl, or a "
+            "cache made with cache_method: hidden or top_k"
         )
 
 
@@ -296,7 +355,7 @@ def take_head(model: DistillationModel, datasets: Mapping[str, Any]) -> None:
         one, other, *_ = hidden.values()
         raise CacheError(
             f"{str(one.folder)!r} and {str(other.folder)!r} hold hidden states that go through different heads; "
-            "expected the splits of one cache; of several teachers' caches, cache_method: sample or top_k"
+            "expected the splits of one cache; of several teachers' caches, each as a teacher (KDTrainer(teacher=…))"
         )
     for cache in hidden.values():
         model.cached_head = cache.head

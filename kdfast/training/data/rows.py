@@ -75,7 +75,7 @@ class Collator:
         if rows and isinstance(rows[0], dict) and not self.hidden.isdisjoint(rows[0]):
             rows = [{name: value for name, value in row.items() if name not in self.hidden} for row in rows]
         if isinstance(self.collate, DataCollatorWithPadding):  # of tensors (T, K) it makes no batch
-            names = [name for name, value in rows[0].items() if name in ENTRIES and isinstance(value, Tensor)]
+            names = [name for name, value in rows[0].items() if name.startswith(ENTRIES) and isinstance(value, Tensor)]
             entries = {name: torch.stack([row[name] for row in rows]) for name in names}
             rows = [{name: value for name, value in row.items() if name not in entries} for row in rows]
         given = rows

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from math import inf
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kdfast.inputs import Head, SparseLogits
+from kdfast.training.data.rows import ENTRIES
 
 TeacherTail = Literal["bucket", "renormalize", "renormalize_both", "none"]
 OWN_ENTRIES = (
@@ -16,6 +18,18 @@ OWN_ENTRIES = (
     "'renormalize', 'renormalize_both': the same, with nothing said of the others; 'none': log(n/N) of ids that came n "
     "times in N draws at the run's temperature"
 )
+
+
+class KeptTeacher:
+    """What a `TeacherCache` is: a teacher that was run before, which the model may have among several."""
+
+    folder: Path
+    description: Any
+    head: Any  # of hidden states, else None
+
+    def check_vocabulary(self, vocab: int, valid_vocab: int | None) -> None:
+        """Raise ValueError where a student of `vocab` ids cannot learn from it."""
+        raise NotImplementedError
 
 
 class CachedEntries(NamedTuple):
@@ -101,6 +115,18 @@ def read_states(hidden: Tensor | None, shape: torch.Size, head: Any) -> CachedSt
             "and the rank of the cache that the model has the head of"
         )
     return CachedStates(head.to(hidden.device)(hidden))
+
+
+def take_entries(
+    batch: dict[str, Any], name: str, shape: torch.Size, head: Any, tail: TeacherTail | None
+) -> CachedEntries | CachedStates | None:
+    """Take one of several teachers' columns, teacher_indices_<name> and so on, out of `batch`; None without them.
+
+    shape, head: as in `read_states`; tail: what entries without log_tails are.
+    """
+    indices, log_probs, log_tails, hidden = (batch.pop(f"{column}_{name}", None) for column in ENTRIES)
+    found = read_entries(indices, log_probs, log_tails, tail if log_tails is None else None)
+    return found or read_states(hidden, shape, head)
 
 
 def read_entries(

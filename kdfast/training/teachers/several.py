@@ -22,7 +22,10 @@ from kdfast.training.adapters import unwrap
 from kdfast.training.data.columns import names_of
 from kdfast.training.data.rows import PACKED
 from kdfast.training.data.tokenizers import find_valid_vocab
-from kdfast.training.recipes import Choice, Recipe, choose_recipe
+from kdfast.training.durable.processes import say_once
+from kdfast.training.hf import head_shape
+from kdfast.training.recipes import CACHED, Choice, Recipe, choose_recipe
+from kdfast.training.teachers.entries import CachedEntries, CachedStates, KeptTeacher
 from kdfast.training.teachers.fidelity import Fidelity
 from kdfast.training.teachers.side import Learned, StudentBatch, TeacherSide
 
@@ -32,8 +35,8 @@ COLUMN = "teacher_id"  # TRL's: which teacher a row learns from
 def name_teachers(given: Any) -> dict[str, Any]:
     """Return teachers by name, of one, of a list, or of a mapping from names to teachers ("self" too); none of None.
 
-    A name is the last part of the folder or hub name that a teacher was loaded from, with its number behind it where
-    several have that name; "teacher_0" and so on where it has none.
+    A name is the last part of the folder or hub name that a teacher was loaded from, or of its cache's, with its number
+    behind it where several have that name; "teacher_0" and so on where it has none.
 
     Raises ValueError for an empty list, a model that is there twice, or a name that could be no part of a key in logs.
     """
@@ -41,7 +44,7 @@ def name_teachers(given: Any) -> dict[str, Any]:
         return {}
     if not isinstance(given, Mapping):
         several = list(given) if isinstance(given, list | tuple) else [given]
-        paths = (getattr(getattr(one, "config", None), "_name_or_path", "") for one in several)
+        paths = (getattr(getattr(one, "config", one), "_name_or_path", getattr(one, "folder", "")) for one in several)
         short = [Path(one if isinstance(one, str) else path).name for one, path in zip(several, paths, strict=True)]
         times = Counter(short)
         names = [f"{name or 'teacher'}_{i}" if not name or times[name] > 1 else name for i, name in enumerate(short)]
@@ -88,10 +91,10 @@ def read_weights(given: Sequence[float] | None, names: Sequence[str]) -> list[fl
 
 
 def find_valid_vocab_of_all(
-    student: Any, teachers: Mapping[str, PreTrainedModel], processor: Any, valid_vocab: int | None
+    student: Any, teachers: Mapping[str, Any], processor: Any, valid_vocab: int | None
 ) -> int | None:
-    """Return what `find_valid_vocab` does, of all teachers; they share the text's tokenizer."""
-    found = []
+    """Return what `find_valid_vocab` does, of all teachers that run; they share the text's tokenizer."""
+    found, teachers = [], running(teachers)
     for name, teacher in teachers.items():
         with naming(name, teachers):
             found.append(find_valid_vocab(student, teacher, processor, valid_vocab))
@@ -102,12 +105,15 @@ def find_valid_vocab_of_all(
 
 def choose_recipe_of_all(
     student: PreTrainedModel,
-    teachers: Mapping[str, PreTrainedModel],
+    teachers: Mapping[str, Any],
     valid_vocab: int | None,
     vocab: str,
     shared_strings: float | None = None,
 ) -> Choice:
-    """Return `choose_recipe`'s choice for the first teacher, with which the others have to get along."""
+    """Return `choose_recipe`'s choice for the first teacher that runs, with which the others have to get along."""
+    if teachers and not running(teachers):
+        return Choice(CACHED, "the teachers are caches")
+    teachers = running(teachers)
     if not teachers:
         return choose_recipe(student, None, valid_vocab, vocab)
     choices = []
@@ -121,18 +127,30 @@ def choose_recipe_of_all(
     return choices[0]._replace(why=why)
 
 
+def running(teachers: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the teachers that are no caches."""
+    return {name: one for name, one in teachers.items() if not isinstance(one, KeptTeacher)}
+
+
 def check_recipe(recipe: Recipe, teachers: Mapping[str, Any]) -> None:
-    """Raise ValueError for what one teacher alone can do."""
-    wrong = None
+    """Raise ValueError for what one teacher alone can do, or none that is a cache."""
+    wrong, live = None, running(teachers)
+    if len(teachers) == 1 and not live:
+        raise ValueError(
+            "teacher is a cache, alone; expected its rows, TeacherCache(folder).dataset(…), as the data set and no "
+            "teacher (teacher_cache in a configuration), or another teacher beside it"
+        )
     if recipe.hidden_weight:
         wrong = f"hidden_weight={recipe.hidden_weight:g}, which draws the student's layers to one teacher's"
     elif recipe.solves_projector:
         wrong = f"recipe {recipe.name!r}, which solves a projector for one teacher; expected drawn ones, 'projector'"
-    elif recipe.teacher == "cached":
+    elif recipe.teacher == "cached" and live:
         wrong = (
-            f"recipe {recipe.name!r}, which learns from what a batch brings of one teacher. Rows that come from the "
-            "caches of several are concatenated data sets, with no teacher here"
+            f"recipe {recipe.name!r}, of which {next(iter(live))!r} is no cache; expected a recipe for that one, such "
+            "as 'teacher_head'. Those that are caches are learned from by their entries all the same"
         )
+    elif recipe.teacher not in ("none", "cached") and not live:
+        wrong = f"recipe {recipe.name!r}, which runs one, and they are all caches; expected 'cached'"
     if wrong is not None and len(teachers) > 1:
         raise ValueError(f"{len(teachers)} teachers ({', '.join(teachers)}) and {wrong}")
 
@@ -227,7 +245,8 @@ class Teachers(dict[str, TeacherSide]):
 
     Args:
         student, recipe, valid_vocab, vocab, check_heads: as in `TeacherSide`.
-        teachers: as `name_teachers` returns them.
+        teachers: as `name_teachers` returns them. A `TeacherCache` among them is learned from by the entries that
+            batches bring under its name, whatever the recipe learns from.
         weights: of the KD terms; None = equal ones that sum to 1.
 
     Raises ValueError and TypeError as `TeacherSide` does, naming the teacher, and for what one alone can do.
@@ -236,13 +255,14 @@ class Teachers(dict[str, TeacherSide]):
     def __init__(
         self,
         student: PreTrainedModel,
-        teachers: Mapping[str, PreTrainedModel],
+        teachers: Mapping[str, PreTrainedModel | KeptTeacher],
         recipe: Recipe,
         weights: Sequence[float] | None,
         **options: Any,
     ) -> None:
         super().__init__()
-        self.models = dict(teachers)
+        self.models: dict[str, PreTrainedModel] = running(teachers)
+        self.caches = {name: one for name, one in teachers.items() if isinstance(one, KeptTeacher)}
         self.weights, self.weights_are_given = read_weights(weights, [*teachers]), weights is not None
         check_recipe(recipe, teachers)
         if len(teachers) > 1 and options.get("shared_vocabulary") is not None:
@@ -251,12 +271,30 @@ class Teachers(dict[str, TeacherSide]):
             )
         for name, one in teachers.items() or [("teacher", None)]:
             role = f"teacher {name!r}" if len(teachers) > 1 else "teacher"
-            alone = replace(recipe, student_init="own") if self else recipe  # a start is the first teacher's
+            alone = self.recipe_of(name, recipe)
+            if name != next(iter(self.models), name):  # a start is the first one's that runs
+                alone = replace(alone, student_init="own")
             with naming(name, teachers):
+                if isinstance(one, KeptTeacher):
+                    one.check_vocabulary(head_shape(student)[0], options["valid_vocab"])
+                    one = None
                 self[name] = TeacherSide(student, one, alone, role=role, **options)
 
+    def recipe_of(self, name: str, recipe: Recipe) -> Recipe:
+        """Return the run's `recipe` as it is for one of the teachers."""
+        if name not in self.caches or recipe.teacher == "none":
+            return recipe
+        return replace(recipe, teacher="cached", student_init="own", anchor_weight=0.0)
+
     def learn(
-        self, batch: StudentBatch, teacher_id: Any, recipe: Recipe, *args: Any, train: bool, compressed: Any
+        self,
+        batch: StudentBatch,
+        teacher_id: Any,
+        recipe: Recipe,
+        *args: Any,
+        train: bool,
+        compressed: Any,
+        entries: Mapping[str, CachedEntries | CachedStates | None],
     ) -> tuple[Learned, dict[str, Learned]]:
         """Return what all teach together, and each of them: of all rows, or of those that are its own.
 
@@ -266,6 +304,9 @@ class Teachers(dict[str, TeacherSide]):
             teacher_id: as in `DistillationModel.forward`.
             recipe, args, train: as in `TeacherSide.learn`.
             compressed: the compressed heads, held by `hold`.
+            entries: of those that are caches. Without them one is left out of an evaluation.
+
+        Raises ValueError in training for a cache without them, and where none has any.
         """
         heads = self.each(compressed)
         rows = None if teacher_id is None else rows_by_teacher(teacher_id, [*self], len(batch.targets))
@@ -276,17 +317,31 @@ class Teachers(dict[str, TeacherSide]):
         learned: dict[str, Learned] = {}
         used = []
         for (name, side), weight, head in zip(self.items(), self.weights, heads, strict=True):
+            own, whole = self.recipe_of(name, recipe), batch
+            if name in self.caches:
+                whole = replace(batch, cached=entries.get(name))
+                if whole.cached is None and (own.teacher == "cached" or (self.models and not train)):
+                    if train:
+                        raise ValueError(
+                            f"teacher {name!r} is a cache, and the batch has no entries of it (teacher_indices_{name}, "
+                            f"… or teacher_hidden_{name}); expected TeacherCache.dataset's columns under those names, "
+                            "as KDTrainer adds them to its data sets"
+                        )
+                    say_once(f"teacher {name!r} has no entries of the evaluated text, and is left out there")
+                    continue
             if rows is None:
-                kd_weight = batch.kd_weight if weight == 1 else batch.kd_weight * weight if weight else 0.0
-                asked = replace(batch, kd_weight=kd_weight, ce_weight=0.0 if learned else batch.ce_weight)
-                if learned and not side.is_needed(asked, recipe, train=train):
+                kd_weight = whole.kd_weight if weight == 1 else whole.kd_weight * weight if weight else 0.0
+                asked = replace(whole, kd_weight=kd_weight, ce_weight=0.0 if learned else whole.ce_weight)
+                if learned and not side.is_needed(asked, own, train=train):
                     continue
                 used.append(weight)
             elif name in rows:
-                asked = batch.rows(rows[name])
+                asked = whole.rows(rows[name])
             else:
                 continue
-            learned[name] = side.learn(asked, recipe, *args, train=train, compressed=head)
+            learned[name] = side.learn(asked, own, *args, train=train, compressed=head)
+        if not learned:
+            raise ValueError("the batch has entries of none of the teachers; expected those of one of them at least")
         every = add_up([*learned.values()], used if rows is None else None)
         for name in self.keys() - learned:  # DDP and FSDP wait for the gradient of every projector
             part = self[name].projector
@@ -306,7 +361,7 @@ class Teachers(dict[str, TeacherSide]):
         return f"{len(self)} teachers, each of every row, by their weights: {', '.join(weighted)}"
 
     def share_out(self, batches: Iterable[dict[str, Any]]) -> list[Iterator[dict[str, Any]]]:
-        """Return for each teacher the batches' rows that learn from it; all of them where nothing says which."""
+        """Return for each teacher that runs the batches' rows that learn from it; all where nothing says which."""
 
         def own(name: str, some: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             for batch in some:
@@ -315,7 +370,9 @@ class Teachers(dict[str, TeacherSide]):
                 elif rows := rows_by_teacher(teacher_id, [*self], len(teacher_id)).get(name):
                     yield {key: x[rows] if isinstance(x, Tensor) else x for key, x in batch.items()}
 
-        return [own(name, some) for name, some in zip(self, itertools.tee(batches, len(self)), strict=True)]
+        return [
+            own(name, some) for name, some in zip(self.models, itertools.tee(batches, len(self.models)), strict=True)
+        ]
 
 
 def add_up(learned: Sequence[Learned], weights: Sequence[float] | None) -> Learned:

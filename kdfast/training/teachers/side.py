@@ -114,7 +114,7 @@ class StudentBatch:
         def of_rows(x: Any) -> Any:
             if isinstance(x, Head):
                 return replace(x, hidden=x.hidden[at])
-            if isinstance(x, CachedEntries | OwnInputs):
+            if isinstance(x, CachedEntries | CachedStates | OwnInputs):
                 return type(x)(*map(of_rows, x))
             if isinstance(x, dict):
                 return {name: of_rows(value) for name, value in x.items()}
