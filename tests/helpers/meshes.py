@@ -238,7 +238,7 @@ def wrong(what):
         mask = torch.zeros(101 if what == "mask" else rows, dtype=torch.bool)
         more["kd_vocab_mask"] = None if what == "mask of one" and rank else mask
     elif what == "mask without mesh":
-        sharded = distribute_tensor(torch.ones(101, dtype=torch.bool), mesh(2), [Shard(0)])
+        sharded = distribute_tensor(torch.ones(101, dtype=torch.bool), mesh(4), [Shard(0)])
         start, rows, more = 0, 101, {"process_group": None, "kd_vocab_mask": sharded}
     W = W.detach()[start : start + rows].requires_grad_(what != "kind of call" or rank == 0)
     b = case.b.detach()[: rows + rank] if what == "bias of one" else None
