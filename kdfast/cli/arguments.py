@@ -22,7 +22,6 @@ from transformers import HfArgumentParser, TrainingArguments
 from kdfast.cli.errors import UserError
 from kdfast.inputs import did_you_mean
 from kdfast.training import KDConfig
-from kdfast.training.cache.description import NAME
 from kdfast.training.config import DATA
 from kdfast.training.recipes import AUTO, CACHED, RECIPES, SELF, current_name
 
@@ -288,13 +287,6 @@ def _problems(given: Mapping[str, Any], command: Command) -> Iterator[str]:
     elsewhere = [key for key in ("teacher_model_server_url", "teacher_logprobs") if given[key]]
     if len(elsewhere) > 1:
         yield f"both of {' and '.join(elsewhere)} given; expected one of them"
-    if distills and elsewhere and given["recipe"] != LM_ONLY:
-        cached = given["teacher_cache"]
-        if not cached or not (Path(cached) / NAME).exists():
-            yield (
-                f"{elsewhere[0]}={given[elsewhere[0]]!r} and teacher_cache={cached!r}, which holds nothing; kdfast "
-                "distill learns from what `kdfast cache`, from the same file, has put there before"
-            )
     live = ["teacher_model_name_or_path"] * (not elsewhere)
     needed = {"distill": ["output_dir"], "cache": ["teacher_cache", *live], "data": []}
     for key in needed[command]:

@@ -116,6 +116,13 @@ def _run(arguments: Arguments, output_dir: Path) -> Run:
 def _trainer(arguments: Arguments, name: str) -> KDTrainer:
     models, training = arguments.model, arguments.training
     training.dataloader_pin_memory &= torch.accelerator.is_available()  # without one, a warning is all it brings
+    elsewhere = arguments.source.teacher_model_server_url or arguments.source.teacher_logprobs
+    folder = training.teacher_cache
+    if elsewhere and training.recipe != LM_ONLY and not (folder and by_first((Path(folder) / NAME).exists)):
+        raise UserError(
+            f"the teacher is at {elsewhere!r}, and teacher_cache={folder!r} holds nothing; kdfast distill learns "
+            "from what `kdfast cache`, from the same file, has put there before"
+        )
     without_teacher, own = _learns_without_teacher(arguments), models.teacher_model_name_or_path == SELF
     several = models.teachers
     given = load_text(arguments, None if without_teacher or own or several else models.teacher_model_name_or_path)
