@@ -189,8 +189,9 @@ def test_text_is_the_same_where_layers_are_recomputed_and_of_the_adapter_where_t
         assert torch.equal(other.trained[1]["input_ids"], plain.trained[1]["input_ids"])
 
 
-def test_the_share_of_generated_batches_is_exact_and_the_data_keeps_its_labels(run):
+def test_the_share_of_generated_batches_is_exact_and_the_data_keeps_its_labels(run, capsys):
     trainer = run(on_policy=0.4, max_steps=10, learning_rate=1e-3)
+    assert "the student writes the completions of 40% of the batches" in capsys.readouterr().out
     trainer.train()
     writers = [batch.get(WRITER) for batch in trainer.trained]
     assert Counter(writers) == {"student": 4, None: 6}

@@ -229,6 +229,12 @@ def test_hidden_states_are_kept_where_drawn_ids_say_nothing(make, given):
         assert figures(runs[0], name) == pytest.approx(figures(runs[1], name), rel=1e-2)
 
 
+@pytest.mark.parametrize("given", [{"cache_method": "hidden"}, {"cache_samples": 32}, {}])
+def test_a_method_that_a_single_pass_has_no_use_for_is_said(make, capsys, given):
+    assert make(**given, max_steps=1).model.recipe.teacher == "own_head"
+    assert ("nothing is kept of it" in capsys.readouterr().out) == bool(given)
+
+
 def test_a_disk_without_room(make, capsys, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2**30))
     assert make().model.recipe.teacher == "own_head"

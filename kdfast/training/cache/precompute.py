@@ -97,6 +97,11 @@ class Precomputation:
         asked = asked or self.args.teacher_cache is not None or recipe.teacher == "cached"
         passes = self.passes
         if not asked and passes * (1.0 if self.args.kd_until is None else self.args.kd_until) <= 1:
+            if any(x is not None for x in (self.args.cache_method, self.args.cache_samples, self.args.cache_top_k)):
+                print_once(
+                    "the teacher runs at every step, and nothing is kept of it, for the text does not come round "
+                    "again: precompute_teacher_log_probs=True keeps it all the same"
+                )
             return False
         obstacle = by_first(lambda: next(self._obstacles(not asked), None))
         if obstacle is None:

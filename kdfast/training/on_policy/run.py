@@ -20,6 +20,7 @@ from kdfast.training.config import KDConfig
 from kdfast.training.data.columns import names_of
 from kdfast.training.data.rows import PROMPTS, PROMPTS_MASK, TEACHER_PROMPTS, TEACHER_PROMPTS_MASK
 from kdfast.training.data.text import check_positions
+from kdfast.training.durable.processes import print_once
 from kdfast.training.hf import IGNORE_INDEX, embedding_rows
 from kdfast.training.model import DistillationModel
 from kdfast.training.on_policy.buffer import Batch, Buffer
@@ -53,6 +54,13 @@ class OnPolicy:
         self.samplings = {
             writer: self._sampling(one, n_ids) for writer, one in zip(("student", "teacher"), models, strict=False)
         }
+        if args.on_policy > 0:
+            print_once(
+                f"on_policy={args.on_policy:g}: the student writes the completions of {args.on_policy:.0%} of the "
+                f"batches, which have the KD term alone, under {model.recipe.divergence}"
+            )
+        if args.seq_kd:
+            print_once("seq_kd: the teacher writes the completions" + " of the others" * (args.on_policy > 0))
 
     def _sampling(self, model: PreTrainedModel, n_ids: int) -> Sampling:
         args, own = self.args, model.generation_config.eos_token_id
