@@ -54,7 +54,8 @@ def test_models_by_folder(kdfast, tmp_path):
         assert text in out
     # student: 6·P + 3u with P = 2·12·16², u = 2·257·16; teacher: 2·P with P = 2·12·32²
     lm_only, teacher = 6 * 6144 + 3 * 8224, 2 * 24576
-    heads = {"cached": -teacher, "compressed_head": 2 * 16 * (257 + 32), "teacher_head": 2 * 257 * 32}
+    kept = 2 * 16 * 257  # of hidden states, what `kdfast cache` keeps
+    heads = {"cached": kept - teacher, "compressed_head": 2 * 16 * (257 + 32), "teacher_head": 2 * 257 * 32}
     heads["projector"] = 2 * 1024 + 3 * 8224
     shares = {"compressed_head": 0.5}  # KD in the first half of the run
     prices = ", ".join(
