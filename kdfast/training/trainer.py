@@ -413,7 +413,9 @@ class KDTrainer(DurableTrainer):
         self._solve_starts()
         if self._on_policy is not None:
             self._on_policy.begin(self._newest)
-        processes.print_once(f"{self._recipe.name}: {self.price}")
+        until = self._recipe.kd_until
+        ends = f"; the KD term ends after {until:.0%} of the run (kd_until)" if until < 1 else ""
+        processes.print_once(f"{self._recipe.name}: {self.price}{ends}")
         student = self.accelerator.unwrap_model(self.model).student
         if (trained := student.num_parameters(only_trainable=True)) < (every := student.num_parameters()):
             processes.print_once(f"{trained:,} of the student's {every:,} parameters are trained")

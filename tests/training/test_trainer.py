@@ -492,6 +492,13 @@ def test_all_of_trainers_arguments_are_taken_or_answered():
     assert theirs <= inspect.signature(KDTrainer).parameters.keys() | ELSEWHERE.keys()
 
 
+@pytest.mark.parametrize("until", [1.0, 0.5])
+def test_a_run_says_where_its_kd_term_ends(tiny, rows, config, capsys, until):
+    args = config(recipe="teacher_head", kd_until=until, max_steps=1)
+    KDTrainer(tiny(), args, teacher=tiny(), train_dataset=rows(4)).train()
+    assert ("the KD term ends after 50% of the run (kd_until)" in capsys.readouterr().out) == (until < 1)
+
+
 @pytest.mark.parametrize("recipe", ["auto", "lm_only", "teacher_head"])
 def test_a_name_in_a_models_place(tiny, rows, config, recipe):
     with pytest.raises(TypeError, match="student is str; expected a transformers PreTrainedModel"):
