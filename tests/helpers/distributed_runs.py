@@ -13,7 +13,7 @@ import torch
 from tiny_models import RECOMPUTE, tiny
 
 from kdfast.training import NonFiniteLossError
-from kdfast.training import model as model_file
+from kdfast.training.teachers import side
 
 RANK, PROCESSES = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -302,7 +302,7 @@ def bf16(scenario, folder):
     """Two steps in mixed precision, and what was in which dtype."""
     trainer = make_trainer(scenario, folder, bf16=True)
     dtypes, rounded = {}, []
-    loss_function, compute_loss, clip = model_file.fused_kd_loss, trainer.compute_loss, trainer._clip_grad_norm
+    loss_function, compute_loss, clip = side.fused_kd_loss, trainer.compute_loss, trainer._clip_grad_norm
 
     def note_inputs(*args, kd_weight, **kwargs):
         dtypes["kd_weight"] = kd_weight.dtype
@@ -318,9 +318,9 @@ def bf16(scenario, folder):
         rounded.append(all(torch.equal(g, g.bfloat16().float()) for g in gradients))
         return clip(model)
 
-    model_file.fused_kd_loss, trainer.compute_loss, trainer._clip_grad_norm = note_inputs, note_outputs, note_gradients
+    side.fused_kd_loss, trainer.compute_loss, trainer._clip_grad_norm = note_inputs, note_outputs, note_gradients
     trainer.train()
-    model_file.fused_kd_loss = loss_function
+    side.fused_kd_loss = loss_function
     lines = [line for line in trainer.state.log_history if "loss" in line]
     dtypes |= {name: p.dtype for name, p in trainer.model.named_parameters() if p.requires_grad}
     return {"steps": lines, "dtypes": dtypes, "rounded": any(rounded)}
