@@ -391,10 +391,12 @@ def test_a_column_of_another_name(trainer, rows):
     assert by_number.train().training_loss == by_name.train().training_loss
 
 
-def test_a_single_teacher_leaves_the_column_alone(tiny, trainer, rows):
+def test_a_single_teacher_leaves_the_column_alone_and_says_so(tiny, trainer, rows, capsys):
     one = {"physics": tiny(seed=1)}
+    processes.say_once.cache_clear()
     losses = [trainer(data, given=one, max_steps=1).train().training_loss for data in (named_rows(rows, 4), rows(4))]
     assert losses[0] == losses[1]
+    assert capsys.readouterr().out.count("the column 'teacher_id' is not read") == 1
     with pytest.raises(ValueError, match=r"teacher_id='(math|code)' names no teacher; expected 'physics'"):
         trainer(named_rows(rows, 4), given=one, teacher_column="teacher_id").train()
 

@@ -180,6 +180,11 @@ def column_of(given: str | None, weights: Any, n_teachers: int, columns: Iterabl
             "teacher, or from all under their weights"
         )
     routed = n_teachers > 1 and weights is None and COLUMN in columns
+    if given is None and COLUMN in columns and not routed:
+        say_once(
+            f"the column {COLUMN!r} is not read: rows name their teacher where there are several of them and no "
+            f"teacher_weights, or under teacher_column={COLUMN!r}"
+        )
     return given or (COLUMN if routed else None)
 
 
