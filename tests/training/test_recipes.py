@@ -51,7 +51,8 @@ def test_the_trainer_prints_what_it_took_and_why(tiny, rows, config, capsys):
     assert trainer.model.recipe.student_init == "svd"
     trainer.train()
     assert trainer.price.ratio > 1
-    assert f"svd_init: {trainer.price}\n" in capsys.readouterr().out
+    said = f"svd_init: {trainer.price}; the KD term ends after 50% of the run (kd_until)\n"
+    assert said in capsys.readouterr().out
 
 
 def test_explicit_values_go_on_top(tiny, config):
