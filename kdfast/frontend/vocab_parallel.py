@@ -19,6 +19,7 @@ from kdfast.frontend.agreement import NO_ENTRIES, Slice, agree_on_slices, kind_o
 from kdfast.frontend.arguments import Arguments, Vocabulary
 from kdfast.frontend.checks import check_head, check_mask
 from kdfast.inputs import Head, Logits, Options, Projected, SparseLogits, Teacher, kind
+from kdfast.ops import collectives
 
 
 def localize(student: Head, teacher: Teacher | None, labels: Any, options: Options) -> Arguments:
@@ -48,10 +49,7 @@ def localize(student: Head, teacher: Teacher | None, labels: Any, options: Optio
     mask = options.kd_vocab_mask if isinstance(teacher, SparseLogits) else None
     if mask is not None:  # entries may be anywhere
         mask = F.pad(mask.to(torch.uint8), (mine.start, vocabulary.size - mine.start - mine.rows))
-        # a module that `import torch` leaves out
-        from torch.distributed import _functional_collectives as functional_collectives
-
-        mask = functional_collectives.all_reduce(mask, "sum", sharding.group) != 0
+        mask = collectives.sum_traced(mask, sharding.group) != 0
     return Arguments(student, teacher, labels, options, vocabulary, mask, compare)
 
 

@@ -2,6 +2,7 @@
 
     all_gather   each process's x → (R, *x.shape) on all, in the order of ranks
     all_reduce   Σ over processes, in place
+    sum_traced   Σ over processes, a new tensor: outside of the operators, where a compiled graph traces it
     exchange     a small object of each process, on the host
 
 `all_gather` and `all_reduce` return at once; `wait` makes the result usable (on a GPU for the current stream, the host
@@ -43,6 +44,14 @@ def all_gather(x: Tensor, group: str) -> Pending:
 def all_reduce(x: Tensor, group: str) -> Pending:
     """Start summing x over the processes, in place; contiguous, of the same shape on all."""
     return Pending(x, dist.all_reduce(x, group=named(group), async_op=True))
+
+
+def sum_traced(x: Tensor, group: Any) -> Tensor:
+    """Return x summed over the processes of a ProcessGroup, of the same shape on all."""
+    # a module that `import torch` leaves out
+    from torch.distributed import _functional_collectives as functional_collectives
+
+    return functional_collectives.all_reduce(x, "sum", group)
 
 
 def exchange(value: Any, group: Any, device: torch.device) -> list[Any]:
