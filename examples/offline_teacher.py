@@ -13,7 +13,7 @@ It ends with the cache's size and the student's cross entropy on held-out text, 
 after: 136 bytes a token at k = 32, 8.1 and 5.8 with the small models.
 
 For your own models: the same in two commands is `kdfast cache CONFIG.yaml` and `kdfast distill CONFIG.yaml` with
-`teacher_cache: FOLDER` in the file; docs/teacher-cache.md has the formats. One cache serves all students with the
+`teacher_cache: FOLDER` in the file; docs/teachers.md has the formats. One cache serves all students with the
 teacher's vocabulary. `KDTrainer` takes `cached` as its `train_dataset`, without a teacher.
 """
 

@@ -37,7 +37,7 @@ BY_FIELD = (
 )
 
 
-ELSEWHERE = ("kdfast.training.TeacherCache",)  # whose example docs/teacher-cache.md has, with what it needs
+ELSEWHERE = ("kdfast.training.TeacherCache",)  # whose example docs/teachers.md has, with what it needs
 
 
 def _documented_parameters(value):

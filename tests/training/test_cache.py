@@ -229,7 +229,7 @@ class TestLosses:
             assert torch.autograd.grad(loss, h)[0].isfinite().all()
 
     def test_a_loop_of_ones_own(self, tmp_path):
-        """As docs/teacher-cache.md has it."""
+        """As docs/teachers.md has it."""
         teacher, data = make(tmp_path / "c", k=V, dtype="float32")
         batch, hidden = collate(data), torch.randn(len(data), T, 16, requires_grad=True)
         weight, tau = torch.randn(V, 16), 2.0
