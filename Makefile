@@ -83,7 +83,7 @@ clean:  ## remove .venv, build products and caches, not the results of runs
 	rm -rf $(VENV) build/lib build/bdist.* dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(READY): setup.py constraints.txt
+$(READY): setup.py constraints.txt kdfast/_version.py
 	@echo "Setting up $(VENV): a few minutes, once."
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "kdfast needs Python 3.10 or newer; name one: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)

@@ -11,7 +11,14 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "kdfast/_version.py").read_text()).group(1)
-README = ROOT / "README.md"
+
+
+def long_description() -> str:
+    """Return README as it reads away from the repository: without pictures, hidden code and links to files."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"<!--.*?-->\n*|!\[[^\]]*\]\([^)]*\)\n*", "", text, flags=re.S)
+    return re.sub(r"\[([^\]]+)\]\((?!https?:)[^)]*\)", r"\1", text)
+
 
 TRAIN = [
     "transformers>=5.9",
@@ -37,10 +44,11 @@ DEV = [*TESTS, *EXAMPLES, *LORA, *QUANTIZED, "ruff", "mypy", "types-PyYAML", "ke
 setup(
     name="kdfast",
     version=VERSION,
-    description="Knowledge distillation of large-vocabulary language models whose logits don't fit",
-    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    description="Distill large-vocabulary language models whose logits don't fit: a fused loss, and a trainer",
+    long_description=long_description(),
     long_description_content_type="text/markdown",
     author="kdfast authors",
+    keywords="knowledge-distillation distillation llm language-model triton loss cross-entropy kl-divergence lora",
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
@@ -77,11 +85,13 @@ setup(
     },
     entry_points={"console_scripts": ["kdfast=kdfast.cli.main:main"]},
     classifiers=[
-        "Development Status :: 4 - Beta",
+        "Development Status :: 3 - Alpha",  # no kernel has been timed on a GPU, and names have changed since 0.1
         "Intended Audience :: Developers",
         "Intended Audience :: Science/Research",
-        "Operating System :: OS Independent",
-        "Programming Language :: Python :: 3",
+        "Operating System :: MacOS",
+        "Operating System :: Microsoft :: Windows",
+        "Operating System :: POSIX :: Linux",
+        *(f"Programming Language :: Python :: 3{minor}" for minor in ("", ".10", ".11", ".12", ".13")),
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],

@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple, NoReturn
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from kdfast.cli import COMMANDS, as_sentence
 from kdfast.cli.errors import UserError
 from kdfast.inputs import did_you_mean
 from kdfast.training import KDConfig
@@ -341,6 +342,7 @@ def format_help(command: Command) -> str:
     """Return the usage and a line for each of the command's own keys; TrainingArguments' 120 are named, not listed."""
     parser = argparse.ArgumentParser(
         usage=f"kdfast {command} CONFIG.yaml [--key value ...]",
+        description=as_sentence(COMMANDS[command]),
         epilog=EPILOGS[command],
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34),
         add_help=False,

@@ -16,19 +16,14 @@ import os
 import sys
 
 from kdfast._version import __version__
+from kdfast.cli import COMMANDS, as_sentence
 from kdfast.cli.errors import CommandError, RunTerminated, UserError, unforeseen
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
-COMMANDS = {
-    "distill": "distill a teacher into a student, as CONFIG.yaml says",
-    "cache": "run a teacher over a text once and keep what a student learns from",
-    "data": "what CONFIG.yaml's rows become: the first one with its targets, counts, what is skipped",
-    "merge": "a whole model of a run's adapter and its base",
-    "report": "curves and a table of several runs side by side, finished or not, in one page",
-    "demo": "a real distillation on this machine, from its own text to one table",
-    "doctor": "versions, devices, the engine and chunk `auto` picks, what `kernels` resolves to",
-    "plan": "memory and largest N of a loss, for eager and every engine",
-}
+EPILOG = """kdfast COMMAND --help lists a command's options. Examples:
+
+  kdfast demo
+  kdfast distill CONFIG.yaml --learning_rate 1e-4"""
 CONFIGURED = ("distill", "cache", "data")  # whose keys dataclasses declare that need transformers
 TRAINING_PART = ("transformers", "datasets", "accelerate", "tokenizers", "yaml", "matplotlib", "psutil", "tqdm")
 
@@ -76,29 +71,34 @@ def _run(argv: list[str]) -> int:
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="kdfast",
-        description="Knowledge distillation of large-vocabulary language models whose logits don't fit.",
+        description="Distill large-vocabulary language models whose logits don't fit.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"kdfast {__version__}")
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
-    commands = {name: subparsers.add_parser(name, help=what) for name, what in COMMANDS.items()}
+    parser.add_argument("--version", action="version", version=f"kdfast {__version__}", help="print the version")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
+    commands = {
+        name: subparsers.add_parser(name, help=what, description=as_sentence(what)) for name, what in COMMANDS.items()
+    }
     merge, report, demo, doctor = (commands[name].add_argument for name in ("merge", "report", "demo", "doctor"))
-    merge("run", metavar="RUN", help="output_dir of a run with use_peft, or a checkpoint of it")
-    merge("--output", metavar="DIR", help="a folder that is made (default: RUN/merged)")
-    merge("--dtype", choices=DTYPES, help="of what is written (default: the base's); it is merged in float32")
-    report("runs", nargs="+", metavar="RUN", help="output_dir of a run, or a folder of such; NAME=RUN gives it a name")
-    report("--output", default="report.html", metavar="FILE", help="the page (default: %(default)s)")
-    report("--png", metavar="DIR", help="also one picture for each panel, into this folder")
-    report("--title", default="kdfast report", help="of the page (default: %(default)s)")
-    demo("--quick", action="store_true", help="toy sizes: seconds, and numbers that mean nothing")
-    where = "results go here, or beside it where an earlier demo is finished (default: %(default)s)"
-    demo("--output-dir", default="runs/demo", help=where)
-    demo("--cache-dir", help="the teacher is kept here (default: $XDG_CACHE_HOME/kdfast/demo)")
-    demo("--seed", type=int, default=0)
-    doctor("--tokens", type=int, default=8192, help="N, tokens per step (default: %(default)s)")
-    doctor("--vocab", type=int, default=50257, help="V (default: %(default)s)")
-    doctor("--student-width", type=int, default=768, help="Hs (default: %(default)s)")
-    doctor("--dtype", choices=DTYPES, default="bfloat16", help="the head's (default: %(default)s)")
-    doctor("--scratch-bytes", type=int, help="as in fused_kd_loss (default: the engine's)")
+    merge("run", metavar="RUN", help="output_dir of a run with use_peft, or one of its checkpoints")
+    merge("--output", metavar="DIR", help="a new folder to write to (default: RUN/merged)")
+    merge("--dtype", choices=DTYPES, help="dtype to write (default: the base's); merging is in float32")
+    report("runs", nargs="+", metavar="RUN", help="output_dir of a run, or a folder of runs; NAME=RUN names it")
+    report("--output", default="report.html", metavar="FILE", help="the page to write (default: %(default)s)")
+    report("--png", metavar="DIR", help="also write one picture per panel into this folder")
+    report("--title", default="kdfast report", help="the page's title (default: %(default)s)")
+    demo("--quick", action="store_true", help="run toy sizes: seconds, and numbers that mean nothing")
+    where = "folder for the results; a new one beside it if a finished demo is there (default: %(default)s)"
+    demo("--output-dir", default="runs/demo", metavar="DIR", help=where)
+    demo("--cache-dir", metavar="DIR", help="folder that keeps the teacher (default: $XDG_CACHE_HOME/kdfast/demo)")
+    demo("--seed", type=int, default=0, metavar="N", help="seed of students and batches (default: %(default)s)")
+    doctor("--tokens", type=int, default=8192, metavar="N", help="tokens per step (default: %(default)s)")
+    doctor("--vocab", type=int, default=50257, metavar="V", help="size of the vocabulary (default: %(default)s)")
+    width = "the student's hidden size (default: %(default)s)"
+    doctor("--student-width", type=int, default=768, metavar="Hs", help=width)
+    doctor("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the head (default: %(default)s)")
+    doctor("--scratch-bytes", type=int, metavar="BYTES", help="fused_kd_loss's scratch_bytes (default: the engine's)")
     if argv[:1] == ["plan"]:
         from kdfast.cli import plan
 

@@ -26,21 +26,35 @@ of the models, workspace of the matrix library, fragmentation, NCCL, the CUDA co
 
 
 def add_arguments(parser: argparse.ArgumentParser, dtypes: tuple[str, ...]) -> None:
-    parser.add_argument("--student", metavar="MODEL", help="hub name or folder: width, vocabulary and memory from it")
-    parser.add_argument("--teacher", metavar="MODEL", help="the same of the teacher")
-    parser.add_argument("--student-width", type=int, metavar="Hs", help="instead of --student")
-    parser.add_argument("--teacher-width", type=int, metavar="Ht", help="instead of --teacher; neither: no teacher")
-    parser.add_argument("--vocab", type=int, metavar="V", help="with --student-width")
-    kind = "the teacher's logits: through a projector and the student's head, or its own head (default: %(default)s)"
+    parser.add_argument(
+        "--student", metavar="MODEL", help="student, a hub name or folder: its sizes and memory are read"
+    )
+    parser.add_argument("--teacher", metavar="MODEL", help="the same for the teacher")
+    parser.add_argument(
+        "--student-width", type=int, metavar="Hs", help="the student's hidden size, in place of --student"
+    )
+    parser.add_argument(
+        "--teacher-width", type=int, metavar="Ht", help="the teacher's, in place of --teacher; with neither, no teacher"
+    )
+    parser.add_argument("--vocab", type=int, metavar="V", help="size of the vocabulary, with --student-width")
+    kind = "teacher's logits by a projector and the student's head, or by its own head (default: %(default)s)"
     parser.add_argument("--kind", choices=("projected", "head"), default="projected", help=kind)
-    parser.add_argument("--tokens", type=int, default=8192, metavar="N", help="per step (default: %(default)s)")
-    parser.add_argument("--dtype", choices=dtypes, default="bfloat16", help="in the loss (default: %(default)s)")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="any GPU, or a CPU")
-    parser.add_argument("--memory", metavar="SIZE", help="of the device, such as 24GiB: what fits, and how")
-    parser.add_argument("--resident", default="0", metavar="SIZE", help="what else lives there (default: %(default)s)")
-    parser.add_argument("--scratch-bytes", type=int, default=0, help="as in fused_kd_loss (default: the engine's)")
-    parser.add_argument("--optimizer-bytes", type=int, default=8, help="per parameter (default: %(default)s, AdamW)")
-    parser.add_argument("--json", action="store_true", help="the same for machines")
+    parser.add_argument("--tokens", type=int, default=8192, metavar="N", help="tokens per step (default: %(default)s)")
+    parser.add_argument(
+        "--dtype", choices=dtypes, default="bfloat16", help="dtype of the loss's inputs (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="a GPU, or a CPU (default: %(default)s)"
+    )
+    parser.add_argument("--memory", metavar="SIZE", help="the device's memory, such as 24GiB: say what fits in it")
+    parser.add_argument(
+        "--resident", default="0", metavar="SIZE", help="memory already in use there (default: %(default)s)"
+    )
+    scratch = "fused_kd_loss's scratch_bytes (default: the engine's)"
+    state = "optimizer state per parameter (default: %(default)s, AdamW's)"
+    parser.add_argument("--scratch-bytes", type=int, default=0, metavar="BYTES", help=scratch)
+    parser.add_argument("--optimizer-bytes", type=int, default=8, metavar="BYTES", help=state)
+    parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
 
 
 def plan(**options: Any) -> int:

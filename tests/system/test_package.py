@@ -100,7 +100,19 @@ def test_wheel_ships_kdfast_alone(wheel):
     assert any(name.endswith("licenses/LICENSE") for name in held)
     metadata = next(content for name, content in held.items() if name.endswith("METADATA")).decode()
     assert f"Version: {_version.__version__}\n" in metadata
-    assert "Provides-Extra: train\n" in metadata
+    assert {"train", "lora", "quantized", "examples"} <= set(re.findall(r"^Provides-Extra: (\S+)$", metadata, re.M))
+
+
+def test_the_description_leads_nowhere_but_to_the_web(wheel):
+    """Where it is shown there are no files of this repository to link to."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("METADATA"))
+        description = archive.read(name).decode().partition("\n\n")[2]
+    assert description.startswith("# kdfast\n")
+    assert re.findall(r"\]\((?!https?://)[^)]*\)|<!--|(?:src|href)=\S*", description) == []
+    links = re.findall(r"(?<!!)\[([^\]]+)\]\((?!https?://)", (ROOT / "README.md").read_text())
+    assert links
+    assert [text for text in links if text not in description] == []  # the words of a link stay
 
 
 # what macOS and Windows have: no Triton, and Windows not these modules of Python's own either

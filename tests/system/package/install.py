@@ -1,16 +1,17 @@
-"""The wheel and the source distribution, built, looked at, and installed as users do: `make package`.
+"""Check the wheel and the source distribution, then install the wheel as users do: `make package`.
 
-    dist/*.whl + nothing else      the loss and the commands that need no training part
-    kdfast[train] @ dist/*.whl     and distillation
-    the same without triton        as on macOS and Windows, where setup.py asks for none: the `torch` engine
+    dist/*.whl, no extra             the loss, and the commands that need no training part
+    kdfast[train,lora] from dist/    README's code, distillation, a LoRA run and its merge
+    the same without triton          as on macOS and Windows, where setup.py asks for none: the `torch` engine
 
-Each in a virtual environment of its own making, in a temporary folder, with the versions of constraints.txt. A line
-for each thing tried; the exit code is 1 if one failed. Minutes: it installs torch.
+All in a fresh virtual environment and an empty folder, with the versions of constraints.txt. Prints a line for each
+thing tried; the exit code is 1 if one failed. Takes minutes: it installs torch.
 """
 
 import datetime
 import os
 import platform
+import re
 import subprocess
 import sys
 import tarfile
@@ -21,11 +22,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[3]
 USE = Path(__file__).with_name("use.py")
+OURS = r"kdfast/([\w/]+\.py|py\.typed|report/page\.html)"
+WHEEL = re.compile(rf"{OURS}|kdfast/kernels/README\.md|kdfast-[\d.]+\.dist-info/\S+")
+SDIST = re.compile(
+    rf"{OURS}|kernels/(\w+\.py|README\.md)|((kdfast|kernels)(/\w+)*)?|kdfast\.egg-info(/\S+)?"
+    r"|CHANGELOG\.md|LICENSE|MANIFEST\.in|PKG-INFO|README\.md|pyproject\.toml|setup\.(cfg|py)"
+)
 failed = []
 
 
 def run(*command, cwd):
-    # neither this checkout's folder nor anybody's settings for Python
+    # neither this checkout's folder nor a user's settings for Python
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     environment |= {"TRITON_INTERPRET": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run([str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True)
@@ -52,8 +59,8 @@ def build(folder):
     tried("twine check", run(sys.executable, "-m", "twine", "check", "--strict", wheel, sdist, cwd=folder))
     with tarfile.open(sdist) as archive:
         names = archive.getnames()
-    strange = [name for name in names if name.split("/")[1:2] in (["tests"], ["bench"])]
-    tried(f"{sdist.name}: {len(names)} entries, no tests", None, strange)
+    strange = [name for name in names if not SDIST.fullmatch(name.partition("/")[2])]
+    tried(f"{sdist.name}: {len(names)} entries, and none that a wheel is not made of", None, strange)
     # of a copy: building writes beside the sources, and an old build/ would be taken for one of them
     copied = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT).stdout.split("\0")
     for name in filter(None, copied):
@@ -65,6 +72,8 @@ def build(folder):
     one, other = contents(wheel), contents(direct)
     differing = sorted(name for name in {*one, *other} if one.get(name) != other.get(name) and "RECORD" not in name)
     tried(f"{wheel.name}: {len(one)} files, the same from sdist and checkout", None, differing)
+    strange = [name for name in one if not WHEEL.fullmatch(name)]
+    tried(f"{wheel.name}: sources, what they read, and metadata", None, strange)
     return wheel
 
 
@@ -88,8 +97,8 @@ def main():
 
         pip("install", wheel)
         use("the loss alone", "loss", "triton", "command", "no_training")
-        pip("install", f"kdfast[train] @ {wheel.as_uri()}", "mypy")
-        use("with [train]", "command", "training", "typed")
+        pip("install", "--find-links", wheel.parent, "kdfast[train,lora]", "mypy")
+        use("with [train,lora]", "command", "readme", "training", "lora", "typed")
         tried("pip check", run(python, "-m", "pip", "check", cwd=place))
         run(python, "-m", "pip", "uninstall", "-q", "-y", "triton", cwd=place)
         use("without triton", "loss", "triton", "command", "training")

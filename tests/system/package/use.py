@@ -1,5 +1,5 @@
-"""What a user of an installed kdfast does, one thing a call: `python use.py loss`. Run by install.py, in an environment
-that holds the wheel alone and in a folder that holds no checkout."""
+"""Do one thing that a user of an installed kdfast does: `python use.py loss`. install.py runs this in an environment
+that has the wheel alone, and in a folder outside the checkout."""
 
 import importlib.util
 import subprocess
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+HELPERS = Path(__file__).parents[2] / "helpers"
 CONFIG = """
 teacher_model_name_or_path: teacher
 student_config: {model_type: gpt2, n_layer: 1, n_embd: 16, n_head: 2, n_positions: 64}
@@ -79,9 +80,10 @@ def triton():
 
 
 def command():
-    """--version, doctor and plan, which need no training part; doctor tells our kernels/ from another's."""
+    """--help, --version, doctor and plan need no training part; doctor tells our kernels/ from another's."""
     import kdfast as package
 
+    assert kdfast("--help").startswith("usage: kdfast ")
     assert kdfast("--version").strip() == f"kdfast {package.__version__}"
     told = kdfast("doctor")
     assert str(Path(package.__file__).parent / "kernels") in told, told
@@ -104,7 +106,7 @@ def training():
     """`kdfast distill` from text to a student that transformers loads, in the current folder; then the model alone."""
     from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-    sys.path.insert(0, str(Path(__file__).parents[2] / "helpers"))
+    sys.path.insert(0, str(HELPERS))
     from byte_tokenizer import make_tokenizer
 
     from kdfast import DistillationModel
@@ -126,6 +128,29 @@ def training():
     found = DistillationModel(student, teacher, recipe="teacher_head")(input_ids=ids, labels=ids)
     found.loss.backward()
     assert torch.isfinite(found.loss)
+
+
+def readme():
+    """README's code, with the hidden code around it."""
+    sys.path.insert(0, str(HELPERS))
+    import documents
+
+    code = [block.text for block in documents.blocks("README.md") if block.language in ("run", "python")]
+    assert "fused_kd_loss" in "".join(code)
+    exec("\n".join(code), {})
+
+
+def lora():
+    """A LoRA student of the teacher that `training` saved, then merged into a whole model."""
+    from transformers import AutoModelForCausalLM
+
+    settings = [line for line in CONFIG.splitlines() if not line.startswith(("student_config", "output_dir"))]
+    more = ["model_name_or_path: teacher", "output_dir: lora", "use_peft: true", "lora_target_modules: [c_attn]"]
+    Path("lora.yaml").write_text("\n".join([*settings, *more]))
+    kdfast("distill", "lora.yaml", "--overwrite_output_dir", "true")
+    assert Path("lora/adapter_model.safetensors").exists()
+    kdfast("merge", "lora", "--output", "merged")
+    assert AutoModelForCausalLM.from_pretrained("merged").config.vocab_size == 257
 
 
 def typed():
