@@ -68,8 +68,8 @@ recipes: $(READY)  ## the experiment that decides the default recipe: hours on t
 peers: $(READY_BENCH)  ## our losses against TRL's, Liger's, torchtune's and fla's
 	$(BIN)/python -m pytest tests/peers $(ARGS)
 
-api: $(READY)  ## docs/api/ from the docstrings
-	PYTHONPATH=. $(BIN)/python docs/make_api.py
+api: $(READY)  ## pages of every public name, from the docstrings, into build/api/
+	PYTHONPATH=. $(BIN)/python docs/build_api.py
 
 # the wheel is made from the source distribution, so neither old build products nor an old list of files gets into it
 dist: $(READY_DIST)  ## wheel and source distribution, into dist/
@@ -80,7 +80,7 @@ package: dist  ## what is in them, and the wheel installed and used as users do,
 	$(BIN)/python tests/system/package/install.py
 
 clean:  ## remove .venv, build products and caches, not the results of runs
-	rm -rf $(VENV) build/lib build/bdist.* dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) build/api build/lib build/bdist.* dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): setup.py constraints.txt kdfast/_version.py
