@@ -1,4 +1,4 @@
-"""kdfast: distil large-vocabulary language models without ever making the logits.
+"""kdfast: distill large-vocabulary language models without holding the full logits in memory.
 
     from kdfast import Head, Projected, fused_kd_loss
 
@@ -8,8 +8,8 @@
         labels, temperature=2.0, kd_weight=0.7, ce_weight=1.0,
     )
 
-Importing this needs torch and numpy only. The trainer (`KDTrainer`, `KDConfig`, `DistillationModel`) needs
-`pip install kdfast[train]` and is loaded when first used.
+Importing kdfast needs torch and numpy only. The trainer (`KDTrainer`, `KDConfig`, `DistillationModel`) needs
+`pip install kdfast[train]` and is loaded on first use.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from kdfast.training import KDConfig as KDConfig
     from kdfast.training import KDTrainer as KDTrainer
 
-# In a checkout `kdfast.kernels` lies at the repository's top level, as `kernels/`.
+# In a checkout, `kdfast.kernels` is the top-level folder `kernels/`.
 _ROOT = Path(__file__).resolve().parent.parent
 if (_ROOT / "kernels").is_dir() and (_ROOT / "setup.py").is_file():
     __path__.append(str(_ROOT))

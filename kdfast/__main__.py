@@ -1,4 +1,4 @@
-"""`python -m kdfast` is the command line."""
+"""Run the command line with `python -m kdfast`."""
 
 import sys
 

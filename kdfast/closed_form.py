@@ -1,19 +1,19 @@
-r"""Starts in closed form: an embedding and a projector from the teacher's head, instead of random numbers.
+r"""Closed-form initialization: an embedding and a projector computed from the teacher's head.
 
-A softmax does not see a constant added to its logits, and to second order KL(p‖q) = ½ Σ_v p_v (dz_v − Σ_u p_u dz_u)².
+Adding a constant to logits does not change a softmax, and to second order KL(p‖q) = ½ Σ_v p_v (dz_v − Σ_u p_u dz_u)².
 With the vocabulary's weights d (V,), the teacher's mean probabilities, and the second moment C = E[h hᵀ] of its hidden
-states, what a low rank loses is therefore close to
+states, the KL that a low rank costs is therefore close to
 
     ‖ D^½ (W_t − 1·w̄ᵀ − E P) C^½ ‖²_F ,    w̄ = Σ_v d_v w_v / Σ_v d_v
 
-svd    the best E (V, r) and P (r, Ht) of all: D^½ (W_t − 1·w̄ᵀ) C^½ = U S Vᵀ, E = D^-½ U_r S_r, P = V_rᵀ C^-½.
+svd    the best pair E (V, r), P (r, Ht): D^½ (W_t − 1·w̄ᵀ) C^½ = U S Vᵀ, E = D^-½ U_r S_r, P = V_rᵀ C^-½.
        Source: Eckart and Young 1936, in the metric of the data, as in Hsu et al. 2022, arXiv:2207.00112
 lstsq  the best P for a given E, the student's embedding: (Eᵀ D E) P = Eᵀ D W_t, both centered. C drops out.
        The unweighted case is the pseudo-inverse start of DSKDv2 (Zhang et al. 2025, arXiv:2504.11426)
 
-Only (Ht, Ht) and (Hs, Ht) matrices are made: sums over V in float64, a few thousand rows of the heads at a time. A
-head's bias is one more column of it, over a hidden state of 1, and comes out as the projector's bias. Under a softcap
-constants are seen, so nothing is centered.
+Only (Ht, Ht) and (Hs, Ht) matrices are built: sums over V in float64, a few thousand rows of the heads at a time. A
+head's bias is treated as one more column, for a hidden state of 1, and becomes the projector's bias. A softcap does
+see constants, so nothing is centered then.
 """
 
 from __future__ import annotations
@@ -28,36 +28,36 @@ from kdfast.inputs import Head, same_vocabulary
 from kdfast.ops import matmul
 from kdfast.ops.logit_chunks import mean_probabilities
 
-ROWS = 4096  # of the heads at a time
-FREQUENCY_ROWS = 2048  # hidden states that the mean probabilities come from
-RIDGE = 1e-6  # of the mean eigenvalue: what the calibration text does not show stays invertible
+ROWS = 4096  # rows of the heads handled at a time
+FREQUENCY_ROWS = 2048  # hidden states used for the mean probabilities
+RIDGE = 1e-6  # share of the mean eigenvalue: keeps directions that the calibration text lacks invertible
 
 
 class Projection(NamedTuple):
-    """fp32 (float64 for float64 heads), on the head's device."""
+    """A projector, in fp32 (float64 for float64 heads), on the head's device."""
 
     weight: Tensor  # (Hs, Ht), as nn.Linear's
     bias: Tensor | None  # (Hs,)
 
 
 class LowRankStart(NamedTuple):
-    """A student's embedding, and the projector whose output goes through it."""
+    """A student's embedding, and the projector that feeds it."""
 
     embedding: Tensor  # (V, Hs)
     projection: Projection
 
 
 class Factors:
-    """The singular value decomposition of a head in the metric of its hidden states, to be cut at any rank.
+    """The singular value decomposition of a head in the metric of its hidden states, which can be cut at any rank.
 
     Args:
-        teacher: its head over hidden states (*, Ht) of some text; a few times Ht rows are enough.
-        vocab_weights: (V,) ≥ 0, what an error at each id costs; None = `vocab_frequencies` of the teacher.
-        valid_vocab: ids from here on are padding rows: weight 0.
+        teacher: the head, with hidden states (*, Ht) of some text; a few times Ht rows are enough.
+        vocab_weights: (V,) ≥ 0, the cost of an error at each id; None = `vocab_frequencies` of the teacher.
+        valid_vocab: ids from here on are padding rows, with weight 0.
 
-    Attributes: `singular_values` (Ht,), descending; Ht + 1 where the head has a bias.
+    Attributes: `singular_values` (Ht,), descending; (Ht + 1,) if the head has a bias.
 
-    Raises ValueError: no rows, a hidden state that is not finite, weights that are not (V,) or sum to nothing.
+    Raises ValueError for no rows, hidden states that are not finite, or weights that are not (V,) or are all 0.
     """
 
     def __init__(self, teacher: Head, *, vocab_weights: Tensor | None = None, valid_vocab: int | None = None) -> None:
@@ -75,7 +75,7 @@ class Factors:
         self._from = right[:, order].T @ (vectors / values.sqrt()).T  # P = from
 
     def cut(self, rank: int) -> LowRankStart:
-        """Return E (V, rank) and P (rank, Ht), unscaled: the projected hidden states have unit second moments."""
+        """Return E (V, rank) and P (rank, Ht); the projected hidden states have unit second moments."""
         rank = min(rank, len(self.singular_values))
         matrix, into = self._matrix, self._into[:, :rank]
         dtype = torch.promote_types(matrix.weight.dtype, torch.float32)
@@ -92,15 +92,15 @@ def solve_svd(
     vocab_weights: Tensor | None = None,
     valid_vocab: int | None = None,
 ) -> LowRankStart:
-    """Return an embedding and a projector for a fresh student: the teacher's head at rank `width`.
+    """Return an embedding and a projector for a new student: the teacher's head at rank `width`.
 
-    `projection` followed by `embedding` gives the teacher's logits up to a constant per row, as well as `width` allows;
-    exactly for width ≥ Ht. A fixed rotation makes all coordinates alike, as they are in a random start.
+    `projection` followed by `embedding` gives the teacher's logits up to a constant per row, as well as `width` allows
+    (exactly if width ≥ Ht). A fixed rotation makes all coordinates alike, as in a random start.
 
     Args:
         teacher, vocab_weights, valid_vocab: as in `Factors`.
-        width: Hs.
-        std: root mean square of the embedding's entries; the projector takes the inverse factor.
+        width: Hs, the student's width.
+        std: root mean square of the embedding's entries; the projector gets the inverse factor.
         logit_scale: the student's.
 
     Raises ValueError as `Factors` does, and for a width below 1.
@@ -124,11 +124,11 @@ def solve_lstsq(
     valid_vocab: int | None = None,
     ridge: float = RIDGE,
 ) -> Projection:
-    """Return the projector (Hs, Ht) that best gives the teacher's logits through the student's head.
+    """Return the projector (Hs, Ht) that best reproduces the teacher's logits through the student's head.
 
     Args:
-        student: its head; `hidden` is not read.
-        teacher, vocab_weights, valid_vocab: as in `Factors`. Both heads have the same V, or `valid_vocab` is within.
+        student: the student's head; `hidden` is not read.
+        teacher, vocab_weights, valid_vocab: as in `Factors`. Both heads have the same V, or `valid_vocab` fits in both.
         ridge: added to the diagonal of the normal equations, as a share of its mean.
 
     Raises ValueError as `Factors` does, and for heads of different V.
@@ -156,7 +156,7 @@ def solve_lstsq(
 
 
 def _projection(solution: Tensor, matrix: _Matrix) -> Projection:
-    """Split a solution (Hs, Ht), or (Hs, Ht + 1) with the bias last, in the precision of a trained projector."""
+    """Split a solution (Hs, Ht), or (Hs, Ht + 1) with the bias last, and round it to a projector's precision."""
     solution = solution.to(torch.promote_types(matrix.weight.dtype, torch.float32))
     width = matrix.weight.shape[1]
     bias = None if matrix.bias is None else solution[:, width].contiguous()
@@ -164,7 +164,7 @@ def _projection(solution: Tensor, matrix: _Matrix) -> Projection:
 
 
 def _second_moment(head: Head) -> Tensor:
-    """Return E[h hᵀ], float64, with one more row and column for a bias."""
+    """Return E[h hᵀ] in float64, with one more row and column if the head has a bias."""
     hidden = head.hidden.reshape(-1, head.hidden.shape[-1])
     if not len(hidden):
         raise ValueError("teacher.hidden has no rows; expected hidden states of some text, a few times Ht of them")
@@ -181,9 +181,9 @@ def _second_moment(head: Head) -> Tensor:
 
 
 def vocab_frequencies(head: Head, valid_vocab: int | None = None) -> Tensor:
-    """Return (V,) float64: the mean probabilities over FREQUENCY_ROWS of its hidden states, evenly spaced.
+    """Return the head's mean probabilities (V,), float64, over FREQUENCY_ROWS evenly spaced hidden states.
 
-    It passes over all logits of those rows: to solve several starts for one teacher, compute it once and pass it as
+    This computes all logits of those rows. To solve several starts for one teacher, compute it once and pass it as
     `vocab_weights`.
     """
     hidden = head.hidden.reshape(-1, head.hidden.shape[-1])
@@ -194,7 +194,8 @@ def vocab_frequencies(head: Head, valid_vocab: int | None = None) -> Tensor:
 
 
 def centered_gram(head: Head, weights: Tensor) -> Tensor:
-    """Return Eᵀ D E (H, H), float64, of its weight E less its weighted mean; weights (≤ V,) count its first rows."""
+    """Return Eᵀ D E (H, H), float64, for the head's weight E less its weighted mean; weights (≤ V,) for its first rows.
+    """
     matrix = _Matrix(head.weight, None, head.softcap is None)
     return _products(matrix, matrix, weights.to(head.weight.device, torch.float64) / weights.sum())[0]
 
@@ -211,7 +212,7 @@ def _vocab_weights(head: Head, given: Tensor | None, valid_vocab: int | None) ->
 
 
 def _products(one: _Matrix, other: _Matrix, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (Aᵀ D B, mean of A) of two matrices of V rows, float64; means are subtracted where `one` is centered."""
+    """Return Aᵀ D B and A's mean, float64, for two matrices of V rows; means are subtracted if `one` is centered."""
     total = torch.zeros(one.width, other.width, dtype=torch.float64, device=weights.device)
     sums = [torch.zeros(m.width, dtype=torch.float64, device=weights.device) for m in (one, other)]
     for ids in matmul.blocks(len(weights), ROWS):
@@ -226,7 +227,7 @@ def _products(one: _Matrix, other: _Matrix, weights: Tensor) -> tuple[Tensor, Te
 
 
 class _Matrix(NamedTuple):
-    """A head's weight (V, H), with its bias, if any, as one more column."""
+    """A head's weight (V, H), with its bias (if any) as one more column."""
 
     weight: Tensor
     bias: Tensor | None
@@ -242,6 +243,6 @@ class _Matrix(NamedTuple):
 
 
 def random_rotation(width: int, like: Tensor) -> Tensor:
-    """Return a random orthogonal (width, width) matrix, always the same: no coordinate of the embedding is special."""
+    """Return a random orthogonal (width, width) matrix, always the same, so that no coordinate is special."""
     normal = torch.randn(width, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     return torch.linalg.qr(normal).Q.to(like)

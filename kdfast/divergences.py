@@ -1,15 +1,15 @@
 """Divergences between the teacher's distribution p (t) and the student's q (s): one class each.
 
-Every divergence is a sum over the vocabulary, D = Σᵥ f(log pᵥ, log qᵥ), given twice:
+Every divergence is a sum over the vocabulary, D = Σᵥ f(log pᵥ, log qᵥ), and is written twice:
 
 `pointwise(log_p, log_q)`  the definition, differentiable by autograd. The reference engine sums it.
-`terms(p, q, g)`           what the fused engines use, with g = log p − log q: the summand f arranged so that it
-                           keeps its digits when p ≈ q, and a_p = ∂f/∂log p, a_q = ∂f/∂log q.
+`terms(p, q, g)`           for the fused engines, with g = log p − log q: the summand f, arranged to keep its digits
+                           when p ≈ q, and its derivatives a_p = ∂f/∂log p, a_q = ∂f/∂log q.
 
-The gradient towards logits z, where log p = log_softmax(z/τ), is (a − softmax·Σa)/τ. A term whose sum is zero by
-construction (`centred_p`, `centred_q`) needs no Σa, so its gradient is known without a second pass.
+The gradient with respect to logits z, where log p = log_softmax(z/τ), is (a − softmax·Σa)/τ. If Σa is zero by
+construction (`centred_p`, `centred_q`), the gradient is known without a second pass.
 
-Near convergence Σ p·g loses three digits in float32: its first-order part cancels only in the sum. Adding
+Near convergence Σ p·g loses three digits in float32, because its first-order part cancels only in the sum. Adding
 q − p, whose sum is exactly zero, makes every summand non-negative and of second order, p·(g + expm1(−g)).
 """
 
@@ -26,28 +26,28 @@ from torch import Tensor
 
 
 class Terms(NamedTuple):
-    """Per entry [rows, V]: the summand, and its derivatives towards log p and log q."""
+    """The summand of each entry [rows, V], and its derivatives with respect to log p and log q."""
 
     f: Tensor
     a_p: Tensor
     a_q: Tensor
 
 
-_CLASSES: dict[str, type[Divergence]] = {}  # every subclass there is, by its `key`
+_CLASSES: dict[str, type[Divergence]] = {}  # every subclass, by its `key`
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """Base class. A subclass names itself and gives `pointwise` and `terms`; its fields, if any, are numbers."""
+    """Base class of divergences. A subclass defines `name`, `pointwise` and `terms`; any fields must be numbers."""
 
     name: ClassVar[str]
-    key: ClassVar[str] = ""  # what an operator is given to find the class by; the name of those that are listed here
+    key: ClassVar[str] = ""  # by which operators find the class; for the classes in this file, the name
     centred_p: ClassVar[bool] = False
     centred_q: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        cls.key = f"{cls.__qualname__} {len(_CLASSES)}"  # a name may be given twice
+        cls.key = f"{cls.__qualname__} {len(_CLASSES)}"  # two classes may have the same name
         _CLASSES[cls.key] = cls
 
     def pointwise(self, log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -57,20 +57,20 @@ class Divergence:
         raise NotImplementedError
 
     def solve(self, log_p: Tensor, log_q: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Terms]:
-        """Return p, q, in their logarithms' place, and `terms`; what engines call."""
+        """Return p and q, written over their logarithms, and `terms`. Engines call this."""
         p, q = log_p.exp_(), log_q.exp_()
         return p, q, Terms(*self.terms(p, q, g))
 
     @property
     def parameters(self) -> list[float]:
-        """Return the dataclass fields that are arguments, in order: with `key`, all that an operator rebuilds it from.
-        """
+        """Return the dataclass fields that are arguments, in order. Operators rebuild the divergence from these and
+        `key`."""
         return [float(getattr(self, name)) for name in _arguments(self)]
 
 
 @dataclass(frozen=True)
 class ForwardKL(Divergence):
-    """KL(p‖q) = Σ p·(log p − log q), teacher to student: mass-covering. Hinton et al. 2015, arXiv:1503.02531."""
+    """Forward KL, KL(p‖q) = Σ p·(log p − log q), mass-covering. Hinton et al. 2015, arXiv:1503.02531."""
 
     name: ClassVar[str] = "forward_kl"
     centred_q: ClassVar[bool] = True
@@ -86,7 +86,7 @@ class ForwardKL(Divergence):
 
 @dataclass(frozen=True)
 class ReverseKL(Divergence):
-    """KL(q‖p) = Σ q·(log q − log p), student to teacher: mode-seeking. Gu et al. 2024, arXiv:2306.08543."""
+    """Reverse KL, KL(q‖p) = Σ q·(log q − log p), mode-seeking. Gu et al. 2024, arXiv:2306.08543."""
 
     name: ClassVar[str] = "reverse_kl"
     centred_p: ClassVar[bool] = True
@@ -100,11 +100,11 @@ class ReverseKL(Divergence):
 
 @dataclass(frozen=True)
 class SymmetricKL(Divergence):
-    """(1−λ)·KL(p‖q) + λ·KL(q‖p): forward KL at λ = 0, reverse KL at 1. At ½, the default, ½ Σ (p − q)·(log p − log q),
-    half of Jeffreys' J, Kullback and Leibler 1951; λ as in DistiLLM's code, Ko et al. 2024, where it is 0.9.
+    """Symmetric KL, (1−λ)·KL(p‖q) + λ·KL(q‖p): forward KL at λ = 0, reverse KL at 1.
 
-    Infinite where one side has mass that the other cannot have, whichever it is. Raises ValueError for a λ (`lam`)
-    outside [0, 1].
+    At λ = ½, the default, it is ½ Σ (p − q)·(log p − log q), half of Jeffreys' J (Kullback and Leibler 1951). The code
+    of DistiLLM (Ko et al. 2024) has λ = 0.9. Infinite if either side has mass where the other has none. Raises
+    ValueError for a λ (`lam`) outside [0, 1].
     """
 
     lam: float = 0.5
@@ -118,7 +118,7 @@ class SymmetricKL(Divergence):
 
     def terms(self, p: Tensor, q: Tensor, g: Tensor) -> Terms:
         d, by_p, by_q = difference(p, q, g), weighted(p, g), weighted(q, g)
-        # f = a_p + a_q without its cancellation: half the sum of both KLs, and what is of third order or infinite there
+        # f = a_p + a_q without its cancellation: half the sum of both KLs plus a rest, of third order or infinite
         uneven = (by_p + by_q + 2 * d).mul_(0.5 - self.lam).masked_fill_(g.isinf(), 0.0)
         a_p, a_q = by_p.mul_(1 - self.lam).sub_(self.lam * d), by_q.mul_(-self.lam).add_((1 - self.lam) * d)
         return Terms(weighted(d, g).mul_(-0.5).add_(uneven), a_p, a_q)
@@ -126,10 +126,10 @@ class SymmetricKL(Divergence):
 
 @dataclass(frozen=True)
 class JSD(Divergence):
-    """β·KL(p‖m) + (1−β)·KL(q‖m) with m = β p + (1−β) q. Agarwal et al. 2024 (GKD), arXiv:2306.13649.
+    """Jensen–Shannon divergence, β·KL(p‖m) + (1−β)·KL(q‖m) with m = β p + (1−β) q.
 
-    At β = 0 it is *defined* as forward KL and at β = 1 as reverse KL, GKD's convention; it is discontinuous there
-    (as β → 0 the formula itself tends to 0). Raises ValueError for a β outside [0, 1].
+    β = 0 is *defined* as forward KL and β = 1 as reverse KL, as in GKD (Agarwal et al. 2024, arXiv:2306.13649). It is
+    discontinuous there: as β → 0 the formula tends to 0. Raises ValueError for a β outside [0, 1].
     """
 
     beta: float = 0.5
@@ -161,7 +161,7 @@ class _Skew(Divergence):
 
 @dataclass(frozen=True)
 class SkewKL(_Skew):
-    """KL(p‖m) with m = α p + (1−α) q: a forward KL that is at most −log α. Ko et al. 2024, arXiv:2402.03898."""
+    """Skew KL, KL(p‖m) with m = α p + (1−α) q, which is at most −log α. Ko et al. 2024, arXiv:2402.03898."""
 
     name: ClassVar[str] = "skew_kl"
 
@@ -169,11 +169,11 @@ class SkewKL(_Skew):
         return _kl(log_p, _log_mixture(log_p, log_q, self.alpha))
 
     def terms(self, p: Tensor, q: Tensor, g: Tensor) -> Terms:
-        # f = p·log(p/m) + (1−α)·(q − p): what is added sums to zero and makes every summand of second order.
-        # Where p < e⁻⁸⁰ q it counts for nothing, so that expm1(−g) may stop there; m = p·(1 + x) > 0 also when rounded
+        # f = p·log(p/m) + (1−α)·(q − p): the addition sums to zero and makes every summand of second order. Where
+        # p < e⁻⁸⁰ q it makes no difference, so expm1(−g) may stop there; of_q keeps the rounded m = p·(1 + x) > 0
         of_q = min(1 - self.alpha, 1 - torch.finfo(g.dtype).eps)
         x = expm1((-g).clamp_max_(80.0)).mul_(of_q)  # (m − p)/p
-        a_q = (q / (1 + x)).mul_(-of_q)  # without the (1−α)·q, which changes no gradient and would swamp it for p ≪ q
+        a_q = (q / (1 + x)).mul_(-of_q)  # without (1−α)·q, which changes no gradient and would swamp it for p ≪ q
         r = x / (1 + x)  # (m − p)/m
         a_p = (r * self.alpha).sub_(x.log1p_()).mul_(p)
         return Terms(r.mul_(q).mul_(of_q).add_(a_p), a_p, a_q)
@@ -181,7 +181,7 @@ class SkewKL(_Skew):
 
 @dataclass(frozen=True)
 class SkewReverseKL(_Skew):
-    """KL(q‖m) with m = (1−α) p + α q: a reverse KL that is at most −log α. Ko et al. 2024, arXiv:2402.03898."""
+    """Skew reverse KL, KL(q‖m) with m = (1−α) p + α q, which is at most −log α. Ko et al. 2024, arXiv:2402.03898."""
 
     name: ClassVar[str] = "skew_reverse_kl"
 
@@ -194,10 +194,10 @@ class SkewReverseKL(_Skew):
 
 @dataclass(frozen=True)
 class TotalVariation(Divergence):
-    """½ Σ |p − q|, at most 1; subgradient 0 where p = q. Wen et al. 2023, arXiv:2307.15190.
+    """Total variation, ½ Σ |p − q|, at most 1; subgradient 0 where p = q. Wen et al. 2023, arXiv:2307.15190.
 
-    Its gradient does not shrink with p − q. So it scales as 1/τ where the others' scale as 1/τ², and the factor τ²
-    over-weights it by τ: divide `kd_weight` by τ to compare.
+    Its gradient does not shrink with p − q, so it scales as 1/τ where other divergences' scale as 1/τ². The factor τ²
+    therefore overweights it by τ: divide `kd_weight` by τ to compare.
     """
 
     name: ClassVar[str] = "total_variation"
@@ -212,12 +212,12 @@ class TotalVariation(Divergence):
 
 @dataclass(frozen=True)
 class AlphaBeta(Divergence):
-    """−1/(αβ) Σ (p^α·q^β − α/(α+β)·p^(α+β) − β/(α+β)·q^(α+β)), and where α, β or α+β is 0 what that tends to.
+    """α-β divergence, −1/(αβ) Σ (p^α·q^β − α/(α+β)·p^(α+β) − β/(α+β)·q^(α+β)), or its limit if α, β or α+β is 0.
 
-    Forward KL at α = 1, β = 0, reverse KL at 0 and 1, four times the squared Hellinger distance at ½ and ½; at 0 and 0
-    ½ Σ (log p − log q)². The limits are Cichocki, Cruces and Amari's, Entropy 13, 2011: at β = 0 a factor 1/α², where
-    the code of ABKD (Wang et al. 2025, arXiv:2505.04560) has 1/α. Unless α+β = 1 a sparse teacher must have a bucket.
-    Raises ValueError for what is no finite number.
+    Forward KL at α = 1, β = 0; reverse KL at 0 and 1; four times the squared Hellinger distance at ½ and ½;
+    ½ Σ (log p − log q)² at 0 and 0. The limits are those of Cichocki, Cruces and Amari, Entropy 13, 2011: at β = 0 they
+    have a factor 1/α², where the code of ABKD (Wang et al. 2025, arXiv:2505.04560) has 1/α. Unless α+β = 1, a sparse
+    teacher needs tail="bucket" or "renormalize_both". Raises ValueError for a number that is not finite.
     """
 
     alpha: float = 0.5
@@ -230,7 +230,7 @@ class AlphaBeta(Divergence):
                 raise ValueError(f"AlphaBeta(alpha={self.alpha}, beta={self.beta}): expected finite numbers")
 
     def pointwise(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        # the sum of two differences over α and β, or another two of three, so that none is over what is nearly 0
+        # a sum of two differences divided by α and β, or by two of α, β, α+β, such that none is nearly 0
         alpha, beta, both = self.alpha, self.beta, self.alpha + self.beta
         empty = log_p.isneginf() & log_q.isneginf()
         log_p, log_q = log_p.masked_fill(empty, 0.0), log_q.masked_fill(empty, 0.0)
@@ -259,7 +259,7 @@ class AlphaBeta(Divergence):
     def solve(self, log_p: Tensor, log_q: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Terms]:
         if type(self).terms is not AlphaBeta.terms:  # a subclass has its own
             return super().solve(log_p, log_q, g)
-        terms = self._terms(log_p, log_q, g)  # a small power of what underflows does not
+        terms = self._terms(log_p, log_q, g)  # from logarithms: a small power does not underflow where p does
         return log_p.exp_(), log_q.exp_(), terms
 
     def _terms(self, log_p: Tensor, log_q: Tensor, g: Tensor) -> Terms:
@@ -269,7 +269,7 @@ class AlphaBeta(Divergence):
         p, q = _power(log_p, both, log_q, 0.0), _power(log_p, 0.0, log_q, both)
         pq = _power(log_p, alpha, log_q, beta)
 
-        def over(number: float, end: Tensor, start: Tensor) -> Tensor:  # the same, to full relative precision
+        def over(number: float, end: Tensor, start: Tensor) -> Tensor:  # as in `pointwise`, to full relative precision
             return difference(start, end, -number * g).div_(number) if number else weighted(start, g)
 
         a_p, a_q = over(beta, p, pq), over(alpha, pq, q).neg_()
@@ -281,7 +281,7 @@ class AlphaBeta(Divergence):
             f = (a_p - over(both, p, q)) / alpha
         else:
             f = (over(both, p, q) + a_q) / beta
-        x, y = -alpha * g, beta * g  # near 0 that cancels: it is g²·pq·exp[0, x, y], a divided difference
+        x, y = -alpha * g, beta * g  # near 0, where f cancels, it is g²·pq·exp[0, x, y], a divided difference
         series = 0.5 + (x + y) / 6 + (x * x + x * y + y * y) / 24 + (x + y) * (x * x + y * y) / 120
         near = torch.maximum(x.abs(), y.abs()) < (2.0**-12 if g.dtype == torch.float64 else 2.0**-4)
         return Terms(torch.where(near, g.square() * pq * series, f), a_p, a_q)
@@ -294,20 +294,20 @@ DIVERGENCES: dict[str, type[Divergence]] = {
 _LIMITS: tuple[tuple[type[Divergence], list[float], list[float]], ...] = (  # at what it is forward, and reverse KL
     (JSD, [0.0], [1.0]),
     (SymmetricKL, [0.0], [1.0]),
-    (SkewKL, [0.0], [1.0]),  # 1 it cannot have
+    (SkewKL, [0.0], [1.0]),  # α = 1 is refused
     (SkewReverseKL, [1.0], [0.0]),
     (AlphaBeta, [1.0, 0.0], [0.0, 1.0]),
 )
-for _name, _class in DIVERGENCES.items():  # those that the kernels have
+for _name, _class in DIVERGENCES.items():  # the kernels know these by name
     _class.key = _name
 
 
 def get_divergence(divergence: str | Divergence, parameters: Sequence[float] = ()) -> Divergence:
     """Return the instance that a name (with its parameters) or an instance stands for.
 
-    JSD and symmetric KL at 0 and 1, the skew divergences at 0 and α-β at 1 and 0 become the KL they are.
+    JSD and symmetric KL at 0 and 1, the skew divergences at 0, and α-β at (1, 0) and (0, 1) become the KL they equal.
 
-    Raises ValueError for an unknown name or a parameter out of its range, TypeError for anything else.
+    Raises ValueError for an unknown name or a parameter out of range, TypeError for anything else.
     """
     if isinstance(divergence, str):
         cls = DIVERGENCES.get(divergence) or _CLASSES.get(divergence)
@@ -336,12 +336,12 @@ def _arguments(divergence: Divergence) -> list[str]:
 
 
 def _built(cls: type[Divergence], parameters: Sequence[float]) -> Divergence:
-    names = _arguments(object.__new__(cls))  # torch.compile knows a class's fields from an instance alone
+    names = _arguments(object.__new__(cls))  # torch.compile reads a class's fields only from an instance
     return cls(**dict(zip(names, parameters, strict=False)))
 
 
 def _check_share(divergence: Divergence, name: str, interval: str = "[0, 1]", of: str = "") -> None:
-    """Raise TypeError for a field that is no number, ValueError for one outside `interval`, "[0, 1]" or "[0, 1)"."""
+    """Raise TypeError if a field is not a number, ValueError if it is outside `interval`, "[0, 1]" or "[0, 1)"."""
     value = getattr(divergence, name)
     what = f"{type(divergence).__name__}({name}={value!r}): {name}{of}"
     number = isinstance(value, Real) and not isinstance(value, bool)
@@ -352,7 +352,7 @@ def _check_share(divergence: Divergence, name: str, interval: str = "[0, 1]", of
 
 
 def _check_own(divergence: Divergence) -> None:
-    """Raise TypeError for an instance of a class from outside that lacks something, or cannot be built once more."""
+    """Raise TypeError if a user's divergence is incomplete or cannot be rebuilt from its fields."""
     cls, numbers = type(divergence), _arguments(divergence)
     lacks = [name for name in ("pointwise", "terms") if getattr(cls, name) is getattr(Divergence, name)]
     if not isinstance(getattr(cls, "name", None), str):
@@ -378,7 +378,7 @@ def _check_own(divergence: Divergence) -> None:
             f"divergence is an instance of {cls.__name__}, which engines build once more from its fields, and "
             f"{cls.__name__}(**{given}) raises {type(error).__name__}: {error}"
         ) from error
-    if str(again) != str(divergence.parameters):  # NaN is itself
+    if str(again) != str(divergence.parameters):  # as text, NaN equals itself
         raise TypeError(
             f"divergence is an instance of {cls.__name__}, which engines build once more from its fields, and "
             f"{cls.__name__}(**{given}) has others: {again}. Keep the fields as they are given"
@@ -386,7 +386,7 @@ def _check_own(divergence: Divergence) -> None:
 
 
 def log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Return g = log p − log q, and 0 where both have no mass (−inf − −inf)."""
+    """Return g = log p − log q, or 0 where neither has mass (−inf − −inf)."""
     return _nan_to_zero(log_p - log_q)
 
 
@@ -396,13 +396,13 @@ def weighted(p: Tensor, x: Tensor) -> Tensor:
 
 
 def _nan_to_zero(x: Tensor) -> Tensor:
-    if torch.compiler.is_compiling():  # inductor takes nan_to_num one number at a time
+    if torch.compiler.is_compiling():  # inductor does not vectorize nan_to_num
         return torch.where(x == x, x, 0.0)
     return x.nan_to_num_(nan=0.0, posinf=inf, neginf=-inf)
 
 
 def expm1(x: Tensor) -> Tensor:
-    """Return exp(x) − 1 to full relative precision: torch.expm1, but where inductor would make exp(x) − 1 of that."""
+    """Return exp(x) − 1 to full relative precision: torch.expm1, except that inductor would turn it into exp(x) − 1."""
     if not torch.compiler.is_compiling():
         return torch.expm1(x)
     series = torch.ones_like(x)
@@ -412,7 +412,7 @@ def expm1(x: Tensor) -> Tensor:
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Return p·(log p − log q) with 0·log 0 = 0, where p underflows too, and gradients that are finite there."""
+    """Return p·(log p − log q), with 0 and finite gradients where p is 0 or underflows."""
     p = log_p.exp()
     empty = p == 0
     return p * (log_p.masked_fill(empty, 0.0) - log_q.masked_fill(empty, 0.0))
@@ -430,7 +430,7 @@ def _power(log_p: Tensor, alpha: float, log_q: Tensor, beta: float) -> Tensor:
 
 
 def _log_mixture(log_p: Tensor, log_q: Tensor, weight: float) -> Tensor:
-    """Return log m, m = weight·p + (1−weight)·q, with finite gradients where p or q is 0; 0 where both are."""
+    """Return log m for m = weight·p + (1−weight)·q, with finite gradients where p or q is 0; 0 where both are."""
     empty = log_p.isneginf() & log_q.isneginf()
     log_p, log_q = log_p.masked_fill(empty, 0.0), log_q.masked_fill(empty, 0.0)
     return torch.logaddexp(log_p + log(weight), log_q + log(1 - weight))

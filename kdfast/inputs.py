@@ -1,12 +1,12 @@
-"""What a loss takes: the student's head, the kinds of teacher, and its options.
+"""The inputs of the loss: the student's head, the kinds of teacher, and the options.
 
-Each source is a frozen dataclass and a registered pytree: `torch.compile`, activation checkpointing, forward hooks, DDP
-and FSDP see the tensors inside. Reentrant checkpointing (`use_reentrant=True`) and full backward hooks look at a call's
-own tensor arguments alone: hand the first `torch.utils._pytree.tree_flatten`'s leaves. Nothing is checked here;
-`fused_kd_loss` checks every field and names it in its errors.
+Heads and teachers are frozen dataclasses and registered pytrees, so `torch.compile`, activation checkpointing, forward
+hooks, DDP and FSDP see the tensors inside. Reentrant checkpointing (`use_reentrant=True`) and full backward hooks see
+only tensors that are arguments themselves: pass the former the leaves of `torch.utils._pytree.tree_flatten`. Nothing is
+checked here; `fused_kd_loss` checks every field and names it in its errors.
 
-Letters: `*` any leading shape (the same for student, teacher and labels), `V` vocabulary, `Hs`/`Ht` student and
-teacher width, `K` entries kept per token.
+Letters: `*` any leading shape (the same for student, teacher and labels), `V` vocabulary, `Hs`/`Ht` student and teacher
+width, `K` entries kept per token.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from kdfast.divergences import Divergence
 
-MOST_ENTRIES = 1024  # of a sparse teacher per token: a kernel's program holds a token's entries in registers
+MOST_ENTRIES = 1024  # per token of a sparse teacher: a kernel's program holds them in registers
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,9 +29,9 @@ class Head:
     """Hidden states and the head that turns them into logits, `softcap·tanh(logit_scale·(h Wᵀ + b)/softcap)`.
 
     hidden       (*, H)  float32, bfloat16, float16 or float64
-    weight       (V, H)  the embedding or `lm_head.weight`, same dtype (outside autocast)
-    bias         (V,)    or None; of any dtype (float64 with float64 only): it is added to products in fp32
-    logit_scale          multiplies the logits before the cap (Cohere's `logit_scale`; Granite divides: pass 1/x)
+    weight       (V, H)  the embedding or `lm_head.weight`, in the same dtype (outside autocast)
+    bias         (V,)    or None; any dtype (float64 only with float64), added in fp32
+    logit_scale          multiplies the logits before the cap: Cohere's `logit_scale`, 1/x for Granite's divisor x
     softcap              Gemma-2's `final_logit_softcapping`; None = no cap
     """
 
@@ -47,15 +47,15 @@ class Head:
 class Projected:
     """A teacher whose hidden states go through a projector and then through the student's own head.
 
-    The projector runs in its own dtype (as nn.Linear, under autocast too); its output is cast to the student's. In
-    bf16 that rounding is what limits accuracy near convergence: docs/log.md has the figures.
+    The projector runs in its own dtype, as nn.Linear does (also under autocast), and its output is cast to the
+    student's dtype. In bf16 that rounding limits accuracy near convergence; docs/log.md has the figures.
 
-    hidden            (*, Ht)   teacher hidden states; without a projector (*, Hs), and they receive a gradient
+    hidden            (*, Ht)   the teacher's hidden states; without a projector (*, Hs), and they receive a gradient
     projector_weight  (Hs, Ht)  as `nn.Linear(Ht, Hs).weight`
-    projector_bias    (Hs,)     or None; of any dtype, likewise
-    temperature                 τ_t > 0, number or 0-d tensor: what the teacher's logits are divided by in the KD term,
-                                the student's by the loss's τ; None = by τ too. The factor τ² stays the loss's; anchor
-                                and entropies are at 1. DSKD divides by kd_temperature·teacher_temperature, without τ²
+    projector_bias    (Hs,)     or None; any dtype (float64 only with float64)
+    temperature                 τ_t > 0, a number or 0-d tensor that divides the teacher's logits in the KD term; None =
+                                the loss's τ, which divides the student's. The factor τ² is always the loss's, and
+                                anchor and entropies are at 1. DSKD has kd_temperature·teacher_temperature, and no τ²
     """
 
     hidden: Tensor
@@ -67,7 +67,7 @@ class Projected:
 
 @dataclass(frozen=True, eq=False)
 class Logits:
-    """A teacher given as dense logits, read where they lie: no copy, whatever their strides (`logits[:, :-1]` is fine).
+    """A teacher given as dense logits, which are not copied, whatever their strides (`logits[:, :-1]` is fine).
 
     logits  (*, V)  any float dtype
     """
@@ -80,27 +80,26 @@ class SparseLogits:
     """A teacher given as K log-probabilities per token; the cost grows with K, not with K·V.
 
     indices    (*, K)  integer ids, in any order, K ≤ 1024. The probabilities of equal ids add up
-    log_probs  (*, K)  any float dtype, at τ = 1; −inf: no entry (padding), whatever its id. A row that counts must have
-                       an entry where entries are normalized: "renormalize" and "renormalize_both"
-    tempered           log_probs are at the loss's own temperature: log_softmax(z/τ) over all V, some of it. Then
-                       "bucket" is exact at any τ, and "none" allowed
-    log_tail   (*,)    "bucket" only: log of the mass of all ids that are not given, at the temperature of log_probs;
-                       −inf: they have none. None: 1 − Σ exp(log_probs), and no less than rounding may have made of that
-                       sum, Σ |p log p| roundings of their dtype or 2⁻²³ (float64 2⁻⁵²). Pass it where it is known: next
-                       to a log-probability of 0.0 it cannot be computed. Where the ids are all of V there is no tail
-    tail               what is known of the ids that are not given. The student is normalized over all of V, but for the
-                       last:
+    log_probs  (*, K)  any float dtype, at τ = 1; −inf marks padding, whatever its id. With "renormalize" and
+                       "renormalize_both" every row that counts needs at least one entry
+    tempered           log_probs are at the loss's temperature: entries of log_softmax(z/τ) over all V. "bucket" is
+                       then exact at any τ, and "none" is allowed
+    log_tail   (*,)    "bucket" only: log of the mass on all ids not given, at the temperature of log_probs; −inf if
+                       they have none. None computes 1 − Σ exp(log_probs), but no less than the rounding error of that
+                       sum: Σ |p log p| roundings of their dtype, or 2⁻²³ (float64 2⁻⁵²). Pass it if you know it: beside
+                       a log-probability of 0.0 it cannot be computed. There is no tail if the ids cover all of V
+    tail               how to treat the ids not given. The student is normalized over all of V, except with the last:
 
-    "renormalize"  nothing: the teacher is its K entries, renormalized at τ. Reverse and symmetric KL are infinite
-    "bucket"       their sum: one more category on both sides. Exact at τ = 1; at another τ, unless tempered, both
-                   sides' K + 1 masses are taken to the power 1/τ and normalized again, so the loss still is zero
-                   exactly where the student has the teacher's masses, but not what dense logits would give
-    "none"         they have none: weights exp(log_probs) as given, not normalized; τ = 1 only, unless tempered. For ids
+    "renormalize"  unknown: the teacher is its K entries, renormalized at τ. Reverse and symmetric KL are infinite
+    "bucket"       their sum is one more category on both sides. Exact at τ = 1. At another τ, unless tempered, both
+                   sides' K + 1 masses are raised to the power 1/τ and normalized again: the loss is still zero exactly
+                   where the student has the teacher's masses, but differs from that of dense logits
+    "none"         no mass: weights exp(log_probs) as given, not normalized; only at τ = 1, unless tempered. For ids
                    drawn at random with weight counts/n (random-sampling KD), whose expectation is the dense gradient.
                    Source: Anshumann et al. 2025, arXiv:2503.16870
-    "renormalize_both"  nothing, and nothing is asked: KL of softmax(log_probs/τ) and the student's softmax(z/τ) over
-                   the K ids alone, finite for every divergence. The student's mass elsewhere is left as it is; CE,
-                   still over all of V, can hold it down. As TRL's, axolotl's and NeMo-RL's top-k losses
+    "renormalize_both"  ignored on both sides: KL of softmax(log_probs/τ) and the student's softmax(z/τ) over the K ids
+                   alone, finite for every divergence. The student's mass elsewhere is unconstrained; CE, still over all
+                   of V, can hold it down. As TRL's, axolotl's and NeMo-RL's top-k losses
     """
 
     indices: Tensor
@@ -115,32 +114,32 @@ Teacher = Projected | Head | Logits | SparseLogits
 
 
 def is_asked(weight: float | Tensor) -> bool:
-    """Return whether a term with this weight may count; a tensor's value is not looked at."""
+    """Return whether a term with this weight may count; any tensor may, since its value is not read."""
     return isinstance(weight, Tensor) or weight != 0
 
 
 def same_vocabulary(one: int, other: int, valid: int | None, vocab: str = "error") -> bool:
-    """Return whether heads of so many rows can be compared: they differ by padding rows at most, `valid` being real,
-    or vocab="truncate" compares the first ids alone."""
+    """Return whether heads of `one` and `other` rows can be compared: beyond their `valid` real ids they differ only in
+    padding, or vocab="truncate" compares the first ids alone."""
     return vocab == "truncate" or one == other or (valid is not None and valid <= min(one, other))
 
 
 def short(value: object) -> str:
-    """Return at most a line of text, for an error."""
-    if isinstance(value, int) and abs(value) >= 10**30:  # Python prints no more than some thousand digits
+    """Return the value's repr for an error message, cut to one line."""
+    if isinstance(value, int) and abs(value) >= 10**30:  # Python refuses to print a few thousand digits
         return f"an int of {value.bit_length()} bits"
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def did_you_mean(name: str, known: Iterable[str], elsewhere: Mapping[str, str] | None = None) -> str:
-    """Return "; did you mean 'x'?" for a slip of one of the `known` names, else "": better none than a wrong one.
+    """Return "; did you mean 'x'?" for a near miss of one of the `known` names, else "": no hint beats a wrong one.
 
-    elsewhere: what other libraries call some of them.
+    elsewhere: other libraries' names → ours.
     """
     slip = name.lower().replace("-", "_")
     names = {key.lower().replace("-", "_"): key for key in known}
-    if len(slip) < 6:  # where one letter in four is a slip, if it is not the first
+    if len(slip) < 6:  # a short name may differ in one letter of four, but not in the first
         near = difflib.get_close_matches(slip, [key for key in names if key[:1] == slip[:1]], n=1, cutoff=0.75)
     else:
         near = difflib.get_close_matches(slip, names, n=1, cutoff=0.88)
@@ -154,7 +153,7 @@ def kind(value: object) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Options:
-    """The keyword options of `fused_kd_loss`, which has their meaning and shapes; `divergence` is an instance here."""
+    """The keyword options of `fused_kd_loss`, which documents them; `divergence` is an instance here."""
 
     temperature: float | Tensor
     divergence: Divergence

@@ -1,11 +1,11 @@
-"""`compress_head`: the teacher's head as two thin factors, a cheaper true teacher.
+"""`compress_head`: the teacher's head as two thin factors, which makes the teacher cheaper.
 
     compressed = compress_head(Head(hidden, W), max_kl=0.05)       # (V, Ht) → (V, r) and (r, Ht), fixed
     loss = fused_kd_loss(Head(h_s, W_s), compressed(h_t), labels)
 
-A step then multiplies 2·N·V·r for the teacher in place of 2·N·V·Ht, and V·r numbers stay in memory in place of V·Ht:
-the full head is no longer needed. What is lost is measured, on hidden states that the factors were not made from, and
-not trained: unlike a projector through the student's moving embedding, this teacher stays what it is.
+A step then does 2·N·V·r operations for the teacher instead of 2·N·V·Ht, and V·r numbers stay in memory instead of V·Ht:
+the full head is no longer needed. The loss of accuracy is measured on held-out hidden states. The factors are not
+trained: unlike a projector through the student's changing embedding, this teacher stays fixed.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ from kdfast.closed_form import Factors, LowRankStart
 from kdfast.inputs import Head
 from kdfast.loss import fused_kd_loss
 
-HELD_OUT = 8  # every eighth hidden state measures, the others make the factors
-STEP = 16  # ranks that a search looks at are multiples of it: what matrix units multiply at full speed
+HELD_OUT = 8  # every eighth hidden state is held out to measure on
+STEP = 16  # a search tries multiples of this, which matrix units multiply at full speed
 
 
 class FidelityNotReached(ValueError):
-    """No rank comes as near to the whole head as was asked for."""
+    """Raised when no rank is as close to the full head as requested."""
 
 
 class HeadFidelity(NamedTuple):
-    """How well a head at `rank` stands for the whole one, on hidden states held out; means over them, at τ = 1."""
+    """How closely a head at `rank` matches the full one: means over held-out hidden states, at τ = 1."""
 
     rank: int
-    kl: float  # KL(whole ‖ compressed), nats
-    agreement: float  # fraction with the same most likely id
+    kl: float  # KL(full ‖ compressed), in nats
+    agreement: float  # fraction of rows with the same most likely id
 
 
 class CompressedHead(nn.Module):
-    """The result of `compress_head`: a frozen module from hidden states (*, Ht) to a `Head` of width r.
+    """The result of `compress_head`: a frozen module that maps hidden states (*, Ht) to a `Head` of width r.
 
-    `start` is the solved cut, `whole` the head that was cut; `compress_head` makes both.
+    `compress_head` builds it from `start`, the solved factors, and `whole`, the full head.
 
     Attributes:
-        weight: (V, r), buffer, the whole head's dtype.
-        projector: (r, Ht), buffer; bias (r,) or None.
+        weight: (V, r), a buffer in the full head's dtype.
+        projector: (r, Ht), a buffer; bias (r,) or None.
         fidelity: `HeadFidelity` of this rank. tried: those of all ranks measured, by rank.
     """
 
@@ -57,7 +57,7 @@ class CompressedHead(nn.Module):
         super().__init__()
         dtype = whole.weight.dtype
         embedding, (projector, bias) = start
-        # balances what int8 of a coordinate costs in logits; powers of two, so that nothing else is rounded by it
+        # balances the coordinates' rounding errors in int8; powers of two, so that nothing else is rounded
         scale = embedding.norm(dim=0).clamp_min(torch.finfo(embedding.dtype).tiny).log2().div(4).round().exp2()
         self.register_buffer("weight", (embedding / scale).to(dtype))
         self.register_buffer("projector", (projector * scale[:, None]).to(dtype))
@@ -71,7 +71,7 @@ class CompressedHead(nn.Module):
         return self.weight.shape[1]
 
     def forward(self, hidden: Tensor) -> Head:
-        """Return a `Head` over (*, r) of hidden states (*, Ht), for `fused_kd_loss`."""
+        """Return a `Head` of width r for hidden states (*, Ht), to pass to `fused_kd_loss`."""
         projected = F.linear(hidden.to(self.projector.dtype), self.projector, self.bias)
         return Head(projected, self.weight, logit_scale=self.logit_scale, softcap=self.softcap)
 
@@ -90,21 +90,21 @@ def compress_head(
     engine: str = "auto",
     rounded: Callable[[Tensor], Tensor] = lambda projected: projected,
 ) -> CompressedHead:
-    """Return the teacher's head at a given rank, or at the smallest whose measured KL is at most `max_kl`.
+    """Return the teacher's head at a given rank, or at the smallest rank whose measured KL is at most `max_kl`.
 
     Args:
-        teacher: its head over hidden states (*, Ht) of some text the student will see: some 4·Ht rows or more. Every
-            eighth is held out to measure on.
-        rank: r, at most Ht (more is the same); at r = Ht the logits are the head's up to rounding and a constant a row.
-        max_kl: in nats, instead of `rank`; searched by halving, over multiples of 16.
+        teacher: the head, with hidden states (*, Ht) of text like the student's: 4·Ht rows or more. Every eighth row is
+            held out to measure on.
+        rank: r, capped at Ht; at r = Ht the logits are the full head's up to rounding and a constant per row.
+        max_kl: in nats, instead of `rank`; found by bisection over multiples of 16.
         vocab_weights, valid_vocab: as in `kdfast.closed_form.Factors`.
-        engine: of the measuring, as in `fused_kd_loss`.
-        rounded: what becomes of projected hidden states (n, r) before they are used, such as int8's; measured with it.
+        engine: for the measurement, as in `fused_kd_loss`.
+        rounded: applied to the projected hidden states (n, r) before measuring, such as a rounding to int8.
 
     Raises:
         ValueError: both or neither of rank and max_kl, a rank below 1, or too few rows.
-        FidelityNotReached, a ValueError: not even the full rank reaches `max_kl` in the head's dtype; the message has
-            the KL it does reach.
+        FidelityNotReached, a ValueError: even the full rank misses `max_kl` in the head's dtype; the message states
+            the KL it reaches.
     """
     if (rank is None) == (max_kl is None):
         raise ValueError(f"rank={rank} and max_kl={max_kl}; expected exactly one of the two")
@@ -150,12 +150,12 @@ def compress_head(
 
 
 def held_out_rows(hidden: Tensor) -> Tensor:
-    """Return (n,) bool: which of the hidden states (n, H) are held out to measure on."""
+    """Return a mask (n,), True for the hidden states (n, H) that are held out to measure on."""
     return torch.arange(len(hidden), device=hidden.device) % HELD_OUT == 0
 
 
 def kl_and_agreement(surrogate: Head, whole: Head, **options: Any) -> tuple[float, float]:
-    """Return KL(whole ‖ surrogate) in nats and the fraction with the same most likely id: means over rows, at τ = 1.
+    """Return KL(whole ‖ surrogate) in nats and the fraction of rows with the same most likely id, at τ = 1.
 
     options: engine, scratch_bytes, valid_vocab.
     """

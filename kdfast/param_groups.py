@@ -1,16 +1,16 @@
-"""Learning rates by part of a distillation model: parameter groups for any torch optimizer.
+"""Learning rates for each part of a distillation model: parameter groups for any torch optimizer.
 
     optimizer = torch.optim.AdamW(distillation_param_groups(model, lr=5e-5, weight_decay=0.01))
 
-A freshly started projector must move much faster than a pretrained student, or the student learns from noise while it
-catches up. Parts are recognised by parameter name, as `model.named_parameters()` gives it:
+A new projector must move much faster than a pretrained student, or the student learns from noise while the projector
+catches up. Parts are recognized by their names in `model.named_parameters()`:
 
-    projector   a name with "logit_projector" in it            5 × lr, or projector_lr
-    router      as `router_parameters` finds them              2 × lr
-    student     the rest; only names under `student.`, where the model has such a submodule
-    other       what is left then: further auxiliary modules, at lr
+    projector   names that contain "logit_projector"           5 × lr, or projector_lr
+    router      those that `router_parameters` finds           2 × lr
+    student     everything else, or only names under `student.` if the model has such a submodule
+    other       whatever is left then, such as auxiliary modules, at lr
 
-Biases and the parameters of norms get no weight decay and stand in a group of their own.
+Biases and parameters of norms get no weight decay and have groups of their own.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from torch import nn
 
 PARTS = ("student", "router", "projector", "other")
 
-# what DDP, torch.compile, FSDP and activation checkpointing put into names
+# name parts added by DDP, torch.compile, FSDP and activation checkpointing
 _WRAPPERS = re.compile(r"\b(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
-_ROUTER = re.compile(r"Router$|MoE\w*Gate$")  # classes of transformers; the latter is Hunyuan's
+_ROUTER = re.compile(r"Router$|MoE\w*Gate$")  # class names in transformers; the latter is Hunyuan's
 
 
 def distillation_param_groups(
@@ -37,18 +37,18 @@ def distillation_param_groups(
     projector_lr_multiplier: float = 5.0,
     router_lr_multiplier: float = 2.0,
 ) -> list[dict[str, Any]]:
-    """Return optimizer groups that have every trainable parameter of `model` exactly once.
+    """Return optimizer groups that contain every trainable parameter of `model` exactly once.
 
     Args:
-        model: any module; frozen parameters are left out, tied ones come once.
-        lr: the student's learning rate, also that of other modules.
-        weight_decay: for all but biases and norms.
+        model: any module; frozen parameters are left out, tied ones appear once.
+        lr: learning rate of the student and of other modules.
+        weight_decay: applies to everything except biases and norms.
         projector_lr: the projector's learning rate; None = projector_lr_multiplier · lr.
-        projector_lr_multiplier, router_lr_multiplier: times lr.
+        projector_lr_multiplier, router_lr_multiplier: factors of lr.
 
     Returns:
-        Dicts with "name" (one of `PARTS`), "params", "lr" and "weight_decay", in the order of `PARTS`, those with
-        weight decay first; none is empty. torch optimizers keep "name", so logs can use it.
+        Non-empty dicts with "name" (one of `PARTS`), "params", "lr" and "weight_decay", in the order of `PARTS`, groups
+        with weight decay first. torch optimizers keep "name", so logs can use it.
 
     Raises:
         ValueError: a rate, multiplier or weight decay is negative or NaN, or nothing is trainable.
@@ -91,10 +91,10 @@ def distillation_param_groups(
 
 
 def router_parameters(model: nn.Module) -> set[int]:
-    """Return ids of the parameters that choose experts.
+    """Return the ids (as of `id()`) of the parameters that choose experts.
 
-    Their name has "router" in it, or their module's class is called so: Mixtral's mlp.gate is a MixtralTopKRouter. An
-    adapter on such a module (PEFT's target_parameters) is part of it.
+    Their name contains "router", or their module's class name does: Mixtral's mlp.gate is a MixtralTopKRouter. An
+    adapter on such a module (PEFT's target_parameters) counts as part of it.
     """
     named = {id(p) for name, p in model.named_parameters() if "router" in name}
     modules: Any = model.modules()
@@ -110,7 +110,7 @@ def _part(name: str, has_student: bool) -> str:
 
 
 def _biases_and_norms(model: nn.Module) -> set[int]:
-    """Return ids of the parameters without weight decay: by their own name, or by their module's class."""
+    """Return the ids of the parameters that get no weight decay, found by their name or their module's class."""
     return {
         id(parameter)
         for module in model.modules()

@@ -2,12 +2,12 @@
 
     h_p = h_t Pᵀ + p          (*, Ht) → (*, Hs);    projected teacher logits = h_p Wᵀ, W the student's own head
 
-Its weight and bias are given to the loss, which multiplies them where it needs them:
+Pass its weight and bias to the loss, which does the product itself:
 
     projector = LogitProjector(teacher_width=1024, student_width=768, init="normal")
     loss = fused_kd_loss(Head(h_s, W), Projected(h_t, projector.weight, projector.bias), labels)
 
-Register it under the name `logit_projector`, and `distillation_param_groups` finds it.
+`distillation_param_groups` finds it if it is registered under the name `logit_projector`.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ ProjectorInit = Literal["default", "normal"]
 
 
 class LogitProjector(nn.Module):
-    """`nn.Linear(teacher_width, student_width)` with a choice of start.
+    """`nn.Linear(teacher_width, student_width)` with a choice of initialization.
 
     Args:
-        teacher_width: Ht, width of the teacher's hidden states.
-        student_width: Hs, width of the student's.
-        bias: have a bias.
-        init: "default", as nn.Linear starts (weight and bias uniform in ±1/√Ht), or "normal", weight N(0, std²) and
-            bias zero: the projected teacher starts near the uniform distribution.
-        std: of "normal".
+        teacher_width: Ht, the width of the teacher's hidden states.
+        student_width: Hs, the width of the student's.
+        bias: whether to have a bias.
+        init: "default", as nn.Linear (weight and bias uniform in ±1/√Ht), or "normal" (weight N(0, std²), bias zero),
+            which starts the projected teacher near the uniform distribution.
+        std: standard deviation for "normal".
         device, dtype: as in nn.Linear.
 
     Attributes: `weight` (Hs, Ht), `bias` (Hs,) or None.
@@ -69,7 +69,7 @@ class LogitProjector(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the start again, from the global random state."""
+        """Initialize the parameters again, from the global random state."""
         if self.init == "normal":
             nn.init.normal_(self.weight, std=self.std)
             if self.bias is not None:
@@ -81,7 +81,7 @@ class LogitProjector(nn.Module):
             nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Map (*, Ht) to (*, Hs)."""
+        """Map hidden states (*, Ht) to (*, Hs)."""
         return F.linear(ordinary(hidden), self.weight, self.bias)
 
     def extra_repr(self) -> str:

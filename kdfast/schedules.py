@@ -1,11 +1,11 @@
-"""Schedules for the KD weight and the temperature: callables of progress, the finished fraction of a run in [0, 1].
+"""Schedules for the KD weight and the temperature: functions of progress, the finished fraction of a run in [0, 1].
 
     kd_weight, temperature = Ramp(0.7), Piecewise([3.0, 2.0, 1.5])
     for step, batch in enumerate(batches):
         loss = fused_kd_loss(…, kd_weight=kd_weight(step / n_steps), temperature=temperature(step / n_steps))
 
-Each is a frozen dataclass: comparable, picklable, and its repr says what it does. Progress outside [0, 1] counts as
-the nearer end. Any other callable of one float does as well.
+Each is a frozen dataclass: comparable, picklable, with a readable repr. Progress outside [0, 1] counts as the nearer
+end. Any other callable of one float works as well.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Constant:
 
 @dataclass(frozen=True)
 class Linear:
-    """From `start` at progress 0 to `end` at progress 1, in a straight line."""
+    """A straight line from `start` at progress 0 to `end` at progress 1."""
 
     start: float
     end: float
@@ -41,7 +41,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Ramp:
-    """`start + (target − start)·progress/until` while progress < until, then `target`: the KD weight's warm-up.
+    """A warm-up: `start + (target − start)·progress/until` while progress < until, then `target`.
 
     Ramp(0.7): 0.10 at 0 %, 0.25 at 5 %, 0.40 at 10 %, 0.55 at 15 %, 0.70 from 20 % on.
     """
@@ -63,7 +63,7 @@ class Ramp:
 
 @dataclass(frozen=True)
 class Until:
-    """What `schedule` says while progress < `end`, then 0: KD in the first part of a run alone."""
+    """`schedule` while progress < `end`, then 0: KD in the first part of a run only."""
 
     schedule: Schedule
     end: float
@@ -78,10 +78,10 @@ class Until:
 
 @dataclass(frozen=True)
 class Piecewise:
-    """One value after the other: `values[i]` up to `boundaries[i]`, the last one to the end.
+    """Constant values one after the other: `values[i]` up to `boundaries[i]`, the last one to the end.
 
-    boundaries  len(values) − 1 increasing fractions in (0, 1); None cuts the run into equal parts.
-    A value holds from its boundary on: Piecewise([3.0, 2.0, 1.5])(1/3) is 2.0.
+    boundaries  len(values) − 1 increasing fractions in (0, 1); None divides the run into equal parts.
+    At a boundary the next value applies: Piecewise([3.0, 2.0, 1.5])(1/3) is 2.0.
     """
 
     values: Sequence[float]

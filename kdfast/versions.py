@@ -1,4 +1,4 @@
-"""What is installed: for `kdfast doctor` and for the record of a run. Imports nothing it asks about."""
+"""Installed versions, for `kdfast doctor` and for the record of a run. Looks packages up without importing them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PACKAGES = ("torch", "triton", "numpy", "transformers", "datasets", "accelerate"
 
 
 def installed_version(name: str) -> str | None:
-    """Return the version of a distribution, or None."""
+    """Return the version of an installed distribution, or None."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -19,6 +19,6 @@ def installed_version(name: str) -> str | None:
 
 
 def versions() -> dict[str, str | None]:
-    """Return the versions of kdfast, python and PACKAGES; None where a package is not installed."""
+    """Return the versions of kdfast, Python and PACKAGES; None for a package that is not installed."""
     packages = {name: installed_version(name) for name in PACKAGES}
     return {"kdfast": __version__, "python": platform.python_version(), **packages}

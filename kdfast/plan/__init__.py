@@ -1,6 +1,6 @@
-"""Predict the memory of a loss, and the price of a token, before a run. `kdfast plan` prints them.
+"""Predict a loss's memory and a run's operations per token before the run. `kdfast plan` prints them.
 
-Formulas alone: nothing here allocates, needs a GPU, or imports transformers (but `models`, on request).
+These are formulas: nothing here allocates, needs a GPU or imports transformers (except `models`, on request).
 """
 
 from kdfast.plan.memory import METHODS, Shape, largest_tokens, peak_bytes, total_bytes
