@@ -1,0 +1,62 @@
+"""Figures on the pages are those of bench/results/, or what the code computes."""
+
+import json
+
+import documents
+
+from kdfast.training.cache.description import Description, Split
+
+
+def test_teachers():
+    page = documents.source("docs/teachers.md")
+    results = json.loads((documents.ROOT / "bench/results/cached.json").read_text())
+    runs = {(row["case"], row["name"]): row["runs"] for row in results["rows"]}
+    names = {"no teacher (`lm_only`)": "lm_only", "live teacher": "live", "`hidden` 254": "hidden-int8-254"}
+    names |= {"`hidden` 126": "hidden-int8-126", "`sample` 46": "drawn-46", "`sample` 22": "drawn-22"}
+    names |= {"`top_k` 126": "top-126", "`top_k` 30": "top-30"}
+    table = page.split("## What a student loses by it")[1].split("**")[0].splitlines()
+    for kept, name in names.items():
+        cells = []
+        for key in ("eval_ce", "kl_teacher_student"):
+            found = [run[key] for run in runs["strong", name]]
+            assert len(found) == 3
+            cells.append(f"{sum(found) / 3:.3f} ± {(max(found) - min(found)) / 2:.3f}")
+        (row,) = [line for line in table if line.startswith(f"| {kept}")]
+        assert row.endswith(f"| {cells[0]} | {cells[1]} |"), row
+
+    def mean(case, name):
+        return sum(run["eval_ce"] for run in runs[case, name]) / len(runs[case, name])
+
+    spread = [run["eval_ce"] for run in runs["strong", "live"]]
+    within = mean("strong", "live") + (max(spread) - min(spread)) / 2
+    assert all(mean("strong", name) < within for kept, name in names.items() if "sample" in kept or "hidden" in kept)
+    sizes = {row["name"]: row["size"] for row in results["rows"] if row["case"] == "strong"}
+    for size in (64, 128, 256, 512):  # of likeliest ids alone there is a larger one
+        of_size = [name for name in sizes if sizes[name] == size]
+        assert max(of_size, key=lambda name: mean("strong", name)).startswith("top-"), size
+    worse, none = mean("wide", "top-30"), mean("wide", "lm_only")
+    assert f"{worse:.3f} against {none:.3f}" in page
+    speed = results["speed"]
+    assert f"ran {speed['drawn-46']['trained'] / speed['live']['trained']:.1f} times" in " ".join(page.split())
+
+
+def test_bytes_per_token():
+    page = documents.source("docs/teachers.md")
+
+    def size(method, k, vocab, dtype, temperatures):
+        described = Description(
+            "", "", "", "", "", vocab, None, method, k, temperatures, dtype, 0, 1, {"a": Split(1, 1, "")}
+        )
+        return described.bytes_per_token
+
+    for vocab, each in ((65_536, 3), (65_537, 5)):
+        assert size("sample", 32, vocab, "float16", (2.0,)) == each * 32 + 2
+        assert f"{each}n + 2" in page
+    for vocab, each in ((65_536, 4), (65_537, 6)):
+        assert size("top_k", 64, vocab, "float16", (2.0,)) == each * 64 + 8
+        assert f"{each}k + 8" in page
+    assert (size("hidden", 40, 999, "int8", ()), size("hidden", 40, 999, "float16", ())) == (42, 80)
+    assert "r + 2 as `int8`, 2r as `float16`" in page
+    kept = size("top_k", 64, 50_257, "float16", (2.0,))
+    assert f"{kept} bytes per token, or {kept * 1e8 / 1e9:.0f} GB" in page
+    assert f"{2 * 50_257 * 1e8 / 1e12:.0f} TB" in page
