@@ -23,7 +23,7 @@ from kdfast.cli import COMMANDS, as_sentence
 from kdfast.cli.errors import UserError
 from kdfast.inputs import did_you_mean
 from kdfast.training import KDConfig
-from kdfast.training.config import DATA
+from kdfast.training.config import DATA, GROUPS, help_of
 from kdfast.training.recipes import AUTO, CACHED, RECIPES, SELF, current_name
 
 Command = Literal["distill", "cache", "data"]
@@ -70,16 +70,26 @@ def dict_of(given: Any) -> dict[Any, Any]:
 
 @dataclass
 class ModelArguments:
-    model_name_or_path: str | None = _key(None, "the student to go on training: a name or a folder")
-    student_config: str | None = _key(None, "a fresh student: a config.json, its folder, or a mapping with model_type")
-    teacher_model_name_or_path: str | None = _key(
-        None, "the teacher, or a list, caches among them; lm_only needs none; self: the student as it is at the start"
+    model_name_or_path: str | None = _key(None, "The student to train further: a name on the hub, or a folder.")
+    student_config: str | None = _key(
+        None, "A fresh student instead: a config.json, its folder, or a mapping with model_type."
     )
-    tokenizer_name: str | None = _key(None, "default: the student's, or else the teacher's")
-    dtype: str | None = _key(None, "dtype of the student's weights; default: float32, over which bf16: true is mixed")
-    teacher_dtype: str | None = _key(None, "dtype of the teacher's weights; default: auto, the one they were saved in")
-    model_init_kwargs: str | None = _key(None, "a mapping: arguments of from_pretrained, as attn_implementation")
-    teacher_model_init_kwargs: str | None = _key(None, "the same for the teacher, or a list: quantization_config, …")
+    teacher_model_name_or_path: str | None = _key(
+        None,
+        "The teacher; a list of several, in which a folder of kdfast cache may be one; or self, the student as it is "
+        "at the start. lm_only needs none.",
+    )
+    tokenizer_name: str | None = _key(None, "The tokenizer. Default: the student's, or else the teacher's.")
+    dtype: str | None = _key(
+        None, "The dtype of the student's weights. Default: float32; bf16: true then trains in mixed precision."
+    )
+    teacher_dtype: str | None = _key(None, "The dtype of the teacher's weights. Default: the one they were saved in.")
+    model_init_kwargs: str | None = _key(
+        None, "A mapping of further arguments of from_pretrained for the student, such as attn_implementation."
+    )
+    teacher_model_init_kwargs: str | None = _key(
+        None, "The same for the teacher, such as quantization_config or device_map; for several, a list of mappings."
+    )
 
     @property
     def teachers(self) -> dict[str | int, str]:
@@ -105,71 +115,88 @@ class ModelArguments:
 
 @dataclass
 class AdapterArguments:
-    use_peft: bool = _key(False, "train a LoRA adapter on the student, whose own weights stay as they are")
-    lora_r: int = _key(16, "its rank")
-    lora_alpha: int = _key(32, "what it adds is multiplied by lora_alpha / lora_r")
-    lora_dropout: float = _key(0.05, "of its input")
-    lora_target_modules: list[str] | None = _key(None, "layers that get one; all-linear, a pattern; default: PEFT's")
-    lora_target_parameters: list[str] | None = _key(None, "parameters that get one, as experts' packed weights")
-    lora_modules_to_save: list[str] | None = _key(None, "modules trained whole and saved beside it, as lm_head")
-    use_rslora: bool = _key(False, "lora_alpha / √lora_r instead")
-    use_dora: bool = _key(False, "DoRA: magnitudes apart from directions")
-    peft_config: str | None = _key(None, "a mapping of further fields of PEFT's LoraConfig, such as rank_pattern")
-    load_in_8bit: bool = _key(False, "the student's own weights in 8 bits, by bitsandbytes")
-    load_in_4bit: bool = _key(False, "the same in 4 bits: QLoRA; others by model_init_kwargs' quantization_config")
-    bnb_4bit_quant_type: str = _key("nf4", "nf4 or fp4")
-    use_bnb_nested_quant: bool = _key(False, "4 bits: quantize the scales, too")
-    bnb_4bit_quant_storage: str | None = _key(None, "4 bits: the dtype in which they are packed; default: uint8")
+    use_peft: bool = _key(False, "Train a LoRA adapter on the student, whose own weights stay as they are.")
+    lora_r: int = _key(16, "The adapter's rank.")
+    lora_alpha: int = _key(32, "What the adapter adds is multiplied by lora_alpha / lora_r.")
+    lora_dropout: float = _key(0.05, "Dropout on the adapter's input.")
+    lora_target_modules: list[str] | None = _key(
+        None, "Names of the layers that get an adapter, a pattern, or all-linear. Default: PEFT's for the model."
+    )
+    lora_target_parameters: list[str] | None = _key(
+        None, "Names of the parameters that get one, such as the packed weights of experts."
+    )
+    lora_modules_to_save: list[str] | None = _key(
+        None, "Names of modules that are trained whole and saved with the adapter, such as lm_head."
+    )
+    use_rslora: bool = _key(False, "Multiply by lora_alpha / √lora_r instead.")
+    use_dora: bool = _key(False, "Use DoRA, which trains the weights' magnitudes apart from their directions.")
+    peft_config: str | None = _key(None, "A mapping of further fields of PEFT's LoraConfig, such as rank_pattern.")
+    load_in_8bit: bool = _key(False, "Load the student's own weights in 8 bits, with bitsandbytes.")
+    load_in_4bit: bool = _key(
+        False, "Load them in 4 bits: QLoRA. For other kinds use quantization_config in model_init_kwargs."
+    )
+    bnb_4bit_quant_type: str = _key("nf4", "The 4-bit type: nf4 or fp4.")
+    use_bnb_nested_quant: bool = _key(False, "With 4 bits, quantize the scales too.")
+    bnb_4bit_quant_storage: str | None = _key(None, "With 4 bits, the dtype they are packed in. Default: uint8.")
 
 
 @dataclass
 class DataArguments:
-    train_file: str | None = _key(None, "a file, folder or glob: text, JSON, JSON lines, CSV or parquet")
-    eval_file: str | None = _key(None, "the same for evaluation; default: part of the training rows, held out")
-    dataset_name: str | None = _key(None, "a data set of the hub or a local folder, in place of train_file")
-    dataset_config_name: str | None = _key(None, "its configuration")
-    dataset_split: str = _key("train", "its split to train on")
-    eval_dataset_split: str | None = _key(None, "its split to evaluate on")
-    streaming: bool = _key(False, "read the training rows as they are needed; with max_steps")
-    eval_fraction: float = _key(0.01, "share of the rows held out where nothing is named for evaluation")
+    train_file: str | None = _key(
+        None, "What to train on: a file, folder or glob of text, JSON, JSON lines, CSV or parquet."
+    )
+    eval_file: str | None = _key(None, "The same for evaluation. Default: part of the training rows, held out.")
+    dataset_name: str | None = _key(None, "In place of train_file, a data set on the hub or in a local folder.")
+    dataset_config_name: str | None = _key(None, "The data set's configuration.")
+    dataset_split: str = _key("train", "The data set's split to train on.")
+    eval_dataset_split: str | None = _key(None, "The data set's split to evaluate on.")
+    streaming: bool = _key(False, "Read the training rows as they are needed. Needs max_steps and data to evaluate on.")
+    eval_fraction: float = _key(0.01, "Share of the training rows held out if nothing else is named for evaluation.")
 
 
 @dataclass
 class SourceArguments:
     teacher_model_server_url: str | None = field(
         default=None,
-        metadata={"help": "a vLLM or SGLang server that serves the teacher, http://host:port", "aliases": ["--server"]},
+        metadata={
+            "help": "A vLLM or SGLang server that runs the teacher, such as http://host:port (also --server).",
+            "aliases": ["--server"],
+        },
     )
-    server_kind: str = _key("vllm", "vllm or sglang; its key is read from $KDFAST_SERVER_API_KEY, or $OPENAI_API_KEY")
-    server_model: str | None = _key(None, "the model as the server calls it; default: the first that it serves")
-    server_concurrency: int = _key(4, "requests at once, of per_device_eval_batch_size rows each")
-    server_timeout: float = _key(300.0, "seconds without an answer after which a request is made again")
-    server_token_limit: int | None = _key(None, "stop before more prompt tokens than this are sent")
-    teacher_logprobs: str | None = _key(None, "log-probabilities made elsewhere: JSON lines, parquet, a data set")
-    logprobs_field: str | None = _key(None, "the column that holds them, where it has a name of its own")
-    logprobs_temperature: float = _key(1.0, "the kd_temperature of axolotl's target_logprobs")
+    server_kind: str = _key(
+        "vllm", "vllm or sglang. Its API key is read from $KDFAST_SERVER_API_KEY or $OPENAI_API_KEY."
+    )
+    server_model: str | None = _key(None, "The model's name on the server. Default: the first that it serves.")
+    server_concurrency: int = _key(4, "Requests at a time, each of per_device_eval_batch_size rows.")
+    server_timeout: float = _key(300.0, "Seconds without an answer after which a request is sent again.")
+    server_token_limit: int | None = _key(None, "Stop before more prompt tokens than this are sent.")
+    teacher_logprobs: str | None = _key(
+        None, "Log-probabilities made elsewhere, in place of a server: JSON lines, parquet or a data set."
+    )
+    logprobs_field: str | None = _key(None, "The column that holds them, if its name is not one that is known.")
+    logprobs_temperature: float = _key(1.0, "The kd_temperature under which axolotl's target_logprobs were written.")
 
 
 @dataclass
 class RunArguments:
-    overwrite_output_dir: bool = _key(False, "throw away the run that output_dir holds and start anew")
+    overwrite_output_dir: bool = _key(False, "Delete the run in output_dir and start again.")
 
 
-# and what a help page calls them
+# and what a help page calls them; KDConfig has further GROUPS
 ARGUMENT_CLASSES: dict[Any, str] = {
     ModelArguments: "models",
     AdapterArguments: "adapter",
     DataArguments: "data",
-    SourceArguments: "the teacher elsewhere",
-    RunArguments: "run",
-    KDConfig: "training",
+    SourceArguments: "a teacher on a server or in a file, for kdfast cache",
+    RunArguments: "an earlier run",
+    KDConfig: "output",
 }
 EPILOGS = {
     "distill": "Every name of transformers.TrainingArguments is a key too.",
-    "cache": "The other keys of kdfast distill are keys too, so that one file serves both. What counts of them here: "
-    "temperature, teacher_tail, valid_vocab, seed, bf16, fp16, use_cpu, per_device_eval_batch_size. "
-    "kdfast cache import FILE CONFIG.yaml is --teacher_logprobs FILE.",
-    "data": "The other keys of kdfast distill are keys too, so that one file serves both.",
+    "cache": "All keys of kdfast distill are accepted, so that one file serves both commands. Besides those above, "
+    "kdfast cache uses temperature, teacher_tail, valid_vocab, seed, bf16, fp16, use_cpu and "
+    "per_device_eval_batch_size. kdfast cache import FILE CONFIG.yaml is short for --teacher_logprobs FILE.",
+    "data": "All keys of kdfast distill are accepted, so that one file serves both commands.",
 }
 
 
@@ -350,19 +377,19 @@ def format_help(command: Command) -> str:
     trainers = {f.name for f in dataclasses.fields(TrainingArguments)} - {"output_dir"}
     for cls, title in ARGUMENT_CLASSES.items():
         if (command != "distill" and cls in (RunArguments, AdapterArguments)) or (
-            command != "cache" and cls is SourceArguments
+            command == "data" and cls is SourceArguments
         ):
             continue
         group = parser.add_argument_group(title)
         for f in dataclasses.fields(cls):
+            group = parser.add_argument_group(GROUPS[f.name]) if f.name in GROUPS else group
             kept = command == "cache" and f.name.startswith(("teacher_cache", "cache_", "compressed_"))
             if (
                 f.init
                 and f.name not in trainers
                 and (command == "distill" or cls is not KDConfig or kept or f.name in DATA)
             ):
-                default = "" if f.default in (None, dataclasses.MISSING) else f" [{f.default}]"
-                group.add_argument(f"--{f.name}", metavar="", help=f"{f.metadata['help']}{default}".replace("%", "%%"))
+                group.add_argument(f"--{f.name}", metavar="", help=help_of(f).replace("%", "%%"))
     return parser.format_help()
 
 

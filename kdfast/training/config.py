@@ -5,10 +5,12 @@ A distillation field left at None comes from the recipe; `resolved()` gives what
 
 # ruff: noqa: RUF009  (_from_recipe is a field(), not a default that is shared)
 
+import inspect
 import logging
 import math
+import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from numbers import Real
 from typing import Any, get_args
 
@@ -74,13 +76,30 @@ DATA = (
     "teacher_prompt_template", "text_column", "dataset_num_proc",
 )  # fmt: skip
 
+# the first key of each group → what help texts call it
+GROUPS = {
+    "recipe": "the recipe and its loss",
+    "student_init": "solved starts and projectors",
+    "max_length": "rows",
+    "on_policy": "generated text",
+    "teacher_tokenizer_name_or_path": "teachers",
+    "precompute_teacher_log_probs": "a teacher that runs once",
+    "non_finite": "when something goes wrong",
+}
+
+
+def help_of(key: Field) -> str:
+    """Return the help text of a dataclass's field, with its default."""
+    default = str(key.default).lower() if isinstance(key.default, bool) else key.default
+    return key.metadata["help"] + ("" if default in (None, MISSING) else f" (default: {default})")
+
 
 def _field(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
 def _from_recipe(help: str) -> Any:
-    return _field(None, f"{help} None = from the recipe.")
+    return _field(None, f"{help} Default: the recipe's.")
 
 
 @dataclass
@@ -94,108 +113,177 @@ class KDConfig(TrainingArguments):
     Raises ValueError naming the field, what came and what was expected.
     """
 
-    recipe: str = _field(AUTO, f"{', '.join(RECIPES)}; auto takes the best measured one for the models given.")
-    temperature: float | None = _from_recipe("τ > 0 of the KD term.")
-    temperature_steps: list[float] | None = _from_recipe("Instead: a value for each equal part of the run, as 3 2 1.5.")
-    divergence: str | None = _from_recipe(f"{', '.join(DIVERGENCES)}.")
+    recipe: str = _field(
+        AUTO,
+        f"Where the teacher's logits come from and how the student starts: {', '.join(RECIPES)}. auto takes the one "
+        "that measured best for models such as these, and prints why.",
+    )
+    temperature: float | None = _from_recipe("τ > 0, by which the KD term divides the logits of both models.")
+    temperature_steps: list[float] | None = _from_recipe(
+        "In place of temperature, one value for each equal part of the run, such as 3 2 1.5."
+    )
+    divergence: str | None = _from_recipe(f"What the KD term measures: {', '.join(DIVERGENCES)}.")
     beta: float | None = _field(
-        None, "β of jsd (taken alone, it means jsd): 0 forward, 1 reverse KL; or of alpha_beta."
+        None, "β of jsd, where 0 is forward KL and 1 reverse KL; given alone, it selects jsd. Also β of alpha_beta."
     )
-    alpha: float | None = _field(None, "α of skew_kl and skew_reverse_kl, the other side's share, or of alpha_beta.")
-    kd_weight: float | None = _from_recipe("Multiplies τ²·KL; the value after the ramp.")
-    kd_ratio: float | None = _field(None, "r: kd_weight r and ce_weight 1 − r, in place of the two.")
-    kd_ramp: float | None = _from_recipe("Fraction of the run over which the KD weight ramps up; 0 = constant.")
+    alpha: float | None = _field(
+        None, "The share of the other side in skew_kl and skew_reverse_kl. Also α of alpha_beta."
+    )
+    kd_weight: float | None = _from_recipe("Multiplies τ²·KL. If the weight ramps, this is its final value.")
+    kd_ratio: float | None = _field(None, "A number r in [0, 1] that sets kd_weight to r and ce_weight to 1 − r.")
+    kd_ramp: float | None = _from_recipe("Fraction of the run over which the KD weight rises; 0 keeps it constant.")
     kd_ramp_start: float | None = _from_recipe("KD weight at the start of the ramp.")
-    kd_until: float | None = _from_recipe("Fraction of the run that has a KD term; no teacher is run after it.")
-    kd_on: str | None = _from_recipe("completion: the KD term where labels count; all: on every token.")
+    kd_until: float | None = _from_recipe(
+        "Fraction of the run after which the KD term is dropped. The teacher then runs only for a trained projector, "
+        "anchor_weight or hidden_weight."
+    )
+    kd_on: str | None = _from_recipe(
+        "completion: the KD term covers the tokens that have labels; all: every token, prompts included."
+    )
     ce_weight: float | None = _from_recipe("Multiplies the language-model loss.")
-    student_init: str | None = _from_recipe("A fresh student: own; svd, its embedding solved; svd_blocks, all of it.")
-    compressed_rank: int | None = _from_recipe("Rank of a compressed teacher's head, and of hidden states kept of it.")
-    compressed_kl: float | None = _from_recipe("Instead: the smallest rank whose KL to the whole head is at most this.")
-    anchor_weight: float | None = _from_recipe("Multiplies the projected teacher's own cross entropy on the labels.")
-    teacher_grad: str | None = _from_recipe("Where the KD gradient goes on the teacher's side: full, projector, none.")
-    projector_init: str | None = _from_recipe("default (nn.Linear's), normal (std 0.01), or solved: svd, lstsq.")
-    projector_resolve_steps: int | None = _from_recipe("Steps between solves of an untrained projector; 0 = never.")
-    projector_lr: float | None = _from_recipe("The projector's learning rate, in place of the multiplier.")
-    projector_lr_multiplier: float | None = _from_recipe("The projector's learning rate over learning_rate.")
-    router_lr_multiplier: float | None = _from_recipe("The routers' learning rate over learning_rate.")
-    hidden_weight: float | None = _from_recipe("Multiplies the layer-wise hidden-state loss.")
+    hidden_weight: float | None = _from_recipe(
+        "Multiplies a loss on hidden states: 1 − the correlation of student and teacher layers, through a trained map."
+    )
     router_aux_loss_coef: float | None = _field(
-        None, "Multiplies a mixture of experts' load-balancing loss; None = as its configuration says, 0 = without."
+        None,
+        "Multiplies the load-balancing loss of a mixture of experts; 0 leaves it out. Default: as the student's "
+        "configuration says.",
     )
-    calibration_tokens: int | None = _field(None, "Tokens read to solve starts; None = 16 × the teacher's width.")
-    engine: str = _field("auto", "Engine of the loss; auto picks by device.")
-    scratch_bytes: int | None = _field(None, "Memory for one chunk's logits; None = the engine's default.")
-    teacher_tail: str | None = _field(
-        None, "What teacher_log_probs of the data's own are: bucket, renormalize, renormalize_both; none, of drawn ids."
+    valid_vocab: int | None = _field(
+        None,
+        "Number of real tokens; rows of the heads from there on are padding. Default: the tokenizer's number of ids if "
+        "the two heads are padded differently.",
     )
-    teacher_update_rate: float | None = _field(
-        None, "Makes the teacher self a moving average of the student, whose share in an update this is."
+    vocab: str = _field(
+        "error", "What to do with heads of other sizes: error, or truncate, which compares the ids that both have."
     )
-    teacher_sync_steps: int | None = _field(None, "Steps between those updates; None = 1.")
-    valid_vocab: int | None = _field(None, "Ids from here on are padding rows; None = as the tokenizer says, or none.")
-    vocab: str = _field("error", "For heads of other sizes: error, or truncate: KD on the first ids, which both have.")
+    engine: str = _field("auto", "Which implementation computes the loss; auto picks one for the device.")
+    scratch_bytes: int | None = _field(None, "Memory for the logits of one chunk. Default: the engine's.")
 
-    max_length: int | None = _field(1024, "Tokens in a row at most; of a block of text.")
-    truncation_mode: str = _field("keep_start", "What is kept of a longer row: keep_start or keep_end.")
-    packing: bool | None = _field(
-        None, "Whole rows, as many as fit, in one; false: padded rows. None = false, but text is cut into blocks."
+    student_init: str | None = _from_recipe(
+        "How the student starts: own, as it is; svd, its embedding is solved from the teacher's head; svd_blocks, its "
+        "layers too, from the teacher's."
     )
-    completion_only_loss: bool | None = _field(None, "No label on the prompt. None = where there is a completion.")
-    assistant_only_loss: bool = _field(False, "Labels on what the assistant says alone; a template with generation.")
-    chat_template: str | None = _field(None, "A Jinja template or its file; None = the tokenizer's.")
+    calibration_tokens: int | None = _field(
+        None, "Tokens of the training text from which starts are solved. Default: 16 times the teacher's width."
+    )
+    compressed_rank: int | None = _from_recipe(
+        "Rank of a compressed teacher head, and of the hidden states kept for it."
+    )
+    compressed_kl: float | None = _from_recipe(
+        "In place of compressed_rank: the lowest rank whose KL to the whole head is at most this many nats."
+    )
+    projector_init: str | None = _from_recipe(
+        "How the projector starts: default, as nn.Linear; normal, std 0.01; svd or lstsq, solved."
+    )
+    projector_resolve_steps: int | None = _from_recipe(
+        "Solve the projector again every so many steps, and don't train it; 0 = never."
+    )
+    projector_lr: float | None = _from_recipe("Learning rate of the projector, in place of the multiplier.")
+    projector_lr_multiplier: float | None = _from_recipe("The projector's learning rate divided by learning_rate.")
+    router_lr_multiplier: float | None = _from_recipe("The learning rate of expert routers divided by learning_rate.")
+    anchor_weight: float | None = _from_recipe("Multiplies the projected teacher's own cross entropy on the labels.")
+    teacher_grad: str | None = _from_recipe(
+        "How far the KD gradient goes on the teacher's side. full: into the projector and the student's head below it; "
+        "projector: into the projector alone; none."
+    )
+
+    max_length: int | None = _field(1024, "Most tokens in a row, and the length of a block of text.")
+    truncation_mode: str = _field("keep_start", "Which end of a longer row is kept: keep_start or keep_end.")
+    packing: bool | None = _field(
+        None,
+        "true: several whole rows share one of max_length, and none sees another. false: one row each, padded. "
+        "Default: false, but text is joined and cut into blocks of max_length.",
+    )
+    completion_only_loss: bool | None = _field(
+        None, "Train on the completion and not on the prompt. Default: true if rows have a completion."
+    )
+    assistant_only_loss: bool = _field(
+        False, "Train only on what the assistant says, as the generation block of the chat template marks it."
+    )
+    chat_template: str | None = _field(None, "A Jinja template or a file that holds one. Default: the tokenizer's.")
     teacher_prompt_template: str | None = _field(
-        None, "The teacher's own prompt, of columns: None = {prompt}\\n\\n{privileged_context}, where that is one."
+        None,
+        "The teacher's own prompt, with columns in braces. Default: {prompt}\\n\\n{privileged_context}, if there is "
+        "such a column.",
     )
     text_column: str = _field("text", "The column that holds the text.")
-    dataset_num_proc: int | None = _field(None, "Processes that tokenize.")
+    dataset_num_proc: int | None = _field(None, "Number of processes that tokenize.")
 
-    on_policy: float = _field(0.0, "Share of the batches whose completions the student writes; TRL's lmbda.")
-    seq_kd: bool = _field(False, "The teacher writes the completions of the other batches.")
-    max_new_tokens: int = _field(128, "Tokens of a completion at most.")
-    sampling_temperature: float = _field(1.0, "At which it is drawn, whatever the loss's is; 0 = the likeliest tokens.")
-    top_p: float = _field(1.0, "Draw from the likeliest tokens of this mass.")
-    top_k: int = _field(0, "Draw from so many likeliest tokens; 0 = all.")
-    generations_per_prompt: int = _field(1, "Completions of each of a batch's prompts, rows of one batch.")
-    on_policy_buffer: int = _field(1, "Keep so many of the student's batches, and train on each so many times.")
+    on_policy: float = _field(0.0, "Share of the batches whose completions the student writes (TRL's lmbda).")
+    seq_kd: bool = _field(False, "Have the teacher write the completions of the other batches.")
+    max_new_tokens: int = _field(128, "Most tokens in a completion that is written.")
+    sampling_temperature: float = _field(
+        1.0, "Temperature at which completions are drawn; the loss keeps its own. 0 takes the likeliest token."
+    )
+    top_p: float = _field(1.0, "Draw from the likeliest tokens that together have this probability.")
+    top_k: int = _field(0, "Draw from this many of the likeliest tokens; 0 = from all.")
+    generations_per_prompt: int = _field(1, "Completions written for each prompt; the batch grows by this factor.")
+    on_policy_buffer: int = _field(1, "Keep this many of the student's batches, and train this many times on each.")
 
     teacher_tokenizer_name_or_path: str | None = _field(
-        None, "The teacher's own tokenizer; None = the one beside its weights."
+        None, "The teacher's tokenizer, if it has another one. Default: the one beside its weights."
     )
-    precompute_teacher_log_probs: bool | None = _field(
-        None, "Run the teacher once over the training text, before the first step. None = where the text comes again."
-    )
-    teacher_cache: str | None = _field(
-        None, "Folder of the teacher's entries: read, or made where it is not there; None = output_dir/teacher_cache."
-    )
-    cache_method: str | None = _field(
-        None, "sample: ids drawn at random; hidden: compressed states; top_k. None = by the number given or the run."
-    )
-    cache_samples: int | None = _field(None, f"Ids drawn per token, at most 1024; None = {DRAWN}.")
-    cache_top_k: int | None = _field(None, f"Ids kept per token, at most 1024; None = {KEPT}.")
-    cache_dtype: str | None = _field(
-        None, "Of top_k's log-probabilities: float16 or float32; of hidden's coordinates also int8, their default."
-    )
-    cache_temperatures: list[float] | None = _field(None, "Of the runs to come, besides 1; default: the run's.")
-    cache_shard_tokens: int | None = _field(None, "Tokens in a shard; None = a 64th of the text, 2^14 to 2^20.")
-
     teacher_weights: list[float] | None = _field(
-        None, "Of several teachers, what multiplies each one's KD term; None = equal ones that sum to 1."
+        None, "What multiplies the KD term of each of several teachers. Default: equal weights that sum to 1."
     )
     teacher_column: str | None = _field(
         None,
-        "Each row learns from the one of several teachers that this column names; None = teacher_id, if it is there.",
+        "The column that names the one teacher of several from which a row learns. Default: teacher_id, if the data "
+        "has it and no teacher_weights are given.",
     )
+    teacher_update_rate: float | None = _field(
+        None, "Make the teacher self a moving average of the student, which has this share in each update."
+    )
+    teacher_sync_steps: int | None = _field(None, "Steps from one such update to the next. Default: 1.")
     offload_teachers: bool = _field(
-        False, "Keep teachers on the CPU; their layers are copied to the device one by one, as they run."
+        False, "Keep teachers on the CPU, and copy their layers to the device one by one as they run."
     )
-    shard_teacher: bool = _field(False, "Under FSDP: shard the teacher too, in place of a whole copy per process.")
-    non_finite: str = _field("stop", "At a loss or gradient that is not finite: stop, or skip the step (synchronizes).")
-    max_skipped_steps: int = _field(10, "With non_finite=skip: so many steps in a row stop the run nevertheless.")
-    health: bool = _field(True, "Watch the log and say in words what goes wrong.")
-    health_thresholds: dict | str | None = _field(None, "HealthThresholds that differ from the defaults, as JSON.")
+    shard_teacher: bool = _field(False, "Under FSDP, shard the teacher too, instead of one whole copy per process.")
 
-    logging_nan_inf_filter: bool = _field(False, "Hide NaN and inf losses in the log.")
+    precompute_teacher_log_probs: bool | None = _field(
+        None,
+        "Run the teacher over the training text once, before the first step, and learn from what is kept. Default: "
+        "true if the run goes over its text more than once and nothing is in the way.",
+    )
+    teacher_cache: str | None = _field(
+        None, "Folder of what is kept; it is read, or made if it isn't there. Default: output_dir/teacher_cache."
+    )
+    cache_method: str | None = _field(
+        None,
+        "What is kept per token. sample: ids drawn at random; top_k: the likeliest ids; hidden: compressed hidden "
+        "states. Default: the one whose number is given, else as the run needs it; hidden for kdfast cache.",
+    )
+    cache_samples: int | None = _field(None, f"Ids drawn per token, at most 1024. Default: {DRAWN}.")
+    cache_top_k: int | None = _field(None, f"Ids kept per token, at most 1024. Default: {KEPT}.")
+    cache_dtype: str | None = _field(
+        None, "float16 or float32, and for hidden also int8. Default: int8 for hidden, else float16."
+    )
+    cache_temperatures: list[float] | None = _field(
+        None, "Temperatures of the runs that will read the cache, besides 1. Default: the run's."
+    )
+    cache_shard_tokens: int | None = _field(
+        None, "Tokens in a shard. Default: a 64th of the text, but at least 2^14 and at most 2^20."
+    )
+    teacher_tail: str | None = _field(
+        None,
+        "What log-probabilities from elsewhere say of the ids they leave out. bucket: their sum; renormalize or "
+        "renormalize_both: nothing; none: the ids were drawn at random.",
+    )
+
+    non_finite: str = _field(
+        "stop",
+        "What to do at a loss or gradient that is NaN or infinite: stop, or skip the step, which costs a "
+        "synchronization and a pass over the gradients per step.",
+    )
+    max_skipped_steps: int = _field(10, "Under non_finite=skip, stop after this many skipped steps in a row.")
+    health: bool = _field(True, "Watch the log and say in words what goes wrong.")
+    health_thresholds: dict | str | None = _field(
+        None, 'Fields of HealthThresholds to change, as a mapping or JSON, such as {"kl": 4.0}.'
+    )
+    logging_nan_inf_filter: bool = _field(
+        False, "Log the mean of the losses before in place of one that is NaN or infinite."
+    )
 
     def __post_init__(self) -> None:
         self._check()
@@ -335,6 +423,18 @@ class KDConfig(TrainingArguments):
                 f"label_smoothing_factor={self.label_smoothing_factor}; it would need the logits, which are never "
                 "made. Leave it at 0"
             )
+
+
+def _list_keys() -> str:
+    """Return our keys, their help texts and defaults, by group: what `help(KDConfig)` shows."""
+    lines, theirs = [], {key.name for key in fields(TrainingArguments)}
+    for key in (key for key in fields(KDConfig) if key.name not in theirs):
+        lines += ["", f"{GROUPS[key.name]}:", ""] if key.name in GROUPS else []
+        lines.append(textwrap.fill(f"{key.name}: {help_of(key)}", 115, subsequent_indent=" " * 4, initial_indent="  "))
+    return "\n".join(lines)
+
+
+KDConfig.__doc__ = f"{inspect.cleandoc(KDConfig.__doc__ or '')}\n{_list_keys()}\n"
 
 
 def _greater_is_better(metric: str) -> bool | None:
