@@ -1,0 +1,64 @@
+"""Defaults, names and limits that docs/training.md and docs/troubleshooting.md state are those of the code."""
+
+import re
+
+import documents
+
+from kdfast.cli import arguments
+from kdfast.cli.errors import CommandError, RunFailed, RunTerminated, UserError
+from kdfast.training import KDConfig
+from kdfast.training.diagnostics import SIGNS, HealthThresholds
+from kdfast.training.recipes import RECIPES
+
+TRAINING = documents.source("docs/training.md")
+
+
+def section(page, heading):
+    return re.split(r"\n#+ ", documents.source(page).split(f"# {heading}\n")[1])[0]
+
+
+def names_in(table_row_cell):
+    return re.findall(r"`(\w+)`", table_row_cell)
+
+
+def first_cells(text):
+    return [name for line in text.splitlines() if line.startswith("| `") for name in names_in(line.split("|")[1])]
+
+
+def test_recipes():
+    text = section("docs/training.md", "Recipes")
+    assert sorted(first_cells(text)) == sorted(RECIPES)
+    found = RECIPES["teacher_head"]
+    assert (found.temperature, found.kd_weight, found.ce_weight) == (2, 0.7, 1)
+    assert "τ is 2, the KD weight 0.7 and `ce_weight` 1" in text
+    compressed = [name for name, recipe in RECIPES.items() if recipe.teacher == "compressed_head"]
+    assert sorted(re.findall(r"\| `(\w+)` \| its head, compressed", text)) == sorted(compressed)
+    assert {(RECIPES[name].kd_weight, RECIPES[name].kd_until) for name in compressed} == {(2.0, 0.5)}
+    assert (RECIPES["shared_tokens"].temperature, RECIPES["shared_tokens"].kd_weight) == (1, 1)
+    assert RECIPES["projector_refit"].projector_resolve_steps == 16
+    assert RECIPES["projector_fixed"].projector_lr_multiplier == 5
+
+
+def test_keys():
+    parser = arguments._Parser("test")
+    known = {action.dest for action in parser._actions}
+    rows = section("docs/training.md", "From the command line").split("|---|---|\n")[1].split("\n\n")[0]
+    assert len(names_in(rows)) > 12
+    assert set(names_in(rows)) <= known
+    assert set(first_cells(section("docs/training.md", "On-policy"))) <= known
+
+
+def test_exit_codes():
+    text = section("docs/training.md", "From the command line")
+    for kind, said in ((RunFailed, "the run failed"), (UserError, "the request"), (RunTerminated, "terminated")):
+        assert issubclass(kind, CommandError)
+        assert re.search(rf"\b{kind.exit_code} \({said}", text)
+
+
+def test_health():
+    text, limits = section("docs/training.md", "Health"), HealthThresholds()
+    assert sorted(first_cells(text)) == sorted(SIGNS)
+    assert f"starts above {limits.initial_loss:g}," in text
+    assert f"KL still above {limits.kl:g} after {limits.kl_after:.0%} of the run" in text
+    assert f"perplexity above {limits.perplexity:,.0f} after {limits.perplexity_after:.0%}" in text
+    assert f"after {KDConfig.max_skipped_steps} in a row" in text
