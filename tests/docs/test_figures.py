@@ -60,3 +60,25 @@ def test_bytes_per_token():
     kept = size("top_k", 64, 50_257, "float16", (2.0,))
     assert f"{kept} bytes per token, or {kept * 1e8 / 1e9:.0f} GB" in page
     assert f"{2 * 50_257 * 1e8 / 1e12:.0f} TB" in page
+
+
+def test_choosing():
+    """Cross entropies, differences and learning rates of bench/results/recipes.md."""
+    page = " ".join(documents.source("docs/choosing.md").split())
+    results = (documents.ROOT / "bench/results/recipes.md").read_text()
+
+    def row(section, recipe):
+        rows = results.split(f"### {section}")[1].split("###")[0].splitlines()
+        (cells,) = [[cell.strip() for cell in line.split("|")] for line in rows if line.startswith(f"| {recipe} |")]
+        return {"rate": float(cells[2]), "ce": cells[4].split(" ")[0], "less": cells[5].split(" ")[0]}
+
+    solved, alone = row("fresh-192", "svd, head at KL 0.01, KD 2"), row("fresh-192", "lm_only")
+    assert f"CE {solved['ce']}, without a teacher {alone['ce']}" in page
+    head, alone = row("pretrained-192", "head at KL 0.01, KD 2"), row("pretrained-192", "lm_only")
+    assert f"CE {head['ce']}, without a teacher {alone['ce']}" in page
+    twice, once = row("pretrained-192", "true head, KD 2"), row("pretrained-192", "true_head")
+    assert "2 was better than 0.7" in page
+    assert twice["ce"] < once["ce"]
+    assert f"up to {twice['rate'] / alone['rate']:.0f} times" in page
+    projectors = [row("fresh-192", recipe)["less"].replace("-", "−") for recipe in ("run4", "run5")]
+    assert f"no better: {projectors[0]}, {projectors[1]}" in page
