@@ -150,6 +150,7 @@ def test_wheel_without_triton_and_the_training_part(wheel, tmp_path):
 
 
 def test_version_is_one():
+    assert re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.M)[0] == _version.__version__
     assert python("-m", "kdfast", "--version").strip() == f"kdfast {_version.__version__}"
     if _installed():
         assert importlib.metadata.version("kdfast") == _version.__version__
