@@ -1,9 +1,10 @@
-"""The tables of docs/distributed.md: a loss on 2 to 1024 GPUs. Predictions: nothing here has run on two GPUs.
+"""Predict a vocabulary-parallel loss on 2 to 1024 GPUs. Nothing here has run on two GPUs.
 
-    python bench/scaling.py
+    python bench/scaling.py      # writes bench/results/scaling.md
 
-Bytes are those of `communication.predicted`, which counting on processes confirms. Seconds are operations and bytes
-over what an H200 and its links give: products at the 790 TFLOP/s seen, links at 80% of their data sheets, one way.
+Bytes are those of `communication.predicted`, which tests compare with bytes counted on processes. Seconds divide
+operations and bytes by what an H200 and its links give: products at the 790 TFLOP/s seen, links at 80% of their data
+sheets, one way.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import records
 from communication import KERNEL_NUMBERS, Step, predicted
 from plan import get_gpu
 
@@ -30,7 +32,7 @@ def products(tokens: int) -> float:
 def groups() -> list[str]:
     """One vocabulary group of R GPUs, which takes N rows."""
     lines = [
-        "| GPUs | products | ours | over NVLink | over the network | gathered logits | gathered head |",
+        "| R | products | ours | over NVLink | over the network | gathered logits | gathered head |",
         "|---|---|---|---|---|---|---|",
     ]
     for ranks in (2, 4, 8, 16, 32, 64):
@@ -101,5 +103,48 @@ def _gb(size: float) -> str:
     return f"{size / 1e9:.2f} GB"
 
 
+PAGE = """# Predicted: a vocabulary-parallel loss on 2 to 1024 GPUs
+
+Made by `python bench/scaling.py`. **No two GPUs have run this yet.** V = {V}, H = {H}, a projected teacher, a bf16
+head, N = {N} rows; products at an H200's {products:.0f} TFLOP/s, links at 80% of their data sheets (NVLink 450 GB/s,
+network 50 GB/s, one way, per GPU). Bytes come from formulas that a test compares with bytes counted on 2 and 4
+processes.
+
+## One group of R GPUs, which share N rows
+
+"Ours" is what a GPU receives; the last two columns are what it would receive if logits, or the head, were gathered.
+
+{groups}
+
+## How large a group may be
+
+Most GPUs in a group for which the sum of dX takes no longer than the products it overlaps with: R ≤ 1 + 0.75·V·B/F, for
+a link of B bytes and products of F operations a second, whatever N and H are.
+
+{limits}
+
+A group should therefore not be larger than an NVLink domain; across nodes it pays only for the largest vocabularies.
+A teacher with its own head, or `teacher_grad="none"`, allows a third more.
+
+## 8, 64 and 1024 GPUs with N rows each
+
+In a vocabulary group the rows of its GPUs are gathered first. The head's gradient is summed in bf16 over the copies of
+the head. "W and dW here" is memory while the loss runs, bf16 and fp32.
+
+{clusters}
+
+On one node, vocabulary-parallel moves as much as the head's gradient would, but hides it behind products, and needs an
+eighth of the memory. On several nodes, keep the vocabulary within a node and data-parallelism across them: a group of
+64 would spend seven times as long on dX as on its products.
+"""
+
+
+def page() -> str:
+    """Return bench/results/scaling.md."""
+    tables = {"groups": groups(), "limits": limits(), "clusters": clusters()}
+    texts = {name: "\n".join(lines) for name, lines in tables.items()}
+    return PAGE.format(V=V, H=H, N=N, products=PRODUCTS / 1e12, **texts)
+
+
 if __name__ == "__main__":
-    print("\n\n".join("\n".join(table) for table in (groups(), limits(), clusters())))
+    (records.FOLDER / "scaling.md").write_text(page(), encoding="utf-8")

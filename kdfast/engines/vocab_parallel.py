@@ -19,7 +19,7 @@ gradients and products taken; while the terms are, and the sums of dX, the next 
 logits at a time, in half the chunk solver.
 
 A row is R·15·4 bytes gathered (with K more numbers for a sparse teacher's entries) and 2·H·4 of each side's dX summed;
-its logits in the slices of all would be 2·V·4. docs/distributed.md counts them.
+its logits in the slices of all would be 2·V·4. bench/communication.py counts them.
 """
 
 from __future__ import annotations

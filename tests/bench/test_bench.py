@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import scaling
 import torch
 import torch.nn.functional as F
 import truth
+from communication import KERNEL_NUMBERS, TORCH_NUMBERS, Step, predicted
 from compare import LIMITS, check, figures
 from methods import BY_NAME, METHODS
 from methods.floors import recorded
@@ -211,9 +213,32 @@ def test_the_picture_is_drawn_of_what_there_is(tmp_path):
 
 
 def test_the_tables_of_several_gpus():
-    page = (measure.ROOT / "docs" / "distributed.md").read_text()
-    for table in (scaling.groups(), scaling.limits(), scaling.clusters()):
-        assert "\n".join(table) in page
+    assert (measure.ROOT / "bench/results/scaling.md").read_text() == scaling.page(), "stale: python bench/scaling.py"
+
+
+def test_what_several_processes_communicate():
+    """docs/distributed.md has the bytes of the formulas, which were counted, and the largest groups."""
+    text = " ".join((measure.ROOT / "docs/distributed.md").read_text().split())
+    entries = json.loads((measure.ROOT / "bench/results/communication-cpu.json").read_text())["entries"]
+    runs = [entries[f"{ranks} processes"] for ranks in (2, 4)]
+    titles = {
+        "ours": "vocabulary-parallel",
+        "gathered logits": "gathering the logits",
+        "gathered head": "gathering the head",
+    }
+    for method, title in titles.items():
+        sizes = [predicted(Step(1024, 50257, 768, run["ranks"]))[method] for run in runs]
+        cells = " | ".join(f"{size / 2**20:.3g} MiB" for size in sizes)
+        assert re.search(rf"\| {title} \| [^|]+ \| {cells} \|", text), f"{title}: {cells}"
+        if method != "gathered head":
+            assert [run[method]["bytes"] for run in runs] == pytest.approx(sizes, rel=1e-3)
+    assert (4 * TORCH_NUMBERS, 4 * KERNEL_NUMBERS) == (60, 76)
+    assert f"We measured {runs[0]['ratio']:.2f} times the time of one process, with two processes" in text
+    largest = [scaling.limit(262144, link) for link in (scaling.NVLINK, scaling.NETWORK)]
+    hidden = (
+        "At V = 262144 it should hide its communication on up to {:.0f} GPUs over NVLink, and on up to {:.0f} over a"
+    )
+    assert hidden.format(*largest) in text
 
 
 def test_the_table_of_the_readme():
