@@ -19,7 +19,7 @@ nothing is shared between programs. A program walks its row pair up to three tim
 The last three run where something lies between: collectives, where each process has a slice of the vocabulary, and
 arithmetic on its entries (`kdfast.ops.sparse`), where the teacher is a few entries per row.
 
-Bytes per row pair: 8·V per read, of which the later ones come from L2, 4·V written in bf16 (docs/performance.md).
+Bytes per row pair: 8·V per read, of which the later ones come from L2, 4·V written in bf16.
 """
 
 from collections import namedtuple

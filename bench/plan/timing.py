@@ -19,7 +19,7 @@ from .gpus import Gpu, get_gpu
 from .memory import live_bytes
 
 TRITON_PRODUCTS = 0.6  # a Triton product's share of the vendor's rate: a guess, as in bench/gpu.py
-# executed per pair of logits on sm_90 (`make aot`; docs/performance.md): with a cross entropy and decorrelation
+# executed per pair of logits on sm_90 (bench/results/gpu-predicted.md): with a cross entropy and decorrelation
 ROW_INSTRUCTIONS, STATISTICS_INSTRUCTIONS, GRADIENT_INSTRUCTIONS = 60, 39, 31
 
 

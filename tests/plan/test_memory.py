@@ -48,6 +48,21 @@ def test_scratch_on_a_gpu(engine, scratch, monkeypatch):
         assert peak_bytes(engine, shape) == pytest.approx(peak, rel=0.05), teacher
 
 
+def test_by_hand():
+    """gpt2-medium → gpt2 in bf16 on an H200, under a projected teacher."""
+    N, V, Hs, Ht, s = 8192, 50257, 768, 1024, 2
+    m, stride = 1376, 50304  # tokens of a chunk, which fill the GPU's waves; V padded to a multiple of 128
+    dX = 2 * N * Hs * 4  # both sides'
+    dW = V * Hs * 4
+    projected = N * Hs * s
+    logits = 2 * m * stride * (4 + s)  # fp32, and gradients in bf16
+    rows = 60 * N  # labels, weights, statistics
+    stacked = 2 * m * Hs * (s + 4)  # [h_s; h_p] of a chunk, and its dX
+    stays = N * Hs * s + V * Hs * s + Hs * Ht * s  # final gradients: counted apart
+    by_hand = dX + dW + projected + logits + rows + stacked - stays
+    assert peak_bytes("triton_chunked", Shape(N, V, Hs, Ht)) == by_hand
+
+
 def test_who_can_do_what():
     def able(device):
         return {name for name in METHODS if peak_bytes(name, Shape(64, 1000, 32, 48, device=device)) is not None}
