@@ -1,1 +1,1 @@
-"""Arguments of the loss → one checked Problem."""
+"""Turns the arguments of the loss into one checked Problem."""

@@ -1,11 +1,11 @@
-"""What the processes that share a vocabulary must agree on.
+"""Agreement between the processes that share a vocabulary.
 
-The first call with a set of slices, and of its kind, is compared on all processes: the slices make up the vocabulary
-without a gap or an overlap, and the calls have as many rows, the same labels, weights, sparse entries and options, and
-hidden states that agree in a few places. Of the group's first call an argument that one process refuses is an error on
-all of them; of a later one of a new kind, what the checks refuse. The group remembers the comparison, so later calls
-neither communicate nor wait; KDFAST_CHECK=1, on every process, compares every call. A compiled graph compares slices
-and kind of call while it is traced.
+The first call with a set of slices, and of each kind, is compared across processes: the slices must make up the
+vocabulary without gaps or overlaps, and the calls must have the same number of rows, labels, weights, sparse entries
+and options, and hidden states that agree in a few places. On the group's first call, an argument that one process
+refuses is an error on all of them; on the first call of a later kind, this holds for what the checks refuse. The group
+remembers the comparison, so later calls neither communicate nor wait. KDFAST_CHECK=1, set on every process, compares
+every call. A compiled graph compares the slices and the kind of call while it is traced.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from kdfast.inputs import Head, Options, Projected, SparseLogits, is_asked
 from kdfast.ops import autocast, collectives
 from kdfast.ops.transforms import has_values, in_force
 
-NO_ENTRIES = -1  # of the vocabulary, in a teacher without logits or a head of its own
-PROBES = 8  # hidden states that are compared, of each side
+NO_ENTRIES = -1  # marks a teacher without logits or a head of its own
+PROBES = 8  # hidden-state values that are compared, on each side
 PROBED = ("student: Head.hidden", "the teacher's hidden states")
 KIND_OF_CALL = "the kind of call (options, the teacher's kind, dtypes, what requires grad, the scratch budget)"
-ROWS = ("labels", "anchor_targets", "token_weights", "kd_token_weights")  # whose dtypes change no collective
+ROWS = ("labels", "anchor_targets", "token_weights", "kd_token_weights")  # their dtypes affect no collective
 SCALES = ("logit_scale", "softcap")
-VARYING = (  # options that differ from step to step, or between processes
+VARYING = (  # options that may differ from step to step, or between processes
     "temperature", "kd_weight", "num_items_in_batch", "ignore_index", "temperature_squared", "process_group",
     "vocab_start",
 )  # fmt: skip
@@ -42,11 +42,11 @@ _known: WeakKeyDictionary[Any, dict[tuple[str, str], Vocabulary]] = WeakKeyDicti
 
 
 class Slice(NamedTuple):
-    """What a process has of the student's head, and of a teacher's own."""
+    """A process's slice of the student's head, and of the teacher's own head or logits."""
 
     start: int = 0  # first id
     rows: int = 0
-    claimed: int = 0  # start by `vocab_start`, which may contradict a DTensor's
+    claimed: int = 0  # start according to `vocab_start`, which may contradict a DTensor's
     teacher_start: int = 0
     teacher_rows: int = NO_ENTRIES
 
@@ -54,13 +54,13 @@ class Slice(NamedTuple):
 def agree_on_slices(
     group: Any, mine: Slice, kind_of_call: tuple[Any, ...], hidden: Any, refused: Exception | None
 ) -> tuple[Vocabulary, bool]:
-    """Return the vocabulary that all slices make up, and whether the rest of this call is compared too.
+    """Return the vocabulary that all slices make up, and whether the rest of this call is to be compared too.
 
-    Raises a ValueError on every process for slices that do not fit, and `refused`, this process's own error, if there
-    is one. The others learn of that if they compare: with KDFAST_CHECK=1, or while the group knows no slices yet.
+    Raises ValueError on every process if the slices do not fit together, and `refused`, this process's own error, if
+    there is one. Other processes learn of `refused` only with KDFAST_CHECK=1 or while the group knows no slices yet.
     """
     device = hidden.device if isinstance(hidden, Tensor) else torch.device("cpu")
-    readable = isinstance(hidden, Tensor) and has_values(hidden) and not in_force()  # theirs are no bytes
+    readable = isinstance(hidden, Tensor) and has_values(hidden) and not in_force()  # transforms' tensors have no bytes
     anew = readable and os.environ.get("KDFAST_CHECK") == "1"
     if refused is not None:
         if anew or (readable and not _known.get(group)):
@@ -72,7 +72,7 @@ def agree_on_slices(
 
 @contextmanager
 def raise_on_all_ranks(x: Arguments) -> Iterator[None]:
-    """Where `x.compare`: raise an error of the checks inside on all processes, then compare what they call with."""
+    """If `x.compare`, raise an error from the checks inside on all processes, then compare the processes' arguments."""
     if not x.compare:
         yield
         return
@@ -91,12 +91,12 @@ def raise_on_all_ranks(x: Arguments) -> Iterator[None]:
             raise ValueError(EMPTY_MASK)
         _check_alike(tables)
     except (TypeError, ValueError):
-        _known.pop(group, None)  # on all of them, so that they compare the next call again
+        _known.pop(group, None)  # on all processes, so that they compare the next call again
         raise
 
 
 def kind_of_call(student: Head, teacher: Any, labels: Any, options: Options) -> tuple[Any, ...]:
-    """Return what decides which collectives there are, and of what size; nothing that changes from step to step."""
+    """Return everything that decides which collectives run and how large they are, and nothing that varies by step."""
     found = [torch.is_grad_enabled(), str(autocast.dtype_of(student.hidden.device)), type(teacher).__name__]
     found += [_kind("labels", labels), in_force()]
     for source in (student, teacher, options):
@@ -119,7 +119,7 @@ def _kind(name: str, value: Any) -> Any:
         return str(value.dtype)
     if isinstance(value, Divergence):
         return value.name
-    # a scale or a cap may be an int, and change: a graph has no constant for it then
+    # a scale or cap may be an int that changes, for which a graph has no constant
     return "number" if isinstance(value, float) or (name in SCALES and value is not None) else value
 
 
@@ -130,7 +130,7 @@ def _key(mine: tuple[int, ...], kind_of_call: tuple[Any, ...]) -> tuple[str, str
 def _vocabulary(
     name: str, mine: tuple[int, ...], kind_of_call: tuple[Any, ...], device: torch.device, anew: bool
 ) -> Vocabulary:
-    """Return the vocabulary of the named group's slices: the remembered one, or, if `anew`, one exchanged again."""
+    """Return the vocabulary that the named group's slices make up; if `anew`, exchange it again."""
     group = collectives.named(name)
     known, key = _known.setdefault(group, {}), _key(mine, kind_of_call)
     if anew or key not in known:
@@ -141,12 +141,12 @@ def _vocabulary(
     return known[key]
 
 
-# a collective on numbers a graph has as constants: taken while it is traced, on all processes alike
+# a collective on numbers that are constants in a graph: it runs during tracing, on all processes alike
 _vocabulary._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _of_slices(name: str, mine: Slice, slices: Sequence[Slice]) -> Vocabulary:
-    """Return the vocabulary that the ranks' slices make up. Raises ValueError where they overlap or leave a gap."""
+    """Return the vocabulary that the ranks' slices make up. Raises ValueError if they overlap or leave a gap."""
     for rank, each in enumerate(slices):
         if each.claimed != each.start:
             raise ValueError(
@@ -172,10 +172,10 @@ def _of_slices(name: str, mine: Slice, slices: Sequence[Slice]) -> Vocabulary:
 
 
 def _teacher_vocabulary(slices: Sequence[Slice], size: int) -> tuple[int | None, bool]:
-    """Return the size of the teacher's own vocabulary, or None without one, and whether each process has all of it.
+    """Return the size of the teacher's own vocabulary (None if it has none), and whether every process has all of it.
 
-    What is not whole is cut at the ids the student's head, of `size`, is cut at. It may end before that does, or go on
-    after it on the last process.
+    A teacher that is not whole must be cut at the same ids as the student's head, which has `size` rows. It may end
+    earlier, or continue beyond it on the last process.
     """
     if any(each.teacher_rows == NO_ENTRIES for each in slices):
         return None, False
@@ -203,8 +203,8 @@ def _teacher_vocabulary(slices: Sequence[Slice], size: int) -> tuple[int | None,
 
 
 def _values(x: Arguments) -> dict[str, Any]:
-    """Return what must be the same on all processes, by what an error calls it: tensors as checksums, `PROBED` hidden
-    states as a few of them."""
+    """Return {name for errors: value that must be the same on all processes}: tensors as checksums, hidden states as a
+    few of their values."""
     options = x.options
     numbers: list[Any] = [options.temperature, options.kd_weight, options.ce_weight, options.anchor_weight]
     numbers += [options.num_items_in_batch, options.ignore_index, options.temperature_squared]
@@ -234,7 +234,7 @@ def _checksum(tensor: Tensor | None) -> int | None:
 
 
 def _probes(hidden: Tensor | None) -> list[float]:
-    """Return a few hidden states, spread over the rows; 0 in place of what is not finite."""
+    """Return a few values of the hidden states, spread over the rows, with 0 for those that are not finite."""
     if hidden is None:
         return []
     values = hidden.detach().reshape(-1)
@@ -242,7 +242,7 @@ def _probes(hidden: Tensor | None) -> list[float]:
 
 
 def _check_alike(tables: Sequence[dict[str, Any]]) -> None:
-    """Raise ValueError where a process's values, exactly, or hidden states, nearly, are not the first's."""
+    """Raise ValueError if a process's values differ from the first's; hidden states may differ slightly."""
     for rank, table in enumerate(tables):
         for what, first in tables[0].items():
             if not (_near if what in PROBED else eq)(first, table[what]):
@@ -259,7 +259,7 @@ def _near(first: list[float], other: list[float]) -> bool:
 
 
 def _exchange(refused: Exception | None, values: Any, group: Any, device: torch.device) -> list[Any]:
-    """Return every process's values. Raises `refused`, this process's own error, and a ValueError on the others."""
+    """Return every process's values. Raises `refused`, this process's own error; the others raise ValueError then."""
     answers = collectives.exchange((refused is not None, values), group, device)
     if refused is not None:
         raise refused

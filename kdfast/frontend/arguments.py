@@ -1,4 +1,4 @@
-"""The arguments of one call as this process has them: plain tensors, and where its vocabulary lies."""
+"""The arguments of one call on this process: plain tensors, and which part of the vocabulary they hold."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ EMPTY_MASK = (
 
 
 class Vocabulary(NamedTuple):
-    """The student's vocabulary and the contiguous part of it here. Sizes count a head's rows, padding included."""
+    """The student's vocabulary and this process's contiguous slice. Sizes count a head's rows, padding included."""
 
     size: int
     start: int = 0
-    rows: int = 0  # here: ids start … start + rows
-    largest: int = 0  # most rows any process has
-    group: str = ""  # of processes; "" = the vocabulary is whole
-    teacher: int | None = None  # size of the teacher's own vocabulary, where it is sliced or whole on each of them
-    whole_teacher: bool = False  # each process has all of that
+    rows: int = 0  # this process has ids start … start + rows
+    largest: int = 0  # the most rows any process has
+    group: str = ""  # the process group's name; "" = the vocabulary is not split
+    teacher: int | None = None  # size of the teacher's own vocabulary, with a group
+    whole_teacher: bool = False  # every process has the teacher's whole head or logits
 
     def within(self, ids: int) -> int:
-        """Return how many of the first `ids` ids are here."""
+        """Return how many of the first `ids` ids this process has."""
         return min(max(ids - self.start, 0), self.rows)
 
 
 class Arguments(NamedTuple):
-    """What `fused_kd_loss` was called with, on this process."""
+    """The arguments of `fused_kd_loss` on this process."""
 
     student: Head
     teacher: Teacher | None
     labels: Tensor | None
     options: Options
     vocabulary: Vocabulary
-    kd_vocab_mask: Tensor | None = None  # of the whole vocabulary, by which a sparse teacher's entries are dropped
-    compare: bool = False  # this call with those of the group's other processes
+    kd_vocab_mask: Tensor | None = None  # over the whole vocabulary: drops a sparse teacher's entries
+    compare: bool = False  # compare this call with those of the group's other processes
 
     @property
     def valid_vocab(self) -> int:
@@ -47,7 +47,7 @@ class Arguments(NamedTuple):
 
     @property
     def kd_vocab(self) -> int:
-        """How many of the entries here the KD term may be over: it ends where the smaller vocabulary does."""
+        """Return how many of this process's entries the KD term covers: up to the end of the smaller vocabulary."""
         ids, teacher = self.vocabulary.within(self.valid_vocab), self.teacher
         if isinstance(teacher, Head):
             ids = min(ids, teacher.weight.shape[0])

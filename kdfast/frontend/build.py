@@ -1,4 +1,4 @@
-"""Checked arguments → one `Problem`: flat rows, the projector applied, every convention folded into coefficients."""
+"""Turns checked arguments into one `Problem`: flat rows, projector applied, conventions folded into coefficients."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from kdfast.ops.transforms import ordinary
 
 
 def build_problem(x: Arguments) -> tuple[Problem, Tensor]:
-    """Return what an engine solves, and the rows' weights (3, N) in the means of the KD, CE and anchor metrics."""
+    """Return the problem for an engine, and each row's weight (3, N) in the means of the KD, CE and anchor metrics."""
     x = x._replace(student=_ordinary(x.student), teacher=_ordinary(x.teacher), options=_ordinary(x.options))
     options, vocabulary = x.options, x.vocabulary
     student = _autocast(x.student)
@@ -42,7 +42,7 @@ def build_problem(x: Arguments) -> tuple[Problem, Tensor]:
     teacher = _teacher(x.teacher, student, valid_vocab, engine, x.kd_vocab_mask)
     double = torch.float64 in (hidden.dtype, None if teacher.hidden is None else teacher.hidden.dtype)
     temperature = scalar(options.temperature, device, torch.float64 if double else torch.float32)
-    if teacher.tail == "none" and not teacher.tempered:  # weights as given mean what they say at τ = 1 only
+    if teacher.tail == "none" and not teacher.tempered:  # such weights are valid only at τ = 1
         temperature = torch.where(temperature == 1, temperature, float("nan"))
     its_own = x.teacher.temperature if isinstance(x.teacher, Projected) else None
     kd_vocab, kd_size = x.kd_vocab, valid_vocab
@@ -64,7 +64,7 @@ def build_problem(x: Arguments) -> tuple[Problem, Tensor]:
 
     ce_term = rows.labels is not None and is_asked(options.ce_weight)
     want_metrics = not isinstance(options.return_metrics, str) and bool(options.return_metrics)
-    whole = ce_term or want_metrics  # past the shared ids there is the cross entropy alone
+    whole = ce_term or want_metrics  # only the cross entropy needs logits beyond the shared ids
     grad = torch.is_grad_enabled()
     projected = isinstance(x.teacher, Projected)
     problem = Problem(
@@ -117,7 +117,7 @@ def build_problem(x: Arguments) -> tuple[Problem, Tensor]:
 
 
 class _Teacher(NamedTuple):
-    """The fields of `Problem` whose names begin with `teacher_`: those that a kind of teacher has."""
+    """The fields of `Problem` that begin with `teacher_`, as far as the kind of teacher has them."""
 
     hidden: Tensor | None = None
     weight: Tensor | None = None
@@ -131,7 +131,7 @@ class _Teacher(NamedTuple):
     log_tail: Tensor | None = None
     tail: str = "renormalize"
     tempered: bool = False
-    vocab: int | None = None  # entries here of a vocabulary of its own
+    vocab: int | None = None  # entries on this process of the teacher's own vocabulary
 
 
 def _teacher(
@@ -140,7 +140,7 @@ def _teacher(
     if isinstance(teacher, Projected):
         hidden = _flat(teacher.hidden)
         dtype = student.weight.dtype
-        if engine == "torch" and hidden.device.type == "cpu":  # its logits are products of fp32 operands
+        if engine == "torch" and hidden.device.type == "cpu":  # which multiplies fp32 operands
             dtype = torch.promote_types(dtype, torch.float32)
         if teacher.projector_weight is not None:
             hidden = _project(hidden, teacher.projector_weight, teacher.projector_bias, engine, dtype)
@@ -167,8 +167,8 @@ def _teacher(
 
 
 def _unreadable(x: Arguments, valid_vocab: int, kd_mask: Tensor | None) -> Tensor | None:
-    """Return (N,) bool: rows of a sparse teacher with mass on an id the student does not have, or without an entry; all
-    of them where the KD term is over no id."""
+    """Return a mask (N,), True for rows of a sparse teacher without entries or with mass on an id that the student
+    lacks, and for all rows if the KD term covers no id."""
     nothing = None
     if kd_mask is not None and not x.vocabulary.group:
         nothing = ~kd_mask.any().expand(x.student.hidden.shape[:-1].numel())
@@ -184,7 +184,7 @@ def _unreadable(x: Arguments, valid_vocab: int, kd_mask: Tensor | None) -> Tenso
 
 
 def _ordinary(source: Any) -> Any:
-    """Return a source or the options with tensors that autograd keeps (`transforms.ordinary`)."""
+    """Return a source or the options with tensors that autograd can save (`transforms.ordinary`)."""
     if source is None or torch.compiler.is_compiling():
         return source
     values = {field.name: getattr(source, field.name) for field in fields(source)}
@@ -196,7 +196,7 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, engine: str, dtype: torch.dtype) -> Tensor:
-    """Return hidden · weightᵀ + bias, of operands in the projector's dtype or autocast's, and in `dtype` if wider."""
+    """Return hidden · weightᵀ + bias, computed in the projector's or autocast's dtype, or in `dtype` if wider."""
     narrow = autocast.dtype_of(hidden.device) or hidden.dtype
     if torch.promote_types(narrow, dtype) != narrow:
         head = _autocast(Head(hidden, weight, bias))
@@ -212,7 +212,7 @@ def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, engine: str, d
 
 
 def _autocast(head: Head) -> Head:
-    """Return the head in the autocast dtype, as nn.Linear would compute it inside autocast (float64 stays)."""
+    """Return the head in the dtype that nn.Linear would use under autocast; float64 stays."""
     dtype = autocast.dtype_of(head.hidden.device)
     if dtype is None or head.hidden.dtype == torch.float64:
         return head

@@ -1,7 +1,7 @@
-"""Checks of everything a caller passes. Every error names the argument, what came, what was expected, what to do.
+"""Checks of all arguments. Every error names the argument, what came, what was expected, and what to do.
 
-Names, types, shapes, devices and dtypes are checked always. Values of tensors are checked where that is free: on
-the CPU, outside a compiled graph. On a GPU they would cost a synchronization; KDFAST_CHECK=1 asks for it.
+Names, types, shapes, devices and dtypes are always checked. Tensor values are checked where reading them is free: on
+the CPU, outside a compiled graph. On a GPU that would need a synchronization; KDFAST_CHECK=1 allows it.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from kdfast.ops import autocast, sparse, transforms
 from kdfast.ops.transforms import has_values
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-LARGEST_LOG_PROB = 0.01  # a probability of one, rounded
+LARGEST_LOG_PROB = 0.01  # allows for rounding of a probability of one
 IDS = "integer token ids. Convert with .long()"
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # numbers the loss is made of
+SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # the loss computes in float32
 
 
 def check(x: Arguments) -> None:
@@ -82,7 +82,7 @@ def check(x: Arguments) -> None:
 
 
 def has_kernels(divergence: Divergence, teacher: Teacher | None) -> bool:
-    """Return whether Triton engines can take it: it is listed, or no kernel computes it, as with a sparse teacher."""
+    """Return whether Triton engines support the divergence. With a sparse teacher they do not compute it themselves."""
     return divergence.key in DIVERGENCES or not isinstance(teacher, (Projected, Head, Logits))
 
 
@@ -95,8 +95,8 @@ def check_kinds(student: Any, teacher: Any) -> None:
 
 
 def check_transforms(student: Head, teacher: Teacher | None, labels: Any, options: Options) -> None:
-    """Raise NotImplementedError for what a fused engine lacks and the reference has: transforms of torch.func, forward
-    mode and make_fx."""
+    """Raise NotImplementedError for transforms of torch.func, forward mode and make_fx, which only engine="reference"
+    supports."""
     if isinstance(options.engine, str) and options.engine == "reference":
         return
     tensors = {"labels": labels}
@@ -139,7 +139,7 @@ def _check_names(options: Options) -> None:
 
 
 def check_head(name: str, head: Head, *, empty: bool) -> None:
-    """Raise for a head whose tensors or numbers do not fit. empty: it may have no rows, as a slice of a vocabulary."""
+    """Raise if a head's tensors or numbers are wrong. empty: it may have no rows, as a slice of a vocabulary may."""
     _check_float_tensor(f"{name}: Head.hidden", head.hidden)
     _check_float_tensor(f"{name}: Head.weight", head.weight)
     if head.weight.dim() != 2 or (head.weight.shape[0] == 0 and not empty):
@@ -158,9 +158,9 @@ def check_head(name: str, head: Head, *, empty: bool) -> None:
 
 
 def _check_linear(name: str, hidden: Tensor, shape: str, **parts: Tensor | None) -> None:
-    """Raise where hidden (*, H) · weight (V, H)ᵀ + bias (V,) do not fit: widths, devices, dtypes.
+    """Raise if widths, devices or dtypes of hidden (*, H), weight (V, H) and bias (V,) do not fit together.
 
-    parts: weight and bias by their fields' names; shape: the weight's, in letters.
+    parts: weight and bias, with their field names as keys; shape: the weight's, in letters.
     """
     (w, weight), (b, bias) = parts.items()
     assert weight is not None
@@ -179,7 +179,7 @@ def _check_linear(name: str, hidden: Tensor, shape: str, **parts: Tensor | None)
         if tensor is None:
             continue
         _check_same_device(f"{name}.{field}", tensor, hidden, f"{name}.hidden")
-        double = torch.float64 in (tensor.dtype, hidden.dtype)  # which autocast leaves alone
+        double = torch.float64 in (tensor.dtype, hidden.dtype)  # autocast leaves float64 alone
         free = tensor is bias or autocast.dtype_of(hidden.device) is not None  # a bias is added to fp32 products
         if tensor.dtype != hidden.dtype and (double or not free):
             raise ValueError(
@@ -237,7 +237,7 @@ def _check_logits(teacher: Logits, x: Arguments) -> None:
 
 
 def _check_vocabularies(name: str, here: int, x: Arguments) -> None:
-    """Raise where the teacher's vocabulary, of which `here` entries are here, is not the student's."""
+    """Raise if the teacher's vocabulary, of which this process has `here` entries, does not fit the student's."""
     theirs, ours = here if x.vocabulary.teacher is None else x.vocabulary.teacher, x.vocabulary.size
     if theirs == 0:
         raise ValueError(f"{name} has no entries on any process of process_group; expected (*, V)")
@@ -297,7 +297,7 @@ def _check_sparse(teacher: SparseLogits, x: Arguments) -> None:
 
 
 def _check_entries(teacher: SparseLogits, x: Arguments) -> None:
-    """Raise ValueError for values of a sparse teacher that cannot be, in rows that count."""
+    """Raise ValueError for impossible values of a sparse teacher in rows that count."""
     log_tail, tail, counts = teacher.log_tail, teacher.tail, _rows_that_count(x)
     if counts is None or not (can_read(teacher.indices) and can_read(teacher.log_probs)):
         return
@@ -338,7 +338,7 @@ def _check_entries(teacher: SparseLogits, x: Arguments) -> None:
 
 
 def _rows_that_count(x: Arguments) -> Tensor | None:
-    """Return (*,) bool: rows whose weight in the KD term is not 0; None where that cannot be read."""
+    """Return a mask (*,), True for rows whose weight in the KD term is not 0; None if the weights cannot be read."""
     options = x.options
     given = [options.kd_token_weights]
     if options.kd_token_weights is None:
@@ -369,7 +369,7 @@ def _check_valid_vocab(valid: Any, V: int) -> None:
 
 
 def check_mask(mask: Any, student: Head) -> None:
-    """Raise for a kd_vocab_mask that is no mask of the student's ids, those here."""
+    """Raise if kd_vocab_mask is not a mask over this process's ids of the student."""
     if mask is None:
         return
     if type(mask).__name__ == "DTensor":
@@ -414,7 +414,7 @@ def _check_targets(name: str, targets: Tensor | None, x: Arguments) -> None:
 
 
 def refuse_ids(role: str, rows: int, input_ids: Tensor, strange: Tensor, argument: str = "input_ids") -> None:
-    """Raise ValueError if any of `input_ids` is `strange` (B, T), one of those that the model has no embedding for."""
+    """Raise ValueError if any of `input_ids` (B, T) is `strange` (B, T), True where the model has no embedding."""
     if not bool(strange.any()):
         return
     found = input_ids[strange]
@@ -440,7 +440,7 @@ def _check_token_weights(name: str, weights: Tensor | None, hidden: Tensor) -> N
 
 
 def _check_number(name: str, value: Any, bound: str = " ≥ 0") -> None:
-    """Raise for all but a finite number within `bound`, or a 0-d tensor that holds one."""
+    """Raise unless `value` is a finite number within `bound`, or a 0-d tensor that holds one."""
     if isinstance(value, Tensor):
         _check_dense(name, value)
         if value.dim() != 0 or value.dtype not in (*DTYPES, *INTEGERS) or value.device.type == "meta":
@@ -459,9 +459,9 @@ def _check_number(name: str, value: Any, bound: str = " ≥ 0") -> None:
 
 
 def _check_range(name: str, given: Any, bound: str) -> None:
-    """Raise for a number that is not finite, not in float32 or outside `bound`, which is "", " ≥ 0" or " > 0"; by
-    comparisons that a compiled graph can make of a number that changes."""
-    # a float16 would be compared as one, where LARGEST is infinite
+    """Raise for a number that is not finite in float32 or is outside `bound`, which is "", " ≥ 0" or " > 0". Uses only
+    comparisons that a compiled graph can make with a number that changes."""
+    # in float16 LARGEST would be infinite
     value = float(given) if isinstance(given, np.floating) else given
     inside = not bound or value >= SMALLEST or (bound == " ≥ 0" and value == 0)
     if not (inside and -LARGEST <= value <= LARGEST):
@@ -471,7 +471,7 @@ def _check_range(name: str, given: Any, bound: str) -> None:
 
 
 def _check_terms(teacher: Teacher | None, labels: Tensor | None, options: Options) -> None:
-    """Raise for a term that was asked for and has nothing to be computed from."""
+    """Raise if a requested term has nothing to be computed from."""
     if labels is None and is_asked(options.ce_weight):
         raise ValueError(f"ce_weight={options.ce_weight} without labels; pass labels, or ce_weight=0")
     if teacher is None and labels is None:
@@ -505,7 +505,7 @@ def _check_tensor(name: str, value: Any, dtypes: tuple[torch.dtype, ...], expect
 
 
 def _check_dense(name: str, value: Tensor) -> None:
-    """Raise for the kinds of tensors that many operators do not know."""
+    """Raise for kinds of tensors that many operators do not support."""
     if value.layout != torch.strided or value.is_nested or value.is_quantized:
         what = "nested" if value.is_nested else "quantized" if value.is_quantized else str(value.layout)
         raise TypeError(
@@ -544,12 +544,12 @@ def _check_tangent(name: str, value: Tensor) -> None:
 
 
 def can_read(tensor: Tensor) -> bool:
-    """Return whether looking at values is free, or was asked for."""
+    """Return whether reading the tensor's values is free or was requested (KDFAST_CHECK=1)."""
     return has_values(tensor) and (tensor.device.type == "cpu" or os.environ.get("KDFAST_CHECK") == "1")
 
 
 def _check_flag(name: str, value: Any, expected: str = "True or False") -> None:
-    if not isinstance(value, (bool, np.bool_)):  # any other would be true or false without a word
+    if not isinstance(value, (bool, np.bool_)):  # anything else would silently count as true or false
         raise TypeError(f"{name} is {kind(value)}; expected {expected}")
 
 
@@ -558,7 +558,7 @@ def _is_int(value: Any) -> bool:
 
 
 def check_divisor(items: int | Tensor, weights: Tensor, factors: Tensor) -> None:
-    """Raise ValueError where rows count and num_items_in_batch is 0; where that cannot be read, they become NaN."""
+    """Raise ValueError if num_items_in_batch is 0 but rows count; if it cannot be read, their loss becomes NaN."""
     if not can_read(weights) or (isinstance(items, Tensor) and not can_read(items)) or items != 0:
         return
     rows = int((weights * factors[:, None] != 0).any(dim=0).sum())

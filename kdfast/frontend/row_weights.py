@@ -1,7 +1,7 @@
-"""Masks, token weights, divisors and term weights → one coefficient per row and term.
+"""Turns masks, token weights, divisors and term weights into one coefficient per row and term.
 
-A bad value that could not be checked without a synchronization (a label out of range, a negative weight, on a GPU
-or inside a compiled graph) becomes a NaN coefficient: the row's loss is NaN and no bad address is touched.
+A bad value that cannot be checked without a synchronization (a label out of range or a negative weight, on a GPU or in
+a compiled graph) becomes a NaN coefficient: the row's loss is NaN and no bad address is read.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ NAN = float("nan")
 
 
 class RowWeights(NamedTuple):
-    coefficients: Tensor  # (3, N): what each row's KD, CE and anchor term is multiplied by in the loss
+    coefficients: Tensor  # (3, N): factors of each row's KD, CE and anchor term in the loss
     weights: Tensor  # (3, N): the row's weight in each term's mean
-    active: Tensor  # (N,) bool: the row counts for something
-    labels: Tensor | None  # (N,) int64; ignored and bad entries that are no ids are replaced by ids
-    anchor_targets: Tensor | None  # likewise; `labels` where none were given
-    has_anchor: bool  # there is something to anchor to
+    active: Tensor  # (N,) bool: the row has a weight in some term
+    labels: Tensor | None  # (N,) int64; entries that are not ids are replaced by ids
+    anchor_targets: Tensor | None  # as labels, and equal to them unless given
+    has_anchor: bool  # there are targets for the anchor
 
 
 def row_weights(
@@ -39,8 +39,9 @@ def row_weights(
 ) -> RowWeights:
     """Return one coefficient per row and term.
 
-    `labels`, `options.anchor_targets` and both token weights have N elements or are None; `temperature` () has the
-    device and dtype of what is returned; bad_kd (N,) bool: rows whose teacher cannot be read.
+    labels, options.anchor_targets and both token weights  N elements each, or None
+    temperature  (), with the device and dtype of the result
+    bad_kd       (N,) bool or None: rows whose teacher cannot be used
     """
     dtype = temperature.dtype
     base = torch.ones(N, device=temperature.device, dtype=dtype)
@@ -67,7 +68,7 @@ def row_weights(
         ]
     )
     tau = temperature
-    if isinstance(options.temperature, Tensor):  # a number has been checked
+    if isinstance(options.temperature, Tensor):  # a number has been checked already
         tau = tau.masked_fill(tau <= 0, NAN)
     kd_factor = tau * tau if options.temperature_squared else torch.ones_like(tau)
     factors = torch.stack(
@@ -79,7 +80,7 @@ def row_weights(
     )
     if options.reduction == "mean":
         if options.num_items_in_batch is None:
-            divisor = weights.sum(dim=1)  # 0 where all weights are: whatever they are multiplied by
+            divisor = weights.sum(dim=1)  # if 0, so are all weights, and the factor does not matter
         else:
             divisor = _factor(options.num_items_in_batch, tau)
             divisor = divisor.masked_fill(divisor == 0, NAN)
@@ -90,7 +91,7 @@ def row_weights(
 
 
 def _targets(targets: Tensor, weights: Tensor, ignore_index: int, valid_vocab: int) -> tuple[Tensor, Tensor]:
-    """Return targets that are safe to gather with, and weights that are 0 at ignored rows and NaN at bad ones."""
+    """Return targets that are safe to gather with, and weights that are 0 in ignored rows and NaN in bad ones."""
     targets = targets.reshape(-1).long()
     safe = targets.clamp(0, valid_vocab - 1)
     weights = weights.masked_fill(targets != safe, NAN).masked_fill_(targets == ignore_index, 0.0)
@@ -101,7 +102,7 @@ def scalar(value: float | Tensor, device: torch.device, dtype: torch.dtype) -> T
     """Return a number or 0-d tensor as a 0-d tensor on the device, without a synchronization."""
     if isinstance(value, Tensor):
         return value.to(device=device, dtype=dtype, non_blocking=True)
-    if torch.compiler.is_compiling():  # a product takes a number that changes as it comes, `full` compiles for each
+    if torch.compiler.is_compiling():  # `full` would compile again for each value of a number that changes
         return torch.ones((), device=device, dtype=dtype) * value
     return torch.full((), float(value), device=device, dtype=dtype)
 

@@ -1,6 +1,6 @@
-"""DTensors and slices of a vocabulary → plain tensors of this process, and where its slice lies.
+"""Turns DTensors and slices of a vocabulary into this process's plain tensors, and finds where its slice lies.
 
-Heads may be plain slices with `vocab_start`, or DTensors; a teacher's own head or logits are cut at the same ids, or
+Heads may be plain slices with `vocab_start`, or DTensors. A teacher's own head or logits are cut at the same ids, or
 whole on every process. Without a `process_group` the arguments stay as they are.
 """
 
@@ -25,7 +25,7 @@ from kdfast.ops import collectives
 def localize(student: Head, teacher: Teacher | None, labels: Any, options: Options) -> Arguments:
     """Return the arguments as plain tensors of this process.
 
-    Raises TypeError or ValueError for a process_group that is not one, and for slices that do not fit together.
+    Raises TypeError or ValueError for an invalid process_group, and for slices that do not fit together.
     """
     if options.process_group is None:
         if options.vocab_start is not None:
@@ -47,7 +47,7 @@ def localize(student: Head, teacher: Teacher | None, labels: Any, options: Optio
     if vocabulary.whole_teacher:
         teacher = _cut(teacher, mine.start)
     mask = options.kd_vocab_mask if isinstance(teacher, SparseLogits) else None
-    if mask is not None:  # entries may be anywhere
+    if mask is not None:  # a sparse teacher's entries may be in any slice
         mask = F.pad(mask.to(torch.uint8), (mine.start, vocabulary.size - mine.start - mine.rows))
         mask = collectives.sum_traced(mask, sharding.group) != 0
     return Arguments(student, teacher, labels, options, vocabulary, mask, compare)
@@ -87,7 +87,7 @@ def _local(
 
 
 def _local_teacher(teacher: Any, start: int, sharding: _Sharding) -> tuple[Any, int, int]:
-    """Return the local teacher and its part of a vocabulary of its own: first id and number of entries."""
+    """Return the local teacher, and the first id and number of entries of its own vocabulary's part."""
     if isinstance(teacher, (Projected, SparseLogits)):
         tensors = {field.name: getattr(teacher, field.name) for field in fields(teacher)}
         local = {name: sharding.replicated(f"teacher: {kind(teacher)}.{name}", t) for name, t in tensors.items()}
@@ -103,7 +103,7 @@ def _local_teacher(teacher: Any, start: int, sharding: _Sharding) -> tuple[Any, 
 
 
 def _cut(teacher: Any, start: int) -> Any:
-    """Return a teacher that is whole on every process from this slice's first id on."""
+    """Return a teacher that is whole on every process, cut to start at id `start`."""
     if isinstance(teacher, Logits):
         return Logits(teacher.logits[..., start:])
     bias = None if teacher.bias is None else teacher.bias[start:]
@@ -111,7 +111,7 @@ def _cut(teacher: Any, start: int) -> Any:
 
 
 def _sharding(given: Any) -> _Sharding:
-    """Return what `process_group=` stands for."""
+    """Return the sharding that `process_group=` stands for."""
     if isinstance(given, DeviceMesh):
         if given.ndim != 1:
             raise ValueError(
@@ -127,21 +127,21 @@ def _sharding(given: Any) -> _Sharding:
 
 
 class _Sharding(NamedTuple):
-    """The processes that have a slice of the vocabulary each; DTensors on them, or on others, → local tensors."""
+    """The processes that have one slice of the vocabulary each. Turns DTensors on them into local tensors."""
 
     group: Any
     mesh: DeviceMesh | None
 
     def local_head(self, name: str, head: Head, start: Any) -> tuple[Head, Any]:
-        """Return the local head, and the id it starts at, as for `sharded`."""
+        """Return the local head and the id it starts at, as `sharded` does."""
         weight, first = self.sharded(f"{name}: Head.weight", head.weight, 0, start)
         bias, _ = self.sharded(f"{name}: Head.bias", head.bias, 0, start)
         hidden = self.replicated(f"{name}: Head.hidden", head.hidden)
         return replace(head, hidden=hidden, weight=weight, bias=bias), first
 
     def sharded(self, name: str, tensor: Any, dim: int, start: Any) -> tuple[Any, Any]:
-        """Return the local part of a tensor that is cut along `dim`, and the id it starts at: `start`, but for a
-        DTensor that is cut elsewhere. A teacher's may be whole."""
+        """Return the local part of a tensor that is cut along `dim`, and the id it starts at: `start`, unless a DTensor
+        is cut elsewhere. A teacher's may be whole."""
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
         if not _is_dtensor(tensor):
@@ -159,7 +159,7 @@ class _Sharding(NamedTuple):
         return tensor.to_local(), int(offset[dim])
 
     def replicated(self, name: str, tensor: Any) -> Any:
-        """Return the local copy of a tensor that every process has whole."""
+        """Return the local copy of a tensor that is whole on every process."""
         if not _is_dtensor(tensor):
             return tensor
         self._check_mesh(name, tensor)
@@ -186,4 +186,4 @@ def _is_dtensor(value: Any) -> bool:
 
 
 def _is_matrix(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dim() == 2 and not value.is_nested  # which has no shape
+    return isinstance(value, Tensor) and value.dim() == 2 and not value.is_nested  # a nested tensor has no shape

@@ -1,4 +1,4 @@
-"""torch.autocast on any device; some, "meta" among them, have none."""
+"""torch.autocast for any device, including those without it, such as "meta"."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def dtype_of(device: torch.device) -> torch.dtype | None:
-    """Return the dtype that nn.Linear would compute in; None outside autocast."""
+    """Return the dtype that nn.Linear would compute in under autocast; None outside autocast."""
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)

@@ -1,13 +1,13 @@
 """Every collective of a vocabulary-parallel loss, in one place.
 
-    all_gather   each process's x → (R, *x.shape) on all, in the order of ranks
-    all_reduce   Σ over processes, in place
-    sum_traced   Σ over processes, a new tensor: outside of the operators, where a compiled graph traces it
-    exchange     a small object of each process, on the host
+    all_gather   every process's x → (R, *x.shape) on all, in rank order
+    all_reduce   sum over processes, in place
+    sum_traced   sum over processes into a new tensor; used outside the operators, where compiled graphs trace it
+    exchange     one small object from every process, on the host
 
-`all_gather` and `all_reduce` return at once; `wait` makes the result usable (on a GPU for the current stream, the host
-goes on). `gather_from_group` and `copy_to_group` are the differentiable pair that the reference engine is built with:
-what autograd sees is one model, computed by every process alike, whose vocabulary lies in slices.
+`all_gather` and `all_reduce` return at once; `wait` makes the result usable (on a GPU, for the current stream; the host
+does not wait). The reference engine uses the differentiable pair `gather_from_group` and `copy_to_group`: autograd sees
+one model, computed alike by every process, whose vocabulary lies in slices.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 
 class Pending(NamedTuple):
-    """The result of a collective that may still be under way."""
+    """The result of a collective that may still be running."""
 
     result: Tensor
     work: Any
@@ -35,47 +35,47 @@ class Pending(NamedTuple):
 
 
 def all_gather(x: Tensor, group: str) -> Pending:
-    """Start gathering (R, *x.shape): x of each process, of the same shape on all."""
+    """Start gathering every process's x into (R, *x.shape); x has the same shape on all."""
     x = x.contiguous()
     out = x.new_empty(size(group), *x.shape)
     return Pending(out, _all_gather_into(out.view(-1), x.view(-1), group=named(group), async_op=True))
 
 
 def all_reduce(x: Tensor, group: str) -> Pending:
-    """Start summing x over the processes, in place; contiguous, of the same shape on all."""
+    """Start summing x over the processes, in place; x is contiguous and has the same shape on all."""
     return Pending(x, dist.all_reduce(x, group=named(group), async_op=True))
 
 
 def sum_traced(x: Tensor, group: Any) -> Tensor:
-    """Return x summed over the processes of a ProcessGroup, of the same shape on all."""
-    # a module that `import torch` leaves out
+    """Return x summed over the processes of a ProcessGroup; x has the same shape on all."""
+    # `import torch` does not import this module
     from torch.distributed import _functional_collectives as functional_collectives
 
     return functional_collectives.all_reduce(x, "sum", group)
 
 
 def exchange(value: Any, group: Any, device: torch.device) -> list[Any]:
-    """Return each process's value, whatever can be pickled, and wait for them. group: a ProcessGroup or its name."""
+    """Return every process's value, which may be any picklable object. group: a ProcessGroup or its name."""
     group = named(group) if isinstance(group, str) else group
     found: list[Any] = [None] * dist.get_world_size(group)
-    on = torch.cuda.device(device) if device.type == "cuda" else nullcontext()  # NCCL sends from the current one
-    with on, temporarily_clear_interpreter_stack():  # pickled bytes are no tensors of torch.func's
+    on = torch.cuda.device(device) if device.type == "cuda" else nullcontext()  # NCCL sends from the current device
+    with on, temporarily_clear_interpreter_stack():  # torch.func must not transform the pickled bytes
         dist.all_gather_object(found, value, group=group)
     return found
 
 
 def size(group: str) -> int:
-    """Return the number of processes."""
+    """Return the number of processes in the group."""
     return dist.get_world_size(named(group))
 
 
 def named(name: str) -> Any:
-    """Return the ProcessGroup of that name: operators know groups by theirs."""
+    """Return the ProcessGroup of that name, which is how operators refer to groups."""
     return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
 def copy_to_group(x: Tensor, group: str) -> Tensor:
-    """Return x, of which every process makes something of its own: its gradient is the sum of theirs."""
+    """Return x for each process to use in its own way; the gradient of x is the sum over the processes."""
 
     def summed(x: Tensor) -> Tensor:
         return all_reduce(x.clone(memory_format=torch.contiguous_format), group).wait()
@@ -84,7 +84,7 @@ def copy_to_group(x: Tensor, group: str) -> Tensor:
 
 
 def gather_from_group(slices: Tensor, group: str, start: int) -> Tensor:
-    """Return (N, V) on every process from its entries (N, v), those from `start` on; v may differ."""
+    """Return (N, V) on every process, put together from each one's entries (N, v) from `start` on; v may differ."""
     if not group:
         return slices
     own = slices.shape[1]

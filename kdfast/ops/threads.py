@@ -1,8 +1,8 @@
-"""Blocks of a CPU's row work, each on one thread, taken from a queue by as many threads as PyTorch uses.
+"""Row work on a CPU: as many threads as PyTorch uses take blocks from a queue, one thread per block.
 
-Inside an operation PyTorch divides the work evenly and waits for the slowest thread: some thousands of times per step,
-each for a time slice where another process has that core. Here a thread that gets less of its core takes fewer blocks.
-What a block gives does not depend on the number of threads, nor on which of them took it.
+Within an operation, PyTorch divides the work evenly and waits for the slowest thread. That happens thousands of times
+per step, and costs a time slice each time another process has that core. Here a thread that gets less of its core takes
+fewer blocks. A block's result does not depend on the number of threads or on which of them took it.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ R = TypeVar("R")
 
 
 def map_on_threads(solve: Callable[[T], R], blocks: Sequence[T]) -> list[R]:
-    """Return [solve(block) for block in blocks], without gradients, its operations on one thread each.
+    """Return [solve(block) for block in blocks], without gradients, each block on one thread.
 
-    Raises what `solve` raises, after all threads have stopped. A single block has PyTorch's own threads."""
+    Raises what `solve` raises, after all threads have stopped. A single block runs on PyTorch's own threads."""
     threads = min(torch.get_num_threads(), len(blocks))
     pool = _pool(torch.get_num_threads()) if threads > 1 else None
     if pool is None:
@@ -44,7 +44,7 @@ def map_on_threads(solve: Callable[[T], R], blocks: Sequence[T]) -> list[R]:
 
     running: list[Future[None]] = []
     try:
-        with suppress(RuntimeError):  # no thread to be had, as while the interpreter shuts down
+        with suppress(RuntimeError):  # no thread can start, as while the interpreter shuts down
             for _ in range(threads):
                 running.append(pool.submit(take))
         for each in running:
@@ -58,8 +58,8 @@ def map_on_threads(solve: Callable[[T], R], blocks: Sequence[T]) -> list[R]:
 
 @lru_cache(maxsize=4)
 def _pool(threads: int) -> ThreadPoolExecutor | None:
-    """Return threads on which PyTorch's operations use one thread; None where it uses no OpenMP that can be told so.
-    torch.set_num_threads would tell every other new thread of the process as well."""
+    """Return threads on which PyTorch's operations are single-threaded, or None if its OpenMP cannot be set that way.
+    torch.set_num_threads would affect every other new thread of the process as well."""
     pool = ThreadPoolExecutor(threads, "kdfast", _use_one_thread)
     with suppress(RuntimeError):
         if pool.submit(torch.get_num_threads).result() == 1:
@@ -68,9 +68,9 @@ def _pool(threads: int) -> ThreadPoolExecutor | None:
 
 
 def _use_one_thread() -> None:
-    torch.get_num_threads()  # the first call in a thread sets it
+    torch.get_num_threads()  # a thread's first call sets the number, so make it before ours
     with suppress(AttributeError):
         ctypes.CDLL(None).omp_set_num_threads(1)
 
 
-os.register_at_fork(after_in_child=_pool.cache_clear)  # the parent's threads are not there
+os.register_at_fork(after_in_child=_pool.cache_clear)  # a child does not have the parent's threads

@@ -1,7 +1,7 @@
-"""What PyTorch may be doing with a tensor beside computing: tracing, batching, forward mode, inference mode.
+"""What PyTorch may be doing with a tensor besides computing: tracing, batching, forward mode, inference mode.
 
-A fused engine takes its gradients in its own forward, behind an operator. `torch.func` and forward mode do not see
-into it, and would come out with zeros or lose gradients without a word, so they are refused; the reference has them.
+A fused engine computes its gradients in its own forward, behind an operator. `torch.func` and forward mode cannot see
+into it and would silently return zeros or lose gradients, so they are refused; engine="reference" supports them.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ _DUAL, _BATCHED = "torch.autograd.forward_ad", "is_grads_batched=True"
 
 
 def refuse(name: str, tensor: Tensor, *, batches: bool = False) -> None:
-    """Raise NotImplementedError where the tensor called `name` goes through a transform that a fused engine lacks.
-    batches: it may be batched, but nothing more."""
-    used = in_force() or (_DUAL if forward_ad._current_level >= 0 else "")  # a graph has a guard on that number
+    """Raise NotImplementedError if the tensor called `name` goes through a transform that fused engines don't support.
+    batches: allow it to be batched, but nothing more."""
+    used = in_force() or (_DUAL if forward_ad._current_level >= 0 else "")  # a graph has a guard on the level
     if not torch.compiler.is_compiling():  # a graph cannot look at the tensor
         if functorch.is_legacy_batchedtensor(tensor):
             used = f"{used}, {_BATCHED}" if used else _BATCHED
@@ -35,28 +35,28 @@ def refuse(name: str, tensor: Tensor, *, batches: bool = False) -> None:
 
 
 def in_force() -> str:
-    """Return torch.func's transforms that this call is inside of; "" = none."""
+    """Return the names of the torch.func transforms around this call; "" = none."""
     names = [_NAMES.get(each.key().name, "") for each in functorch.get_interpreter_stack() or ()]
     return ", ".join(dict.fromkeys(filter(None, names)))
 
 
-# nothing a graph should hold; it is compiled again where this changes
+# nothing that a graph should hold; a change recompiles it
 in_force._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def has_tangent(tensor: Tensor) -> bool:
-    """Return whether forward mode differentiates by `tensor`."""
+    """Return whether `tensor` has a tangent in forward mode."""
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def traced() -> bool:
-    """Return whether make_fx, or what is built on it, is recording operators."""
+    """Return whether make_fx, or something built on it, is recording operators."""
     module = sys.modules.get("torch.fx.experimental.proxy_tensor")
     return module is not None and module.get_proxy_mode() is not None
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Return whether there are values to look at, outside a graph that is being traced and outside torch.func.vmap."""
+    """Return whether the tensor has values to read, which it does not while traced or inside torch.func.vmap."""
     if torch.compiler.is_compiling() or tensor.device.type == "meta" or traced():
         return False
     while torch._C._are_functorch_transforms_active() and functorch.is_functorch_wrapped_tensor(tensor):
@@ -67,8 +67,8 @@ def has_values(tensor: Tensor) -> bool:
 
 
 def ordinary(tensor: Tensor) -> Tensor:
-    """Return a tensor made in torch.inference_mode(), which autograd does not keep for a backward, as one of the same
-    memory that it keeps. It has no gradient."""
+    """Return a tensor that autograd can save: for one made in torch.inference_mode(), a new one that shares its memory
+    and has no gradient; any other as it is."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not tensor.is_inference():
         return tensor
     if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.requires_grad:
