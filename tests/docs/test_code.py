@@ -75,12 +75,12 @@ def _try(page, block, expected, names):
     error = re.match(r"(\w*(?:Error|Warning|Exception)): ", said)
     if error is None:
         printed = _execute(page, block, names)
-        assert expected is None or _matches(said, printed), f"{page}:{block.line} prints\n{printed}"
+        assert expected is None or documents.matches(said, printed), f"{page}:{block.line} prints\n{printed}"
         return
     with pytest.raises(Exception) as caught:
         _execute(page, block, names)
     came = f"{type(caught.value).__name__}: {caught.value}"
-    assert _matches(said, came), f"{page}:{block.line} raises\n{came}"
+    assert documents.matches(said, came), f"{page}:{block.line} raises\n{came}"
 
 
 def _execute(page, block, names):
@@ -89,12 +89,6 @@ def _execute(page, block, names):
     with contextlib.redirect_stdout(out):
         exec(code, names)
     return out.getvalue()
-
-
-def _matches(said, came):
-    """White space is of no account: a page breaks lines where it must."""
-    words = [re.escape(word).replace("…", ".*") for word in said.split()]
-    return re.fullmatch(r"\s+".join(words), came.strip(), re.S) is not None
 
 
 @pytest.mark.parametrize("page", _pages_with_code(long=False))

@@ -4,6 +4,7 @@ import re
 
 import documents
 
+from kdfast import training
 from kdfast.cli import arguments
 from kdfast.cli.errors import CommandError, RunFailed, RunTerminated, UserError
 from kdfast.training import KDConfig
@@ -53,6 +54,16 @@ def test_exit_codes():
     for kind, said in ((RunFailed, "the run failed"), (UserError, "the request"), (RunTerminated, "terminated")):
         assert issubclass(kind, CommandError)
         assert re.search(rf"\b{kind.exit_code} \({said}", text)
+
+
+def test_when_a_run_dies():
+    text = section("docs/troubleshooting.md", "When a run dies")
+    named = {"ValueError", *(name for name in training.__all__ if name.endswith("Error"))}
+    cells = [line.split("|")[4] for line in text.splitlines() if line.startswith("|")]
+    assert len([name for cell in cells for name in names_in(cell)]) == 6
+    assert {name for cell in cells for name in names_in(cell)} <= named
+    assert f"| {RunTerminated.exit_code} | `TerminatedError` |" in text
+    assert f"`ddp_timeout` ({KDConfig.ddp_timeout:,} seconds)" in text
 
 
 def test_health():

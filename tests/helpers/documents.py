@@ -77,6 +77,12 @@ def commands(page: str) -> list[tuple[int, str]]:
     return found
 
 
+def matches(said: str, came: str) -> bool:
+    """Whether a page says what came. White space is of no account: a page breaks lines where it must."""
+    words = [re.escape(word).replace("…", ".*") for word in said.split()]
+    return re.fullmatch(r"\s+".join(words), came.strip(), re.S) is not None
+
+
 def _block(text: str, language: str, match: re.Match[str], group: int) -> Block:
     inside = match.group(group)
     indent = len(match.group(0)) - len(match.group(0).lstrip(" ")) if group == 3 else 0

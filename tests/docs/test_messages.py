@@ -1,0 +1,128 @@
+"""The messages in docs/troubleshooting.md are what the code says, word for word, and each of them is provoked here."""
+
+import math
+
+import documents
+import pytest
+import torch
+from chats import UNMARKED, chat_tokenizer, raw
+from tiny_models import tiny
+
+from kdfast import DistillationModel, Head, KDConfig, KDTrainer, fused_kd_loss
+from kdfast.cli.main import main
+from kdfast.training import HealthThresholds, tokenize_dataset
+from kdfast.training.diagnostics import Log
+from kdfast.training.recipes import choose_recipe
+
+PAGE = "docs/troubleshooting.md"
+QUOTED = [block.text for block in documents.blocks(PAGE) if block.language == "text"]
+
+
+class DTensor(torch.Tensor):
+    pass
+
+
+def heads():
+    student = Head(torch.randn(6, 8, requires_grad=True), torch.randn(40, 8))
+    return student, Head(torch.randn(6, 12), torch.randn(40, 12))
+
+
+def warning(kind, line, progress=0.0):
+    log = Log(HealthThresholds(), 67)
+    if "loss" not in line:  # an evaluation, after some training
+        log.read({"loss": 5.5, "temperature": 2.0}, progress)
+    return f"{kind}: {log.read(line, progress)[kind]}"
+
+
+def initial_loss():
+    return warning("initial_loss", {"loss": 14.0, "ce": 13.0, "kd": 0.1, "kd_weight": 0.7, "temperature": 2.0})
+
+
+def kl():
+    return warning("kl", {"loss": 9.0, "kd": 6.5}, 0.3)
+
+
+def follows():
+    kls = {"eval_kl_teacher_student": 0.34, "eval_kl_teacher_projected": 0.38}
+    return warning("follows", {"eval_ce": 5.5, "eval_kd": 0.007, "eval_ce_projected": 5.6, **kls}, 0.5)
+
+
+def non_finite():
+    student = tiny()
+    with torch.no_grad():
+        student.get_input_embeddings().weight.fill_(math.nan)
+    args = KDConfig(output_dir="out", recipe="lm_only", max_steps=1, use_cpu=True, report_to="none")
+    rows = [{"input_ids": list(range(3, 9)), "labels": list(range(3, 9))}]
+    KDTrainer(DistillationModel(student, recipe="lm_only", check_heads=False), args, train_dataset=rows).train()
+
+
+def heads_of_other_sizes():
+    choose_recipe(tiny(V=40), tiny(V=43))
+
+
+def label_out_of_range():
+    fused_kd_loss(*heads(), torch.arange(6) + 35)
+
+
+def unmarked_template():
+    tokenize_dataset(raw("messages"), chat_tokenizer(UNMARKED), assistant_only_loss=True)
+
+
+def teacher_with_gradient():
+    student, teacher = heads()
+    fused_kd_loss(student, Head(teacher.hidden, teacher.weight.requires_grad_()))
+
+
+def two_dtypes():
+    student, teacher = heads()
+    fused_kd_loss(Head(student.hidden, student.weight.bfloat16()), teacher)
+
+
+def sharded():
+    student, teacher = heads()
+    fused_kd_loss(Head(student.hidden, student.weight.as_subclass(DTensor)), teacher)
+
+
+def unsolved():
+    ids = torch.zeros(1, 4, dtype=torch.long)
+    DistillationModel(tiny(), tiny(), recipe="svd_init")(ids, labels=ids)
+
+
+CASES = (
+    initial_loss, kl, follows, non_finite, heads_of_other_sizes, label_out_of_range, unmarked_template,
+    teacher_with_gradient, two_dtypes, sharded, unsolved,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+
+
+def quotes_of(said):
+    return [text for text in QUOTED if documents.matches(text, said)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_message(case):
+    try:
+        said = case()
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+    assert len(quotes_of(said)) == 1, said
+
+
+def test_an_unknown_key(tmp_path, capsys):
+    (tmp_path / "CONFIG.yaml").write_text("temprature: 2\n")
+    assert main(["distill", "CONFIG.yaml"]) == 2
+    assert len(quotes_of(capsys.readouterr().err.splitlines()[-1])) == 1
+
+
+def test_every_message_is_tried():
+    assert len(QUOTED) == len(CASES) + 1
+
+
+def test_what_a_first_loss_is_made_of():
+    assert f"{math.log(262144):.1f} nats at V = 262,144" in documents.source(PAGE)
+    assert f"at 2² · 0.7, a KL of 9 adds {2**2 * 0.7 * 9:.0f}" in documents.source(PAGE)
