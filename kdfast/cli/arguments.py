@@ -1,7 +1,7 @@
-"""A YAML file and the command line's overrides -> typed arguments, of `kdfast distill` and `kdfast cache` alike.
+"""A YAML file plus command-line overrides, parsed to typed arguments for `kdfast distill` and `kdfast cache`.
 
 The YAML mapping becomes an argument list and the overrides are appended, so both go through one HfArgumentParser:
-a type is checked in one place, the last one given wins, and `learning_rate: 5e-5`, a string to PyYAML, is a number.
+types are checked in one place, the last value wins, and `learning_rate: 5e-5`, a string to PyYAML, is a number.
 """
 
 # ruff: noqa: RUF009  (_key is a field(), not a default that is shared)
@@ -28,9 +28,9 @@ from kdfast.training.recipes import AUTO, CACHED, RECIPES, SELF, current_name
 
 Command = Literal["distill", "cache", "data"]
 LM_ONLY = "lm_only"
-SEVERAL = "teacher_model_name_or_path"  # a list is kept as JSON
+SEVERAL = "teacher_model_name_or_path"  # kept as JSON if it is a list
 
-# what other libraries call a key, or people in a hurry
+# keys of other libraries, and frequent guesses
 ELSEWHERE = {
     **dict.fromkeys(("teacher", "teacher_model", "teacher_name_or_path"), "teacher_model_name_or_path"),
     **dict.fromkeys(("student", "student_model", "model", "model_name", "base_model"), "model_name_or_path"),
@@ -56,7 +56,7 @@ def _key(default: Any, help: str) -> Any:
 
 
 def read_json(given: str | None) -> Any:
-    """Return what a text holds as JSON or in YAML's brackets, or else the text."""
+    """Return a text's value as JSON or YAML in brackets, otherwise the text itself."""
     try:
         return yaml.load(given, _Loader) if given and given[0] in "[{" else given
     except yaml.YAMLError:
@@ -64,7 +64,7 @@ def read_json(given: str | None) -> Any:
 
 
 def dict_of(given: Any) -> dict[Any, Any]:
-    """Return a mapping as it is, and a list by number."""
+    """Return a mapping as it is, and a list as a mapping from numbers."""
     return dict(given) if isinstance(given, dict) else dict(enumerate(given))
 
 
@@ -93,7 +93,7 @@ class ModelArguments:
 
     @property
     def teachers(self) -> dict[str | int, str]:
-        """Several teachers, by name or number; empty where there is one, or none."""
+        """Return several teachers, by name or number; {} for one or none."""
         given = read_json(self.teacher_model_name_or_path)
         if isinstance(given, list | dict) and all(isinstance(name, str) for name in dict_of(given).values()):
             return dict_of(given)
@@ -101,7 +101,7 @@ class ModelArguments:
 
     @property
     def kwargs_of_teachers(self) -> list[Any]:
-        """The same arguments of from_pretrained for each of `teachers`, or its own. ValueError for a wrong number."""
+        """Return arguments of from_pretrained for each of `teachers`. Raise ValueError if their number is wrong."""
         given, n_teachers = read_json(self.teacher_model_init_kwargs), len(self.teachers)
         if not isinstance(given, list):
             return [self.teacher_model_init_kwargs] * n_teachers
@@ -182,7 +182,7 @@ class RunArguments:
     overwrite_output_dir: bool = _key(False, "Delete the run in output_dir and start again.")
 
 
-# and what a help page calls them; KDConfig has further GROUPS
+# their headings on a help page; KDConfig has further GROUPS
 ARGUMENT_CLASSES: dict[Any, str] = {
     ModelArguments: "models",
     AdapterArguments: "adapter",
@@ -207,11 +207,11 @@ class Arguments(NamedTuple):
     source: SourceArguments
     run: RunArguments
     training: KDConfig
-    given: dict[str, Any]  # what differs from the defaults, by key
+    given: dict[str, Any]  # values that differ from the defaults, by key
 
 
 class _Loader(yaml.SafeLoader):
-    """Runs no code that a file names, and takes no aliases: they may hold themselves, or multiply to any size."""
+    """A loader that runs no code from a file, and rejects aliases, which may contain themselves or grow to any size."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -220,15 +220,15 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(config: str) -> dict[str, Any]:
-    """Return the mapping of a file; UserError, naming the file, for what is not `key: value` lines."""
+    """Return the mapping in a file. Raise UserError, naming the file, if its lines are not `key: value`."""
     path = Path(config)
     try:
-        if not path.is_file():  # a pipe would be waited for
+        if not path.is_file():  # reading a pipe would block
             raise UserError(f"{config}: is no file" if path.exists() else f"{config}: no such file")
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise UserError(f"{config}: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or a date that is none
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or an impossible date
         why = "brackets within brackets, too deep" if isinstance(error, RecursionError) else str(error)
         raise UserError(f"{config}: not valid YAML: {' '.join(why.split())}") from error
     if not isinstance(content, dict):
@@ -238,7 +238,7 @@ def read_yaml(config: str) -> dict[str, Any]:
 
 
 class _Parser(HfArgumentParser):
-    """Raises what argparse would print with the usage of 150 options, and accepts no abbreviated keys."""
+    """A parser that raises what argparse would print with the usage of 150 options, and rejects abbreviated keys."""
 
     def __init__(self, source: str) -> None:
         super().__init__(list(ARGUMENT_CLASSES), allow_abbrev=False, add_help=False)
@@ -247,7 +247,7 @@ class _Parser(HfArgumentParser):
         several.nargs = "+"
 
     def spread(self, given: Sequence[str]) -> list[str]:
-        """Return the arguments, numbers in brackets (`--teacher_weights "[0.7, 0.3]"`) one by one."""
+        """Return the arguments, with numbers in brackets (`--teacher_weights "[0.7, 0.3]"`) one by one."""
         listed = [action for action in self._actions if action.nargs == "+" and action.type in (int, float)]
         numbers = {name for action in listed for name in action.option_strings}
         return [
@@ -269,14 +269,14 @@ def parse_argv(argv: Sequence[str], command: Command) -> Arguments:
 
 
 def parse(config: str, overrides: Sequence[str], command: Command = "distill") -> Arguments:
-    """Return the arguments of `kdfast COMMAND config overrides...`; UserError names the key and where it stands."""
+    """Return the arguments of `kdfast COMMAND config overrides...`. A UserError names the key and where it is set."""
     return parse_mapping(config, read_yaml(config), overrides, command)
 
 
 def parse_mapping(
     source: str, content: Mapping[str, Any], overrides: Sequence[str] = (), command: Command = "distill"
 ) -> Arguments:
-    """Return the same for a mapping that is at hand; `source` is what an error calls it."""
+    """Return the arguments from a mapping; `source` is its name in errors."""
     parser = _Parser(source)
     defaults = vars(parser.parse_args([]))
     unknown = [f"--{key}" for key in content if key not in defaults]
@@ -296,17 +296,17 @@ def parse_mapping(
         given["recipe"] = current_name(given["recipe"])
     if problem := next(_problems(values, command), None):
         raise UserError(f"{source}: {problem}")
-    resume = values["resume_from_checkpoint"]  # a path to transformers, which true and false are not
+    resume = values["resume_from_checkpoint"]  # transformers expects a path, which true and false are not
     values["resume_from_checkpoint"] = {"true": True, "false": False}.get(str(resume).lower(), resume)
     try:
         return Arguments(*parser.parse_dict(values), given)  # type: ignore[call-arg]
-    except Exception as error:  # of many classes: TrainingArguments uses some values before it checks them
+    except Exception as error:  # of many classes: TrainingArguments uses some values unchecked
         kind = "" if isinstance(error, ValueError | ImportError) else f"{type(error).__name__}: "
         raise UserError(f"{source}: {kind}{error}") from error
 
 
 def _problems(given: Mapping[str, Any], command: Command) -> Iterator[str]:
-    """Yield what is missing for `command` or excludes each other, in words of keys."""
+    """Yield what `command` lacks, or what excludes each other, by key."""
     distills = command == "distill"
     for one, other in [("train_file", "dataset_name"), ("model_name_or_path", "student_config")][: 1 + distills]:
         if (given[one] is None) == (given[other] is None):
@@ -366,7 +366,7 @@ def _problems(given: Mapping[str, Any], command: Command) -> Iterator[str]:
 
 
 def format_help(command: Command) -> str:
-    """Return the usage and a line for each of the command's own keys; TrainingArguments' 120 are named, not listed."""
+    """Return the usage and a line per key of the command's own; TrainingArguments' 120 are named, but not listed."""
     parser = argparse.ArgumentParser(
         usage=f"kdfast {command} CONFIG.yaml [--key value ...]",
         description=as_sentence(COMMANDS[command]),
@@ -398,13 +398,13 @@ def _as_arguments(content: Mapping[str, Any]) -> list[str]:
     for key, value in content.items():
         if isinstance(value, list) and not any(isinstance(one, dict) for one in value):
             arguments += [f"--{key}", *map(str, value)]
-        elif value is not None:  # `key:` with nothing behind it: the default
+        elif value is not None:  # an empty `key:` means the default
             arguments.append(f"--{key}={json.dumps(value) if isinstance(value, dict | list) else value}")
     return arguments
 
 
 def _explain(argument: str, known: Sequence[str]) -> str:
-    """Return what is wrong with an argument that belongs to no key, or to an unknown one."""
+    """Return what is wrong with an argument that has no key or an unknown one."""
     if not argument.startswith("-"):
         return f"{argument!r} belongs to no key; expected --key value, and one value where the key takes no list"
     name = argument.split("=")[0].lstrip("-").replace("-", "_")

@@ -1,9 +1,9 @@
-"""`kdfast cache CONFIG.yaml`: the teacher over the training and evaluation text, once, kept in `teacher_cache`.
+"""`kdfast cache CONFIG.yaml`: run the teacher once over the training and evaluation text, and keep `teacher_cache`.
 
-The teacher is run here, or asked for on a server; `kdfast cache import FILE CONFIG.yaml` takes what a file says of it.
+The teacher runs here or on a server; `kdfast cache import FILE CONFIG.yaml` reads a file of its log-probabilities.
 
-The configuration may be that of `kdfast distill`, which then trains from the cache and loads no teacher. The same
-command again resumes an interrupted one, and leaves a complete cache alone.
+The configuration may be that of `kdfast distill`, which then trains from the cache and loads no teacher. Repeating the
+command resumes an interrupted cache, and leaves a complete one alone.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from kdfast.training.recipes import CACHED
 
 
 def cache(argv: list[str]) -> int:
-    """Do what the command line says; return the exit code."""
+    """Run the command; return its exit code."""
     if argv[:1] == ["import"] and not {"-h", "--help"} & set(argv):
         if len(argv) < 3 or argv[2].startswith("-"):
             raise UserError(f"cache {' '.join(argv)}; expected kdfast cache import FILE CONFIG.yaml")
@@ -40,12 +40,12 @@ def cache(argv: list[str]) -> int:
 
 
 def make_cache(arguments: Arguments) -> CacheSummary:
-    """Make, complete or find the cache that the arguments ask for.
+    """Make, complete or find the cache for these arguments.
 
-    Raises UserError where they cannot be run, RunFailed where it cannot be written.
+    Raises UserError if they cannot be run, RunFailed if the cache cannot be written.
     """
     training, models, source = arguments.training, arguments.model, arguments.source
-    folder = Path(str(training.teacher_cache))  # parse saw to it that there is one
+    folder = Path(str(training.teacher_cache))  # parse requires it
     taus = training.resolved(CACHED).temperatures
     elsewhere = source.teacher_model_server_url or source.teacher_logprobs
     options = training.cache_options(taus, "top_k" if elsewhere else "hidden")
@@ -75,9 +75,9 @@ def make_cache(arguments: Arguments) -> CacheSummary:
         else:
             summary = _from_model(arguments, options, given)
         if complete:
-            by_first(lambda: TeacherCache(folder).summary)  # its checksums
+            by_first(lambda: TeacherCache(folder).summary)  # checks its checksums
             print_once(f"{folder}: complete already; remove the folder to make it again")
-    except ValueError as error:  # which names the arguments of Python's functions: here they are keys
+    except ValueError as error:  # it names Python arguments; here they are keys
         name, _, rest = str(error).partition("=")
         keys = {"temperatures": "cache_temperatures", "url": "teacher_model_server_url", **counts}
         keys |= {name: f"server_{name}" for name in ("kind", "concurrency", "token_limit")}
@@ -93,7 +93,7 @@ def make_cache(arguments: Arguments) -> CacheSummary:
 
 def _from_model(arguments: Arguments, options: dict[str, Any], given: dict[str, Any]) -> CacheSummary:
     training, models = arguments.training, arguments.model
-    autocast = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None  # as for a live teacher
+    autocast = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None  # as a live teacher runs
     assert models.teacher_model_name_or_path is not None
     teacher = load_teacher(
         models.teacher_model_name_or_path,

@@ -1,4 +1,4 @@
-"""What `kdfast distill` and `kdfast cache` read alike, and `kdfast data CONFIG.yaml` shows: tokenizer and rows."""
+"""`kdfast data CONFIG.yaml`, and the tokenizer and rows that `kdfast distill` and `kdfast cache` share with it."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ GREEN, BRACKETS = ("\x1b[32m", "\x1b[0m"), ("[[", "]]")
 
 
 class Text(NamedTuple):
-    """What a run is given to read."""
+    """What a run reads: tokenizer and rows."""
 
     tokenizer: PreTrainedTokenizerBase
     train: Any
     evaluation: Dataset
-    counts: dict[str, Counts]  # of both, by "train" and "eval"
-    other: OtherTokenizer | None = None  # the teacher's, where that is another
+    counts: dict[str, Counts]  # of both data sets, by "train" and "eval"
+    other: OtherTokenizer | None = None  # the teacher's, if it differs
 
     def describe(self, max_length: int | None) -> str:
-        """Return how many rows there are, in words."""
+        """Return the number of rows, in words."""
         many = f"{len(self.train)} rows" if hasattr(self.train, "__len__") else "a stream of rows"
         return f"{many} of at most {max_length} tokens to train on, {len(self.evaluation)} to evaluate on"
 
 
 def data(argv: list[str]) -> int:
-    """Print the first row with its targets, and what becomes of the rows; return the exit code."""
+    """Print the first row with its targets, and the counts of rows; return the exit code."""
     arguments = parse_argv(argv, "data")
     try:
         text = load_text(arguments)
@@ -65,7 +65,7 @@ def data(argv: list[str]) -> int:
 
 
 def preview(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], marks: tuple[str, str]) -> str:
-    """Return the text of a row of tokens, of its first document where it is packed, with `marks` around its targets."""
+    """Return a row's text (of its first document, if packed) with `marks` around its targets."""
     length = next(iter(lengths_of(row)), None)
     ids, labels = (list(row[name])[:length] for name in ("input_ids", "labels"))
     runs = itertools.groupby(range(len(ids)), lambda i: i > 0 and labels[i] != IGNORE_INDEX)
@@ -74,11 +74,13 @@ def preview(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], marks: tupl
 
 
 def load_text(arguments: Arguments, teacher: str | None = None) -> Text:
-    """Return tokenizer, rows to train on and rows to evaluate on; the first process tokenizes, the others read what
-    it kept. teacher: the name of one that reads the text, perhaps with a tokenizer of its own."""
+    """Return tokenizer, training rows and evaluation rows. The first process tokenizes; the others read its results.
+
+    teacher: the name of a teacher that reads the text, perhaps with its own tokenizer.
+    """
     training = arguments.training
     if training.process_index > 0:
-        transformers.utils.logging.disable_progress_bar()  # of loading: one is enough
+        transformers.utils.logging.disable_progress_bar()  # of loading, since one is enough
     tokenizer = load_tokenizer(arguments.model)
     other = None
     if teacher is not None:
@@ -92,7 +94,7 @@ def load_text(arguments: Arguments, teacher: str | None = None) -> Text:
 
 
 def load_tokenizer(models: ModelArguments) -> PreTrainedTokenizerBase:
-    """Return that of tokenizer_name, or the student's, or the teacher's: the first that is given."""
+    """Return the tokenizer of tokenizer_name, the student or the teacher, the first that is given."""
     for key in ("tokenizer_name", "model_name_or_path", "teacher_model_name_or_path"):
         if (name := getattr(models, key)) not in (None, SELF):
             own = key.replace("name_or_path", "init_kwargs")
@@ -103,7 +105,7 @@ def load_tokenizer(models: ModelArguments) -> PreTrainedTokenizerBase:
             place = {key: kwargs[key] for key in (*SOURCE, "trust_remote_code") if key in kwargs}
             try:
                 return AutoTokenizer.from_pretrained(name, **{"trust_remote_code": False, **place})
-            except Exception as error:  # of many classes; tokenizers' own is no other than Exception
+            except Exception as error:  # of many classes; tokenizers raises plain Exception
                 raise ValueError(f"{key}: no tokenizer could be loaded from {name!r}: {first_line(error)}") from error
     raise ValueError("tokenizer_name is missing; it is needed where neither student nor teacher brings a tokenizer")
 
@@ -111,7 +113,7 @@ def load_tokenizer(models: ModelArguments) -> PreTrainedTokenizerBase:
 def load_splits(
     arguments: Arguments, tokenizer: PreTrainedTokenizerBase, other: OtherTokenizer | None = None
 ) -> tuple[Any, Any, dict[str, Counts]]:
-    """Return rows to train on, rows to evaluate on, and what became of the raw ones."""
+    """Return training rows, evaluation rows, and the counts of raw ones."""
     data, options = arguments.data, arguments.training.data_options
 
     def read(key: str, *, streaming: bool = False) -> tuple[str, Any]:
@@ -129,7 +131,7 @@ def load_splits(
         )
         return tokenize_dataset(documents, tokenizer, prompts=prompts, **options)
 
-    prompts = arguments.training.prompts  # of what is trained on
+    prompts = arguments.training.prompts  # only for training rows
     in_blocks = options["packing"] is None and prompts is None
 
     key = "train_file" if data.train_file is not None else "dataset_split"
@@ -142,7 +144,7 @@ def load_splits(
         train, evaluation = hold_out(train, data.eval_fraction)
         counts = counts.of_blocks(train, options["max_length"])
         others = Counts(argument=f"{what}, held out").of_blocks(evaluation, options["max_length"])
-    else:  # rows before they are packed, by length
+    else:  # before packing: lengths of rows
         train, held_out = hold_out(documents, data.eval_fraction)
         (train, counts), (evaluation, others) = rows(what, train, prompts), rows(f"{what}, held out", held_out)
     return train, evaluation, {"train": counts, "eval": others}

@@ -1,4 +1,4 @@
-"""`kdfast demo`: kdfast.demo with runs that `kdfast distill` could do, the file with its settings beside each."""
+"""`kdfast demo`: kdfast.demo with runs of `kdfast distill`, each with a file of its settings beside it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from kdfast.training.data.text import DataError
 
 
 def demo(*, quick: bool, output_dir: str, cache_dir: str | None, seed: int) -> int:
-    """Do everything from the text to the table; return the exit code."""
-    datasets.disable_progress_bars()  # of loading and tokenizing, seconds here; training has its own
+    """Run the demo, from the text to the table; return the exit code."""
+    datasets.disable_progress_bars()  # of loading and tokenizing, which take seconds; training has its own
     transformers.utils.logging.disable_progress_bar()
     try:
         run_demo(run_settings, QUICK if quick else FULL, output_dir, cache_dir, seed)
@@ -29,7 +29,7 @@ def demo(*, quick: bool, output_dir: str, cache_dir: str | None, seed: int) -> i
 
 
 def run_settings(name: str, parent: Path, settings: dict[str, Any]) -> Run:
-    """Write parent/name.yaml and do what `kdfast distill` does with it, into parent/name."""
+    """Write the settings to parent/name.yaml and run `kdfast distill` with them, into parent/name."""
     config = parent / f"{name}.yaml"
     config.write_text(yaml.safe_dump({**settings, "output_dir": str(parent / name)}, sort_keys=False))
     return run_distillation(parse(str(config), []))

@@ -1,7 +1,7 @@
-"""`kdfast distill CONFIG.yaml`: tokenizer, data, models, training, evaluation, and the files that say what came of it.
+"""`kdfast distill CONFIG.yaml`: tokenizer, data, models, training, evaluation, and files with the results.
 
-Into output_dir go the student with its tokenizer (plain `from_pretrained` reads it), the projector beside it,
-summary.json, report.html, and while training checkpoint-N folders. The same command again resumes an interrupted run
+output_dir gets the student with its tokenizer (plain `from_pretrained` reads it), the projector beside it,
+summary.json, report.html, and checkpoint-N folders during training. Repeating the command resumes an interrupted run
 and leaves a finished one alone.
 """
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 def distill(argv: list[str]) -> int:
-    """Do what the command line says; return the exit code."""
+    """Run the command; return its exit code."""
     run = run_distillation(parse_argv(argv, "distill"))
     print_once(text_table([run]))
     leave()
@@ -47,18 +47,18 @@ def distill(argv: list[str]) -> int:
 
 
 def run_distillation(arguments: Arguments) -> Run:
-    """Return one run, done from its arguments to its files; or what the same arguments came to before.
+    """Do one run, from its arguments to its files, and return it; a finished run with these arguments is only read.
 
-    Raises UserError where the arguments cannot be run, RunFailed where a loss is not finite or something outside the
-    run stops it, RunTerminated after SIGTERM.
+    Raises UserError if the arguments cannot be run, RunFailed if a loss is not finite or something outside stops the
+    run, RunTerminated after SIGTERM.
     """
     training = arguments.training
     training.device  # noqa: B018  # asking for it connects the processes
-    assert training.output_dir is not None  # parse saw to it
+    assert training.output_dir is not None  # parse requires it
     output_dir = Path(training.output_dir)
     try:
         by_first(lambda: claim(output_dir, arguments.given, arguments.run.overwrite_output_dir))
-    except (OSError, ValueError) as error:  # the latter of a name that no file can have
+    except (OSError, ValueError) as error:  # ValueError for a name that no file can have
         raise UserError(f"output_dir: {error}") from error
     try:
         return _run(arguments, output_dir)
@@ -66,7 +66,7 @@ def run_distillation(arguments: Arguments) -> Run:
         raise RunTerminated(str(error)) from error
     except RunStoppedError as error:
         raise RunFailed(str(error)) from error
-    except ValueError as error:  # what data, models and the trainer say of arguments that do not fit
+    except ValueError as error:  # raised by data, models and trainer for arguments that do not fit
         raise UserError(str(error)) from error
     except OSError as error:  # a report or summary on a full disk
         raise RunFailed(f"{error}. The same command goes on from the last checkpoint") from error
@@ -89,7 +89,7 @@ def _run(arguments: Arguments, output_dir: Path) -> Run:
         trainer.check_start(checkpoint)
     if checkpoint:
         print_once(f"{name}: going on from {checkpoint}")
-    transformers.utils.logging.disable_progress_bar()  # of saving, which would break into training's
+    transformers.utils.logging.disable_progress_bar()  # of saving, which would break up training's
     show_progress(trainer, name)
     trainer.add_callback(_LogLastStep())
 
@@ -99,14 +99,14 @@ def _run(arguments: Arguments, output_dir: Path) -> Run:
         trainer.train(resume_from_checkpoint=checkpoint)
     log, step, best = trainer.state.log_history, trainer.state.global_step, training.load_best_model_at_end
     evaluated = [entry for entry in log if "eval_ce" in entry and entry["step"] == step and not best]
-    evaluation = evaluated[-1] if evaluated else trainer.evaluate()  # eval_strategy had the last step evaluated
+    evaluation = evaluated[-1] if evaluated else trainer.evaluate()  # eval_strategy has evaluated the last step
     trainer.save_model()
     run = Run(name, log_table(trainer.state.log_history), summarize(trainer, evaluation), read_texts(output_dir))
 
     def write() -> None:
         trainer.save_state()
         write_report(output_dir / REPORT, f"{name}: recipe {run.summary['recipe']}", [run])
-        write_summary(output_dir / SUMMARY, run.summary)  # last: it says that the run is finished
+        write_summary(output_dir / SUMMARY, run.summary)  # last, since it marks the run as finished
 
     by_first(write)
     print_once(f"{name}: model, summary.json and report.html are in {output_dir}")
@@ -115,7 +115,7 @@ def _run(arguments: Arguments, output_dir: Path) -> Run:
 
 def _trainer(arguments: Arguments, name: str) -> KDTrainer:
     models, training = arguments.model, arguments.training
-    training.dataloader_pin_memory &= torch.accelerator.is_available()  # without one, a warning is all it brings
+    training.dataloader_pin_memory &= torch.accelerator.is_available()  # otherwise it only warns
     elsewhere = arguments.source.teacher_model_server_url or arguments.source.teacher_logprobs
     folder = training.teacher_cache
     if elsewhere and training.recipe != LM_ONLY and not (folder and by_first((Path(folder) / NAME).exists)):
@@ -127,7 +127,7 @@ def _trainer(arguments: Arguments, name: str) -> KDTrainer:
     several = models.teachers
     given = load_text(arguments, None if without_teacher or own or several else models.teacher_model_name_or_path)
     tokenizer, train, evaluation = given.tokenizer, given.train, given.evaluation
-    set_seed(training.seed)  # a fresh student's weights
+    set_seed(training.seed)  # for a fresh student's weights
     text: dict[str, Any] = {"tokenizer": tokenizer, "valid_vocab": training.valid_vocab}
     student = load_student(
         models.model_name_or_path,
@@ -142,7 +142,7 @@ def _trainer(arguments: Arguments, name: str) -> KDTrainer:
     elif several:
         text["dtype"] = models.teacher_dtype
         for (key, one), kwargs in zip(several.items(), models.kwargs_of_teachers, strict=True):
-            if not (Path(one) / NAME).exists():  # a cache, which the trainer reads
+            if not (Path(one) / NAME).exists():  # the trainer reads caches
                 loaded[f"teacher {key}"] = load_teacher(one, model_init_kwargs=kwargs, **text)
     elif not own and (teacher := models.teacher_model_name_or_path) is not None:
         text["model_init_kwargs"] = models.teacher_model_init_kwargs
@@ -155,7 +155,7 @@ def _trainer(arguments: Arguments, name: str) -> KDTrainer:
     engine, rows = engine_of(training, student), given.describe(training.max_length)
     print_once(f"{name}: recipe {training.recipe}; {sizes}; {rows}; engine {engine} on {training.device}")
     teachers: Any = {key: loaded.get(f"teacher {key}", one) for key, one in several.items()} or loaded.get("teacher")
-    if 0 in several:  # names are the folders'
+    if 0 in several:  # keys are numbers; use the folders' names
         teachers = [*teachers.values()]
     trainer = KDTrainer(
         student,
@@ -171,7 +171,7 @@ def _trainer(arguments: Arguments, name: str) -> KDTrainer:
 
 
 def _learns_without_teacher(arguments: Arguments) -> bool:
-    """Return whether entries are all that a run needs: no teacher is named, or `kdfast cache` has kept both splits."""
+    """Return whether a run needs no teacher: none is named, or `kdfast cache` has kept both splits."""
     training, folder = arguments.training, arguments.training.teacher_cache
     without = training.recipe == LM_ONLY or (training.recipe == CACHED and training.student_init in (None, "own"))
     if not folder or without or arguments.model.teacher_model_name_or_path is None:
@@ -184,9 +184,9 @@ def _learns_without_teacher(arguments: Arguments) -> bool:
 def _with_cache(
     arguments: Arguments, tokenizer: PreTrainedTokenizerBase, train: Dataset, evaluation: Dataset
 ) -> tuple[Any, Any]:
-    """Return the blocks with the teacher's entries; those to train on as they are if a run learns from text alone."""
+    """Return the data with the teacher's entries; training rows stay as they are if a run learns from text alone."""
     training, folder = arguments.training, arguments.training.teacher_cache or ""
-    cache = by_first(lambda: TeacherCache(folder))  # its checksums, read once
+    cache = by_first(lambda: TeacherCache(folder))  # checksums are read only once
     cache.check_tokenizer(tokenizer)
     then, now = cache.description.teacher, arguments.model.teacher_model_name_or_path
     if now is not None and Path(now).resolve() != Path(then).resolve():
@@ -195,7 +195,7 @@ def _with_cache(
             "none, or make a cache of this one"
         )
     alone = training.recipe == LM_ONLY
-    tau = training.resolved(CACHED).temperatures[0]  # that there are no others, the trainer checks
+    tau = training.resolved(CACHED).temperatures[0]  # the trainer checks that there are no others
     tail: Any = training.teacher_tail if cache.description.source else None
     if alone and not cache.description.serves(tau) and tail is None:
         return train, evaluation
@@ -204,17 +204,17 @@ def _with_cache(
 
 
 def _peft_config(given: AdapterArguments) -> Any:
-    """Return PEFT's LoraConfig, or None."""
+    """Return PEFT's LoraConfig, or None without an adapter."""
     if not given.use_peft:
         return None
-    kept = ("lora_alpha", "lora_dropout", "use_rslora", "use_dora")  # PEFT's names; it has the others without lora_
+    kept = ("lora_alpha", "lora_dropout", "use_rslora", "use_dora")  # PEFT's names; it spells the others without lora_
     fields = {name: value for name, value in vars(given).items() if name in kept}
     fields |= {name[5:]: value for name, value in vars(given).items() if name.startswith("lora_") and name not in kept}
     return lora_config(fields | read_mapping("peft_config", given.peft_config or {}))
 
 
 def _init_kwargs(models: ModelArguments, given: AdapterArguments) -> dict[str, Any]:
-    """Return the student's arguments of from_pretrained, load_in_4bit and its kin among them."""
+    """Return the student's arguments of from_pretrained, including load_in_4bit and the like."""
     kwargs = read_init_kwargs("model_init_kwargs", models.model_init_kwargs)
     bits = [name for name in ("load_in_4bit", "load_in_8bit") if getattr(given, name)]
     if not bits:
@@ -234,7 +234,7 @@ def _init_kwargs(models: ModelArguments, given: AdapterArguments) -> dict[str, A
 
 
 class _LogLastStep(TrainerCallback):
-    """Log the last step whatever logging_steps is: curves end where the run does, and tokens are all counted."""
+    """A callback that logs the last step whatever logging_steps is, so that curves and token counts are complete."""
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step >= state.max_steps:

@@ -1,4 +1,4 @@
-"""`kdfast doctor`: what is installed, what it runs on, and whether the two packages called `kernels` are apart."""
+"""`kdfast doctor`: what is installed, what it runs on, and whether another package called `kernels` is in the way."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kdfast.versions import PACKAGES, installed_version
 
 
 def doctor(tokens: int, vocab: int, student_width: int, dtype: str, scratch_bytes: int | None = None) -> int:
-    """Print the findings, and what `auto` picks for such a loss; return 1 where something will not work."""
+    """Print the findings, and what `auto` picks for such a loss; return 1 if something will not work."""
     import kdfast
 
     numbers = {"tokens": tokens, "vocab": vocab, "student-width": student_width, "scratch-bytes": scratch_bytes}
@@ -48,13 +48,13 @@ def doctor(tokens: int, vocab: int, student_width: int, dtype: str, scratch_byte
 
 
 def _kernels() -> tuple[str, str]:
-    """Return what `kdfast.kernels` and `kernels` are, in capitals where it is not what it should be."""
+    """Return what `kdfast.kernels` and `kernels` are, in capitals if that is wrong."""
     ours, theirs = _location("kdfast.kernels"), _location("kernels")
     try:
         expected = str(distribution("kernels").locate_file("kernels/__init__.py"))
     except PackageNotFoundError:
         expected = None
-    if theirs != expected and (expected or str(theirs).endswith(".py")):  # any installed package wins over a folder
+    if theirs != expected and (expected or str(theirs).endswith(".py")):  # installed packages precede folders
         theirs = f"SHADOWED: {theirs} is not Hugging Face's package; rename it, or take its folder off sys.path"
     return (
         ours or "MISSING: install kdfast again, or run from a whole checkout",
@@ -63,6 +63,6 @@ def _kernels() -> tuple[str, str]:
 
 
 def _location(name: str) -> str | None:
-    """Return the file of a package, the folder of one without `__init__.py`, None where there is neither."""
+    """Return the file of a package, the folder of one without `__init__.py`, or None."""
     spec = importlib.util.find_spec(name)
     return spec.origin or next(iter(spec.submodule_search_locations or []), None) if spec else None

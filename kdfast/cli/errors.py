@@ -1,4 +1,4 @@
-"""What the command line turns into one line on stderr, instead of a traceback."""
+"""Errors that the command line prints as one line on stderr, instead of a traceback."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ OURS = Path(__file__).parents[1]
 
 
 class CommandError(Exception):
-    """What ends a command with a line on stderr and `exit_code`."""
+    """An error that ends a command with a line on stderr and `exit_code`."""
 
     exit_code = 1
 
 
 class UserError(CommandError):
-    """What the user gave cannot be run; the message says what it was and what to do."""
+    """A request that cannot be run; the message says what was given and what to do."""
 
     exit_code = 2
 
 
 class RunFailed(CommandError):
-    """A run that began well and cannot continue."""
+    """A run that started well and cannot continue."""
 
 
 class RunTerminated(CommandError):
-    """A run that saved a checkpoint on SIGTERM and stopped: the exit code of a process that SIGTERM ended."""
+    """A run that saved a checkpoint on SIGTERM and stopped; the exit code is that of SIGTERM."""
 
     exit_code = 128 + signal.SIGTERM
 
 
 def unforeseen(error: Exception) -> str:
-    """Return one line for an error that was not foreseen: kdfast's, or a library's about an unchecked value."""
+    """Return one line for an unforeseen error: kdfast's, or a library's about an unchecked value."""
     ours = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).is_relative_to(OURS)]
     where = f" in {Path(ours[-1].filename).name}, line {ours[-1].lineno}" if ours else ""
     text = " ".join(str(error).split())

@@ -24,22 +24,22 @@ EPILOG = """kdfast COMMAND --help lists a command's options. Examples:
 
   kdfast demo
   kdfast distill CONFIG.yaml --learning_rate 1e-4"""
-CONFIGURED = ("distill", "cache", "data")  # whose keys dataclasses declare that need transformers
+CONFIGURED = ("distill", "cache", "data")  # their keys are declared by dataclasses that need transformers
 TRAINING_PART = ("transformers", "datasets", "accelerate", "tokenizers", "yaml", "matplotlib", "psutil", "tqdm")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Do what the command line says; return the exit code."""
+    """Run the command line; return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     _print_what_can_be_printed()
     try:
         try:
             return _run(argv)
         finally:
-            sys.stdout.flush()  # here, where its failure has a name, and not as Python ends
+            sys.stdout.flush()  # so that a failure is caught here, not as Python exits
     except BrokenPipeError:  # `kdfast plan … | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes as it ends
-        return 128 + 13  # SIGPIPE, which Windows does not have
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's flush as it exits
+        return 128 + 13  # SIGPIPE, which Windows lacks
     except CommandError as error:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    """Print one line and return the exit code. A stop that all processes of a launch make is said by the first."""
+    """Print one line and return the exit code. If all processes of a launch stop, only the first one prints."""
     process = os.environ.get("RANK", "0")
     if process == "0" or code != RunTerminated.exit_code:
         print(f"kdfast: {message}" if process == "0" else f"kdfast (process {process}): {message}", file=sys.stderr)
@@ -107,7 +107,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _print_what_can_be_printed() -> None:
-    """Show τ and → as question marks where the terminal, or the file written to, lacks such letters (Windows)."""
+    """Print τ and → as question marks if the terminal or file cannot encode them (Windows)."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower().replace("-", "") != "utf8":
             stream.reconfigure(errors="replace")

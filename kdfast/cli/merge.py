@@ -1,4 +1,4 @@
-"""`kdfast merge RUN`: the whole model that a run's adapter makes of its base, as plain `from_pretrained` reads it."""
+"""`kdfast merge RUN`: merge a run's adapter into its base, as a whole model that plain `from_pretrained` reads."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def merge(run: str, *, output: str | None, dtype: str | None) -> int:
         merged.save_pretrained(staged)
         kept = any(_save_tokenizer(source, staged) for source in (folder, base))
         atomic_io.publish(staged, final, replace=False)
-    except (ValueError, ImportError, RuntimeError) as error:  # of PEFT: kinds that it cannot merge
+    except (ValueError, ImportError, RuntimeError) as error:  # PEFT cannot merge some kinds
         raise UserError(f"{run!r}, on its base {base!r}: {error}") from error
     except OSError as error:
         raise RunFailed(f"the merged model cannot be written: {error}") from error
@@ -51,7 +51,7 @@ def merge(run: str, *, output: str | None, dtype: str | None) -> int:
 
 
 def _save_tokenizer(source: Path | str, target: Path) -> bool:
-    if Path(source).is_dir() and not any(Path(source).glob("tokenizer*")):  # transformers would make an empty one
+    if Path(source).is_dir() and not any(Path(source).glob("tokenizer*")):  # transformers would make an empty tokenizer
         return False
     try:
         AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(target)

@@ -1,8 +1,8 @@
-"""What an output_dir holds before a run: nothing, an interrupted run to resume, a finished one, or strange files.
+"""The state of an output_dir before a run: empty, an interrupted run to resume, a finished one, or foreign files.
 
-`kdfast.json` is written first and says which run the folder belongs to; `summary.json` is written last and says that
-the run is finished. Between them lie checkpoints, which appear only when complete. Nothing of an earlier run is
-replaced unless `overwrite_output_dir` asks for it.
+`kdfast.json` is written first and says which run the folder belongs to; `summary.json` is written last and marks the
+run as finished. In between come checkpoints, which appear only when complete. An earlier run's files are replaced only
+under `overwrite_output_dir`.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from kdfast.training.durable.atomic_io import write_text
 from kdfast.training.recipes import current_name
 
 RESULTS = (SUMMARY, REPORT, STATE, "config.json", "model.safetensors", ADAPTER_CONFIG, ADAPTER_WEIGHTS)
-# what overwrite_output_dir removes, a projector's weights too; first the summary: what is half removed is not finished
+# what overwrite_output_dir removes, including a projector's weights; the summary first, so that a rest is not finished
 REMOVED = (
     *RESULTS, "*.safetensors", "*.safetensors.index.json", "checkpoint-*", "damaged-checkpoint-*", ".*.incomplete",
     ".incomplete", FOLDER,
 )  # fmt: skip
-OURS = re.compile(r"checkpoint-\d+|damaged-checkpoint-\d+(\.\d+)?")  # of a folder whose name begins so
-# settings that may change between an interruption and the resume without making it another run
+OURS = re.compile(r"checkpoint-\d+|damaged-checkpoint-\d+(\.\d+)?")  # for a folder, the beginning of its name
+# settings that may change between an interruption and the resume
 FREE = {
     "overwrite_output_dir", "resume_from_checkpoint", "disable_tqdm", "report_to", "run_name", "non_finite",
     "max_skipped_steps", "load_best_model_at_end",
@@ -40,9 +40,9 @@ REMEDY = "Name another folder, or throw that run away with --overwrite_output_di
 
 
 def claim(output_dir: Path, given: Mapping[str, Any], overwrite: bool) -> None:
-    """Make the folder this run's own. Raises UserError where that would destroy something, or mix two runs."""
+    """Claim the folder for this run. Raise UserError if that would destroy something or mix two runs."""
     record = output_dir / RECORD
-    for path in (record, *(output_dir / name for name in RESULTS)):  # a pipe would be waited for
+    for path in (record, *(output_dir / name for name in RESULTS)):  # reading a pipe would block
         if path.exists() and not path.is_file():
             raise UserError(f"output_dir: {str(path)!r} is no file; move it away, or name another folder")
     held = [name for name in RESULTS if (output_dir / name).exists()]
@@ -56,9 +56,9 @@ def claim(output_dir: Path, given: Mapping[str, Any], overwrite: bool) -> None:
     if overwrite and record.exists():
         for path in [path for pattern in REMOVED for path in output_dir.glob(pattern)]:
             if "checkpoint-" in path.name and not path.name.startswith(".") and not OURS.fullmatch(path.name):
-                continue  # a copy of the user's
+                continue  # the user's own copy
             if path.name == FOLDER and path.resolve() == Path(given.get("teacher_cache") or "").resolve():
-                continue  # which the new run is to learn from
+                continue  # the new run is to learn from it
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     elif held and (changed := _changed_settings(record, given)):
         raise UserError(
@@ -69,7 +69,7 @@ def claim(output_dir: Path, given: Mapping[str, Any], overwrite: bool) -> None:
 
 
 def _changed_settings(record: Path, given: Mapping[str, Any]) -> list[str]:
-    """Return 'key: then X, now Y' of every setting that differs from the run the folder belongs to."""
+    """Return 'key: then X, now Y' for every setting that differs from the run that the folder belongs to."""
     try:
         before = {**json.loads(record.read_text(encoding="utf-8"))}
     except (OSError, ValueError, TypeError) as error:
@@ -78,9 +78,9 @@ def _changed_settings(record: Path, given: Mapping[str, Any]) -> list[str]:
             f"known. Restore it from a copy. {REMEDY}"
         ) from error
     now = json.loads(json.dumps(given, default=str))
-    if before.get("include_num_input_tokens_seen") is False:  # the default, which records of before spell out
+    if before.get("include_num_input_tokens_seen") is False:  # the default, which former records spell out
         del before["include_num_input_tokens_seen"]
-    if isinstance(before.get("recipe"), str):  # a run of before a recipe's name changed is the same run
+    if isinstance(before.get("recipe"), str):  # a run from before a recipe was renamed is the same run
         before["recipe"] = current_name(before["recipe"])
     return [
         f"{key}: then {before.get(key, 'default')}, now {now.get(key, 'default')}"

@@ -1,4 +1,4 @@
-"""`kdfast plan`: the memory a loss will take with each engine, before it is run."""
+"""`kdfast plan`: the memory that a loss will need with each engine, before it runs."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser, dtypes: tuple[str, ...]) -> N
 
 
 def plan(**options: Any) -> int:
-    """Print the table and the advice; return the exit code. Takes what `add_arguments` declares."""
+    """Print the table and advice; return the exit code. Options are those that `add_arguments` declares."""
     args = argparse.Namespace(**options)
     try:
         memory = parse_size("--memory", args.memory) if args.memory else None
@@ -100,7 +100,7 @@ def plan(**options: Any) -> int:
 
 
 def _models(args: argparse.Namespace) -> tuple[Model, Model | None]:
-    """Return student and teacher, by name; or by their widths, of no parameters. Raises ValueError."""
+    """Return student and teacher by name, or by their widths, without parameters. Raise ValueError for neither."""
     widths = {name: getattr(args, name) for name in ("student_width", "vocab", "teacher_width")}
     if args.student is not None and set(widths.values()) == {None}:
         student = describe(args.student, "--student")
@@ -116,7 +116,7 @@ def _models(args: argparse.Namespace) -> tuple[Model, Model | None]:
 
 
 def _prices(student: Model, teacher: Model | None) -> dict[str, float]:
-    """Return {recipe: operations of training on a token, over LM only's} of two models by name."""
+    """Return {recipe: cost of training on a token, relative to LM only} for two models by name."""
     if student.size is None or teacher is None or teacher.size is None:
         return {}
     from kdfast.training.recipes import RECIPES
@@ -127,7 +127,7 @@ def _prices(student: Model, teacher: Model | None) -> dict[str, float]:
 
 
 def _valid_vocab(args: argparse.Namespace, student: Model, teacher: Model) -> int | None:
-    """Return the ids of one tokenizer that two heads pad differently; None if they do not, or that is not known."""
+    """Return the number of ids of one tokenizer that two heads pad differently; None if they do not, or if unknown."""
     from kdfast.training.data.tokenizers import own_tokenizer, shared_ids
 
     ours, theirs = (own_tokenizer(os.path.expanduser(name), local=False) for name in (args.student, args.teacher))
@@ -136,7 +136,7 @@ def _valid_vocab(args: argparse.Namespace, student: Model, teacher: Model) -> in
 
 
 def _resident(args: argparse.Namespace, student: Model, teacher: Model | None) -> dict[str, int]:
-    """Return {what else is on the device: bytes}, as Trainer with bf16=True keeps it."""
+    """Return {what else is on the device: bytes}, as Trainer keeps it with bf16=True."""
     if args.optimizer_bytes < 0:
         raise ValueError(f"--optimizer-bytes {args.optimizer_bytes}; expected bytes per parameter, 0 or more")
     resident = {
@@ -146,14 +146,14 @@ def _resident(args: argparse.Namespace, student: Model, teacher: Model | None) -
         "optimizer state": args.optimizer_bytes * student.parameters,
     }
     if teacher is not None:
-        # a head of its own is an input of the loss, counted there
+        # an untied head is an input of the loss, counted there
         head = teacher.width * teacher.vocab if args.kind == "head" and not teacher.head_tied else 0
         resident["teacher's parameters, 16 bits"] = max(0, 2 * (teacher.parameters - head))
     return {what: size for what, size in resident.items() if size}
 
 
 def parse_size(argument: str, text: str) -> int:
-    """Return the bytes of "24GiB", "24G", "512 MiB" or "1e9". G is GiB, GB is 10⁹."""
+    """Return the number of bytes in "24GiB", "24G", "512 MiB" or "1e9". G is GiB, GB is 10⁹."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?(?:e[0-9]+)?)\s*([a-z]*)\s*", text.lower())
     unit = match and (match[2] + "ib" if match[2] in ("k", "m", "g", "t") else match[2])
     size = float(match[1]) * UNITS.get(unit or "", inf) if match else inf
@@ -163,7 +163,7 @@ def parse_size(argument: str, text: str) -> int:
 
 
 def _text(found: dict[str, Any]) -> str:
-    """Return the table and the advice."""
+    """Return the table and advice as text."""
     x, own, fitting, left = found["shape"], found["portion"], found["fitting"], found["left_bytes"]
     teacher = KINDS[x["teacher"]].format(x["teacher_width"])
     lines = [

@@ -1,6 +1,6 @@
-"""`kdfast report RUN [RUN …]`: one page with the curves of several runs, and a picture of every panel if asked for.
+"""`kdfast report RUN [RUN …]`: one page with the curves of several runs, and a picture of each panel on request.
 
-Nothing but files of kdfast's own making is replaced.
+Only files that kdfast made are replaced.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from kdfast.report.read_runs import RunsError, find_runs
 
 
 def report(runs: Sequence[str], *, output: str, png: str | None, title: str) -> int:
-    """Write the page, and pictures if asked for; return the exit code."""
+    """Write the page, and pictures if requested; return the exit code."""
     page, pictures = Path(output).expanduser(), None if png is None else Path(png).expanduser()
     written = {page: "--output"} | ({pictures / name: "--png" for name in png_names()} if pictures else {})
     try:
@@ -24,7 +24,7 @@ def report(runs: Sequence[str], *, output: str, png: str | None, title: str) -> 
                 raise UserError(f"{option}: {str(path)!r} is a folder; expected the name of a file")
             if path.exists() and not made_here(path):
                 raise UserError(f"{option}: {str(path)!r} is not of kdfast report, and stays; name another or move it")
-        for path in written:  # after all have been looked at
+        for path in written:  # only after all were checked
             path.parent.mkdir(parents=True, exist_ok=True)
         write_report(page, title, found)
         print(f"{text_table(found)}\n\n{len(found)} run{'s' * (len(found) > 1)} in {page}")

@@ -1,10 +1,10 @@
-"""A real distillation on this machine, with nothing downloaded and no GPU needed: what `kdfast demo` runs.
+"""A real distillation on this machine, without downloads or a GPU: what `kdfast demo` runs.
 
-Text is Python's own library as it is installed here, one file in twenty held out; the tokenizer is a byte-level BPE
-trained on it; the teacher is trained on it and kept in the cache, under a key made of text and settings. The students
-have little of that text, which comes round more than once: the case where a teacher is worth its seconds. One for each
-recipe, of the same tokens and learning rate, and one more of LM only, with the seconds that the best of them took, its
-start and its teacher's run over the text counted. The table shows what came out, and a sentence says it.
+The text is the installed Python's own library, with one file in twenty held out. The tokenizer is a byte-level BPE
+trained on it; the teacher is trained on it too and cached under a key made of text and settings. The students get
+little of that text, several times over: the case in which a teacher is worth its seconds. There is a student for each
+recipe, with the same tokens and learning rate, and another of LM only with as many seconds as the best one took,
+including its start and its teacher's run over the text. A table and a sentence show the results.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ RunSettings = Callable[[str, Path, dict[str, Any]], Run]  # (name, parent, setti
 
 @dataclass(frozen=True)
 class DemoSizes(SmallSizes):
-    """Sizes of a demo: those of small models, and what differs between teacher and students."""
+    """Sizes of a demo: those of small models, plus what differs between teacher and students."""
 
     teacher_batch: int = 16
     teacher_rate: float = 2e-3
     student_steps: int = 400
-    student_characters: int = 300_000  # of text, the first of the teacher's
+    student_characters: int = 300_000  # of the teacher's text, from its beginning
 
 
-# ten minutes of two CPU cores; and whether it works, not what comes out
+# ten minutes on two CPU cores; and a check that everything works, whatever its results
 FULL = DemoSizes(
     characters=10**9, excerpt=1500, vocabulary=4096, teacher_layers=4, teacher_width=256, teacher_steps=500,
     student_width=128, learning_rate=1e-3,
@@ -54,9 +54,9 @@ QUICK = DemoSizes(
 
 
 def run_demo(run: RunSettings, sizes: DemoSizes, output_dir: str, cache_dir: str | None, seed: int) -> None:
-    """Do everything from the text to the printed table; `run` does what `kdfast distill` does with settings.
+    """Run the demo from the text to the printed table; `run` does what `kdfast distill` does with settings.
 
-    Raises DataError where Python's library is not there as text.
+    Raises DataError if Python's library does not exist as text.
     """
     start = time.perf_counter()
     train, evaluation = library_text(sizes.characters, sizes.excerpt)
@@ -94,14 +94,14 @@ def run_demo(run: RunSettings, sizes: DemoSizes, output_dir: str, cache_dir: str
 
 
 def _steps_in_as_many_seconds(alone: Run, best: Run) -> int:
-    """Return how many steps of LM only fit into what `best` took, at the speed that `alone` had most of the time."""
+    """Return how many steps of LM only fit into `best`'s time, at the median speed of `alone`."""
     tokens_per_step = alone.summary["tokens"] / alone.summary["steps"]
-    speed = alone.log["tokens_per_second"].median()  # the first line's has what is compiled once
+    speed = alone.log["tokens_per_second"].median()  # the first line includes compiling
     return max(1, round((whole_seconds(best.summary) or 0.0) * speed / tokens_per_step))
 
 
 def _verdict(runs: list[Run], best: Run) -> str:
-    """Return what the figures of teacher, LM only, LM only longer and the rest say of the best recipe, in words."""
+    """Return, in words, what the figures of teacher, LM only, longer LM only and the rest say about the best recipe."""
     teacher, alone, longer, *_ = runs
 
     def came(run: Run) -> str:
@@ -133,13 +133,13 @@ def _little(cache: Path, sizes: DemoSizes) -> Path:
 
 
 def _key(sizes: DemoSizes, seed: int, texts: list[str]) -> str:
-    """Return a hash of all that the teacher depends on."""
+    """Return a hash of everything that the teacher depends on."""
     settings = [sizes.vocabulary, _settings(Path(), sizes, seed)]
     return hashlib.sha256(json.dumps([settings, texts]).encode()).hexdigest()[:16]
 
 
 def _unfinished(wanted: Path, key: str) -> Path:
-    """Return `wanted`, or `wanted-2`, …: the first that is new, or holds an interrupted demo of the same settings."""
+    """Return `wanted`, `wanted-2`, …: the first that is new or has an interrupted demo with the same settings."""
 
     def is_ours(path: Path) -> bool:
         mark = path / "demo-key"
@@ -155,7 +155,7 @@ def _unfinished(wanted: Path, key: str) -> Path:
 
 
 def _settings(cache: Path, sizes: DemoSizes, seed: int, recipe: str | None = None) -> dict[str, Any]:
-    """Return the teacher's settings for `kdfast distill`, or those of a student with `recipe`."""
+    """Return settings for `kdfast distill`: the teacher's, or those of a student with `recipe`."""
     text = {key: str(cache / name) for key, name in PREPARED.items()}
     of: dict[str, Any]
     if recipe is None:
@@ -164,7 +164,7 @@ def _settings(cache: Path, sizes: DemoSizes, seed: int, recipe: str | None = Non
     else:
         of = {"recipe": recipe, "teacher_model_name_or_path": str(cache / "teacher")}
         if recipe == "teacher_head":
-            of["precompute_teacher_log_probs"] = False  # the one that shows what a live teacher costs
+            of["precompute_teacher_log_probs"] = False  # to show the cost of a live teacher
         layers, width, steps = sizes.student_layers, sizes.student_width, sizes.student_steps
         batch, rate = sizes.batch, sizes.learning_rate
         text["train_file"] = str(_little(cache, sizes))

@@ -1,9 +1,9 @@
 """`small_models`: a teacher worth learning from, a fresh student and text, made on this machine and kept.
 
-For examples, tests and first tries where no hub is at hand. Text is Python's own library, the tokenizer a byte-level
-BPE trained on it, teacher and student are of GPT-2's kind with tied embeddings, and the teacher has learned for a
-while: what a student gains from it can be seen within a minute. Everything lies in folders and files that
-`AutoModelForCausalLM.from_pretrained`, `AutoTokenizer.from_pretrained` and `open` read.
+For examples, tests and first tries without a hub. The text is Python's own library, the tokenizer a byte-level BPE
+trained on it. Teacher and student are GPT-2 models with tied embeddings, and the teacher is trained for so long that a
+student gains from it within a minute. All are folders and files that `AutoModelForCausalLM.from_pretrained`,
+`AutoTokenizer.from_pretrained` and `open` read.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from kdfast.inputs import Head
 from kdfast.loss import fused_kd_loss
 from kdfast.training.hf import shift_labels
 
-CONTENT = 1  # another number where other files come of the same sizes
+CONTENT = 1  # increase it if the same sizes give other files
 
 
 @dataclass(frozen=True)
 class SmallSizes:
-    """Sizes of the models that `small_models` makes, of their text and their training; `kdfast demo` has its own.
+    """Sizes of the models from `small_models`, of their text and training; `kdfast demo` has its own.
 
-    The defaults take 71 seconds of one CPU core, the teacher's training most of it.
+    The defaults take 71 seconds of one CPU core, most of it for training the teacher.
     """
 
-    characters: int = 2_000_000  # of text to train on, at most a file more
-    excerpt: int = 2000  # characters of a held-out file
+    characters: int = 2_000_000  # of training text, and up to a file more
+    excerpt: int = 2000  # characters from each held-out file
     vocabulary: int = 2048
     context: int = 128
     batch: int = 4  # blocks per step
@@ -47,12 +47,12 @@ class SmallSizes:
 
 
 class SmallModels(NamedTuple):
-    """Where everything lies that `small_models` made.
+    """The paths that `small_models` returns.
 
     Args:
-        teacher: folder with a trained model and its tokenizer.
-        student: folder with a fresh model and the same tokenizer.
-        text: file to train on, <|endoftext|> between documents.
+        teacher: folder of a trained model and its tokenizer.
+        student: folder of a fresh model and the same tokenizer.
+        text: file of training text, with <|endoftext|> between documents.
         eval_text: file of held-out text.
     """
 
@@ -63,16 +63,16 @@ class SmallModels(NamedTuple):
 
 
 def small_models(folder: str | Path | None = None, *, sizes: SmallSizes | None = None) -> SmallModels:
-    """Return paths to a small teacher, a fresh student and text; made when first asked for, about a minute.
+    """Return paths to a small teacher, a fresh student and text; the first call takes about a minute to make them.
 
     Args:
-        folder: where they are kept; None = $XDG_CACHE_HOME/kdfast/small, ~/.cache where that is not set.
-        sizes: of models, text and training; each choice has a subfolder of its own.
+        folder: where they are kept; None = $XDG_CACHE_HOME/kdfast/small, in ~/.cache if that is not set.
+        sizes: of models, text and training; each choice has its own subfolder.
 
-    Raises DataError, a ValueError, where Python's library is not there as text.
+    Raises DataError, a ValueError, if Python's library does not exist as text.
     """
     sizes = sizes or SmallSizes()
-    # the text is this Python's, whose library differs from version to version
+    # the text is this Python's library, which differs between versions
     key = hashlib.sha256(repr((CONTENT, astuple(sizes), platform.python_version())).encode()).hexdigest()[:12]
     place = cache_root(folder, "small") / key
     once(place, lambda path: _make(path, place, sizes))
@@ -106,7 +106,7 @@ def small_gpt2(layers: int, width: int, context: int) -> dict[str, Any]:
 
 def _gpt2(layers: int, width: int, sizes: SmallSizes, end: int) -> GPT2LMHeadModel:
     settings = {**small_gpt2(layers, width, sizes.context), "bos_token_id": end, "eos_token_id": end}
-    # GPT-2's own initializer_range, 0.02, is for wider models, and slow to leave
+    # GPT-2's own initializer_range, 0.02, is for wider models and trains slowly here
     return GPT2LMHeadModel(GPT2Config(**settings, vocab_size=sizes.vocabulary, initializer_range=width**-0.5))
 
 

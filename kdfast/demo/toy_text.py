@@ -1,6 +1,6 @@
 """Real text on every machine: Python's own library, a tokenizer trained on it, and a cache that is never half made.
 
-Tests and character tables are left out, duplicates too; one file in twenty is held out.
+Tests, character tables and duplicates are left out; one file in twenty is held out.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ PREPARED = {"tokenizer_name": "tokenizer", "train_file": "train", "eval_file": "
 
 
 def library_text(characters: int, excerpt: int) -> tuple[list[str], list[str]]:
-    """Return (texts to train on, excerpts of the held-out ones, each about `excerpt` characters).
+    """Return (training texts, excerpts of held-out ones, each of about `excerpt` characters).
 
-    Texts are as many as there are, or as it takes to have so many `characters`. Raises DataError where there are few.
+    There are enough training texts for `characters`, or as many as exist. Raises DataError if there are too few.
     """
     root = Path(sysconfig.get_path("stdlib"))
     skipped = {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages"}
     paths = [path for path in sorted(root.rglob("*.py")) if not skipped & set(path.relative_to(root).parts)]
     read = (path.read_text(encoding="utf-8", errors="replace") for path in paths)
-    texts = list(dict.fromkeys(text for text in read if text.strip()))  # none twice, on both sides of the split
-    random.Random(0).shuffle(texts)  # small samples see all of the library
+    texts = list(dict.fromkeys(text for text in read if text.strip()))  # so that none is on both sides of the split
+    random.Random(0).shuffle(texts)  # small samples then cover the whole library
     held_out = [middle(text, excerpt) for text in texts[::HELD_OUT]]
     train = [text for i, text in enumerate(texts) if i % HELD_OUT]
     if len(train) < 50:
@@ -45,21 +45,21 @@ def library_text(characters: int, excerpt: int) -> tuple[list[str], list[str]]:
 
 
 def middle(text: str, length: int) -> str:
-    """Return whole lines from the middle, where a module is code rather than its license and imports."""
+    """Return whole lines from the middle, where a module has code rather than its license and imports."""
     start = max(0, (len(text) - length) // 2)
     start = text.rfind("\n", 0, start) + 1
     return text[start : text.rfind("\n", 0, start + length) + 1]
 
 
 def cache_root(cache_dir: str | Path | None, name: str) -> Path:
-    """Return `cache_dir`, or where this user's things of that name are kept."""
+    """Return `cache_dir`, or this user's cache folder of that name."""
     if cache_dir is not None:
         return Path(cache_dir).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kdfast" / name
 
 
 def once(path: Path, make: Callable[[Path], None]) -> None:
-    """Call `make(path)`, unless it is there; half of it never is. Of two callers the second waits for the first."""
+    """Call `make(path)` unless `path` exists. It never exists half made, and a second caller waits for the first."""
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,7 @@ def once(path: Path, make: Callable[[Path], None]) -> None:
 
 
 def prepare(folder: Path, train: list[str], evaluation: list[str], vocabulary: int) -> None:
-    """Write each text to a file, in folder/train or folder/eval, and train folder/tokenizer, unless they are there."""
+    """Write each text to a file in folder/train or folder/eval, and train folder/tokenizer, unless they exist."""
 
     def write(path: Path, texts: list[str]) -> None:
         for i, text in enumerate(texts):
@@ -85,8 +85,8 @@ def prepare(folder: Path, train: list[str], evaluation: list[str], vocabulary: i
 
 
 def train_tokenizer(path: Path, texts: list[str], vocabulary: int) -> None:
-    """Train a byte-level BPE of so many tokens and save it where `AutoTokenizer` reads it."""
+    """Train a byte-level BPE of `vocabulary` tokens and save it for `AutoTokenizer`."""
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts, vocabulary, min_frequency=0, show_progress=False, special_tokens=[END])
-    # transformers takes what this wraps
+    # transformers loads the tokenizer that this wraps
     PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token=END, eos_token=END).save_pretrained(path)

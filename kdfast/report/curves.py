@@ -1,7 +1,7 @@
-"""Curves of runs side by side: which quantities have a panel, and how one is drawn by matplotlib, without a display.
+"""Curves of runs side by side: which quantities have a panel, and how matplotlib draws one, without a display.
 
-A run has one color and one dash in every panel. Lines of training are thin; evaluations, where there are any, are
-thick and marked, and training is pale behind them.
+A run has the same color and dash in every panel. Training lines are thin. Evaluations, if there are any, are thick and
+marked, and training is pale behind them.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import pandas as pd
 
 from kdfast.report.read_runs import Run
 
-MADE_BY = "kdfast report"  # in every file, so that one of ours is known from a user's own
-DASHES = ("-", "--", ":", "-.")  # the next one each time the style's colors are used up
+MADE_BY = "kdfast report"  # in every file, so that ours can be told from a user's
+DASHES = ("-", "--", ":", "-.")  # the next one whenever the style's colors are used up
 STYLE: list[Any] = [
     "tableau-colorblind10",
     {
         "axes.grid": True, "axes.spines.right": False, "axes.spines.top": False, "grid.color": "#e4e4e4",
         "legend.fontsize": 8, "legend.frameon": False, "legend.handlelength": 3,
-        "svg.hashsalt": "kdfast",  # the same picture for the same runs
+        "svg.hashsalt": "kdfast",  # the same runs give the same picture
         "text.parse_math": False,  # a $ in a name begins no formula
     },
 ]  # fmt: skip
@@ -31,14 +31,14 @@ STYLE: list[Any] = [
 
 class Panel(NamedTuple):
     title: str
-    keys: tuple[str, ...]  # in the log; the first one a run has. Evaluations have the prefix eval_
+    keys: tuple[str, ...]  # in the log, of which the first found is drawn; evaluations have the prefix eval_
     logarithmic: bool = False
     scale: float = 1.0
-    falls: bool = False  # from far above: the axis ends where most of that is over
+    falls: bool = False  # from a high start: the axis ends where most of the fall is over
 
     @property
     def file(self) -> str:
-        """Return the name of the picture, without its suffix."""
+        """Return the picture's file name, without its suffix."""
         return re.sub(r"[^a-z0-9]+", "-", self.title.lower().replace("'", "")).strip("-")
 
 
@@ -71,22 +71,22 @@ PANELS = (
 
 
 class Curve(NamedTuple):
-    run: int  # its place among the runs, which is its style
+    run: int  # index among the runs, which selects its style
     evaluated: bool
-    points: pd.Series  # by step, or by tokens
+    points: pd.Series  # by step or by tokens
 
 
 def differ_in_tokens(runs: Sequence[Run]) -> bool:
-    """Return whether steps would compare unlike things: runs that all count tokens, and not equally many per step."""
+    """Return whether steps are not comparable: all runs count tokens, but differ in tokens per step."""
     logs = [run.log for run in runs if not run.log.empty]
     rates = [log["tokens_seen"].max() / max(log.index[-1], 1) if "tokens_seen" in log else np.nan for log in logs]
-    return bool(rates) and bool(np.max(rates) > 1.05 * np.min(rates))  # masked and padded rows differ a little
+    return bool(rates) and bool(np.max(rates) > 1.05 * np.min(rates))  # masked and padded rows differ slightly
 
 
 def panels(runs: Sequence[Run]) -> list[tuple[Panel, list[Curve]]]:
-    """Return the panels that any run has a finite number for, with its curves."""
+    """Return the panels for which any run has a finite number, with their curves."""
     logs = [run.log for run in runs]
-    if differ_in_tokens(runs):  # an evaluation's line has no tokens and lies between two that do
+    if differ_in_tokens(runs):  # an evaluation's line has no tokens, but lies between two that have
         logs = [log if log.empty else log.set_index(log["tokens_seen"].interpolate("index").fillna(0)) for log in logs]
     found = []
     for panel in PANELS:
@@ -101,16 +101,16 @@ def panels(runs: Sequence[Run]) -> list[tuple[Panel, list[Curve]]]:
 
 
 def limits_after_the_fall(curves: Sequence[Curve]) -> tuple[float, float]:
-    """Return the lowest value, and the highest that any curve has after the first fifth of its own run."""
+    """Return the lowest value, and the highest that any curve has after the first fifth of its run."""
     late = [points[points.index >= 0.2 * points.index.max()].max() for _, _, points in curves]
     return min(points.min() for _, _, points in curves), max(late)
 
 
 def draw(panel: Panel, curves: Sequence[Curve], runs: Sequence[Run], form: str) -> bytes:
-    """Draw the panel as "svg", for a page that has titles, or as "png" with its own; several runs have a legend."""
+    """Draw the panel as "svg", for a page with titles, or as "png" with its own; several runs get a legend."""
     import matplotlib.style
     from cycler import cycler
-    from matplotlib.figure import Figure  # not pyplot: no global state and no display
+    from matplotlib.figure import Figure  # rather than pyplot: no global state, no display
     from matplotlib.ticker import EngFormatter, LogFormatter
 
     with matplotlib.style.context(STYLE):
@@ -118,12 +118,12 @@ def draw(panel: Panel, curves: Sequence[Curve], runs: Sequence[Run], form: str) 
         figure = Figure(figsize=(6, 3.6 + 0.05 * len(runs)), layout="constrained")
         axes = figure.add_subplot(xlabel="tokens seen" if differ_in_tokens(runs) else "optimizer step")
         both = {curve.evaluated for curve in curves} == {True, False}
-        drawn = {}  # a run's evaluations, where there are any, stand for it in the legend
+        drawn = {}  # a run's line in the legend: its evaluations, if there are any
         for run, evaluated, points in curves:
             (drawn[run],) = axes.plot(
                 points.index, points, linewidth=1.8 if evaluated else 1.2, **looks[run % len(looks)]
             )
-            if evaluated or len(points) == 1:  # a line of one point is nothing to see without
+            if evaluated or len(points) == 1:  # a line of one point would be invisible
                 drawn[run].set(marker="o", markersize=4, zorder=3)
             elif both:
                 drawn[run].set_alpha(0.45)

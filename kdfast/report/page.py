@@ -1,7 +1,7 @@
-"""report.html: curves and a table a person can look at, in one file that needs nothing else.
+"""report.html: curves and a table for people, in one self-contained file.
 
 The same page serves one run and several side by side; page.html is its template. Curves are inlined as SVG. A panel
-that no run has numbers for is left out; a table cell that does not apply shows a dash.
+without numbers is left out; a table cell that does not apply shows a dash.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ COLUMNS = {  # header: key of the summary, digits, unit
 
 
 def table(runs: Sequence[Run]) -> pd.DataFrame:
-    """Return one row of text per run, without the columns that are empty for every run."""
+    """Return a row of text per run, without columns that are empty for every run."""
     summaries = [{**run.summary, **_differences(run, runs)} for run in runs]
     rows = {header: [_cell(one.get(key), *form) for one in summaries] for header, (key, *form) in COLUMNS.items()}
     cells = pd.DataFrame(rows, index=[run.name for run in runs]).rename_axis(columns="run")
@@ -51,7 +51,7 @@ def table(runs: Sequence[Run]) -> pd.DataFrame:
 
 
 def whole_seconds(summary: Mapping[str, Any]) -> float | None:
-    """Return the seconds of training and, before it, of solved starts and the teacher's run over the text."""
+    """Return the seconds of training, plus those of solved starts and of the teacher's run over the text before it."""
     seconds = summary.get("seconds")
     return None if seconds is None else seconds + (summary.get("teacher_seconds") or 0.0)
 
@@ -60,15 +60,15 @@ BUDGETS: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
     "tokens": lambda summary: summary.get("tokens"),
     "seconds": whole_seconds,
 }
-EQUAL = 0.1  # of a budget: what two may differ by and be called equal
+EQUAL = 0.1  # fraction of a budget within which two count as equal
 
 
 def less_lm_only(run: Run, runs: Sequence[Run], budget: str) -> float | None:
-    """Return the run's cross entropy less that of LM only at equal "tokens" or "seconds", nats.
+    """Return the run's cross entropy minus that of LM only at equal "tokens" or "seconds", in nats.
 
-    LM only is the finished `lm_only` run of a student of this size on this evaluation text whose own budget is the
-    nearest and at most a tenth off. None where there is none: nothing is read off a curve, whose learning rate was
-    another's, or extrapolated.
+    LM only is the finished `lm_only` run of a student of this size on this evaluation text whose own budget is nearest
+    and at most a tenth off; None if there is none. Nothing is extrapolated, or read off a curve whose learning rate
+    was another.
     """
     of, mine = BUDGETS[budget], run.summary
     own, ce = of(mine), mine.get("eval_ce")
@@ -85,7 +85,7 @@ def less_lm_only(run: Run, runs: Sequence[Run], budget: str) -> float | None:
 
 
 def _differences(run: Run, runs: Sequence[Run]) -> dict[str, str]:
-    """Return those to LM only, as text."""
+    """Return the differences from LM only as text."""
     differences = {f"less_lm_only_{budget}": less_lm_only(run, runs, budget) for budget in BUDGETS}
     return {name: f"{value:+.3f}" for name, value in differences.items() if value is not None}
 
@@ -97,13 +97,13 @@ def _cell(value: Any, digits: int, unit: int) -> str:
 
 
 def text_table(runs: Sequence[Run]) -> str:
-    """Return the table for a terminal: the first column to the left, numbers to the right."""
+    """Return the table for a terminal: the first column left-aligned, numbers right-aligned."""
     cells = table(runs)
     return cells.to_string(col_space=[len(header) + 1 for header in cells])
 
 
 def write_report(path: Path, title: str, runs: Sequence[Run], note: str = "") -> None:
-    """Write the page to `path`, replacing what was there only when it is complete."""
+    """Write the page to `path`; an earlier page is replaced only when the new one is complete."""
     page = jinja2.Template(PAGE.read_text(encoding="utf-8"), autoescape=True, trim_blocks=True)
     with pd.option_context("display.max_colwidth", None):
         cells = table(runs).to_html(border=0)
@@ -122,14 +122,14 @@ def write_report(path: Path, title: str, runs: Sequence[Run], note: str = "") ->
 
 
 def _some(texts: Sequence[Text]) -> list[Text]:
-    """Return the texts of the first step that has some, of the middle one and of the last."""
+    """Return the texts of the first, the middle and the last step that has some."""
     steps = sorted({text.step for text in texts})
     shown = {steps[0], steps[len(steps) // 2], steps[-1]} if steps else set()
     return [text for text in texts if text.step in shown]
 
 
 def _figure(panel: Panel, curves: Sequence[Curve], runs: Sequence[Run]) -> dict[str, str]:
-    last = {curve.run: curve.points.iloc[-1] for curve in curves}  # the evaluation's, where there is one
+    last = {curve.run: curve.points.iloc[-1] for curve in curves}  # the evaluation's, if there is one
     values = "; ".join(f"{runs[run].name} {value:.4g}" for run, value in last.items())
     described = f"{panel.title}, curves of {len(last)} run(s). Last values: {values}."
     image = base64.b64encode(draw(panel, curves, runs, "svg")).decode()
@@ -137,19 +137,19 @@ def _figure(panel: Panel, curves: Sequence[Curve], runs: Sequence[Run]) -> dict[
 
 
 def made_here(path: Path) -> bool:
-    """Return whether an existing file is a page or picture of this module's, which a newer one may replace."""
+    """Return whether a file is a page or picture from this module, which a newer one may replace."""
     with path.open("rb") as file:
         start = file.read(1024).decode(errors="replace")
     return f'name="generator" content="{MADE_BY}"' in start or f"Software\0{MADE_BY}" in start
 
 
 def png_names() -> list[str]:
-    """Return the names of the files that `write_pngs` may write."""
+    """Return the names of all files that `write_pngs` may write."""
     return [f"{panel.file}.png" for panel in PANELS]
 
 
 def write_pngs(folder: Path, runs: Sequence[Run]) -> list[Path]:
-    """Write one picture of every panel that has a number in it, with title and legend, for a paper or a slide."""
+    """Write a picture of every panel with numbers, with title and legend, for a paper or a slide; return the files."""
     pictures = {folder / f"{panel.file}.png": draw(panel, curves, runs, "png") for panel, curves in panels(runs)}
     for path, picture in pictures.items():
         write_bytes(path, picture)

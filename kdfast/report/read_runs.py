@@ -1,6 +1,6 @@
-"""Finding runs on a disk and reading their logs: finished, running or interrupted, ours or plain transformers'.
+"""Runs on disk and their logs: finished, running or interrupted, ours or plain transformers'.
 
-A folder is a run if it, or a checkpoint-N in it, holds a trainer_state.json. A folder that is none stands for the runs
+A folder is a run if it, or a checkpoint-N in it, contains a trainer_state.json. Any other folder stands for the runs
 directly in it, which is how `kdfast demo` and most sweeps leave them.
 """
 
@@ -20,36 +20,36 @@ import pandas as pd
 from kdfast.training.on_policy.texts import Text, read_texts
 from kdfast.training.recipes import AUTO
 
-# in the folder of a run of ours: which run it is, written first; what came of it, written last; the page
+# in the folder of one of our runs: its identity, written first; its results, written last; the page
 RECORD, SUMMARY, REPORT = "kdfast.json", "summary.json", "report.html"
-STATE = "trainer_state.json"  # transformers', in every run and checkpoint
+STATE = "trainer_state.json"  # written by transformers in every run and checkpoint
 
-# of an evaluation, whose keys have the prefix eval_; the student's ce keeps it
+# values of an evaluation, with the prefix eval_; the student's ce keeps it
 EVALUATED = (
     "perplexity", "bits_per_byte", "kd", "kl_teacher_student", "kl_teacher_projected", "ce_projected", "agreement",
 )  # fmt: skip
 
 
 class RunsError(ValueError):
-    """There is no run to read, or it cannot be read; the message says which and why."""
+    """The error raised when there is no run to read, or one cannot be read; the message says which and why."""
 
 
 class Run(NamedTuple):
-    """What a report is made of: the log is a `log_table`, the summary what summary.json holds."""
+    """One run in a report: its log as a `log_table`, and the contents of its summary.json."""
 
     name: str
     log: pd.DataFrame
     summary: dict[str, Any]
-    texts: Sequence[Text] = ()  # that student or teacher wrote
+    texts: Sequence[Text] = ()  # written by student or teacher
 
 
 def is_finished(path: Path) -> bool:
-    """Return whether a run of ours has come to its end."""
+    """Return whether one of our runs is finished."""
     return (path / SUMMARY).is_file()
 
 
 def log_table(history: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
-    """Return the numbers of a trainer's log_history by step, NaN where a line has none that can be drawn."""
+    """Return the numbers of a trainer's log_history by step; NaN where a line has none that can be drawn."""
     lines = [{k: v for k, v in line.items() if isinstance(v, int | float) and abs(v) < 1e100} for line in history]
     log = pd.DataFrame([line for line in lines if "step" in line] or {"step": []}, dtype=float).set_index("step")
     for prefix in ("", "eval_"):
@@ -59,10 +59,10 @@ def log_table(history: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def summarize_log(log: pd.DataFrame, evaluation: Mapping[str, float] | None = None) -> dict[str, Any]:
-    """Return what came of a run: of its last `evaluation` (None = the log's) and of the training steps logged so far.
+    """Return a run's results: of its last `evaluation` (None = the log's) and of the training steps logged so far.
 
-    tokens are targets trained on; seconds those of the training steps, without evaluations and saving, added up from
-    the speed of each line, which outlives an interruption; None where a number does not apply.
+    tokens are the targets trained on. seconds are those of training steps, without evaluations and saving, added up
+    from each line's speed, which survives interruptions. A number that does not apply is None.
     """
     if evaluation is None:
         evaluated = log[log["eval_ce"].notna()].iloc[-1].dropna() if "eval_ce" in log else {}
@@ -84,9 +84,9 @@ def summarize_log(log: pd.DataFrame, evaluation: Mapping[str, float] | None = No
 
 
 def find_runs(arguments: Sequence[str]) -> list[Run]:
-    """Return the runs of `PATH`s and `NAME=PATH`s, each once, under names of their own.
+    """Return the runs of `PATH`s and `NAME=PATH`s, each once, under distinct names.
 
-    Raises RunsError where there is none, where one cannot be read, or where two were given the same name.
+    Raises RunsError if there is none, if one cannot be read, or if two were given the same name.
     """
     found = list(dict.fromkeys(run for argument in arguments for run in _find(argument)))
     short = Counter(name or path.name for path, name in found)
@@ -98,14 +98,14 @@ def find_runs(arguments: Sequence[str]) -> list[Run]:
 
 
 def read_run(path: Path, name: str | None = None) -> Run:
-    """Return one run's log, with its summary or, where it is unfinished, what the log says."""
+    """Return one run's log, with its summary or, if it is unfinished, the results in its log."""
     try:
         states = _read_states(path)
     except RunsError as error:
         if not isinstance(error.__cause__, FileNotFoundError):
             raise
-        states = _read_states(path)  # a run in progress has deleted that checkpoint: there is a newer one
-    # a run trained past its end has a checkpoint further than its own state
+        states = _read_states(path)  # a running run has deleted that checkpoint: there is a newer one
+    # a run trained past its end has a checkpoint newer than its own state
     state = max(states, key=lambda state: state.get("global_step") or 0, default={})
     history = state.get("log_history")
     if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
@@ -116,23 +116,23 @@ def read_run(path: Path, name: str | None = None) -> Run:
     ours = (path / RECORD).is_file()
     summary: dict[str, Any] = {}
     step, end = state.get("global_step") or 0, state.get("max_steps") or 0
-    if ours or step < end:  # ours is finished when its summary is there
+    if ours or step < end:  # one of ours is finished when it has a summary
         summary["unfinished"] = f"step {step} of {end}"
     if ours:
-        summary["recipe"] = _read(path / RECORD).get("recipe", AUTO)  # what differs from the defaults is recorded
+        summary["recipe"] = _read(path / RECORD).get("recipe", AUTO)  # defaults are not recorded
     noted = [(line.get("step"), line["health"]) for line in history if isinstance(line.get("health"), list)]
     health = [{"step": step, "message": message} for step, messages in noted for message in messages]
     return Run(name or path.name, log, {**summary, **summarize_log(log), "health": health}, read_texts(path))
 
 
 def _find(argument: str) -> list[tuple[Path, str | None]]:
-    """Return the folders of the runs that an argument stands for, and the names it gives them."""
+    """Return the folders of the runs that an argument stands for, and their names."""
     name, equals, rest = argument.partition("=")
     if not equals or os.path.isdir(os.path.expanduser(argument)):
         name, rest = "", argument
     elif not name or not rest:
         raise RunsError(f"RUN {argument!r}: expected PATH or NAME=PATH")
-    path = Path(os.path.abspath(os.path.expanduser(rest)))  # "." has a name then, and a symbolic link keeps its own
+    path = Path(os.path.abspath(os.path.expanduser(rest)))  # gives "." a name, and keeps a symbolic link's own
     if not os.path.isdir(path):
         what = "is a file; give the folder it lies in" if os.path.exists(path) else "does not exist"
         raise RunsError(f"RUN {argument!r}: {str(path)!r} {what}")
@@ -148,12 +148,12 @@ def _find(argument: str) -> list[tuple[Path, str | None]]:
 
 
 def _natural(path: Path) -> list[Any]:
-    """Sort seed-2 before seed-10; the pieces alternate between text and digits."""
+    """Return a key that sorts seed-2 before seed-10; its pieces alternate between text and digits."""
     return [int(piece) if piece.isdecimal() else piece for piece in re.split(r"(\d+)", path.name)]
 
 
 def _states(path: Path) -> list[Path]:
-    """Return the trainer_state.json of a run and that of its newest checkpoint, as far as they are there."""
+    """Return the trainer_state.json of a run and of its newest checkpoint, as far as they exist."""
     saved = [file for file in path.glob(f"checkpoint-*/{STATE}") if re.fullmatch(r"checkpoint-\d+", file.parent.name)]
     newest = sorted(saved, key=lambda file: _natural(file.parent))[-1:]
     return [path / STATE, *newest] if os.path.isfile(path / STATE) else newest
@@ -167,7 +167,7 @@ def _read_states(path: Path) -> list[dict[str, Any]]:
 def _read(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # JSON's and Unicode's errors are ValueErrors
+    except (OSError, ValueError) as error:  # errors of JSON and Unicode are ValueErrors
         raise RunsError(f"{str(file)!r} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise RunsError(f"{str(file)!r} holds a {type(content).__name__}; expected a JSON object")

@@ -1,4 +1,4 @@
-"""summary.json: what a run was and what came of it, in one flat file. null is where a number does not apply."""
+"""summary.json: a run and its results in one flat file; null where a number does not apply."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from kdfast.versions import versions
 
 
 def summarize(trainer: KDTrainer, evaluation: dict[str, float]) -> dict[str, Any]:
-    """Return the summary of a trained run and of its last `evaluation`; `summarize_log` says what came of it."""
+    """Return the summary of a trained run and its last `evaluation`; `summarize_log` computes the results."""
     model, device = trainer.model, trainer.args.device
     on_gpu = device.type == "cuda"
     used = [*(blocks.cache for blocks in cached_blocks(trainer.train_dataset)), *model.sides.caches.values()]
@@ -47,11 +47,11 @@ def summarize(trainer: KDTrainer, evaluation: dict[str, float]) -> dict[str, Any
 
 
 def engine_of(args: KDConfig, student: PreTrainedModel) -> str:
-    """Return the engine that trains `student` in batches of 1024 tokens and more."""
+    """Return the engine that trains `student` in batches of at least 1024 tokens."""
     weight = student.get_output_embeddings().weight
     return resolve(args.engine, args.device, weight.dtype, tokens=1024, vocab=weight.shape[0])
 
 
 def write_summary(path: Path, summary: dict[str, Any]) -> None:
-    """Write the file, which is complete or not there."""
+    """Write the file, which is complete or absent."""
     write_text(path, json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

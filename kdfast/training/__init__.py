@@ -1,20 +1,19 @@
-"""Distillation runs on transformers and accelerate: `KDTrainer`, `KDConfig`, and what they are made of.
+"""Distillation runs on transformers and accelerate: `KDTrainer`, `KDConfig`, and their parts.
 
     student, teacher = load_student("gpt2"), load_teacher("gpt2-medium")
     args = KDConfig(output_dir="out", max_steps=1000)
     KDTrainer(student, args, teacher=teacher, train_dataset=blocks).train()
 
-config.py    KDConfig                      recipes.py      named choices, and which one "auto" takes
-model.py     the loss, under one forward   teachers/       what KD learns from, and how true it is
+config.py    KDConfig                      recipes.py      named choices, and what "auto" picks
+model.py     the loss, in one forward      teachers/       what KD learns from, and its fidelity
 hf.py        backbone, head, labels        initialization/ solved starts
 trainer.py   KDTrainer                     fsdp.py         sharding
 metrics.py   means for logs, memory        callbacks.py    health in words, the progress bar
-nan_guard.py stop at NaN                   diagnostics.py  what a log tells
-durable/     runs that survive kills       cache/          a teacher run once
+nan_guard.py stop at NaN                   diagnostics.py  what a log shows
+durable/     runs that survive kills       cache/          a teacher that runs once
 on_policy/   text that the student or the teacher writes
 data/        text, completions and chats to rows and batches, tokenizers
 """
-
 import importlib
 from typing import Any
 

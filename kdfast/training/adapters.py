@@ -1,11 +1,11 @@
-"""Students that PEFT adapts: LoRA and its kin, on a frozen base that may be quantized.
+"""Students with a PEFT adapter, such as LoRA, on a frozen base that may be quantized.
 
-A student is the transformers model whose layers hold the adapter, whichever way it came: inside a PeftModel, adapted
-in place, or plain and with a `peft_config`. What is saved is the adapter alone, as PEFT's own `save_pretrained` does:
+The student is the transformers model whose layers hold the adapter, whether it came inside a PeftModel, adapted in
+place, or plain with a `peft_config`. Only the adapter is saved, as PEFT's own `save_pretrained` does:
 
     adapter_model.safetensors, adapter_config.json
 
-`peft` is imported where it is needed, and only there.
+`peft` is imported only where it is needed.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from transformers.utils import is_peft_available
 from kdfast.inputs import did_you_mean
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
-PREFIX = "base_model.model."  # of every name in ADAPTER_WEIGHTS: the path to the model inside a PeftModel
+PREFIX = "base_model.model."  # the path to the model inside a PeftModel, before every name in ADAPTER_WEIGHTS
 
 
 def require_peft(what: str) -> Any:
-    """Return the module peft. Raise ImportError, which names the extra to install, where it is missing."""
+    """Return the module peft. Raise ImportError, naming the extra to install, if it is missing."""
     if not is_peft_available():
         raise ImportError(f"{what} needs peft: pip install 'kdfast[lora]'")
     import peft
@@ -40,19 +40,19 @@ def require_peft(what: str) -> Any:
 
 
 def is_peft(module: object) -> bool:
-    """Return whether its class or one of its bases comes from PEFT, without importing PEFT."""
+    """Return whether the module's class or one of its bases is PEFT's, without importing PEFT."""
     return any(cls.__module__.partition(".")[0] == "peft" for cls in type(module).__mro__)
 
 
 def adapted_layer(model: nn.Module) -> str | None:
-    """Return the name of the first module in `model` that is PEFT's; None where there is none."""
+    """Return the name of the first PEFT module in `model`, or None."""
     return next((name for name, module in model.named_modules() if is_peft(module)), None)
 
 
 def unwrap(model: Any, role: str) -> Any:
-    """Return the model inside a PeftModel, whose layers hold the adapter, and anything else as it is.
+    """Return the model inside a PeftModel; anything else as it is.
 
-    Raises TypeError for learned prompts, which a PeftModel adds outside of it.
+    Raises TypeError for learned prompts, which a PeftModel adds outside of that model.
     """
     if not (is_peft(model) and hasattr(model, "get_base_model")):
         return model
@@ -65,9 +65,9 @@ def unwrap(model: Any, role: str) -> Any:
 
 
 def adapt(student: Any, peft_config: Any) -> PreTrainedModel:
-    """Return the student unwrapped, with an adapter of `peft_config` put in, unless that is None.
+    """Return the unwrapped student, with an adapter added if `peft_config` is given.
 
-    Raises TypeError for what is no PeftConfig or a prompt's, ValueError for a student that is adapted already.
+    Raises TypeError if that is not a PeftConfig, or one for prompts, and ValueError if the student has an adapter.
     """
     student = unwrap(student, "student")
     if peft_config is not None:
@@ -89,9 +89,9 @@ def adapt(student: Any, peft_config: Any) -> PreTrainedModel:
 
 
 def keep_unpacked(model: nn.Module) -> None:
-    """Keep bitsandbytes from packing 4-bit weights anew at the first pass on some CPUs.
+    """Stop bitsandbytes from repacking 4-bit weights in the first forward pass on some CPUs.
 
-    They would give no gradient from then on, products of fewer digits, and another teacher's fingerprint.
+    Repacked weights give no gradient, less precise products, and another fingerprint of the teacher.
     """
     modules: Any = model.modules()
     for module in modules:
@@ -101,9 +101,9 @@ def keep_unpacked(model: nn.Module) -> None:
 
 
 def lora_config(fields: Mapping[str, Any]) -> Any:
-    """Return PEFT's LoraConfig for a causal model. Raise ValueError, naming the key, for a field that it does not have.
+    """Return PEFT's LoraConfig for a causal model. Raise ValueError, naming the key, for an unknown field.
 
-    target_modules: a list; one that is alone may be a pattern, or PEFT's "all-linear".
+    target_modules: a list; a single item may be a pattern, or PEFT's "all-linear".
     """
     peft = require_peft("use_peft: true")
     known = [field.name for field in dataclasses.fields(peft.LoraConfig) if field.init]
@@ -117,7 +117,7 @@ def lora_config(fields: Mapping[str, Any]) -> Any:
 
 
 def check_adapter(student: PreTrainedModel) -> None:
-    """Raise ValueError where a student carries PEFT's layers and they would not be trained and saved as expected."""
+    """Raise ValueError if the student has PEFT layers that would not be trained and saved as expected."""
     layer = adapted_layer(student)
     if layer is None:
         return
@@ -169,7 +169,7 @@ def _is_merged(module: Any) -> bool:
 
 
 def adapter_state(student: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return what PEFT keeps of the student's `state`, whole or in shards, by the names it has in ADAPTER_WEIGHTS."""
+    """Return the part of the student's `state`, whole or sharded, that PEFT saves, under PEFT's names."""
     peft, (name,) = require_peft("saving an adapter"), student.peft_config
     with _unwrapped_layers(student):
         kept = peft.get_peft_model_state_dict(student, state_dict=state, adapter_name=name)
@@ -178,7 +178,7 @@ def adapter_state(student: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @contextmanager
 def _unwrapped_layers(model: nn.Module) -> Iterator[None]:
-    """Take FSDP's activation checkpointing out of the names of modules, by which PEFT looks for entries of a state."""
+    """Hide FSDP's activation checkpointing in module names, by which PEFT looks up entries of a state."""
     inner = "_checkpoint_wrapped_module"
     wrappers = [(parent, *item) for parent in model.modules() for item in parent.named_children()]
     wrappers = [(parent, name, child) for parent, name, child in wrappers if hasattr(child, inner)]
@@ -192,8 +192,8 @@ def _unwrapped_layers(model: nn.Module) -> Iterator[None]:
 
 
 def save_adapter(folder: Path, student: Any, state: dict[str, Tensor]) -> None:
-    """Write the adapter, as PeftModel.from_pretrained reads it. `state` is what `adapter_state` returned."""
-    whole = {key: tensor.detach().contiguous().clone() for key, tensor in state.items()}  # tied ones, each on its own
+    """Write `state`, from `adapter_state`, in the files that PeftModel.from_pretrained reads."""
+    whole = {key: tensor.detach().contiguous().clone() for key, tensor in state.items()}  # untied: each is saved
     save_file(whole, folder / ADAPTER_WEIGHTS, {"format": "pt"})
     (config,) = student.peft_config.values()
     config = copy.copy(config)
@@ -204,7 +204,7 @@ def save_adapter(folder: Path, student: Any, state: dict[str, Tensor]) -> None:
 
 
 def load_adapter(folder: Path, student: Any) -> None:
-    """Load in place what `save_adapter` wrote. Raises ValueError where it is another adapter's."""
+    """Load in place what `save_adapter` wrote. Raises ValueError if it belongs to another adapter."""
     path = folder / ADAPTER_WEIGHTS
     if not path.is_file():
         raise ValueError(f"{str(folder)!r} has no {path.name}; it was saved of a student without an adapter")
@@ -219,9 +219,9 @@ def load_adapter(folder: Path, student: Any) -> None:
 
 @torch.no_grad()
 def merge_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """Return the whole model that the adapter in `folder` makes of `base`, in fp32, into which it is merged in place.
+    """Merge the adapter in `folder` into `base` in place, in fp32, and return it.
 
-    A head that was the embedding stays it, unless one of them was adapted or trained; then each is its own.
+    A tied head stays tied unless the adapter changed or trained it or the embedding.
     """
     peft = require_peft("merging an adapter")
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()

@@ -1,8 +1,7 @@
-"""Callbacks: `HealthCallback` says in words what is wrong with a run, `DistillationProgress` is its progress bar.
+"""Callbacks: `HealthCallback` reports in words what is wrong with a run; `DistillationProgress` is its progress bar.
 
-Health reads the lines that are logged anyway, so it costs no synchronization and knows what a person would who
-looked at the log all the time. Most of all it looks at what a low KL hides: a projected teacher that has become the
-student.
+The health check reads lines that are logged anyway, so it costs no synchronization. Above all it looks for what a low
+KL hides: a projected teacher that has become the student.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from kdfast.training.diagnostics import HealthThresholds, Log
 
 logger = logging.getLogger(__name__)
 
-# key of the log → how it is shown
+# key in the log → how it is displayed
 BEHIND_THE_BAR = {
     "loss": "loss {:.3f}", "kd": "KL {:.3g}", "kd_weight": "weight {:.2f}", "tokens_per_second": "tok/s {:,.0f}",
 }  # fmt: skip
@@ -35,30 +34,31 @@ OF_AN_EVALUATION = {
 
 @dataclass(frozen=True)
 class Finding:
-    """Hold what `HealthCallback` said: at which step, of which kind, in which words."""
+    """One thing that `HealthCallback` reported."""
 
     step: int
     kind: str  # non_finite, initial_loss, kl, perplexity, rising, oscillating, follows, misleads, decays or collapses
-    message: str  # what is seen, in numbers, and what to do
+    message: str  # the observed numbers, and what to do
 
 
 class HealthCallback(TrainerCallback, ExportableState):
-    """Look at every log line; `findings` has what was said so far, before a resume too.
+    """A callback that reads every log line and warns in words when a run goes wrong.
 
-    A kind is said once, as a warning, and again only where it came back after `window` looks that did not see it.
+    `findings` lists every warning so far, including those before a resume. Each kind is reported once, and again only
+    if it returns after `window` log lines without it.
 
     Args:
-        thresholds: a `HealthThresholds`, or a mapping of those that differ from the defaults.
+        thresholds: a `HealthThresholds`, or a mapping of the values that differ from the defaults.
     """
 
     def __init__(self, thresholds: HealthThresholds | Mapping[str, Any] | None = None) -> None:
         self.thresholds = HealthThresholds.of(thresholds)
-        self.drawn = False  # the KD term is to drawn ids: its value is a KL and what drawing takes from the entropy
+        self.drawn = False  # whether the KD term uses drawn ids: its value then exceeds the KL
         self._start()
 
     def _start(self, vocabulary: int = 1) -> None:
         self.findings: list[Finding] = []
-        self._open: dict[str, int] = {}  # kinds that hold: looks since the last one that saw it
+        self._open: dict[str, int] = {}  # current kinds: looks since each was last seen
         self._log = Log(self.thresholds, vocabulary, drawn=self.drawn)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -72,13 +72,13 @@ class HealthCallback(TrainerCallback, ExportableState):
                 _say(finding)
 
     def report_non_finite(self, step: int, what: str, *, aloud: bool) -> None:
-        """Note what stopped the run or left a step out, before any log line can tell; say it if `aloud`."""
+        """Record what stopped the run or caused a step to be left out; warn if `aloud`."""
         for finding in self._note(step, {"non_finite": what}):
             if aloud:
                 _say(finding)
 
     def restore(self, state: TrainerState, vocabulary: int = 1) -> None:
-        """Return to `state`, as it was saved: what is logged is read again, and what was said is not said again."""
+        """Read the log of a saved `state` again, without repeating what was reported."""
         self._start(vocabulary)
         for line in state.log_history:
             self._read(line, int(line.get("step", 0)), state.max_steps)
@@ -109,14 +109,14 @@ class HealthCallback(TrainerCallback, ExportableState):
 
 
 def _say(finding: Finding) -> None:
-    with tqdm.external_write_mode(file=sys.stderr):  # above a progress bar, if there is one
+    with tqdm.external_write_mode(file=sys.stderr):  # above the progress bar
         logger.warning("step %d: %s", finding.step, finding.message)
 
 
 class DistillationProgress(ProgressCallback):
-    """Show loss, KL, KD weight and speed behind the bar, and evaluations as lines above it.
+    """A progress bar with loss, KL, KD weight and speed, and evaluations as lines above it.
 
-    In place of the Trainer's own, which prints every log as a dictionary.
+    It replaces the Trainer's, which prints every log as a dictionary.
     """
 
     def __init__(self, description: str = "") -> None:
@@ -127,7 +127,7 @@ class DistillationProgress(ProgressCallback):
         super().on_train_begin(args, state, control, **kwargs)
         if self.training_bar is not None:
             bar, self.current_step = self.training_bar, state.global_step
-            bar.n = bar.initial = bar.last_print_n = state.global_step  # not 0 after a resume
+            bar.n = bar.initial = bar.last_print_n = state.global_step  # a resumed run does not start at 0
             bar.set_description_str(self.description, refresh=False)
             if not sys.stderr.isatty():
                 bar.mininterval = 20  # a log file needs fewer lines
@@ -142,7 +142,7 @@ class DistillationProgress(ProgressCallback):
 
 
 def show_progress(trainer: Trainer, description: str = "") -> None:
-    """Put the bar in the place of the Trainer's, unless `disable_tqdm` asked for none."""
+    """Replace the Trainer's progress bar by ours, unless `disable_tqdm` is set."""
     if not trainer.args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(DistillationProgress(description))

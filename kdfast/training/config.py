@@ -1,6 +1,6 @@
-"""`KDConfig`: every `TrainingArguments` field, and those of a distillation.
+"""`KDConfig`: every `TrainingArguments` field, and the settings of a distillation.
 
-A distillation field left at None comes from the recipe; `resolved()` gives what is in force.
+A distillation setting that is None comes from the recipe; `resolved()` returns the values in force.
 """
 
 # ruff: noqa: RUF009  (_from_recipe is a field(), not a default that is shared)
@@ -25,9 +25,9 @@ from kdfast.training.teachers.entries import TeacherTail
 
 logger = logging.getLogger(__name__)
 
-DRAWN, KEPT = 32, 64  # ids drawn, or kept, per token where nothing is said
+DRAWN, KEPT = 32, 64  # defaults: ids drawn, or kept, per token
 
-# evaluation metrics → whether a greater value is better, for metric_for_best_model; None: neither is
+# evaluation metrics, for metric_for_best_model → whether greater is better; None: neither
 GREATER_IS_BETTER: dict[str, bool | None] = {
     **dict.fromkeys(("loss", "ce", "ce_projected", "perplexity", "kd", "aux_loss", "kl_teacher_student"), False),
     **dict.fromkeys(("kl_teacher_projected", "bits_per_byte", "runtime"), False),
@@ -35,9 +35,9 @@ GREATER_IS_BETTER: dict[str, bool | None] = {
     **dict.fromkeys(("student_entropy", "teacher_entropy", "tokens"), None),
 }
 
-OF_EACH = ("kl_teacher_student", "kl_teacher_projected", "kd")  # of several teachers: also kd_<name> and so on
+OF_EACH = ("kl_teacher_student", "kl_teacher_projected", "kd")  # with several teachers, also kd_<name> and so on
 
-# what is expected of numbers → whether it holds, and of which fields
+# expectation in errors → its check, and the fields that it applies to
 NUMBERS: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "a number ≥ 0": (lambda x: x >= 0, (
         "kd_weight", "kd_ramp_start", "ce_weight", "anchor_weight", "projector_lr", "projector_lr_multiplier",
@@ -70,7 +70,7 @@ CHOICES = {
     "vocab": ("error", "truncate"),
 }
 
-# what `tokenize_dataset` takes of the settings
+# settings that are arguments of `tokenize_dataset`
 DATA = (
     "max_length", "truncation_mode", "packing", "completion_only_loss", "assistant_only_loss", "chat_template",
     "teacher_prompt_template", "text_column", "dataset_num_proc",
@@ -104,13 +104,17 @@ def _from_recipe(help: str) -> Any:
 
 @dataclass
 class KDConfig(TrainingArguments):
-    """Extend `TrainingArguments` by the settings of a distillation.
+    """`TrainingArguments` with the settings of a distillation.
 
-    Changed defaults: `logging_nan_inf_filter=False` (a NaN is never averaged away);
-    `ddp_find_unused_parameters=None` means True where text alone leaves parts of the student unused, such as a vision
-    tower; and of `metric_for_best_model="ce"`, "eval_web_ce" (of a data set "web") and the like less is better.
+    Example:
+        args = KDConfig(output_dir="out", recipe="teacher_head", temperature=2.0, max_steps=1000, bf16=True)
 
-    Raises ValueError naming the field, what came and what was expected.
+    Three defaults differ. `logging_nan_inf_filter=False`: a NaN is never averaged away. With
+    `ddp_find_unused_parameters=None`, DDP looks for unused parameters if plain text leaves parts of the student, such
+    as a vision tower, unused. For `metric_for_best_model="ce"`, "eval_web_ce" (of a data set "web") and the like, less
+    is better.
+
+    Raises ValueError naming the field, the value and what was expected.
     """
 
     recipe: str = _field(
@@ -289,14 +293,14 @@ class KDConfig(TrainingArguments):
         self._check()
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             self.greater_is_better = _greater_is_better(self.metric_for_best_model)
-        if str(self.fsdp).lower() in ("true", "false"):  # as text, TrainingArguments takes it for an option of old
+        if str(self.fsdp).lower() in ("true", "false"):  # TrainingArguments would read the text as a former option
             self.fsdp = str(self.fsdp).lower() == "true" or None  # type: ignore[assignment]
         super().__post_init__()
 
     def resolved(self, recipe: str | None = None) -> Recipe:
-        """Return the recipe with every explicit value in it; those it has no use for are left out, with a log line.
+        """Return the recipe with every explicit value in it. Values that it does not use are left out, with a log line.
 
-        Under "auto" the recipe depends on the models: give the name that `choose_recipe` found.
+        With recipe="auto" it depends on the models: pass the name that `choose_recipe` found.
         """
         if recipe is None and self.recipe == AUTO:
             raise ValueError("recipe='auto' depends on the models; give resolved() a name, as choose_recipe finds it")
@@ -316,26 +320,26 @@ class KDConfig(TrainingArguments):
             given["temperature_steps"] = tuple(given["temperature_steps"])
         given = {name: value for name, value in given.items() if name not in unused}
         if given.get("ce_weight") == 0:
-            given.setdefault("kd_until", 1.0)  # a recipe's own would leave nothing to learn from after it
+            given.setdefault("kd_until", 1.0)  # without it, nothing would be learned after the recipe's own
         return replace(found, **given)
 
     @property
     def data_options(self) -> dict[str, Any]:
-        """Return the arguments of `tokenize_dataset` that are settings."""
+        """Return the settings that are arguments of `tokenize_dataset`."""
         return {name: getattr(self, name) for name in DATA}
 
     @property
     def prompts(self) -> str | None:
-        """Return the same of rows to train on: whether completions are written to their prompts, and all of them."""
+        """Return `tokenize_dataset`'s argument `prompts` for rows to train on."""
         return None if not self.generates else "alone" if self.seq_kd or self.on_policy == 1 else "beside"
 
     @property
     def generates(self) -> bool:
-        """Whether text is generated to be trained on."""
+        """Return whether text is generated to train on."""
         return self.on_policy > 0 or self.seq_kd
 
     def cache_options(self, temperatures: Sequence[float], method: str) -> dict[str, Any]:
-        """Return the arguments of `cache_teacher` that are settings; `temperatures` and `method` where none are set."""
+        """Return `cache_teacher`'s arguments from the settings; `temperatures` and `method` are defaults."""
         counts = {"sample": self.cache_samples, "top_k": self.cache_top_k}
         method = self.cache_method or next((name for name, count in counts.items() if count is not None), method)
         hidden = {"rank": self.compressed_rank, "max_kl": self.compressed_kl}
@@ -350,7 +354,7 @@ class KDConfig(TrainingArguments):
 
     @property
     def _of_cache(self) -> tuple[str, ...]:
-        """The settings of a compressed head that a cache of hidden states has a use for, whatever the recipe."""
+        """Return the compressed head's settings that a cache of hidden states uses, whatever the recipe."""
         return ("compressed_rank", "compressed_kl") if self.cache_options([], "hidden")["method"] == "hidden" else ()
 
     def _check(self) -> None:
@@ -372,7 +376,7 @@ class KDConfig(TrainingArguments):
                 raise ValueError(f"divergence={self.divergence!r}; expected a name, such as 'forward_kl'")
             get_divergence(self.divergence)
         elif self.beta is not None and self.alpha is None:
-            self.divergence = "jsd"  # as TRL's trainers, which know no other
+            self.divergence = "jsd"  # as in TRL's trainers, which have no other divergence
         if self.alpha is not None or self.beta is not None:
             Recipe("", "none", divergence=self.divergence or Recipe.divergence, alpha=self.alpha, beta=self.beta)
         both = {name: x for name in ("ce_weight", "kd_weight") if (x := getattr(self, name)) is not None}
@@ -438,12 +442,12 @@ KDConfig.__doc__ = f"{inspect.cleandoc(KDConfig.__doc__ or '')}\n{_list_keys()}\
 
 
 def _greater_is_better(metric: str) -> bool | None:
-    """Return whether a greater value is better, by the end of the name: "eval_" and a data set's name may precede it.
+    """Return whether greater is better, by the end of the name; "eval_" and a data set's name may come before it.
 
-    None for a name that is not known here; TrainingArguments decides on those.
+    None for an unknown name, which TrainingArguments decides on.
     """
     known = max((name for name in GREATER_IS_BETTER if f"_{metric}".endswith(f"_{name}")), key=len, default=None)
-    known = known or next((name for name in OF_EACH if f"_{name}_" in f"_{metric}"), None)  # of one of several teachers
+    known = known or next((name for name in OF_EACH if f"_{name}_" in f"_{metric}"), None)  # one of several teachers
     if known is None:
         return None
     if (greater := GREATER_IS_BETTER[known]) is None:

@@ -1,8 +1,8 @@
-"""Signs of a run that goes wrong, read from its log lines: numbers in, sentences out; nothing else is touched.
+"""Signs of a run going wrong, read from its log: numbers in, sentences out.
 
-`Log` reads the lines and keeps what was. A sign is a row of `SIGNS`: when a line tells something about it, and a
-function of the log that gives whether it is there, and the sentence that says so. Which numbers count as wrong is
-`HealthThresholds`; docs/log.md says where its defaults come from.
+`Log` reads the lines and keeps a history. Each row of `SIGNS` has a function that says whether the current line can
+show the sign, and one that returns whether it does, with a sentence. `HealthThresholds` has the limits; docs/log.md
+says where their defaults come from.
 """
 
 from __future__ import annotations
@@ -15,36 +15,37 @@ from itertools import pairwise
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
-HISTORY = 200  # log lines in which the lowest value is looked for
-NOISE = 2.5  # mean steps from line to line: further apart, two smoothed values differ by more than noise
+HISTORY = 200  # log lines searched for the lowest value
+NOISE = 2.5  # in mean steps from line to line: smoothed values further apart than this differ by more than noise
 
 
 @dataclass(frozen=True)
 class HealthThresholds:
-    """From where on something is said. Shares are of the run, of a loss or of a KL, as each line says; all are > 0.
+    """The limits beyond which `HealthCallback` warns; all are > 0.
 
-    Raises ValueError naming the threshold that is no number > 0.
+    Shares are shares of the run, of a loss or of a KL, as each field says. Raises ValueError naming a field that is
+    not a number > 0.
     """
 
-    initial_loss: float = 10.0  # loss of the first log line, without an anchor; or that of guessing, if it is more
-    kl: float = 5.0  # the KL the loss sees, nats
+    initial_loss: float = 10.0  # loss of the first log line, without an anchor; the loss of guessing, if higher
+    kl: float = 5.0  # the KL in the loss, nats
     kl_after: float = 0.2  # share of the run after which `kl` applies
     perplexity: float = 10_000.0  # of evaluation or training text
     perplexity_after: float = 0.4  # share of the run after which `perplexity` applies
-    window: int = 5  # log lines in a smoothed value; looks after which a sign that is not seen has gone
+    window: int = 5  # log lines in a smoothed value; lines without a sign after which it is gone
     rising: float = 0.1  # smoothed loss above its lowest value, as a share of that
-    oscillation_window: int = 12  # log lines looked at for an oscillation
+    oscillation_window: int = 12  # log lines searched for an oscillation
     oscillation: float = 0.2  # median step between log lines, as a share of the loss
     projected_after: float = 0.1  # share of the run after which the projected teacher is judged
     follower_ratio: float = 0.85  # KL(true ‖ projected) over KL(true ‖ student): above it, hardly nearer
-    follower_kd: float = 0.35  # τ²·KL that the loss sees over KL(true ‖ student): below it, the two are one
+    follower_kd: float = 0.35  # τ²·KL in the loss over KL(true ‖ student): below it, the two are one
     follower_margin: float = 0.05  # without the true teacher's head: nats by which the projected CE has to be lower
     follower_nats: float = 0.15  # without it: τ²·KL below which student and projected teacher are one
     misleading_margin: float = 0.3  # nats of cross entropy by which the projected teacher is worse than the student
     misleading_after: float = 0.2  # share of the run after which `misleading_margin` applies
     decay: float = 0.2  # nats of the projected teacher's cross entropy above its lowest value
-    repetition: float = 0.5  # share of 4-grams that a completion had before, over the last `window` lines
-    repetition_entropy: float = 0.3  # nats of the student's entropy on its own text below which that is a collapse
+    repetition: float = 0.5  # share of a completion's 4-grams that it repeats, over the last `window` lines
+    repetition_entropy: float = 0.3  # nats of the student's entropy on its own text, below which it has collapsed
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -56,7 +57,7 @@ class HealthThresholds:
 
     @classmethod
     def of(cls, given: HealthThresholds | Mapping[str, Any] | None) -> HealthThresholds:
-        """Return the defaults with what is given in their place. Raise ValueError naming what is unknown or wrong."""
+        """Return the defaults, updated by `given`. Raise ValueError naming an unknown or wrong threshold."""
         if isinstance(given, HealthThresholds):
             return given
         known = [field.name for field in fields(cls)]
@@ -65,42 +66,42 @@ class HealthThresholds:
         return cls(**(given or {}))
 
 
-# of generated text: length, share that ended by itself, repeated 4-grams, the student's entropy
+# about generated text: length, share that ended by itself, repeated 4-grams, the student's entropy
 WRITTEN = ("completion_length", "eos_share", "repetition", "entropy_on_policy")
 
 
 class Compared(NamedTuple):
-    """What one line, or the mean of several, tells of student and projected teacher."""
+    """The comparison of student and projected teacher in one line, or the mean of several."""
 
-    kd: float  # τ²·KL, as the loss sees it
+    kd: float  # τ²·KL, as in the loss
     ce: float
     ce_projected: float
 
 
 class Log:
-    """The lines of one run, read in their order.
+    """The lines of one run, read in order.
 
-    Attributes, of the last line: `raw`, as it came; `line`, its finite numbers, without "eval_"; `text`, "training",
-    "evaluation" or ""; `progress`, the share of the run done; `first`, whether it is the first with a loss;
-    `projected`, what there is to judge of a projected teacher, and `noise`, nats of cross entropy that mean nothing in
-    it. `ces_projected` are the cross entropies judged so far.
+    Attributes of the last line: `raw`, as it was logged; `line`, its finite numbers, without "eval_"; `text`,
+    "training", "evaluation" or ""; `progress`, the share of the run done; `first`, whether it is the first with a loss;
+    `projected`, the comparison with a projected teacher; `noise`, nats of cross entropy below which a difference in it
+    means nothing. `ces_projected` lists the cross entropies judged so far.
     """
 
     projected: Compared | None
 
     def __init__(self, limits: HealthThresholds, vocabulary: int = 1, *, drawn: bool = False) -> None:
         self.limits, self.guessing, self.drawn = limits, math.log(vocabulary), drawn
-        self.ces_projected: deque[float] = deque(maxlen=HISTORY)  # smoothed; of evaluation as soon as there is one
+        self.ces_projected: deque[float] = deque(maxlen=HISTORY)  # smoothed; from evaluations once there is one
         self._started = self._evaluated = False
         self._temperature: float | None = None
-        # without the KD term; τ²·KL, None in steps of KD weight 0
+        # (loss without the KD term; τ²·KL, or None in steps of KD weight 0)
         self._losses: deque[tuple[float, float | None]] = deque(maxlen=HISTORY)
         self._window: deque[Compared] = deque(maxlen=limits.window)
-        self._steps: deque[float] = deque(maxlen=HISTORY)  # of the projected CE, from line to line of training
+        self._steps: deque[float] = deque(maxlen=HISTORY)  # changes of the projected CE between lines of training
         self.written: deque[tuple[float, ...]] = deque(maxlen=limits.window)  # of lines with generated text, `WRITTEN`
 
     def read(self, line: Mapping[str, Any], progress: float) -> dict[str, str | None]:
-        """Return kind → sentence, or None where the sign is judged and not there; `progress`: share of the run done."""
+        """Return kind → sentence, or None if the sign was checked and absent. `progress`: share of the run done."""
         numbers = {k: float(v) for k, v in line.items() if isinstance(v, int | float) and math.isfinite(v)}
         self.raw, self.line, self.progress = line, numbers, progress
         self.text = "training" if "loss" in line else "evaluation" if "eval_ce" in line else ""
@@ -117,24 +118,24 @@ class Log:
         return {kind: sentence if there else None for kind, (there, sentence) in judged.items()}
 
     def trains(self, name: str) -> bool:
-        """Whether it is a line of training that has that number."""
+        """Return whether this is a line of training that contains the number `name`."""
         return self.text == "training" and name in self.line
 
     @property
     def nats(self) -> float:
-        """τ²·KL of a line of training; 0 where it has none."""
+        """Return τ²·KL in a line of training, or 0."""
         return self.line.get("temperature", 0.0) ** 2 * self.line.get("kd", 0.0)
 
     @property
     def losses(self) -> list[float]:
-        """The losses so far, if this line has one, under the KD weight of now: a ramp alone raises no loss."""
+        """Return the losses so far under the current KD weight, so that a ramp alone raises no loss; [] without one."""
         weight = self.line.get("kd_weight", 0.0)
         known = ((rest, kd) for rest, kd in self._losses if kd is not None or weight == 0)
         return [rest + weight * (kd or 0.0) for rest, kd in known] if self.trains("loss") else []
 
     @property
     def rates(self) -> str:
-        """Learning rates of what is trained: a projector's where the line tells of one."""
+        """Return the learning rates to name in advice: the projector's, if the line has one."""
         projected = {"ce_projected", "eval_ce_projected"} & self.raw.keys()
         return "learning_rate or projector_lr" if projected else "learning_rate"
 
@@ -144,7 +145,7 @@ class Log:
 
     @property
     def bad(self) -> list[str]:
-        """Names of the losses that are not finite."""
+        """Return the names of the losses that are not finite."""
         tested = (name for name in ("loss", "eval_loss", "eval_ce") if isinstance(self.raw.get(name), int | float))
         return [name for name in tested if not math.isfinite(self.raw[name])]
 
@@ -152,14 +153,14 @@ class Log:
         self.first, self._started = not self._started, True
         temperature = self.line.get("temperature", self._temperature)
         if temperature != self._temperature:
-            self._losses.clear()  # KL at another temperature is another number
+            self._losses.clear()  # the KL at another temperature is not comparable
             self._window.clear()
             self._temperature = temperature
         weight, nats = self.line.get("kd_weight", 0.0), self.nats
         self._losses.append((self.line["loss"] - weight * nats, nats if "kd" in self.line else None))
 
     def _read_projected(self, temperature: float) -> None:
-        """Evaluation says more of the projected teacher than training: once there is one, it alone decides."""
+        """Read the projected teacher's values. From the first evaluation on, only evaluations count."""
         names = ("kd", "ce", "ce_projected", *(["temperature"] if self.text == "training" else []))
         if not self.text or not set(names) <= self.line.keys():
             return
@@ -180,11 +181,11 @@ class Log:
             self.ces_projected.append(self.projected.ce_projected)
 
 
-Sign = tuple[bool, str]  # whether it is there; the sentence
+Sign = tuple[bool, str]  # whether the sign is present; the sentence
 
 
 def _non_finite(log: Log) -> Sign:
-    """Look at what is logged alone; a step that was left out is reported by what left it out."""
+    """Check the logged losses. (A step that was left out is reported where that happens.)"""
     ramp = ", ramp the KD weight (kd_ramp=0.2)" if {"kd", "eval_kd"} & log.raw.keys() else ""
     return bool(log.bad), "".join(f"{name} is {log.raw[name]}. Lower {log.rates}{ramp}" for name in log.bad[:1])
 
@@ -192,7 +193,7 @@ def _non_finite(log: Log) -> Sign:
 def _initial_loss(log: Log) -> Sign:
     line, limit = log.line, max(log.limits.initial_loss, 1.05 * log.guessing)
     ce, kd = line.get("ce", math.inf), 0.0
-    if "ce_projected" in line:  # a teacher that does not move is far away at first, and that is no fault
+    if "ce_projected" in line:  # a fixed teacher may be far away at first
         kd = line.get("kd_weight", 0.0) * log.nats
     loss = min(line["loss"], ce + kd)
     said = f"the loss starts at {loss:.4g}, above {limit:.4g}"
@@ -237,7 +238,7 @@ def _oscillating(log: Log) -> Sign:
     steps = [b - a for a, b in pairwise(losses)]
     turns = sum(a * b < 0 for a, b in pairwise(steps))
     swing, level = median(map(abs, steps)), abs(fmean(losses))
-    # noise turns at two places of three as well: it is the swing that tells
+    # noise also turns at two places of three; only a large swing is an oscillation
     return turns >= 0.6 * (len(steps) - 1) and swing > log.limits.oscillation * level, (
         f"the loss oscillates: {turns} turns in {len(losses)} log lines, by {swing:.3g} from line to line at a "
         f"mean of {level:.4g}. Lower learning_rate, or take larger batches (gradient_accumulation_steps)"
@@ -245,7 +246,7 @@ def _oscillating(log: Log) -> Sign:
 
 
 def _follows(log: Log) -> Sign:
-    """By the KL to the true teacher where evaluation has it, else by cross entropies."""
+    """Judge by the KL to the true teacher if evaluations log it, otherwise by cross entropies."""
     now, limits = log.projected, log.limits
     assert now is not None
     near = now.kd < limits.follower_nats
@@ -285,7 +286,7 @@ def _decays(log: Log) -> Sign:
 
 
 def _collapses(log: Log) -> Sign:
-    """Look for text that repeats itself with certainty, and for texts of which none comes to an end."""
+    """Look for text that repeats itself with certainty, and for texts that never end."""
     finite = ([x for x in values if not math.isnan(x)] for values in zip(*log.written, strict=True))
     length, ended, repeated, entropy = (fmean(values) if values else math.nan for values in finite)
     if repeated > log.limits.repetition and entropy < log.limits.repetition_entropy:
@@ -300,7 +301,7 @@ def _collapses(log: Log) -> Sign:
     )
 
 
-# kind → whether the last line tells something about it; what it tells
+# kind → whether the last line can show it; the check
 SIGNS: dict[str, tuple[Callable[[Log], bool], Callable[[Log], Sign]]] = {
     "non_finite": (lambda log: bool(log.bad) or ("loss" in log.raw and not log.raw.get("skipped_steps")), _non_finite),
     "initial_loss": (lambda log: log.first, _initial_loss),

@@ -1,12 +1,12 @@
-"""FSDP2 through accelerate: what it has to know of a `DistillationModel`, and shards on their way to and from disk.
+"""FSDP2 through accelerate: how a `DistillationModel` is sharded, and shards on their way to and from disk.
 
 The loss is computed in the root's forward from the heads' weights, and no head's own forward ever runs. So the root
-has to own the heads, a tied embedding with them, the projector and the maps of the hidden-state loss: FSDP gathers
-them before that forward and keeps them until the root's backward is over. The layers, and an input embedding of its
-own, are sharded one by one.
+must own the heads (with a tied embedding), the projector and the maps of the hidden-state loss: FSDP gathers them
+before that forward and keeps them until the root's backward ends. The layers, and an untied input embedding, are
+sharded one by one.
 
-The teacher is frozen: every process keeps it whole, outside the module tree that FSDP walks, or (`shard_teacher`) it
-is sharded as the student is.
+The teacher is frozen: each process keeps a whole copy, outside the modules that FSDP shards, or with `shard_teacher`
+it is sharded as the student is.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def turn_on_for_cpus(accelerator: Accelerator, plugin_args: dict[str, Any] | None) -> None:
-    """Turn FSDP on for CPUs, where a launch is tried out: accelerate has it on accelerators only, and would run DDP."""
+    """Turn FSDP on for CPUs, so that a launch can be tried there; accelerate would run DDP."""
     asked = plugin_args is not None or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if asked and accelerator.distributed_type == DistributedType.MULTI_CPU:
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(**plugin_args or {})
@@ -40,7 +40,7 @@ def turn_on_for_cpus(accelerator: Accelerator, plugin_args: dict[str, Any] | Non
 
 
 def check_launch(trainer: Trainer, shard_teacher: bool, projector_resolve_steps: int) -> None:
-    """Raise ValueError for a way of distributing that is not supported, or that the recipe cannot be trained under."""
+    """Raise ValueError for an unsupported way of distributing, or one that does not work with the recipe."""
     if trainer.is_deepspeed_enabled:
         raise ValueError("DeepSpeed is not supported; use FSDP2, as in examples/accelerate/fsdp2.yaml")
     parallel = getattr(trainer.accelerator, "parallelism_config", None)
@@ -65,7 +65,7 @@ def check_launch(trainer: Trainer, shard_teacher: bool, projector_resolve_steps:
 
 
 def check_plugin(plugin: FullyShardedDataParallelPlugin) -> None:
-    """Raise ValueError for what would train wrongly or is not tested here."""
+    """Raise ValueError for FSDP settings that would train wrongly or are not tested here."""
     if plugin.fsdp_version != 2:
         raise ValueError(
             f"fsdp_version={plugin.fsdp_version}; expected 2: version 1 is deprecated and not tested here. Set "
@@ -87,7 +87,7 @@ def check_plugin(plugin: FullyShardedDataParallelPlugin) -> None:
 def set_mixed_precision(accelerator: Accelerator) -> None:
     """Gather and compute in 16 bits, reduce in fp32, and leave the loss and its metrics as they are.
 
-    accelerate's own policy would round gradients before they are summed over the processes, the schedules' weights on
+    accelerate's own policy would round gradients before summing them over the processes, the schedules' weights on
     the way in, and loss and token counts on the way out.
     """
     dtype = COMPUTE_DTYPES.get(str(accelerator.mixed_precision))
@@ -97,7 +97,7 @@ def set_mixed_precision(accelerator: Accelerator) -> None:
 
 
 def place_teacher(model: DistillationModel, accelerator: Accelerator, shard: bool) -> None:
-    """Keep the teacher whole beside the module tree, or in it to be sharded. Called before anything is solved."""
+    """Keep the teacher outside the modules that FSDP shards, or with `shard` inside. Call before solving starts."""
     teacher = model.teacher
     if teacher is None:
         return
@@ -131,11 +131,11 @@ def place_teacher(model: DistillationModel, accelerator: Accelerator, shard: boo
         model._modules.pop("teacher", None)
         object.__setattr__(model, "teacher", teacher.to(accelerator.device))
     elif (dtype := COMPUTE_DTYPES.get(str(accelerator.mixed_precision))) is not None:
-        teacher.to(dtype)  # type: ignore[arg-type]  # what FSDP would gather it in; its annotation is lost in a wrapper
+        teacher.to(dtype)  # type: ignore[arg-type]  # the dtype FSDP would gather it in; a wrapper hides the annotation
 
 
 def check_dtypes(model: DistillationModel) -> None:
-    """Raise ValueError where trained weights have more than one dtype, or the student's are quantized."""
+    """Raise ValueError if trained weights have more than one dtype, or the student's are quantized."""
     if any(is_quantized(p) for p in model.student.parameters()):
         raise ValueError(
             "the student is quantized, and FSDP with such weights is not tested here. Load it whole, or use DDP"
@@ -150,11 +150,11 @@ def check_dtypes(model: DistillationModel) -> None:
 
 @contextmanager
 def root_owns_the_heads(model: DistillationModel) -> Iterator[None]:
-    """Keep accelerate, while it shards, from making a group of its own of an embedding that is the head too."""
+    """Stop accelerate, while it shards, from giving a tied embedding a group of its own."""
     check_dtypes(model)
     student = model.student
     embedding, head = student.get_input_embeddings(), student.get_output_embeddings()
-    held = {id(p) for p in head.parameters()}  # an adapter's modules_to_save hold the original, too
+    held = {id(p) for p in head.parameters()}  # an adapter's modules_to_save contain the original too
     tied = any(id(p) in held for p in embedding.parameters())
     if tied and not isinstance(model, FSDPModule):
         model.get_input_embeddings = lambda: None  # type: ignore[assignment, method-assign, return-value]
@@ -166,7 +166,7 @@ def root_owns_the_heads(model: DistillationModel) -> Iterator[None]:
 
 @contextmanager
 def gathered_once(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
-    """Keep what a forward gathers until the end: `generate` runs one per token, and not as many in every process."""
+    """Keep gathered weights until the end: `generate` runs one forward per token, not equally many in each process."""
     parts = [module for module in model.modules() if isinstance(module, FSDPModule) and module is not model]
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
@@ -179,9 +179,9 @@ def gathered_once(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
 
 
 def full_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return what is saved of `state_dict`, as of an unsharded model, on the first process's CPU; empty on the others.
+    """Return the unsharded `state_dict` on the first process's CPU; empty on the others. All processes must call it.
 
-    Called by all; whole tensors exist one at a time on a device. Tied weights stay one tensor.
+    Only one whole tensor is on a device at a time. Tied weights stay one tensor.
     """
     first = torch.distributed.get_rank() == 0
     state = _sharded_state(model)
@@ -196,7 +196,7 @@ def full_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_full_state(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load `state`, which is whole in every process, into a module, whether that is sharded or not."""
+    """Load `state`, which is whole in every process, into a module that may be sharded."""
     if any(isinstance(value, DTensor) for value in _sharded_state(module).values()):
         set_model_state_dict(module, {**state}, options=StateDictOptions(full_state_dict=True))
     else:
@@ -204,13 +204,13 @@ def load_full_state(module: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Free the root's gathered weights, which a forward without a backward pass after it leaves."""
+    """Free the root's gathered weights, which a forward without a backward leaves behind."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def _sharded_state(module: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors themselves, so that tied ones are the same object."""
+    """Return the state's own tensors, so that tied ones are the same object."""
     reshard(module)
     return module.state_dict(keep_vars=True)

@@ -1,14 +1,13 @@
-"""Causal language models of transformers: how they are loaded, and what the loss needs to know of one.
+"""Causal language models of transformers: loading them, and what the loss needs to know about them.
 
-    head(model, backbone(model)(input_ids).last_hidden_state)  →  Head, with model(input_ids).logits never made
+    head(model, backbone(model)(input_ids).last_hidden_state)  →  Head; model(input_ids).logits is never made
 
-Families scale and cap their logits in their own ways (`logit_scale`, `logits_scaling`, `final_logit_softcapping`, …).
-An unknown factor would silently train on wrong logits, so `check_model` compares head and model once, on a few
-tokens and at a size of logits where a cap shows. That is the only place where logits are ever made: (1, 4, V).
+Model families scale and cap their logits in different ways (`logit_scale`, `final_logit_softcapping`, …). An unknown
+factor would silently train on wrong logits, so `check_model` compares head and model once, on four tokens whose logits
+are large enough for a cap to show. Logits, (1, 4, V), are made only there.
 
-Code that a model repository brings along is not run, unless `model_init_kwargs` has `trust_remote_code=True`, nor what
-a pickled weight file would call (`weights_only`), and HF_HUB_OFFLINE is respected. Every failure of loading is one
-ValueError that names the argument.
+Code in a model repository is not run unless `model_init_kwargs` has `trust_remote_code=True`; pickled weights are read
+with `weights_only`, and HF_HUB_OFFLINE is respected. Every failure to load is one ValueError that names the argument.
 """
 
 from __future__ import annotations
@@ -40,52 +39,55 @@ from kdfast.training.data.tokenizers import check_tokens, count_ids, own_tokeniz
 from kdfast.training.durable.errors import first_line
 from kdfast.training.durable.safe_load import explain
 
-IGNORE_INDEX = -100  # a target that counts for nothing
-CHECK_PEAK = 60.0  # largest logit in the check: twice the usual cap of 30, so a missed cap cannot hide
-CHECK_TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 3e-2}  # of the largest logit; other dtypes 1e-4
+IGNORE_INDEX = -100  # a target with this value is ignored
+CHECK_PEAK = 60.0  # the largest logit in the check: twice the usual cap of 30, so a missed cap shows
+CHECK_TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 3e-2}  # as a share of the largest logit; 1e-4 for other dtypes
 
-# parameters of a backbone's forward that are not data, or that only its own loss would use
+# parameters of a backbone's forward that are not data, or that only the model's own loss uses
 NO_INPUTS = {"self", "labels", "logits_to_keep", "num_items_in_batch", "past_key_values", "return_dict", "use_cache"}
 NO_INPUTS |= {"output_attentions", "output_router_logits"}
-PACKING = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}  # position_ids say it too
-ALWAYS = {"input_ids", "attention_mask"}  # a model that reads left to right can do without the mask
+PACKING = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}  # position_ids say the same
+ALWAYS = {"input_ids", "attention_mask"}  # a model that reads left to right works without the mask
 
-# settings of a configuration: image_token_id (image_token_index of older ones), vision_start_token_id, boi_token_index
+# configuration settings: image_token_id (formerly image_token_index), vision_start_token_id, boi_token_index
 PLACEHOLDER = re.compile(r"((?:image|video|audio|vision|bo[iva]|eo[iva])(?:_\w+)?)_token_(?:id|index)")
 MOST_LAYERS = 10_000
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-SOURCE = ("revision", "token", "cache_dir")  # of init kwargs: where a model's other files are, too
-SPELLED = {  # what from_pretrained took, or ignores besides dtype → how it is spelled
+SOURCE = ("revision", "token", "cache_dir")  # init kwargs that also locate a model's other files
+SPELLED = {  # older names of from_pretrained's arguments, or ones ignored beside dtype → current name
     "torch_dtype": "dtype",
     **{name: f"quantization_config={{'{name}': True}}" for name in ("load_in_4bit", "load_in_8bit")},
 }
-OUTSIDE_TO_DICT = ("rope_theta", "rope_scaling", "attn_implementation")  # settings that to_dict() does not list
+OUTSIDE_TO_DICT = ("rope_theta", "rope_scaling", "attn_implementation")  # settings that to_dict() leaves out
 
 
 def backbone(model: PreTrainedModel) -> Any:
-    """Return the module whose output goes into the head: final norm and, where there is one, vision tower included.
+    """Return the module whose output goes into the head, with the final norm and any vision tower.
 
-    `head(model, backbone(model)(**inputs, use_cache=False).last_hidden_state)` is what goes into `fused_kd_loss`.
-    Raises TypeError for a PeftModel with learned prompts, which are added outside of it.
+    Example:
+        hidden = backbone(model)(**inputs, use_cache=False).last_hidden_state
+        loss = fused_kd_loss(head(model, hidden), teacher_head, labels)
+
+    Raises TypeError for a PeftModel with learned prompts, which are added outside the backbone.
     """
     model = unwrap(model, "model")
     inner: Any = model.base_model
-    if inner is model:  # Llama-4's and Mllama's prefix names nothing that they have
+    if inner is model:  # Llama-4's and Mllama's prefix names no attribute of theirs
         inner = getattr(model, "model", None) or model.get_decoder()
     if inner is not model and inner.get_output_embeddings() is not None:
         return backbone(inner)
     decoder = inner.get_decoder()
     parts = [part for part in inner.children() if not isinstance(part, nn.Embedding)]
-    return decoder if parts == [decoder] else inner  # OPT's head, ProphetNet's call that, past its wrapper
+    return decoder if parts == [decoder] else inner  # OPT's head and ProphetNet's call the decoder inside the wrapper
 
 
 def inputs_of(model: PreTrainedModel) -> frozenset[str]:
-    """Return the names of the inputs that its backbone reads; its `**kwargs` would swallow any other."""
+    """Return the names of the inputs that the backbone reads. (Its `**kwargs` would swallow any other.)"""
     names: set[str] = set()
     outer = backbone(model)
-    for module in (outer, outer.get_decoder()):  # the outer one passes on what it does not name
+    for module in (outer, outer.get_decoder()):  # the outer one passes unnamed inputs on
         for name, parameter in inspect.signature(type(module).forward).parameters.items():
-            if parameter.kind is parameter.VAR_KEYWORD:  # Unpack[TransformersKwargs]; not all read its position_ids
+            if parameter.kind is parameter.VAR_KEYWORD:  # its position_ids are not read by all
                 for typed in get_args(parameter.annotation):
                     names |= typed.__annotations__.keys() - {"position_ids"}
             elif parameter.kind is not parameter.VAR_POSITIONAL:
@@ -94,7 +96,7 @@ def inputs_of(model: PreTrainedModel) -> frozenset[str]:
 
 
 def check_inputs(model: PreTrainedModel, role: str, given: Iterable[str], known: frozenset[str] | None = None) -> None:
-    """Raise ValueError for an input that the backbone does not read; `known` is what `inputs_of(model)` returned."""
+    """Raise ValueError for an input that the backbone does not read. `known`: the result of `inputs_of(model)`."""
     given = list(given)
     fine = ALWAYS | PACKING if "position_ids" in given else ALWAYS
     for name in given:
@@ -107,21 +109,21 @@ def check_inputs(model: PreTrainedModel, role: str, given: Iterable[str], known:
 
 
 def may_skip_parameters(model: PreTrainedModel) -> bool:
-    """Return whether text alone leaves trained parameters without a gradient, as a vision tower's."""
+    """Return whether plain text leaves trained parameters without a gradient, such as a vision tower's."""
     text = {id(p) for part in (backbone(model).get_decoder(), model.get_output_embeddings()) for p in part.parameters()}
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     return any(id(p) not in text or re.search("cross_?att|encoder_att", name) for name, p in trained)
 
 
 def placeholders(model: PreTrainedModel) -> dict[str, int]:
-    """Return the ids that stand for an image, video or sound, or for its ends, by their names in the configuration."""
+    """Return the ids that mark an image, video or sound, or its ends, by their names in the configuration."""
     named = {**vars(model.config.get_text_config()), **vars(model.config)}
     found = {name: PLACEHOLDER.fullmatch(name) for name in named}
     return {match[1]: named[name] for name, match in found.items() if match and isinstance(named[name], int)}
 
 
 def embedding_rows(model: PreTrainedModel) -> int:
-    """Return how many ids the model's embedding has."""
+    """Return the number of rows of the model's embedding."""
     embedding: Any = model.get_input_embeddings()
     return getattr(embedding, "num_embeddings", None) or embedding.weight.shape[0]
 
@@ -135,15 +137,15 @@ def known_ids(
     look: bool = True,
     argument: str = "input_ids",
 ) -> tuple[Tensor, Tensor]:
-    """Return ids (B, T), with 0 for those that the model has no row for, and whether any of those was not padding, ().
+    """Return ids (B, T) with 0 in place of unknown ones, and whether any of those was not padding, ().
 
-    look: raise ValueError if any were, naming `argument`, which waits for the device.
+    look: raise ValueError for unknown ids, naming `argument`. This waits for the device.
     """
     rows = embedding_rows(model)
     strange = (input_ids < 0) | (input_ids >= rows)
     for place in placeholders(model).values():
         if place >= rows:
-            strange &= input_ids != place  # which the model fills in
+            strange &= input_ids != place  # the model fills these in
     ids = input_ids.masked_fill(strange, 0)
     if attention_mask is not None and attention_mask.dim() == 2:
         strange = strange & (attention_mask != 0)
@@ -153,15 +155,16 @@ def known_ids(
 
 
 def run_backbone(model: PreTrainedModel, **inputs: Any) -> Any:
-    """Return the backbone's output for tensors on any device, moved to where its embedding is computed."""
+    """Return the backbone's output for tensors on any device, moving them to the device of its embedding."""
     device = input_device(model)
     return backbone(model)(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()})
 
 
 def head(model: PreTrainedModel, hidden: Tensor) -> Head:
-    """Return the model's own head over `hidden` (*, H), its last hidden states, on its device: scale and cap included.
+    """Return the model's own head, with its scale and cap, over `hidden` (*, H), its last hidden states.
 
-    Weights that were offloaded are fetched. Raises ValueError where an adapter sits on the head.
+    The weights come to the device of `hidden`, also if they were offloaded. Raises ValueError if an adapter is on the
+    head.
     """
     linear, config = model.get_output_embeddings(), model.config.get_text_config()
     _check_adapter(linear, type(model).__name__)
@@ -176,24 +179,23 @@ def head(model: PreTrainedModel, hidden: Tensor) -> Head:
 
 
 def is_dispatched(model: nn.Module) -> bool:
-    """Return whether accelerate has spread the model over devices or offloaded it, or a device_map has placed it; then
-    it must stay where it is."""
+    """Return whether accelerate or a device_map has placed the model, which must then stay where it is."""
     return hasattr(model, "hf_device_map") or any(hasattr(module, "_hf_hook") for module in model.modules())
 
 
 def fetch(module: nn.Module, *names: str) -> list[Any]:
-    """Return tensors of the module by name, fetched if accelerate has offloaded them; None for those it lacks."""
+    """Return the module's tensors by name, fetched if accelerate has offloaded them; None for missing ones."""
     hook: Any = getattr(module, "_hf_hook", None)
     if hook is not None:
         hook.pre_forward(module)
     tensors = [getattr(module, name, None) for name in names]
     if hook is not None:
-        hook.post_forward(module, None)  # the module lets go of them
+        hook.post_forward(module, None)  # releases them from the module
     return tensors
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """Return the device on which the model's embedding is computed, wherever its weight is kept."""
+    """Return the device that computes the model's embedding, wherever its weight is kept."""
     embedding: Any = model.get_input_embeddings()
     hook = getattr(embedding, "_hf_hook", None)
     devices = (getattr(one, "execution_device", None) for one in getattr(hook, "hooks", (hook,)))
@@ -202,23 +204,23 @@ def input_device(model: PreTrainedModel) -> torch.device:
 
 
 def head_shape(model: PreTrainedModel) -> tuple[int, int]:
-    """Return (V, H)."""
+    """Return the shape of the head's weight, (V, H)."""
     vocab, width = model.get_output_embeddings().weight.shape
     return vocab, width
 
 
 class RouterLoss(NamedTuple):
-    """The load-balancing loss of a mixture of experts: the model's own function, with its own settings."""
+    """The load-balancing loss of a mixture of experts: the model's own function with its own settings."""
 
-    coef: float  # multiplies it in the loss
+    coef: float  # multiplies it in the training loss
     function: Callable[..., Tensor]
     experts: int
     top_k: int
 
     def __call__(self, router_logits: tuple[Tensor, ...], attention_mask: Tensor | None) -> Tensor:
-        """Return the loss, (), of what the backbone gives under output_router_logits=True; padding counts for nothing.
+        """Return the loss, (), of router logits from output_router_logits=True, without padding.
 
-        1 where every expert gets as many tokens as any other, times top_k.
+        It is 1 if all experts get equally many tokens, times top_k.
         """
         mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
         return self.function(router_logits, self.experts, self.top_k, mask)
@@ -227,8 +229,8 @@ class RouterLoss(NamedTuple):
 def router_loss(model: PreTrainedModel, coef: float | None = None) -> RouterLoss | None:
     """Return the load-balancing loss that the model's own forward adds under output_router_logits=True.
 
-    None where it has none, or where `coef` is 0. coef: in place of the configuration's router_aux_loss_coef. Raises
-    ValueError where one is asked for that the model does not have, or that is not understood.
+    None if the model has none, or `coef` is 0. coef replaces the configuration's router_aux_loss_coef. Raises
+    ValueError if coef is given and the model has no such loss, or one that is not understood.
     """
     config, function = model.config.get_text_config(), None
     for cls in type(model).__mro__:
@@ -236,7 +238,7 @@ def router_loss(model: PreTrainedModel, coef: float | None = None) -> RouterLoss
         if "load_balancing_loss_func" in forward.__code__.co_names:
             function = forward.__globals__["load_balancing_loss_func"]
             break
-    if function is None or not router_parameters(model):  # of a mixture whose layers are all dense
+    if function is None or not router_parameters(model):  # all layers of this mixture are dense
         asked = [f"router_aux_loss_coef={coef:g}"] if coef else []
         asked += ["output_router_logits=True" for c in (model.config, config) if getattr(c, "output_router_logits", 0)]
         if asked and coef != 0:
@@ -246,7 +248,7 @@ def router_loss(model: PreTrainedModel, coef: float | None = None) -> RouterLoss
             )
         return None
 
-    def setting(*names: str) -> Any:  # the model's own attributes first: Dbrx's configuration keeps them elsewhere
+    def setting(*names: str) -> Any:  # the model's attributes first, since Dbrx's configuration keeps them elsewhere
         values = (getattr(one, name, None) for name in names for one in (model, config))
         return next((value for value in values if value is not None), None)
 
@@ -263,8 +265,7 @@ def router_loss(model: PreTrainedModel, coef: float | None = None) -> RouterLoss
 
 
 def recomputes_reentrantly(model: nn.Module) -> bool:
-    """Return whether layers are recomputed with use_reentrant=True, which cuts what they give besides their output off.
-    """
+    """Return whether layers are recomputed with use_reentrant=True, which loses all but their first output."""
     functions = (
         getattr(module, "_gradient_checkpointing_func", None)
         for module in model.modules()
@@ -276,19 +277,19 @@ def recomputes_reentrantly(model: nn.Module) -> bool:
 def check_model(
     model: PreTrainedModel, role: str, *, compare: bool = True, router_aux_loss_coef: float | None = None
 ) -> None:
-    """Raise if the loss could not be computed from this model's hidden states.
+    """Raise if the loss cannot be computed from this model's hidden states.
 
     Args:
         model: a causal language model.
-        role: "student" or "teacher", for the message. Adapters in the layers are fine, and quantized layers of a
-            teacher or below a student's adapter.
-        compare: also compare the head's logits, and a student's load-balancing loss, with the model's, on four tokens.
+        role: "student" or "teacher", for the message. Adapters in the layers are fine, and so are quantized layers of
+            a teacher or below a student's adapter.
+        compare: also compare the head's logits, and a student's load-balancing loss, with the model's on four tokens.
         router_aux_loss_coef: as in `router_loss`.
 
     Raises:
-        TypeError: not a `PreTrainedModel` with a linear head.
-        ValueError: an adapter sits on the head, a student is quantized and has none, or the head's logits or the
-            load-balancing loss are not those of the model. The message names the architecture.
+        TypeError: it is not a `PreTrainedModel` with a linear head.
+        ValueError: an adapter is on the head, a quantized student has no adapter, or the logits or the load-balancing
+            loss differ from the model's. The message names the architecture.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
@@ -314,11 +315,11 @@ def check_model(
 
 
 def _check_student(model: PreTrainedModel, name: str) -> None:
-    """Raise ValueError for what is fine in a teacher and not in a model that is trained."""
+    """Raise ValueError for properties that are fine in a teacher but not in a model that is trained."""
     quantized = (parameter for parameter, weight in model.named_parameters() if is_quantized(weight))
     first = next(quantized, None) or (getattr(model, "is_quantized", False) and "as its hf_quantizer has it")
     trainable = getattr(getattr(model, "hf_quantizer", None), "is_qat_trainable", False)
-    if first and not trainable and adapted_layer(model) is None:  # as transformers.Trainer decides
+    if first and not trainable and adapted_layer(model) is None:  # transformers.Trainer decides likewise
         raise ValueError(
             f"{name} is quantized ({first}), and such weights are not trained: only the others would be. Load it "
             "without a quantization_config, or train an adapter on it: peft_config=LoraConfig(…), use_peft: true"
@@ -333,13 +334,13 @@ def _check_student(model: PreTrainedModel, name: str) -> None:
 
 
 def is_quantized(weight: Tensor) -> bool:
-    """Return whether it is packed into integers, has 8 bits, or is of another library's tensor class, as torchao's."""
+    """Return whether a weight is packed into integers, has 8 bits, or is another library's tensor class (torchao's)."""
     wrapped = is_traceable_wrapper_subclass(weight) and not isinstance(weight, DTensor)
     return wrapped or not weight.is_floating_point() or weight.element_size() == 1
 
 
 def _check_adapter(linear: nn.Module, name: str) -> None:
-    """Raise ValueError for a layer of PEFT's, but a copy that is trained whole, whose weight such a layer gives."""
+    """Raise ValueError if the layer is PEFT's, unless it is a copy trained whole."""
     if hasattr(linear, "base_layer") or (is_peft(linear) and not hasattr(linear, "modules_to_save")):
         raise ValueError(
             f"{name} has an adapter on its head ({type(linear).__name__}); the loss takes one weight (V, H). Leave "
@@ -349,7 +350,7 @@ def _check_adapter(linear: nn.Module, name: str) -> None:
 
 @torch.no_grad()
 def _compare_logits(model: PreTrainedModel, name: str, balance: RouterLoss | None) -> None:
-    """Compare model(ids).logits with ours, the last hidden states scaled to logits of size CHECK_PEAK."""
+    """Compare model(ids).logits with ours, with hidden states scaled so that logits reach CHECK_PEAK."""
     seen: list[Any] = []
     advice = (
         "Distill this architecture with your own code around kdfast.fused_kd_loss, which takes any "
@@ -405,12 +406,12 @@ def _compare_logits(model: PreTrainedModel, name: str, balance: RouterLoss | Non
 
 
 def _logits(head: Head) -> Tensor:
-    logits = head.logit_scale * F.linear(head.hidden, head.weight, head.bias).float()  # as autocast has it
+    logits = head.logit_scale * F.linear(head.hidden, head.weight, head.bias).float()  # as under autocast
     return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
 
 def _logit_scale(config: Any) -> float:
-    """Return the factor on the logits. Cohere, Falcon-H1 and others multiply, Granite divides."""
+    """Return the factor on the logits. Cohere, Falcon-H1 and others multiply by it; Granite divides."""
     scale = 1.0
     for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):
         scale *= getattr(config, name, None) or 1.0
@@ -419,20 +420,20 @@ def _logit_scale(config: Any) -> float:
 
 
 def _softcap(config: Any) -> float | None:
-    """Return the cap on the logits: Gemma's and NanoChat's, or RecurrentGemma's name for it."""
+    """Return the cap on the logits, under Gemma's and NanoChat's name or RecurrentGemma's."""
     return getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
 
 
 def shift_labels(labels: Tensor, attention_mask: Tensor | None = None, ignored: Iterable[int] = ()) -> Tensor:
-    """Return targets[:, t] = labels[:, t + 1], what the hidden state at t has to predict: the one place of the shift.
+    """Return the targets that the hidden states predict: targets[:, t] = labels[:, t + 1].
 
-    A target is −100 (counts for nothing) at the last position, where the label is −100 or in `ignored`, and where
-    either the position or the one it predicts is padding.
+    Labels are shifted only here. A target is −100 (ignored) at the last position, if its label is −100 or in
+    `ignored`, and if either the position or the one it predicts is padding.
 
     Args:
         labels: (B, T) int64, not shifted.
-        attention_mask: (B, T), 0 at padding; a mask of another rank says nothing about padding and is not used.
-        ignored: ids that are no text, such as the place of an image.
+        attention_mask: (B, T), 0 at padding. A mask of another rank is ignored.
+        ignored: ids that are not text, such as the place of an image.
 
     Returns: (B, T) int64. Raises ValueError for labels of another rank, such as classes.
     """
@@ -456,22 +457,26 @@ def load_student(
     dtype: torch.dtype | str | None = None,
     model_init_kwargs: Mapping[str, Any] | str | None = None,
 ) -> PreTrainedModel:
-    """Load or build a causal language model to train.
+    """Load a causal language model to train, or build one with fresh weights.
+
+    Example:
+        student = load_student("gpt2", tokenizer=tokenizer)
+        small = load_student(student_config={"model_type": "gpt2", "n_layer": 4, "n_embd": 256, "n_head": 4})
 
     Args:
         model_name_or_path: a folder, or a name on the hub.
-        student_config: instead, a fresh model, drawn from the global random state: a dict with "model_type" and that
-            type's settings, that as JSON, a config.json, or a folder with one.
-        tokenizer: its token ids must fit the model, and be the same tokens as in a tokenizer beside the weights. A
-            fresh model takes vocab_size and special ids from it, but where the dict sets them.
-        valid_vocab: tokens with ids from here on may be others.
-        dtype: of the weights. Keep fp32, the default, and let `bf16=True` of the training arguments do the mixed
-            precision.
+        student_config: instead, the configuration of a fresh model, whose weights are drawn from the global random
+            state: a dict with "model_type" and settings of that type, the same as JSON, a config.json, or its folder.
+        tokenizer: its ids must fit the model, and be the same tokens as in a tokenizer saved with the weights. A fresh
+            model takes vocab_size and special ids from it, unless the dict sets them.
+        valid_vocab: tokens with ids from here on may differ.
+        dtype: dtype of the weights, fp32 by default. Keep that, and use `bf16=True` in the training arguments for
+            mixed precision.
         model_init_kwargs: further arguments of `from_pretrained`, as a mapping or JSON: attn_implementation, revision,
-            quantization_config, …; dtype too, unless it is given here.
+            quantization_config, …, and dtype unless it is given separately.
 
-    Raises ValueError naming the argument: none or both given, nothing found, unknown settings, ids that do not fit or
-    are other tokens.
+    Raises ValueError naming the argument: none or both are given, nothing is found, settings are unknown, or ids do
+    not fit or are other tokens.
     """
     if (model_name_or_path is None) == (student_config is None):
         raise ValueError(
@@ -494,7 +499,7 @@ def load_student(
         if not isinstance(wanted, torch.dtype):
             raise ValueError(f"dtype={dtype!r}; expected a torch dtype such as 'float32' or 'bfloat16'")
         model = _fresh(student_config, tokenizer)
-        model.to(wanted)  # type: ignore[arg-type]  # transformers' annotation of it is lost in a wrapper
+        model.to(wanted)  # type: ignore[arg-type]  # a wrapper hides transformers' annotation
     _check_tokenizer(
         "model_name_or_path" if student_config is None else "student_config", model, tokenizer, valid_vocab
     )
@@ -511,17 +516,20 @@ def load_teacher(
 ) -> PreTrainedModel:
     """Load a teacher, frozen and in eval mode.
 
+    Example:
+        teacher = load_teacher("gpt2-medium", dtype="bfloat16", model_init_kwargs={"device_map": "auto"})
+
     Args:
         model_name_or_path: a folder, or a name on the hub.
-        tokenizer, valid_vocab: of the text, as in `load_student`.
-        dtype: of the weights; "auto", the default, is the one they were saved in.
-        model_init_kwargs: as in `load_student`. With a device_map the teacher stays where that puts it, on the CPU too.
+        tokenizer, valid_vocab: the text's, as in `load_student`.
+        dtype: dtype of the weights; by default "auto", the one they were saved in.
+        model_init_kwargs: as in `load_student`. With a device_map the teacher stays where that puts it.
 
-    Raises ValueError like `load_student`.
+    Raises ValueError as `load_student` does.
     """
     kwargs = read_init_kwargs("teacher_model_init_kwargs", model_init_kwargs, dtype)
     model = _from_pretrained("teacher_model_name_or_path", model_name_or_path, {"dtype": "auto", **kwargs})
-    if kwargs.get("device_map") is not None and not is_dispatched(model):  # on one device, where training may not be
+    if kwargs.get("device_map") is not None and not is_dispatched(model):  # training may be on another device
         model.hf_device_map = {"": str(model.device)}  # type: ignore[assignment]
     _check_tokenizer("teacher_model_name_or_path", model, tokenizer, valid_vocab)
     return model.requires_grad_(False).eval()
@@ -530,9 +538,9 @@ def load_teacher(
 def read_init_kwargs(
     argument: str, given: Mapping[str, Any] | str | None, dtype: torch.dtype | str | None = None
 ) -> dict[str, Any]:
-    """Return the arguments of `from_pretrained` that `given`, a mapping or JSON, holds, with `dtype` where it is given.
+    """Return `given`, a mapping or JSON of arguments for `from_pretrained`, as a dict, with `dtype` if it is given.
 
-    Raises ValueError naming `argument`: no mapping, dtype given twice, a key that is spelled otherwise.
+    Raises ValueError naming `argument`: not a mapping, dtype given twice, or an older name of a key.
     """
     kwargs = read_mapping(argument, given or {})
     if (key := next((key for key in SPELLED if key in kwargs), None)) is not None:
@@ -546,7 +554,7 @@ def read_init_kwargs(
 
 
 def read_mapping(argument: str, given: Mapping[str, Any] | str) -> dict[str, Any]:
-    """Return a copy of a mapping, or of the one that is given as JSON."""
+    """Return a copy of a mapping, or parse it from JSON."""
     try:
         value = json.loads(given) if isinstance(given, str) else given
     except json.JSONDecodeError as error:
@@ -584,14 +592,14 @@ def _from_pretrained(argument: str, name: str | Path, kwargs: dict[str, Any]) ->
             f"random. {expected}; layers that hold an adapter are to be merged first: merge_and_unload()"
         )
     if adapter is not None and not teacher:
-        model.set_adapter(model.active_adapters())  # which transformers loads to look at, into a frozen base
+        model.set_adapter(model.active_adapters())  # transformers leaves a loaded adapter frozen
     keep_unpacked(model)
     return model
 
 
 @contextmanager
 def _explained(failure: str, expected: str) -> Iterator[None]:
-    """Raise ValueError for whatever transformers raises, which uses unchecked what stands in a config.json."""
+    """Turn any exception of transformers, which uses a config.json unchecked, into a ValueError."""
     try:
         yield
     except (SafetensorError, UnpicklingError) as error:
@@ -604,7 +612,7 @@ def _explained(failure: str, expected: str) -> Iterator[None]:
 
 
 def _fresh(source: str | Path | dict[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel:
-    """Return the model of a configuration, its weights drawn."""
+    """Return a model with the given configuration and freshly drawn weights."""
     given: dict[str, Any] = source if isinstance(source, dict) else {}
     config = _config_from_dict(given) if isinstance(source, dict) else _config_from_file(source)
     if tokenizer is not None:
@@ -612,7 +620,7 @@ def _fresh(source: str | Path | dict[str, Any], tokenizer: PreTrainedTokenizerBa
         for name in derived.keys() - given.keys():
             setattr(config, name, derived[name])
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
-    if isinstance(layers, int) and layers > MOST_LAYERS:  # hours, and all of the memory, before it could fail
+    if isinstance(layers, int) and layers > MOST_LAYERS:  # it would take hours and all memory before it failed
         raise ValueError(f"student_config: {short(layers)} layers; expected {MOST_LAYERS} at most")
     failure = f"student_config of model_type {config.model_type!r}: no model can be made of it"
     with _explained(failure, "Expected sizes that go together, and fit into memory"):
@@ -628,7 +636,7 @@ def _config_from_file(source: str | Path) -> PreTrainedConfig:
 
 
 def _config_from_dict(settings: dict[str, Any]) -> PreTrainedConfig:
-    """Return the configuration of checked settings: AutoConfig keeps a misspelled key, and gives another model."""
+    """Return the configuration of checked settings. (AutoConfig would accept a misspelled key and ignore it.)"""
     settings = dict(settings)
     model_type = settings.pop("model_type", None)
     if not isinstance(model_type, str):
@@ -650,10 +658,10 @@ def _config_from_dict(settings: dict[str, Any]) -> PreTrainedConfig:
 def _check_tokenizer(
     argument: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, valid_vocab: int | None
 ) -> None:
-    """Raise where the ids of `tokenizer` do not fit the model, or mean other words in the model's own tokenizer."""
+    """Raise if the ids of `tokenizer` do not fit the model, or are other tokens in the model's own tokenizer."""
     if tokenizer is None:
         return
-    rows, largest = embedding_rows(model), count_ids(tokenizer) - 1  # there may be more ids than tokens
+    rows, largest = embedding_rows(model), count_ids(tokenizer) - 1  # ids may have gaps
     if len(tokenizer) > rows or largest >= rows:
         raise ValueError(
             f"{argument}: the model has {rows} token embeddings and the tokenizer {len(tokenizer)} tokens with ids up "

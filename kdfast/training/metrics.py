@@ -1,6 +1,6 @@
-"""What is logged: token-weighted means of device tensors, kept on the device until they are read, and memory in use.
+"""Logged values: token-weighted means that stay on the device until they are read, and memory in use.
 
-`TokenMeans` adds up; `TrainingMeter` and `EvaluationMeter` say what, and under which names it is logged.
+`TokenMeans` accumulates; `TrainingMeter` and `EvaluationMeter` choose the values and their names.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from kdfast.training.teachers.side import Learned
 
 Reduce = Callable[[Tensor], Tensor]  # sums a tensor over the processes
 
-# Names in logs of the fields of KDMetrics: its anchor is the projected teacher's cross entropy on the labels.
+# KDMetrics' fields → names in logs; its anchor is the projected teacher's cross entropy on the labels
 LOGGED = {name: "ce_projected" if name == "anchor" else name for name in KDMetrics._fields if name != "tokens"}
-OF_KD = ("kd", "student_entropy", "teacher_entropy", "agreement")  # means over the KD term's tokens
-OF_TEACHER = ("ce_projected", "kl_teacher_student", "kl_teacher_projected")  # over the targets that it predicts
+OF_KD = ("kd", "student_entropy", "teacher_entropy", "agreement")  # means over tokens with a KD term
+OF_TEACHER = ("ce_projected", "kl_teacher_student", "kl_teacher_projected")  # over targets that it predicts
 
 
 class TokenMeans:
-    """Sum value·tokens and tokens, per name. Adding never synchronizes; reading does, once.
+    """Sums of value·tokens and of tokens, by name. Adding never synchronizes; reading does, once.
 
-    A value that is None or NaN counts for nothing: it was not computed in that batch. (A loss that *became* NaN is
-    the guard's business.)
+    A value that is None or NaN was not computed in that batch and is skipped. (`NonFiniteGuard` finds a loss that
+    *became* NaN.)
     """
 
     def __init__(self, names: Iterable[str], device: torch.device) -> None:
@@ -54,7 +54,7 @@ class TokenMeans:
         self._sums += torch.stack([torch.where(weights == 0, 0.0, row * weights), weights])
 
     def read(self, reduce: Reduce) -> tuple[dict[str, float], int]:
-        """Return the means of the names that have one, and the most tokens behind one; start afresh."""
+        """Return the means that exist, and the largest number of tokens behind one; reset the sums."""
         sums, tokens = reduce(self._sums).tolist()
         self._sums = torch.zeros_like(self._sums)
         means = {name: s / n for name, s, n in zip(self.names, sums, tokens, strict=True) if n > 0}
@@ -62,16 +62,16 @@ class TokenMeans:
 
 
 class TrainingMeter:
-    """Collect metrics and speed between two log lines, and count the tokens of the run."""
+    """Metrics and speed between two log lines, and the token count of the run."""
 
     def __init__(self, device: torch.device, teachers: Iterable[str] = ()) -> None:
-        """Take the names of several teachers, of which each has a kd of its own."""
+        """Start empty. With several teachers, `teachers` has their names: each has its own kd."""
         self._means = TokenMeans((*LOGGED.values(), "aux_loss", *(f"kd_{name}" for name in teachers)), device)
         self._tokens = torch.zeros((), device=device, dtype=self._means._sums.dtype)  # since the last count
         self._since = math.nan
 
     def start(self) -> None:
-        """Start the clock, at the first batch."""
+        """Start the clock, if it is not running."""
         if math.isnan(self._since):
             self._since = time.perf_counter()
 
@@ -89,7 +89,7 @@ class TrainingMeter:
         self._tokens += targets
 
     def read(self, reduce: Reduce) -> dict[str, float]:
-        """Return the log line's metrics, and tokens_per_second since the last one."""
+        """Return the metrics, and tokens_per_second, since the last log line."""
         means, tokens = self._means.read(reduce)
         now = time.perf_counter()
         means["tokens_per_second"] = tokens / max(now - self._since, 1e-9)
@@ -97,22 +97,22 @@ class TrainingMeter:
         return means
 
     def mark(self) -> tuple[Tensor, Tensor]:
-        """Return what has been added so far, for `rewind`."""
+        """Return the state of the sums, for `rewind`."""
         return self._means._sums.clone(), self._tokens.clone()
 
     def rewind(self, mark: tuple[Tensor, Tensor]) -> None:
-        """Forget what was added since `mark`: a step that is left out counts for nothing."""
+        """Forget what was added since `mark`, for a step that is left out."""
         self._means._sums, self._tokens = mark
 
     def count_tokens(self, reduce: Reduce) -> int:
-        """Return the tokens since the last count."""
+        """Return the number of tokens since the last count."""
         tokens = round(reduce(self._tokens).item())
         self._tokens = torch.zeros_like(self._tokens)
         return tokens
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave the time within out of tokens_per_second: evaluating and saving are not training."""
+        """Leave the time inside out of tokens_per_second, such as for evaluating and saving."""
         start = time.perf_counter()
         try:
             yield
@@ -121,11 +121,11 @@ class TrainingMeter:
 
 
 class EvalLogProbs:
-    """Hold what `compute_metrics` is given in place of Trainer's EvalPrediction, whose logits are never made.
+    """The argument of `compute_metrics`, in place of Trainer's EvalPrediction, since logits are never made.
 
-    log_probs: (N, T) float32, at t the student's log p of what comes after token t, which is label_ids[:, t]: (N, T),
-    the labels shifted, −100 where nothing counts and log_probs says nothing. inputs: (N, T) ids, or None without
-    `include_for_metrics=["inputs"]`. Raises TypeError where it is used as an EvalPrediction.
+    log_probs: (N, T) float32; at t the student's log-probability of the token after t, which is label_ids[:, t].
+    label_ids: (N, T), the shifted labels; where they are −100, log_probs means nothing. inputs: (N, T) ids, or None
+    without `include_for_metrics=["inputs"]`. Raises TypeError if it is used as an EvalPrediction.
     """
 
     def __init__(self, log_probs: Any, label_ids: Any, inputs: Any = None) -> None:
@@ -141,7 +141,7 @@ class EvalLogProbs:
 
 
 class EvaluationMeter:
-    """Collect the metrics of a whole evaluation set."""
+    """Metrics of a whole evaluation set."""
 
     NAMES = ("loss", *LOGGED.values(), "aux_loss", "kl_teacher_student", "kl_teacher_projected")
     ADDED = (
@@ -151,10 +151,10 @@ class EvaluationMeter:
         "runtime",
         "samples_per_second",
         "steps_per_second",
-    )  # from runtime on Trainer's
+    )  # Trainer adds runtime and what follows
 
     def __init__(self, device: torch.device, lengths: Tensor | None = None, teachers: Iterable[str] = ()) -> None:
-        """lengths: (V,) bytes of each id, None where they are not known. teachers: names of several."""
+        """Start empty. lengths: (V,), the number of bytes of each id, if known. teachers: names of several."""
         each = (f"{x}_{name}" for name in teachers for x in OF_EACH)
         self._means = TokenMeans((*self.NAMES, "bytes", *each), device)
         self._lengths = None if lengths is None else lengths.to(device)
@@ -172,7 +172,7 @@ class EvaluationMeter:
         _add_each(self._means, output.by_teacher)
 
     def read(self, reduce: Reduce) -> dict[str, float]:
-        """Return the means there are, `perplexity`, `bits_per_byte` and `tokens`."""
+        """Return the means that exist, with `perplexity`, `bits_per_byte` and `tokens`."""
         means, tokens = self._means.read(reduce)
         if (per_token := means.pop("bytes", 0.0)) > 0 and "ce" in means:
             means["bits_per_byte"] = means["ce"] / per_token / math.log(2)
@@ -188,7 +188,7 @@ def _add(
     kd_tokens: Tensor,
     compared: Tensor | None,
 ) -> None:
-    """Add a batch's values, each by the tokens that it is a mean over."""
+    """Add a batch's values, each weighted by the tokens that it is a mean over."""
     for names, tokens in ((OF_KD, kd_tokens), (OF_TEACHER, compared)):
         if tokens is not None:
             means.add({name: values.get(name) for name in names if name in means.names}, tokens)
@@ -197,7 +197,7 @@ def _add(
 
 
 def _add_each(means: TokenMeans, by_teacher: Mapping[str, Learned] | None) -> None:
-    """Add what each of several teachers is logged with, under its name."""
+    """Add each of several teachers' values under its name."""
     for name, one in (by_teacher or {}).items():
         if f"kd_{name}" in means.names:
             means.add({f"kd_{name}": one.metrics.kd}, one.metrics.tokens)
@@ -206,9 +206,9 @@ def _add_each(means: TokenMeans, by_teacher: Mapping[str, Learned] | None) -> No
 
 
 def evaluated(model: DistillationModel, dataset: Any, knows_bytes: bool = False) -> list[str]:
-    """Return the names of what an evaluation of `model` logs, on a `dataset` whose rows have targets.
+    """Return the names of the values that an evaluation of `model` logs, if the rows of `dataset` have targets.
 
-    knows_bytes: whether those of its tokens are known.
+    knows_bytes: whether the number of bytes of each token is known.
     """
     teacher, absent = model.recipe.teacher, set()
     if teacher == "cached" and model.teacher is not None and not brings_teacher(dataset):
@@ -238,7 +238,7 @@ def evaluated(model: DistillationModel, dataset: Any, knows_bytes: bool = False)
     if not knows_bytes:
         absent |= {"bits_per_byte"}
     of_each = {name: absent for name in model.several if name not in silent}
-    if methods:  # what one of several teachers lacks, all of them together lack
+    if methods:  # a value that one of several teachers lacks has no mean over all of them
         absent = absent | {"ce_projected", "kl_teacher_projected"}
         of_each |= {k: absent | ({"kl_teacher_student"} if x == "sample" else set()) for k, x in methods.items()}
         absent = absent.union(*(of_each[name] for name in methods))
@@ -248,7 +248,7 @@ def evaluated(model: DistillationModel, dataset: Any, knows_bytes: bool = False)
 
 
 def check_best(metric: str, model: DistillationModel, eval_dataset: Any, knows_bytes: bool = False) -> None:
-    """Raise ValueError where evaluations of `model` on `eval_dataset`, or a dict of them, do not log `metric`."""
+    """Raise ValueError if evaluations on `eval_dataset`, or a dict of data sets, do not log `metric`."""
     several = {"eval": eval_dataset}
     if isinstance(eval_dataset, dict):
         several = {f"eval_{name}": dataset for name, dataset in eval_dataset.items()}
@@ -268,9 +268,9 @@ def named(metrics: KDMetrics) -> dict[str, Tensor]:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Return the allocator's peak so far on a GPU, what the whole process holds now elsewhere.
+    """Return the allocator's peak so far on a GPU; elsewhere, the process's current memory.
 
-    Reads counters of the host: nothing waits for the device.
+    Reads counters on the host and never waits for the device.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

@@ -1,7 +1,7 @@
 """`DistillationModel`: student, frozen teacher and projector under one forward, which returns the loss.
 
-The backbones are called and the heads' weights passed on to `fused_kd_loss`, so no logits are made. Everything goes
-through this forward: the hooks of DDP and FSDP run, and autocast and torch.compile see the whole step.
+It calls the backbones and passes the heads' weights to `fused_kd_loss`, so logits are never made. Everything goes
+through this forward: DDP's and FSDP's hooks run, and autocast and torch.compile see the whole step.
 """
 
 from __future__ import annotations
@@ -66,57 +66,61 @@ from kdfast.training.teachers.side import Learned, StudentBatch
 class DistillationOutput(NamedTuple):
     loss: Tensor  # ()
     metrics: KDMetrics
-    fidelity: Fidelity | None  # only where it was asked for and there is a teacher
-    aux_loss: Tensor | None = None  # (), the load-balancing loss of a mixture of experts, without its coefficient
-    log_probs: Tensor | None = None  # (B, T): of the targets, where they were asked for
-    targets: Tensor | None = None  # (), how many there are; metrics.tokens is the KD term's number
-    compared: Tensor | None = None  # (), those that fidelity and anchor are of, where that is not all of them
-    by_teacher: dict[str, Learned] | None = None  # of each teacher that was asked: its own part of metrics and fidelity
+    fidelity: Fidelity | None  # only if requested, and with a teacher
+    aux_loss: Tensor | None = None  # (), the load-balancing loss of experts, without its coefficient
+    log_probs: Tensor | None = None  # (B, T), of the targets, if requested
+    targets: Tensor | None = None  # (), how many targets; metrics.tokens counts the KD term's
+    compared: Tensor | None = None  # (), how many targets fidelity and anchor cover, if not all
+    by_teacher: dict[str, Learned] | None = None  # with several teachers: each one's own part of metrics and fidelity
 
 
 class DistillationModel(nn.Module):
-    """Hold what the trainer trains. Usable in any loop: `model(**batch, kd_weight=…).loss.backward()`.
+    """A student, its frozen teacher and what is trained with them, as one module that returns the loss.
 
-    The teacher is put into eval mode and stays there under `.train()`; its parameters are frozen here, and it is in
-    no `state_dict`. The projector, if the recipe has one, is `logit_projector`, in fp32 (fp64 for an fp64 student).
+    Example, in any training loop:
+        model = DistillationModel(student, teacher, recipe="teacher_head")
+        model(**batch, kd_weight=0.9).loss.backward()
+
+    The teacher stays in eval mode, also under `.train()`; its parameters are frozen and in no `state_dict`. The
+    projector, if the recipe has one, is `logit_projector`, in fp32 (fp64 for an fp64 student).
 
     Args:
-        student: a causal `PreTrainedModel`, plain, with a PEFT adapter in its layers, or in a PeftModel, of which
-            `model.student` is the transformers model inside.
-        teacher: another one that takes the same token ids; None for the recipes "lm_only" and "cached", which use a
-            teacher for evaluation only. One that accelerate has offloaded or spread over devices (`device_map`,
-            `cpu_offload`) stays where it is, and is fed there. "self": the student's own weights as they are now; below
-            an adapter they are not in memory twice. Several: a list, or a mapping from names to them; each is learned
-            from under the recipe, and starts of the student are solved from the first. Beside another one a
-            `TeacherCache` too, whose entries batches bring in columns of its name: teacher_indices_<name> and so on.
-        teacher_weights: of several, what multiplies the KD term of each; None = equal ones that sum to 1.
-        recipe: a name, or a `Recipe` such as `KDConfig(…).resolved()`; "auto" is what `choose_recipe` finds for these
-            models. One with solved starts wants `solve` called before the first step, as KDTrainer does.
-        engine, scratch_bytes, valid_vocab, vocab: as in `fused_kd_loss`. Where valid_vocab is None and the heads have
-            different numbers of rows for one tokenizer, it is that tokenizer's ids. Under vocab="truncate" nothing is
-            solved from a teacher with another number of ids.
-        tokenizer: the text's; None = the one beside the student's weights. One beside either's must have its
-            tokens, but for a teacher's under shared_vocabulary.
-        peft_config: put an adapter of this kind (a `LoraConfig`) into the student, whose own weights are frozen.
-        shared_vocabulary: what the teacher's tokenizer, another than the text's, has in common with it
-            (`OtherTokenizer(…).vocabulary`); batches have to bring teacher_input_ids and teacher_positions.
-        teacher_update_rate: of the teacher "self", a moving average of the student's weights: the student's share in
-            each `average.update()`, which KDTrainer calls after a step, and your own loop where it wants to.
-        teacher_tail: what a batch's teacher_log_probs are, where they do not come from a `TeacherCache`; see
-            `SparseLogits`. "bucket", "renormalize", "renormalize_both": log-probabilities at τ = 1; "none": log(n/N) of
-            ids that came n times in N draws at the KD term's temperature.
-        router_aux_loss_coef: multiplies the load-balancing loss of a student that is a mixture of experts; None = its
-            configuration's, whatever that says of output_router_logits; 0 = without.
+        student: a causal `PreTrainedModel`: plain, with a PEFT adapter in its layers, or inside a PeftModel.
+            `model.student` is the transformers model.
+        teacher: another causal model that reads the same token ids. None for the recipes "lm_only" and "cached", which
+            use a teacher for evaluation only. A model that accelerate has offloaded or spread over devices
+            (`device_map`, `cpu_offload`) stays where it is. "self" is the student's own weights as they are now; the
+            base below an adapter is shared. For several teachers, pass a list or a mapping from names: the student
+            learns from each under the recipe, and its start is solved from the first. A `TeacherCache` may be among
+            them; batches bring its entries in columns of its name, teacher_indices_<name> and so on.
+        teacher_weights: multiplies each of several teachers' KD terms; None means equal weights that sum to 1.
+        recipe: a name, or a `Recipe` such as `KDConfig(…).resolved()`. "auto" is what `choose_recipe` picks for these
+            models. If its starts are solved, call `solve` before the first step, as KDTrainer does.
+        engine, scratch_bytes, valid_vocab, vocab: as in `fused_kd_loss`. If valid_vocab is None and the heads pad one
+            tokenizer differently, it is the number of that tokenizer's ids. With vocab="truncate", nothing is solved
+            from a teacher with another number of ids.
+        tokenizer: the text's tokenizer; None means the one saved with the student. The models' own tokenizers must
+            have the same tokens, except for a teacher's with shared_vocabulary.
+        peft_config: a `LoraConfig` or the like, to put an adapter into the student and freeze its own weights.
+        shared_vocabulary: what the text's tokenizer shares with a teacher's different one
+            (`OtherTokenizer(…).vocabulary`). Batches must bring teacher_input_ids and teacher_positions.
+        teacher_update_rate: makes the teacher "self" a moving average of the student: the student's share in each
+            `average.update()`. KDTrainer calls that after each step; in your own loop you do.
+        teacher_tail: what a batch's teacher_log_probs are, if they do not come from a `TeacherCache`; see
+            `SparseLogits`. "bucket", "renormalize", "renormalize_both": log-probabilities at τ = 1. "none": log(n/N)
+            of ids drawn n times in N draws at the KD term's temperature.
+        router_aux_loss_coef: multiplies the load-balancing loss of a student that is a mixture of experts. None means
+            its configuration's value, whether or not output_router_logits is set there; 0 turns it off.
         check_heads: compare both heads with their models once, on four tokens.
 
     Raises:
-        ValueError, TypeError: the recipe needs a teacher, the vocabularies differ where they must not, an adapter
-            sits on a head, a head does something that is not understood.
+        ValueError, TypeError: the recipe needs a teacher, the vocabularies must not differ, an adapter is on a head,
+            or a head does something that is not understood.
     """
 
     teacher: PreTrainedModel | None
     main_input_name = "input_ids"
-    accepts_loss_kwargs = True  # tells transformers.Trainer that num_items_in_batch is the divisor here
+    accepts_loss_kwargs = True  # transformers.Trainer then passes num_items_in_batch
 
     def __init__(
         self,
@@ -142,14 +146,14 @@ class DistillationModel(nn.Module):
         share = None if shared_vocabulary is None else shared_vocabulary.share
         valid_vocab = find_valid_vocab_of_all(student, teachers if share is None else {}, tokenizer, valid_vocab)
         self.teacher_tail = teacher_tail
-        self.by_default = recipe == AUTO  # the caller did not choose it
+        self.by_default = recipe == AUTO  # rather than the caller's choice
         if recipe == AUTO:
             recipe = choose_recipe_of_all(student, teachers, valid_vocab, vocab, share).recipe
         self.recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
         asked = [*teachers.values()]
         teachers = {k: self._copy_student(student, x) if isinstance(x, str) else x for k, x in teachers.items()}
         live = running(teachers)
-        self.average: Average | None = None  # of the student's weights, which the teacher follows
+        self.average: Average | None = None  # the moving average of the student that the teacher follows
         if teacher_update_rate is not None:
             self._check_average(asked, teacher_update_rate)
             self.average = Average(student, next(iter(teachers.values())), teacher_update_rate)
@@ -164,7 +168,7 @@ class DistillationModel(nn.Module):
             check_heads=check_heads, shared_vocabulary=shared_vocabulary,
         )  # fmt: skip
         self.student = student
-        # as a submodule, one that accelerate has placed would be moved by .to()
+        # .to() would move a submodule that accelerate has placed
         placed = [None if is_dispatched(one) else one for one in live.values()] or [None]
         if len(placed) > 1:
             self.teacher = nn.ModuleList(placed)  # type: ignore[assignment, arg-type]
@@ -178,20 +182,20 @@ class DistillationModel(nn.Module):
         self.valid_vocab = valid_vocab
         self.logit_projector: Any = hold([side.projector for side in self.sides.values()])
         self.shared_head = next(iter(self.sides.values())).shared_head
-        # every process has the same: DDP need not send it
+        # the same in every process, so DDP need not send them
         self._ddp_params_and_buffers_to_ignore = [f"shared_head.{name}" for name in ("weight", "bias", "mask")]
         self.hidden_loss = _make_hidden_loss(student, next(iter(live.values()), None), self.recipe)
-        self.compressed_head: CompressedHead | None = None  # made by solve(); of several teachers a list of them
-        self.cached_head: Any = None  # what a batch's teacher_hidden goes through, a cache's; no module
+        self.compressed_head: CompressedHead | None = None  # set by solve(); a list for several teachers
+        self.cached_head: Any = None  # the cache's head for a batch's teacher_hidden; not a module
         self.solved = not self.recipe.solves
-        self.looked = False  # at a batch's ids; on a GPU only at the first batch's, because looking waits for it
-        self.loaded = False  # with trained weights, which solving leaves as they are
-        self.vocab_weights: Tensor | None = None  # (V,) float64, for solving the projector again; made by solve()
+        self.looked = False  # whether ids were checked; on a GPU only in the first batch, since checking synchronizes
+        self.loaded = False  # trained weights were loaded, which solving must not overwrite
+        self.vocab_weights: Tensor | None = None  # (V,) float64, set by solve() for solving the projector again
         self.register_state_dict_post_hook(_drop_teacher)
         self.register_load_state_dict_post_hook(_forgive_teacher)
 
     def _copy_student(self, student: PreTrainedModel, asked: str) -> PreTrainedModel:
-        """Return the teacher "self". Raise ValueError for another string, and for a recipe that it is no teacher of."""
+        """Return the teacher "self". Raise ValueError for another string, or a recipe that it cannot teach."""
         recipe = self.recipe
         if asked != SELF:
             raise ValueError(f"teacher={asked!r}; expected a model, as load_teacher({asked!r}) gives, or 'self'")
@@ -203,7 +207,7 @@ class DistillationModel(nn.Module):
         return copy_student(student)
 
     def _check_average(self, asked: list[Any], update_rate: float) -> None:
-        """Raise ValueError where no teacher could follow the student, or the recipe would not see that it does."""
+        """Raise ValueError if no teacher can follow the student, or the recipe would not notice that it does."""
         if asked != [SELF]:
             raise ValueError(f"teacher_update_rate={update_rate:g}; expected teacher='self', alone, with it")
         if self.recipe.teacher in ("none", "cached", "compressed_head"):
@@ -238,43 +242,46 @@ class DistillationModel(nn.Module):
         write: Callable[..., Any] | None = None,
         **backbone_inputs: Any,
     ) -> DistillationOutput:
-        """Return the loss of one batch: ce_weight·LM + kd_weight·τ²·KL (+ the anchor, + what balances experts).
+        """Return the loss of one batch: ce_weight·LM + kd_weight·τ²·KL, plus anchor and load-balancing terms.
 
         Args:
-            input_ids: (B, T) int64. An id that student or teacher has no row for is a ValueError on the CPU, in the
-                first batch, and with KDFAST_CHECK=1; otherwise the loss is NaN. At padding any will do.
-            attention_mask: (B, T), 0 where there is padding.
-            labels: (B, T) int64, *not* shifted; −100 counts for nothing, nor does the place of an image.
-            position_ids: (B, T), for packed sequences; None = 0 to T − 1. Of another shape where the models read that.
-            teacher_indices, teacher_log_probs: (B, T, K), what the recipe "cached" learns from: at t the teacher's
-                distribution *after* token t, as logits are. −inf: no entry.
-            teacher_log_tails: (B, T, 2), of a teacher cache (`CachedBlocks`) made for this temperature: the log of the
-                other ids' mass at τ = 1 and there; (B, T, 0), of drawn ids. None: `teacher_tail` says what they are.
-            teacher_hidden: (B, T, r) in their place, of a teacher cache with method="hidden", whose head
+            input_ids: (B, T) int64. An id that student or teacher has no row for raises ValueError on the CPU, in the
+                first batch, and with KDFAST_CHECK=1; otherwise the loss is NaN. Padding may have any id.
+            attention_mask: (B, T), 0 at padding.
+            labels: (B, T) int64, *not* shifted. −100, and the place of an image, are ignored.
+            position_ids: (B, T), for packed sequences; None = 0 to T − 1. Another shape if the models read that.
+            teacher_indices, teacher_log_probs: (B, T, K), what the recipe "cached" learns from. Like logits, row t is
+                the teacher's distribution *after* token t. −inf means no entry.
+            teacher_log_tails: (B, T, 2), from a teacher cache (`CachedBlocks`) made for this temperature: log of the
+                other ids' mass at τ = 1 and at that temperature. (B, T, 0) for drawn ids. None: see `teacher_tail`.
+            teacher_hidden: (B, T, r), used instead with a teacher cache of method="hidden", whose head
                 `learn_from_entries` was given.
-            teacher_input_ids: (B, Tt) int64, what the teacher reads in place of input_ids: another prompt before the
-                same completion, or the same text by another tokenizer.
-            teacher_attention_mask: (B, Tt), of that; None = no padding.
-            teacher_positions: (B, T) int64: the place in teacher_input_ids where the teacher predicts what the student
-                does at t; −1: nowhere, and the KD term (anchor, hidden states and fidelity too) leaves that out.
-            teacher_id: (B,) int64 or a list, the name or number of the one teacher that a row learns from. None: all
-                rows learn from all teachers, under their weights.
-            temperature, kd_weight: number or 0-d tensor; None = the recipe's, without its schedule. In training a
-                kd_weight of 0, given as a number, leaves the teacher out, where nothing else needs it: kd is NaN then.
-            num_items_in_batch: the divisor of every term: the targets (`model.targets(…) != -100`) in all
-                micro-batches and processes of this step. None = those of this batch. The load-balancing loss, a mean
-                already, has this batch's share of them as its weight, so that the shares of a step add up to 1.
-            kd_items_in_batch: the KD term's own divisor under `kd_on="all"`, or with teacher_positions: the tokens it
-                counts on (`model.kd_targets(…) != -100`), likewise of the whole step. None = num_items_in_batch.
+            teacher_input_ids: (B, Tt) int64, what the teacher reads instead of input_ids: another prompt before the
+                same completion, or the same text under another tokenizer.
+            teacher_attention_mask: (B, Tt), the mask of teacher_input_ids; None = no padding.
+            teacher_positions: (B, T) int64, the index in teacher_input_ids where the teacher makes the prediction that
+                the student makes at t. −1: none; the KD term, anchor, hidden states and fidelity skip t.
+            teacher_id: (B,) int64 or a list: the name or number of the one teacher each row learns from. None: every
+                row learns from all teachers, under their weights.
+            temperature, kd_weight: number or 0-d tensor; None = the recipe's, without its schedule. In training, a
+                kd_weight of 0 given as a number skips the teacher unless something else needs it; kd is then NaN.
+            num_items_in_batch: divisor of every term: the number of targets (`model.targets(…) != -100`) in all
+                micro-batches and processes of this step. None = those of this batch. The load-balancing loss is
+                already a mean, so it is weighted by this batch's share of them.
+            kd_items_in_batch: the KD term's own divisor with `kd_on="all"` or teacher_positions: the number of tokens
+                it counts (`model.kd_targets(…) != -100`) in the whole step. None = num_items_in_batch.
             with_fidelity: also compare with the true teacher.
-            with_metrics: False = of the metrics only those of the loss's own terms, which cost nothing, the others
-                being NaN; all nevertheless where there is a projector, which is judged by them.
-            with_log_probs: also return the student's log p of each target, at another pass over its head.
-            ce_weight: in place of the recipe's: 0 for text that has no labels, the student's own.
-            write: return what this makes of (model, input_ids, attention_mask) instead: generated text. FSDP gathers
-                weights in a forward alone.
-            backbone_inputs: of both backbones, such as pixel_values. ValueError for one that either does not read.
-                Of a cache among several teachers what it has to say: teacher_indices_<name> and so on.
+            with_metrics: False computes only the metrics that cost nothing; the others are NaN. With a projector all
+                are computed, since it is judged by them.
+            with_log_probs: also return the student's log p of each target, at the cost of another pass over its head.
+            ce_weight: replaces the recipe's. Pass 0 for text without labels, such as the student's own.
+            write: return write(model, input_ids, attention_mask) instead, which generates text. (FSDP gathers weights
+                only in a forward.)
+            backbone_inputs: inputs that both backbones read, such as pixel_values, and the columns
+                teacher_indices_<name> and so on of caches among several teachers.
+
+        Raises ValueError for a backbone input that either model does not read, and for entries, positions or labels
+        that do not fit.
         """
         if write is not None:
             return write(self, input_ids, attention_mask)
@@ -286,7 +293,7 @@ class DistillationModel(nn.Module):
             self._check_own_inputs(teacher_indices)
         targets = self.targets(labels, attention_mask)
         kd_targets = self.kd_targets(targets, input_ids, attention_mask, position_ids, teacher_positions)
-        if num_items_in_batch is not None and kd_targets is not targets:  # a step without labels has a KD term still
+        if num_items_in_batch is not None and kd_targets is not targets:  # a step without labels still has a KD term
             items = num_items_in_batch
             num_items_in_batch = items.clamp(min=1) if isinstance(items, Tensor) else max(items, 1)
         kd_items = num_items_in_batch if kd_items_in_batch is None or kd_targets is targets else kd_items_in_batch
@@ -297,7 +304,7 @@ class DistillationModel(nn.Module):
         inputs = self._inputs_of_both({**backbone_inputs, "position_ids": position_ids}, attention_mask)
         temperature = self.recipe.temperature if temperature is None else temperature
         kd_weight = self.recipe.kd_weight if kd_weight is None else kd_weight
-        look = can_read(input_ids) or (not self.looked and has_values(input_ids))  # the first batch, on any device
+        look = can_read(input_ids) or (not self.looked and has_values(input_ids))  # in the first batch on any device
         if look:
             self.looked = True
             self._say_what_counts_for_nothing(labels, attention_mask, targets)
@@ -332,7 +339,7 @@ class DistillationModel(nn.Module):
             aux_loss = self.router_loss(states.router_logits, real).to(loss.device)
             loss = loss + self.router_loss.coef * batch.share * aux_loss
             aux_loss = aux_loss.detach()
-        if not look:  # an unknown id makes the loss NaN, as a bad label does
+        if not look:  # unknown ids make the loss NaN, as bad labels do
             loss = loss * torch.where(strange, torch.nan, 1.0)
 
         log_probs = None
@@ -345,16 +352,16 @@ class DistillationModel(nn.Module):
 
     @property
     def teachers(self) -> dict[str, PreTrainedModel]:
-        """The teachers that run, by name."""
+        """Return the teachers that run, by name."""
         return self.sides.models
 
     @property
     def several(self) -> list[str]:
-        """The teachers' names where there are several, as in the keys of logs; empty for one."""
+        """Return the names of several teachers, as in the keys of logs; empty for one teacher."""
         return [*self.sides] if len(self.sides) > 1 else []
 
     def _check_trainable(self, labels: Tensor | None) -> None:
-        """Raise where there is nothing to learn, starts have not been solved, or a gradient would be missing."""
+        """Raise if there is nothing to learn, starts have not been solved, or a gradient would be missing."""
         if labels is None:
             raise ValueError(
                 "labels is None; expected (B, T) ids, as in input_ids and not shifted, with -100 where nothing is to "
@@ -378,7 +385,7 @@ class DistillationModel(nn.Module):
             )
 
     def _run_student(self, input_ids: Tensor, inputs: dict[str, Any], *, look: bool) -> tuple[Head, Any, Tensor]:
-        """Return its head over a batch, what its backbone gave, and whether it lacks an id that is not padding."""
+        """Return the student's head over a batch, its backbone's output, and whether a real token's id is unknown."""
         ids, strange = known_ids(self.student, "student", input_ids, inputs["attention_mask"], look=look)
         balanced = {} if self.router_loss is None else {"output_router_logits": True}
         states = backbone(self.student)(input_ids=ids, **inputs, **balanced)
@@ -387,7 +394,7 @@ class DistillationModel(nn.Module):
     def _check_entries(
         self, cached: CachedEntries | CachedStates, temperature: float | Tensor, kd_targets: Tensor, *, look: bool
     ) -> None:
-        """Raise ValueError for entries of another temperature, or that a recipe which nobody chose has no use for."""
+        """Raise ValueError for entries at another temperature, or that a recipe chosen by default would ignore."""
         if self.recipe.teacher == "cached":
             if look:
                 cached.check(temperature, kd_targets != IGNORE_INDEX)
@@ -399,7 +406,7 @@ class DistillationModel(nn.Module):
             )
 
     def _check_own_inputs(self, teacher_indices: Tensor | None) -> None:
-        """Raise ValueError where what only the teacher reads would not be used as it is meant; say where it is not."""
+        """Raise ValueError if the recipe cannot use inputs of the teacher's own; print a line if nothing reads them."""
         recipe = self.recipe
         if teacher_indices is not None or recipe.teacher == "cached" or self.sides.caches:
             raise ValueError(
@@ -416,7 +423,7 @@ class DistillationModel(nn.Module):
             say_once(f"recipe {recipe.name!r} has no teacher: teacher_input_ids are not used")
 
     def _inputs_of_both(self, given: dict[str, Any], attention_mask: Tensor | None) -> dict[str, Any]:
-        """Return what both backbones are called with besides ids; ValueError for what one of them does not read."""
+        """Return the inputs, besides ids, for both backbones. Raise ValueError if one of them does not read one."""
         inputs = {name: x for name, x in given.items() if x is not None}
         check_inputs(self.student, "student", inputs, self.inputs["student"])
         for side in self.sides.values():
@@ -429,9 +436,9 @@ class DistillationModel(nn.Module):
             say_once(f"labels at the places of images, video and sound, {self.placeholders}, count for nothing")
 
     def every_target(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
-        """Return targets (B, T) of all tokens but each document's first, whatever their labels are.
+        """Return targets (B, T) of all tokens except each document's first, whatever their labels are.
 
-        position_ids: (B, T); where the next is not one more, a document ends. Of another rank they say nothing here.
+        A document ends where position_ids (B, T) do not rise by one; other shapes are ignored.
         """
         targets = self.targets(input_ids, attention_mask)
         if position_ids is None or position_ids.dim() != 2:
@@ -446,30 +453,30 @@ class DistillationModel(nn.Module):
         position_ids: Tensor | None = None,
         teacher_positions: Tensor | None = None,
     ) -> Tensor:
-        """Return the KD term's targets (B, T): `targets`, or every one (`kd_on`), that the teacher has a position for.
+        """Return the KD term's targets (B, T): `targets`, or every token with `kd_on="all"`, −100 elsewhere.
 
-        The others are −100. The arguments are `forward`'s.
+        Positions that the teacher does not predict are −100 too. The arguments are those of `forward`.
         """
         if self.recipe.kd_on == "all":
             targets = self.every_target(input_ids, attention_mask, position_ids)
         return targets if teacher_positions is None else targets.masked_fill(teacher_positions < 0, IGNORE_INDEX)
 
     def targets(self, labels: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Return `shift_labels`' targets (B, T), with −100 at the places of images, video and sound too."""
+        """Return the targets (B, T) of `shift_labels`, with −100 at the places of images, video and sound too."""
         return shift_labels(labels, attention_mask, self.placeholders.values())
 
     def train(self, mode: bool = True) -> DistillationModel:
-        """As nn.Module's, but the teacher stays in eval mode."""
+        """Set training mode as nn.Module does, but keep the teacher in eval mode."""
         super().train(mode)
         for teacher in self.teachers.values():
             teacher.eval()
         return self
 
     def learn_from_entries(self, kd_until: float | None = None, head: Any = None) -> None:
-        """Take the teacher's entries, which batches bring from now on, in place of its head. Before `solve`.
+        """Learn from the teacher's entries in batches, from now on, instead of its head. Call before `solve`.
 
-        kd_until: in place of the recipe's, which may spare a teacher that runs. head: of a cache whose batches bring
-        teacher_hidden, `TeacherCache.head`.
+        kd_until: replaces the recipe's, which may spare a teacher that runs. head: `TeacherCache.head`, for batches
+        that bring teacher_hidden.
         """
         (side,) = self.sides.values()
         kd_until = self.recipe.kd_until if kd_until is None else kd_until
@@ -482,16 +489,16 @@ class DistillationModel(nn.Module):
 
     @torch.no_grad()
     def solve(self, batches: Iterable[dict[str, Any]], tokens: int | None = None) -> list[Start]:
-        """Solve the starts that the recipe wants, from some batches of training text; to be called once, before.
+        """Solve the recipe's starts from some batches of training text. Call it once, before training.
 
         Weights that were loaded from a checkpoint stay as they are.
 
         Args:
-            batches: keyword arguments of `forward`, on this model's device. Processes must be given the same.
+            batches: keyword arguments of `forward`, on this model's device, the same in every process.
             tokens: how many targets to read; None = 16 times the teacher's width.
 
         Returns:
-            What was solved and how near it came to the true teacher; empty where the recipe wants nothing solved.
+            What was solved and how close it is to the true teacher; empty if the recipe solves nothing.
         """
         recipe = self.recipe
         if not recipe.solves:
@@ -510,14 +517,14 @@ class DistillationModel(nn.Module):
                 starts.append(start._replace(what=f"{start.what}, of {name}") if len(self.sides) > 1 else start)
         if heads:
             self.compressed_head = hold([heads.get(name) for name in self.sides])
-            # every process made the same: DDP need not send it
+            # the same in every process, so DDP need not send them
             buffers = [] if self.compressed_head is None else self.compressed_head.named_buffers()
             self._ddp_params_and_buffers_to_ignore = [f"compressed_head.{name}" for name, _ in buffers]
         self.solved = True
         return starts
 
     def _solve_from(self, text: Calibration) -> list[Start]:
-        """Solve the student's start and the projector from the only teacher's, or the first one's, states."""
+        """Solve the student's start and the projector from the hidden states of the first or only teacher."""
         recipe, starts, projection = self.recipe, [], None
         if recipe.student_init != "own" and not self.loaded:
             solve = text.solve_student if recipe.student_init == "svd" else text.solve_layers
@@ -531,7 +538,7 @@ class DistillationModel(nn.Module):
 
     @torch.no_grad()
     def solve_projector_again(self) -> None:
-        """Put the least-squares projector for the student's head as it is now in place of the one there is."""
+        """Replace the projector by the least-squares one for the student's current head."""
         assert self.teacher is not None
         assert self.logit_projector is not None
         assert self.vocab_weights is not None
@@ -552,7 +559,7 @@ class DistillationModel(nn.Module):
 
     @property
     def _no_split_modules(self) -> list[str]:
-        """Classes of the layers that FSDP shards and recomputes one by one."""
+        """Return the classes of the layers that FSDP shards and recomputes one by one."""
         models = (self.student, *self.teachers.values())
         named = {name for model in models for name in model._no_split_modules or ()}
         return sorted(named & {type(module).__name__ for module in self.modules()})
@@ -569,11 +576,11 @@ class DistillationModel(nn.Module):
         self._let_gradients_through()
 
     def _let_gradients_through(self) -> None:
-        if adapted_layer(self.student) is not None:  # a layer that is recomputed needs an input that requires grad
+        if adapted_layer(self.student) is not None:  # recomputed layers need an input that requires grad
             self.student.enable_input_require_grads()
 
     def saved_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return what a checkpoint keeps of `state`, this model's: of a student with an adapter that alone."""
+        """Return what a checkpoint keeps of this model's `state`: for a student with an adapter, only the adapter."""
         if adapted_layer(self.student) is None:
             return state
         kept = {name: tensor for name, tensor in state.items() if not name.startswith("student.")}
@@ -582,7 +589,7 @@ class DistillationModel(nn.Module):
 
 
 def _real(attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor | None:
-    """Return the mask of tokens that are no padding, (B, T); packed rows have position 0 there in place of one."""
+    """Return the mask (B, T) of tokens that are not padding; packed rows mark padding by position 0 instead."""
     if attention_mask is not None or position_ids is None or position_ids.dim() != 2:
         return attention_mask
     continued = F.pad(position_ids[:, 1:] == 1, (0, 1), value=False)

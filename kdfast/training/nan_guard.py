@@ -1,8 +1,8 @@
-"""A loss or gradient that is not finite stops the run, or its step is left out; nothing that came of it is saved.
+"""A loss or gradient that is not finite stops the run, or its step is left out; its weights are never saved.
 
-On the CPU every step is checked before the optimizer acts. On an accelerator that would cost a synchronisation a
-step: the first bad step is recorded on the device, and read whenever something is logged or saved. To leave a step
-out it has to be known in time: that costs the synchronisation, and a pass over the gradients to name the first bad.
+On the CPU every step is checked before the optimizer acts. On an accelerator that would synchronize at every step, so
+the first bad step is recorded on the device and read when something is logged or saved. To leave a step out, it must
+be known in time: that costs the synchronization, and a pass over the gradients to name the first bad one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ADVICE = (
 
 
 class NonFiniteLossError(RunStoppedError):
-    """The loss or a gradient became NaN or infinite, at `step` (counted from 1, as in the log)."""
+    """The error raised when the loss or a gradient becomes NaN or infinite, at `step` (from 1, as in the log)."""
 
     def __init__(self, message: str, step: int, checkpoint: str | None) -> None:
         super().__init__(message, checkpoint)
@@ -32,14 +32,14 @@ class NonFiniteLossError(RunStoppedError):
 
 
 class NonFiniteGuard:
-    """Watch one run.
+    """A watch over the losses and gradients of one run.
 
     Args:
         device: where the losses are.
-        last_checkpoint: returns the path of the last checkpoint saved, or None; called only for the message.
-        most_skips: 0 = the first bad step stops the run. Otherwise the caller calls `skip` at the end of every step,
-            and this many bad ones in a row stop it.
-        report: called with the step and a sentence before the run is stopped.
+        last_checkpoint: returns the path of the last saved checkpoint, or None; called only for the message.
+        most_skips: 0 stops the run at the first bad step. Otherwise the caller calls `skip` at the end of every step,
+            and this many bad steps in a row stop the run.
+        report: called with the step and a sentence before the run stops.
     """
 
     def __init__(
@@ -54,34 +54,34 @@ class NonFiniteGuard:
         self._report = report
         self.most_skips = most_skips
         self._in_a_row = 0
-        self._since_read = [0, 0]  # steps left out, steps
-        self._gradients: dict[str, Tensor] = {}  # the norm of each
+        self._since_read = [0, 0]  # [steps left out, steps]
+        self._gradients: dict[str, Tensor] = {}  # each gradient's norm
         self._every_step = device.type == "cpu" and not most_skips
         self._current = torch.zeros(len(FIELDS), device=device)
-        self._first_bad = torch.zeros_like(self._current)  # step 0: none so far
+        self._first_bad = torch.zeros_like(self._current)  # 0 means no bad step so far
 
     def watch_loss(self, step: int, loss: Tensor, ce: Tensor, kd: Tensor, kd_weight: float, temperature: float) -> None:
-        """Note 0-d tensors on the device, before the backward pass of step `step` (from 1)."""
+        """Record 0-d tensors on the device before the backward pass of step `step` (from 1)."""
         zero = self._current.new_zeros(())
         values = (zero + step, loss, ce, kd, zero + kd_weight, zero + temperature, zero)
         self._current = torch.stack([value.detach().to(zero) for value in values])
         self._record(loss)
 
     def watch_gradient(self, norm: Tensor) -> None:
-        """Note the norm after the backward pass of the step last given to `watch_loss`, before the optimizer acts."""
+        """Record the gradient norm of the step last passed to `watch_loss`, before the optimizer acts."""
         self._current[-1] = norm.detach()
         self._record(norm)
 
     def watch_gradients(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
-        """Note each gradient's norm, before clipping, which makes every gradient NaN if one is."""
+        """Record each gradient's norm before clipping, which makes every gradient NaN if one is."""
         gradients = {name: p.grad for name, p in parameters if p.grad is not None}
         norms = torch._foreach_norm([*gradients.values()]) if gradients else []
         self._gradients = dict(zip(gradients, norms, strict=True))
 
     def skip(self, step: int, reduce: Callable[[Tensor], Tensor]) -> str | None:
-        """Return at the end of step `step` why it has to be left out, or None. Synchronises.
+        """Return, at the end of step `step`, why it must be left out, or None. Synchronizes.
 
-        `reduce` sums over the processes: what is bad on one is left out on all.
+        `reduce` sums over the processes, so that a step that is bad in one is left out in all.
         """
         anywhere = reduce((self._first_bad[0] != 0).float()).item()
         self._since_read[1] += 1
@@ -103,13 +103,13 @@ class NonFiniteGuard:
         return skipped, steps
 
     def check(self) -> None:
-        """Raise NonFiniteLossError if a step so far was bad. Synchronises."""
+        """Raise NonFiniteLossError if a step so far was bad. Synchronizes."""
         step, what = self._describe()
         if step:
             self._stop(step, what)
 
     def _describe(self) -> tuple[int, str]:
-        """Return the first bad step, 0 if there is none, and what is wrong with it."""
+        """Return the first bad step, or 0, and what is wrong with it."""
         bad = dict(zip(FIELDS, self._first_bad.tolist(), strict=True))
         step, norm = round(bad.pop("step")), bad.pop("gradient norm")
         what = f"loss is {bad['loss']}"
@@ -122,12 +122,12 @@ class NonFiniteGuard:
     def check_weights(self, parameters: Iterable[tuple[str, Tensor]], reduce: Callable[[Tensor], Tensor]) -> None:
         """Raise as `check` does, or if a parameter, or a shard of it in any process, is not finite.
 
-        Called before every save by all processes; `reduce` as of `skip`.
+        All processes call this before every save; `reduce` as in `skip`.
         """
         self.check()
         shards = {name: p.to_local() if isinstance(p, DTensor) else p for name, p in parameters}
         marks = torch.stack([~torch.isfinite(shard.detach()).all() for shard in shards.values()]).float()
-        found = reduce(marks.to(self._current.device)).tolist()  # there: NCCL takes nothing on a CPU
+        found = reduce(marks.to(self._current.device)).tolist()  # NCCL needs it on the device
         bad = [name for name, mark in zip(shards, found, strict=True) if mark]
         if bad:
             step = round(self._current[0].item())

@@ -1,24 +1,24 @@
-"""Recipes: named sets of choices for a whole run. `KDConfig` starts from one and replaces what is given explicitly.
+"""Recipes: named sets of choices for a whole run. `KDConfig` starts from one and overrides what is given explicitly.
 
     total = ce_weight·LM + kd_weight(progress)·τ²·KL + anchor_weight·anchor + hidden_weight·hidden states
 
-lm_only          no distillation: the baseline every other recipe has to beat
+lm_only          no distillation: the baseline that every other recipe has to beat
 projector        projected teacher, nn.Linear's start, constant KD weight, one learning rate
-projector_fixed  projected teacher with the three fixes for a run that diverges: a small normal start, a KD weight that
-                 ramps from 0.1 over the first fifth of the run, and a learning rate of 5× for the projector
+projector_fixed  projected teacher with three fixes for runs that diverge: a small normal start, a KD weight that ramps
+                 from 0.1 over the first fifth of the run, and a 5× learning rate for the projector
 teacher_head     the teacher's own head instead of a projector, for teachers that share the student's vocabulary
-compressed_head  that head as two thin factors, fixed, of the rank that a KL of 0.01 to it asks for; KD weight 2
-svd_init         likewise, for a fresh student, whose embedding is solved from that head
-svd_blocks       likewise, and its layers from the teacher's
-projector_refit  the best that goes through a projector: svd_init's start, the projector solved again every 16 steps
-probe            a projector with a head of its own, trained on the labels alone
-shared_tokens    the teacher's own head over the strings that its tokenizer shares with the student's, which is another
-cached           the teacher's own distribution as `kdfast cache` has kept it: no teacher in memory
+compressed_head  that head as two thin fixed factors, of the rank that keeps the KL to it at 0.01; KD weight 2
+svd_init         compressed_head for a fresh student, whose embedding is solved from the teacher's head
+svd_blocks       svd_init with the layers solved from the teacher's too
+projector_refit  the best recipe with a projector: svd_init's start, the projector solved again every 16 steps
+probe            a projector with its own head, trained on the labels alone
+shared_tokens    the teacher's own head over the strings that its different tokenizer shares with the student's
+cached           the teacher's distribution from `kdfast cache`: no teacher in memory
 
-docs/recipes.md has what each of them came to.
+docs/recipes.md has their results.
 
-A projector trained by the KD loss alone learns to imitate the student, because that is the easiest way to a low KL.
-What tells is the projected teacher's fidelity, `eval_kl_teacher_projected`, not the KL the loss sees.
+A projector trained by the KD loss alone learns to imitate the student, the easiest way to a low KL. So judge the
+projected teacher by its fidelity, `eval_kl_teacher_projected`, not by the KL in the loss.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ from kdfast.training.initialization.layers import find_misfit, has_trained_layer
 TeacherKind = Literal[
     "none",
     "own_head",  # the teacher's own head
-    "shared_head",  # its rows of the strings that another tokenizer shares with the student's
-    "compressed_head",  # the same as two thin factors, fixed
+    "shared_head",  # its rows for the strings that two tokenizers share
+    "compressed_head",  # its own head as two thin fixed factors
     "projected",  # a projector, then the student's own head
-    "probe",  # a projector and a head of its own, trained by the anchor alone
-    "cached",  # entries of its own head's, which come with the batch
+    "probe",  # a projector and its own head, trained by the anchor alone
+    "cached",  # entries of the teacher's distribution, which come with the batch
 ]
 ProjectorStart = Literal[ProjectorInit, "svd", "lstsq"]
 StudentStart = Literal["own", "svd", "svd_blocks"]
@@ -54,35 +54,35 @@ StudentStart = Literal["own", "svd", "svd_blocks"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """Hold all that is in force in a run. `KDConfig.resolved()` makes one; fields are named as there.
+    """All settings of one run's loss. `KDConfig.resolved()` makes one; fields have the same names there.
 
-    Raises ValueError where nothing would be learned after `kd_until`, or for alpha or beta that `divergence` lacks.
+    Raises ValueError if nothing would be learned after `kd_until`, or for alpha or beta that `divergence` lacks.
     """
 
     name: str
     teacher: TeacherKind
     temperature: float = 2.0
-    temperature_steps: tuple[float, ...] | None = None  # in place of `temperature`: equal parts of the run
+    temperature_steps: tuple[float, ...] | None = None  # replaces `temperature`, each for an equal part of the run
     divergence: str = "forward_kl"
-    alpha: float | None = None  # of that divergence, as beta; None = its own default
+    alpha: float | None = None  # of the divergence, as is beta; None = its default
     beta: float | None = None
     kd_weight: float = 0.7
     kd_ramp: float = 0.0  # fraction of the run the KD weight ramps over; 0 = constant
     kd_ramp_start: float = 0.1
-    kd_until: float = 1.0  # fraction of the run after which there is no KD term, and no teacher is run
+    kd_until: float = 1.0  # fraction of the run after which the KD term ends and the teacher no longer runs
     kd_on: Literal["completion", "all"] = "completion"  # KD where labels count, or on every token
     ce_weight: float = 1.0
-    student_init: StudentStart = "own"  # a fresh student's: "svd", its embedding is solved; "svd_blocks", all of it
-    compressed_rank: int | None = None  # None = as compressed_kl says, or the student's width
-    compressed_kl: float | None = None  # the smallest rank whose measured KL to the whole head is at most this, nats
-    anchor_weight: float = 0.0  # of the projected teacher's own cross entropy on the labels
+    student_init: StudentStart = "own"  # for a fresh student: "svd" solves its embedding, "svd_blocks" all of it
+    compressed_rank: int | None = None  # None = chosen by compressed_kl, or the student's width
+    compressed_kl: float | None = None  # nats; choose the smallest rank whose KL to the whole head is at most this
+    anchor_weight: float = 0.0  # multiplies the projected teacher's own cross entropy on the labels
     teacher_grad: Literal["full", "projector", "none"] = "full"
     projector_init: ProjectorStart = "default"
-    projector_resolve_steps: int = 0  # the projector is solved again every so many steps, and not trained; 0 = never
+    projector_resolve_steps: int = 0  # solve the projector again every so many steps instead of training it; 0 = never
     projector_lr: float | None = None
     projector_lr_multiplier: float = 1.0
     router_lr_multiplier: float = 1.0
-    hidden_weight: float = 0.0  # of the layer-wise hidden-state loss
+    hidden_weight: float = 0.0  # multiplies the layer-wise hidden-state loss
 
     def __post_init__(self) -> None:
         if self.kd_until < 1 and self.ce_weight == 0 and self.hidden_weight == 0:
@@ -93,9 +93,9 @@ class Recipe:
         self.make_divergence()
 
     def make_divergence(self) -> Divergence:
-        """Return the divergence with its parameters; JSD at β = 0 and 1, and others at their ends, are the KL they are.
+        """Return the divergence with its parameters; at the ends of their range, such as β = 0 in the JSD, a KL.
 
-        Raises ValueError for an unknown name, and for alpha or beta that it does not have, or out of their range.
+        Raises ValueError for an unknown name, and for alpha or beta that it does not have or that are out of range.
         """
         get_divergence(self.divergence)
         given = {name: x for name in ("alpha", "beta") if (x := getattr(self, name)) is not None}
@@ -119,23 +119,23 @@ class Recipe:
 
     @property
     def solves(self) -> bool:
-        """Whether something is solved in closed form, from some training text, before the first step."""
+        """Return whether something is solved in closed form, from training text, before the first step."""
         return self.solves_projector or self.student_init != "own" or self.teacher == "compressed_head"
 
     @property
     def needs_true_head(self) -> bool:
-        """Whether the teacher's own head is compared with the student's, token by token."""
+        """Return whether the teacher's own head is compared with the student's, token by token."""
         return self.solves or self.teacher == "own_head"
 
     @property
     def needs_teacher_always(self) -> bool:
-        """Whether the teacher is run even where the KD weight is 0; DDP waits for a trained projector's gradient."""
+        """Return whether the teacher runs even at KD weight 0: DDP waits for a trained projector's gradient."""
         trained = self.has_projector and self.projector_resolve_steps == 0
         return trained or self.anchor_weight > 0 or self.hidden_weight > 0
 
     @property
     def temperatures(self) -> tuple[float, ...]:
-        """All temperatures of the run."""
+        """Return all temperatures of the run."""
         return self.temperature_steps or (self.temperature,)
 
     def kd_weight_schedule(self) -> Schedule:
@@ -150,9 +150,9 @@ class Recipe:
         return Piecewise(self.temperature_steps)
 
 
-CACHED = "cached"  # the one that takes a teacher's entries in place of a teacher
+CACHED = "cached"  # learns from a teacher's entries instead of a teacher
 
-# names of before, which may stand in configurations and in the records of runs
+# former names, still found in configurations and records of runs
 ALIASES = {
     "run4": "projector",
     "run5": "projector_fixed",
@@ -163,7 +163,7 @@ ALIASES = {
 
 
 class RecipeTable(dict[str, Recipe]):
-    """Map names to recipes; `RECIPES[name]` takes a former name too."""
+    """A mapping from names to recipes; `RECIPES[name]` accepts a former name too."""
 
     def __missing__(self, name: str) -> Recipe:
         return self[ALIASES[name]]
@@ -201,12 +201,12 @@ RECIPES = RecipeTable(
     )
 )
 
-SELF = "self"  # in a teacher's place: the student's own earlier self
-FEW_STRINGS = 0.5  # over 64% of the student's KD helped, over 33% it did harm (docs/recipes.md)
+SELF = "self"  # as a teacher: the student's own earlier self
+FEW_STRINGS = 0.5  # KD over 64% of the student's strings helped, over 33% it did harm (docs/recipes.md)
 
-AUTO = "auto"  # in a recipe's place: choose_recipe finds one for the models at hand
+AUTO = "auto"  # as a recipe: choose_recipe picks one for the models
 
-# What a recipe of that kind has no use for: given explicitly, it is left out, and the log says so.
+# Settings that a kind of recipe does not use: given explicitly, they are left out, and the log says so.
 _PROJECTOR = (
     "projector_init", "projector_resolve_steps", "projector_lr", "projector_lr_multiplier",
     "anchor_weight", "teacher_grad",
@@ -226,7 +226,7 @@ UNUSED: dict[str, tuple[str, ...]] = {
 
 
 def get_recipe(name: str) -> Recipe:
-    """Return the recipe of that name, a former one included. Raise ValueError with the names there are."""
+    """Return the recipe of that name, current or former. Raise ValueError listing the names that exist."""
     try:
         return RECIPES[name]
     except KeyError:
@@ -234,7 +234,7 @@ def get_recipe(name: str) -> Recipe:
 
 
 def current_name(name: str) -> str:
-    """Return what the recipe of that name is called now; the name itself where there is none."""
+    """Return the current name of a recipe; an unknown name as it is."""
     return ALIASES.get(name, name)
 
 
@@ -243,7 +243,7 @@ class Choice(NamedTuple):
     why: str
 
     def __str__(self) -> str:
-        """Return what a run prints of it: which, why, and what came of it where it was measured (docs/recipes.md)."""
+        """Return the lines that a run prints: which recipe, why, and its measured results (docs/recipes.md)."""
         expected = f". Expect it {EXPECTED[self.recipe]}" if self.recipe in EXPECTED else ""
         return f"recipe {self.recipe}: {self.why}{expected}"
 
@@ -270,18 +270,17 @@ def choose_recipe(
     vocab: str = "error",
     shared_strings: float | None = None,
 ) -> Choice:
-    """Return the best measured recipe for these two models, and why: what recipe="auto" takes.
+    """Return the best measured recipe for two models, and why: what recipe="auto" picks.
 
-    The choice rests on the experiment of `bench/recipes/`, whose figures are in docs/recipes.md.
+    The choice rests on the experiment in `bench/recipes/`, whose figures are in docs/recipes.md.
 
     Args:
-        student, teacher: causal models; a teacher of None is `lm_only`'s, and "self" `teacher_head`'s.
-        valid_vocab: as in `fused_kd_loss`: heads that differ by padding rows alone count as equal.
-        vocab: "truncate": others are compared at their first ids; nothing is solved from such a teacher's rows.
-        shared_strings: of a teacher that is known to have another tokenizer, the share of the student's tokens that it
-            has too.
+        student, teacher: causal models. A teacher of None gives `lm_only`, "self" gives `teacher_head`.
+        valid_vocab: as in `fused_kd_loss`. Heads that differ only by padding rows count as equal.
+        vocab: "truncate" compares other heads over the ids that both have; nothing is solved from such a teacher.
+        shared_strings: if the teacher is known to have another tokenizer, the share of the student's tokens in it.
 
-    Raises ValueError where a teacher is given whose vocabulary is another.
+    Raises ValueError if the teacher has another vocabulary.
     """
     student, teacher = unwrap(student, "student"), unwrap(teacher, "teacher")
     check_model(student, "student", compare=False)
@@ -321,5 +320,5 @@ def is_fresh(student: PreTrainedModel) -> bool:
     """
     weight = student.get_output_embeddings().weight
     norms = weight.float().norm(dim=1)
-    norms = norms[norms > 0]  # a padding token's row is drawn as zeros
+    norms = norms[norms > 0]  # a padding token's row is initialized to zeros
     return len(norms) > 1 and (norms.std() / norms.mean()).item() < 1.5 * (2 * weight.shape[1]) ** -0.5

@@ -1,8 +1,8 @@
 """`KDTrainer`: transformers.Trainer over a `DistillationModel`.
 
-Loop, data, optimizer, resume, progress bars and trackers are the Trainer's. Added here: schedules and the divisor of
-the loss, learning rates by part, logs of the distillation, evaluation without logits, checkpoints that hold the
-student alone and appear only when complete, and a stop at the first loss that is not finite.
+The Trainer keeps the loop, the optimizer, resuming, progress bars and trackers. This class adds schedules, the divisor
+of the loss, learning rates by part, logs of the distillation, and evaluation without logits. Checkpoints hold the
+student alone and appear only when they are complete; the first loss that is not finite stops the run.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ from kdfast.training.teachers.several import (
     running,
 )
 
-# Methods of transformers.Trainer that are private and overridden all the same, here and in DurableTrainer, and why.
+# Private methods of transformers.Trainer that this class or DurableTrainer overrides, and the reason for each.
 PRIVATE_OVERRIDES = {
     "_save_checkpoint": "a checkpoint appears only when it is complete; no hook surrounds a save",
     "_save_optimizer_and_scheduler": "under FSDP Trainer's writes the model once more, in FSDP's own format",
@@ -86,7 +86,7 @@ PRIVATE_OVERRIDES = {
     "_get_grad_norm": "a step that is not finite is left out before the optimizer acts, and no callback sees the norm",
 }
 
-# arguments of Trainer, or of TRL's trainers, that are not taken here → what to do instead
+# arguments of Trainer, or of TRL's trainers, that KDTrainer does not accept → what to do instead
 ELSEWHERE = {
     "preprocess_logits_for_metrics": "logits are never made. compute_metrics is given log p of each label; what "
     "needs more is evaluated on trainer.model.student, in a callback's on_evaluate",
@@ -98,54 +98,63 @@ ELSEWHERE = {
 
 
 class KDTrainer(DurableTrainer):
-    """Trains the student (and the projector) of a `DistillationModel`.
+    """A `transformers.Trainer` that distills one or more teachers into a student.
 
-    Batches need input_ids and labels (*not* shifted, −100 ignored); attention_mask, position_ids and what else both
-    backbones read, such as pixel_values, are used if they are there. The loss of a step is divided by its targets in
-    all micro-batches and processes, so k micro-batches of b give the gradient of one of k·b. KD weight and temperature
-    follow global_step / max_steps; a step of KD weight 0, as all are after `kd_until`, does not run the teacher.
+    Example:
+        student, teacher = load_student("gpt2"), load_teacher("gpt2-medium")
+        args = KDConfig(output_dir="out", max_steps=1000, bf16=True)
+        trainer = KDTrainer(student, args, teacher=teacher, train_dataset=train, eval_dataset=held_out)
+        trainer.train()
+        print(trainer.evaluate()["eval_ce"])
 
-    Logged besides the Trainer's: kd (without τ²), ce, ce_projected, agreement, both entropies, aux_loss (of experts;
-    without its coefficient), kd_weight, temperature, lr_<part>, tokens_per_second, tokens_seen (targets; padding not
-    counted), skipped_steps, memory_bytes (this process; the allocator's peak so far on a GPU). Means are since the line
-    before; where there is no projector, those of agreement, entropies and a ce of weight 0 are over the line's own
-    step, the only one to compute them. Evaluated: loss under the weights now in force, ce, perplexity, bits_per_byte
-    (where the tokens' bytes are known), kd, aux_loss, and against the teacher's own head, over the ids that both have,
-    kl_teacher_student, kl_teacher_projected. What does not exist under a recipe is absent. docs/training.md has what is
-    logged of generated text.
+    Batches need input_ids and labels (*not* shifted; −100 is ignored). attention_mask, position_ids and any other input
+    that both backbones read, such as pixel_values, are used if present. Each step's loss is divided by the number of
+    targets in all its micro-batches and processes, so k micro-batches of b rows give the gradient of one of k·b rows.
+    KD weight and temperature follow global_step / max_steps. Where the KD weight is 0, as it is after `kd_until`, the
+    teacher does not run.
+
+    Training logs, besides the Trainer's values: kd (without τ²), ce, ce_projected, agreement, student_entropy,
+    teacher_entropy, aux_loss (of experts, without its coefficient), kd_weight, temperature, lr_<part>,
+    tokens_per_second, tokens_seen (targets, without padding), skipped_steps, and memory_bytes (this process; on a GPU
+    the allocator's peak so far). They are means since the previous log line. Without a projector, however, agreement,
+    the entropies and a ce of weight 0 are computed in the logged step only. Evaluation logs loss (under the current
+    weights), ce, perplexity, bits_per_byte (if the tokens' bytes are known), kd, aux_loss, and, against the teacher's
+    own head over the ids that both models have, kl_teacher_student and kl_teacher_projected. A value that does not
+    exist under a recipe is left out. docs/training.md lists what is logged about generated text.
 
     Args:
-        model: the student, wrapped here under the recipe of `args`, or a `DistillationModel`.
+        model: the student, which is wrapped under the recipe of `args`, or a `DistillationModel`.
         args: a `KDConfig`.
-        teacher: for a student that is not wrapped yet; None under "lm_only" and "cached", which otherwise use it for
-            evaluation; "self", the student's own weights at the start (`KDConfig.teacher_update_rate`: their average).
-            Several: a list, or a mapping from names; a `TeacherCache` or its folder may be among them, with the splits
-            "train" and "eval" (or eval_dataset's keys). Every row learns from all, under `teacher_weights`, or from the
-            one that its `teacher_id` (`teacher_column`) names; kd_<name>, evaluated kl_teacher_student_<name> and
-            kl_teacher_projected_<name>, are of one.
+        teacher: the teacher of a student that is not wrapped yet. The recipes "lm_only" and "cached" do without one,
+            or use it for evaluation only. "self" is the student's own weights at the start, or their moving average
+            with `KDConfig.teacher_update_rate`. For several teachers, pass a list or a mapping from names; it may
+            contain a `TeacherCache` or its folder, with the splits "train" and "eval" (or eval_dataset's keys). Each
+            row learns from all of them under `teacher_weights`, or from the one that its `teacher_id` column
+            (`teacher_column`) names. Each has its own kd_<name> in the log, and kl_teacher_student_<name> and
+            kl_teacher_projected_<name> in evaluations.
         peft_config: as in `DistillationModel`. A student with an adapter is trained and saved as that adapter alone:
-            `PeftModel.from_pretrained(base, output_dir)` reads it, and `kdfast merge` makes a whole model of it.
-        train_dataset, eval_dataset, processing_class, data_collator, callbacks, optimizers: as in Trainer. A tokenizer
-            beside the student's weights must have processing_class's tokens (special ones by whatever name); where the
-            teacher's has others, rows are given what it reads, too. Without a data_collator rows of text, prompt and
-            completion, or messages are tokenized as `tokenize_dataset` does, and batches padded, labels too. With a
-            `TeacherCache`'s data sets the recipe is "cached".
-        model_init: in place of model, a function that makes the student, anew for each `train`; as in Trainer it may
-            take a trial.
-        compute_metrics: as in Trainer, but of `EvalLogProbs`: log p of each label, and no logits.
-        kd_weight_schedule, temperature_schedule: callables of progress in [0, 1] in place of the recipe's.
-        others: none is taken; TypeError says what to do in place of other trainers', such as compute_loss_func.
+            `PeftModel.from_pretrained(base, output_dir)` reads it, and `kdfast merge` merges it into its base.
+        train_dataset, eval_dataset, processing_class, data_collator, callbacks, optimizers: as in Trainer. Without a
+            data_collator, rows of text, prompt and completion, or messages are tokenized by `tokenize_dataset`, and
+            batches are padded. Data sets from a `TeacherCache` select the recipe "cached". A tokenizer saved with the
+            student must have processing_class's tokens, whatever the special ones are called. If the teacher's
+            tokenizer has others, rows also get the ids that it reads.
+        model_init: instead of model, a function that makes a new student for each `train`. It may take a trial, as in
+            Trainer.
+        compute_metrics: as in Trainer, but called with `EvalLogProbs`: the log-probability of each label, no logits.
+        kd_weight_schedule, temperature_schedule: functions of progress in [0, 1] that replace the recipe's.
+        others: not accepted. The TypeError says what to use instead of, for example, compute_loss_func.
 
     Raises:
-        TypeError, ValueError: args is no KDConfig, several GPUs without a launcher, a launch that is not
-            supported, or what `DistillationModel` raises.
-        NonFiniteLossError: from `train` and `save_model`; the last good checkpoint is kept and named.
+        TypeError, ValueError: args is not a KDConfig, several GPUs are visible without a launcher, the launch is not
+            supported, or as `DistillationModel` raises.
+        NonFiniteLossError: from `train` and `save_model`; it names the last good checkpoint, which is kept.
         TerminatedError, LostProcessError, CheckpointWriteError, DamagedCheckpointError: from `train`.
     """
 
     model: DistillationModel
     args: KDConfig
-    counts: dict[str, Counts]  # what became of the rows that were tokenized, by data set
+    counts: dict[str, Counts]  # by data set: the rows that were tokenized and skipped
 
     def __init__(
         self,
@@ -226,7 +235,7 @@ class KDTrainer(DurableTrainer):
         train_dataset, eval_dataset = self._with_entries(model)
         own = type(self).evaluate is KDTrainer.evaluate and type(self).evaluation_loop is KDTrainer.evaluation_loop
         packages = {one.on_evaluate.__module__.partition(".")[0] for one in callbacks or ()}
-        own = own and packages <= {"transformers", "kdfast"}  # another's on_evaluate may add to what is logged
+        own = own and packages <= {"transformers", "kdfast"}  # another package's on_evaluate may add to the logs
         own = own and compute_metrics is None
         if args.health and not any(isinstance(callback, HealthCallback) for callback in callbacks or ()):
             callbacks = [*(callbacks or ()), HealthCallback(args.health_thresholds)]  # type: ignore[arg-type]  # parsed by now
@@ -246,7 +255,7 @@ class KDTrainer(DurableTrainer):
             compute_metrics=compute_metrics and _of_log_probs(compute_metrics),
         )
         self.model_init = model_init  # type: ignore[assignment]  # Trainer would make the model once more
-        if use_cache is not None:  # Trainer turns it off in the config that gets saved; the forward here does without
+        if use_cache is not None:  # Trainer turns it off in the saved config; forward() passes use_cache=False anyway
             model.config.use_cache = use_cache
         fsdp.check_launch(self, args.shard_teacher, model.recipe.projector_resolve_steps)
         if self.is_fsdp_enabled and model_init is not None:
@@ -259,14 +268,14 @@ class KDTrainer(DurableTrainer):
             check_best(args.metric_for_best_model, model, eval_dataset, self._lengths is not None)
 
     def _wrapped(self, model: Any) -> tuple[DistillationModel, Choice | None, bool]:
-        """Return `model` under the recipe, and what `_adopt` is given."""
+        """Return `model` under the recipe, the choice that "auto" made, and whether it was wrapped here."""
         teachers, peft_config, processor, datasets = self._wrapping
         names = ("teacher_weights", "offload_teachers", "teacher_update_rate")
         own = {"teacher": teachers, "peft_config": peft_config, **{name: getattr(self.args, name) for name in names}}
         choice: Choice | None = None
         wrapped_here = not isinstance(model, DistillationModel)
         if wrapped_here:
-            set_seed(self.args.seed)  # the adapter's start
+            set_seed(self.args.seed)  # the adapter's weights are drawn
             shared = None if self._other is None else self._other.vocabulary
             model, choice = _wrap(adapt(model, peft_config), self.args, teachers, processor, datasets, shared)
         elif given := [name for name, x in own.items() if x]:
@@ -290,14 +299,14 @@ class KDTrainer(DurableTrainer):
         return model, choice, wrapped_here
 
     def _with_entries(self, model: DistillationModel) -> list[Any]:
-        """Return the data sets to train and to evaluate on, with the entries of teachers that are caches."""
+        """Return the training and evaluation data sets, with the entries of teachers that are caches."""
         if model.sides.caches and self.args.generates:
             raise ValueError("text that is generated, and a teacher that is a cache; expected teachers that run")
         named = zip(("train_dataset", "eval_dataset"), self._texts, ("train", "eval"), strict=True)
         return [join_caches(model, argument, one, self._schedules[1], split) for argument, one, split in named]
 
     def _adopt(self, choice: Choice | None, wrapped_here: bool) -> None:
-        """Prepare a run of the model that there is: its entries, schedules and starts."""
+        """Prepare a run of `self.model`: its cache entries, schedules and generated text."""
         model, args, (kd_weight_schedule, temperature_schedule) = self.model, self.args, self._schedules
         if choice is not None:
             processes.print_once(str(choice))
@@ -310,7 +319,7 @@ class KDTrainer(DurableTrainer):
         self._precomputation = before if before.is_wanted() else None
         if self._precomputation is not None:
             model.learn_from_entries(kd_until=1.0 if wrapped_here and args.kd_until is None else None)
-        if kd_weight_schedule is not None:  # it says until when
+        if kd_weight_schedule is not None:  # it decides where the KD term ends
             if args.kd_until is not None:
                 raise ValueError(f"kd_until={args.kd_until} and kd_weight_schedule; expected one of them")
             model.recipe = replace(model.recipe, kd_until=1.0)
@@ -320,20 +329,20 @@ class KDTrainer(DurableTrainer):
         self._on_policy: OnPolicy | None = None
         if args.generates:
             self._on_policy = OnPolicy(args, model, text_tokenizer(processor, model.student), self._text)
-        self.starts: list[Start] = []  # what was solved before the first step
-        self.solve_seconds = 0.0  # that took
+        self.starts: list[Start] = []  # solved before the first step
+        self.solve_seconds = 0.0  # how long solving them took
         self._start_run()
 
     def _tokenized(self, argument: str, given: Any, *how: Any) -> Any:
-        """Return a data set, or a dict of them, with rows of text, completions or chats tokenized if they are raw.
+        """Return a data set, or a dict of them, with raw rows of text, completions or chats tokenized.
 
-        Where the teacher's tokenizer is another, rows have what it reads, too.
+        If the teacher has another tokenizer, rows also get the ids that it reads.
         """
         if isinstance(given, dict):
             return {k: self._tokenized(f"{argument}[{k!r}]", one, *how) for k, one in given.items()}
         processor, student, args, raw, n_teachers, prompts = how
         rows, whole = given, False
-        if raw and is_raw_text(given) and not media_columns(given):  # the latter are refused below
+        if raw and is_raw_text(given) and not media_columns(given):  # media columns are refused below
             if (tokenizer := text_tokenizer(processor, student)) is None:
                 raise ValueError(f"{argument} has text, and processing_class is None; expected its tokenizer")
             column = column_of(args.teacher_column, args.teacher_weights, n_teachers, columns_of(given))
@@ -344,15 +353,15 @@ class KDTrainer(DurableTrainer):
                 tokenizer.chat_template = read_template(args.chat_template)  # saved with the student
             if self._other is not None:
                 kind = kind_of(argument, columns_of(given), args.text_column)
-                whole = kind != "text" or args.packing is not None  # not blocks, which begin anywhere
+                whole = kind != "text" or args.packing is not None  # blocks of text may begin anywhere
         known = {"teacher_input_ids", "teacher_indices"}.intersection(names_of(rows)) or cached_blocks(rows)
         if self._other is None or rows is None or known:
             return rows
         return self._other.align(argument, rows, documents=whole)
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Create the accelerator as Trainer does, with FSDP on CPUs too."""
-        self._may_skip_parameters = may_skip_parameters(self.model.student)  # found while it is whole
+        """Create the accelerator as Trainer does, and turn FSDP on for CPUs too."""
+        self._may_skip_parameters = may_skip_parameters(self.model.student)  # checked before the model is sharded
         find = self.args.ddp_find_unused_parameters
         find = self._may_skip_parameters if find is None else find
         with replaced(self.args, ddp_find_unused_parameters=find):
@@ -362,28 +371,28 @@ class KDTrainer(DurableTrainer):
 
     def _start_run(self) -> None:
         self._meter = TrainingMeter(self.args.device, self.model.several)
-        self._solved_at = -1  # the step before which the projector was solved again
+        self._solved_at = -1  # the step before which the projector was last solved
         self._guard = NonFiniteGuard(
             self.args.device,
             self.last_checkpoint,
             most_skips=self.args.max_skipped_steps if self.args.non_finite == "skip" else 0,
             report=self._report_non_finite,
         )
-        self._left_out = False  # whether the last step was
-        self._kd_items: Tensor | None = None  # the step's tokens with a KD term
-        self._before_step: tuple[Any, Any] | None = None  # logged loss and meter, for a step that is left out
+        self._left_out = False  # whether the last step was left out
+        self._kd_items: Tensor | None = None  # tokens with a KD term in the current step
+        self._before_step: tuple[Any, Any] | None = None  # logged loss and meter, restored if the step is left out
         self._weights: dict[str, float] = {}  # kd_weight and temperature of the last batch
-        self._learning_rates: dict[str, float] = {}  # of the last step, by part
+        self._learning_rates: dict[str, float] = {}  # of the last step, by part of the model
 
     # Training
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """Train as Trainer does, from a checkpoint that is complete; with `model_init`, a student made anew."""
+        """Train as Trainer does, resuming from complete checkpoints only. With `model_init`, make a new student."""
         if self.model_init is not None:
             with replaced(self, create_accelerator_and_postprocess=lambda: None):
-                self._hp_search_setup(trial)  # Trainer does so too, past where its settings are needed
+                self._hp_search_setup(trial)  # Trainer does this too, but only after its settings are needed
             self.args._check()
             set_seed(self.args.seed)
             self.model, choice, wrapped_here = self._wrapped(super().call_model_init(trial))
@@ -393,22 +402,22 @@ class KDTrainer(DurableTrainer):
         return super().train(resume_from_checkpoint, trial, *args, **kwargs)
 
     def call_model_init(self, trial: Any = None) -> DistillationModel:
-        """Return the model that `train` has made for this run already."""
+        """Return the model that `train` has already made for this run."""
         return self.model
 
     def hyperparameter_search(
         self, hp_space: Any = None, compute_objective: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """Search as Trainer does: of each trial a new student, under its settings, and the one teacher.
+        """Search as Trainer does: each trial trains a new student under its settings; all share one teacher.
 
-        compute_objective: None = eval_ce, in place of Trainer's sum of all that is evaluated.
+        compute_objective: None means eval_ce, where Trainer would take the sum of everything evaluated.
         """
         return super().hyperparameter_search(hp_space, compute_objective or _cross_entropy, *args, **kwargs)
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """Solve the starts before a run, and keep the heads together while the model is sharded."""
-        check_adapter(self.accelerator.unwrap_model(self.model).student)  # one may have come since
+        """Solve the starts before a run, and keep the heads in the root while the model is sharded."""
+        check_adapter(self.accelerator.unwrap_model(self.model).student)  # the caller may have added one since
         self._start_run()
         self._solve_starts()
         if self._on_policy is not None:
@@ -421,21 +430,21 @@ class KDTrainer(DurableTrainer):
             processes.print_once(f"{trained:,} of the student's {every:,} parameters are trained")
         self._precompute()
         if self.model_wrapped is self.model and self.accelerator.num_processes > 1 and not self.is_fsdp_enabled:
-            # accelerate took an evaluation before the run for the model's preparation, and would leave out DDP
+            # an evaluation before the run has marked the model as prepared; accelerate would not wrap it in DDP
             self.model._is_accelerate_prepared = False  # type: ignore[assignment]
         with fsdp.root_owns_the_heads(self.model) if self.is_fsdp_enabled else nullcontext():
             yield
 
     def load_finished(self, folder: str | Path) -> bool:
-        """Load the model and state of a run that ended with the checkpoint `folder`; return whether it had.
+        """Load the model and state of a run that ended with the checkpoint `folder`; return whether it had ended.
 
-        The best model under `load_best_model_at_end`. Where there are steps left nothing is loaded, and False returned:
-        that is for `train`, which after the last step would take one more.
+        Loads the best model under `load_best_model_at_end`. If steps are left, loads nothing and returns False: such a
+        run is for `train`, which would take one step more after the last.
         """
         state = TrainerState.load_from_json(str(Path(folder) / TRAINER_STATE_NAME))
         if state.global_step < state.max_steps:
             return False
-        self._solve_starts()  # first: the trained weights are loaded over it
+        self._solve_starts()  # before loading, which overwrites what is solved with trained weights
         self.state = state
         if self.health is not None:
             self.health.restore(state)
@@ -446,10 +455,10 @@ class KDTrainer(DurableTrainer):
         return True
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate as Trainer does; starts are solved before the first time."""
+        """Evaluate as Trainer does, solving the starts before the first evaluation."""
         self._solve_starts()
         if self.is_fsdp_enabled and self.optimizer is None:  # before any training
-            self.create_optimizer()  # accelerate shards a model together with its optimizer only
+            self.create_optimizer()  # accelerate shards a model only together with its optimizer
             with fsdp.root_owns_the_heads(self.model):
                 self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
             self.model_wrapped = self.model
@@ -457,16 +466,16 @@ class KDTrainer(DurableTrainer):
             return super().evaluate(*args, **kwargs)
 
     def _solve_starts(self) -> None:
-        """Solve once, and the same in every process; a resumed run's weights are loaded over what is solved here."""
+        """Solve the starts once, the same in every process. A resumed run then loads its weights over them."""
         if self._solved or self.train_dataset is None:
             return
         self._solved = True
         model: DistillationModel = self.accelerator.unwrap_model(self.model)
         began = time.perf_counter()
         if self.is_fsdp_enabled and model.recipe.solves:
-            model.to(self.args.device)  # whole, until it is sharded
+            model.to(self.args.device)  # unsharded so far
         with self.naming_lost_processes():
-            if not model.solved:  # by an earlier trainer, which may have trained what it would overwrite
+            if not model.solved:  # an earlier trainer may have solved and trained it
                 self.starts = model.solve(self._calibration_batches(), self.args.calibration_tokens)
             if self.accelerator.num_processes > 1:
                 self.starts = _share_starts(model, self.starts, self.args.device)
@@ -475,7 +484,7 @@ class KDTrainer(DurableTrainer):
             processes.print_once(str(start))
 
     def _precompute(self) -> None:
-        """Run the teacher over the training text, once, where the run is to learn from what is kept of it."""
+        """Run the teacher once over the training text, if the run is to learn from a cache of its own."""
         text = self.train_dataset
         if self._precomputation is not None and text is not None and not cached_blocks(text):
             with self.naming_lost_processes():
@@ -487,7 +496,7 @@ class KDTrainer(DurableTrainer):
             self.health.drawn = self._recipe.teacher == "cached" and any(drawn)
 
     def _calibration_batches(self) -> Iterator[dict[str, Any]]:
-        """Yield batches of training text, not from the loader, which a run goes through in order."""
+        """Yield batches of training text, independent of the training loader and its order."""
         dataset: Any = self.train_dataset
         order = torch.Generator().manual_seed(0)
         by_number = hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset)
@@ -496,7 +505,7 @@ class KDTrainer(DurableTrainer):
             self.args.per_device_train_batch_size,
             sampler=RandomSampler(dataset, generator=order) if by_number else None,
             collate_fn=self._collator,
-            generator=torch.Generator(),  # of its own, so that the run's random states stay as they are
+            generator=torch.Generator(),  # keeps the run's random states unchanged
         )
         for batch in map(self._prepare_inputs, loader):
             if self._on_policy is not None and not (batch["labels"] != IGNORE_INDEX).any():  # prompts alone
@@ -512,13 +521,13 @@ class KDTrainer(DurableTrainer):
             columns += [f"{column}_{name}" for name in self.model.sides.caches for column in ENTRIES]
 
     def get_train_dataloader(self) -> DataLoader:
-        """Return Trainer's loader; a collator that asks for columns by name finds those that no model takes, too."""
+        """Return Trainer's loader; its collator also finds columns, by name, that no model reads."""
         collator: Any = self._collator if self._on_policy is None else PromptCollator(self._collator, self._on_policy)
         with replaced(self, data_collator=collator), replaced(self.args, remove_unused_columns=False):
             return super().get_train_dataloader()
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """Return Trainer's loader, with the same columns."""
+        """Return Trainer's loader with the collator of `get_train_dataloader`."""
         with replaced(self, data_collator=self._collator), replaced(self.args, remove_unused_columns=False):
             return super().get_eval_dataloader(eval_dataset)
 
@@ -532,7 +541,7 @@ class KDTrainer(DurableTrainer):
         return Collator(self.data_collator, columns, route, {COLUMN, column or COLUMN})
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Create the optimizer, with a learning rate for each part of the model."""
+        """Create the optimizer with a learning rate for each part of the model."""
         if self.optimizer is None:
             model = self.model if model is None else model
             recipe = self._recipe
@@ -558,7 +567,7 @@ class KDTrainer(DurableTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return the loss of one micro-batch, divided by the targets of the whole step."""
+        """Return the loss of one micro-batch, divided by the number of targets of the whole step."""
         self._meter.start()
         if self._guard.most_skips and self._before_step is None:
             self._before_step = (self._tr_loss.clone(), self._meter.mark())
@@ -569,9 +578,9 @@ class KDTrainer(DurableTrainer):
         check_names("the batch", inputs)
         weights: dict[str, Any] = self._on_device(self._weights)
         if self._weights["kd_weight"] == 0:
-            weights["kd_weight"] = 0.0  # a number, which the model can see without waiting for the device
+            weights["kd_weight"] = 0.0  # a plain number: the model sees it without waiting for the device
         writer = inputs.pop(WRITER, None)
-        if writer == "student":  # its own text is no label
+        if writer == "student":  # text that the student wrote has no labels
             weights["ce_weight"] = 0.0
         with_metrics = return_outputs or writer is not None or self._may_be_logged(self.state.global_step + 1)
         items = {"num_items_in_batch": num_items_in_batch, "kd_items_in_batch": self._kd_items}
@@ -582,7 +591,7 @@ class KDTrainer(DurableTrainer):
             metrics = self._on_policy.add(writer, metrics)
         self._meter.add(metrics, output.aux_loss, output.targets, output.compared, output.by_teacher)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            # DDP and FSDP average gradients over the processes; divided by the targets of all, they have to be summed
+            # DDP and FSDP average gradients over processes; divided by all processes' targets, they must be summed
             loss = loss * self.accelerator.num_processes
         return (loss, output) if return_outputs else loss
 
@@ -599,7 +608,7 @@ class KDTrainer(DurableTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
-        """Return a step's batches and the number of their targets: shifted, and without padding."""
+        """Return a step's batches and their number of targets, which are shifted and exclude padding."""
         batches = list(itertools.islice(epoch_iterator, num_batches))
         if self._on_policy is not None:
             self._meter.start()
@@ -624,7 +633,7 @@ class KDTrainer(DurableTrainer):
         return batches, counts[0]
 
     def _write(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the model, as it is wrapped, writes within its forward."""
+        """Call the model's forward to generate text, in the wrapper that training uses."""
         with torch.no_grad(), self.compute_loss_context_manager():
             if not self.is_fsdp_enabled:
                 return self.accelerator.unwrap_model(self.model_wrapped)(*args, **kwargs)
@@ -632,11 +641,11 @@ class KDTrainer(DurableTrainer):
                 return self.model_wrapped(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Take one micro-batch forward and backward, as Trainer does."""
+        """Run one micro-batch forward and backward, as Trainer does."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         in_pieces = self._scaled or self.is_fsdp_enabled
         if self._guard.most_skips and self.accelerator.sync_gradients and not in_pieces:
-            self._guard.watch_gradients(model.named_parameters())  # before clipping, which spreads a NaN
+            self._guard.watch_gradients(model.named_parameters())  # before clipping, which would spread a NaN
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -654,7 +663,7 @@ class KDTrainer(DurableTrainer):
         return norm
 
     def _leave_out(self, model: nn.Module, what: str) -> None:
-        """Take the step's gradients, without which an optimizer does nothing, and its part of the log away."""
+        """Remove the step's gradients, so that the optimizer does nothing, and its part of the log."""
         if not self._scaled:
             model.zero_grad(set_to_none=True)
         assert self._before_step is not None
@@ -664,17 +673,17 @@ class KDTrainer(DurableTrainer):
         self._report_non_finite(self.state.global_step + 1, f"{what}; the step was left out", aloud=True)
 
     def _was_left_out(self) -> bool:
-        """Return whether the last step has changed no weight."""
+        """Return whether the last step changed no weight."""
         return self._left_out or self.accelerator.optimizer_step_was_skipped
 
     @property
     def _scaled(self) -> bool:
-        """Return whether a gradient scaler leaves steps out by itself: inf is nothing bad there."""
+        """Return whether a gradient scaler is in use. It skips steps with inf itself, so those are not reported."""
         return getattr(self.accelerator, "scaler", None) is not None
 
     @property
     def health(self) -> HealthCallback | None:
-        """Return the callback whose `findings` say what went wrong; None under `health=False`."""
+        """Return the callback whose `findings` say what went wrong; None with `health=False`."""
         callbacks = self.callback_handler.callbacks
         return next((callback for callback in callbacks if isinstance(callback, HealthCallback)), None)
 
@@ -688,14 +697,14 @@ class KDTrainer(DurableTrainer):
         return {"kd_weight": self.kd_weight_schedule(progress), "temperature": self.temperature_schedule(progress)}
 
     def _on_device(self, weights: dict[str, float]) -> dict[str, Tensor]:
-        """Return 0-d tensors made on the device: no synchronisation, and a compiled graph stays the same."""
+        """Return 0-d tensors created on the device, without synchronizing or changing a compiled graph."""
         return {name: torch.full((), value, device=self.args.device) for name, value in weights.items()}
 
     # Logging
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as Trainer does, with what the class lists besides."""
-        if "loss" in logs:  # a line of training, not of evaluation or of the end
+        """Log as Trainer does, with the values listed in the class docstring."""
+        if "loss" in logs:  # a line of training
             self._guard.check()
             logs |= self._learning_rates
             logs |= self._meter.read(self._reduce)
@@ -715,14 +724,14 @@ class KDTrainer(DurableTrainer):
         super().log(logs, start_time)
 
     def _may_be_logged(self, step: int) -> bool:
-        """Return whether a line may be logged after `step`; where `logging_steps` does not say, after every one."""
+        """Return whether `step` may be logged; always True unless `logging_strategy` is "steps"."""
         first, last = self.args.logging_first_step and step == 1, step == self.state.max_steps
         by_steps = self.args.logging_strategy == "steps"
         return not by_steps or first or last or step % max(self.state.logging_steps, 1) == 0
 
     def _count_tokens(self) -> None:
         tokens = self._meter.count_tokens(self._reduce)
-        if self.args.include_num_input_tokens_seen == "no":  # otherwise Trainer counts, at a synchronisation a step
+        if self.args.include_num_input_tokens_seen == "no":  # otherwise Trainer counts, and synchronizes at every step
             self.state.num_input_tokens_seen += tokens
 
     def _reduce(self, tensor: Tensor) -> Tensor:
@@ -738,8 +747,8 @@ class KDTrainer(DurableTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Evaluate as Trainer does, but by token-weighted means over the whole set, without logits."""
-        if self.model.recipe.teacher == "cached":  # whatever is evaluated on, its states go through one head
+        """Evaluate as Trainer does, but with token-weighted means over the whole set and no logits."""
+        if self.model.recipe.teacher == "cached":  # all hidden states go through one head
             take_head(self.model, by_name(train_dataset=self.train_dataset, eval_dataset=dataloader.dataset))
         self._evaluation = EvaluationMeter(self.args.device, self._lengths, self.model.several)
         prefix = metric_key_prefix
@@ -759,7 +768,7 @@ class KDTrainer(DurableTrainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool = True, *args: Any, **kwargs: Any
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return the loss of a batch, and log p of its targets and these; its metrics go to the evaluation's."""
+        """Return a batch's loss, the log-probabilities of its targets, and the targets; record its metrics."""
         inputs = self._without_repeats(self._prepare_inputs(inputs))
         check_names("the batch", inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -773,12 +782,12 @@ class KDTrainer(DurableTrainer):
 
     @functools.cached_property
     def _lengths(self) -> Tensor | None:
-        """(V,), the bytes of each of the student's ids, None where they are not known."""
+        """Return the number of bytes of each of the student's ids, (V,); None if they are not known."""
         tokenizer = text_tokenizer(self._wrapping[2], self.model.student)
         return None if tokenizer is None else token_lengths(tokenizer, head_shape(self.model.student)[0])
 
     def _without_repeats(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Mask the labels of samples already seen, with which the last batch of several processes is filled up."""
+        """Mask the labels of repeated samples, which fill up the last batch when there are several processes."""
         state, n_processes = self.accelerator.gradient_state, self.accelerator.num_processes
         if n_processes == 1 or not state.end_of_dataloader or state.remainder <= 0 or "labels" not in inputs:
             return inputs
@@ -788,7 +797,7 @@ class KDTrainer(DurableTrainer):
         return {**inputs, "labels": labels.masked_fill(~kept, IGNORE_INDEX)}
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """Raise NotImplementedError: there are no logits."""
+        """Raise NotImplementedError, since logits are never made."""
         raise NotImplementedError(
             "predict would return logits, which are never made here; use evaluate, or the student itself "
             "(trainer.model.student)"
@@ -798,7 +807,7 @@ class KDTrainer(DurableTrainer):
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """Save nothing that is not finite, and leave the time out of tokens_per_second."""
+        """Refuse to save weights that are not finite, and leave the time out of tokens_per_second."""
         with self._meter.paused():
             trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
             self._guard.check_weights(trained, self._reduce)
@@ -806,15 +815,15 @@ class KDTrainer(DurableTrainer):
             yield
 
     def save_state_beside(self, folder: Path) -> None:
-        """Write the generated text that will be trained on again."""
+        """Write the generated texts that will be trained on again."""
         if self._on_policy is not None:
             self._on_policy.buffer.save(folder, self.args.process_index)
 
     @property
     def price(self) -> Price:
-        """Return what a token costs under the recipe, a teacher that the run goes over its text with once shared out.
+        """Return the cost of training on one token under the recipe, with the teacher's single pass shared out.
 
-        Before a run the price of a compressed head is the whole one's.
+        Before a run, a compressed head is priced as the whole head.
         """
         model: DistillationModel = self.accelerator.unwrap_model(self.model)
         student, passes = size_of(model.student), None if self._precomputation is None else self._precomputation.passes
@@ -827,24 +836,24 @@ class KDTrainer(DurableTrainer):
             prices.append(price_per_token(own, student, size, rank=rank, passes=passes))
         if len(prices) == 1:
             return prices[0]
-        if self._teacher_column is not None:  # a row has one of them; which, the text alone knows
+        if self._teacher_column is not None:  # each row has one teacher; which one, only the text says
             return Price(prices[0].lm_only, sum(price.teacher for price in prices) // len(prices))
         asked = [price.teacher for price, weight in zip(prices, model.sides.weights, strict=True) if weight]
-        again = 6 * student.vocab * student.width * model.recipe.kd_until  # the student's head, after the first teacher
+        again = 6 * student.vocab * student.width * model.recipe.kd_until  # the student's head, per further teacher
         return Price(prices[0].lm_only, round(sum(asked) + again * max(len([*filter(None, asked)]) - 1, 0)))
 
 
 def _read_cache(teacher: Any) -> Any:
-    """Return the cache in a folder; anything else as it is."""
+    """Return the `TeacherCache` in the folder `teacher`; anything else as it is."""
     if isinstance(teacher, str) and (Path(teacher) / CACHE).exists():
         return processes.by_first(lambda: TeacherCache(teacher))
     return teacher
 
 
 def _other_tokenizer(student: Any, teacher: Any, processor: Any, args: KDConfig) -> OtherTokenizer | None:
-    """Return the teacher's tokenizer where it is known and another than the text's."""
+    """Return the teacher's tokenizer if it is known to differ from the text's; otherwise None."""
     if not isinstance(student, PreTrainedModel) or not isinstance(teacher, PreTrainedModel):
-        return None  # which is refused later, with a message of its own
+        return None  # refused later, with a better message
     ours, given = text_tokenizer(processor, student), args.teacher_tokenizer_name_or_path
     length = getattr(teacher.config.get_text_config(), "max_position_embeddings", None)
     found = find_other_tokenizer("teacher", ours, teacher, given, args.valid_vocab, length)
@@ -861,7 +870,7 @@ def _wrap(
     datasets: dict[str, Any],
     shared: SharedVocabulary | None = None,
 ) -> tuple[DistillationModel, Choice | None]:
-    """Return the student under the recipe of `args`, and the choice that "auto" made; None where it had none."""
+    """Return the student wrapped under the recipe of `args`, and the choice that "auto" made, if any."""
     choice: Choice | None = None
     recipe = args.recipe
     valid_vocab = find_valid_vocab_of_all(student, {} if shared else teachers, processor, args.valid_vocab)
@@ -896,10 +905,10 @@ def _wrap(
     for teacher in running(teachers).values() if args.offload_teachers else ():
         if isinstance(teacher, str):
             raise ValueError(f"offload_teachers=True and teacher={teacher!r}, which the student is; leave one out")
-        if not is_dispatched(teacher):  # else it is where a device_map has put it
+        if not is_dispatched(teacher):  # a device_map has placed the others
             cpu_offload(teacher, args.device)
-    set_seed(args.seed)  # the projector's start
-    with replaced(args, teacher_tail=None if among else args.teacher_tail):  # which a cache has a use for
+    set_seed(args.seed)  # the projector's weights are drawn
+    with replaced(args, teacher_tail=None if among else args.teacher_tail):  # only a cache uses it then
         resolved = args.resolved(recipe)
     model = DistillationModel(
         student,
@@ -909,7 +918,7 @@ def _wrap(
         engine=args.engine,
         scratch_bytes=args.scratch_bytes,
         valid_vocab=valid_vocab,
-        vocab=args.vocab,  # type: ignore[arg-type]  # checked there, as teacher_tail
+        vocab=args.vocab,  # type: ignore[arg-type]  # checked there, like teacher_tail
         tokenizer=processor,
         shared_vocabulary=shared,
         teacher_update_rate=args.teacher_update_rate,
@@ -921,9 +930,9 @@ def _wrap(
 
 
 def _of_log_probs(compute_metrics: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """Return the function of a Trainer's EvalPrediction that gives `compute_metrics` what is in its place here."""
+    """Return a function that calls `compute_metrics` with `EvalLogProbs` made from a Trainer's EvalPrediction."""
 
-    @functools.wraps(compute_metrics)  # Trainer looks whether it takes compute_result
+    @functools.wraps(compute_metrics)  # Trainer looks for compute_result in its signature
     def compute(given: EvalPrediction, **options: Any) -> dict[str, Any]:
         return compute_metrics(EvalLogProbs(given.predictions, given.label_ids, given.inputs), **options)
 
@@ -931,17 +940,17 @@ def _of_log_probs(compute_metrics: Callable[..., dict[str, Any]]) -> Callable[..
 
 
 def _cross_entropy(metrics: dict[str, float]) -> float:
-    """Return the objective of a search, where none is given."""
+    """Return eval_ce, the default objective of a hyperparameter search."""
     if "eval_ce" not in metrics:
         raise ValueError(f"hyperparameter_search: no eval_ce in {', '.join(metrics)}; expected compute_objective")
     return metrics["eval_ce"]
 
 
 def _share_starts(model: DistillationModel, starts: list[Start], device: torch.device) -> list[Start]:
-    """Copy the first process's trained weights, vocabulary weights and compressed head into all; return its `starts`.
+    """Copy the first process's trained weights, vocabulary weights and compressed head to all; return its `starts`.
 
-    All have solved, so that none waits; but other devices or thread counts round differently, and the rank that a
-    threshold finds may jump by that. The teacher is taken to be the same everywhere.
+    Every process has solved, so none waits, but devices and thread counts round differently, and the rank that a
+    threshold selects may differ. The teacher is assumed to be the same everywhere.
     """
     if model.compressed_head is not None:
         model.compressed_head.cpu()

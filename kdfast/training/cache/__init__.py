@@ -1,9 +1,9 @@
-"""Teachers that are run once: their distributions, kept on disk, in place of a live teacher.
+"""Teachers that run once: their distributions are kept on disk and replace a live teacher.
 
     summary = cache_teacher(teacher, {"train": train, "eval": held_out}, "caches/teacher", tokenizer=tokenizer)
     train = TeacherCache("caches/teacher").dataset("train", train, temperature=2.0)
 
-description.py  cache.json, what lies where      entries.py  what is kept of a distribution, as rows and back
+description.py  cache.json and the folder's layout    entries.py  a distribution as rows on disk, and back
 write.py        cache_teacher                    read.py     TeacherCache, and whether a run can learn from it
 imported.py     import_log_probs                 formats.py  log-probabilities as others print them
 servers.py      cache_from_server

@@ -1,10 +1,10 @@
-"""What a cache is of, what lies where in its folder, and whether it is what was written.
+"""What a cache was made from, the layout of its folder, and checks that it is what was written.
 
-cache.json              teacher, tokenizer, data, and how entries were taken: written first; what a cache is asked for
-                        again, or is trained from, has to agree with it
-factor/                 of hidden states, what makes logits of them, with shard.json and SHA256SUMS; before any shard
+cache.json              teacher, tokenizer, data, and how entries were taken: written first; a later call to the same
+                        folder, or a run that learns from it, must agree with it
+factor/                 for hidden states: the head that makes logits of them, with shard.json and SHA256SUMS
 train-00000/ …          shards: a data set each (`datasets.load_from_disk` reads one), shard.json and SHA256SUMS
-summary.json            sizes and speed; written last: with it the cache is complete
+summary.json            sizes and speed; written last, so a cache that has it is complete
 .lock                   held while the cache is being made
 """
 
@@ -31,20 +31,20 @@ from kdfast.training.hf import fetch
 
 NAME = "cache.json"
 SUMMARY = "summary.json"
-MARK = "shard.json"  # in a shard: which one of which cache it is
+MARK = "shard.json"  # in a shard: its number and its cache
 LOCK = ".lock"
-FACTOR = "factor"  # the folder of what makes logits of hidden states
-FORMATS = {"top_k": 1, "sample": 1, "hidden": 2}  # by method: what reads the second reads the first
-SAMPLE_OF_A_TENSOR = 1024  # elements that a fingerprint of weights reads of each
+FACTOR = "factor"  # the folder of the head of hidden states
+FORMATS = {"top_k": 1, "sample": 1, "hidden": 2}  # by method; code that reads format 2 reads format 1
+SAMPLE_OF_A_TENSOR = 1024  # elements per weight tensor that the fingerprint reads
 
 
 class CacheError(ValueError):
-    """A teacher cache that is damaged, incomplete, or of something else than it is used for."""
+    """A teacher cache that is damaged, incomplete, or made for something else."""
 
 
 @contextmanager
 def _damaged(path: Path, remedy: str) -> Iterator[None]:
-    """Raise CacheError naming `path` where what it holds is not what was written."""
+    """Turn an error while reading `path` into a CacheError that names it."""
     try:
         yield
     except CacheError:
@@ -57,40 +57,40 @@ def _damaged(path: Path, remedy: str) -> Iterator[None]:
 class Split:
     sequences: int
     tokens: int
-    sha256: str  # of all token ids in order, and where each sequence, and each document packed into one, ends
+    sha256: str  # of all token ids in order, with the ends of sequences and of documents packed into them
 
     @property
     def length(self) -> float:
-        """Tokens of a sequence, their mean."""
+        """Return the mean number of tokens per sequence."""
         return self.tokens / self.sequences
 
 
 @dataclass(frozen=True)
 class Description:
-    """All that decides what a cache holds."""
+    """Everything that decides what a cache contains."""
 
-    teacher: str  # name or folder, as it was given
+    teacher: str  # name or folder, as given
     teacher_sha256: str  # of its configuration and of evenly spaced elements of its weights
-    teacher_dtype: str  # its hidden states' and its head's; logits are fp32
+    teacher_dtype: str  # of its hidden states and head; logits are fp32
     tokenizer: str
-    tokenizer_sha256: str  # of its tokens and their ids; "" where none was given
-    vocab: int  # ids the teacher's head has
+    tokenizer_sha256: str  # of its tokens and their ids; "" without a tokenizer
+    vocab: int  # number of ids of the teacher's head
     valid_vocab: int | None
     method: str  # "top_k" | "sample" | "hidden"
-    k: int  # ids kept per token, or drawn for it; coordinates at most
-    temperatures: tuple[float, ...]  # besides 1: at which the tail's mass is kept; the one that ids are drawn at
-    dtype: str  # of log-probabilities; of coordinates
-    seed: int  # of ids that are drawn
+    k: int  # ids kept or drawn per token; the most coordinates
+    temperatures: tuple[float, ...]  # besides 1: those with the tail's mass; for drawn ids, theirs
+    dtype: str  # of log-probabilities or coordinates
+    seed: int  # for drawing ids
     shard_sequences: int
     splits: dict[str, Split]
-    source: dict[str, Any] | None = None  # where entries come from, if not from a model: "kind", and what it is
-    max_kl: float | None = None  # of hidden states: what their rank is chosen by; None: k is the rank
+    source: dict[str, Any] | None = None  # the source of entries that no model made: "kind", and details
+    max_kl: float | None = None  # for hidden states: the KL that selects their rank; None: k is the rank
     version: str = __version__
     format: int = 1
 
     @property
     def bytes_per_token(self) -> float:
-        """Bytes of top-k entries, before anything around them; drawn ids, and coordinates by a KL, are at most this."""
+        """Return the bytes per token of top-k entries, without overhead; an upper bound for other methods."""
         if self.method == "hidden":
             return self.k * np.dtype(self.dtype).itemsize + 2 * (self.dtype == "int8")
         id_bytes = np.dtype(id_type(self.vocab)).itemsize
@@ -100,32 +100,32 @@ class Description:
 
     @property
     def usable_temperatures(self) -> tuple[float, ...]:
-        """Temperatures that a KD term may be at; none in particular of hidden states, which serve all."""
+        """Return the temperatures that a KD term may have; empty for hidden states, which serve all."""
         return (1.0,) * (self.method == "top_k") + self.temperatures
 
     def serves(self, temperature: float) -> bool:
-        """Return whether a KD term may be at this temperature."""
+        """Return whether a KD term may have this temperature."""
         return self.method == "hidden" or temperature in self.usable_temperatures
 
     def write(self, folder: Path) -> None:
         write_text(folder / NAME, json.dumps(self._content(), indent=2, ensure_ascii=False) + "\n")
 
     def _content(self) -> dict[str, Any]:
-        """Return what cache.json holds: of what format 1 did not have, what is not None."""
+        """Return the contents of cache.json; fields that format 1 lacks are left out if None."""
         later = ("source", "max_kl")
         return {name: value for name, value in asdict(self).items() if name not in later or value is not None}
 
     def _decisive(self) -> dict[str, Any]:
-        """Return what decides what is in a cache: neither the version nor where a server or a file was."""
+        """Return the fields that decide what is in a cache; not the version, nor the place of a server or file."""
         content = {name: value for name, value in self._content().items() if name != "version"}
         if self.source is not None:
             content["source"] = {name: value for name, value in self.source.items() if name not in ("url", "name")}
         return content
 
     def mark(self, split: str, shard: int, factor: str = "") -> str:
-        """Return what a shard carries, by which it is known for this one of a cache of this description.
+        """Return the mark of a shard, which ties it to its place in a cache with this description.
 
-        factor: the checksums of what its coordinates go through; "" of what is no coordinates.
+        factor: the checksums of the head of its coordinates; "" for other methods.
         """
         content = self._decisive()
         if factor:
@@ -135,12 +135,12 @@ class Description:
 
     @classmethod
     def read(cls, folder: Path) -> Description:
-        """Return the description of the cache in `folder`. Raise CacheError where there is none that can be read."""
+        """Return the description of the cache in `folder`. Raise CacheError if there is none that can be read."""
         path = folder / NAME
         if not path.exists():
             raise CacheError(f"{str(folder)!r} is no teacher cache: it has no {NAME}. `kdfast cache` makes one")
         with _damaged(path, "make the cache again, in another folder"):
-            if not path.is_file():  # a pipe would be waited for
+            if not path.is_file():  # reading a pipe would block
                 raise ValueError("it is no file")
             given = json.loads(path.read_text(encoding="utf-8"))
             if given["format"] not in FORMATS.values():
@@ -161,7 +161,7 @@ class Description:
             return read
 
     def differences(self, other: Description) -> list[str]:
-        """Return 'name: then X, now Y' of every field that decides what is in a cache, where the two differ."""
+        """Return 'name: then X, now Y' for every decisive field in which the two differ."""
         then, now = self._decisive(), other._decisive()
         return [
             f"{field.name}: then {getattr(self, field.name)!r}, now {getattr(other, field.name)!r}"
@@ -175,8 +175,8 @@ class CacheSummary:
     tokens: int
     bytes: int  # of all files
     bytes_per_token: float
-    tokens_written: int  # by the call that finished it, which may have resumed an earlier one
-    seconds: float  # for those
+    tokens_written: int  # by the call that finished the cache, perhaps after an earlier one
+    seconds: float  # of that call
     tokens_per_second: float | None
 
     def __str__(self) -> str:
@@ -185,32 +185,32 @@ class CacheSummary:
 
 
 def is_complete(folder: Path) -> bool:
-    """Return whether the cache in `folder` was finished."""
+    """Return whether the cache in `folder` is complete."""
     return (folder / SUMMARY).is_file()
 
 
 def read_summary(folder: Path) -> CacheSummary:
-    """Return the summary of a finished cache. Raise CacheError where it is damaged."""
+    """Return the summary of a complete cache. Raise CacheError if it is damaged."""
     with _damaged(folder / SUMMARY, "remove it, and `kdfast cache` writes it again"):
         summary = CacheSummary(**json.loads((folder / SUMMARY).read_text(encoding="utf-8")))
-        str(summary)  # of anything but numbers a TypeError or ValueError
+        str(summary)  # raises TypeError or ValueError for anything but numbers
         return summary
 
 
 @dataclass(frozen=True)
 class Shard:
-    """The rows `sequences` of a split, in a folder of their own."""
+    """The rows `sequences` of a split, in their own folder."""
 
     split: str
     number: int
     sequences: range
-    tokens: float  # about
+    tokens: float  # approximately
     folder: Path
 
     def find_damage(self, description: Description) -> str | None:
-        """Return what is wrong with it, or None.
+        """Return what is wrong with the shard, or None.
 
-        Its own checksums do not tell it from another one in its place, nor whether cache.json is what it was.
+        Its checksums alone would not reveal a shard of another cache in its place, or a changed cache.json.
         """
         if damage := checksums.find_damage(self.folder):
             return damage
@@ -221,19 +221,19 @@ class Shard:
         return None
 
     def mark(self, description: Description) -> str:
-        """Return what it carries. Coordinates are of the one factor that they were made with."""
+        """Return the shard's mark; coordinates belong to the one head that they were made with."""
         sums = self.folder.parent / FACTOR / checksums.NAME
         mine = self.folder.name != FACTOR and sums.is_file()
         return description.mark(self.split, self.number, sums.read_text(encoding="utf-8") if mine else "")
 
 
 def factor_of(folder: Path) -> Shard:
-    """Return the part of a cache of hidden states that is written first and makes logits of them."""
+    """Return the part of a cache of hidden states that makes logits of them, and is written first."""
     return Shard(FACTOR, 0, range(0), 0, folder / FACTOR)
 
 
 def shards(folder: Path, description: Description, split: str) -> Iterator[Shard]:
-    """Yield the shards of a split, whether they are there or not."""
+    """Yield all shards of a split, whether or not they exist."""
     whole, size = description.splits[split], description.shard_sequences
     for number, first in enumerate(range(0, whole.sequences, size)):
         sequences = range(first, min(first + size, whole.sequences))
@@ -249,11 +249,11 @@ def count_type(n: int) -> str:
 
 
 def ids_of(dataset: Any, name: str = "dataset") -> Iterator[np.ndarray]:
-    """Yield input_ids (T,) of every row, in order. Raise ValueError where a row has none; `name` is the argument's."""
+    """Yield input_ids (T,) of every row, in order. Raise ValueError, naming the argument `name`, if one has none."""
     if len(dataset) and "input_ids" not in dataset[0]:
         raise ValueError(f"{name}: no input_ids; expected rows of token ids, as a tokenizer gives them")
     rows = (dataset[i]["input_ids"] for i in range(len(dataset)))
-    if isinstance(dataset, Dataset):  # this column alone, and many rows at a time
+    if isinstance(dataset, Dataset):  # reads only this column, many rows at a time
         columns = dataset.select_columns(["input_ids"]).with_format("numpy").iter(batch_size=1000)
         rows = (ids for batch in columns for ids in batch["input_ids"])
     for ids in rows:
@@ -261,7 +261,7 @@ def ids_of(dataset: Any, name: str = "dataset") -> Iterator[np.ndarray]:
 
 
 def describe_split(dataset: Any, name: str = "dataset") -> Split:
-    """Return its size and the hash of its tokens. Raise ValueError where rows are missing or empty."""
+    """Return a data set's size and the hash of its tokens. Raise ValueError if rows are missing or empty."""
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty; expected rows with input_ids")
     sum, tokens = hashlib.sha256(), 0
@@ -271,14 +271,14 @@ def describe_split(dataset: Any, name: str = "dataset") -> Split:
         if not len(ids):
             raise ValueError(f"{name} has a row without tokens; expected at least one in each")
         tokens += len(ids)
-    if PACKED in dataset[0]:  # the same tokens, packed in another way, are other documents
+    if PACKED in dataset[0]:  # the same tokens packed differently are other documents
         for row in dataset.select_columns([PACKED]) if isinstance(dataset, Dataset) else dataset:
             sum.update(np.asarray(lengths_of(row), dtype="<i4").tobytes())
     return Split(len(dataset), tokens, sum.hexdigest())
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """Return the hash of the tokens and their ids; "" where there is no tokenizer."""
+    """Return the hash of the tokenizer's tokens and ids; "" for None."""
     if tokenizer is None:
         return ""
     tokens = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
@@ -287,9 +287,9 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase | None) -> str:
 
 @torch.no_grad()
 def teacher_fingerprint(teacher: PreTrainedModel) -> str:
-    """Return the hash of the configuration and of some elements of each tensor; seconds, whatever the model's size."""
+    """Return the hash of the configuration and some elements of each tensor; takes seconds for any model size."""
     config = teacher.config.to_diff_dict()
-    config.pop("transformers_version", None)  # of the one that reads it
+    config.pop("transformers_version", None)  # the version that reads it, not the one that wrote it
     sum = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in sorted(teacher.state_dict().items()):
         if tensor.is_meta:  # offloaded

@@ -1,15 +1,15 @@
-"""What is kept of a teacher's distribution: its k most likely ids, or ids drawn from it, and the mass of the others.
+"""What a cache keeps of a distribution: its k most likely ids or ids drawn from it, and the mass of the others.
 
-Logits exist for a chunk of tokens at a time, and are rounded by fp32 alone. On the disk a sequence is a row:
+Logits exist for one chunk of tokens at a time, in fp32. On disk, each sequence is a row:
 
 top_k   indices (T·k) uint16, or int32 for more than 65536 ids;  log_probs (T·k) float16 or float32;
         log_tails (T·(1 + temperatures)) float32
-sample  indices (all) likewise;  counts (all) uint8, or uint16 for more than 255 draws;  distinct (T) uint16
-hidden  coordinates (T·r) and scales (T), as hidden.py says
+sample  indices (all) as for top_k;  counts (all) uint8, or uint16 for more than 255 draws;  distinct (T) uint16
+hidden  coordinates (T·r) and scales (T), as in hidden.py
 
-float16 keeps eleven bits: a log-probability of −0.01 to 5e-6, one of −10 to 4e-3, so probabilities are kept to 0.4%
-where they are 5e-5 and to better where they are larger. What that takes from their sum is given back when they are
-used: the tail has its own fp32 number, and the entries are normalized to the rest.
+float16 keeps eleven bits: a log-probability of −0.01 to 5e-6, and of −10 to 4e-3. So a probability of 5e-5 is kept to
+0.4%, and larger ones better. The entries' sum does not suffer: the tail has its own fp32 number, and the entries are
+normalized to the rest when they are used.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ from kdfast.ops.logit_chunks import logit_chunks
 from kdfast.training.cache.description import Description, count_type, id_type
 from kdfast.training.cache.hidden import keep, restore
 
-HIDDEN = ("coordinates", "scales")  # columns of a row
+HIDDEN = ("coordinates", "scales")  # a row's columns
 
 
 class TopK(NamedTuple):
     indices: Tensor  # (*, k) int64, most likely first
-    log_probs: Tensor  # (*, k) at τ = 1; −inf where fewer than k ids are possible
-    log_tails: Tensor  # (*, 1 + temperatures): log of the mass of all other ids at τ = 1, then at each temperature
+    log_probs: Tensor  # (*, k) at τ = 1; −inf if fewer than k ids are possible
+    log_tails: Tensor  # (*, 1 + temperatures): log of all other ids' mass at τ = 1, then at each temperature
 
 
 class Drawn(NamedTuple):
-    """Ids that were drawn, each once, those of all tokens one after the other."""
+    """Ids drawn for several tokens, each distinct id once per token, all tokens concatenated."""
 
     indices: Tensor  # (all,) int64
-    counts: Tensor  # (all,) int64: how often it came; over n, its weight
-    distinct: Tensor  # (N,) int64: how many of them are the token's
+    counts: Tensor  # (all,) int64: how often each was drawn; divided by n, its weight
+    distinct: Tensor  # (N,) int64: how many ids each token has
 
 
 @torch.no_grad()
 def top_k(head: Head, k: int, temperatures: Sequence[float] = (), valid_vocab: int | None = None) -> TopK:
-    """Return the k most likely ids of `head` (*, H) and the mass that is left at τ = 1 and at every temperature."""
+    """Return the k most likely ids of `head` (*, H) and the remaining mass at τ = 1 and each temperature."""
     taus = (1.0, *temperatures)
     found = []
     for logits in logit_chunks(head):
@@ -64,10 +64,10 @@ def top_k(head: Head, k: int, temperatures: Sequence[float] = (), valid_vocab: i
 
 @torch.no_grad()
 def draw(head: Head, n: int, temperature: float, generator: torch.Generator, valid_vocab: int | None = None) -> Drawn:
-    """Draw n ids for each row of `head` (N, H) from softmax(z/τ), systematically: at n evenly spaced points of its sum.
+    """Draw n ids per row of `head` (N, H) from softmax(z/τ), at n evenly spaced points of its cumulative sum.
 
-    counts/n are weights whose expectation is that softmax p, and an id comes ⌊n·p⌋ or ⌈n·p⌉ times: half the noise of
-    independent draws where p is sure, at τ = 1, and no more anywhere. Source of KD from drawn ids: Anshumann et al.
+    counts/n are weights whose expectation is that softmax p; an id is drawn ⌊n·p⌋ or ⌈n·p⌉ times. This halves the noise
+    of independent draws where p is confident, at τ = 1, and never increases it. KD from drawn ids: Anshumann et al.
     2025, arXiv:2503.16870.
     """
     found = []
@@ -91,7 +91,7 @@ def _possible(logits: Tensor, valid_vocab: int | None) -> Tensor:
 
 
 def encode(entries: TopK | Drawn | Tensor, description: Description) -> dict[str, np.ndarray]:
-    """Return the row of one sequence's entries or coordinates, (T, …) each."""
+    """Return the row for one sequence's entries or coordinates, (T, …) each."""
     if isinstance(entries, Tensor):
         coordinates, scales = keep(entries, description.dtype)
         row = {"coordinates": coordinates} if scales is None else {"coordinates": coordinates, "scales": scales}
@@ -107,19 +107,19 @@ def encode(entries: TopK | Drawn | Tensor, description: Description) -> dict[str
 
 
 def table(rows: list[dict[str, np.ndarray]]) -> pa.Table:
-    """Return a table of rows as `encode` makes them."""
+    """Return a table of rows from `encode`."""
     return pa.table({name: _lists([row[name] for row in rows]) for name in rows[0]})
 
 
 def decode(
     columns: dict[str, np.ndarray], description: Description, temperature: float, tokens: int = -1
 ) -> dict[str, Tensor]:
-    """Return what `DistillationModel` takes besides tokens, of one row; hidden states need to know how many these are:
+    """Return one row's columns for `DistillationModel`, besides tokens. Hidden states need the number of `tokens`.
 
-    teacher_hidden     (T, r) hidden: coordinates, float16 or float32; no other method has it, and it nothing else
+    teacher_hidden     (T, r) hidden only, and its only column: coordinates, float16 or float32
     teacher_indices    (T, K) int32
-    teacher_log_probs  (T, K) top_k: at τ = 1, as it was kept; sample: log(counts/n), −inf beyond the ids of a token
-    teacher_log_tails  (T, 2) fp32: at τ = 1 and at `temperature`; sample: (T, 0), which tells that ids were drawn
+    teacher_log_probs  (T, K) top_k: at τ = 1, as kept; sample: log(counts/n), −inf beyond a token's ids
+    teacher_log_tails  (T, 2) fp32: at τ = 1 and at `temperature`; sample: (T, 0), which marks drawn ids
     """
     if description.method == "hidden":
         kept, scales = (torch.from_numpy(columns[name].copy()) if name in columns else None for name in HIDDEN)

@@ -1,18 +1,18 @@
-"""Log-probabilities as others print them, and as a teacher cache keeps them.
+"""Log-probabilities as other tools print them, and their conversion to a teacher cache's entries.
 
-A row, of a data set or of JSON lines, holds one of these layouts; [ ] is by token, { } by id:
+A row, from a data set or JSON lines, has one of these layouts; [ ] is per token, { } per id:
 
 vllm      prompt_logprobs  [null, {"<id>": {"logprob": …, "rank": …, "decoded_token": …}}, …], in a response's choices
-          or not. k entries, and the token itself where it is not among them. logprobs, the same of what was generated
+          or not. k entries, and the token itself if it is not among them. logprobs: the same for generated text
           (token_ids)
 sglang    input_top_logprobs  [null, [[logprob, id, text or null], …], …], in meta_info or not, beside
-          input_token_logprobs  [[null, id, text], …], of the tokens themselves; output_…, of what was generated
-axolotl   logprobs  [[{"logprob": …, "token": "token_id:<id>"}, …], …], or numbers alone beside target_token_ids, of the
-          last tokens; target_logprobs beside target_token_ids, what axolotl prepares of them: renormalized
+          input_token_logprobs  [[null, id, text], …], of the tokens themselves; output_… for generated text
+axolotl   logprobs  [[{"logprob": …, "token": "token_id:<id>"}, …], …], or only numbers beside target_token_ids, for the
+          last tokens; target_logprobs beside target_token_ids, as axolotl prepares them: renormalized
 
-What stands at t is the distribution that *predicts* token t: a cache's row t − 1. Of target_logprobs axolotl's
-versions differ there, and the tokens tell. Sources: vLLM's v1/engine/logprobs.py and entrypoints/openai, SGLang's
-srt/managers/tokenizer_manager.py, axolotl's integrations/kd/chat_template.py.
+Position t has the distribution that *predicts* token t, which is a cache's row t − 1. For target_logprobs axolotl's
+versions differ in this, and the tokens reveal which. Sources: vLLM's v1/engine/logprobs.py and entrypoints/openai,
+SGLang's srt/managers/tokenizer_manager.py, axolotl's integrations/kd/chat_template.py.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from kdfast.training.cache.description import CacheError
 from kdfast.training.cache.entries import TopK
 from kdfast.training.data.tokenizers import count_ids
 
-IMPOSSIBLE = -9999.0  # what vLLM prints for −inf; axolotl's padding is lower
-ROUNDING = 1e-4  # a log-probability above 0, two of one id, or mass beyond the vocabulary, that may be rounding
-AGREE = 1e-2  # two log-probabilities of one token in one place
-SUM = 1e-3  # likewise of probabilities' sum; some print four digits
-UNSEEN = -12.0  # taken for the log-probability of a token that is not among the entries, and the least of any
-WRONG_TEXTS = 100  # one decoded token in so many may be spelled in another way
+IMPOSSIBLE = -9999.0  # vLLM's −inf; axolotl's padding is lower
+ROUNDING = 1e-4  # a log-probability above 0, or mass in duplicates or beyond the vocabulary, may be rounding up to this
+AGREE = 1e-2  # how much two log-probabilities of one token in one place may differ
+SUM = 1e-3  # the same for the sum of probabilities, since some print four digits
+UNSEEN = -12.0  # the assumed log-probability of a token that is not among the entries, and the lowest of any
+WRONG_TEXTS = 100  # one decoded token in so many may be spelled differently
 WORDS = ("text", "prompt", "completion")  # columns that may look like JSON
 LAYOUTS = ("prompt_logprobs", "input_top_logprobs", "target_logprobs", "logprobs")
 
@@ -50,18 +50,18 @@ class Position(NamedTuple):
 
 
 class Listed(NamedTuple):
-    """What a row lists: by token, from the first one's, which is None."""
+    """A row's positions, one per token from the first, whose position is None."""
 
     layout: str  # a key of LAYOUTS
     positions: list[Position | None]
-    tokens: list[list[int]]  # what the row's tokens may be; the first that fits
-    known: bool  # each token is among its own entries
-    whole: bool  # nothing is left out, from the second token on
-    aligned_right: bool  # positions are those of the last tokens
+    tokens: list[list[int]]  # candidates for the row's tokens; the first that fits
+    known: bool  # whether each token is among its own entries
+    whole: bool  # whether nothing is left out, from the second token on
+    aligned_right: bool  # whether positions belong to the last tokens
 
 
 def rows_in(row: Any, where: str) -> Iterator[dict[str, Any]]:
-    """Yield what `row` holds entries of: itself, or the choices of a server's response. CacheError where it is none."""
+    """Yield the rows in `row`: itself, or the choices of a server's response. Raise CacheError if it is neither."""
     if isinstance(row, str):
         if not row.strip():
             return
@@ -80,10 +80,10 @@ def rows_in(row: Any, where: str) -> Iterator[dict[str, Any]]:
 def read_row(
     row: Mapping[str, Any], where: str, tokenizer: PreTrainedTokenizerBase, field: str | None = None
 ) -> Listed:
-    """Return what a row lists.
+    """Return the positions and tokens that a row lists.
 
-    field: the column's name, where it is none of LAYOUTS: of lists as `logprobs` or `prompt_logprobs` has them.
-    Raises CacheError naming `where`, for a row of no layout, or without tokens.
+    field: the name of a column that is not in LAYOUTS, with lists as in `logprobs` or `prompt_logprobs`.
+    Raises CacheError naming `where`, for a row without a known layout or without tokens.
     """
     row = {name: x for name, x in row.items() if x is not None}
     if field is not None:
@@ -108,7 +108,7 @@ def read_row(
 
 
 def _parsed(value: Any) -> Any:
-    """Return the list of a column that keeps it as JSON, and anything else as it is."""
+    """Return the list in a column that keeps it as JSON; anything else as it is."""
     with suppress(ValueError):
         return json.loads(value) if isinstance(value, str) and value[:1] in ("[", "{") else value
     return value
@@ -131,7 +131,7 @@ def _vllm(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Listed:
 def _by_id(entries: Any) -> Position | None:
     if entries is None:
         return None
-    known = [(int(i), x) for i, x in entries.items() if x is not None]  # Arrow gives each row all ids of a column
+    known = [(int(i), x) for i, x in entries.items() if x is not None]  # Arrow gives every row all ids of a column
     ids, values = [i for i, _ in known], [x if isinstance(x, dict) else {"logprob": x} for _, x in known]
     return Position(ids, [x["logprob"] for x in values], [x.get("decoded_token") for x in values])
 
@@ -168,7 +168,7 @@ def _prepared(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Lis
 
 
 def _masked(log_probs: Sequence[Any], ids: Sequence[Any], mask: Sequence[Any] | None) -> Position | None:
-    """Return the entries that are not padding; None where all are."""
+    """Return the entries that are not padding; None if all are."""
     kept = [
         (int(i), x) for i, x, m in zip(ids, log_probs, [1] * len(ids) if mask is None else mask, strict=True)
         if m and float(x) > IMPOSSIBLE
@@ -178,7 +178,7 @@ def _masked(log_probs: Sequence[Any], ids: Sequence[Any], mask: Sequence[Any] | 
 
 def _last_tokens(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Listed:
     given = row["logprobs"]
-    if _is_by_id(given):  # vLLM's of what was generated, without those of the prompt
+    if _is_by_id(given):  # vLLM's for generated text, without the prompt's
         positions = [_by_id(x) for x in given]
         if row.get("token_ids"):
             row = {**row, "prompt_token_ids": _ids(row["prompt_token_ids"]) + _ids(row["token_ids"])}
@@ -208,7 +208,7 @@ def _ids(given: Iterable[Any]) -> list[int]:
 
 
 def _tokens(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Return the tokens that a row may be of: those it names, or those of its text, with special tokens and without."""
+    """Return candidates for a row's tokens: those it lists, or those of its text with and without special tokens."""
     for name in ("input_ids", "prompt_token_ids"):
         if name in row:
             return [_ids(row[name])]
@@ -221,10 +221,10 @@ def _tokens(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[
 
 
 def fit(listed: Listed, where: str, *, ahead: bool = False) -> tuple[list[int], list[Position | None]]:
-    """Return a row's tokens and, for each, the entries that predict it: None for the first, and where there are none.
+    """Return a row's tokens and the entries that predict each: None for the first, and if there are none.
 
     ahead: position t predicts token t + 1.
-    Raises CacheError naming `where` and what does not fit: another length, nulls, a token that is not where it must be.
+    Raises CacheError naming `where` and what does not fit: length, nulls, or a token that must be among its entries.
     """
     problems = []
     for tokens in listed.tokens:
@@ -260,7 +260,7 @@ def _misfit(listed: Listed, tokens: list[int], positions: list[Position | None])
 
 
 def leads(tokens: Sequence[int], positions: Sequence[Position | None]) -> np.ndarray:
-    """Return by how much each position makes the next token likelier than its own: > 0 if entries stand one early."""
+    """Return how much likelier each position makes the next token than its own: > 0 if entries are one early."""
     found = []
     for here, own, following in zip(positions, tokens, tokens[1:], strict=False):
         if here is not None:
@@ -271,7 +271,7 @@ def leads(tokens: Sequence[int], positions: Sequence[Position | None]) -> np.nda
 
 
 def check_texts(listed: Listed, where: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise CacheError where decoded tokens are other words than the tokenizer's: a teacher with another one."""
+    """Raise CacheError if decoded tokens differ from the tokenizer's, so that the teacher has another tokenizer."""
     skipped, wrong, checked = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}, {}, set()
     for position in filter(None, listed.positions):
         for i, text in zip(position.ids, position.texts, strict=False):
@@ -298,15 +298,15 @@ def to_top_k(
     renormalized: int = 0,
     temperature: float = 1.0,
 ) -> TopK:
-    """Return what a cache keeps of entries at τ = 1, (T, k) each: the most likely, and the log of what they leave.
+    """Return a cache's entries at τ = 1, (T, k) each: the most likely ids, and the log of the remaining mass.
 
-    The tail is 1 − Σ p, no less than fp32 can have made of that; −inf where all ids are given. A row without entries
-    is all tail, of which nothing can be learned. Entries of ids ≥ `vocab` are left to it, if they are next to nothing.
+    The tail is 1 − Σ p, at least what fp32 rounding can produce, and −inf if all ids are given. A row without entries
+    is all tail and teaches nothing. Entries of ids ≥ `vocab` go to the tail if they are negligible.
 
-    renormalized: above 0, entries are known to sum to 1 at `temperature`, over their own ids, and nothing is known of
-        the others: no tail at any of so many temperatures.
+    renormalized: if above 0, the entries are known to sum to 1 at `temperature` over their own ids, and nothing is
+        known about the others: there is no tail at any of this many temperatures.
 
-    Raises CacheError naming `where`, the token, and what is no log-probability.
+    Raises CacheError naming `where`, the token, and the value that is not a log-probability.
     """
     rows = list(positions)
     counts = [0 if row is None else len(row.ids) for row in rows]

@@ -1,11 +1,11 @@
-"""What is kept of a teacher's hidden states: r coordinates per token, and once the head that they go through.
+"""What a cache keeps of a teacher's hidden states: r coordinates per token, and one head that they go through.
 
-The coordinates are those of `compress_head`, in which an error of one costs about what an error of another does; at
-full rank, in a float dtype, they are the hidden states themselves, and the head is the teacher's own. On the disk:
+The coordinates are those of `compress_head`: an error in any one of them costs about the same. At full rank, in a float
+dtype, they are the hidden states themselves, and the head is the teacher's own. On disk:
 
-factor/factor.safetensors   weight (V, r), bias (V,) where the head has one, projector (r, Ht) and its bias (r,) where
-                            there is one; as metadata the head's scale and cap, and the fidelity that was measured
-coordinates (T·r)           of a row, float16, float32 or int8; of int8 with scales (T,) float16: a token's step of one
+factor/factor.safetensors   weight (V, r), bias (V,) if the head has one, projector (r, Ht) and its bias (r,) if there
+                            is one; as metadata the head's scale and cap, and the measured fidelity
+coordinates (T·r)           of a row, float16, float32 or int8; int8 has scales (T,) float16, a step size per token
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from kdfast.low_rank_head import (
 from kdfast.training.cache.description import Description
 
 FILE = "factor.safetensors"
-TOKENS_PER_WIDTH = 16  # tokens over the teacher's width that the factor is solved and measured on
-STEPS = 127  # of int8, either side of zero
+TOKENS_PER_WIDTH = 16  # tokens, per unit of the teacher's width, that the head is solved and measured on
+STEPS = 127  # int8 steps on either side of zero
 
 
 class CachedHead:
-    """The head of a cache's coordinates (*, r): called with some, it returns a `Head` over them, for `fused_kd_loss`.
+    """The head of a cache's coordinates (*, r); call it with them to get a `Head` for `fused_kd_loss`.
 
     Attributes:
         weight: (V, r); bias: (V,) or None.
-        projector: (r, Ht), and projector_bias (r,) or None: what coordinates are made with; None: they are the states.
+        projector: (r, Ht), and projector_bias (r,) or None: make the coordinates. None: these are the hidden states.
         fidelity: rank, KL(teacher ‖ what is kept) in nats and agreement at τ = 1, rounding included.
     """
 
@@ -63,7 +63,7 @@ class CachedHead:
         return {name: x.detach() for name in names if (x := getattr(self, name)) is not None}
 
     def to(self, device: torch.device | str) -> CachedHead:
-        """Move it, as a module's `to` does."""
+        """Move the head to a device, as a module's `to` does."""
         if self.weight.device != torch.device(device):
             self._place({name: tensor.to(device) for name, tensor in self._tensors().items()})
         return self
@@ -94,7 +94,7 @@ class CachedHead:
 
     @classmethod
     def load(cls, folder: Path) -> CachedHead:
-        """Return what `save` has written; raise OSError, ValueError or the like for what is none."""
+        """Return what `save` wrote. Raise OSError, ValueError or the like if it is something else."""
         with safe_open(folder / FILE, "pt") as file:
             kept = json.loads(file.metadata()["head"])
             tensors: dict[str, Tensor | None] = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  (no mapping; mapped)
@@ -103,9 +103,9 @@ class CachedHead:
 
 @torch.no_grad()
 def solve_head(whole: Head, description: Description) -> CachedHead:
-    """Return the head that `description` asks for, from hidden states (n, Ht) of the text, an eighth held out.
+    """Return the head for `description`, solved from hidden states (n, Ht) of the text, an eighth of them held out.
 
-    Raises FidelityNotReached, a ValueError, where int8 keeps even the full rank from the KL that was asked for.
+    Raises FidelityNotReached, a ValueError, if int8 misses the requested KL even at full rank.
     """
     width, valid, dtype = whole.hidden.shape[1], description.valid_vocab, description.dtype
     full = description.max_kl is None and description.k >= width
@@ -133,14 +133,14 @@ def _of(found: CompressedHead) -> CachedHead:
 
 
 def _kept(coordinates: Tensor, dtype: str) -> Tensor:
-    """Return what comes back of coordinates that were kept as `dtype`."""
+    """Return coordinates after a round trip through `dtype`."""
     return restore(*keep(coordinates, dtype)).to(coordinates)
 
 
 def keep(coordinates: Tensor, dtype: str) -> tuple[Tensor, Tensor | None]:
-    """Return coordinates (N, r) as they are kept, and the scale of each token's (N,), None but for int8.
+    """Return coordinates (N, r) in the dtype to keep, and for int8 each token's scale (N,), otherwise None.
 
-    Raises ValueError where they are not finite, or not in float16.
+    Raises ValueError if they are not finite, or overflow float16.
     """
     coordinates = coordinates.float()
     if not coordinates.isfinite().all():
@@ -159,5 +159,5 @@ def keep(coordinates: Tensor, dtype: str) -> tuple[Tensor, Tensor | None]:
 
 
 def restore(kept: Tensor, scales: Tensor | None) -> Tensor:
-    """Return coordinates (N, r) as they were kept, of int8 in float16, whose rounding is a thirtieth of a step."""
+    """Return kept coordinates (N, r); int8 ones in float16, which rounds by a thirtieth of a step."""
     return kept if scales is None else (kept.float() * scales.float()[:, None]).half()

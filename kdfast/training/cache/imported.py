@@ -1,4 +1,4 @@
-"""`import_log_probs`: a teacher cache of log-probabilities that were made elsewhere, in a file or a data set."""
+"""`import_log_probs`: a teacher cache from log-probabilities that were made elsewhere, in a file or a data set."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from kdfast.training.durable import processes
 from kdfast.training.durable.errors import first_line
 from kdfast.training.hf import IGNORE_INDEX
 
-LOOKED_AT = 64  # rows that tell how positions are aligned, and whether decoded tokens are the tokenizer's
-SURE = 3.0  # standard errors by which the tokens must tell it
+LOOKED_AT = 64  # rows that show how positions are aligned, and whether decoded tokens are the tokenizer's
+SURE = 3.0  # standard errors by which the tokens must show it
 LINES = {".jsonl", ".json", ".ndjson"}
 
 
@@ -45,29 +45,32 @@ def import_log_probs(
     name: str | None = None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> CacheSummary:
-    """Make a teacher cache of a teacher's log-probabilities that a file or a data set holds; no teacher is needed.
+    """Make a teacher cache from log-probabilities in a file or data set, without a teacher.
 
-    Entries are found by their tokens, so rows may come in any order. Log-probabilities at τ = 1, with the log of the
-    mass that they leave, serve τ = 1 alone; what axolotl has renormalized (target_logprobs) serves any temperature.
+    Example:
+        import_log_probs("vllm.jsonl", {"train": rows}, "caches/teacher", tokenizer=tokenizer)
+
+    Entries are found by their tokens, so rows may be in any order. Log-probabilities at τ = 1, with the log of the
+    remaining mass, serve only τ = 1. Those that axolotl has renormalized (target_logprobs) serve any temperature.
 
     Args:
         source: JSON lines (a file or a glob; .gz too), parquet, a folder that `save_to_disk` wrote, a data set's name,
-            or rows at hand. Its columns are vLLM's `prompt_logprobs`, SGLang's `input_top_logprobs` and
+            or rows in memory. Its columns are vLLM's `prompt_logprobs`, SGLang's `input_top_logprobs` and
             `input_token_logprobs`, or axolotl's `logprobs` or `target_logprobs`, beside input_ids, prompt_token_ids,
             messages or text.
-        splits: name → data set, whose rows with input_ids are trained on, as `cache_teacher` takes them. A row may be
-            one of the source's cut to a length; of a packed one each document is looked for.
-        folder: of the cache. A complete one is left alone, an interrupted one completed.
-        tokenizer: the teacher's, and the text's. Checked against decoded tokens, where there are any.
+        splits: name → data set of rows with input_ids to train on, as in `cache_teacher`. A row may be one of the
+            source's, truncated; each document of a packed row is looked for.
+        folder: the cache's folder. A complete cache is left alone, an interrupted one completed.
+        tokenizer: the teacher's and the text's; compared with decoded tokens, if there are any.
         k: entries kept per token, the most likely, at most 1024; None = as many as there are.
-        temperatures: τ of the runs to come, of renormalized entries; others serve τ = 1.
-        dtype: of log-probabilities.
-        logprobs_field: the column's name, where it has another.
-        logprobs_temperature: the kd_temperature that target_logprobs were prepared at.
-        shard_tokens, name, tell: as `cache_teacher` takes them.
+        temperatures: τ of later runs, for renormalized entries; others serve τ = 1.
+        dtype: dtype of the log-probabilities.
+        logprobs_field: the column's name, if it is another.
+        logprobs_temperature: the kd_temperature with which target_logprobs were prepared.
+        shard_tokens, name, tell: as in `cache_teacher`.
 
-    Raises CacheError, a ValueError naming the file and the row: no layout that is known, entries of another text,
-    vocabulary or position, what is no log-probability, rows that are not there; and as `cache_teacher` does.
+    Raises CacheError, a ValueError naming the file and the row: unknown layout, entries of another text, vocabulary or
+    position, a value that is not a log-probability, or missing rows; and as `cache_teacher` does.
     """
     described, shard_sequences = describe_splits(splits, shard_tokens)
     wanted = {split: list(_documents(dataset)) for split, dataset in splits.items()}
@@ -119,7 +122,7 @@ def describe(
     splits: dict[str, Split],
     shard_sequences: int,
 ) -> Description:
-    """Return the description of a cache whose teacher is not here. Raise ValueError for numbers that cannot be had."""
+    """Return the description of a cache without a teacher at hand. Raise ValueError for numbers that are impossible."""
     vocab = count_ids(tokenizer)
     check_options("top_k", k, temperatures, dtype, vocab)
     return Description(
@@ -130,7 +133,7 @@ def describe(
 
 
 def documents_of(row: Mapping[str, Any]) -> list[list[int]]:
-    """Return the tokens of each document that a row is packed of."""
+    """Return the tokens of each document packed into a row."""
     ids = np.asarray(row["input_ids"]).tolist()
     ends = np.cumsum([0, *([n for n in lengths_of(dict(row)) if n > 0] or [len(ids)])])
     return [ids[start:end] for start, end in itertools.pairwise(ends)]
@@ -139,23 +142,23 @@ def documents_of(row: Mapping[str, Any]) -> list[list[int]]:
 def encode_row(
     parts: Iterable[Sequence[Position | None]], where: str, description: Description, **options: Any
 ) -> dict[str, np.ndarray]:
-    """Return a row of the cache, of each document's entries after each of its tokens."""
+    """Return a cache's row with the entries after each token of each document."""
     positions = [position for part in parts for position in part]
     return encode(to_top_k(positions, where, description.vocab, description.k, **options), description)
 
 
 class Source:
-    """What a file or data set holds, and where the entries of some tokens are.
+    """The rows of a file or data set, and where each text's entries are.
 
-    It is read once here, and what can be checked without the text is: CacheError names the row.
+    It is read once here. Everything that can be checked without the text is; a CacheError names the row.
 
-    longest: tokens that a row of the text has at most.
+    longest: the most tokens in a row of the text.
     """
 
     def __init__(self, source: Any, tokenizer: PreTrainedTokenizerBase, field: str | None, longest: int) -> None:
         self.name, self.rows = _open(source)
         self.tokenizer, self.field = tokenizer, field
-        self.places: dict[bytes, tuple[int, int, int]] = {}  # row, choice, tokens
+        self.places: dict[bytes, tuple[int, int, int]] = {}  # (row, choice, tokens)
         self.ahead, self.renormalized, self.most = False, False, 0
         looked = [each for n in range(min(len(self.rows), LOOKED_AT)) for each in self._listed(n)]
         if not looked:
@@ -170,13 +173,13 @@ class Source:
                     raise CacheError(f"{self._row(n)} has {listed.layout}, and earlier ones {self.layout}")
                 tokens, positions = fit(listed, self._row(n), ahead=self.ahead)
                 self.most = max([self.most, *(len(x.ids) for x in positions if x is not None)])
-                for end in {len(tokens), len(tokens) - 1, longest}:  # a server generates a token; rows are cut
+                for end in {len(tokens), len(tokens) - 1, longest}:  # a server generates a token; rows may be truncated
                     if 0 < end <= len(tokens):
                         self.places.setdefault(_key(tokens[:end]), (n, choice, end))
         self.sha256 = content.hexdigest()
 
     def entries(self, tokens: list[int]) -> list[Position | None]:
-        """Return the entries after each of a document's tokens; None where there are none, as after the last."""
+        """Return the entries after each of a document's tokens; None if there are none, as after the last."""
         n, choice, end = self.places[_key(tokens)]
         _, positions = fit(self._listed(n)[choice], self._row(n), ahead=self.ahead)
         return [*positions[1 : end + 1], *[None] * (end + 1 - len(positions))]
@@ -189,7 +192,7 @@ class Source:
         return [read_row(one, where, self.tokenizer, self.field) for one in rows_in(self.rows[n], where)]
 
     def _look(self, looked: list[Listed]) -> None:
-        """Find out how positions are aligned and whether they sum to 1; raise CacheError for another alignment."""
+        """Find out how positions are aligned and whether they sum to 1. Raise CacheError for other alignments."""
         for listed in looked:
             check_texts(listed, self.name, self.tokenizer)
         if not all(listed.known for listed in looked):
@@ -212,7 +215,7 @@ class Source:
 
 
 def _open(source: Any) -> tuple[str, Sequence[Any]]:
-    """Return what a source is called and its rows: mappings, or lines of JSON. Raise CacheError where it has none."""
+    """Return a source's name and rows: mappings, or lines of JSON. Raise CacheError if it has none."""
     if not isinstance(source, str | Path):
         return "source", source
     path, name = Path(source).expanduser(), str(source)
@@ -228,7 +231,7 @@ def _open(source: Any) -> tuple[str, Sequence[Any]]:
             data = load_dataset("parquet", data_files=files, split="train")
         else:
             data = load_dataset(name)
-    except Exception as error:  # of many classes: no such file, cut off, no data set of that name
+    except Exception as error:  # of many classes: no such file, truncated, no data set of that name
         raise CacheError(
             f"{name!r} cannot be read ({first_line(error)}); expected JSON lines, parquet, a folder that save_to_disk "
             "wrote, or a data set's name"
@@ -246,7 +249,7 @@ def _key(tokens: Sequence[int]) -> bytes:
 
 
 def _check_targets(row: Mapping[str, Any], positions: Sequence[Position | None], where: str) -> None:
-    """Raise CacheError where a token is learned and nothing is known of it."""
+    """Raise CacheError if a token is a target but has no entries."""
     labels, start = list(row.get("labels", row["input_ids"])), 0
     for ids in documents_of(row):
         for t in range(start, start + len(ids) - 1):

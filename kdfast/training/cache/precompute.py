@@ -1,6 +1,6 @@
-"""A run's own cache: the teacher over the training text once, before the first step, where the text comes round again.
+"""A run's own cache: the teacher runs once over text that is used several times, before the first step.
 
-What is kept, and how an interrupted one is resumed, is `cache_teacher`'s; the same folder serves further students.
+`cache_teacher` writes it and resumes an interrupted one; the same folder serves further students.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ from kdfast.training.durable.processes import by_first, print_once
 from kdfast.training.hf import head_shape
 from kdfast.training.model import DistillationModel
 
-FOLDER = "teacher_cache"  # in output_dir, where no other is named
+FOLDER = "teacher_cache"  # in output_dir, by default
 SPLIT = "train"
-SPARE = 2**30  # bytes left on the disk: checkpoints need room too
+SPARE = 2**30  # bytes to leave free on the disk, for checkpoints
 
 
 @dataclass
 class Precomputation:
-    """A run's teacher, and whether it is run over the text before the first step.
+    """A run's teacher, and whether it runs over the text before the first step.
 
     Args:
-        model: as it is before, with or without a live teacher.
-        args: the run's.
-        dataset: to train on.
-        wrapped_here: the caller gave a student and a recipe's name, not a `DistillationModel`.
-        schedule: of temperatures, in the recipe's place.
+        model: the run's model before that, with or without a live teacher.
+        args: the run's settings.
+        dataset: the training data.
+        wrapped_here: the caller passed a student and a recipe's name, not a `DistillationModel`.
+        schedule: of temperatures, replacing the recipe's.
         sharded: the teacher is split over processes.
         collate: makes the run's batches.
-        processor: the text's tokenizer, or what has it.
+        processor: the text's tokenizer, or a processor that contains it.
     """
 
     model: DistillationModel
@@ -65,10 +65,10 @@ class Precomputation:
     def is_wanted(self) -> bool:
         """Return whether the run is to learn from entries made beforehand; the same in all processes.
 
-        As `precompute_teacher_log_probs` says, and where that is None: if `teacher_cache` names a folder, or the text
-        comes round again and nothing is in the way. Otherwise a line says what is.
+        `precompute_teacher_log_probs` decides. If it is None: yes if `teacher_cache` names a folder, or if the text is
+        used more than once and nothing prevents it; otherwise a line says what does.
 
-        Raises ValueError where it was asked for and cannot be.
+        Raises ValueError if it was requested and is impossible.
         """
         asked, recipe, given = self.args.precompute_teacher_log_probs, self.model.recipe, self.dataset
         if given is None or cached_blocks(given) or brings_teacher(given) or self.args.generates:
@@ -118,7 +118,7 @@ class Precomputation:
 
     @property
     def passes(self) -> float:
-        """Return how often the run goes over its text; 0 where that cannot be known."""
+        """Return how often the run goes over its text; 0 if unknown."""
         args, given = self.args, self.dataset
         if isinstance(given, IterableDataset) or not hasattr(given, "__len__") or not len(given):
             return 0.0
@@ -129,7 +129,7 @@ class Precomputation:
         return args.max_steps / math.ceil(batches / args.gradient_accumulation_steps)
 
     def _obstacles(self, unasked: bool) -> Iterator[str]:
-        """Yield what is in the way; what takes longer to find out comes later."""
+        """Yield the reasons against it, those that take longer to find last."""
         args, recipe, given, folder = self.args, self.model.recipe, self.dataset, self.folder
         if self.model.several:
             yield f"entries are of one teacher, and there are {len(self.model.several)}. Leave teacher_cache out"
@@ -166,13 +166,13 @@ class Precomputation:
                     yield f"cache_temperatures={args.cache_temperatures} lacks the run's, {recipe.temperature:g}"
             elif changed := self._differences(description):
                 yield f"{str(folder)!r} is of something else ({'; '.join(changed)}). Name another, or remove it"
-        except Exception as error:  # unasked, nothing keeps a run from starting that starts without
+        except Exception as error:  # unless requested, it must not keep a run from starting
             if not unasked and not isinstance(error, ValueError):
                 raise
             yield str(error)
 
     def make(self, dataset: Any, autocast: AbstractContextManager[Any]) -> CachedBlocks:
-        """Return the rows of `dataset` with the teacher's entries: made, completed or found, by all processes together.
+        """Return the rows of `dataset` with the teacher's entries; all processes make, complete or find them together.
 
         Raises ValueError and OSError as `cache_teacher` and `TeacherCache` do.
         """
@@ -185,12 +185,12 @@ class Precomputation:
             with autocast:
                 summary = cache_teacher(self._teacher, {SPLIT: dataset}, folder, **options)
             print_once(f"{folder}: {summary}")
-        cache = by_first(lambda: TeacherCache(folder))  # its checksums, read once
+        cache = by_first(lambda: TeacherCache(folder))  # checksums are read only once
         return cache.dataset(SPLIT, dataset, temperature=self.model.recipe.temperature)
 
     @property
     def folder(self) -> Path:
-        """The folder of the cache."""
+        """Return the cache's folder."""
         return Path(self.args.teacher_cache or Path(str(self.args.output_dir)) / FOLDER)
 
     @property
@@ -200,11 +200,11 @@ class Precomputation:
 
     @property
     def _has_several(self) -> bool:
-        """Whether the run has several temperatures."""
+        """Return whether the run has several temperatures."""
         return self.schedule is not None or len(set(self.model.recipe.temperatures)) > 1
 
     def _options(self) -> dict[str, Any]:
-        """Return what `describe` and `cache_teacher` are both given: drawn ids, where those can be learned from."""
+        """Return the options of `describe` and `cache_teacher`: drawn ids, if the divergence can learn from those."""
         method = "hidden" if self._has_several or self.model.divergence.name != "forward_kl" else "sample"
         return {
             **self.args.cache_options(self.model.recipe.temperatures, method),
@@ -213,7 +213,7 @@ class Precomputation:
         }
 
     def _shows_rows_as_they_are(self, rows: list[Any]) -> bool:
-        """Return whether the models see in a batch what the teacher is shown of the rows."""
+        """Return whether batches show the models the same rows that the teacher would see."""
         batch = self.collate([dict(row) for row in rows])
         shown = PaddingCollator(self.processor)([inputs_of_row(row, INPUTS) for row in rows])
         for name in {*INPUTS, *self.model.inputs["teacher"].intersection(batch)}:
@@ -236,7 +236,7 @@ class Precomputation:
             )
 
     def _differences(self, description: Description) -> list[str]:
-        """Return what keeps the run from learning from a complete cache, or from completing an interrupted one."""
+        """Return the differences that prevent using a complete cache, or completing an interrupted one."""
         there = Description.read(self.folder)
         if not is_complete(self.folder):
             return there.differences(description)
@@ -248,7 +248,7 @@ class Precomputation:
         held |= {"divergence": "forward_kl", "kd_on": "completion"}
         asked = {**asdict(description), SPLIT: description.splits[SPLIT], "temperature": temperature}
         asked |= {"divergence": self.model.divergence.name, "kd_on": recipe.kd_on}
-        names = ["tokenizer_sha256", SPLIT]  # of a teacher elsewhere no more is known
+        names = ["tokenizer_sha256", SPLIT]  # nothing else is known of a remote teacher
         names += ["teacher_sha256", "vocab", "valid_vocab"] * (there.source is None)
         names += ["temperature"] * (not there.serves(temperature))
         names += ["divergence"] * (there.method == "sample") + ["kd_on"] * (not whole)
@@ -261,4 +261,4 @@ class Precomputation:
 
 
 def _is_fixed(dataset: Any) -> bool:
-    return isinstance(dataset, Dataset) and dataset.format["type"] != "custom"  # that is a transform's
+    return isinstance(dataset, Dataset) and dataset.format["type"] != "custom"  # "custom" marks a transform

@@ -1,4 +1,4 @@
-"""`TeacherCache`: a complete cache, data sets that add its entries to the rows they belong to, and whether they fit."""
+"""`TeacherCache`: a complete cache, data sets with its entries, and checks that a run can learn from them."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ from kdfast.training.teachers.entries import OWN_ENTRIES, KeptTeacher, TeacherTa
 
 
 class TeacherCache(KeptTeacher):
-    """Read what `cache_teacher` has written to `folder`.
+    """A complete teacher cache, as `cache_teacher` wrote it.
 
         cache = TeacherCache("caches/gpt2-medium")
         train = cache.dataset("train", blocks, temperature=2.0)
 
     Args:
-        folder: of the cache.
-        verify: compare every file with its checksum (0.64 s of a core per GB).
+        folder: the cache's folder.
+        verify: compare every file with its checksum (0.64 s of one core per GB).
 
-    Raises CacheError, a ValueError: no cache, not complete, damaged; it names the file and what to do.
+    Raises CacheError, a ValueError naming the file and what to do: not a cache, incomplete or damaged.
     """
 
     def __init__(self, folder: str | Path, *, verify: bool = True) -> None:
@@ -78,27 +78,27 @@ class TeacherCache(KeptTeacher):
 
     @property
     def temperatures(self) -> tuple[float, ...]:
-        """Temperatures that a KD term may be at; of hidden states none is named, and all are served."""
+        """Return the temperatures that a KD term may have; empty for hidden states, which serve all."""
         return self.description.usable_temperatures
 
     @cached_property
     def head(self) -> CachedHead | None:
-        """What makes logits of a cache's hidden states, on the CPU; None for other methods."""
+        """Return the head that makes logits of a cache's hidden states, on the CPU; None for other methods."""
         if self.description.method != "hidden":
             return None
         folder = factor_of(self.folder).folder
         try:
             return CachedHead.load(folder)
-        except Exception as error:  # of safetensors: a file that is whole, and none of its own
+        except Exception as error:  # of safetensors, for an intact file that is not one of its own
             raise CacheError(f"{str(folder)!r} cannot be read ({first_line(error)}); make it again") from error
 
     @property
     def factor_sums(self) -> str:
-        """The checksums of what makes logits of a cache's hidden states."""
+        """Return the checksums of that head's file."""
         return (factor_of(self.folder).folder / checksums.NAME).read_text(encoding="utf-8")
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        """Raise CacheError where its tokens are not those the cache was made with; None, not known, passes."""
+        """Raise CacheError if the cache was made with other tokens; None, an unknown tokenizer, passes."""
         then, now = self.description.tokenizer_sha256, tokenizer_fingerprint(tokenizer)
         if tokenizer is not None and then not in ("", now):
             raise CacheError(
@@ -108,7 +108,7 @@ class TeacherCache(KeptTeacher):
             )
 
     def find_valid_vocab(self, vocab: int, tokenizer: PreTrainedTokenizerBase | None) -> int | None:
-        """Return the cache's valid_vocab where a student's `vocab` rows pad its tokenizer differently; else None."""
+        """Return the cache's valid_vocab if a student's `vocab` rows pad its tokenizer differently; else None."""
         x = self.description
         if x.valid_vocab is None or x.vocab == vocab or tokenizer is None or not x.tokenizer_sha256:
             return None
@@ -116,7 +116,7 @@ class TeacherCache(KeptTeacher):
         return x.valid_vocab
 
     def check_vocabulary(self, vocab: int, valid_vocab: int | None) -> None:
-        """Raise CacheError where a student of `vocab` ids cannot learn from these entries."""
+        """Raise CacheError if a student with `vocab` ids cannot learn from these entries."""
         x = self.description
         if not same_vocabulary(vocab, x.vocab, valid_vocab) or (x.valid_vocab or x.vocab) > (valid_vocab or vocab):
             raise CacheError(
@@ -131,14 +131,14 @@ class TeacherCache(KeptTeacher):
         """Return the rows of `dataset` with the teacher's entries.
 
         Args:
-            split: as it was called when the cache was made.
-            dataset: the rows it was made of, in the same order; labels and whatever else they have stay.
-            temperature: of the KD term. One that the cache was made for; 1 too, unless ids were drawn; any, of hidden
+            split: its name when the cache was made.
+            dataset: the rows that the cache was made from, in the same order; labels and other columns stay.
+            temperature: of the KD term: one that the cache was made for, or 1 unless ids were drawn. Any for hidden
                 states.
-            tail: what the run's `teacher_tail` is: entries are then as a data set's own, of any temperature, and the
-                mass that they leave is as it says. None: as it was kept.
+            tail: the run's `teacher_tail`: entries then serve any temperature, as a data set's own do, and it says
+                what the remaining mass is. None: as the cache keeps it.
 
-        Raises CacheError: no such split, other rows, another temperature; it says then and now.
+        Raises CacheError for an unknown split, other rows, or another temperature; it says then and now.
         """
         if split not in self.description.splits:
             raise CacheError(
@@ -172,7 +172,7 @@ class TeacherCache(KeptTeacher):
             entries = concatenate_datasets(
                 [load_from_disk(str(shard.folder)) for shard in shards(self.folder, self.description, split)]
             )
-        except Exception as error:  # of datasets and pyarrow: files that are whole, and not theirs
+        except Exception as error:  # of datasets and pyarrow, for intact files that are not theirs
             raise CacheError(f"{here} cannot be read ({first_line(error)}); make it again") from error
         if len(entries) != len(dataset):
             raise CacheError(f"{here} has {len(entries)} rows for {len(dataset)} of the data; make it again")
@@ -181,7 +181,7 @@ class TeacherCache(KeptTeacher):
         return CachedBlocks(self, dataset, entries, temperature, tail)
 
     def _check_targets(self, here: str, dataset: Any, entries: Dataset) -> None:
-        """Raise CacheError where a token is learned that a file has no entries for: all is in its tail."""
+        """Raise CacheError if a token is a target for which an imported file has no entries, only a tail."""
         for n, tails in enumerate(entries.select_columns(["log_tails"]).with_format("numpy")["log_tails"]):
             row = dict(dataset[n])
             learned = np.roll(np.asarray(row.get("labels", row["input_ids"])) != IGNORE_INDEX, -1)
@@ -194,7 +194,7 @@ class TeacherCache(KeptTeacher):
 
 
 def cached_blocks(dataset: Any) -> list[CachedBlocks]:
-    """Return the cached blocks that `dataset` is, or is made of."""
+    """Return the cached blocks that `dataset` is or contains."""
     if isinstance(dataset, data.ConcatDataset):
         return [found for one in dataset.datasets for found in cached_blocks(one)]
     if isinstance(dataset, data.Subset):
@@ -203,11 +203,12 @@ def cached_blocks(dataset: Any) -> list[CachedBlocks]:
 
 
 class CachedBlocks(data.Dataset):
-    """Add to the rows of `dataset` teacher_indices, teacher_log_probs and teacher_log_tails, or teacher_hidden: what
-    `DistillationModel.forward` takes under the recipe "cached", and `CachedEntries` turns into a `SparseLogits`, or
-    `TeacherCache.head` into a `Head`.
+    """A data set that adds a teacher cache's entries to the rows of `dataset`; `TeacherCache.dataset` makes it.
 
-    `TeacherCache.dataset` makes it, of the cache's entries at one temperature; `tail` as there.
+    The columns are teacher_indices, teacher_log_probs and teacher_log_tails, or teacher_hidden, as
+    `DistillationModel.forward` reads them under the recipe "cached". In your own loop, `CachedEntries` turns them into
+    a `SparseLogits`, or `TeacherCache.head` into a `Head`. entries: the cache's rows. temperature, tail: as in
+    `TeacherCache.dataset`.
     """
 
     def __init__(
@@ -225,7 +226,7 @@ class CachedBlocks(data.Dataset):
         return {**row, **self.entries_of(index, len(row["input_ids"]))}
 
     def entries_of(self, index: int, tokens: int) -> dict[str, Tensor]:
-        """Return the columns that are added to a row of so many tokens."""
+        """Return the columns that are added to a row of this many tokens."""
         temperature = self.temperature if self.tail is None else 1.0
         entries: dict[str, Tensor] = decode(self.entries[index], self.description, temperature, tokens)
         if self.tail is not None:
@@ -234,7 +235,7 @@ class CachedBlocks(data.Dataset):
 
 
 class SeveralCached(data.Dataset):
-    """Add to the rows of `dataset` what each of several caches adds, in columns of the teacher's own name."""
+    """A data set that adds several caches' columns to the rows of `dataset`, under each teacher's name."""
 
     def __init__(self, dataset: Any, blocks: Mapping[str, CachedBlocks]) -> None:
         self.dataset, self.blocks = dataset, blocks
@@ -251,10 +252,10 @@ class SeveralCached(data.Dataset):
 
 
 def join_caches(model: DistillationModel, argument: str, dataset: Any, temperature: Schedule | None, split: str) -> Any:
-    """Return the rows of `dataset`, or of a dict of them, with the entries of teachers that are caches.
+    """Return the rows of `dataset`, or of a dict of data sets, with the entries of teachers that are caches.
 
-    split: of the caches. One that lacks it is left out, but for "train"; of a dict's data sets it is their key.
-    Raises CacheError where a cache does not fit the data, `model` or its recipe, or each lacks the split.
+    split: the caches' split; for a dict, each data set's key. A cache without it is skipped, except for "train".
+    Raises CacheError if a cache does not fit the data, `model` or its recipe, or all of them lack the split.
     """
     recipe, caches = model.recipe, model.sides.caches
     if dataset is None or not caches:
@@ -284,7 +285,7 @@ def check_datasets(model: DistillationModel, datasets: Mapping[str, Any], temper
 
     Args:
         datasets: as `by_name` returns them.
-        temperature: a schedule in the recipe's place, or None.
+        temperature: a schedule that replaces the recipe's, or None.
     """
     recipe = model.recipe
     several = temperature is not None or len(set(recipe.temperatures)) > 1
@@ -322,7 +323,7 @@ def _temperatures(model: DistillationModel, schedule: Schedule | None) -> str:
 
 
 def _check_blocks(argument: str, blocks: CachedBlocks, model: DistillationModel, temperature: Schedule | None) -> None:
-    """Raise CacheError where the run cannot learn from these blocks; the arguments are `check_datasets`'."""
+    """Raise CacheError if the run cannot learn from these blocks. Arguments as in `check_datasets`."""
     recipe = model.recipe
     if blocks.description.method == "hidden":
         return
@@ -345,9 +346,9 @@ def _check_blocks(argument: str, blocks: CachedBlocks, model: DistillationModel,
 
 
 def take_head(model: DistillationModel, datasets: Mapping[str, Any]) -> None:
-    """Give `model` the head that the hidden states in these data sets go through, where there are some.
+    """Give `model` the head for the hidden states in these data sets, if there are any.
 
-    Raises CacheError where they are of several.
+    Raises CacheError if they need different heads.
     """
     blocks = [one for dataset in datasets.values() for one in cached_blocks(dataset)]
     hidden = {one.cache.factor_sums: one.cache for one in blocks if one.description.method == "hidden"}

@@ -1,10 +1,10 @@
 """`cache_from_server`: a teacher cache of the log-probabilities of a running vLLM or SGLang server.
 
-vllm    POST /v1/completions, prompt: lists of ids, prompt_logprobs: k, max_tokens: 1 (older versions take no 0)
+vllm    POST /v1/completions, prompt: lists of ids, prompt_logprobs: k, max_tokens: 1 (older versions reject 0)
 sglang  POST /generate, input_ids: lists of ids, return_logprob, logprob_start_len: 0, top_logprobs_num: k
 
-Prompts are asked for by their ids, so nothing is tokenized there. The key comes from the environment, goes into the
-header Authorization, and is not followed to another host by a redirect.
+Prompts are sent as ids, so the server tokenizes nothing. The key comes from the environment and goes into the header
+Authorization, which is not sent along to another host on a redirect.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from kdfast.training.cache.write import check_options, describe_splits, fill, is
 from kdfast.training.data.tokenizers import count_ids
 from kdfast.training.durable import processes
 
-KEYS = ("KDFAST_SERVER_API_KEY", "OPENAI_API_KEY")  # in the environment; the first that is set
+KEYS = ("KDFAST_SERVER_API_KEY", "OPENAI_API_KEY")  # environment variables; the first that is set
 PATHS = {"vllm": "/v1/completions", "sglang": "/generate"}
 RETRIED = (408, 425, 429, 500, 502, 503, 504, 529)
-FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds before another attempt: doubled at each, unless the server names them
+FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds before another attempt: doubled each time, unless the server names them
 
 
 def cache_from_server(
@@ -63,33 +63,36 @@ def cache_from_server(
 ) -> CacheSummary:
     """Make a teacher cache by asking a server for the k most likely ids at every token of `splits`.
 
-    Besides those k the token itself is kept, which servers add. The cache serves τ = 1: at another temperature the mass
-    of the other ids is not known.
+    Example:
+        cache_from_server("http://localhost:8000", {"train": rows}, "caches/teacher", tokenizer=tokenizer, k=20)
+
+    Servers add the token itself to those k, and it is kept too. The cache serves τ = 1 only, since the mass of the
+    other ids is unknown at other temperatures.
 
     Args:
-        url: of the server, as "http://localhost:8000". Its key is read from KDFAST_SERVER_API_KEY, or else
+        url: the server's address, such as "http://localhost:8000". Its key is read from KDFAST_SERVER_API_KEY, or else
             OPENAI_API_KEY.
-        splits: name → data set, whose rows with input_ids are trained on, as `cache_teacher` takes them. Of a packed
-            row each document is a prompt of its own.
-        folder: of the cache. A complete one is left alone, an interrupted one completed: shards that are there are not
-            asked for again.
-        kind: of server.
-        tokenizer: the text's. A server whose decoded tokens are others is refused.
-        k: 1 to 1023; vLLM gives no more than its --max-logprobs, which is 20 where nothing is said.
-        dtype: of log-probabilities.
-        model: as the server calls it; None = the first that it serves.
+        splits: name → data set of rows with input_ids to train on, as in `cache_teacher`. Each document of a packed
+            row is a prompt of its own.
+        folder: the cache's folder. A complete cache is left alone, an interrupted one completed without asking again
+            for the shards that exist.
+        kind: kind of server.
+        tokenizer: the text's. A server that decodes its tokens differently is refused.
+        k: 1 to 1023; vLLM allows at most its --max-logprobs, 20 by default.
+        dtype: dtype of the log-probabilities.
+        model: the server's name for it; None = the first that it serves.
         batch_size: rows per request.
-        concurrency: requests at once, of each process.
+        concurrency: simultaneous requests per process.
         timeout: seconds without a byte after which an attempt has failed.
-        retries: further attempts after a failed connection, a timeout, 408, 425, 429 or 5xx, with waits that double
-            from 1 to 60 s, or as long as Retry-After says.
-        token_limit: stop before more prompt tokens than this are sent, those of failed attempts too; None = no limit.
-        shard_tokens, name, tell: as `cache_teacher` takes them.
+        retries: further attempts after a failed connection, a timeout, 408, 425, 429 or 5xx. Waits double from 1 to
+            60 s, unless Retry-After says otherwise.
+        token_limit: stop before sending more prompt tokens than this, failed attempts included; None = no limit.
+        shard_tokens, name, tell: as in `cache_teacher`.
 
     Raises:
-        CacheError, a ValueError: what the server says does not fit, or it refuses; the limit is reached.
-        ConnectionError, an OSError: no answer after all attempts. Of all these shards that are complete stay, and the
-            same call resumes after them.
+        CacheError, a ValueError: the server's answers do not fit, it refuses, or the limit is reached.
+        ConnectionError, an OSError: no answer after all attempts. After any of these, complete shards stay, and the
+            same call resumes.
     """
     if kind not in PATHS:
         raise ValueError(f"kind={kind!r}; expected 'vllm' or 'sglang'")
@@ -124,7 +127,7 @@ def cache_from_server(
 
 
 class Server:
-    """A vLLM or SGLang server, asked for the entries of prompts."""
+    """A vLLM or SGLang server that returns the entries of prompts."""
 
     def __init__(
         self,
@@ -154,7 +157,7 @@ class Server:
         self._opener = urllib.request.build_opener(_NoRedirect)
 
     def find_model(self, name: str | None) -> dict[str, Any]:
-        """Return what the server says of the model called `name`, or of its first. Raise CacheError for none."""
+        """Return the server's description of the model `name`, or of its first. Raise CacheError if there is none."""
         answer = self._call("/v1/models", None, 0)
         models = answer.get("data") if isinstance(answer, dict) else None
         found = [one for one in models or () if isinstance(one, dict) and isinstance(one.get("id"), str)]
@@ -166,8 +169,8 @@ class Server:
     def ask_all(
         self, dataset: Any, batches: list[range], concurrency: int, description: Description
     ) -> Iterator[dict[str, np.ndarray]]:
-        """Yield the encoded entries of each row of the batches, in order, several batches being asked at a time."""
-        pool = ThreadPool(concurrency)  # whose threads are not waited for where a run is interrupted
+        """Yield the encoded entries of each row, in order, with several batches in flight."""
+        pool = ThreadPool(concurrency)  # an interrupted run does not wait for its threads
         waiting: deque[AsyncResult[list[dict[str, np.ndarray]]]] = deque()
         try:
             for batch in batches:
@@ -184,9 +187,9 @@ class Server:
             pool.terminate()
 
     def _ask(self, rows: list[list[list[int]]], batch: range, description: Description) -> list[dict[str, np.ndarray]]:
-        """Return the encoded entries of each row's documents; `batch` has the rows' numbers."""
+        """Return the encoded entries of each row's documents; `batch` has the numbers of the rows."""
         prompts = [ids for row in rows for ids in row]
-        look = not self.checked  # what the first answers decode, for it takes SGLang longer
+        look = not self.checked  # only the first answers are decoded, since SGLang takes longer for that
         asked: dict[str, Any] = {"model": self.model, "prompt": prompts, "max_tokens": 1, "temperature": 1.0}
         asked["prompt_logprobs"] = self.k
         if self.kind == "sglang":
@@ -203,7 +206,7 @@ class Server:
         ]
 
     def _answers(self, answer: Any, count: int) -> list[Any]:
-        """Return the answers to `count` prompts, in their order."""
+        """Return the answers to `count` prompts, in order."""
         answers: Any
         if self.kind == "sglang":
             answers = answer if isinstance(answer, list) else [answer]
@@ -235,7 +238,7 @@ class Server:
         return [*positions[1:], None]
 
     def _call(self, path: str, asked: dict[str, Any] | None, tokens: int) -> Any:
-        """Return the JSON of an answer, after as many attempts as it takes and may take."""
+        """Return the JSON of an answer, after up to `retries` further attempts."""
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
@@ -252,7 +255,7 @@ class Server:
                 if error.code not in RETRIED:
                     raise CacheError(self._refused(error.code, text)) from None
                 problem, wait = f"{error.code}, {text}", _retry_after(error.headers.get("Retry-After"))
-            except (OSError, HTTPException, ValueError) as error:  # cut off, late, or no JSON
+            except (OSError, HTTPException, ValueError) as error:  # truncated, late, or not JSON
                 problem, wait = self._hide(f"{type(error).__name__}: {error}"), None
             if attempt < self.retries:
                 wait = min(FIRST_WAIT * 2**attempt, LONGEST_WAIT) * random.uniform(0.5, 1) if wait is None else wait
@@ -270,7 +273,7 @@ class Server:
             self.sent += tokens
 
     def _hide(self, text: str) -> str:
-        """Return a text of the server's without the key, which some repeat."""
+        """Return a server's text without the key, which some servers repeat."""
         return text.replace(self._key, "…") if self._key else text
 
     def _refused(self, code: int, text: str) -> str:
@@ -287,7 +290,7 @@ class Server:
 
 
 def _pause(stopped: threading.Event, seconds: float) -> bool:
-    """Wait; return whether it was ended by an error elsewhere."""
+    """Wait; return whether an error elsewhere ended the wait."""
     return stopped.wait(seconds)
 
 
@@ -297,7 +300,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 def _public(url: str) -> str:
-    """Return an address without what may be secret in it."""
+    """Return an address without its possible secrets."""
     return url.rpartition("@")[2].partition("?")[0].partition("#")[0]
 
 
@@ -307,7 +310,7 @@ def _line(text: str) -> str:
 
 
 def _message(error: urllib.error.HTTPError) -> str:
-    """Return what a server says of an error: its JSON's message, or the beginning of its page."""
+    """Return a server's error message: from its JSON, or the beginning of its page."""
     try:
         text = error.read(100_000).decode(errors="replace")
     except (OSError, HTTPException):
@@ -321,7 +324,7 @@ def _message(error: urllib.error.HTTPError) -> str:
 
 
 def _retry_after(given: str | None) -> float | None:
-    """Return the seconds that a header Retry-After names, as a number or a date; at most 10 minutes."""
+    """Return the seconds of a Retry-After header, a number or a date; at most 10 minutes."""
     if given is None:
         return None
     try:

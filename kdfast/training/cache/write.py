@@ -1,6 +1,6 @@
-"""`cache_teacher`: the teacher over a data set, once, into shards that appear only when they are complete.
+"""`cache_teacher`: run the teacher once over a data set, into shards that appear only when they are complete.
 
-A killed `cache_teacher` resumes after the last complete shard, and what it writes is what it would have written.
+After an interruption it resumes after the last complete shard, and writes what it would have written.
 """
 
 from __future__ import annotations
@@ -66,10 +66,10 @@ from kdfast.training.hf import (
     run_backbone,
 )
 
-SHARD_TOKENS = 2**14, 2**20  # the least and the most where nothing is said; a shard costs a tenth of a second
+SHARD_TOKENS = 2**14, 2**20  # limits of the default; a shard costs a tenth of a second
 INPUTS = ("input_ids", "attention_mask", "position_ids")
-MAX_KL = 0.01  # nats, of hidden states where nothing is said: that of the recipe "compressed_head"
-SEEDS = 2**32  # a sequence's own: the run's times this, and its place in the split
+MAX_KL = 0.01  # nats, the default for hidden states, as in the recipe "compressed_head"
+SEEDS = 2**32  # a sequence's seed: the run's times this, plus its place in the split
 
 
 def cache_teacher(
@@ -91,39 +91,41 @@ def cache_teacher(
     name: str | None = None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> CacheSummary:
-    """Keep of the teacher's distribution, for every token of `splits`, what a student is trained on.
+    """Run a teacher over `splits` and keep what a student learns from: its distribution at every token.
 
-    Where `torch.distributed` is initialized, all processes call it, and each writes its share of the shards.
+    Example:
+        cache_teacher(teacher, {"train": train, "eval": held_out}, "caches/teacher", tokenizer=tokenizer)
+        train = TeacherCache("caches/teacher").dataset("train", train, temperature=2.0)
+
+    If `torch.distributed` is initialized, all processes must call it; each writes a share of the shards.
 
     Args:
-        teacher: a causal `PreTrainedModel`, on the device it is to run on. It runs in its own dtype, or under the
-            autocast of the caller, as a live one does.
-        splits: name → data set (`len` and rows with input_ids), such as {"train": …, "eval": …}. Training goes over
-            these same rows.
-        folder: of the cache. A complete one is left alone, an interrupted one completed.
+        teacher: a causal `PreTrainedModel`, on the device where it runs, in its own dtype or under the caller's
+            autocast.
+        splits: name → data set (`len` and rows with input_ids), such as {"train": …, "eval": …}. Train on these same
+            rows.
+        folder: the cache's folder. A complete cache is left alone, an interrupted one completed.
         method: "top_k": the k most likely ids and the mass of all others. "sample": k ids drawn at random, counted.
-            "hidden": the coordinates that `compress_head` makes of its hidden states, and once the head for them.
-            None: "top_k" where k is given, else "hidden".
-        k: 1 to 1024, and at most the teacher's vocabulary for "top_k"; None = 64. Of no meaning for "hidden".
-        rank, max_kl: one of them for "hidden": how many coordinates are kept, or the KL to the whole teacher, rounding
-            included, by which that is chosen; neither: MAX_KL. From the teacher's width on the states are kept whole.
-        temperatures: τ of the runs to come; entries serve τ = 1 besides. One alone for "sample": ids are drawn there.
-            "hidden" serves all.
+            "hidden": `compress_head`'s coordinates of its hidden states, and one head for them. None: "top_k" if k is
+            given, else "hidden".
+        k: 1 to 1024, and for "top_k" at most the teacher's vocabulary; None = 64. Not used by "hidden".
+        rank, max_kl: for "hidden", one of them: the number of coordinates, or the KL to the whole teacher, rounding
+            included, that selects it; neither: MAX_KL. From the teacher's width on, the states are kept whole.
+        temperatures: τ of later runs, besides τ = 1. "sample" draws at a single one; "hidden" serves all.
         dtype: of log-probabilities, None = float16; of coordinates, None = int8, with a scale per token.
-        tokenizer: its tokens are noted, so that a run with another one is refused, and must be those of the one beside
-            the teacher's weights.
-        valid_vocab: ids ≥ this are padding rows of the teacher's head: probability 0. None = those that `tokenizer` has
-            no ids for.
-        seed: of what is drawn.
-        batch_size: sequences at once; results do not depend on how often the work was interrupted.
-        shard_tokens: about how many go into one shard; None = a 64th of all, 2^14 to 2^20.
-        name: what the teacher is called in the cache; None = as it was loaded.
-        tell: called with lines that say what is done.
+        tokenizer: recorded, so that a run with other tokens is refused; must match the one saved with the teacher.
+        valid_vocab: ids from here on are padding rows of the teacher's head, with probability 0. None = those that
+            `tokenizer` has no ids for.
+        seed: for drawing ids.
+        batch_size: sequences at a time. Results do not depend on interruptions.
+        shard_tokens: approximate tokens per shard; None = a 64th of all, 2^14 to 2^20.
+        name: the teacher's name in the cache; None = as it was loaded.
+        tell: called with lines that report progress.
 
     Raises:
-        ValueError: an argument that does not fit, naming it. CacheError, one of those: `folder` holds something else,
-            what differs is named; or another call is at work on it.
-        OSError: as on a full disk. What is complete stays, and the same call resumes from it.
+        ValueError: an argument does not fit; it is named. CacheError, a ValueError: `folder` contains something else,
+            with the differences named, or another call is at work on it.
+        OSError: for example, the disk is full. Complete shards stay, and the same call resumes.
     """
     if not is_count(batch_size):
         raise ValueError(f"batch_size={batch_size!r} ({kind(batch_size)}); expected an int of at least 1")
@@ -165,14 +167,14 @@ def fill(
     tell: Callable[[str], None],
     begin: Callable[[], float] | None = None,
 ) -> CacheSummary:
-    """Make, complete or find the cache that `description` says; all processes call it, and each writes its share.
+    """Make, complete or find the cache for `description`. All processes call it; each writes its share.
 
-    rows: the encoded entries of a data set's rows in a range, in order. begin: called before any, by the first process;
-    returns bytes per token, None = the description's.
-    Raises CacheError and OSError as `cache_teacher` does, and what `rows` raises: what is complete stays.
+    rows: yields the encoded entries of a data set's rows in a range, in order. begin: called first, by the first
+    process; returns bytes per token, None = the description's.
+    Raises CacheError and OSError as `cache_teacher` does, and what `rows` raises; complete shards stay.
     """
     tokens = sum(split.tokens for split in description.splits.values())
-    lock = FileLock(folder / LOCK)  # the first process's
+    lock = FileLock(folder / LOCK)  # held by the first process
     try:
         if processes.by_first(lambda: _claim(folder, description, lock)):
             return read_summary(folder)
@@ -204,14 +206,14 @@ def describe(
     name: str | None = None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Description:
-    """Return what `cache_teacher` makes of these arguments. Raise ValueError where it would."""
+    """Return the description of the cache that `cache_teacher` would make. Raise ValueError where it would."""
     check_model(teacher, "teacher")
     vocab, width = head_shape(teacher)
     dtype = dtype or ("int8" if method == "hidden" else "float16")
     if method == "hidden":
         _check_hidden(rank, max_kl, dtype)
         max_kl = MAX_KL if rank is None and max_kl is None else max_kl
-        k, temperatures, seed = min(rank or width, width), (), 0  # all that decides what is kept
+        k, temperatures, seed = min(rank or width, width), (), 0  # nothing else decides what is kept
     if tokenizer is not None:
         check_tokens("tokenizer", tokenizer, own_tokenizer(teacher), valid_vocab)
         if valid_vocab is None and (ids := count_ids(tokenizer)) < vocab:
@@ -223,7 +225,7 @@ def describe(
         row = dataset[0] if len(dataset) else {}
         check_inputs(teacher, "teacher", [name for name in INPUTS if name in row])
         _check_text_alone(split, dataset, inputs_of(teacher).difference(INPUTS))
-        for i, text in enumerate(ids_of(dataset, f"splits[{split!r}]")):  # before hours have gone by
+        for i, text in enumerate(ids_of(dataset, f"splits[{split!r}]")):  # now, rather than after hours
             if text.size and not 0 <= text.min() <= text.max() < embedding_rows(teacher):
                 inputs = PaddingCollator()([inputs_of_row(dataset[i], INPUTS)])
                 known_ids(teacher, "teacher", inputs["input_ids"], inputs.get("attention_mask"))
@@ -249,7 +251,7 @@ def describe(
 
 
 def _check_text_alone(split: str, dataset: Any, read: Iterable[str] = ()) -> None:
-    """Raise ValueError for a column that the teacher would read besides `input_ids`, or in their place."""
+    """Raise ValueError for a column that the teacher would read besides or instead of `input_ids`."""
     row = dataset[0] if len(dataset) else {}
     read = {*read, "teacher_input_ids"}
     if lost := [*media_columns(dataset), *(name for name in row if name in MEDIA or name in read)]:
@@ -261,7 +263,7 @@ def _check_text_alone(split: str, dataset: Any, read: Iterable[str] = ()) -> Non
 
 
 def describe_splits(splits: Mapping[str, Any], shard_tokens: int | None) -> tuple[dict[str, Split], int]:
-    """Return what the data sets are and how many sequences go into a shard. Raise ValueError where they are empty."""
+    """Return descriptions of the data sets and the sequences per shard. Raise ValueError for empty ones."""
     if shard_tokens is not None and not is_count(shard_tokens):
         raise ValueError(f"shard_tokens={shard_tokens!r} ({kind(shard_tokens)}); expected an int ≥ 1, or None")
     if not splits:
@@ -276,12 +278,12 @@ def describe_splits(splits: Mapping[str, Any], shard_tokens: int | None) -> tupl
 
 
 def _claim(folder: Path, description: Description, lock: FileLock) -> bool:
-    """Make the folder this cache's own, or find that it is; return whether it is complete. Else the lock is held."""
+    """Claim the folder for this cache; return whether it is complete. Otherwise, the lock is held."""
     if folder.exists() and not folder.is_dir():
         raise CacheError(f"{str(folder)!r} is a file; name a new folder for the cache")
     if not is_complete(folder):
         if not (folder / NAME).exists():
-            begun = (LOCK, f"{NAME}.tmp")  # all that a call leaves which ended before it had named its cache
+            begun = (LOCK, f"{NAME}.tmp")  # left by a call that ended before it had described its cache
             if folder.exists() and any(path.name not in begun for path in folder.iterdir()):
                 raise CacheError(
                     f"{str(folder)!r} holds files and no {NAME}; name an empty or a new folder for the cache"
@@ -313,7 +315,7 @@ def _write_share(
     description: Description,
     rows_of: Callable[[Any, range], Iterator[dict[str, np.ndarray]]],
 ) -> int:
-    """Write this process's shards, those that are not there yet; return how many tokens they have."""
+    """Write this process's missing shards; return their number of tokens."""
     mine = [shard for split in splits for shard in shards(folder, description, split)]
     mine = mine[processes.index() :: processes.count()]
     written, total = 0, sum(shard.tokens for shard in mine)
@@ -336,7 +338,7 @@ def _write_share(
 def _heads(
     teacher: PreTrainedModel, dataset: Any, within: range, batch_size: int
 ) -> Iterator[tuple[range, list[int], Head]]:
-    """Yield the teacher's head over the tokens of some rows at a time, after their numbers and their lengths."""
+    """Yield row numbers, row lengths and the teacher's head over their tokens, some rows at a time."""
     teacher.eval()
     dtype = _dtype(teacher)
     for at in range(0, len(within), batch_size):
@@ -366,7 +368,7 @@ def _entries(whole: Head, numbers: range, lengths: list[int], x: Description) ->
 
 
 def _some_text(teacher: PreTrainedModel, dataset: Any, batch_size: int) -> Head:
-    """Return the teacher's head over rows of a data set, evenly spaced: TOKENS_PER_WIDTH times its width of tokens."""
+    """Return the teacher's head over evenly spaced rows, with TOKENS_PER_WIDTH tokens per unit of its width."""
     _, width = head_shape(teacher)
     tokens = sum(len(ids) for ids in ids_of(dataset))
     step = max(1, tokens // (TOKENS_PER_WIDTH * width))
@@ -375,7 +377,7 @@ def _some_text(teacher: PreTrainedModel, dataset: Any, batch_size: int) -> Head:
 
 
 def _dtype(teacher: PreTrainedModel) -> torch.dtype:
-    """Return the dtype that the teacher computes in here: its own, or the caller's autocast's."""
+    """Return the dtype that the teacher computes in: its own, or the caller's autocast's."""
     return autocast.dtype_of(input_device(teacher)) or teacher.get_output_embeddings().weight.dtype
 
 
@@ -386,7 +388,7 @@ def _save(rows: list[dict[str, np.ndarray]], folder: Path) -> None:
 def _write_shard(shard: Shard, save: Callable[[Path], None], description: Description) -> None:
     staged = atomic_io.staging(shard.folder)
     shown = not are_progress_bars_disabled()
-    disable_progress_bars()  # of datasets: one a shard
+    disable_progress_bars()  # datasets would show one per shard
     try:
         save(staged)
         write_text(staged / MARK, shard.mark(description))
@@ -404,7 +406,7 @@ def _finish(folder: Path, tokens: int, written: int, seconds: float) -> CacheSum
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     summary = CacheSummary(tokens, size, size / tokens, written, seconds, written / seconds if written else None)
     write_text(folder / SUMMARY, json.dumps(asdict(summary), indent=2) + "\n")
-    with contextlib.suppress(OSError):  # Windows', of a file that is open
+    with contextlib.suppress(OSError):  # Windows refuses while the file is open
         (folder / LOCK).unlink()  # the next call finds the cache complete
     return summary
 
@@ -419,7 +421,7 @@ def _check_hidden(rank: int | None, max_kl: float | None, dtype: str) -> None:
 
 
 def check_options(method: str, k: int, temperatures: Sequence[float], dtype: str, vocab: int) -> None:
-    """Raise ValueError where they cannot be had, naming the argument; `vocab` is the ids that are real."""
+    """Raise ValueError naming the argument that is impossible; `vocab` is the number of real ids."""
     if method not in ("top_k", "sample"):
         raise ValueError(f"method={method!r}; expected 'hidden', 'top_k' or 'sample'")
     if dtype not in ("float16", "float32"):
@@ -434,5 +436,5 @@ def check_options(method: str, k: int, temperatures: Sequence[float], dtype: str
 
 
 def is_count(value: Any) -> bool:
-    """Return whether it is an int of at least 1."""
+    """Return whether the value is an int of at least 1."""
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1

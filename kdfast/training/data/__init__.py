@@ -1,1 +1,1 @@
-"""Training data: text to batches."""
+"""Training data: from text to batches."""

@@ -1,9 +1,9 @@
-"""Rows of the student's tokens as a teacher with another tokenizer reads them, position by position.
+"""Rows of the student's tokens as a teacher with another tokenizer reads them, aligned position by position.
 
 The teacher reads the bytes that the student's ids stand for, tokenized its own way. Position t of the student's row is
-aligned with position u of the teacher's where both have read the same bytes, no more and no fewer; elsewhere there is
-none (−1). Starts and ends of texts are matched by role. Bytes are compared token by token, so that what a normalizer
-changes is found: a row has no aligned position from there on.
+aligned with position u of the teacher's if both have read exactly the same bytes; otherwise with none (−1). Starts and
+ends of texts are matched by role. Bytes are compared token by token, so a normalizer's changes are noticed: from there
+on, a row has no aligned positions.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from kdfast.training.data.tokenizers import check_tokens, other_tokenizer
 from kdfast.training.durable.processes import print_once
 
 IGNORED = -100  # a label that counts for nothing
-NOWHERE = -1  # in place of a position, or of an offset
+NOWHERE = -1  # in place of a position or an offset
 CHANGED = "text that the teacher's tokenizer changes"
 UNKNOWN = "tokens of the student's without bytes"
 NO_MARK = "an end of text, which the teacher lacks"
@@ -33,12 +33,12 @@ class Aligned(NamedTuple):
     """One row as the teacher reads it."""
 
     ids: list[int]
-    positions: list[int]  # for each of the student's: the teacher's that has read the same, or −1
-    lost: str = ""  # why the row is not read to its end
+    positions: list[int]  # for each of the student's positions, the teacher's that has read the same, or −1
+    lost: str = ""  # why the rest of the row is not read
 
 
 class Span(NamedTuple):
-    """What is the same in two renderings of a chat: `text`, and the offset of its first byte in each."""
+    """Text that two renderings of a chat share: `text`, and the offset of its first byte in each."""
 
     text: bytes
     student: int
@@ -46,20 +46,27 @@ class Span(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """A stretch of a teacher's row: ids as they are, or a text to tokenize."""
+    """A part of a teacher's row: fixed ids, or a text to tokenize."""
 
-    start: int  # the offset of a text's first byte; of ids, the one behind them all
+    start: int  # the offset of a text's first byte; for ids, the offset after all of them
     ids: list[int]
     text: str = ""
-    opens: bool = False  # at the start of a text, where a tokenizer may put a blank
+    opens: bool = False  # whether it starts a text, where a tokenizer may insert a blank
 
 
 class OtherTokenizer:
-    """Hold a teacher's tokenizer that is not the text's, and what the two share.
+    """The tokenizer of a teacher that differs from the text's, and what the two share.
 
-    length: ids in a teacher's row at most; None = any number.
+    Example:
+        other = OtherTokenizer(student_tokenizer, teacher_tokenizer)
+        rows = other.align("train_dataset", rows)  # adds teacher_input_ids and teacher_positions
+        model = DistillationModel(student, teacher, shared_vocabulary=other.vocabulary)
 
-    Raises ValueError for a tokenizer whose tokens' bytes are not known, or two without a string in common.
+    Args:
+        student, teacher: the two tokenizers.
+        length: most ids in a teacher's row; None = no limit.
+
+    Raises ValueError if a tokenizer's tokens have unknown bytes, or the two share no string.
     """
 
     def __init__(
@@ -70,14 +77,14 @@ class OtherTokenizer:
         self.vocabulary, self.length = share_vocabulary(self.student, self.teacher), length
 
     def aligner(self, documents: bool = False) -> Aligner:
-        """Return what aligns rows; `documents` as there."""
+        """Return an `Aligner` of rows; `documents` as there."""
         return Aligner(self.student, self.teacher, self.length, documents)
 
     def align(self, argument: str, rows: Any, *, documents: bool = False) -> Any:
-        """Return a data set's rows of input_ids with teacher_input_ids and teacher_positions; print their share.
+        """Return rows of input_ids with teacher_input_ids and teacher_positions added; print the aligned share.
 
-        documents: as in `Aligner`. Raises DataError, a ValueError, for rows that are packed, for a data set
-        that is no list and none of `datasets`, and where nothing is aligned.
+        documents: as in `Aligner`. Raises DataError, a ValueError, for packed rows, for data sets other than lists and
+        those of `datasets`, and if nothing is aligned.
         """
         columns = [*rows[0]] if isinstance(rows, list) and rows else columns_of(rows) if hasattr(rows, "map") else []
         if PACKED in columns or not columns:
@@ -109,10 +116,10 @@ def find_other_tokenizer(
     valid_vocab: int | None = None,
     length: int | None = None,
 ) -> OtherTokenizer | None:
-    """Return the teacher's tokenizer where it is known and another than the text's, `tokenizer`.
+    """Return the teacher's tokenizer if it is known to differ from the text's, `tokenizer`; otherwise None.
 
-    teacher, given: as in `other_tokenizer`. Raises ValueError, naming `argument`, where the bytes of a tokenizer of the
-    two are not known.
+    teacher, given: as in `other_tokenizer`. Raises ValueError, naming `argument`, if the bytes of one of the two
+    tokenizers are unknown.
     """
     own = other_tokenizer(tokenizer, teacher, given, valid_vocab)
     if tokenizer is None or own is None:
@@ -124,12 +131,12 @@ def find_other_tokenizer(
         raise
 
 
-COLUMNS = ("input_ids", "attention_mask", "labels")  # of a row, that are read
-NOTES = ("aligned", "counted", "lost")  # of a row, beside its columns
+COLUMNS = ("input_ids", "attention_mask", "labels")  # columns of a row that are read
+NOTES = ("aligned", "counted", "lost")  # notes on a row, beside its columns
 
 
 def described(argument: str, aligned: Iterable[int], counted: Iterable[int], lost: Iterable[str]) -> str:
-    """Return the share of aligned positions in words. Raise DataError where there is none."""
+    """Return the share of aligned positions in words. Raise DataError if there are none."""
     found, every, reasons = sum(aligned), sum(counted), Counter(filter(None, lost))
     text = (
         f"{argument}: aligned with the teacher's tokens at {found:,} of {every:,} targets ({found / (every or 1):.0%})"
@@ -141,7 +148,7 @@ def described(argument: str, aligned: Iterable[int], counted: Iterable[int], los
 
 
 class _Columns:
-    """Give a batch of rows the teacher's columns. An object, so that `datasets` finds what it kept of it."""
+    """A function that adds the teacher's columns to a batch of rows; an object, so that `datasets` can cache by it."""
 
     def __init__(self, aligner: Aligner) -> None:
         self.aligner = aligner
@@ -166,12 +173,12 @@ class _Columns:
 
 
 class Aligner:
-    """Align rows of the student's ids. Offsets count bytes; before each text one is kept for a blank put there.
+    """A function that aligns rows of the student's ids. Offsets count bytes, plus one per text for an inserted blank.
 
     Args:
-        student, teacher: their tokens.
-        length: ids in a teacher's row at most; None = any number.
-        documents: a row begins where a text does; a block begins anywhere, and a blank there is the text's.
+        student, teacher: their token tables.
+        length: most ids in a teacher's row; None = no limit.
+        documents: whether rows begin at the start of a text; blocks begin anywhere, and a blank there is the text's.
     """
 
     def __init__(
@@ -180,17 +187,17 @@ class Aligner:
         self.student, self.teacher, self.length, self.documents = student, teacher, length, documents
         self._roles = {i: role for role, i in student.roles.items()}
         self._single = {one: i for one, i in teacher.by_bytes().items() if len(one) == 1}
-        self._lead = "\n" * teacher.prefixed  # takes the blank that would be put inside a text; cut off again
+        self._lead = "\n" * teacher.prefixed  # keeps a blank from being inserted inside a text; removed again
 
     def __call__(self, rows: Iterable[list[int]]) -> list[Aligned]:
-        """Return the rows aligned; the teacher's tokenizer is called once for all of them."""
+        """Return the aligned rows, with one call of the teacher's tokenizer for all of them."""
         read = [(row, *self._read(row)) for row in rows]
         texts = [part for _, _, parts, _ in read for part in parts if part.text]
         encoded = iter(self.teacher.encode([part.text if part.opens else self._lead + part.text for part in texts]))
         return [self._align(*one, encoded) for one in read]
 
     def _read(self, row: list[int]) -> tuple[list[int], list[_Part], str]:
-        """Return the offset behind each id that can be read, what the teacher reads, and why it is not all."""
+        """Return the offset after each readable id, the parts that the teacher reads, and why the rest is not read."""
         ends: list[int] = []
         at = 1  # the offset of the next text's first byte
         parts = [_Part(at, self._marks([], first=True, last=False) or [])]
@@ -203,11 +210,11 @@ class Aligner:
             if marked:
                 roles = [self._roles[i] for i in ids]
                 marks = self._marks(roles[first and ids[0] == self.student.start :], first=first, last=n == len(row))
-                if marks is None:  # what the student's last token before it predicts, too, is unknown to the teacher
+                if marks is None:  # the teacher cannot predict what the student's token before it predicts
                     return ends[:-1], parts, NO_MARK
                 at += 0 if first else 2
                 parts = ([] if first else parts) + [_Part(at, marks)]
-                ends += [at - blank] * len(ids)  # several count as one
+                ends += [at - blank] * len(ids)  # several ids count as one
                 continue
             ends += list(accumulate(map(len, pieces), initial=at - blank))[1:]
             parts += self._parts(text[blank:], at)
@@ -217,7 +224,7 @@ class Aligner:
         return ends, parts, ""
 
     def _marks(self, roles: list[str], *, first: bool, last: bool) -> list[int] | None:
-        """Return the teacher's ids for marks that stand together, before a text or last; None where it has none."""
+        """Return the teacher's ids for adjacent marks, before a text or last; None if it has none."""
         start = [] if self.teacher.start is None else [self.teacher.start]
         if "eos" not in roles:
             return start if start or first else None
@@ -227,13 +234,13 @@ class Aligner:
         return start * first + ends + ([] if last or start == ends[-1:] else start)
 
     def _parts(self, text: bytes, at: int) -> Iterator[_Part]:
-        """Yield a text in parts: characters to tokenize, and bytes that are none, whose tokens are known."""
+        """Yield a text in parts: characters to tokenize, and stray bytes, whose tokens are known."""
         start = at
         while text:
             try:
                 whole, bad = text, b""
                 whole.decode()
-            except UnicodeDecodeError as error:  # a block's edge within a character
+            except UnicodeDecodeError as error:  # a block's edge inside a character
                 whole, bad = text[: error.start], text[error.start : error.end]
             if whole:
                 yield _Part(at, [], whole.decode(), at == start)
@@ -247,7 +254,7 @@ class Aligner:
         self, row: list[int], ends: list[int], parts: list[_Part], lost: str, encoded: Iterator[list[int]]
     ) -> Aligned:
         ids: list[int] = []
-        offsets: list[int] = []  # behind each
+        offsets: list[int] = []  # the offset after each
         given = [next(encoded) if part.text else part.ids for part in parts]
         for part, tokens in zip(parts, given, strict=True):
             if not part.text and NOWHERE not in tokens:
@@ -260,7 +267,7 @@ class Aligner:
                 expected = b" " + expected
             end = part.start + len(part.text.encode())
             at = end - len(expected)
-            if part.opens and at < part.start:  # what stands before has not read the blank yet
+            if part.opens and at < part.start:  # earlier positions have not read the blank yet
                 offsets = [at if offset == part.start else offset for offset in offsets]
             known = at + _alike(said, expected)
             behind = list(accumulate(map(len, pieces), initial=at))[1:]
@@ -276,7 +283,7 @@ class Aligner:
         return self._paired(row, ends, ids, offsets, lost)
 
     def _paired(self, row: list[int], ends: list[int], ids: list[int], offsets: list[int], lost: str = "") -> Aligned:
-        """Return the teacher's ids up to the last that is aligned; of several at one offset the last one is."""
+        """Return the teacher's ids up to the last aligned one; of several at one offset the last is aligned."""
         ids = ids[: self.length]
         places = {offset: u for u, offset in enumerate(offsets[: len(ids)]) if offset != NOWHERE}
         last = {end: t for t, end in enumerate(ends)}
@@ -287,9 +294,9 @@ class Aligner:
     def chat(
         self, row: list[int], text: str, teacher_row: list[int], teacher_text: str, spans: Sequence[Span]
     ) -> Aligned:
-        """Align what both chat templates write alike, the assistant's `spans`, within two renderings of a chat.
+        """Align the assistant's `spans`, which both chat templates write alike, within two renderings of a chat.
 
-        The position at the end of one is aligned where both go on with their end of text.
+        The position at the end of a span is aligned if both continue with their end of text.
         """
         ends, theirs = self.student.offsets(row, text), self.teacher.offsets(teacher_row, teacher_text)
         eos = self.student.roles.get("eos"), self.teacher.roles.get("eos")
@@ -308,7 +315,7 @@ class Aligner:
 
 
 def _alike(one: bytes, other: bytes) -> int:
-    """Return how many bytes two strings begin with alike."""
+    """Return the number of leading bytes that two strings share."""
     if one.startswith(other):
         return len(other)
     return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(one))

@@ -1,12 +1,12 @@
-"""Rows of prompts with completions, of chats, or of one text each, to token ids and labels.
+"""Prompts with completions, chats, or single texts, as rows of token ids and labels.
 
 prompt, completion  {"prompt": "…", "completion": "…"}, or a list of messages each; the completion counts
-messages            {"messages": [{"role": "user", "content": "…"}, …]}; every token counts, or what the assistant says
+messages            {"messages": [{"role": "user", "content": "…"}, …]}; every token counts, or the assistant's only
 text                {"text": "…"}; every token counts
 
-Ids and labels are those of TRL's SFTTrainer: a plain completion or text ends with the end-of-text token, messages go
-through the chat template, and a completion begins where its ids differ from those of the prompt alone. A row that
-teaches nothing is skipped, counted and reported. teacher_prompts.py has the prompts that only a teacher reads.
+Ids and labels equal those of TRL's SFTTrainer: a plain completion or text ends with the end-of-text token, messages go
+through the chat template, and a completion begins where its ids differ from those of the prompt alone. A row without
+targets is skipped, counted and reported. teacher_prompts.py has the prompts that only a teacher reads.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ if TYPE_CHECKING:
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 MARKS = re.compile(r"<[|｜][^\s|｜<>]{1,40}[|｜]>|<(?:start|end)_of_[a-z_]+>")  # special tokens by their look
 PROBE = "kdfast-probe"
-NOTES = ("skipped", "truncated", "tokens", "targets", "teacher_tokens")  # of a row, beside its tokens
+NOTES = ("skipped", "truncated", "tokens", "targets", "teacher_tokens")  # notes on a row, beside its tokens
 
 
 @dataclass
 class Counts:
-    """What became of a data set's rows: `skipped` by reason, tokens and targets of those that are kept."""
+    """What happened to a data set's rows: `skipped` by reason; tokens and targets of those that were kept."""
 
     rows: int = 0
     tokens: int = 0
     targets: int = 0
     truncated: int = 0
-    longest: int = 0  # student's or teacher's
-    teacher_tokens: int = 0  # that it reads with prompts of its own
+    longest: int = 0  # the student's or the teacher's
+    teacher_tokens: int = 0  # read with prompts of the teacher's own
     skipped: dict[str, int] = field(default_factory=dict)
     argument: str = ""
 
@@ -66,7 +66,7 @@ class Counts:
         return f"{self.argument}: {self.rows} rows{notes}; {tokens}"
 
     def keep(self, row: dict[str, Any]) -> bool:
-        """Count a row of a stream; return whether it is trained on, and say so the first time one is not."""
+        """Count a row of a stream; return whether to train on it. The first skipped row is reported."""
         reason = row["skipped"]
         if reason and reason not in self.skipped:
             print_once(f"{self.argument}: rows are skipped: {reason}")
@@ -81,7 +81,7 @@ class Counts:
         targets: Iterable[int],
         teacher_tokens: Iterable[int],
     ) -> None:
-        """Count rows by what `Encoder` says of them, in the order of NOTES."""
+        """Count rows by `Encoder`'s notes, in the order of NOTES."""
         reasons = Counter(skipped)
         self.rows += reasons.total()
         for reason in filter(None, reasons):
@@ -94,12 +94,12 @@ class Counts:
         self.targets += sum(targets)
 
     def of_blocks(self, blocks: Any, length: int) -> Counts:
-        """Return the counts of blocks of one length, each a row; a stream's are not known."""
+        """Return the counts of blocks of one length, each a row; a stream's are unknown."""
         n = len(blocks) if hasattr(blocks, "__len__") else 0
         return replace(self, rows=n, tokens=n * length, targets=n * (length - 1), longest=length)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return what a summary keeps."""
+        """Return the counts for a summary."""
         return asdict(self)
 
 
@@ -121,41 +121,44 @@ def tokenize_dataset(
     teacher_tokenizer: OtherTokenizer | None = None,
     argument: str = "dataset",
 ) -> tuple[Any, Counts]:
-    """Return rows that `KDTrainer` trains on, and what became of the raw ones.
+    """Tokenize raw rows; return the rows that `KDTrainer` trains on, and what happened to the raw ones.
+
+    Example:
+        rows, counts = tokenize_dataset(dataset, tokenizer, max_length=512, assistant_only_loss=True)
 
     Args:
         dataset: a `datasets.Dataset`, or an `IterableDataset`, whose rows are counted as they come. Columns `messages`,
             `prompt` and `completion`, or `text`; `tools` and `chat_template_kwargs` go to the template. With a column
-            `teacher_prompt`, or `privileged_context`, the teacher reads its own prompt before the completion, or before
-            the last of the messages.
+            `teacher_prompt` or `privileged_context`, the teacher reads its own prompt before the completion, or before
+            the last message.
         tokenizer: of student and teacher.
-        max_length: tokens per row at most; None = no limit.
+        max_length: most tokens per row; None = no limit.
         truncation_mode: what a longer row keeps: "keep_start" or "keep_end".
-        packing: True: whole rows, as many as fit, in one of `max_length`, and apart in it (`seq_lengths`); False: a row
-            each. None: False, but text is joined by the end-of-text token and cut into blocks.
-        completion_only_loss: labels of the prompt are −100. None = where there is a completion.
-        assistant_only_loss: labels of what the assistant does not say are −100; by `{% generation %}` in the template.
-        chat_template: a Jinja template, or a file that holds one; None = the tokenizer's.
-        teacher_prompt_template: makes the teacher's prompt of {prompt} and other columns, named in braces; None = TRL's
-            "{prompt}\\n\\n{privileged_context}", where there is that column.
-        text_column: the column that holds text.
-        teacher_column: one that is kept as it is, since it says which of several teachers a row learns from.
-        dataset_num_proc: processes that tokenize.
-        prompts: for rows whose completions are to be generated: "beside", a column of the prompts' ids, those of
-            messages up to the last answer, and `teacher_prompts` where the teacher has its own; "alone", and rows need
-            no completions. A longer one than max_length is skipped.
-        teacher_tokenizer: the teacher's, where that is another: chats are aligned with what it reads through its own
-            template, on what the assistant says. `KDTrainer` aligns other rows, for which it needs their ids alone.
-        argument: what errors call the data set.
+        packing: True packs as many whole rows as fit into one of `max_length`, kept apart (`seq_lengths`); False leaves
+            rows as they are. None: False, but text is joined by the end-of-text token and cut into blocks.
+        completion_only_loss: set the prompt's labels to −100. None = if there is a completion.
+        assistant_only_loss: set labels to −100 except where the assistant speaks; needs `{% generation %}` in the
+            template.
+        chat_template: a Jinja template, or a file with one; None = the tokenizer's.
+        teacher_prompt_template: makes the teacher's prompt from {prompt} and other columns, named in braces; None =
+            TRL's "{prompt}\\n\\n{privileged_context}", if there is that column.
+        text_column: the column with the text.
+        teacher_column: a column to keep, which names the one of several teachers that a row learns from.
+        dataset_num_proc: number of processes.
+        prompts: for rows whose completions will be generated. "beside" adds a column of the prompts' ids (for messages,
+            up to the last answer), and `teacher_prompts` if the teacher has its own. "alone" does the same for rows
+            that need no completions. Prompts longer than max_length are skipped.
+        teacher_tokenizer: the teacher's, if it differs: what the assistant says in chats is aligned with the teacher's
+            rendering through its own template. (`KDTrainer` aligns other rows, which needs only their ids.)
+        argument: the data set's name in errors.
 
     Returns:
-        Columns input_ids and labels (not shifted); seq_lengths where rows are packed; teacher_input_ids and
-        teacher_positions where the teacher has its own prompts, or another tokenizer for chats; prompts where they are
-        asked for. The collator of
-        `KDTrainer` pads.
+        Rows with input_ids and labels (not shifted), not padded, since `KDTrainer`'s collator pads. They also have
+        seq_lengths if packed, teacher_input_ids and teacher_positions if the teacher has its own prompts, or another
+        tokenizer for chats, and prompts if requested.
 
-    Raises DataError, a ValueError: columns of no kind or of two, options that do not fit them, a template that is
-    missing, refuses a row, has no marks or does not belong to the tokenizer, no row left to train on.
+    Raises DataError, a ValueError: columns of no kind or of two, options that do not fit them, no row left to train on,
+    or a template that is missing, rejects a row, has no marks or does not belong to the tokenizer.
     """
     columns = columns_of(dataset)
     alone = "prompt" in columns and not {"completion", "messages"} & {*columns}
@@ -234,11 +237,11 @@ def tokenize_dataset(
 
 
 def kind_of(argument: str, columns: Iterable[str], text_column: str = "text") -> str:
-    """Return "messages", "completion" or "text", as the columns say. Raise DataError where they say none or two."""
+    """Return "messages", "completion" or "text" from the columns. Raise DataError if they mean none or two."""
     columns = list(columns)
     kinds = {"messages": ["messages"], "completion": ["prompt", "completion"], "text": [text_column]}
     found = [kind for kind, names in kinds.items() if set(names) <= set(columns)]
-    if "text" in found and text_column != "text":  # asked for by name
+    if "text" in found and text_column != "text":  # requested by name
         return "text"
     if len(found) > 1:
         first, second = (" and ".join(kinds[kind]) for kind in found[:2])
@@ -255,7 +258,7 @@ def kind_of(argument: str, columns: Iterable[str], text_column: str = "text") ->
 
 
 def is_raw_text(dataset: Any) -> bool:
-    """Return whether it is a data set of `datasets` without token ids: of rows to tokenize, or that are refused."""
+    """Return whether it is a data set of `datasets` without token ids, whose rows are tokenized or refused."""
     from datasets import Dataset, IterableDataset
 
     if not isinstance(dataset, Dataset | IterableDataset):
@@ -270,7 +273,7 @@ NOT_A_CHAT = (
 
 
 def read_template(given: str) -> str:
-    """Return the Jinja template that `given` is, or that the file of that name holds. Raise DataError for neither."""
+    """Return `given` if it is a Jinja template, or the template in the file `given`. Raise DataError otherwise."""
     if "{%" in given or "{{" in given:
         return given
     try:
@@ -284,7 +287,7 @@ def read_template(given: str) -> str:
 
 @dataclass
 class Encoder:
-    """Turn one row into ids, labels, and why it is skipped. An object, so that `datasets` finds what it kept of it."""
+    """A function from a row to ids, labels and notes; an object, so that `datasets` can cache by it."""
 
     argument: str
     kind: str
@@ -297,20 +300,20 @@ class Encoder:
     chat_template: str | None
     teacher_prompt: TeacherPrompt | None = None
     prompts: bool = False
-    reader: Encoder | None = None  # by which a teacher with another tokenizer reads a chat
-    aligner: Aligner | None = None  # with what that reads
+    reader: Encoder | None = None  # with which a teacher with another tokenizer reads a chat
+    aligner: Aligner | None = None  # aligns rows with what it reads
     version: str = __version__
-    roles: set[str] = field(default_factory=set)  # that the template is known to write out
+    roles: set[str] = field(default_factory=set)  # roles that the template is known to write
 
     def __post_init__(self) -> None:
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if self.assistant_only_loss and backend is not None:
-            # GPT-2's and Llama-3's leave blanks out of tokens' places: transformers would not find marked text there
+            # GPT-2's and Llama-3's offsets leave out blanks, and transformers would not find marked text there
             self.tokenizer = copy.deepcopy(self.tokenizer)
             self.tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
 
     def check(self, row: dict[str, Any] | None) -> None:
-        """Raise DataError where tokenizer, template and options do not go together for rows like this first one."""
+        """Raise DataError if tokenizer, template and options do not work for rows like this first one."""
         if not self.has_chats(row):
             if self.assistant_only_loss:
                 raise DataError(NOT_A_CHAT.format(argument=self.argument))
@@ -352,7 +355,7 @@ class Encoder:
         )
 
     def read_by(self, other: OtherTokenizer, row: dict[str, Any] | None) -> None:
-        """Have rows like this one read by a teacher with another tokenizer, through its own chat template."""
+        """Set up a teacher with another tokenizer to read rows like this one through its own chat template."""
         tokenizer = other.teacher.tokenizer
         self.reader = replace(
             self, argument="teacher", tokenizer=tokenizer, chat_template=None, assistant_only_loss=False, roles=set()
@@ -362,11 +365,11 @@ class Encoder:
 
     @property
     def has_own(self) -> bool:
-        """Whether the teacher reads other ids than the student."""
+        """Return whether the teacher reads other ids than the student."""
         return self.teacher_prompt is not None or self.reader is not None
 
     def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
-        """Return token ids, labels and notes. Raise DataError, naming the row, for one that cannot be read."""
+        """Return token ids, labels and notes. Raise DataError, naming the row, if it cannot be read."""
         where = f"{self.argument}, row {index}"
         encode = {
             "messages": self._messages, "completion": self._completion, "text": self._text, "prompt": self._only_prompt,
@@ -374,8 +377,8 @@ class Encoder:
         ids, counted, reason = encode(row, where)
         prompt: list[int] = []
         theirs: list[int] = []  # the teacher's ids
-        found: list[int] = []  # where in them it predicts what
-        own_prompt: list[int] = []  # the teacher's
+        found: list[int] = []  # index of its prediction, for each of the student's
+        own_prompt: list[int] = []  # the teacher's own prompt
         if self.prompts and not reason:
             asked = self._asked(row)
             prompt = ids if self.kind == "prompt" else self._prompt(asked, row, where)
@@ -408,7 +411,7 @@ class Encoder:
         return made | ({name: [] if reason else one for name, one in prompts.items()} if self.prompts else {})
 
     def _asked(self, row: dict[str, Any]) -> Any:
-        """Return the text or messages that a completion is written to: of messages those before the last answer."""
+        """Return the text or messages to complete: a prompt, or the messages before the last answer."""
         if self.kind != "messages":
             return row["prompt"]
         return row["messages"][: max(i for i, one in enumerate(row["messages"]) if one["role"] == "assistant")]
@@ -417,7 +420,7 @@ class Encoder:
         if isinstance(asked, str):
             ids = self._ids(asked)
             added = ids[-1:] == [self.tokenizer.eos_token_id] and not asked.endswith(str(self.tokenizer.eos_token))
-            return ids[:-1] if added else ids  # a completion would stand behind the end of the text
+            return ids[:-1] if added else ids  # a completion would come after the end of the text
         return self._chat(asked, row, where, add_generation_prompt=True)[0] if asked else []
 
     def _only_prompt(self, row: dict[str, Any], where: str) -> tuple[list[int], list[bool], str]:
@@ -458,7 +461,7 @@ class Encoder:
         return ids, counted, ""
 
     def _of_teacher(self, ids: list[int], row: dict[str, Any], where: str) -> tuple[list[int], list[int], str]:
-        """Return the teacher's ids, where in them it predicts what comes after each of `ids`, and why it cannot."""
+        """Return the teacher's ids, the index in them that predicts the token after each of `ids`, and any obstacle."""
         assert self.teacher_prompt is not None
         if self.kind == "completion":
             prompt, completion = row["prompt"], row["completion"]
@@ -476,7 +479,7 @@ class Encoder:
         return theirs, positions(len(ids), start, their_start), ""
 
     def _of_other_tokenizer(self, ids: list[int], row: dict[str, Any], where: str) -> tuple[list[int], list[int]]:
-        """Return what a teacher with another tokenizer reads of a chat, and where that is aligned with `ids`."""
+        """Return a chat's ids for a teacher with another tokenizer, and their alignment with `ids`."""
         assert self.reader is not None
         assert self.aligner is not None
         messages = row["messages"] if self.kind == "messages" else row["prompt"] + row["completion"]
@@ -493,29 +496,29 @@ class Encoder:
                 before = side._written(changed, row).partition(PROBE)[0]
                 place = whole.find(text, len(before), len(before) + len(content)) if whole.startswith(before) else -1
                 places.append(len(whole[:place].encode()) if place >= 0 else -1)
-            if min(places) >= 0:  # not where a template leaves it out, or writes something else
+            if min(places) >= 0:  # the template leaves it out or changes it otherwise
                 spans.append(Span(text.encode(), *places))
         aligned = self.aligner.chat(ids, ours, theirs, other, spans)
         return aligned.ids, aligned.positions
 
     def _written(self, messages: list[dict[str, Any]], row: dict[str, Any]) -> str:
-        """Return messages as the chat template writes them."""
+        """Return messages as text through the chat template."""
         return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **self._template_options(row)))
 
     def _joined(self, prompt: Any, completion: Any, row: dict[str, Any], where: str) -> tuple[list[int], list[bool]]:
-        """Return the ids of a prompt with its completion, and which of them count, the prompt's too."""
+        """Return the ids of a prompt with its completion, and which of them count, including the prompt's."""
         if not isinstance(prompt, str):
             return self._chat(prompt + completion, row, where)
         ids = self._ids(prompt + completion, closed=True)
         return ids, [True] * len(ids)
 
     def _start(self, ids: list[int], prompt: Any, row: dict[str, Any], where: str) -> int:
-        """Return how many of `ids` are the prompt's."""
+        """Return how many of `ids` belong to the prompt."""
         if isinstance(prompt, str):
             return _shared(self._ids(prompt), ids)
         alone, _ = self._chat(prompt, row, where, add_generation_prompt=True)
         same = _shared(alone, ids)
-        if same < len(alone):  # by a token that two share, or what opens an answer?
+        if same < len(alone):  # a token across the border, or the opening of an answer?
             written, _ = self._chat(prompt, row, where)
             if same + 1 < _shared(alone, written):
                 raise DataError(
@@ -562,9 +565,9 @@ class Encoder:
         }
 
     def _check_role(self, messages: list[dict[str, Any]], i: int, where: str, **options: Any) -> None:
-        """Raise DataError where the template writes nothing of the message: many pass over roles they do not know."""
+        """Raise DataError if the template writes nothing for a message; many skip unknown roles."""
         role = messages[i]["role"]
-        if not isinstance(messages[i].get("content"), str) or messages[i].get("tool_calls"):  # parts, or a call
+        if not isinstance(messages[i].get("content"), str) or messages[i].get("tool_calls"):  # parts, or a tool call
             return
         changed = [*messages[:i], {**messages[i], "content": PROBE}, *messages[i + 1 :]]
         if PROBE not in str(self.tokenizer.apply_chat_template(changed, tokenize=False, **options)):
@@ -576,12 +579,12 @@ class Encoder:
 
 
 def _shared(one: list[int], other: list[int]) -> int:
-    """Return how many ids two lists begin with alike."""
+    """Return the number of leading ids that two lists share."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _lacks_answer(messages: Any, where: str) -> str:
-    """Return why an assistant's answer is not in messages, "" where it is. Raise DataError where they are none."""
+    """Return why messages lack an assistant's answer, or "". Raise DataError if they are not messages."""
     if not all(isinstance(one, dict) and isinstance(one.get("role"), str) for one in messages):
         raise DataError(f"{where}: expected messages, a list of {{'role': …, 'content': …}}")
     answers = [one for one in messages if one["role"] == "assistant"]

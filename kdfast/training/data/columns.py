@@ -1,4 +1,4 @@
-"""Columns of a data set: names that a batch cannot have, and images, which must not be dropped silently."""
+"""Columns of a data set: names that batches cannot have, and images, which must not be lost silently."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ ARGUMENTS = (
     "self", "temperature", "kd_weight", "num_items_in_batch", "kd_items_in_batch", "with_fidelity", "with_metrics",
     "with_log_probs", "ce_weight", "write", "backbone_inputs",
 )  # fmt: skip
-# what processors turn images, video and sound into, and what TRL calls the columns they come from
+# outputs of processors for images, video and sound, and TRL's names of the source columns
 MEDIA = frozenset(("pixel_values", "pixel_values_videos", "input_features", "input_values"))
 RAW = ("images", "videos")
-BROUGHT = frozenset(("teacher_indices", "teacher_hidden"))  # of a teacher that was run before, one or the other
+BROUGHT = frozenset(("teacher_indices", "teacher_hidden"))  # columns of a teacher that ran earlier, either one
 MEDIA_TYPES = ("Image", "Video", "Audio")  # feature types of `datasets`
 
 
 def check_names(where: str, names: Iterable[str]) -> None:
-    """Raise ValueError for a column whose name is that of another argument of the model's forward."""
+    """Raise ValueError for a column whose name is another argument of the model's forward."""
     for name in names:
         if name in ARGUMENTS:
             raise ValueError(
@@ -30,7 +30,7 @@ def check_names(where: str, names: Iterable[str]) -> None:
 
 
 def by_name(**datasets: Any) -> dict[str, Any]:
-    """Return the data sets by the names errors use: the argument's, or argument['name'] for each one of a dict."""
+    """Return data sets by their names in errors: the argument's name, or argument['name'] for items of a dict."""
     named: dict[str, Any] = {}
     for argument, given in datasets.items():
         several = isinstance(given, dict)
@@ -39,11 +39,11 @@ def by_name(**datasets: Any) -> dict[str, Any]:
 
 
 def check_columns(datasets: Mapping[str, Any], loses_unused: bool) -> None:
-    """Raise ValueError for a column that cannot be trained on, or would be lost.
+    """Raise ValueError for a column that cannot be used in training, or would be lost.
 
     Args:
-        datasets: as `by_name` returns them. One that does not list its columns is not checked.
-        loses_unused: columns that no model reads are dropped before the collator, as under Trainer's own.
+        datasets: as `by_name` returns them. Data sets that do not list their columns are not checked.
+        loses_unused: columns that no model reads are dropped before the collator, as Trainer's own does.
     """
     for argument, dataset in datasets.items():
         check_names(argument, names_of(dataset))
@@ -53,7 +53,7 @@ def check_columns(datasets: Mapping[str, Any], loses_unused: bool) -> None:
 
 
 def unread(where: str, name: str) -> str:
-    """Return the error message for a column that is no input of a model and is not turned into one."""
+    """Return the error message for a column that is not a model's input and is not turned into one."""
     return (
         f"{where} has a column {name!r} of images, video or sound, which nobody reads. Pass a data_collator that makes "
         f"the model's inputs of row[{name!r}] (pixel_values, …), as its processor does, or remove the column"
@@ -61,19 +61,19 @@ def unread(where: str, name: str) -> str:
 
 
 def is_raw(name: str, value: Any) -> bool:
-    """Return whether a row's value holds images or videos that have not been turned into inputs yet."""
+    """Return whether a row's value contains images or videos that are not inputs yet."""
     one = next(iter(value), None) if isinstance(value, list) else value
     return one is not None and (name in RAW or type(one).__module__.partition(".")[0] == "PIL")
 
 
 def media_columns(dataset: Any) -> list[str]:
-    """Return the columns that hold images, video or sound, judged by type or by their usual names."""
+    """Return the columns with images, video or sound, by type or usual name."""
     features = getattr(dataset, "features", None) or {}
     return [name for name in names_of(dataset) if name in MEDIA or name in RAW or _is_media(features.get(name))]
 
 
 def names_of(dataset: Any) -> Iterable[str]:
-    """Return the names of a data set's columns, or of its first row's entries; () where it has neither."""
+    """Return the names of a data set's columns, or of its first row's entries; () if it has neither."""
     names = getattr(dataset, "column_names", None)
     is_map = isinstance(dataset, list | Dataset) and not isinstance(dataset, IterableDataset)
     if names is None and is_map and hasattr(dataset, "__len__") and len(dataset):
@@ -82,7 +82,7 @@ def names_of(dataset: Any) -> Iterable[str]:
 
 
 def brings_teacher(dataset: Any) -> bool:
-    """Return whether the rows bring what a teacher that was run before said of them."""
+    """Return whether the rows contain entries of a teacher that ran earlier."""
     return not BROUGHT.isdisjoint(names_of(dataset))
 
 

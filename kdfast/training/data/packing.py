@@ -1,4 +1,4 @@
-"""Rows of different lengths: several whole ones packed into one of a given length, and batches padded to one length."""
+"""Rows of different lengths: packed whole into rows of a given length, or padded to one length per batch."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from kdfast.training.data.rows import PACKED, PROMPTS, TEACHER_PROMPTS, lengths_
 from kdfast.training.data.text import map_rows
 from kdfast.training.hf import IGNORE_INDEX, check_inputs, embedding_rows, input_device, run_backbone
 
-SEES = 1e-6  # of the largest hidden state: what one document may change in the next; masked, it changes nothing
-# at padding; 0 of other columns
+SEES = 1e-6  # relative to the largest hidden state; between masked documents nothing changes
+# padding by column; 0 for others
 FILL: dict[str, Any] = {"labels": IGNORE_INDEX, "teacher_log_probs": -torch.inf, "teacher_positions": -1}
-OWN = ("teacher_input_ids", "teacher_attention_mask")  # columns of a length of their own
+OWN = ("teacher_input_ids", "teacher_attention_mask")  # columns with their own length
 
 
 def best_fit_decreasing(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Return which of `lengths` share a bin of `size`: longest first, each into the fullest bin that has room for it.
+    """Return groups of `lengths` that share a bin of `size`: longest first, each into the fullest bin with room.
 
-    Source: Ding et al. 2024, arXiv:2404.10830. In a bin, and of bins by their first, the order is the data's.
+    Source: Ding et al. 2024, arXiv:2404.10830. In a bin, and between bins by their first, the data's order is kept.
     """
     bins: list[list[int]] = []
     spaces: list[tuple[int, int]] = []  # (room left, bin), sorted
@@ -42,11 +42,11 @@ def best_fit_decreasing(lengths: Sequence[int], size: int) -> list[list[int]]:
 
 
 def pack(rows: Any, size: int, argument: str, num_proc: int | None = None) -> Any:
-    """Return rows of at most `size` tokens, each of whole ones of `rows`; `seq_lengths` says where they end."""
+    """Return rows of at most `size` tokens, packed from whole ones of `rows`; `seq_lengths` has their lengths."""
 
     def join(batch: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
         bins = best_fit_decreasing([len(ids) for ids in batch["input_ids"]], size)
-        # nothing predicts a document's first token
+        # no token predicts a document's first token
         labels = [[IGNORE_INDEX, *labels[1:]] for labels in batch["labels"]]
         return {
             "input_ids": [[token for i in some for token in batch["input_ids"][i]] for some in bins],
@@ -59,10 +59,10 @@ def pack(rows: Any, size: int, argument: str, num_proc: int | None = None) -> An
 
 @torch.no_grad()
 def check_apart(model: PreTrainedModel, role: str) -> None:
-    """Raise ValueError where documents in one row see each other, position_ids or not: asked of the model itself."""
+    """Raise ValueError if documents in one row see each other despite position_ids; tried on the model itself."""
     check_inputs(model, role, ["position_ids"])
     ids = torch.arange(1, 9, device=input_device(model)).repeat(2, 1) % embedding_rows(model)
-    ids[1, :4] = ids[1, :4].flip(0)  # two rows whose second documents are the same
+    ids[1, :4] = ids[1, :4].flip(0)  # two rows that share only their second documents
     modes = [(module, module.training) for module in model.modules()]
     positions = torch.arange(4).repeat(2, 2)
     hidden = run_backbone(model.eval(), input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
@@ -78,14 +78,14 @@ def check_apart(model: PreTrainedModel, role: str) -> None:
 
 
 class PaddingCollator:
-    """Make a batch of rows of any lengths, on the right of which there is padding with the label −100.
+    """A collator for rows of any lengths; pads on the right, with the label −100.
 
-    Packed rows (`seq_lengths`) get position_ids that begin anew with each document; padding has position 0 everywhere,
-    which makes each of its tokens a document of its own. Rows of one length are stacked as they are.
+    Packed rows (`seq_lengths`) get position_ids that restart with each document. Padding has position 0 everywhere,
+    so that each of its tokens is a document of its own. Rows of equal length are stacked as they are.
     """
 
     def __init__(self, processor: Any = None) -> None:
-        """Take padding's id from a tokenizer, or from the one that a processor has."""
+        """Read the padding id from a tokenizer, or from a processor's tokenizer."""
         tokenizer = getattr(processor, "tokenizer", processor)
         ids = [getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id")]
         self.pad_token_id = next((i for i in ids if i is not None), 0)
@@ -118,10 +118,10 @@ class PaddingCollator:
         if packed:
             positions = [torch.cat([torch.arange(n) for n in some]) for some in documents]
             positions = by_token.setdefault("position_ids", positions)
-            if (masks := by_token.pop("attention_mask", None)) is not None:  # padding of the row's own
+            if (masks := by_token.pop("attention_mask", None)) is not None:  # the row has padding of its own
                 positions = [at * (mask != 0) for at, mask in zip(positions, masks, strict=True)]
                 by_token["position_ids"] = positions
-            if "labels" in by_token:  # nothing predicts a document's first token
+            if "labels" in by_token:  # no token predicts a document's first token
                 labels = zip(by_token["labels"], positions, strict=True)
                 by_token["labels"] = [x.masked_fill(at == 0, IGNORE_INDEX) for x, at in labels]
         else:
@@ -149,10 +149,10 @@ class PaddingCollator:
 
 
 def _length(x: Any) -> int:
-    """Return how many items a list, array or tensor has; −1 of what is none."""
+    """Return the length of a list, array or tensor; −1 for anything else."""
     return len(x) if isinstance(x, list) or (isinstance(x, Tensor | np.ndarray) and x.ndim) else -1
 
 
 def _padded(x: Tensor, length: int, value: float) -> Tensor:
-    """Return x (T, …) with `value` behind it up to (length, …)."""
+    """Return x (T, …) padded with `value` to (length, …)."""
     return F.pad(x, (0, 0) * (x.dim() - 1) + (0, length - len(x)), value=value)

@@ -1,4 +1,4 @@
-"""Rows on their way into a batch: columns that a collator asks for by name, and packed documents, kept apart."""
+"""Rows on their way into a batch: columns that a collator asks for by name, and separation of packed documents."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from transformers import DataCollatorWithPadding
 from kdfast.training.data.columns import is_raw, unread
 from kdfast.training.durable.errors import first_line
 
-ENTRIES = ("teacher_indices", "teacher_log_probs", "teacher_log_tails", "teacher_hidden")  # in `CachedBlocks`' rows
-PROMPTS, PROMPTS_MASK = "prompts", "prompt_attention_mask"  # ids that completions are written to: TRL's names
-TEACHER_PROMPTS, TEACHER_PROMPTS_MASK = "teacher_prompts", "teacher_prompt_attention_mask"  # its own, if it has any
-PACKED = "seq_lengths"  # TRL's column: the lengths of the documents packed into a row
+ENTRIES = ("teacher_indices", "teacher_log_probs", "teacher_log_tails", "teacher_hidden")  # added by `CachedBlocks`
+PROMPTS, PROMPTS_MASK = "prompts", "prompt_attention_mask"  # ids of prompts to complete, under TRL's names
+TEACHER_PROMPTS, TEACHER_PROMPTS_MASK = "teacher_prompts", "teacher_prompt_attention_mask"  # the teacher's own prompts
+PACKED = "seq_lengths"  # TRL's column: lengths of the documents packed into a row
 
 
 class Row(dict[str, Any]):
-    """A row that lists only the columns a model takes; code that asks for another one by name gets it too."""
+    """A row that lists only the columns a model reads, but returns any other one by name too."""
 
     def __init__(self, row: Any = (), columns: Iterable[str] | None = None, **others: Any) -> None:
-        self.whole = dict(row, **others)  # as a dict's, for a collator that makes its batch of type(row)
+        self.whole = dict(row, **others)  # the whole row, for a collator that makes its batch with type(row)
         super().__init__((name, value) for name, value in self.whole.items() if columns is None or name in columns)
         self.asked: set[str] = set()
 
@@ -43,17 +43,17 @@ class Row(dict[str, Any]):
         return found
 
     def unseen(self) -> list[str]:
-        """Return the columns of images and videos that nothing has asked for."""
+        """Return the columns of images and videos that were never asked for."""
         return [name for name in self.whole.keys() - self.keys() - self.asked if is_raw(name, self.whole[name])]
 
 
 class Collator:
-    """Make batches of `Row`s with `collate`, and raise where packed documents would not be kept apart.
+    """A collator of `Row`s around `collate`, which raises if packed documents would not be kept apart.
 
-    A collator that goes over all columns, as transformers' do, sees those in `columns` (None = all); one that reads a
+    A collator that goes over all columns, as transformers' do, sees those in `columns` (None = all). One that reads a
     column by name, as TRL's reads `seq_lengths`, finds it.
 
-    route: returns which of several teachers a row learns from, for the batch's `teacher_id`; None = there is no such.
+    route: returns a row's teacher among several, for the batch's `teacher_id`; None = there is no such column.
     hidden: columns that `collate` never sees.
     """
 
@@ -74,7 +74,7 @@ class Collator:
         routes = None if self.route is None else torch.tensor([self.route(row) for row in rows])
         if rows and isinstance(rows[0], dict) and not self.hidden.isdisjoint(rows[0]):
             rows = [{name: value for name, value in row.items() if name not in self.hidden} for row in rows]
-        if isinstance(self.collate, DataCollatorWithPadding):  # of tensors (T, K) it makes no batch
+        if isinstance(self.collate, DataCollatorWithPadding):  # it cannot batch tensors of shape (T, K)
             names = [name for name, value in rows[0].items() if name.startswith(ENTRIES) and isinstance(value, Tensor)]
             entries = {name: torch.stack([row[name] for row in rows]) for name in names}
             rows = [{name: value for name, value in row.items() if name not in entries} for row in rows]
@@ -111,8 +111,8 @@ class Collator:
 
 
 def _without_empty_mask(batch: dict[str, Any]) -> dict[str, Any]:
-    """Drop a mask of ones beside position_ids that start over: transformers ignores those where there is a mask."""
-    if not isinstance(batch, Mapping):  # some type of the collator's own, which the model will refuse
+    """Drop a mask of ones beside position_ids that restart, because transformers ignores those if there is a mask."""
+    if not isinstance(batch, Mapping):  # a collator's own type, which the model will refuse
         return batch
     mask, positions = batch.get("attention_mask"), batch.get("position_ids")
     if not isinstance(mask, Tensor) or not isinstance(positions, Tensor) or mask.dim() != 2 or positions.dim() != 2:
@@ -123,11 +123,11 @@ def _without_empty_mask(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def _segments(batch: dict[str, Any]) -> float:
-    """Return how many documents a model will see in a batch; inf where that cannot be read off position_ids."""
+    """Return how many documents a model will see in a batch; inf if position_ids cannot show it."""
     mask, positions = batch.get("attention_mask"), batch.get("position_ids")
     if (isinstance(mask, Tensor) and mask.dim() != 2) or (isinstance(positions, Tensor) and positions.dim() != 2):
-        return torch.inf  # a mask of several axes, or positions along several
-    if mask is not None:  # transformers looks at positions only where there is no mask
+        return torch.inf  # a mask or positions with several axes
+    if mask is not None:  # transformers then ignores positions
         return 0
     if positions is None:
         return len(batch.get("cu_seq_lens_q", ())) - 1
@@ -136,12 +136,12 @@ def _segments(batch: dict[str, Any]) -> float:
 
 
 def inputs_of_row(row: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """Return a row's inputs among `names`, and the lengths of its documents where it is packed of several."""
+    """Return a row's inputs among `names`, and the lengths of its documents if it packs several."""
     return {name: row[name] for name in (*names, *([PACKED] if lengths_of(row) else [])) if name in row}
 
 
 def lengths_of(row: dict[str, Any]) -> list[int]:
-    """Return the lengths of the documents that a row is packed of; none where its column of that name is another."""
+    """Return the lengths of the documents packed into a row; [] if its column of that name is something else."""
     lengths: Any = row.get(PACKED)
     lengths = lengths.tolist() if hasattr(lengths, "tolist") else lengths
     return lengths if isinstance(lengths, list) and all(isinstance(n, int) for n in lengths) else []

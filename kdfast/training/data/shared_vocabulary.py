@@ -1,8 +1,8 @@
-"""Two tokenizers' tokens by their bytes, and the ids that stand for the same bytes in both.
+"""Two tokenizers' tokens as bytes, and the ids that stand for the same bytes in both.
 
-A token's bytes are what it is written as: Ġ is a blank in byte-level BPE, ▁ in sentencepiece, <0xE4> one byte there; an
-added token is its own text. The end and the start of a text (eos, bos) are the same by their role, whatever they are
-called; other special tokens are shared by nobody, for the same name may mean something else.
+A token's bytes are the text it is written as: Ġ is a blank in byte-level BPE, ▁ in sentencepiece, <0xE4> one byte
+there; an added token is its own text. End and start of a text (eos, bos) match by role, whatever their names. Other
+special tokens are never shared, since the same name may mean something else.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 ROLES = ("eos", "bos")
-# words for kinds of strings, and what they match; the first that does
+# kinds of strings → their pattern; the first match counts
 CLASSES = {
     "digits": r" ?\d",
     "numbers of several digits": r" ?\d+",
@@ -34,13 +34,13 @@ CLASSES = {
 
 
 class TokenTable:
-    """Hold what a tokenizer's ids stand for.
+    """The bytes that a tokenizer's ids stand for.
 
     Attributes:
-        bytes: by id; None of what has no bytes of its own: special tokens with a role, and unk.
-        roles: ids of "eos" and "bos", where there are any.
-        start: the id that it puts before a text, None where it puts none.
-        prefixed: whether it puts a blank before a text; `spares`: but not before one that begins with a blank.
+        bytes: by id; None for special tokens with a role, and unk, which have no bytes of their own.
+        roles: ids of "eos" and "bos", if there are any.
+        start: the id that it puts before a text, or None.
+        prefixed: whether it inserts a blank before a text; `spares`: but not before one that begins with a blank.
 
     Raises ValueError for a tokenizer that hides its tokens' bytes: WordPiece, one id per word, no fast backend.
     """
@@ -68,7 +68,7 @@ class TokenTable:
         self.bytes: list[bytes | None] = [None] * (max(tokenizer.get_vocab().values(), default=-1) + 1)
         alphabet = {char: byte for byte, char in bytes_to_unicode().items()}
         byte_level, falls_back = '"ByteLevel"' in steps, bool(model.get("byte_fallback"))
-        self.fallback = set()  # ids of single bytes that stand in for what has no token
+        self.fallback = set()  # ids of single bytes, used where no token fits
         added = tokenizer.added_tokens_decoder
         hidden = {*self.roles.values(), tokenizer.unk_token_id, tokenizer.pad_token_id}
         for token, i in tokenizer.get_vocab().items():
@@ -89,28 +89,28 @@ class TokenTable:
         self.prefixed, self.spares = plain == b" a", blank == b" a"
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Return the ids of texts, without special tokens: what reads like one is text."""
+        """Return the ids of texts, without special tokens; text that looks like one stays text."""
         if not texts:
             return []
         return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
 
     def pieces(self, ids: Iterable[int]) -> list[bytes]:
-        """Return the bytes of each of the ids, up to the first that has none."""
+        """Return the bytes of each id, up to the first that has none."""
         return [one for one in takewhile(lambda one: one is not None, map(self.__getitem__, ids)) if one is not None]
 
     def has_put(self, text: bytes) -> bool:
-        """Return whether the blank at a text's start was put there. One that may be either is taken for put there."""
+        """Return whether the blank at a text's start was inserted; if it may be either, assume that it was."""
         return self.prefixed and text.startswith(b" ") and not (self.spares and text.startswith(b"  "))
 
     def offsets(self, ids: Iterable[int], text: str) -> list[int]:
-        """Return the byte of `text` behind each of its ids, special ones as they are written, as far as they agree."""
+        """Return the offset in `text`, in bytes, after each id, special ones as written, as far as they agree."""
         expected, at, marked, found = text.encode(), 0, True, []
         for i in ids:
             one = self[i] if i not in self.special else str(self.tokenizer.convert_ids_to_tokens(i)).encode()
             if one is None:
                 break
             if marked and self.prefixed and not expected.startswith(one, at):
-                one = one.removeprefix(b" ")  # put there
+                one = one.removeprefix(b" ")  # the tokenizer inserted it
             if not expected.startswith(one, at):
                 break
             at, marked = at + len(one), i in self.special
@@ -121,9 +121,9 @@ class TokenTable:
         return self.bytes[i] if 0 <= i < len(self.bytes) else None
 
     def by_bytes(self) -> dict[bytes, int]:
-        """Return an id for each string of bytes; of several the one that text is made into, then the lowest.
+        """Return an id for each string of bytes: of several the one that encoding produces, then the lowest.
 
-        So an ordinary token goes before an added one, and <0x61> comes after the token a.
+        So an ordinary token comes before an added one, and <0x61> after the token a.
         """
         added = self.tokenizer.added_tokens_decoder
         order = sorted(range(len(self.bytes)), key=lambda i: (i in self.fallback, i in added, i))
@@ -135,7 +135,7 @@ class TokenTable:
 
 
 def token_lengths(tokenizer: PreTrainedTokenizerBase, rows: int) -> Tensor | None:
-    """Return the bytes of text that each id stands for, (rows,) int64, 0 of special ones; None where not known."""
+    """Return the bytes of text per id, (rows,) int64, 0 for special ones; None if they are unknown."""
     with suppress(ValueError):
         table = TokenTable("tokenizer", tokenizer)
         found = torch.zeros(rows, dtype=torch.int64)
@@ -147,27 +147,27 @@ def token_lengths(tokenizer: PreTrainedTokenizerBase, rows: int) -> Tensor | Non
 
 @dataclass(frozen=True)
 class SharedVocabulary:
-    """The ids of two tokenizers that stand for the same.
+    """The ids of two tokenizers that stand for the same bytes.
 
     student, teacher: (S,) int64, the student's ids, ascending, and the teacher's.
     """
 
     student: Tensor
     teacher: Tensor
-    share: float  # of the student's ids
-    lines: list[str]  # what a run prints of it
+    share: float  # of the student's ids that are shared
+    lines: list[str]  # lines for a run to print
 
     def mask(self, rows: int) -> Tensor:
-        """Return which of the student's ids are shared: (rows,) bool, of a head with that many."""
+        """Return which of the student's ids are shared, (rows,) bool, for a head with that many rows."""
         return torch.zeros(rows, dtype=torch.bool).index_fill_(0, self.student, True)
 
     def index(self, rows: int) -> Tensor:
-        """Return the teacher's id for each of the student's: (rows,) int64, 0 where there is none."""
+        """Return the teacher's id for each of the student's, (rows,) int64, 0 where there is none."""
         return torch.zeros(rows, dtype=torch.int64).index_copy_(0, self.student, self.teacher)
 
 
 def share_vocabulary(student: TokenTable, teacher: TokenTable) -> SharedVocabulary:
-    """Return the ids that two tokenizers share. Raise ValueError where there are none but the roles."""
+    """Return the ids that two tokenizers share. Raise ValueError if they share only roles."""
     ours, theirs = student.by_bytes(), teacher.by_bytes()
     pairs = {i: theirs[one] for one, i in ours.items() if one in theirs}
     if not pairs:
@@ -191,7 +191,7 @@ def share_vocabulary(student: TokenTable, teacher: TokenTable) -> SharedVocabula
 
 
 def _classes(ours: dict[bytes, int], theirs: dict[bytes, int]) -> str:
-    """Return the share of each class of the student's strings, in words."""
+    """Return, in words, the shared part of each class of the student's strings."""
     every, shared = Counter(map(_class, ours)), Counter(_class(one) for one in ours if one in theirs)
     return ", ".join(f"{name} {shared[name] / every[name]:.0%}" for name in (*CLASSES, "others") if every[name])
 

@@ -1,10 +1,10 @@
-"""A teacher's own prompts: what it reads before the same completion, and where it predicts each token of that.
+"""A teacher's own prompts, read before the same completion, and the positions of its predictions.
 
-    teacher_prompt        a column, text or messages as the prompt is: read in the prompt's place
-    privileged_context    TRL's column, which `teacher_prompt_template` puts into the prompt, of a chat into its last
+    teacher_prompt        a column with text or messages, like the prompt, read in its place
+    privileged_context    TRL's column, which `teacher_prompt_template` puts into the prompt; in a chat, into its last
                           user message
 
-A row whose column is empty has the teacher read the student's prompt.
+If a row's column is empty, the teacher reads the student's prompt.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ TEMPLATE = "{prompt}\n\n{privileged_context}"  # TRL's default
 
 @dataclass
 class TeacherPrompt:
-    """Make the prompt that the teacher reads, of a row; `fields` is what the template names, None without one."""
+    """A function from a row to the teacher's prompt; `fields` are the template's columns, None without a template."""
 
     template: str | None
     fields: Collection[str] = ()
 
     @classmethod
     def of(cls, argument: str, kind: str, columns: Collection[str], template: str | None) -> TeacherPrompt | None:
-        """Return the one that columns and template ask for; None where they ask for none.
+        """Return the `TeacherPrompt` for these columns and template; None if neither asks for one.
 
-        Raises DataError for two at once, for text, which has no prompt, and for a template that does not fit.
+        Raises DataError for two at once, for plain text, which has no prompt, and for a template that does not fit.
         """
         asked = [name for name in ("teacher_prompt", "privileged_context") if name in columns]
         asked += ["teacher_prompt_template"] * (template is not None)
@@ -58,7 +58,7 @@ class TeacherPrompt:
         return cls(template, fields)
 
     def __call__(self, prompt: Any, row: dict[str, Any], where: str) -> Any:
-        """Return what the teacher reads in place of `prompt`, text or messages as that is."""
+        """Return what the teacher reads instead of `prompt`, as text or messages like that."""
         if self.template is None:
             own = row["teacher_prompt"] or prompt
             if type(own) is not type(prompt):
@@ -79,7 +79,7 @@ class TeacherPrompt:
 
 
 def _text_of(value: Any) -> Any:
-    """Return the text of messages or of a message's parts, and what is neither as it is."""
+    """Return the text of messages or of a message's parts; anything else as it is."""
     if not isinstance(value, list):
         return value
     parts = (one.get("content") or one.get("text") if isinstance(one, dict) else one for one in value)
@@ -87,13 +87,13 @@ def _text_of(value: Any) -> Any:
 
 
 def positions(length: int, start: int, teacher_start: int) -> list[int]:
-    """Return, for each of a row's `length` tokens, where the teacher predicts the token after it; −1: nowhere.
+    """Return, for each of a row's `length` tokens, the teacher's position that predicts the token after it; −1: none.
 
-    start, teacher_start: how many tokens come before the completion, in the row and in the teacher's.
+    start, teacher_start: number of tokens before the completion, in the row and in the teacher's.
     """
     return [i + teacher_start - start if start <= i + 1 < length else -1 for i in range(length)]
 
 
 def cut(found: list[int], teacher: range) -> list[int]:
-    """Return positions in what is left of a teacher's row, the tokens in `teacher`."""
+    """Return the positions after cutting a teacher's row to the tokens in `teacher`."""
     return [i - teacher.start if i in teacher else -1 for i in found]

@@ -1,11 +1,11 @@
-"""Text to fixed-length blocks of token ids, through the `datasets` library and its cache.
+"""Text as fixed-length blocks of token ids, through the `datasets` library and its cache.
 
-A source is a file, a glob, a folder, or a data set's name. JSON, JSON lines, CSV and parquet give one document per
-row (`text_column`); every other file is plain text and one document, with its line breaks. Documents are tokenized
-without special tokens, each is closed by the end-of-text token, and the stream is cut into blocks of `max_length`;
-nothing is padded, so every position of a block is trained on, and a block may begin inside a document. `labels` are
-the `input_ids`; nothing is shifted here. What is left over at the end of every 1000 documents, less than one block,
-is dropped. chat.py has rows that are no text, and text whose documents are kept apart.
+A source is a file, a glob, a folder, or a data set's name. JSON, JSON lines, CSV and parquet give a document per row
+(`text_column`); any other file is plain text and one document, with its line breaks. Documents are tokenized without
+special tokens, each ends with the end-of-text token, and their stream is cut into blocks of `max_length`. Nothing is
+padded, so every position of a block counts, and a block may begin inside a document. `labels` equal `input_ids`;
+nothing is shifted here. The rest of every 1000 documents, less than one block, is dropped. chat.py has other rows, and
+text whose documents are kept apart.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ if TYPE_CHECKING:
 
 TABLES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 TEXTS = {".txt", ".text", ".md", ".rst", ".tex", ".html", ".py", ".c", ".h", ".cpp", ".rs", ".go", ".java", ".js"}
-TEXT_TYPES = ("string", "large_string", "string_view", "null")  # of a column; the last where all are missing
-LONGEST_PIECE = 100_000  # characters a tokenizer is given at once; keeps its memory bounded, and its threads busy
+TEXT_TYPES = ("string", "large_string", "string_view", "null")  # of a text column; the last if all values are missing
+LONGEST_PIECE = 100_000  # most characters per tokenizer call: bounds its memory and keeps its threads busy
 
 
 class DataError(ValueError):
-    """The data named by an argument is missing, empty, or not what the argument says."""
+    """The error raised when an argument's data is missing, empty, or not what the argument says."""
 
 
 def columns_of(dataset: Any) -> list[str]:
-    """Return the names of a data set's columns; those of a stream's first row, where it does not know them."""
+    """Return the names of a data set's columns; for a stream that does not know them, its first row's."""
     return list(dataset.column_names or next(iter(dataset), ()))
 
 
 def map_rows(dataset: Any, function: Callable[..., Any], desc: str, num_proc: int | None = None, **options: Any) -> Any:
-    """Return `dataset.map(function, **options)`; a stream takes no progress bar and no processes."""
+    """Return `dataset.map(function, **options)`; a stream accepts no progress bar and no processes."""
     if hasattr(dataset, "__len__"):
         options |= {"desc": desc, "num_proc": num_proc}
     return dataset.map(function, **options)
 
 
 def check_text_only(argument: str, dataset: Any, columns: list[str]) -> None:
-    """Raise DataError for a column that would be lost where text is tokenized: images, a teacher's entries."""
+    """Raise DataError for a column that tokenizing text would lose: images, or a teacher's entries."""
     if media := media_columns(dataset):
         raise DataError(
             f"{argument} has the column {media[0]!r}, which holds more than text, and only text is read here. Leave "
@@ -70,7 +70,7 @@ def load_blocks(
 ) -> Any:
     """Pack documents into blocks: columns `input_ids` and `labels`, `max_length` ids each.
 
-    `argument` is what an error names: the argument the documents came from, with its value.
+    argument: the argument that the documents came from, with its value, for errors.
     """
     columns = columns_of(documents)
     if text_column not in columns:
@@ -119,7 +119,7 @@ def read_files(argument: str, source: str, *, streaming: bool = False) -> Any:
 
     try:
         files = _files(Path(source).expanduser())
-    except (OSError, RuntimeError) as error:  # a name that is too long; a home folder of nobody
+    except (OSError, RuntimeError) as error:  # the name is too long, or a home folder does not exist
         raise DataError(f"{argument}: {source!r} cannot be read: {error}") from error
     if not files:
         raise DataError(f"{argument}: {source!r} does not exist, or is a folder or pattern without a readable file")
@@ -136,7 +136,7 @@ def read_files(argument: str, source: str, *, streaming: bool = False) -> Any:
     options = {"sample_by": "document", "encoding_errors": "replace"} if kind == "text" else {}
     try:
         return load_dataset(kind, data_files=[str(p) for p in files], split="train", streaming=streaming, **options)
-    except Exception as error:  # `datasets` wraps whatever its reader met: malformed JSON, not a parquet file, ...
+    except Exception as error:  # `datasets` wraps its reader's errors: malformed JSON, not a parquet file, ...
         raise DataError(f"{argument}: {source!r} could not be read as {kind}: {error.__cause__ or error}") from error
 
 
@@ -149,7 +149,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _holds_rows(path: Path) -> bool:
-    """Return whether JSON begins as rows do: where it begins with null, pyarrow's reader is ended by SIGSEGV."""
+    """Return whether JSON begins with rows. (If it begins with null, pyarrow's reader dies with SIGSEGV.)"""
     with path.open("rb") as file:
         start = file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()
     return start[:1] in (b"{", b"[", b"")
@@ -168,7 +168,7 @@ def read_dataset(
 
 
 def hold_out(blocks: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
-    """Return (training, evaluation): the last `fraction` of the blocks, at least one, is held out."""
+    """Split blocks into (training, evaluation): the last `fraction`, at least one block, is held out."""
     n_eval = max(1, int(len(blocks) * fraction))
     if n_eval >= len(blocks):
         raise DataError(
@@ -180,7 +180,7 @@ def hold_out(blocks: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Yield `text` in pieces of at most LONGEST_PIECE characters, cut at a line's end where there is one."""
+    """Yield `text` in pieces of at most LONGEST_PIECE characters, cut at line ends if there are any."""
     start = 0
     while start < len(text):
         stop = start + LONGEST_PIECE
@@ -191,7 +191,7 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def check_positions(which: str, model: PreTrainedModel, length: int | None, what: str = "max_length={}") -> None:
-    """Raise DataError where rows of `length` tokens, as `what` calls it, are longer than the model has positions."""
+    """Raise DataError if rows of `length` tokens exceed the model's positions; `what` describes them."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and length is not None and length > limit:
         raise DataError(f"{what.format(length)} is more than the {limit} positions the {which} has; lower max_length")

@@ -1,8 +1,7 @@
-"""Tokenizers compared token by token, and the ids that two models share.
+"""Comparison of tokenizers token by token, and the ids that two models share.
 
 Student and teacher read the same ids, unless the teacher is known to have another tokenizer, and reads its own
-(alignment.py). Heads of different sizes over one tokenizer differ by padding rows, and `valid_vocab` is its highest id
-+ 1.
+(alignment.py). Heads of different sizes over one tokenizer differ by padding rows; `valid_vocab` is its highest id + 1.
 """
 
 from __future__ import annotations
@@ -19,34 +18,34 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 
 
 def own_tokenizer(source: PreTrainedModel | str, *, local: bool = True) -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer saved beside a model's weights, by folder or name on the hub; None where there is none.
+    """Return the tokenizer saved with a model's weights, by folder or hub name; None if there is none.
 
-    local: look on this disk only. (From a folder without TOKENIZER_FILES transformers makes an empty tokenizer.)
+    local: look only on this disk. (From a folder without TOKENIZER_FILES transformers makes an empty tokenizer.)
     """
     where: dict[str, Any] = {"local_files_only": local}
     name = source if isinstance(source, str) else str(source.name_or_path)
     if not isinstance(source, str):
         where["revision"] = getattr(source.config, "_commit_hash", None)
-    with suppress(Exception):  # of many classes: no such name, no network, a tokenizer with code of its own
+    with suppress(Exception):  # of many classes: no such name, no network, a tokenizer with its own code
         if any(has_file(name, file, **where) for file in TOKENIZER_FILES):
             return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where)
     return None
 
 
 def text_tokenizer(processor: Any, student: PreTrainedModel) -> PreTrainedTokenizerBase | None:
-    """Return `processor` if it is a tokenizer, the tokenizer it holds, or else the student's own."""
+    """Return `processor` if it is a tokenizer, else the tokenizer in it, else the student's own."""
     tokenizer = getattr(processor, "tokenizer", processor)
     return tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else own_tokenizer(student)
 
 
 def tokenizer_of(student: PreTrainedModel) -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer beside the student's weights; None for a fresh student."""
-    loaded = hasattr(student, "_weight_conversions")  # from_pretrained leaves them, from_config does not
+    """Return the tokenizer saved with the student's weights; None for a fresh student."""
+    loaded = hasattr(student, "_weight_conversions")  # set by from_pretrained, but not by from_config
     return own_tokenizer(student) if loaded else None
 
 
 def count_ids(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the highest id + 1, which is more than len(tokenizer) where ids are skipped."""
+    """Return the highest id + 1, which exceeds len(tokenizer) if ids are skipped."""
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
@@ -56,11 +55,11 @@ def check_tokens(
     own: PreTrainedTokenizerBase | None,
     valid_vocab: int | None = None,
 ) -> None:
-    """Raise where an id below `valid_vocab` is one token in `tokenizer`, the text's, and another in the model's own.
+    """Raise if an id below `valid_vocab` is one token in `tokenizer`, the text's, and another in the model's own.
 
-    Ids that one of the two lacks do not matter, nor do templates, merges and other settings: only one makes the text.
-    Special tokens under another name, as Llama-3's reserved ones have in Llama-3.1, pass, and a line names some: ids
-    that both have added to their words, at least one of them as special. Text has them only where it was meant to.
+    Ids that only one of them has do not matter, nor do templates, merges and other settings: only one makes the text.
+    Special tokens under another name, as Llama-3's reserved ones in Llama-3.1, pass, and a line names some. These are
+    ids that both have added to their words, at least one as special; text contains them only on purpose.
     """
     if own is None:
         return
@@ -90,7 +89,7 @@ def _tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
 def _differences(
     tokenizer: PreTrainedTokenizerBase, own: PreTrainedTokenizerBase, valid_vocab: int | None
 ) -> tuple[list[int], list[int]]:
-    """Return the ids that are other tokens in two tokenizers, and special ones under another name."""
+    """Return the ids that are different tokens in two tokenizers, and special ones under different names."""
     ours, theirs = _tokens(tokenizer), _tokens(own)
     others = sorted(i for i in ours.keys() & theirs.keys() if ours[i] != theirs[i] and i < (valid_vocab or i + 1))
     added = [one.added_tokens_decoder for one in (tokenizer, own)]
@@ -101,10 +100,10 @@ def _differences(
 def other_tokenizer(
     tokenizer: PreTrainedTokenizerBase | None, teacher: Any, given: str | None = None, valid_vocab: int | None = None
 ) -> PreTrainedTokenizerBase | None:
-    """Return the teacher's tokenizer where it has other tokens than the text's; None where it has those, or is unknown.
+    """Return the teacher's tokenizer if its tokens differ from the text's; None if they do not, or are unknown.
 
-    teacher: a model, or its name. given: `teacher_tokenizer_name_or_path`, in place of the one beside the teacher.
-    Raise ValueError where there is none of that name.
+    teacher: a model, or its name. given: `teacher_tokenizer_name_or_path`, instead of the one saved with the teacher.
+    Raises ValueError if there is none of that name.
     """
     own = own_tokenizer(teacher if given is None else given, local=given is None and not isinstance(teacher, str))
     if own is None and given is not None:
@@ -121,9 +120,9 @@ def shared_ids(
     rows: int,
     valid_vocab: int | None = None,
 ) -> int | None:
-    """Return how many ids two tokenizers have, if they have the same ones and two heads have rows for them.
+    """Return how many ids two tokenizers have, if they are the same ones and two heads have rows for them.
 
-    None if not, or if a tokenizer is unknown (None). rows: the smaller head's. Raise where `check_tokens` does.
+    None if not, or if a tokenizer is unknown (None). rows: the smaller head's. Raises as `check_tokens` does.
     """
     if tokenizer is None or own is None:
         return None
@@ -133,13 +132,13 @@ def shared_ids(
 
 
 def find_valid_vocab(student: Any, teacher: Any, processor: Any = None, valid_vocab: int | None = None) -> int | None:
-    """Return `valid_vocab`; where it is None and two heads pad one tokenizer differently, the number of its ids.
+    """Return `valid_vocab`, or by default the number of ids of one tokenizer that two heads pad differently.
 
-    processor: the text's tokenizer, or a processor that holds it; None = the student's own.
-    Raise ValueError where the student's or the teacher's own tokenizer has other tokens.
+    processor: the text's tokenizer, or a processor that contains it; None = the student's own.
+    Raises ValueError if the student's or the teacher's own tokenizer has other tokens.
     """
     if not isinstance(student, PreTrainedModel) or (processor is None and teacher is None):
-        return valid_vocab  # what is no model is refused later, with a message of its own
+        return valid_vocab  # anything but models is refused later, with a better message
     ours, models = text_tokenizer(processor, student), (student, teacher)
     if processor is not None and ours is not None:
         check_tokens("student", ours, tokenizer_of(student), valid_vocab)
@@ -155,7 +154,7 @@ def find_valid_vocab(student: Any, teacher: Any, processor: Any = None, valid_vo
 
 
 def other_vocabulary(student: PreTrainedModel, teacher: PreTrainedModel) -> str:
-    """Return the text of an error about two heads of different sizes: what is wrong, and what to do."""
+    """Return the error message for heads of different sizes: what is wrong, and what to do."""
     ours, theirs = _rows(student), _rows(teacher)
     smaller = "teacher" if theirs < ours else "student"
     return (

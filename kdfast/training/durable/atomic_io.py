@@ -1,9 +1,9 @@
-"""Files and folders that are complete or not there, after a loss of power too.
+"""Files and folders that are complete or absent, even after a power failure.
 
-A file is written beside its name, a folder into a hidden one beside its name. A rename alone survives a killed process.
-When the power goes, a name can reach the disk before the content behind it: so the content is flushed first, then
-renamed, and then the folder that holds the name is flushed. A reader never sees half of a checkpoint or of a shard of a
-teacher cache, nor of one that is being deleted.
+A file is written beside its name, and a folder into a hidden one beside its name, then renamed. A rename alone survives
+a killed process. At a power failure, however, the name can reach the disk before the content: so the content is flushed
+first, then renamed, and then the folder that holds the name is flushed. A reader never sees half of a checkpoint or
+cache shard, nor one that is being deleted.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def flush(path: Path) -> None:
-    """Put a file's content, or a folder's list of names, onto the disk itself."""
-    if os.name == "nt":  # has no such call for folders, nor for files open for reading
+    """Force a file's content, or a folder's list of names, onto the disk."""
+    if os.name == "nt":  # Windows has no such call for folders, nor for files open for reading
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -42,21 +42,21 @@ def flush(path: Path) -> None:
 
 
 def flush_all(folder: Path) -> None:
-    """Flush everything below `folder`, and itself."""
+    """Flush everything below `folder`, and the folder itself."""
     for path in folder.rglob("*"):
         flush(path)
     flush(folder)
 
 
 def staging(final: Path) -> Path:
-    """Return where `final` is written until it is complete: beside it, under a name that is no checkpoint's."""
+    """Return where `final` is written until it is complete: beside it, under a name that no checkpoint has."""
     return _hidden(final, INCOMPLETE)
 
 
 def publish(staged: Path, final: Path, *, replace: bool) -> None:
     """Move a complete folder to its name, durably.
 
-    A `final` that exists is replaced whole, or (`replace=False`) receives the files one by one, weights last.
+    An existing `final` is replaced as a whole or, with `replace=False`, receives the files one by one, weights last.
     """
     flush_all(staged)
     if not final.exists():
@@ -77,7 +77,7 @@ def publish(staged: Path, final: Path, *, replace: bool) -> None:
 
 
 def delete(final: Path) -> None:
-    """Hide a folder, then remove it."""
+    """Rename a folder to a hidden name, then remove it."""
     hidden = _hidden(final, f".deleted{INCOMPLETE}")
     discard(hidden)
     final.rename(hidden)
@@ -85,7 +85,7 @@ def delete(final: Path) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder, or a file or link in its place, if there is one."""
+    """Remove a folder, or a file or link at its path, if there is one."""
     if folder.is_dir() and not folder.is_symlink():
         shutil.rmtree(folder)
     else:

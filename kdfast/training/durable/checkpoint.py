@@ -1,12 +1,12 @@
-"""What a checkpoint holds of the models, and which checkpoints of a run stay.
+"""The models' files in a checkpoint, and which checkpoints of a run stay.
 
     config.json, model.safetensors, …   the student, as `save_pretrained` writes it: plain `from_pretrained` reads it
-    adapter_config.json, adapter_model.safetensors   in their place, of a student with an adapter
-    logit_projector.safetensors         the projector, where there is one (with a probe's head)
-    hidden_loss.safetensors             the maps of the hidden-state loss, where there is one
-    teacher.safetensors                 the teacher's weights, where they are an average of the student's
+    adapter_config.json, adapter_model.safetensors   instead, for a student with an adapter
+    logit_projector.safetensors         the projector, if there is one (with a probe's head)
+    hidden_loss.safetensors             the maps of the hidden-state loss, if there is one
+    teacher.safetensors                 the teacher's weights, if they are an average of the student's
 
-Weights are safetensors throughout, so reading runs no code. How a folder appears only when complete: atomic_io.py.
+All weights are safetensors, so reading them runs no code. atomic_io.py says how a folder appears only when complete.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from kdfast.training.durable.resume import checkpoints, step_of
 from kdfast.training.fsdp import load_full_state, reshard
 from kdfast.training.model import DistillationModel
 
-PARTS = ("logit_projector", "hidden_loss")  # of the model, beside the student; each has a file of its own
+PARTS = ("logit_projector", "hidden_loss")  # trained modules beside the student, each with a file of its own
 
 
 def save_models(folder: Path, model: DistillationModel, state: dict[str, Tensor] | None = None) -> None:
-    """Write student and other trained parts. `state` replaces `model.state_dict()` (gathered from shards)."""
+    """Write the student and other trained parts. `state` (gathered from shards) replaces `model.state_dict()`."""
     parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in (state or model.saved_state(model.state_dict())).items():
         part, _, key = name.partition(".")
@@ -47,7 +47,7 @@ def save_models(folder: Path, model: DistillationModel, state: dict[str, Tensor]
 
 
 def load_models(folder: Path, model: DistillationModel) -> None:
-    """Load in place what `save_models` wrote. Raises ValueError where a file or a weight is missing."""
+    """Load in place what `save_models` wrote. Raises ValueError if a file or a weight is missing."""
     if adapted_layer(model.student) is not None:
         reshard(model.student)
         load_adapter(folder, model.student)
@@ -75,9 +75,9 @@ def load_models(folder: Path, model: DistillationModel) -> None:
 
 
 def rotate(run: Path, limit: int | None, best: str | None, *, ended: bool = False) -> None:
-    """Delete the oldest checkpoints beyond `limit`, but not the best one, nor the newest of a run that goes on.
+    """Delete the oldest checkpoints beyond `limit`, but not the best one, nor the newest unless the run has `ended`.
 
-    As transformers does, which deletes file by file under the checkpoint's name.
+    transformers does the same, but deletes file by file under the checkpoint's name.
     """
     if not limit or limit < 0:
         return
@@ -89,18 +89,18 @@ def rotate(run: Path, limit: int | None, best: str | None, *, ended: bool = Fals
 
 
 def recover(run: Path) -> None:
-    """Clear up after an interrupted run: what was being replaced gets its name back, what is half written goes."""
+    """Clean up after an interrupted run: rename back what was being replaced, and remove what is half written."""
     for old in run.glob(f".checkpoint-*{REPLACED}"):
         final = run / old.name.removeprefix(".").removesuffix(REPLACED)
         if not final.exists():
             old.rename(final)
-    for folder in (*run.glob(f".checkpoint-*{INCOMPLETE}"), run / INCOMPLETE):  # the last: of the final model
+    for folder in (*run.glob(f".checkpoint-*{INCOMPLETE}"), run / INCOMPLETE):  # the last one is of the final model
         discard(folder)
 
 
 @contextmanager
 def _without_bars() -> Iterator[None]:
-    """Turn off the progress bar per saved file, which would break into the one of the run."""
+    """Turn off the progress bars of saved files, which would break up the run's."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

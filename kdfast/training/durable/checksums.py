@@ -1,10 +1,10 @@
-"""SHA256SUMS: the last file of a checkpoint or shard, by which a damaged one is known.
+"""SHA256SUMS: the last file of a checkpoint or shard, which reveals damage.
 
-    <SHA-256 in hex>  model.safetensors    a line for each file, as sha256sum writes it
-    # 9 files                              the end: a list that was cut short is seen
+    <SHA-256 in hex>  model.safetensors    a line per file, as sha256sum writes it
+    # 9 files                              the end, which a truncated list lacks
 
-`sha256sum -c SHA256SUMS` checks it without kdfast. A parser would not notice a flipped bit among the weights. Files
-that are not listed may be there: notes beside a checkpoint do not matter.
+`sha256sum -c SHA256SUMS` checks it without kdfast. A parser would not notice a flipped bit in the weights. Unlisted
+files, such as notes beside a checkpoint, are ignored.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from pathlib import Path
 from kdfast.training.durable.atomic_io import write_text
 
 NAME = "SHA256SUMS"
-THREADS = 4  # files at a time; hashing lets go of the interpreter's lock
+THREADS = 4  # files hashed at a time; hashing releases the interpreter's lock
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 
 def write(folder: Path) -> None:
-    """List what `folder` holds now."""
+    """List the current files of `folder` with their checksums."""
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / NAME]
     with ThreadPoolExecutor(THREADS) as pool:
         sums = list(pool.map(_sha256, paths))
@@ -31,9 +31,9 @@ def write(folder: Path) -> None:
 
 
 def find_damage(folder: Path) -> str | None:
-    """Return what is wrong with a folder, with the file's name; None where it is as it was written."""
+    """Return what is wrong with a folder, naming the file; None if it is as it was written."""
     special = (path for path in folder.rglob("*") if path.exists() and not path.is_file() and not path.is_dir())
-    if pipe := next(special, None):  # opening it would wait
+    if pipe := next(special, None):  # opening one would block
         return f"{pipe.name} is no file"
     try:
         text = (folder / NAME).read_text(encoding="utf-8")

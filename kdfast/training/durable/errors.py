@@ -1,6 +1,6 @@
-"""What stops a run from outside, each with a message that says what happened and how to resume.
+"""Errors for what stops a run from outside; each message says what happened and how to resume.
 
-All have `checkpoint`, the newest one that is complete, or None.
+All have `checkpoint`: the newest complete one, or None.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 logger = logging.getLogger(__name__)
 
-# what gloo and NCCL say of a peer that is gone, and of nothing else; torch has classes of its own only for sockets and
+# messages of gloo and NCCL that only a lost peer causes; torch has classes of its own only for errors of sockets and of
 # the store
 _LOST_PEER = re.compile(
     r"connection (was )?(closed|reset|refused|aborted)|broken pipe|closed connection|pair closure"
@@ -28,13 +28,13 @@ _LOST_PEER = re.compile(
     r"|remote (process|peer|error)|ncclRemoteError|NCCL communicator was aborted",
     re.I,
 )
-# what torch.save raises, which gives no reason
+# messages of torch.save, which give no reason
 _FAILED_WRITE = re.compile(r"inline_container|PytorchStreamWriter|file write failed|Parent directory")
 _NO_FOLDER = re.compile(r"No such file or directory|Parent directory .* does not exist", re.S)
 
 
 class RunStoppedError(RuntimeError):
-    """`checkpoint`: the newest complete one, or None."""
+    """The base of these errors; `checkpoint` is the newest complete one, or None."""
 
     def __init__(self, message: str, checkpoint: str | None = None) -> None:
         super().__init__(message)
@@ -42,30 +42,30 @@ class RunStoppedError(RuntimeError):
 
 
 class TerminatedError(RunStoppedError):
-    """SIGTERM was received; the run has saved a checkpoint and stopped."""
+    """The error after SIGTERM, once the run has saved a checkpoint and stopped."""
 
 
 class LostProcessError(RunStoppedError):
-    """Another process of the run died or cannot be reached."""
+    """The error raised when another process of the run has died or cannot be reached."""
 
 
 class CheckpointWriteError(RunStoppedError):
-    """A checkpoint could not be written, as on a full disk."""
+    """The error raised when a checkpoint cannot be written, for example because the disk is full."""
 
 
 class DamagedCheckpointError(RunStoppedError):
-    """A checkpoint to resume from is damaged, incomplete or holds code."""
+    """The error raised when the checkpoint to resume from is damaged, incomplete or contains code."""
 
 
 def kept(checkpoint: str | None) -> str:
-    """Return how a message ends: the last complete checkpoint, and what to do."""
+    """Return the end of a message: the last complete checkpoint, and what to do."""
     if checkpoint is None:
         return "No checkpoint was saved yet."
     return f"The last complete checkpoint is {checkpoint}. {how_to_resume(checkpoint)}"
 
 
 def how_to_resume(checkpoint: str) -> str:
-    """Return what to do. Where a run was resumed from an earlier checkpoint there are later ones, of before."""
+    """Return what to do. (If the run resumed from an earlier checkpoint, later ones of the former run exist.)"""
     if not any(Path(checkpoint).glob("optimizer*")):
         return "It holds no optimizer and schedule (save_only_model), and cannot be gone on from."
     newest = get_last_checkpoint(Path(checkpoint).parent)
@@ -79,7 +79,7 @@ def how_to_resume(checkpoint: str) -> str:
 
 @contextmanager
 def naming_lost_processes(step: Callable[[], int], last_checkpoint: Callable[[], str | None]) -> Iterator[None]:
-    """Make a failed communication a LostProcessError."""
+    """Turn a failed communication into a LostProcessError."""
     try:
         yield
     except RuntimeError as error:
@@ -94,7 +94,7 @@ def _lost_process(error: BaseException, step: int, checkpoint: str | None) -> Lo
         "own output, the launcher's or the kernel's log (out of memory?) says why. This process stops too; start "
         f"all of them again. {kept(checkpoint)}"
     )
-    logger.error(message)  # at once: a launcher that sees the other one dead may end this process any moment
+    logger.error(message)  # at once, because a launcher that sees the other process dead may end this one
     return LostProcessError(message, checkpoint)
 
 
@@ -108,14 +108,14 @@ def is_lost_peer(error: RuntimeError) -> bool:
 def naming_failed_writes(
     folder: Path, step: Callable[[], int], last_checkpoint: Callable[[], str | None]
 ) -> Iterator[None]:
-    """Make a failure to write `folder` a CheckpointWriteError; a LostProcessError where another process removed it."""
+    """Turn a failure to write `folder` into a CheckpointWriteError, or a LostProcessError if another one removed it."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError, CheckpointException) as error:
         if (why := _failed_write(error)) is None:
             raise
         checkpoint = last_checkpoint()
-        if torch.distributed.is_initialized() and _NO_FOLDER.search(why):  # a process that fails removes it
+        if torch.distributed.is_initialized() and _NO_FOLDER.search(why):  # a failing process removes it
             raise _lost_process(error, step(), checkpoint) from error
         raise CheckpointWriteError(
             f"{str(folder)!r} could not be written: {why}. {_free_space(folder)} free there; make room, or check quota "
@@ -125,7 +125,7 @@ def naming_failed_writes(
 
 
 def _failed_write(error: BaseException) -> str | None:
-    if isinstance(error, CheckpointException):  # of shards, which all processes raise; it has the errors of each
+    if isinstance(error, CheckpointException):  # of shards: raised in all processes, with each one's error
         causes = ((rank, _failed_write(cause)) for rank, (cause, _) in sorted(error.failures.items()))
         return next((f"process {rank}: {why}" for rank, why in causes if why), None)
     if isinstance(error, OSError | SafetensorError) or _FAILED_WRITE.search(str(error)):
@@ -139,6 +139,6 @@ def _free_space(folder: Path) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, without a full stop at its end."""
+    """Return the first line of an error's text, without a final period."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return line.partition(" This is typically caused")[0].rstrip(".")  # gloo's advice
+    return line.partition(" This is typically caused")[0].rstrip(".")  # advice from gloo

@@ -1,10 +1,10 @@
-"""SIGTERM, the usual notice before a machine is taken away: the step is finished, a checkpoint saved, the run stopped.
+"""SIGTERM, the usual notice before a machine is taken away: finish the step, save a checkpoint, stop the run.
 
-transformers has this too (`enable_jit_checkpoint`), for one process: it waits three seconds, then saves in the middle
-of a step under the checkpoint's final name, and every process at a step of its own. Here the processes agree. The
-signal may reach only some of them, and not within the same step, so after every step a flag is summed over all of
-them, and read after the next step: the processes wait for a result that is one step old, and a GPU's queue never runs
-dry for it. One process needs no agreement, and stops at once.
+transformers can do this for one process (`enable_jit_checkpoint`): it waits three seconds, then saves in the middle of
+a step under the checkpoint's final name, and each process at a step of its own. Here the processes agree. The signal
+may reach only some of them, at different steps, so after every step a flag is summed over all processes, and read
+after the next one: they wait for a result that is one step old, and a GPU's queue never runs dry. A single process
+stops at once.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from kdfast.training.durable.errors import TerminatedError, how_to_resume
 
 
 class Termination(TrainerCallback):
-    """Saves a checkpoint and raises TerminatedError after a SIGTERM in its context.
+    """A callback that saves a checkpoint and raises TerminatedError after a SIGTERM received in its context.
 
-    It acts where SIGTERM has its default effect: a handler of the user's own stays in place. After the context a signal
-    that came too late to be acted upon has its default effect.
+    It acts only if SIGTERM had its default effect; a user's own handler stays in place. A signal that came too late to
+    act on has its default effect after the context.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._asked = self._stopping = self._installed = False
-        # how many processes were asked by the last step, on its way to the host
+        # how many processes the last step found signaled, on its way to the host
         self._pending: tuple[Tensor, torch.Event | None] = torch.zeros(()), None
 
     def __enter__(self) -> Termination:
@@ -69,7 +69,7 @@ class Termination(TrainerCallback):
             )
 
     def is_due(self) -> bool:
-        """Return whether to stop now: the same in all processes, which must all call it after every step."""
+        """Return whether to stop now, the same in all processes. All must call it after every step."""
         if processes.count() == 1:
             return self._asked
         flag = torch.full((), float(self._asked), device=self._device)

@@ -1,4 +1,4 @@
-"""What the processes of a launch do together; a single process does it all."""
+"""Actions that the processes of a launch take together; a single process takes them alone."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ def print_once(text: str) -> None:
 
 @cache
 def say_once(text: str) -> None:
-    """Print from the first process, and the same text only once."""
+    """Print from the first process, each text only once."""
     print_once(text)
 
 
 def by_first(act: Callable[[], T]) -> T:
-    """Return in all processes what `act` returns in the first; raise in all what it raises, so that none waits."""
+    """Call `act` in the first process; return its result, or raise its error, in all of them."""
     first: Any = by_all(lambda: act() if index() == 0 else None)[0]
     return first
 
 
 def by_all(act: Callable[[], T]) -> list[T]:
-    """Return what `act` returns in every process. Where it raises in one, all raise."""
+    """Return the results of `act` in all processes. If it raises in one, raise in all."""
     if count() == 1:
         return [act()]
     outcome: tuple[Any, Exception | None]
@@ -51,16 +51,16 @@ def by_all(act: Callable[[], T]) -> list[T]:
         outcome = None, error
     outcomes: list[Any] = [None] * count()
     distributed.all_gather_object(outcomes, outcome)
-    raised = [error for _, error in (outcome, *outcomes) if error is not None]  # its own before the others'
+    raised = [error for _, error in (outcome, *outcomes) if error is not None]  # this process's own error first
     if raised:
-        distributed.barrier()  # a process that left before all have heard of it would take the others down
+        distributed.barrier()  # if one left before all have heard of the error, the others would fail
         raise raised[0]
     return [result for result, _ in outcomes]
 
 
 @torch.no_grad()
 def broadcast(tensors: Iterable[Tensor], device: torch.device) -> None:
-    """Copy the first process's values into all, through `device`, one tensor at a time."""
+    """Copy the first process's values to all, through `device`, one tensor at a time."""
     for tensor in tensors:
         sent = tensor.detach().to(device).contiguous()
         distributed.broadcast(sent, src=0)
@@ -68,7 +68,7 @@ def broadcast(tensors: Iterable[Tensor], device: torch.device) -> None:
 
 
 def leave() -> None:
-    """Disconnect the processes, all together: one that is still talked to would take the others down."""
+    """Disconnect all processes at once: if one left early, those that talk to it would fail."""
     if distributed.is_initialized():
         distributed.barrier()
         distributed.destroy_process_group()

@@ -1,9 +1,9 @@
-"""Which checkpoint a run resumes from: the one that was named, or the newest complete one.
+"""Which checkpoint a run resumes from: the one it names, or the newest complete one.
 
-Before anything is loaded every file is compared with SHA256SUMS, and pickles are seen to hold data alone. A checkpoint
-that was named and is damaged stops the run. `resume_from_checkpoint=True` asks for the newest that is usable: a damaged
-one is passed over with a warning, and renamed to damaged-checkpoint-N, so that it is not taken for one again and
-nothing of it is lost. All processes come to the same answer.
+Before anything is loaded, every file is compared with SHA256SUMS, and pickles are checked to hold only data. A damaged
+checkpoint that was named stops the run. `resume_from_checkpoint=True` asks for the newest usable one: a damaged one is
+passed over with a warning and renamed to damaged-checkpoint-N, so that it is not tried again and nothing is lost. All
+processes come to the same answer.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from kdfast.training.durable.errors import DamagedCheckpointError, RunStoppedErr
 
 logger = logging.getLogger(__name__)
 
-# the optimizer's state in a checkpoint, by who wrote it
+# files of the optimizer's state in a checkpoint, by who wrote it
 WRITERS = {
     "optimizer.pt": "one process or DDP",
     "optimizer.bin": "FSDP2 with FULL_STATE_DICT",
@@ -42,13 +42,13 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """Return those visible in a run's folder, newest first, complete or not."""
+    """Return the visible checkpoints in a run's folder, newest first, complete or not."""
     found = [path for path in run.glob("checkpoint-*") if step_of(path) >= 0 and path.is_dir()]
     return sorted(found, key=step_of, reverse=True)
 
 
 def step_of(folder: Path) -> int:
-    """Return N of checkpoint-N; −1 of any other name."""
+    """Return N for checkpoint-N, −1 for any other name."""
     match = _NAME.fullmatch(folder.name)
     return int(match[1]) if match else -1
 
@@ -59,13 +59,13 @@ def find_problem(folder: Path) -> str | None:
 
 
 def _find_lacking(folder: Path) -> str | None:
-    """Return what is missing: checksums say that files are as they were, not that all are there."""
+    """Return what is missing. (Checksums say that files are intact, not that all are there.)"""
     name = TRAINER_STATE_NAME
     try:
         state = TrainerState.load_from_json(str(folder / name))
     except FileNotFoundError:
         return f"it has no {name}"
-    except Exception as error:  # of many classes: it takes whatever JSON there is
+    except Exception as error:  # of many classes, since the file may hold any JSON
         return f"{name} cannot be read: {first_line(error)}"
     if not all(type(number) is int and number >= 0 for number in (state.global_step, state.max_steps)):
         return f"{name} has no global_step and max_steps"
@@ -74,13 +74,13 @@ def _find_lacking(folder: Path) -> str | None:
 
 
 def common_problem(folder: Path) -> str | None:
-    """Return in all processes what `find_problem` finds in one process of each node."""
+    """Return, in all processes, the problem that `find_problem` finds in one process of each node."""
     found = gather_object([find_problem(folder) if PartialState().is_local_main_process else None])
     return next(filter(None, found), None)
 
 
 def best_checkpoint(state: TrainerState, run: Path) -> Path | None:
-    """Return the best checkpoint of `run` by its step, since the folder may have moved; else as it was recorded."""
+    """Return the best checkpoint, looked for in `run` first since the folder may have moved, else as recorded."""
     recorded, own = state.best_model_checkpoint, run / f"checkpoint-{state.best_global_step}"
     if state.best_global_step and (own.is_dir() or recorded is None or not Path(recorded).is_dir()):
         return own
@@ -88,7 +88,7 @@ def best_checkpoint(state: TrainerState, run: Path) -> Path | None:
 
 
 def check_optimizer(checkpoint: Path, fsdp_plugin: FullyShardedDataParallelPlugin | None) -> None:
-    """Raise ValueError where the optimizer's state is not there, or is not of this way of launching."""
+    """Raise ValueError if the optimizer's state is missing, or was saved by another way of launching."""
     expected = "optimizer.pt"
     if fsdp_plugin is not None:
         whole = "FULL_STATE_DICT" in str(fsdp_plugin.state_dict_type)
@@ -110,24 +110,25 @@ def check_optimizer(checkpoint: Path, fsdp_plugin: FullyShardedDataParallelPlugi
 
 @contextmanager
 def naming_failed_reads(folder: str | None, readers: Sequence[str] = ()) -> Iterator[None]:
-    """Make a failure to load a checkpoint whose files are whole a DamagedCheckpointError; one of communication is not.
+    """Turn a failure to load a checkpoint whose files are intact into a DamagedCheckpointError.
 
-    `readers`: functions that load. What is raised elsewhere stays as it is; () = all here is loading.
+    `readers`: names of functions that load; errors raised outside them, or by communication, stay as they are. ()
+    means that everything inside the context is loading.
     """
     try:
         yield
-    except (Exception, CheckpointException) as error:  # of many classes: a state is loaded as it comes
+    except (Exception, CheckpointException) as error:  # of many classes, since a state is loaded unchecked
         called = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
         if readers and not called.intersection(readers):
             raise
         if isinstance(error, (RunStoppedError, MemoryError, torch.OutOfMemoryError)):
             raise
-        if isinstance(error, OSError) and error.errno == errno.EIO:  # the disk's fault, not the file's
+        if isinstance(error, OSError) and error.errno == errno.EIO:  # the disk failed, not the file
             raise
         if isinstance(error, RuntimeError) and is_lost_peer(error):
             raise
         cause: Any = error
-        if isinstance(error, CheckpointException):  # of shards, with the error of each process
+        if isinstance(error, CheckpointException):  # of shards, with each process's error
             cause = next((failed for failed, _ in error.failures.values()), error)
         raise DamagedCheckpointError(
             f"{str(folder)!r} cannot be loaded: {type(cause).__name__}: it {safe_load.explain(cause)}. Its files are "
@@ -137,15 +138,15 @@ def naming_failed_reads(folder: str | None, readers: Sequence[str] = ()) -> Iter
 
 
 def choose(given: str | bool, run: Path, *, renames: bool) -> str | None:
-    """Return the checkpoint to resume from, the same in all processes; None where True finds none at all.
+    """Return the checkpoint to resume from, the same in all processes; None if `given` is True and there is none.
 
     Args:
-        given: a path, or True for the newest complete one in `run`.
+        given: a path, or True for the newest complete checkpoint in `run`.
         renames: whether this process renames damaged ones.
 
     Raises:
         ValueError: there is no such folder.
-        DamagedCheckpointError: the one that was named is damaged, or all there are.
+        DamagedCheckpointError: the named checkpoint is damaged, or all of them are.
     """
     if not isinstance(given, bool):
         return _named(Path(given))

@@ -1,11 +1,11 @@
-"""No file of a checkpoint runs code when it is read.
+"""Checks that no file of a checkpoint runs code when it is read.
 
-Weights are safetensors. What Trainer keeps besides (optimizer, scheduler, scaler, random states) are pickles, which it
-reads with `weights_only=True`: tensors, numbers and containers, and nothing that could be called. Here they are read
+Weights are safetensors. The rest of Trainer's state (optimizer, scheduler, scaler, random states) are pickles, which
+it reads with `weights_only=True`: tensors, numbers and containers, nothing that can be called. They are read here in
 the same way before anything is loaded, without the tensors' data, so that an error names the file.
 
-A sharded optimizer is read by torch without that protection: its .metadata may name the few classes that it is made of
-and nothing else, and what it points at beside tensors, a pickle for each item, is read here as the others are.
+torch reads a sharded optimizer without that protection. So its .metadata may name only the few classes that it is made
+of, and the pickles that it points to, beside tensors, are read here as the others are.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from transformers.trainer_pt_utils import safe_globals  # NumPy's random state, which Trainer allows too
+from transformers.trainer_pt_utils import safe_globals  # allows NumPy's random state, as Trainer does
 
 from kdfast.training.durable.errors import first_line
 
 SUFFIXES = (".pt", ".pth", ".bin")
-METADATA = ".metadata"  # of torch.distributed.checkpoint, which without it takes a process's own, __0.metadata
+METADATA = ".metadata"  # of torch.distributed.checkpoint; if it is missing, a process reads its own __0.metadata
 _METADATA_CLASSES = {
     ("pathlib", "PosixPath"), ("torch", "Size"), ("torch.serialization", "_get_layout"),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
@@ -64,7 +64,7 @@ def _read_sharded(path: Path) -> None:
                 f"{item.fqn} at {start} + {size} of {str(name)!r}, expected a plain part of a file beside it"
             )
         if isinstance(metadata.state_dict_metadata.get(item.fqn), TensorStorageMetadata):
-            continue  # torch itself reads those with weights_only=True
+            continue  # torch itself reads these with weights_only=True
         with (path.parent / name).open("rb") as file:
             file.seek(start)
             torch.load(io.BytesIO(file.read(size)), map_location="cpu", weights_only=True)
@@ -79,7 +79,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def explain(error: Exception) -> str:
-    """Return what `torch.load(weights_only=True)` found; its own text advises to turn that off."""
+    """Return the reason that `torch.load(weights_only=True)` gave, without its advice to turn that off."""
     if named := _GLOBAL.search(str(error)):
         return f"would run {named[1]} when read; expected tensors, numbers and containers alone"
     if isinstance(error, pickle.UnpicklingError):

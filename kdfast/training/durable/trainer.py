@@ -1,7 +1,7 @@
-"""`DurableTrainer`: transformers.Trainer whose runs can be resumed, however they ended.
+"""`DurableTrainer`: a transformers.Trainer whose runs can be resumed, however they ended.
 
-It writes checkpoints that appear only when they are complete, resumes from complete ones alone, saves one on SIGTERM,
-and says what happened where a process died or the disk is full: errors.py has the errors, docs/training.md all of it.
+It writes checkpoints that appear only when complete, resumes only from complete ones, saves one on SIGTERM, and reports
+a lost process or a full disk. errors.py has the errors; docs/training.md describes all of it.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ from kdfast.training.durable import atomic_io, checkpoint, checksums, errors, re
 from kdfast.training.durable.preemption import Termination
 from kdfast.training.model import DistillationModel
 
-# of transformers.Trainer: what is raised below one of them while a run starts is the checkpoint's fault
+# methods of transformers.Trainer: an error below one of them at the start of a run is the checkpoint's fault
 READERS = ("_load_optimizer_and_scheduler", "_load_scaler", "_load_rng_state")
 
 
 class DurableTrainer(Trainer):
-    """`Trainer` with runs that can be resumed.
+    """A `Trainer` whose runs can be resumed.
 
     Raises TerminatedError, LostProcessError, CheckpointWriteError and DamagedCheckpointError.
     """
 
     model: DistillationModel
 
-    _found: str | None = None  # a checkpoint that was found to be complete, until a run is started
-    _newest: str | None = None  # what the run saved last, or was resumed from
+    _found: str | None = None  # a checkpoint known to be complete, until a run starts
+    _newest: str | None = None  # the last checkpoint saved in this run, or resumed from
 
     # Training
 
     def training(self) -> AbstractContextManager[None]:
-        """Return a context around every run, in all processes; a subclass prepares there what is to be trained."""
+        """Return a context around every run, in all processes, where a subclass prepares what is trained."""
         return nullcontext()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train as Trainer does, from a checkpoint that is complete; True takes the newest."""
+        """Train as Trainer does, resuming from complete checkpoints only; True means the newest."""
         found, given = None, resume_from_checkpoint
         if given:
             found = self._found if given == self._found else self.find_checkpoint(given)
@@ -60,7 +60,7 @@ class DurableTrainer(Trainer):
         limit = self.args.save_total_limit
         termination, mended = Termination(self.args.device), _MendedState(self)
         self.add_callback(mended)
-        self.add_callback(termination)  # the last, so that what another one wants at its step does not count
+        self.add_callback(termination)  # the last one, so that requests of other callbacks at its step do not count
         try:
             with (
                 self.training(),
@@ -73,14 +73,14 @@ class DurableTrainer(Trainer):
             self.remove_callback(termination)
             self.remove_callback(mended)
             self.args.save_total_limit = limit
-            self._found = None  # what was read for this run may change by the next
+            self._found = None  # its files may change before the next run
         if limit == 1 and (best := self.state.best_model_checkpoint) is not None and Path(best).is_dir():
             self._newest = best
             self._rotate(ended=True)
         return output
 
     def check_start(self, checkpoint: str | Path | None) -> None:
-        """Raise ValueError where training cannot start, or resume from a checkpoint, before anything takes long."""
+        """Raise ValueError, before anything takes long, if training cannot start or resume from `checkpoint`."""
         if self.is_fsdp_enabled:
             fsdp.check_dtypes(self.model)
         if checkpoint is not None:
@@ -90,9 +90,9 @@ class DurableTrainer(Trainer):
     # Resuming
 
     def find_checkpoint(self, given: str | bool) -> str | None:
-        """Return the checkpoint to resume from, complete and the same in all processes; None where True finds none.
+        """Return the complete checkpoint to resume from, the same in all processes; None if True finds none.
 
-        Raises ValueError where there is no such folder, and DamagedCheckpointError: see `resume.py`.
+        Raises ValueError if there is no such folder, and DamagedCheckpointError; see resume.py.
         """
         self._recover()
         with self.naming_lost_processes():
@@ -119,15 +119,15 @@ class DurableTrainer(Trainer):
     # Saving
 
     def saving(self) -> AbstractContextManager[None]:
-        """Return a context around every save, in all processes; a subclass checks there what is to be saved."""
+        """Return a context around every save, in all processes, where a subclass checks what is saved."""
         return nullcontext()
 
     def save_state_beside(self, folder: Path) -> None:
-        """Write what a run needs besides into a checkpoint, in every process; for a subclass."""
+        """Write a subclass's further state into a checkpoint, in every process."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write student, projector and tokenizer into `output_dir`, whose files are complete or not there."""
-        if _internal_call:  # into a checkpoint, which is itself still to be published
+        """Write student, projector and tokenizer into `output_dir`; each file is complete or absent."""
+        if _internal_call:  # the checkpoint itself is published later
             self._write_model(Path(str(output_dir)))
             return
         with self.naming_lost_processes(), self.saving():
@@ -143,18 +143,18 @@ class DurableTrainer(Trainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # Trainer's, with a hidden folder in the place of the run's; then the checkpoint is moved out of that
+        # let Trainer save into a hidden folder in place of the run's, then move the checkpoint out of it
         final = self._run / f"checkpoint-{self.state.global_step}"
         staged = atomic_io.staging(final)
         written = staged / final.name
         with self.saving():
             with self._staging(staged, written, final):
                 with replaced(self.args, output_dir=str(staged), push_to_hub=False):
-                    super()._save_checkpoint(model, None)  # a trial would name a folder below that
+                    super()._save_checkpoint(model, None)  # a trial would name another folder
                 self.save_state_beside(written)
                 self.accelerator.wait_for_everyone()
                 best = self._run / f"checkpoint-{self.state.best_global_step}"
-                if self.state.best_global_step and (best == final or best.is_dir()):  # evaluated now, or after a save
+                if self.state.best_global_step and (best == final or best.is_dir()):  # evaluated now, or since a save
                     self.state.best_model_checkpoint = str(best)
                 if self.args.should_save:
                     self.state.save_to_json(str(written / TRAINER_STATE_NAME))
@@ -195,7 +195,7 @@ class DurableTrainer(Trainer):
 
     @contextmanager
     def _staging(self, staged: Path, written: Path, final: Path) -> Iterator[None]:
-        """Clear `staged` of an earlier attempt before and of this one after a failure, which is named."""
+        """Clear `staged` of an earlier attempt; after a failure, clear it again and raise an error that names it."""
         try:
             with errors.naming_failed_writes(final, lambda: self.state.global_step, self.last_checkpoint):
                 if self.args.should_save:
@@ -203,8 +203,8 @@ class DurableTrainer(Trainer):
                 self.accelerator.wait_for_everyone()
                 yield
         except BaseException:
-            # other processes may still write; where this one does not write the student, it clears up what was made
-            # anew after the one that does had gone
+            # other processes may still be writing; one that does not write the student removes what was created after
+            # the writing process cleared up
             if self.args.should_save or not any((written / name).exists() for name in ("config.json", ADAPTER_CONFIG)):
                 for _ in range(3):  # a file that appears meanwhile stops the removal
                     shutil.rmtree(staged, ignore_errors=True)
@@ -221,11 +221,11 @@ class DurableTrainer(Trainer):
             checkpoint.recover(self._run)
 
     def naming_lost_processes(self) -> AbstractContextManager[None]:
-        """Return a context in which a failed communication is a LostProcessError."""
+        """Return a context that turns a failed communication into a LostProcessError."""
         return errors.naming_lost_processes(lambda: self.state.global_step, self.last_checkpoint)
 
     def last_checkpoint(self) -> str | None:
-        """Return the newest of this run, or of the folder before there is one: later ones may be of another run."""
+        """Return this run's newest checkpoint; before it has one, the folder's, which may be of another run."""
         own = self._newest or self._found
         if own is not None or self.state.global_step:
             return own
@@ -233,7 +233,7 @@ class DurableTrainer(Trainer):
 
 
 class _MendedState(TrainerCallback):
-    """Mends what Trainer makes of the state of a resumed and of an ended run."""
+    """A callback that corrects Trainer's state at the start of a resumed run and at the end of a run."""
 
     def __init__(self, trainer: DurableTrainer) -> None:
         self.trainer = trainer
@@ -242,18 +242,18 @@ class _MendedState(TrainerCallback):
         best = resume.best_checkpoint(state, self.trainer._run)
         if best is not None and best.is_dir():  # Trainer forgets one that was moved
             state.best_model_checkpoint = str(best)
-        for callback in (*self.trainer.callback_handler.callbacks, control):  # Trainer saves none that it did not load
+        for callback in (*self.trainer.callback_handler.callbacks, control):  # Trainer saves only those it has loaded
             if isinstance(callback, ExportableState):
                 state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if {"train_loss", "train_runtime"} <= (logs or {}).keys():
-            args.save_total_limit = None  # Trainer would delete all but the best now, file by file
+            args.save_total_limit = None  # Trainer would now delete all but the best, file by file
 
 
 @contextmanager
 def replaced(of: Any, **values: Any) -> Iterator[None]:
-    """Set attributes for a while, bypassing an object's own checks."""
+    """Set attributes temporarily, bypassing the object's own checks."""
     before = {name: getattr(of, name) for name in values}
     vars(of).update(values)
     try:

@@ -1,6 +1,6 @@
-"""Solved starts of a run: hidden states of some training text in; embedding, projector and compressed head out.
+"""Solved starts of a run: embedding, projector and compressed head from hidden states of some training text.
 
-Every eighth target is held out; on those the start's fidelity to the true teacher is measured, before any training.
+Every eighth target is held out. There the start's fidelity to the true teacher is measured, before any training.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from kdfast.training.teachers.kinds import Probe
 from kdfast.training.teachers.own_inputs import NAMES, read_own_inputs
 from kdfast.training.teachers.side import run_teacher
 
-TOKENS_PER_WIDTH = 16  # calibration tokens over the teacher's width, where nothing is said
+TOKENS_PER_WIDTH = 16  # default calibration tokens per unit of the teacher's width
 
 
 class Start(NamedTuple):
-    """What was solved, and the surrogate's fidelity on `tokens` held-out targets before training, at τ = 1."""
+    """What was solved, and the surrogate's fidelity on `tokens` held-out targets at τ = 1, before training."""
 
     what: str
-    kl: float | None  # KL(true teacher ‖ surrogate), nats; None where the teacher's vocabulary is another
-    agreement: float | None  # fraction with the same most likely id
+    kl: float | None  # KL(true teacher ‖ surrogate), nats; None if the teacher has another vocabulary
+    agreement: float | None  # fraction of targets with the same most likely id
     tokens: int
 
     def __str__(self) -> str:
@@ -51,14 +51,14 @@ class Start(NamedTuple):
 
 
 class Calibration:
-    """Solve from the teacher's hidden states over some text, a part of them held out to measure on.
+    """A solver on the teacher's hidden states over some text, part of which is held out for measuring.
 
     Args:
         batches: keyword arguments of `DistillationModel.forward`, on the models' device.
         tokens: how many targets to read; None = 16 times the teacher's width.
         options: engine, scratch_bytes and valid_vocab, as in `fused_kd_loss`.
 
-    Raises ValueError where the batches hold too few targets.
+    Raises ValueError if the batches contain too few targets.
     """
 
     def __init__(
@@ -73,17 +73,17 @@ class Calibration:
         hidden, self.text = _read(student, teacher, batches, tokens)
         held_out = held_out_rows(hidden)
         self.models, self.options, self.valid_vocab = (student, teacher), options, options["valid_vocab"]
-        self.student = head(student, hidden[:0])  # its weight is the parameter itself, its hidden states are not read
+        self.student = head(student, hidden[:0])  # only its weight, the parameter itself, is used
         self.whole = head(teacher, hidden)
         self.teacher, self.true = (replace(self.whole, hidden=hidden[rows]) for rows in (~held_out, held_out))
 
     @cached_property
     def vocab_weights(self) -> Tensor:
-        """(V,) float64, for all that is solved of the teacher's head."""
+        """Return token weights (V,) float64 for everything that is solved from the teacher's head."""
         return vocab_frequencies(self.teacher, self.valid_vocab)
 
     def solve_student(self) -> tuple[Projection, Start]:
-        """Solve the student's embedding, in place; return the projector that goes with it, and the start."""
+        """Solve the student's embedding in place; return the projector that belongs to it, and the start."""
         rows = self.student.weight[: self.valid_vocab]
         embedding, projection = solve_svd(
             self.teacher,
@@ -98,7 +98,7 @@ class Calibration:
         return projection, self._measure("student_init='svd'", projected)
 
     def solve_layers(self) -> tuple[Projection, Start]:
-        """Solve all of the student, in place; return its head's projector, and how near it is on the last batches."""
+        """Solve the whole student in place; return its head's projector, and its fidelity on the last batches."""
         counts = [int(some.sum()) for _, some in self.text]
         last = next(n for n in range(1, len(counts) + 1) if sum(counts[-n:]) * HELD_OUT >= sum(counts))
         solving = self.text[:-last] or self.text
@@ -113,9 +113,9 @@ class Calibration:
         return projection, Start("student_init='svd_blocks', the student itself", *found, len(own.hidden))
 
     def solve_projector(self, projector: LogitProjector, init: str, solved: Projection | None) -> list[Start]:
-        """Solve the projector, in place, or take the one that was `solved` with the student's embedding.
+        """Solve the projector in place, or use the one that was `solved` with the student's embedding.
 
-        Return no start where `init` leaves the projector as it was drawn.
+        Returns no start if `init` leaves the projector as it was drawn.
         """
         if isinstance(projector, Probe):
             projector.head.copy_(self.student.weight)
@@ -129,9 +129,9 @@ class Calibration:
         return [self._measure(f"projector_init={init!r}", projected)]
 
     def compress(self, recipe: Recipe) -> tuple[CompressedHead | None, Start]:
-        """Cut the teacher's head at the rank or the fidelity asked for, or the student's width where neither is.
+        """Cut the teacher's head to the requested rank or fidelity, by default to the student's width.
 
-        Return None in its place where no rank is near enough: the whole head is the teacher then.
+        Returns None as the head if no rank is close enough: the whole head is then the teacher.
         """
         rank, max_kl, tokens = recipe.compressed_rank, recipe.compressed_kl, len(self.true.hidden)
         if rank is not None or max_kl is None:
@@ -148,7 +148,7 @@ class Calibration:
         return compressed, Start(f"teacher's head at rank {rank}", kl, agreement, tokens)
 
     def _measure(self, what: str, projected: Tensor) -> Start:
-        """Return the start whose projected held-out hidden states go through the student's head as it is now."""
+        """Return the start for projected held-out hidden states under the student's current head."""
         surrogate = replace(self.student, hidden=projected.to(self.student.weight.dtype))
         if not same_vocabulary(len(surrogate.weight), len(self.true.weight), self.valid_vocab):
             return Start(what, None, None, len(projected))
@@ -156,7 +156,7 @@ class Calibration:
 
 
 def set_projector(projector: LogitProjector, solved: Projection) -> None:
-    """Copy a solved projection into `projector`; its bias is zero where the solution has none."""
+    """Copy a solved projection into `projector`; set the bias to zero if the solution has none."""
     projector.weight.copy_(solved.weight)
     if projector.bias is not None:
         projector.bias.zero_() if solved.bias is None else projector.bias.copy_(solved.bias)
@@ -165,9 +165,9 @@ def set_projector(projector: LogitProjector, solved: Projection) -> None:
 def _read(
     student: PreTrainedModel, teacher: PreTrainedModel, batches: Iterable[dict[str, Any]], tokens: int
 ) -> tuple[Tensor, list[tuple[dict[str, Any], Tensor]]]:
-    """Return the teacher's hidden states over the text's first `tokens` targets, (n, Ht), and that text.
+    """Return the teacher's hidden states (n, Ht) over the text's first `tokens` targets, and that text.
 
-    Of each batch of it, what both backbones take, and (B, T) which tokens are among them.
+    The text is, per batch, the inputs of both backbones and a mask (B, T) of the tokens used.
     """
     pieces: list[Tensor] = []
     text = []
@@ -194,7 +194,7 @@ def _read(
 
 
 def _set_embedding(student: PreTrainedModel, rows: Tensor) -> None:
-    """Copy the embedding into both ends of the student: tied or not, a solved embedding is its input too."""
+    """Copy the embedding into both ends of the student: even if untied, it is the input embedding too."""
     ends: tuple[Any, Any] = student.get_output_embeddings(), student.get_input_embeddings()
     for layer in ends:
         if layer.weight.shape[1] == rows.shape[1]:

@@ -1,21 +1,21 @@
-r"""`start_layers`: all of a fresh student from its teacher: the teacher itself, narrower, with fewer layers.
+r"""`start_layers`: a whole fresh student solved from its teacher: the teacher itself, narrower, with fewer layers.
 
-What a layer reads goes through a norm, what it writes is added to the residual stream x (Ht,). With Q (Hs, Ht) of
-orthonormal rows, the student's stream is to be x_s ≈ Q x:
+A layer reads the residual stream x (Ht,) through a norm, and adds what it writes to it. With Q (Hs, Ht) of orthonormal
+rows, the student's stream is to be x_s ≈ Q x:
 
     embeddings  E_s = E Qᵀ, token and position
-    reads       W_s = ρ W diag(γ) Qᵀ,  b_s = b + W β      γ, β: of the norm, which is left with a gain of 1
+    reads       W_s = ρ W diag(γ) Qᵀ,  b_s = b + W β      γ, β: the norm's; the student's norm has a gain of 1
     writes      W_s = Q W,  b_s = Q b
 
-RMSNorm commutes with such a Q, LayerNorm does where Q takes constant vectors to constant vectors; ρ is the share of
-the stream's length that Q keeps. Q has the directions in which the normalized streams of all layers vary most on some
-text (Ashkboos et al. 2024, arXiv:2401.15024: one for all layers, as residual connections stay what they are), turned so
-that the final norm's gains come as near as they can to a gain for each coordinate. Of heads and of an MLP's neurons the
-student gets those whose output is largest. Its layer l is the teacher's l·Lt//Ls; what then separates its stream from
-the one that the teacher's next such layer reads is solved for by ridge regression in what writes, from first to last.
-In closed form throughout; a student of the teacher's own sizes becomes the teacher.
+RMSNorm commutes with such a Q; LayerNorm does if Q maps constant vectors to constant vectors. ρ is the share of the
+stream's length that Q keeps. Q spans the directions in which the normalized streams of all layers vary most on some
+text (Ashkboos et al. 2024, arXiv:2401.15024; one Q for all layers, since residual connections stay as they are). It is
+rotated so that the final norm's gains come as close as possible to a gain per coordinate. The student keeps the heads
+and MLP neurons with the largest output. Its layer l is the teacher's l·Lt//Ls. From first to last, ridge regression on
+what each layer writes then reduces the gap to the stream that the teacher's next such layer reads. Everything is in
+closed form; a student of the teacher's own sizes becomes the teacher.
 
-The idea is GUIDE's (arXiv:2510.06502), of all layers that of low-rank clones (arXiv:2505.12781), which train for it.
+The idea is GUIDE's (arXiv:2510.06502); low-rank clones (arXiv:2505.12781) do it for all layers, but by training.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from kdfast.ops import matmul
 from kdfast.training.adapters import adapted_layer
 from kdfast.training.hf import backbone, fetch, head, is_quantized, run_backbone
 
-RIDGE = 0.1  # of the inputs' mean square: a few thousand tokens are not many for some hundred inputs
+RIDGE = 0.1  # relative to the inputs' mean square: a few thousand tokens are not many for some hundred inputs
 
 
 class Layout(NamedTuple):
-    """Where a family keeps its layers, and in a layer the attention's and the MLP's norm, readers and writer."""
+    """Where a model family keeps its layers, and each layer's norms, readers and writers of attention and MLP."""
 
     layers: str
     final_norm: str
     norms: tuple[str, str]
     reads: tuple[tuple[str, ...], tuple[str, ...]]
     writes: tuple[str, str]
-    fused: int = 1  # matrices, query, key, value, in attention's one reader
-    per_head: tuple[str, ...] = ()  # what all heads share, and is copied
+    fused: int = 1  # how many of query, key, value are in attention's one reader
+    per_head: tuple[str, ...] = ()  # shared by all heads, and copied
 
 
 GPT2 = Layout("h", "ln_f", ("ln_1", "ln_2"), (("attn.c_attn",), ("mlp.c_fc",)), ("attn.c_proj", "mlp.c_proj"), fused=3)
@@ -59,23 +59,23 @@ LLAMA = Layout(
 )
 LAYOUTS = {"gpt2": GPT2, "llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA}
 LAYOUTS["qwen3"] = LLAMA._replace(per_head=("self_attn.q_norm", "self_attn.k_norm"))
-# by which weights mean the same
+# settings under which the same weights mean the same
 SAME = ("hidden_act", "activation_function", "scale_attn_weights", "rope_parameters", "sliding_window")
 
 Text = Sequence[tuple[dict[str, Any], Tensor]]  # a backbone's inputs, and (B, T) which tokens count
 
 
 class Sublayer(NamedTuple):
-    """Attention or the MLP of a layer."""
+    """Attention or the MLP of one layer."""
 
     norm: Any
     readers: list[Any]
     writer: Any
-    heads: tuple[int, int] | None = None  # attention's query and key-value heads
+    heads: tuple[int, int] | None = None  # numbers of query heads and key-value heads
     fused: int = 1
 
     def matrices(self, device: Any = None) -> list[tuple[Tensor, Tensor | None]]:
-        """Return weight (out, H) and bias of all that reads, one for each of query, key, value, or gate, up."""
+        """Return weight (out, H) and bias of each reader: of query, key and value, or gate and up."""
         found: list[tuple[Tensor, Tensor | None]] = []
         for reader in self.readers:
             weight, bias = _read(reader, device)
@@ -85,13 +85,13 @@ class Sublayer(NamedTuple):
 
 
 class Decoder:
-    """A model of a family in LAYOUTS, as this module needs it."""
+    """A model of a family in LAYOUTS, as a list of sublayers."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         layout, inner, config = LAYOUTS[model.config.model_type], backbone(model), model.config
         self.model, self.inner, self.per_head = model, inner, layout.per_head
         self.norm = getattr(inner, layout.final_norm)
-        self.layer_norm = getattr(self.norm, "bias", None) is not None  # else RMSNorm
+        self.layer_norm = getattr(self.norm, "bias", None) is not None  # otherwise RMSNorm
         self.layers = getattr(inner, layout.layers)
         kv = getattr(config, "num_key_value_heads", config.num_attention_heads)
         self.sublayers: list[Sublayer] = []
@@ -129,18 +129,18 @@ class Decoder:
         return self.model.get_input_embeddings().weight is self.model.get_output_embeddings().weight
 
     def norm_before(self, sublayer: int) -> Any:
-        """Return the norm that reads the stream in front of a sublayer; the final one behind the last."""
+        """Return the norm that reads the stream before a sublayer, or the final norm after the last."""
         return self.sublayers[sublayer].norm if sublayer < len(self.sublayers) else self.norm
 
     def normalize(self, x: Tensor) -> Tensor:
-        """Return what the norm makes of streams, before its gains."""
+        """Return streams after the norm, but before its gains."""
         if self.layer_norm:
             x = x - x.mean(-1, keepdim=True)
         return x / x.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
 
 
 def find_misfit(student: PreTrainedModel, teacher: PreTrainedModel) -> str | None:
-    """Return why the teacher's layers cannot become the student's, with what was expected; None where they can."""
+    """Return why the teacher's layers cannot become the student's, with what was expected; None if they can."""
     families = [model.config.model_type for model in (student, teacher)]
     if families[0] != families[1] or families[0] not in LAYOUTS:
         known = ", ".join(LAYOUTS)
@@ -171,18 +171,18 @@ def find_misfit(student: PreTrainedModel, teacher: PreTrainedModel) -> str | Non
 
 
 def has_trained_layers(student: PreTrainedModel) -> bool:
-    """Return whether a gain of its layers' norms is no longer the 1 it is drawn as; `find_misfit` is None for it."""
+    """Return whether a gain in its layers' norms differs from the initial 1. Requires that `find_misfit` is None."""
     return any((sublayer.norm.weight != 1).any() for sublayer in Decoder(student).sublayers)
 
 
 def start_layers(
     student: PreTrainedModel, teacher: PreTrainedModel, text: Text, vocab_weights: Tensor, valid_vocab: int | None
 ) -> Projection:
-    """Set all of the student's weights, in place; return the projector that is best for its head.
+    """Set all of the student's weights in place; return the best projector for its head.
 
     Args:
-        student, teacher: `find_misfit` has returned None for them.
-        text: some times Ht tokens.
+        student, teacher: models for which `find_misfit` returned None.
+        text: several times Ht tokens.
         vocab_weights, valid_vocab: as in `closed_form.Factors`.
     """
     ours, theirs = Decoder(student), Decoder(teacher)
@@ -212,13 +212,13 @@ def start_layers(
 
 
 class _Stop(Exception):
-    """Nothing further is wanted of a forward."""
+    """A signal that the rest of a forward is not needed."""
 
 
 def _run(text: Text, wanted: Sequence[tuple[Decoder, Any]], use: Callable[..., None]) -> None:
-    """Call `use` for every batch with the inputs (n, size) of each wanted module, in fp32 at least, of what counts.
+    """Call `use` for every batch with each wanted module's inputs (n, size), in fp32 or fp64, of the tokens that count.
 
-    Modules of one model are given in the order in which they are run.
+    Modules of one model must be in the order in which they run.
     """
     decoders = {id(decoder): decoder for decoder, _ in wanted}
     seen: dict[int, Tensor] = {}
@@ -241,9 +241,9 @@ def _run(text: Text, wanted: Sequence[tuple[Decoder, Any]], use: Callable[..., N
 
 
 def _look(theirs: Decoder, text: Text) -> tuple[Tensor, list[Tensor]]:
-    """Return Σ n nᵀ of the normalized streams before all sublayers and the final norm, and how much each unit writes.
+    """Return Σ n nᵀ of the normalized streams before all sublayers and the final norm, and each unit's output.
 
-    Units are heads, and neurons: (units,) of each sublayer, the mean square of its output.
+    Units are heads or neurons; the output is the mean square, (units,) per sublayer.
     """
     norms = [(theirs, theirs.norm_before(i)) for i in range(len(theirs.sublayers) + 1)]
     writers = [(theirs, sublayer.writer) for sublayer in theirs.sublayers]
@@ -269,7 +269,7 @@ def _look(theirs: Decoder, text: Text) -> tuple[Tensor, list[Tensor]]:
 
 
 def _shares(theirs: Decoder, Q: Tensor, text: Text) -> list[float]:
-    """Return ρ of every sublayer: what Q keeps of a normalized stream is ρ times a normalized stream."""
+    """Return ρ for every sublayer: Q maps a normalized stream to ρ times a normalized stream."""
     sums: Any = 0
 
     def add(*streams: Tensor) -> None:
@@ -287,30 +287,30 @@ def _units(x: Tensor, sublayer: Sublayer) -> Tensor:
 
 
 def _basis(moment: Tensor, ours: Decoder, theirs: Decoder) -> Tensor:
-    """Return Q (Hs, Ht) float64."""
+    """Return Q (Hs, Ht), float64."""
     width, whole = ours.model.config.hidden_size, len(moment)
     eye = torch.eye(whole).to(moment)
     if width == whole:
         return eye
     one = eye.new_full((whole, 1), whole**-0.5)
-    if theirs.layer_norm:  # the constant direction has a coordinate of its own; among the others it comes last
+    if theirs.layer_norm:  # the constant direction gets its own coordinate, and is last among the others
         left = eye - one @ one.T
         moment = left @ moment @ left - one @ one.T * moment.trace()
     rank = width - theirs.layer_norm
     leading = torch.linalg.eigh(moment).eigenvectors[:, whole - rank :]
-    leading = leading @ random_rotation(rank, leading)  # where all gains are equal
+    leading = leading @ random_rotation(rank, leading)  # for the case that all gains are equal
     gains = fetch(theirs.norm, "weight")[0].detach().to(leading)
     leading = leading @ torch.linalg.eigh(leading.T * gains @ leading).eigenvectors
     if not theirs.layer_norm:
         return leading.T.contiguous()
     own = eye.new_full((width, 1), width**-0.5)
-    v = own - torch.eye(width).to(own)[:, -1:]  # the reflection that takes the last unit vector to the constant one
+    v = own - torch.eye(width).to(own)[:, -1:]  # the reflection that maps the last unit vector to the constant one
     reflection = torch.eye(width).to(own) - v @ v.T * (2 / v.square().sum())
     return reflection[:, :-1] @ leading.T + own @ one.T
 
 
 def _set_embeddings(ours: Decoder, theirs: Decoder, Q: Tensor, valid_vocab: int | None) -> None:
-    """Set both ends, an untied head with the final norm's gains in it, and GPT-2's positions."""
+    """Set embedding and head (an untied one includes the final norm's gains), and GPT-2's positions."""
     gains = fetch(theirs.norm, "weight")[0].detach().to(Q)
     ends = [("get_input_embeddings", Q), ("get_output_embeddings", Q * gains)]
     for name, into in ends[: 1 if ours.is_tied else 2]:
@@ -324,7 +324,7 @@ def _set_embeddings(ours: Decoder, theirs: Decoder, Q: Tensor, valid_vocab: int 
 
 
 def _copy(ours: Sublayer, theirs: Sublayer, Q: Tensor, share: float, outputs: Tensor) -> None:
-    """Copy a sublayer, its norm folded into what reads; its units are those of the largest `outputs`."""
+    """Copy a sublayer, with its norm folded into the readers, keeping the units with the largest `outputs`."""
     gains, shift = _read(theirs.norm, Q.device)
     inner = _inputs(ours.writer)
     if theirs.heads is None or ours.heads is None:
@@ -349,7 +349,7 @@ def _copy(ours: Sublayer, theirs: Sublayer, Q: Tensor, share: float, outputs: Te
 
 
 def _choose_heads(outputs: Tensor, theirs: tuple[int, int], ours: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Return which heads and key-value heads have the largest outputs (heads,), those of one key together."""
+    """Return the heads and key-value heads with the largest outputs (heads,), keeping those of one key together."""
     groups = outputs.unflatten(0, (theirs[1], -1))
     best = groups.topk(ours[0] // ours[1], dim=1)
     keys = best.values.sum(1).topk(ours[1]).indices.sort().values
@@ -361,7 +361,7 @@ def _rows(heads: Tensor, size: int) -> Tensor:
 
 
 def _fit_writer(ours: Sublayer, student: Decoder, teacher: Decoder, target: Any, Q: Tensor, text: Text) -> None:
-    """Add to the writer the ridge solution for what the student's stream lacks of the one that `target` reads."""
+    """Add to the writer the ridge solution for the gap between the student's stream and the one `target` reads."""
     weight, bias = _read(ours.writer)
     gram: Any = 0
     cross: Any = 0
@@ -405,7 +405,7 @@ def _set_final_norm(
     _run(text, [(ours, ours.norm), (theirs, theirs.norm)], add)
     moments = sums / sums[-1, -1]
     mean = moments[-1]
-    if ours.layer_norm:  # what is constant goes into the shift
+    if ours.layer_norm:  # the shift takes the constant part
         moments = moments - torch.outer(mean, mean)
     normal = gram * moments[:width, :width]
     normal.diagonal().add_(1e-6 * normal.diagonal().mean())
@@ -417,7 +417,7 @@ def _set_final_norm(
 
 
 def _read(layer: Any, device: Any = None) -> tuple[Tensor, Tensor | None]:
-    """Return weight (out, in), a norm's (H,), and bias of a layer, float64."""
+    """Return a layer's weight, (out, in) or a norm's (H,), and its bias, in float64."""
     weight, bias = fetch(layer, "weight", "bias")
     weight = weight.detach().to(device, torch.float64)
     bias = None if bias is None else bias.detach().to(device, torch.float64)

@@ -1,1 +1,1 @@
-"""On-policy distillation: the student, or the teacher, writes what the student is trained on."""
+"""On-policy distillation: the student or the teacher writes the text that the student is trained on."""

@@ -12,10 +12,10 @@ Batch = dict[str, Any]
 
 
 class Buffer:
-    """Keep `size` batches, each of which serves `size` times: `size` new ones in turn, then the same ones again.
+    """A buffer of `size` batches, each used `size` times: `size` new ones in turn, then the same ones again.
 
-    Which batch is new follows from its number alone, so a resumed run needs `save`'s file for the texts and nothing
-    else. A text that is not there, as after a resume without the file, is written anew.
+    The batch number alone decides which batch is new, so a resumed run needs only `save`'s file, for the texts. A text
+    that is missing, as after a resume without the file, is written anew.
     """
 
     def __init__(self, size: int) -> None:
@@ -23,21 +23,21 @@ class Buffer:
         self._kept: dict[int, Batch] = {}
 
     def find(self, number: int) -> Batch | None:
-        """Return the batch to train on as the run's generated batch `number`, from 0 on; None: write a new one."""
+        """Return the run's generated batch `number`, counted from 0; None if it must be written."""
         return None if number % self.size**2 < self.size else self._kept.get(number % self.size)
 
     def keep(self, number: int, batch: Batch) -> None:
-        """Keep the batch that was written as number `number`, if it will be wanted again."""
+        """Store the new batch `number` if it will be used again."""
         if self.size > 1:
             self._kept[number % self.size] = batch
 
     def save(self, folder: Path, rank: int) -> None:
-        """Write what this process keeps into a checkpoint."""
+        """Write this process's batches into a checkpoint."""
         if self.size > 1:
             torch.save(self._kept, folder / _name(rank))
 
     def load(self, folder: Path | None, rank: int, device: torch.device) -> None:
-        """Read what this process kept; nothing where there is no checkpoint, or no such file in it."""
+        """Read this process's batches from a checkpoint, if it has any."""
         self._kept = {}
         if folder is not None and (path := folder / _name(rank)).is_file():
             kept = torch.load(path, map_location="cpu", weights_only=True)

@@ -1,7 +1,7 @@
-"""Completions that a model writes to prompts, and the rows to train on that they make.
+"""Generated completions of prompts, as rows to train on.
 
-Prompts are padded on the left, where `generate` wants it; the rows that come of them are padded on the right, as all
-other batches are. A row ends with its first end-of-text token, and lacks one where it was cut at `max_new_tokens`.
+Prompts are padded on the left, as `generate` needs them; the rows made from them are padded on the right, like all
+other batches. A row ends with its first end-of-text token, or without one if it was cut at `max_new_tokens`.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from kdfast.training.hf import IGNORE_INDEX, embedding_rows, input_device, shift
 
 
 class Sampling(NamedTuple):
-    """How text is drawn: settings of `KDConfig`, and ids of tokenizer and models."""
+    """How text is sampled: settings of `KDConfig`, and ids of tokenizer and models."""
 
     max_new_tokens: int
-    temperature: float  # 0: the most likely token each time
+    temperature: float  # 0: always the most likely token
     top_p: float
     top_k: int
     end_ids: tuple[int, ...]
     pad_id: int
-    n_ids: int  # those from here on are never drawn
+    n_ids: int  # ids from here on are never drawn
 
 
 class Written(NamedTuple):
@@ -37,18 +37,18 @@ class Written(NamedTuple):
 
     input_ids: Tensor  # (B, T) int64: prompts with their completions
     attention_mask: Tensor  # (B, T) int64
-    labels: Tensor  # (B, T) int64, −100 but for completions and the token that ends them
-    ended: Tensor  # (B,) bool: whether there is one
+    labels: Tensor  # (B, T) int64, −100 except for completions and the token that ends them
+    ended: Tensor  # (B,) bool: whether there is such a token
 
 
 def find_end_of_turn(tokenizer: Any) -> int | None:
-    """Return the token that a chat template closes an answer with, which may be no end of text; None for none."""
+    """Return the token with which a chat template closes an answer, if any; it may not be the end of text."""
     if not getattr(tokenizer, "chat_template", None):
         return None
     try:
         chat = [{"role": "user", "content": PROBE}, {"role": "assistant", "content": PROBE}]
         after = tokenizer.apply_chat_template(chat, tokenize=False).rpartition(PROBE)[2]
-    except Exception:  # a template that wants other messages, or raises an error of its own
+    except Exception:  # the template needs other messages, or raises an error of its own
         return None
     ids = tokenizer(after, add_special_tokens=False)["input_ids"]
     return next((one for one in ids if one in tokenizer.added_tokens_decoder), None)
@@ -56,7 +56,7 @@ def find_end_of_turn(tokenizer: Any) -> int | None:
 
 @contextmanager
 def _ready(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Put a model into eval mode, with no defaults of its own for generation, and back as it was."""
+    """Put a model into eval mode, without generation defaults of its own, and restore it afterwards."""
     modes, own = [(module, module.training) for module in model.modules()], model.generation_config
     try:
         model.eval()
@@ -71,9 +71,9 @@ def _ready(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
 @torch.compiler.disable
 @torch.no_grad()
 def write(model: PreTrainedModel, prompts: Tensor, mask: Tensor, sampling: Sampling, seed: Sequence[int]) -> Written:
-    """Return what `model` writes to prompts (B, T) int64 with their mask (B, T), padded on the left.
+    """Return the completions that `model` writes to prompts (B, T) int64 with mask (B, T), padded on the left.
 
-    The same `seed` gives the same text; the process's own random state stays as it is.
+    The same `seed` gives the same text. The process's random state does not change.
     """
     drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
     unknown = list(range(sampling.n_ids, embedding_rows(model)))
@@ -96,7 +96,7 @@ def write(model: PreTrainedModel, prompts: Tensor, mask: Tensor, sampling: Sampl
 
 
 def behind(written: Written, prompts: Tensor, mask: Tensor) -> Written:
-    """Return rows of the same completions behind other prompts (B, Tp), whose mask is (B, Tp)."""
+    """Return rows with the same completions after other prompts (B, Tp), whose mask is (B, Tp)."""
     completions = [ids[of] for ids, of in zip(written.input_ids, written.labels != IGNORE_INDEX, strict=True)]
     before = [ids[real != 0] for ids, real in zip(prompts, mask, strict=True)]
     ids = [torch.cat(pair) for pair in zip(before, completions, strict=True)]
@@ -110,9 +110,9 @@ def behind(written: Written, prompts: Tensor, mask: Tensor) -> Written:
 
 
 def positions_in(theirs: Written, ours: Written) -> Tensor:
-    """Return where in `theirs` stands what predicts the token after each of `ours` (B, T); −1: not of a completion.
+    """Return the index in `theirs` that predicts the token after each of `ours` (B, T); −1 outside completions.
 
-    Both have the same completions, behind prompts of their own.
+    Both have the same completions, after different prompts.
     """
     start, own = ((rows.labels != IGNORE_INDEX).int().argmax(1, keepdim=True) for rows in (theirs, ours))
     places = torch.arange(ours.labels.shape[1], device=own.device) + start - own
@@ -120,13 +120,13 @@ def positions_in(theirs: Written, ours: Written) -> Tensor:
 
 
 def as_rows(ids: Tensor, prompt_mask: Tensor, end_ids: Sequence[int]) -> Written:
-    """Return rows of `generate`'s ids (B, Tp + N), whose prompts have the mask (B, Tp)."""
+    """Return rows made from `generate`'s ids (B, Tp + N), whose prompts have the mask (B, Tp)."""
     written = ids[:, prompt_mask.shape[1] :]
     ends = torch.isin(written, torch.tensor(list(end_ids), device=ids.device))
-    kept = ends.cumsum(1) - ends.long() == 0  # up to the first end, and it
+    kept = ends.cumsum(1) - ends.long() == 0  # everything up to and including the first end
     mask = torch.cat([prompt_mask, kept.to(prompt_mask)], 1)
     labels = torch.cat([torch.full_like(prompt_mask, IGNORE_INDEX), written.masked_fill(~kept, IGNORE_INDEX)], 1)
-    order = mask.argsort(stable=True, dim=1, descending=True)[:, : int(mask.sum(1).max())]  # what is real to the left
+    order = mask.argsort(stable=True, dim=1, descending=True)[:, : int(mask.sum(1).max())]  # real tokens first
     mask = mask.gather(1, order)
     return Written(
         ids.gather(1, order).masked_fill(mask == 0, int(end_ids[0]) if len(end_ids) else 0),

@@ -1,4 +1,4 @@
-"""What `KDTrainer` asks of generated text: which batches, who writes them, under which seed, to which prompts."""
+"""Generated text for `KDTrainer`: which batches are generated, by which model, from which prompts and seed."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ from kdfast.training.teachers.own_inputs import NAMES
 from kdfast.training.teachers.several import COLUMN
 
 WRITER = "writer"  # in a batch: who wrote its completions
-# columns that generated text has, or replaces
+# columns that generated text contains or replaces
 READ = ("input_ids", "attention_mask", "labels", PROMPTS, PROMPTS_MASK, *NAMES)
 COLUMNS = ((PROMPTS, PROMPTS_MASK), (TEACHER_PROMPTS, TEACHER_PROMPTS_MASK))
 
 
 class OnPolicy:
-    """Replace batches of data by text that the student or the teacher writes to their prompts.
+    """Replacement of data batches by text that the student or the teacher writes to their prompts.
 
-    Batch n of the run, counted over micro-batches, is the student's where n·on_policy passes a whole number, so that
-    the share is exact and the same in all processes. Nothing depends on the process's random state.
+    Batch n of the run, counted in micro-batches, is the student's if n·on_policy passes a whole number, so the share
+    is exact and the same in all processes. Nothing depends on the process's random state.
 
-    Raises ValueError for a recipe or data set that generated text does not go with.
+    Raises ValueError for a recipe or data set that does not work with generated text.
     """
 
     def __init__(self, args: KDConfig, model: DistillationModel, tokenizer: Any, dataset: Any) -> None:
@@ -74,20 +74,20 @@ class OnPolicy:
         )  # fmt: skip
 
     def begin(self, checkpoint: str | None) -> None:
-        """Prepare for a run, resumed from `checkpoint` or new."""
+        """Prepare for a new run, or one resumed from `checkpoint`."""
         self.buffer.load(None if checkpoint is None else Path(checkpoint), self.args.process_index, self.args.device)
         self.texts = Texts(Path(str(self.args.output_dir)))
 
     def replace(
         self, batches: Sequence[Batch], step: int, run: Callable[..., Any], *, kd_weight: float, logged: bool
     ) -> list[Batch]:
-        """Return a step's batches, those that are generated in place of the data's.
+        """Return a step's batches, some of them generated instead of the data's.
 
         Args:
-            batches: of the data.
-            step: how many steps were taken before.
-            run: calls the trained model, wrapped as it is.
-            kd_weight: where it is 0, nothing would be learned of the student's own text, and the data's stays.
+            batches: the data's batches.
+            step: the number of steps taken so far.
+            run: calls the trained model inside its wrapper.
+            kd_weight: if it is 0, the data's batches stay, since nothing could be learned from the student's text.
             logged: keep some of the texts.
         """
         first = step * self.args.gradient_accumulation_steps
@@ -137,16 +137,16 @@ class OnPolicy:
         return {**made, WRITER: writer}
 
     def add(self, writer: str | None, metrics: KDMetrics) -> KDMetrics:
-        """Count a batch's metrics by who wrote it; return what else is to be logged of them."""
+        """Count a batch's metrics by who wrote it; return those that remain to be logged."""
         self.meter.add_metrics(writer, metrics)
-        # the student's own text has no labels: its cross entropy says nothing of the data
+        # text that the student wrote has no labels, so its cross entropy says nothing about the data
         return metrics._replace(ce=torch.full_like(metrics.ce, math.nan)) if writer == "student" else metrics
 
 
 def _write(
     writer: str, sampling: Sampling, seed: Sequence[int], model: DistillationModel, prompts: Tensor, mask: Tensor
 ) -> Written:
-    """Return what one of the model's two writes; called within its forward, so that FSDP gathers the weights."""
+    """Return what student or teacher writes; called inside the model's forward, so that FSDP gathers the weights."""
     by = model.student if writer == "student" else next(iter(model.teachers.values()))
     return write(by, prompts, mask, sampling, seed)
 
@@ -188,9 +188,10 @@ def _check(args: KDConfig, model: DistillationModel, dataset: Any) -> None:
 
 
 class PromptCollator:
-    """Add to the batches of another collator the rows' prompts, padded on the left: `prompts` and their mask, (B, Tp).
+    """A collator that adds the rows' prompts, padded on the left: `prompts` and their mask, (B, Tp).
 
-    The names are those of TRL's collator for chats, whose batches may have them already. The teacher's own likewise.
+    The names are those of TRL's collator for chats, whose batches may have them already. A teacher's own prompts are
+    added in the same way.
     """
 
     def __init__(self, collate: Callable[[list[Any]], dict[str, Any]], on_policy: OnPolicy) -> None:

@@ -1,4 +1,4 @@
-"""What is seen of generated text: numbers for the log, and some of the texts themselves."""
+"""Records of generated text: numbers for the log, and some of the texts themselves."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from kdfast.training.metrics import Reduce, TokenMeans
 from kdfast.training.on_policy.generation import Written
 
 TEXTS = "completions.jsonl"  # in output_dir
-PER_STEP = 2  # texts kept of one batch
-N = 4  # of the n-grams that a repetition is counted by
+PER_STEP = 2  # texts kept per batch
+N = 4  # length of the n-grams that repetition counts
 
 
 class TextMeter:
-    """Collect, between two log lines, numbers of generated text, and the KL on it apart from the data's."""
+    """Statistics of generated text between two log lines, and the KL on it, apart from the data's."""
 
     BY_TOKEN = ("kd_on_policy", "kd_data", "entropy_on_policy")
     BY_TEXT = ("completion_length", "eos_share")
@@ -30,7 +30,7 @@ class TextMeter:
         self._seconds = 0.0
 
     def add_texts(self, written: Written, seconds: float) -> None:
-        """Count what was written; `seconds`: what that took."""
+        """Count generated texts; `seconds`: how long generating them took."""
         counted = written.labels != IGNORE_INDEX
         n = torch.tensor(len(counted), device=counted.device)
         texts = {"completion_length": counted.sum(1).float().mean(), "eos_share": written.ended.float().mean()}
@@ -48,14 +48,14 @@ class TextMeter:
         self._means.add(values if own else {"kd_data": metrics.kd}, metrics.tokens)
 
     def read(self, reduce: Reduce) -> dict[str, float]:
-        """Return the means there are and `generation_seconds`, of this process; start afresh."""
+        """Return the means that exist, and this process's `generation_seconds`; reset the counts."""
         means, seconds = self._means.read(reduce)[0], self._seconds
         self._seconds = 0.0
         return {**means, "generation_seconds": round(seconds, 4)}
 
 
 def count_repeated(written: Written) -> tuple[int, int]:
-    """Return how many 4-grams of the completions came before in the same one, and how many there are."""
+    """Return how many of the completions' 4-grams occurred before in the same completion, and how many there are."""
     repeated = grams = 0
     for labels in written.labels.tolist():
         ids = [one for one in labels if one != IGNORE_INDEX]
@@ -65,7 +65,7 @@ def count_repeated(written: Written) -> tuple[int, int]:
 
 
 class Text(NamedTuple):
-    """One completion, as the report shows it."""
+    """One completion for the report."""
 
     step: int
     writer: str
@@ -74,7 +74,7 @@ class Text(NamedTuple):
 
 
 class Texts:
-    """Keep some texts in a file of a run's folder; what a resumed run writes once more is not there twice."""
+    """A file of some texts in a run's folder; a text that a resumed run writes again is not kept twice."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -103,7 +103,7 @@ def _line(text: Text) -> str:
 
 
 def read_texts(folder: Path) -> list[Text]:
-    """Return the texts that a run has kept; none where it has no file of them, or that is broken."""
+    """Return the texts that a run has kept; [] if there is no such file, or it is broken."""
     try:
         lines = (folder / TEXTS).read_text(encoding="utf-8").splitlines()
         return [Text(**json.loads(line)) for line in lines]

@@ -1,1 +1,1 @@
-"""The teacher's side of a run: one small class per kind of teacher, cached entries, fidelity, hidden states."""
+"""The teacher's side of a run: a small class per kind of teacher, cached entries, fidelity, hidden states."""

@@ -1,4 +1,4 @@
-"""What a batch brings of a teacher that was run before: entries of its distribution, as a teacher of the loss."""
+"""The entries that a batch brings from a teacher that ran earlier, as a teacher for the loss."""
 
 from __future__ import annotations
 
@@ -21,39 +21,39 @@ OWN_ENTRIES = (
 
 
 class KeptTeacher:
-    """What a `TeacherCache` is: a teacher that was run before, which the model may have among several."""
+    """A teacher that ran earlier, which may be one of several; the base of `TeacherCache`."""
 
     folder: Path
     description: Any
-    head: Any  # of hidden states, else None
+    head: Any  # for hidden states, otherwise None
 
     def check_vocabulary(self, vocab: int, valid_vocab: int | None) -> None:
-        """Raise ValueError where a student of `vocab` ids cannot learn from it."""
+        """Raise ValueError if a student with `vocab` ids cannot learn from it."""
         raise NotImplementedError
 
 
 class CachedEntries(NamedTuple):
-    """What `CachedBlocks` adds to a batch: entries of a teacher cache.
+    """The entries of a teacher cache in a batch, as `CachedBlocks` adds them.
 
     teacher = CachedEntries(batch["teacher_indices"], batch["teacher_log_probs"], batch["teacher_log_tails"])
     loss = fused_kd_loss(student, teacher.at(2.0), labels, temperature=2.0)
 
-    Its `check` raises ValueError for tails that are seen to be of another temperature.
+    Its `check` raises ValueError if the tails are visibly of another temperature.
     """
 
     indices: Tensor  # (*, K) integer
-    log_probs: Tensor  # (*, K) any float dtype: of top-k entries at τ = 1; of drawn ones the log of their weights
-    log_tails: Tensor | None  # (*, 2): log of the mass they do not hold, at τ = 1 and at the KD term's; drawn: (*, 0)
-    tail: TeacherTail | None = "none"  # what they are where log_tails is None; None: not known
+    log_probs: Tensor  # (*, K) any float dtype: top-k at τ = 1; for drawn ids, the log of their weights
+    log_tails: Tensor | None  # (*, 2): log of the remaining mass at τ = 1 and at the KD term's τ; drawn: (*, 0)
+    tail: TeacherTail | None = "none"  # the kind of entries if log_tails is None; None: unknown
 
     def at(self, temperature: float | Tensor) -> SparseLogits:
-        """Return the teacher for a KD term at `temperature`, the one the data set was made with."""
+        """Return the teacher for a KD term at `temperature`, for which the data set was made."""
         if self.log_tails is None or not self.log_tails.shape[-1]:
             return SparseLogits(self.indices, self.log_probs, tail=self.tail or "none", tempered=self.tail == "none")
         return self._at(temperature, self.log_tails[..., 1])
 
     def check(self, temperature: float | Tensor, counted: Tensor) -> None:
-        """Raise ValueError where the tails of rows that count are seen to be of another temperature."""
+        """Raise ValueError if the tails of `counted` rows are visibly of another temperature."""
         if self.log_tails is None or not self.log_tails.shape[-1] or float(temperature) != 1:
             return
         at_one, here = self.log_tails[counted].unbind(-1)
@@ -65,14 +65,14 @@ class CachedEntries(NamedTuple):
             )
 
     def at_one(self) -> SparseLogits | None:
-        """Return the teacher at τ = 1; None where that is unknown: entries were drawn, or log_tails are missing."""
+        """Return the teacher at τ = 1; None if unknown, since ids were drawn or log_tails are missing."""
         if self.log_tails is not None and self.log_tails.shape[-1]:
             return self._at(1.0, self.log_tails[..., 0])
         return SparseLogits(self.indices, self.log_probs, tail="bucket") if self.tail == "bucket" else None
 
     def _at(self, temperature: float | Tensor, log_tail: Tensor) -> SparseLogits:
-        """Give back what rounding has taken from the entries' sum: they have what the tail leaves."""
-        # a row without any entry, −inf alone, comes out as NaN, and has all its mass in the tail
+        """Normalize the entries to what the tail leaves, which undoes the rounding of their sum."""
+        # a row of only −inf becomes NaN; all its mass is in the tail
         entries = (self.log_probs.float() / temperature).log_softmax(-1).nan_to_num(nan=-inf, neginf=-inf)
         left = torch.log(-torch.expm1(log_tail.clamp_max(0)))
         log_probs = entries + left[..., None]
@@ -80,17 +80,17 @@ class CachedEntries(NamedTuple):
 
 
 class CachedStates(NamedTuple):
-    """In the place of `CachedEntries`: coordinates of the teacher's hidden states, under the head they go through."""
+    """Coordinates of the teacher's hidden states, in place of `CachedEntries`, under the head they go through."""
 
     head: Head
-    tail: TeacherTail = "none"  # there is none
+    tail: TeacherTail = "none"  # there is no tail
 
     def at(self, temperature: float | Tensor) -> Head:
         """Return the teacher for a KD term at any temperature."""
         return self.head
 
     def check(self, temperature: float | Tensor, counted: Tensor) -> None:
-        """Pass: every temperature will do."""
+        """Accept any temperature."""
 
     def at_one(self) -> Head:
         """Return the teacher at τ = 1."""
@@ -98,9 +98,9 @@ class CachedStates(NamedTuple):
 
 
 def read_states(hidden: Tensor | None, shape: torch.Size, head: Any) -> CachedStates | None:
-    """Return a batch's coordinates (B, T, r) under the cache's `head`; None where it has none.
+    """Return a batch's coordinates (B, T, r) under the cache's `head`; None if `hidden` is None.
 
-    shape: (B, T), of its ids. Raises ValueError where there is no head for them, or one of another rank.
+    shape: (B, T), of the batch's ids. Raises ValueError if there is no head, or one of another rank.
     """
     if hidden is None:
         return None
@@ -120,9 +120,9 @@ def read_states(hidden: Tensor | None, shape: torch.Size, head: Any) -> CachedSt
 def take_entries(
     batch: dict[str, Any], name: str, shape: torch.Size, head: Any, tail: TeacherTail | None
 ) -> CachedEntries | CachedStates | None:
-    """Take one of several teachers' columns, teacher_indices_<name> and so on, out of `batch`; None without them.
+    """Remove the columns of one of several teachers, teacher_indices_<name> and so on, from `batch`; return them.
 
-    shape, head: as in `read_states`; tail: what entries without log_tails are.
+    Returns None if there are none. shape, head: as in `read_states`. tail: the kind of entries without log_tails.
     """
     indices, log_probs, log_tails, hidden = (batch.pop(f"{column}_{name}", None) for column in ENTRIES)
     found = read_entries(indices, log_probs, log_tails, tail if log_tails is None else None)
@@ -132,7 +132,7 @@ def take_entries(
 def read_entries(
     indices: Tensor | None, log_probs: Tensor | None, log_tails: Tensor | None, tail: TeacherTail | None
 ) -> CachedEntries | None:
-    """Return a batch's entries, None where it has none; `tail` as in `CachedEntries`. ValueError for half of them."""
+    """Return a batch's entries, or None; `tail` as in `CachedEntries`. Raise ValueError if half of them is missing."""
     if indices is None and log_probs is None:
         return None
     if indices is None or log_probs is None:

@@ -1,7 +1,7 @@
-"""How near a run has come to its teacher.
+"""How close a run is to its teacher.
 
-A projector can bring the KD loss to zero by turning the projected teacher into the student; what tells is `Fidelity`,
-the surrogate's KL to the true teacher, which evaluation measures.
+A projector can bring the KD loss to zero by turning the projected teacher into the student. What reveals this is
+`Fidelity`, the surrogate's KL to the true teacher, which evaluation measures.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from kdfast.loss import fused_kd_loss
 
 
 class Fidelity(NamedTuple):
-    """How near student and surrogate are to the true teacher: 0-d tensors, means over the targets at τ = 1."""
+    """The distance of student and surrogate from the true teacher: 0-d tensors, means over the targets at τ = 1."""
 
-    kl_teacher_student: Tensor  # KL(true teacher ‖ student); of a cached one at most that: its tail is one category
-    kl_teacher_projected: Tensor | None = None  # KL(true teacher ‖ surrogate); None where there is none
+    kl_teacher_student: Tensor  # KL(true teacher ‖ student); a lower bound for a cache, whose tail is one category
+    kl_teacher_projected: Tensor | None = None  # KL(true teacher ‖ surrogate); None without one
     ce_projected: Tensor | None = None  # the surrogate's cross entropy on the labels
 
 
@@ -27,11 +27,11 @@ class Fidelity(NamedTuple):
 def fidelity(
     student: Head, surrogate: Head | None, teacher: Head | SparseLogits, targets: Tensor, **options: Any
 ) -> Fidelity | None:
-    """Compare student and surrogate with the teacher's own head, or with its entries from a cache at τ = 1.
+    """Return the fidelity of student and surrogate to the teacher's own head, or to its cached entries at τ = 1.
 
-    Return None where the vocabularies differ by more than padding, and vocab="truncate" does not end both where the
-    smaller one does. The rows of `targets` (B, T) that are not −100 are compared. options: engine, scratch_bytes,
-    valid_vocab, vocab, kd_vocab_mask (then over its ids).
+    None if the vocabularies differ by more than padding, unless vocab="truncate" ends both where the smaller one ends.
+    Compares the rows of `targets` (B, T) that are not −100. options: engine, scratch_bytes, valid_vocab, vocab,
+    kd_vocab_mask (which then limits the comparison to its ids).
     """
     if isinstance(teacher, Head):
         vocab, theirs = student.weight.shape[0], teacher.weight.shape[0]

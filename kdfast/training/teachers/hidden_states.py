@@ -1,4 +1,4 @@
-"""The hidden states' own loss."""
+"""The loss on hidden states."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from kdfast.training.hf import IGNORE_INDEX
 
 
 class HiddenStateLoss(nn.Module):
-    """Draw the student's layers to the teacher's, an optional term beside the logits'.
+    """An optional loss that draws the student's layers to the teacher's.
 
         mean over layers and targets of ½·‖n(A_l h_s) − n(h_t)‖² / Ht,    n(x) = (x − mean x) / std x,  A_l trained
 
-    which is 1 − the correlation of the two: between 0 and 2 whatever a layer's scale, so one weight serves all models.
+    This is 1 − the correlation of the two: between 0 and 2 whatever a layer's scale, so one weight serves all models.
     Student layer l of Ls is compared with teacher layer round(l·Lt/Ls). Source: Jiao et al. 2020, arXiv:1909.10351
     (TinyBERT), with the normalization of patient KD, Sun et al. 2019, arXiv:1908.09355.
 
     Args:
         student_layers, teacher_layers: Ls, Lt.
-        student_width, teacher_width: Hs, Ht. Equal widths still get a map each.
+        student_width, teacher_width: Hs, Ht. Equal widths still get a map per layer.
     """
 
     def __init__(self, student_layers: int, teacher_layers: int, student_width: int, teacher_width: int) -> None:
@@ -37,8 +37,8 @@ class HiddenStateLoss(nn.Module):
 
         Args:
             student, teacher: hidden states (B, T, H) as transformers returns them: embeddings, then every layer's.
-            targets: (B, T); the rows that are not −100 count.
-            items: the divisor; None = the rows that count.
+            targets: (B, T); rows that are −100 are ignored.
+            items: the divisor; None = the number of targets.
         """
         counted = targets != IGNORE_INDEX
         total = torch.zeros((), device=targets.device)
@@ -51,5 +51,5 @@ class HiddenStateLoss(nn.Module):
 
 
 def _standardized(x: Tensor) -> Tensor:
-    """Return `x` of mean 0 and variance 1 per row, in fp32, or float64 as it came."""
+    """Return `x` with mean 0 and variance 1 per row, in fp32, or in float64 if it is."""
     return F.layer_norm(x.to(torch.promote_types(x.dtype, torch.float32)), x.shape[-1:])

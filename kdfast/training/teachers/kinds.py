@@ -1,7 +1,7 @@
-"""What a student learns from: one small class per kind of teacher.
+"""What a student learns from: a small class per kind of teacher.
 
-The *surrogate* is the head that the student learns from in place of the teacher's own: the student's over projected
-hidden states, a probe's, or the compressed one.
+The *surrogate* is the head that the student learns from instead of the teacher's own: the student's head over
+projected hidden states, a probe's, or the compressed one.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from kdfast.training.teachers.entries import OWN_ENTRIES, CachedEntries, CachedS
 
 
 class Probe(LogitProjector):
-    """A projector with a head of its own (V, Hs), trained by the anchor alone: a teacher that no student can move.
+    """A projector with its own head (V, Hs), trained only by the anchor: a teacher that no student can move.
 
-    The head starts as the student's embedding.
+    The head starts as a copy of the student's embedding.
     """
 
     def __init__(self, teacher_width: int, embedding: Tensor, **options: Any) -> None:
@@ -34,50 +34,50 @@ class Probe(LogitProjector):
 
 
 class Batch(NamedTuple):
-    """One batch, as a kind of teacher sees it."""
+    """One batch, as a kind of teacher reads it."""
 
     student: Head
-    own: Head | None  # the teacher's own head, where there is a live one
+    own: Head | None  # the teacher's own head, if it runs
     cached: CachedEntries | CachedStates | None
-    targets: Tensor  # (B, T), −100 counts for nothing, and so does what the teacher has no position for
+    targets: Tensor  # (B, T), −100 where nothing counts or the teacher has no position
     temperature: float | Tensor
-    options: dict[str, Any]  # of `fused_kd_loss`: engine, scratch_bytes, valid_vocab, num_items_in_batch
-    items: int | Tensor | None = None  # the divisor of `targets`, where some have no position; None: options' own
+    options: dict[str, Any]  # options of `fused_kd_loss`: engine, scratch_bytes, valid_vocab, num_items_in_batch
+    items: int | Tensor | None = None  # the divisor of `targets` if some have no position; None: that in options
 
 
 class KDTerms(NamedTuple):
-    """What `fused_kd_loss` takes beside the recipe's numbers."""
+    """Arguments of `fused_kd_loss` besides the recipe's numbers."""
 
     teacher: Teacher | None
     options: dict[str, Any]
-    surrogate: Callable[[], Head] | None = None  # None where the teacher's own head is the teacher, or there is none
-    anchor_loss: Tensor | None = None  # (), where the anchor is no part of the loss's own computation
+    surrogate: Callable[[], Head] | None = None  # None if the teacher's own head is used, or there is no teacher
+    anchor_loss: Tensor | None = None  # (), if the loss does not compute the anchor itself
 
 
 class NoTeacher:
-    """Learn from the text alone."""
+    """Learning from the text alone."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
 
     def make_projector(self, student: PreTrainedModel, teacher: PreTrainedModel | None) -> LogitProjector | None:
-        """Build what is trained on the teacher's side, in fp32 at least; None where nothing is."""
+        """Return the trained part on the teacher's side, in fp32 or fp64; None if there is none."""
         return None
 
     def terms(self, batch: Batch, part: nn.Module | None) -> KDTerms:
-        """Return the teacher of one batch; `part` is the model's projector, or compressed or shared head."""
+        """Return the teacher of one batch; `part` is the model's projector, or its compressed or shared head."""
         return KDTerms(None, batch.options)
 
 
 class OwnHead(NoTeacher):
-    """Learn from the teacher's own head."""
+    """Learning from the teacher's own head."""
 
     def terms(self, batch: Batch, part: nn.Module | None) -> KDTerms:
         return KDTerms(batch.own, batch.options)
 
 
 class SharedTokens(NoTeacher):
-    """Learn from the teacher's own head over the strings that both tokenizers have."""
+    """Learning from the teacher's own head over the strings that both tokenizers have."""
 
     def terms(self, batch: Batch, part: nn.Module | None) -> KDTerms:
         assert part is not None
@@ -85,10 +85,10 @@ class SharedTokens(NoTeacher):
 
 
 class Cached(NoTeacher):
-    """Learn from what the teacher's own head once said."""
+    """Learning from entries that the teacher's own head gave earlier."""
 
     def terms(self, batch: Batch, part: nn.Module | None) -> KDTerms:
-        if batch.cached is None and batch.own is not None:  # in an evaluation that a live teacher was kept for
+        if batch.cached is None and batch.own is not None:  # an evaluation with a live teacher
             return KDTerms(batch.own, batch.options)
         if batch.cached is None:
             raise ValueError(
@@ -101,7 +101,7 @@ class Cached(NoTeacher):
 
 
 class Compressed(NoTeacher):
-    """Learn from the teacher's head as two thin factors; from the whole one where no rank is near enough."""
+    """Learning from the teacher's head as two thin factors, or from the whole head if no rank is close enough."""
 
     def terms(self, batch: Batch, part: nn.Module | None) -> KDTerms:
         assert batch.own is not None
@@ -112,7 +112,7 @@ class Compressed(NoTeacher):
 
 
 class ThroughProjector(NoTeacher):
-    """Learn from a projector followed by the student's own head."""
+    """Learning from a projector followed by the student's own head."""
 
     def make_projector(self, student: PreTrainedModel, teacher: PreTrainedModel | None) -> LogitProjector | None:
         assert teacher is not None
@@ -134,11 +134,11 @@ class ThroughProjector(NoTeacher):
         hidden = batch.own.hidden.to(part.weight.dtype)
         student, recipe = batch.student, self.recipe
 
-        def surrogate() -> Head:  # for evaluation alone: the loss projects within its engine
+        def surrogate() -> Head:  # only for evaluation: in training the engine projects
             return _detached(replace(student, hidden=part(hidden).to(student.hidden.dtype)))
 
         options = {**batch.options, "teacher_grad": recipe.teacher_grad, "anchor_weight": recipe.anchor_weight}
-        if batch.items is not None and recipe.anchor_weight:  # options' divisor divides all terms
+        if batch.items is not None and recipe.anchor_weight:  # the divisor in options divides all terms
             share = batch.options["num_items_in_batch"] / torch.as_tensor(batch.items).clamp(min=1)
             options["anchor_weight"] = recipe.anchor_weight * share
         options["anchor_targets"] = batch.targets
@@ -146,7 +146,7 @@ class ThroughProjector(NoTeacher):
 
 
 class ThroughProbe(ThroughProjector):
-    """Learn from a projector and a head of its own, which learn from the labels alone."""
+    """Learning from a projector and its own head, which learn from the labels alone."""
 
     def _build(self, teacher_width: int, weight: Tensor, options: dict[str, Any]) -> LogitProjector:
         return Probe(teacher_width, weight, **options)

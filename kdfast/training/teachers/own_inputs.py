@@ -1,4 +1,4 @@
-"""A teacher that reads other token ids than its student: what it reads, and where it predicts what the student does."""
+"""Inputs for a teacher that reads other token ids than its student, and where its predictions match the student's."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from torch import Tensor
 
 
 class OwnInputs(NamedTuple):
-    """What a batch has a teacher read in place of the student's ids."""
+    """The ids that a teacher reads instead of the student's."""
 
     input_ids: Tensor  # (B, Tt) int64
-    attention_mask: Tensor | None  # (B, Tt), 0 where there is padding
-    positions: Tensor  # (B, T) int64: of its row, what predicts what the student's position does; −1: nothing
+    attention_mask: Tensor | None  # (B, Tt), 0 at padding
+    positions: Tensor  # (B, T) int64: index of the teacher's position with the student's prediction; −1: none
 
     @property
     def aligned(self) -> Tensor:
-        """(B, T) bool: the student's positions that have one of the teacher's."""
+        """Return which of the student's positions have one of the teacher's, (B, T) bool."""
         return self.positions >= 0
 
     def strange(self, *, look: bool) -> Tensor:
-        """Return whether a position is outside the teacher's row, (); look: raise ValueError then."""
+        """Return whether a position is outside the teacher's row, (); with `look`, raise ValueError then."""
         length = self.input_ids.shape[1]
         bad = (self.positions < -1) | (self.positions >= length)
         if self.attention_mask is not None:
@@ -34,7 +34,7 @@ class OwnInputs(NamedTuple):
         return bad.any()
 
     def align(self, states: Tensor) -> Tensor:
-        """Return the teacher's hidden states (B, Tt, H) at the student's positions, (B, T, H); 0 where it has none."""
+        """Return the teacher's hidden states (B, Tt, H) at the student's positions, (B, T, H); 0 without one."""
         at = self.positions.clamp(0, states.shape[1] - 1).to(states.device)[..., None]
         found = states.gather(1, at.expand(-1, -1, states.shape[-1]))
         return found.masked_fill_(~self.aligned.to(states.device)[..., None], 0.0)
@@ -46,9 +46,9 @@ NAMES = ("teacher_input_ids", "teacher_attention_mask", "teacher_positions")
 def read_own_inputs(
     ids: Tensor | None, mask: Tensor | None, positions: Tensor | None, *, shape: torch.Size
 ) -> OwnInputs | None:
-    """Return what a batch has the teacher read, NAMES; None where that is the student's ids, of `shape` (B, T).
+    """Return the teacher's own inputs in a batch; None if it reads the student's ids, of `shape` (B, T).
 
-    Raises ValueError for one of teacher_input_ids and teacher_positions without the other, or of another shape.
+    Raises ValueError if only one of teacher_input_ids and teacher_positions is given, or shapes differ.
     """
     given = {name: x for name, x in zip(NAMES, (ids, mask, positions), strict=True) if x is not None}
     if not given:

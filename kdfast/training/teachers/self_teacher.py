@@ -1,4 +1,4 @@
-"""A teacher that is the student's own earlier self: its weights at the start, or a moving average of them."""
+"""A teacher that is an earlier state of the student: its weights at the start, or a moving average of them."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from transformers import PreTrainedModel, TrainerCallback
 
 
 def copy_student(student: PreTrainedModel) -> PreTrainedModel:
-    """Return a copy of the student that shares what is not trained: below an adapter no second base is in memory."""
+    """Return a copy of the student that shares everything untrained, such as the base below an adapter."""
     frozen = {id(p): p for p in student.parameters() if not p.requires_grad}
     return copy.deepcopy(student, frozen)
 
 
 class Average:
-    """Keep a teacher at an exponential moving average of its student's trained weights.
+    """A teacher kept at an exponential moving average of its student's trained weights.
 
     Args:
-        student, teacher: as `copy_student` made the latter.
+        student, teacher: the latter from `copy_student`.
         update_rate: the student's share in each update, in (0, 1].
 
-    Raises ValueError for weights of 16 bits, in which small steps are lost.
+    Raises ValueError for 16-bit weights, in which small steps are lost.
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module, update_rate: float) -> None:
@@ -42,7 +42,7 @@ class Average:
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
-        """Take the teacher's weights from `state`. Raise ValueError where some are not there."""
+        """Load the teacher's weights from `state`. Raise ValueError if some are missing."""
         if lacking := sorted({*self.names} ^ state.keys()):
             raise ValueError(f"the checkpoint's teacher is of another student: they differ in {lacking[0]}")
         for name, value in state.items():
@@ -50,14 +50,14 @@ class Average:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take a step of the average towards the student as it is now."""
+        """Move the average one step toward the current student."""
         student, teacher = self.models
         for name in self.names:
             teacher.get_parameter(name).lerp_(student.get_parameter(name), self.update_rate)
 
 
 class TeacherUpdate(TrainerCallback):
-    """Update the average that `average` returns, if any, after every `sync_steps`-th step that was not left out."""
+    """A callback that updates `average()`, if any, after every `sync_steps`-th step that was not left out."""
 
     def __init__(self, average: Callable[[], Average | None], sync_steps: int, left_out: Callable[[], bool]) -> None:
         self.average, self.sync_steps, self.left_out = average, sync_steps, left_out

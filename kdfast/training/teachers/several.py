@@ -1,4 +1,4 @@
-"""Several teachers: their names and weights, which of them a row learns from, and the sum of what they teach."""
+"""Several teachers: names and weights, which of them each row learns from, and the sum of their losses."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from kdfast.training.teachers.entries import CachedEntries, CachedStates, KeptTe
 from kdfast.training.teachers.fidelity import Fidelity
 from kdfast.training.teachers.side import Learned, StudentBatch, TeacherSide
 
-COLUMN = "teacher_id"  # TRL's: which teacher a row learns from
+COLUMN = "teacher_id"  # TRL's column that routes a row to a teacher
 
 
 def name_teachers(given: Any) -> dict[str, Any]:
-    """Return teachers by name, of one, of a list, or of a mapping from names to teachers ("self" too); none of None.
+    """Return teachers by name, from one teacher, a list, or a mapping from names to teachers; {} for None.
 
-    A name is the last part of the folder or hub name that a teacher was loaded from, or of its cache's, with its number
-    behind it where several have that name; "teacher_0" and so on where it has none.
+    A name is the last part of the folder or hub name that a teacher or cache was loaded from, with a number added if
+    several share it; "teacher_0" and so on if it has none.
 
-    Raises ValueError for an empty list, a model that is there twice, or a name that could be no part of a key in logs.
+    Raises ValueError for an empty list, a model given twice, or a name that cannot be part of a key in logs.
     """
     if given is None:
         return {}
@@ -66,7 +66,7 @@ def name_teachers(given: Any) -> dict[str, Any]:
 
 @contextmanager
 def naming(name: str, teachers: Mapping[str, Any]) -> Iterator[None]:
-    """Put a teacher's name in front of what is wrong with it, where there are several."""
+    """Prefix errors with the teacher's name if there are several."""
     try:
         yield
     except (ValueError, TypeError) as error:
@@ -77,7 +77,7 @@ def naming(name: str, teachers: Mapping[str, Any]) -> Iterator[None]:
 
 
 def read_weights(given: Sequence[float] | None, names: Sequence[str]) -> list[float]:
-    """Return a weight for each teacher; equal ones that sum to 1 where none are given. ValueError for wrong ones."""
+    """Return a weight per teacher, by default equal ones that sum to 1. Raise ValueError for wrong ones."""
     if given is None:
         return [1 / max(len(names), 1)] * max(len(names), 1)
     weights = list(given)
@@ -93,7 +93,7 @@ def read_weights(given: Sequence[float] | None, names: Sequence[str]) -> list[fl
 def find_valid_vocab_of_all(
     student: Any, teachers: Mapping[str, Any], processor: Any, valid_vocab: int | None
 ) -> int | None:
-    """Return what `find_valid_vocab` does, of all teachers that run; they share the text's tokenizer."""
+    """Return the result of `find_valid_vocab` for all teachers that run, which share the text's tokenizer."""
     found, teachers = [], running(teachers)
     for name, teacher in teachers.items():
         with naming(name, teachers):
@@ -110,7 +110,7 @@ def choose_recipe_of_all(
     vocab: str,
     shared_strings: float | None = None,
 ) -> Choice:
-    """Return `choose_recipe`'s choice for the first teacher that runs, with which the others have to get along."""
+    """Return `choose_recipe`'s choice for the first teacher that runs; the others must work with it."""
     if teachers and not running(teachers):
         return Choice(CACHED, "the teachers are caches")
     teachers = running(teachers)
@@ -128,12 +128,12 @@ def choose_recipe_of_all(
 
 
 def running(teachers: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the teachers that are no caches."""
+    """Return the teachers that are not caches."""
     return {name: one for name, one in teachers.items() if not isinstance(one, KeptTeacher)}
 
 
 def check_recipe(recipe: Recipe, teachers: Mapping[str, Any]) -> None:
-    """Raise ValueError for what one teacher alone can do, or none that is a cache."""
+    """Raise ValueError if the recipe needs a single teacher, or teachers that are not caches."""
     wrong, live = None, running(teachers)
     if len(teachers) == 1 and not live:
         raise ValueError(
@@ -156,11 +156,11 @@ def check_recipe(recipe: Recipe, teachers: Mapping[str, Any]) -> None:
 
 
 def teacher_number(value: Any, names: Sequence[str], column: str = COLUMN) -> int:
-    """Return which of the teachers a row's `value` means, by name or number. ValueError where it means none."""
+    """Return the number of the teacher that a row's `value` names, by name or number. Raise ValueError for neither."""
     value = value.item() if hasattr(value, "item") else value
     if isinstance(value, str) and value in names:
         return list(names).index(value)
-    value = int(value) if isinstance(value, str) and value.isdecimal() else value  # of a file without types
+    value = int(value) if isinstance(value, str) and value.isdecimal() else value  # from an untyped file
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(names):
         return value
     raise ValueError(
@@ -170,9 +170,9 @@ def teacher_number(value: Any, names: Sequence[str], column: str = COLUMN) -> in
 
 
 def column_of(given: str | None, weights: Any, n_teachers: int, columns: Iterable[str]) -> str | None:
-    """Return the column that says which teacher a row learns from: as `given`, else COLUMN where it is among `columns`.
+    """Return the column that routes rows to teachers: `given`, or COLUMN if it is among `columns`.
 
-    None: every row learns from all teachers, of which there may be one. ValueError for a column and weights.
+    None: every row learns from all teachers, or there is only one. Raises ValueError for a column with weights.
     """
     if given is not None and weights is not None:
         raise ValueError(
@@ -191,9 +191,9 @@ def column_of(given: str | None, weights: Any, n_teachers: int, columns: Iterabl
 def find_column(
     given: str | None, teachers: Teachers, datasets: Mapping[str, Any], packing: bool | None = None
 ) -> str | None:
-    """Return the column that says which teacher a row of `datasets` (as `by_name` returns them) learns from.
+    """Return the column that routes rows of `datasets` (as `by_name` returns them) to teachers.
 
-    None: every row learns from all. Raises ValueError where a data set lacks it, packs rows, or may have it or not.
+    None: every row learns from all. Raises ValueError if a data set lacks it, packs rows, or does not list columns.
     """
     weights = teachers.weights if teachers.weights_are_given else None
     known = {name: [*names_of(one)] for name, one in datasets.items() if one is not None}
@@ -217,7 +217,7 @@ def find_column(
 
 
 def read_route(row: Any, column: str, names: Sequence[str]) -> int:
-    """Return which of the teachers a row learns from. ValueError where it does not say."""
+    """Return the number of the teacher that a row learns from. Raise ValueError if it names none."""
     if not isinstance(row, Mapping) or column not in row:
         raise ValueError(
             f"a row has no column {column!r}, which says what teacher it learns from ({', '.join(names)}). Add it, or "
@@ -227,7 +227,7 @@ def read_route(row: Any, column: str, names: Sequence[str]) -> int:
 
 
 def rows_by_teacher(teacher_id: Any, names: Sequence[str], n_rows: int) -> dict[str, list[int]]:
-    """Return the numbers of the rows that learn from each teacher, of those that have any.
+    """Return the indices of the rows that learn from each teacher, without teachers that have none.
 
     teacher_id: (B,) int64, on a GPU a small copy that is waited for; or a sequence of names or numbers.
     """
@@ -239,22 +239,22 @@ def rows_by_teacher(teacher_id: Any, names: Sequence[str], n_rows: int) -> dict[
 
 
 def hold(parts: Sequence[nn.Module | None]) -> Any:
-    """Return one part as it is, and several teachers' in a list that a module can register; None where none has any."""
+    """Return a single part as it is, several teachers' parts as a module list, and None if there are none."""
     if len(parts) == 1 or not any(part is not None for part in parts):
         return parts[0]
     return nn.ModuleList(parts)  # type: ignore[arg-type]  # it takes None
 
 
 class Teachers(dict[str, TeacherSide]):
-    """Map names to a run's teachers, of which there may be one, or one side without a model.
+    """A mapping from names to a run's teachers; with one teacher, or one side without a model, it has one entry.
 
     Args:
         student, recipe, valid_vocab, vocab, check_heads: as in `TeacherSide`.
-        teachers: as `name_teachers` returns them. A `TeacherCache` among them is learned from by the entries that
-            batches bring under its name, whatever the recipe learns from.
-        weights: of the KD terms; None = equal ones that sum to 1.
+        teachers: as `name_teachers` returns them. The student learns from a `TeacherCache` by the entries that batches
+            bring under its name, whatever the recipe learns from.
+        weights: of the KD terms; None = equal weights that sum to 1.
 
-    Raises ValueError and TypeError as `TeacherSide` does, naming the teacher, and for what one alone can do.
+    Raises ValueError and TypeError as `TeacherSide` does, naming the teacher, and for what needs a single teacher.
     """
 
     def __init__(
@@ -277,7 +277,7 @@ class Teachers(dict[str, TeacherSide]):
         for name, one in teachers.items() or [("teacher", None)]:
             role = f"teacher {name!r}" if len(teachers) > 1 else "teacher"
             alone = self.recipe_of(name, recipe)
-            if name != next(iter(self.models), name):  # a start is the first one's that runs
+            if name != next(iter(self.models), name):  # a start comes from the first teacher that runs
                 alone = replace(alone, student_init="own")
             with naming(name, teachers):
                 if isinstance(one, KeptTeacher):
@@ -286,7 +286,7 @@ class Teachers(dict[str, TeacherSide]):
                 self[name] = TeacherSide(student, one, alone, role=role, **options)
 
     def recipe_of(self, name: str, recipe: Recipe) -> Recipe:
-        """Return the run's `recipe` as it is for one of the teachers."""
+        """Return the run's `recipe` as it applies to one of the teachers."""
         if name not in self.caches or recipe.teacher == "none":
             return recipe
         return replace(recipe, teacher="cached", student_init="own", anchor_weight=0.0)
@@ -301,17 +301,17 @@ class Teachers(dict[str, TeacherSide]):
         compressed: Any,
         entries: Mapping[str, CachedEntries | CachedStates | None],
     ) -> tuple[Learned, dict[str, Learned]]:
-        """Return what all teach together, and each of them: of all rows, or of those that are its own.
+        """Return what the student learns from all teachers together, and from each, over all rows or over its own.
 
-        The cross entropy is computed once: with the first teacher, or of each row with its own.
+        The cross entropy is computed once: with the first teacher, or for each row with its own.
 
         Args:
             teacher_id: as in `DistillationModel.forward`.
             recipe, args, train: as in `TeacherSide.learn`.
-            compressed: the compressed heads, held by `hold`.
-            entries: of those that are caches. Without them one is left out of an evaluation.
+            compressed: the compressed heads, as from `hold`.
+            entries: the caches' entries. In evaluations, a cache without entries is left out.
 
-        Raises ValueError in training for a cache without them, and where none has any.
+        Raises ValueError in training if a cache has no entries, and in evaluations if no teacher remains.
         """
         heads = self.each(compressed)
         rows = None if teacher_id is None else rows_by_teacher(teacher_id, [*self], len(batch.targets))
@@ -348,25 +348,25 @@ class Teachers(dict[str, TeacherSide]):
         if not learned:
             raise ValueError("the batch has entries of none of the teachers; expected those of one of them at least")
         every = add_up([*learned.values()], used if rows is None else None)
-        for name in self.keys() - learned:  # DDP and FSDP wait for the gradient of every projector
+        for name in self.keys() - learned:  # DDP and FSDP wait for every projector's gradient
             part = self[name].projector
             if trained := [p for p in ([] if part is None else part.parameters()) if p.requires_grad]:
                 every = every._replace(loss=every.loss + 0.0 * sum(p.sum() for p in trained))
         return every, {name: one._replace(loss=one.loss.detach()) for name, one in learned.items()}
 
     def each(self, held: Any) -> list[Any]:
-        """Return the part of each teacher, of what `hold` has made of them."""
+        """Return each teacher's part of what `hold` returned."""
         return [held] if len(self) == 1 else list(held or [None] * len(self))
 
     def describe(self, column: str | None) -> str:
-        """Return what a run prints of several: who teaches which rows."""
+        """Return the line a run prints about several teachers: which rows learn from which."""
         if column is not None:
             return f"{len(self)} teachers, each of the rows whose {column!r} names it: {', '.join(self)}"
         weighted = (f"{name} ({weight:.3g})" for name, weight in zip(self, self.weights, strict=True))
         return f"{len(self)} teachers, each of every row, by their weights: {', '.join(weighted)}"
 
     def share_out(self, batches: Iterable[dict[str, Any]]) -> list[Iterator[dict[str, Any]]]:
-        """Return for each teacher that runs the batches' rows that learn from it; all where nothing says which."""
+        """Return, for each teacher that runs, the batches' rows that learn from it; without a column, all rows."""
 
         def own(name: str, some: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             for batch in some:
@@ -381,12 +381,12 @@ class Teachers(dict[str, TeacherSide]):
 
 
 def add_up(learned: Sequence[Learned], weights: Sequence[float] | None) -> Learned:
-    """Return the sum of what several teachers teach.
+    """Return the sum of several teachers' losses.
 
-    kd is their weighted sum, as it stands in the loss; of what else is measured of each the weighted mean.
+    kd is their weighted sum, as in the loss; the other values are weighted means.
 
     Args:
-        weights: of the teachers, each of all rows. None: each has rows of its own, and counts by them.
+        weights: one per teacher, each over all rows. None: each teacher has its own rows, which weight it.
     """
     first = learned[0]
     if len(learned) == 1 and weights in (None, [1.0]):
@@ -394,7 +394,7 @@ def add_up(learned: Sequence[Learned], weights: Sequence[float] | None) -> Learn
     given = None if weights is None else first.loss.new_tensor(weights)
     own = (torch.stack(x) for x in zip(*((x.metrics.tokens, x.counted, x.compared) for x in learned), strict=True))
     by_rows, by_targets, by_compared = own if given is None else (given,) * 3
-    weighing = {"ce": by_targets, "anchor": by_compared}  # and the rows of the KD term what else is measured
+    weighing = {"ce": by_targets, "anchor": by_compared}  # other values are weighted by the KD term's rows
 
     def mean(values: Iterable[Tensor], by: Tensor) -> Tensor:
         stacked = torch.stack([*values])

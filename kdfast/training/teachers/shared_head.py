@@ -1,4 +1,4 @@
-"""A teacher's head in the student's order of ids, where its tokenizer is another."""
+"""The head of a teacher with another tokenizer, in the order of the student's ids."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from kdfast.training.hf import head, head_shape
 
 
 class SharedHead(nn.Module):
-    """Hold the teacher's rows of the strings that both tokenizers have, copied once: (V, Ht), by the student's ids.
+    """The teacher's head rows for the strings that both tokenizers have, copied once: (V, Ht), by the student's ids.
 
-    `mask` (V,) is True at those; the other rows say nothing. Neither trained nor saved.
+    `mask` (V,) is True at those; the other rows mean nothing. It is neither trained nor saved.
     """
 
     weight: Tensor
@@ -25,7 +25,7 @@ class SharedHead(nn.Module):
 
     @torch.no_grad()
     def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel, shared: SharedVocabulary) -> None:
-        """Raise ValueError where a model's head has no row for one of its ids."""
+        """Copy the rows. Raise ValueError if a model's head has no row for one of its ids."""
         super().__init__()
         for role, model, ids in (("student", student, shared.student), ("teacher", teacher, shared.teacher)):
             if (largest := int(ids.max())) >= head_shape(model)[0]:
@@ -41,5 +41,5 @@ class SharedHead(nn.Module):
         self.register_buffer("mask", mask.to(own.weight.device), persistent=False)
 
     def forward(self, own: Head) -> Head:
-        """Return the teacher's head over its hidden states with these rows, its scale and its cap."""
+        """Return the teacher's head over its hidden states with these rows, and its own scale and cap."""
         return replace(own, weight=self.weight, bias=self.bias)

@@ -1,4 +1,4 @@
-"""One teacher of a run: whether it fits the student, its own head over a batch, and what the student learns from it."""
+"""One teacher of a run: whether it fits the student, its head over a batch, and what the student learns from it."""
 
 from __future__ import annotations
 
@@ -35,49 +35,49 @@ from kdfast.training.teachers.kinds import KINDS, Batch, KDTerms
 from kdfast.training.teachers.own_inputs import OwnInputs
 from kdfast.training.teachers.shared_head import SharedHead
 
-TEXT = {"input_ids", "attention_mask", "position_ids", "use_cache", "output_hidden_states"}  # of a batch of text
+TEXT = {"input_ids", "attention_mask", "position_ids", "use_cache", "output_hidden_states"}  # of a text batch
 
 
 @dataclass(frozen=True)
 class StudentBatch:
-    """One batch as the student has it: what every teacher is asked of, and what the loss of it needs."""
+    """One batch from the student's side: what every teacher and the loss need."""
 
     student: Head  # over its last hidden states (B, T, H)
     input_ids: Tensor  # (B, T)
-    inputs: dict[str, Any]  # what else both backbones take
-    targets: Tensor  # (B, T), −100 counts for nothing
-    kd_targets: Tensor  # (B, T), whose rows the KD term counts; `targets` itself where those are the same
+    inputs: dict[str, Any]  # other inputs of both backbones
+    targets: Tensor  # (B, T), −100 is ignored
+    kd_targets: Tensor  # (B, T), the KD term's targets; `targets` itself if they are the same
     cached: CachedEntries | CachedStates | None
     temperature: float | Tensor
     kd_weight: float | Tensor
     ce_weight: float
     items: int | Tensor | None  # the divisor of every term; None = the targets of this batch
-    kd_items: int | Tensor | None  # the KD term's own
-    look: bool  # whether ids and entries may be looked at, which waits for the device
+    kd_items: int | Tensor | None  # the KD term's divisor
+    look: bool  # whether to check ids and entries, which waits for the device
     with_fidelity: bool
     with_metrics: bool
-    own_inputs: OwnInputs | None = None  # what the teacher reads in place of the student's ids
+    own_inputs: OwnInputs | None = None  # the teacher's own inputs, if it reads other ids
 
     @property
     def counted(self) -> Tensor:
-        """(), the number of targets."""
+        """Return the number of targets, ()."""
         return (self.targets != IGNORE_INDEX).sum()
 
     @property
     def compared(self) -> Tensor:
-        """(B, T), the targets that the teacher predicts, too."""
+        """Return the targets that the teacher also predicts, (B, T)."""
         if self.own_inputs is None:
             return self.targets
         return self.targets.masked_fill(~self.own_inputs.aligned, IGNORE_INDEX)
 
     @property
     def share(self) -> float | Tensor:
-        """The targets' share in those of the step."""
+        """Return this batch's share of the step's targets."""
         return self._part(self.counted, self.items)
 
     @property
     def compared_share(self) -> float | Tensor:
-        """The share of those that are compared; without own inputs all targets."""
+        """Return the share of the compared targets; without own inputs, that of all targets."""
         if self.own_inputs is None:
             return self.share
         return self._part((self.compared != IGNORE_INDEX).sum(), self.kd_items)
@@ -87,7 +87,7 @@ class StudentBatch:
 
     @property
     def kd_token_weights(self) -> Tensor | None:
-        """(B, T), under which `items`, the divisor of all terms, divides the KD term by `kd_items`."""
+        """Return weights (B, T) with which `items`, the divisor of all terms, divides the KD term by `kd_items`."""
         if self.kd_targets is self.targets:
             return None
         weights = (self.kd_targets != IGNORE_INDEX).to(torch.float32)
@@ -96,9 +96,9 @@ class StudentBatch:
         return weights * (self.items / torch.as_tensor(self.kd_items).clamp(min=1))
 
     def rows(self, index: list[int]) -> StudentBatch:
-        """Return the batch of these rows, whose terms are still divided as those of the whole one.
+        """Return the batch of these rows; its terms are divided as those of the whole batch.
 
-        Raises ValueError for inputs of which no row can be taken.
+        Raises ValueError for inputs that cannot be split by rows.
         """
         n_rows = len(self.targets)
         for name, x in self.inputs.items():
@@ -127,27 +127,27 @@ class StudentBatch:
 
 
 class Learned(NamedTuple):
-    """What a student has from one teacher for a batch, its own cross entropy included."""
+    """What a student learns from one teacher in a batch, its own cross entropy included."""
 
     loss: Tensor  # ()
     metrics: KDMetrics
-    counted: Tensor  # (), targets
-    compared: Tensor  # (), those that fidelity and anchor are of
-    strange: bool | Tensor  # (), whether the teacher has no row for an id that is not padding
-    hidden_states: tuple[Tensor, ...] | None = None  # of the teacher's layers, where they were asked for
-    fidelity: Fidelity | None = None  # where it was asked for and there is a teacher to compare with
+    counted: Tensor  # (), number of targets
+    compared: Tensor  # (), number of targets that fidelity and anchor cover
+    strange: bool | Tensor  # (), whether the teacher has no row for a real token's id
+    hidden_states: tuple[Tensor, ...] | None = None  # of the teacher's layers, if requested
+    fidelity: Fidelity | None = None  # if requested, and there is a teacher to compare with
 
 
 class TeacherSide:
-    """Hold one teacher, put into eval mode and frozen, or none, and say what the student learns from it.
+    """One teacher, frozen and in eval mode, or none, and what the student learns from it.
 
     Args:
         student: as in `DistillationModel`.
-        teacher: likewise; None where batches bring its entries, or nothing is learned from one.
-        recipe, valid_vocab, vocab, shared_vocabulary, check_heads: likewise.
-        role: what errors call it.
+        teacher: as there; None if batches bring its entries, or nothing is learned from one.
+        recipe, valid_vocab, vocab, shared_vocabulary, check_heads: as there.
+        role: its name in errors.
 
-    Raises ValueError and TypeError as `DistillationModel` does of a teacher.
+    Raises ValueError and TypeError as `DistillationModel` does about a teacher.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class TeacherSide:
         self._places = placeholders(student)
 
     def learn_from_entries(self, recipe: Recipe) -> None:
-        """Take the entries that batches bring in place of the teacher's head; `recipe` says so too."""
+        """Learn from entries in batches instead of the teacher's head; `recipe` says so too."""
         self.kind = KINDS[recipe.teacher](recipe)
 
     def check_inputs(self, inputs: dict[str, Any]) -> None:
@@ -184,7 +184,7 @@ class TeacherSide:
             check_inputs(self.model, self.role, inputs, self.inputs)
 
     def is_needed(self, batch: StudentBatch, recipe: Recipe, *, train: bool) -> bool:
-        """Return whether a batch has a use for it: not in training under a KD weight that is known to be 0."""
+        """Return whether a batch needs the teacher; in training it does not at a KD weight known to be 0."""
         zero = not isinstance(batch.kd_weight, Tensor) and batch.kd_weight == 0 and train
         return batch.with_fidelity or not zero or recipe.needs_teacher_always
 
@@ -201,10 +201,10 @@ class TeacherSide:
         """Return the loss of a batch: the cross entropy, the KD term and the anchor.
 
         Args:
-            recipe: of the run.
+            recipe: the run's recipe.
             options: engine, scratch_bytes, valid_vocab and vocab, as in `fused_kd_loss`.
-            train: whether a KD weight of 0 leaves the teacher out.
-            compressed: the teacher's compressed head, where it has one.
+            train: whether a KD weight of 0 skips the teacher.
+            compressed: the teacher's compressed head, if it has one.
         """
         needed = self.is_needed(batch, recipe, train=train)
         own: Head | None = None
@@ -214,7 +214,7 @@ class TeacherSide:
         if self.model is not None and (batch.with_fidelity or (needed and live)):
             own, states, strange = self.run(batch)
         kd = KDTerms(None, {**options, "num_items_in_batch": batch.items})
-        if needed or recipe.teacher == "cached":  # a batch that lacks them is an error under any weight
+        if needed or recipe.teacher == "cached":  # missing entries are an error at any weight
             part = self.projector or self.shared_head or compressed
             items = None if batch.own_inputs is None else batch.kd_items
             shown = Batch(batch.student, own, batch.cached, batch.compared, batch.temperature, kd.options, items)
@@ -244,7 +244,7 @@ class TeacherSide:
 
     @torch.no_grad()
     def run(self, batch: StudentBatch) -> tuple[Head, tuple[Tensor, ...], Tensor]:
-        """Return its own head over a batch, at the student's positions, and as `run_teacher` layers and `strange`."""
+        """Return the teacher's head at the student's positions, and `run_teacher`'s layers and `strange`."""
         assert self.model is not None
         self._check_places(batch.inputs)
         if self.shared_head is not None and batch.own_inputs is None:
@@ -258,7 +258,7 @@ class TeacherSide:
         return own if self.shared_head is None else self.shared_head(own), states[:-1], strange
 
     def _check_places(self, inputs: dict[str, Any]) -> None:
-        """Raise ValueError for images whose places the teacher would not find: both models read the same ids."""
+        """Raise ValueError if the teacher would not find the images' places in ids that both models read."""
         theirs = {} if MEDIA.isdisjoint(inputs) or self.model is None else placeholders(self.model)
         for kind in ("image", "video", "audio"):
             ours, other = self._places.get(kind), theirs.get(kind)
@@ -278,17 +278,17 @@ def run_teacher(
     look: bool,
     role: str = "teacher",
 ) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Return hidden states (B, T, H), of the layers where they are asked for and the last ones, and `strange`, ().
+    """Return hidden states (B, T, H), of the layers if requested and the last ones, and `strange`, ().
 
-    The latter says whether the teacher has no row for an id that is not padding, or no such position.
+    `strange` is whether the teacher has no row for a real token's id, or no such position.
 
     Args:
-        input_ids, inputs: as the student reads them, and what else both backbones take.
-        own: in place of the student's ids and mask; what is returned is at the student's positions then.
-        look: raise ValueError for what is strange, which waits for the device.
-        role: what errors call it.
+        input_ids, inputs: the student's ids, and the other inputs of both backbones.
+        own: replaces the student's ids and mask; states are then returned at the student's positions.
+        look: raise ValueError for strange ids or positions, which waits for the device.
+        role: its name in errors.
 
-    Raises ValueError for `own` beside what goes with the student's ids, such as images.
+    Raises ValueError for `own` together with inputs that belong to the student's ids, such as images.
     """
     argument, bad = "input_ids", None
     if own is not None:
