@@ -94,7 +94,7 @@ def test_the_pages_have_every_public_name(tmp_path):
     loss, training = pages["kdfast.html"], pages["kdfast/training.html"]
     assert "indices    (*, K)  integer ids, in any order" in loss  # columns stay
     assert "Multiplies τ²·KL; the value after the ramp." in training  # a help text
-    assert "(*, K) any float dtype: of top-k entries" in training  # a comment
+    assert "(*, K) any float dtype: top-k at" in training  # a comment
     assert "per_device_train_batch_size" not in training.partition('<section id="KDConfig">')[2].partition("<pre")[0]
 
 
