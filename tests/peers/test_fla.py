@@ -1,5 +1,6 @@
 """flash-linear-attention's loss: hidden states and heads."""
 
+import pytest
 import torch
 from cases import relative
 from side_by_side import agree, fault, fla, fresh, ours
@@ -21,3 +22,10 @@ def test_fla_and_a_larger_teacher():
     larger = torch.cat([case.Wt, case.Wt[:9]])
     mine = ours(case, bias=False, teacher=Head(case.ht, larger), vocab="truncate")
     assert relative(fla(case, larger), mine) > 0.01
+
+
+def test_fla_refuses_a_gradient_to_the_teacher():
+    case = fresh()
+    case.ht.requires_grad_()
+    with pytest.raises(RuntimeError, match="frozen teacher"):
+        torch.autograd.grad(fla(case), case.ht)

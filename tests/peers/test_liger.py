@@ -104,6 +104,24 @@ def test_liger_chunked_has_bf16_logits():
     assert relative(gradient(lambda: ours(case, bias=False), torch.bfloat16), exact) < 0.01
 
 
+@fault("liger_kernel")
+def test_liger_chunked_is_nan_where_an_id_is_masked_on_both_sides():
+    """As above: −inf − (−inf), when padding rows of the vocabulary have a bias of −inf."""
+    case = fresh()
+    with torch.no_grad():
+        case.b[-5:] = case.bt[-5:] = -torch.inf
+    labels = case.labels.clamp(max=V - 6)
+    assert liger(case, 0.5, labels).isnan()
+    assert ours(case, "jsd", labels).isfinite()
+
+
+def test_liger_chunked_drops_a_gradient_that_the_teacher_asked_for():
+    """As above, backward: none for the teacher's hidden states."""
+    case = fresh()
+    case.ht.requires_grad_()
+    assert torch.autograd.grad(liger(case, 0.5, case.labels), case.ht, allow_unused=True) == (None,)
+
+
 @pytest.mark.parametrize("temperature", [0.7, 3.0])
 @pytest.mark.parametrize("beta", BETAS)
 def test_liger_triton(beta, temperature):
