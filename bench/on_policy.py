@@ -1,4 +1,5 @@
 """`OMP_NUM_THREADS=1 python bench/on_policy.py`: TRL's on-policy trainers with their own loss, and with our example's.
+bench/results/on-policy-step-cpu.md keeps a run.
 
 A step is `compute_loss` and its backward on one batch of written text: generating it costs the same on either side and
 is not in it. Models have real widths and vocabularies, and two layers. Peak bytes are those above weights, batch and

@@ -53,7 +53,7 @@ def test_rows_are_those_of_the_full_table():
         "top-k teachers": "sparse top-k log-probabilities",
         "second derivatives": "double backward",
         "vocabularies of different sizes": "vocabularies of different size",
-        "teacher projected through the student's head": "projected through the student's own head, gradient to "
+        "projected teacher, without whole logits": "projected through the student's own head, gradient to "
         "projector and W",
         "CPU": "CPU",
     }
