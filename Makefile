@@ -1,9 +1,9 @@
-# Every target sets up what it needs: a virtual environment in .venv, installed from constraints.txt.
+# Every target first sets up what it needs: a virtual environment in .venv, with the versions of constraints.txt.
 #
-#   PYTHON=python3.12   the interpreter that makes .venv
-#   ARGS="..."          extra arguments for kdfast demo, pytest or the fuzzer
+#   PYTHON=python3.12   the interpreter to make .venv with
+#   ARGS="..."          more arguments for kdfast demo, pytest, the fuzzer or a script
 #
-# Without a GPU, pip may be pointed at PyTorch's CPU wheels through PIP_EXTRA_INDEX_URL, a much smaller download.
+# Without a GPU, set PIP_EXTRA_INDEX_URL to PyTorch's CPU wheels, which are a much smaller download.
 
 PYTHON ?= python3
 ARGS ?=
@@ -18,34 +18,34 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c const
 .DEFAULT_GOAL := help
 .PHONY: help demo quick test test-all test-long fuzz aot lint types check bench recipes peers api dist package clean
 
-help:  ## this list
+help:  ## print this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
-demo: $(READY)  ## a real distillation on this machine: text, tokenizer, teacher, six students, one table
+demo: $(READY)  ## distill a small model on this machine: twelve minutes at most
 	$(BIN)/kdfast demo $(ARGS)
 
-# Tests that start processes lie in tests/system; others that take long are marked slow. What tries at random for minutes
-# is marked long: worth a night, and no part of test-all.
-quick: $(READY)  ## every divergence, teacher and engine once: seconds
+# Tests that start processes are in tests/system; others that take long are marked slow. Tests that try random problems
+# for minutes are marked long, and test-all leaves them out.
+quick: $(READY)  ## test every divergence, teacher and engine once: seconds
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/quick tests/loss/test_divergences.py $(ARGS)
 
-# Triton's interpreter is one thread of Python: two workers of one thread each use two cores
+# Triton's interpreter runs in one Python thread: two workers of one thread each use two cores
 PYTEST_ON_TWO_CORES := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-test: $(READY)  ## the tests, but for those that start processes or take long: six minutes on two cores
+test: $(READY)  ## run the tests that start no processes and are not slow: six minutes on two cores
 	$(PYTEST_ON_TWO_CORES) --ignore tests/system -m "not slow and not long" $(ARGS)
 
-test-all: $(READY)  ## every test but the random ones of test-long, what CI runs: twenty minutes on two cores
+test-all: $(READY)  ## run those too, as CI does: twenty minutes on two cores
 	$(PYTEST_ON_TWO_CORES) $(ARGS)
 
-test-long: $(READY)  ## not in test-all: thousands of random problems, minutes of fuzzing and of random kills, every row of aot
+test-long: $(READY)  ## try thousands of random problems, faults and kills, and all of aot: over half an hour
 	$(BIN)/python -m pytest -m long $(ARGS)
 
-# PYTHONPATH: tests/ has what the tests share
-fuzz: $(READY)  ## random right, wrong and damaged arguments, configs, checkpoints and caches: a minute of each kind, or ARGS
+# PYTHONPATH: the fuzzer uses the tests' helpers
+fuzz: $(READY)  ## try random and damaged arguments, configs, checkpoints and caches: four minutes, or ARGS
 	PYTHONPATH=.:tests:tests/helpers $(BIN)/python -m fuzz $(ARGS)
 
-aot: $(READY)  ## every kernel compiled for seven GPUs without one: registers, spills, shared memory, tensor cores
+aot: $(READY)  ## compile every kernel for seven GPUs, without one, and check the machine code: half an hour
 	PYTHONPATH=. $(BIN)/python tests/kernels/aot.py $(ARGS)
 
 lint: $(READY)
@@ -54,32 +54,32 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-check: lint types test  ## lint, types and tests
+check: lint types test  ## lint, type-check and test
 
-# some benchmarks print their tables (-s), and the peers' warnings are theirs
-bench: $(READY_BENCH)  ## throughput and memory against the peers, over an hour on two cores; then tables and a picture
+# -s: some benchmarks print tables. -W default: the peers' warnings are not ours to mend
+bench: $(READY_BENCH)  ## measure time and memory beside the peers, then write tables and a picture: over an hour
 	$(BIN)/python -m pytest bench -s -W default $(ARGS)
 	$(BIN)/python bench/report.py
 
-recipes: $(READY)  ## the experiment that decides the default recipe: hours on two cores; goes on where it stopped
+recipes: $(READY)  ## run the experiment that decides the default recipe: hours; resumes where it stopped
 	$(BIN)/python bench/recipes/experiment.py $(ARGS)
 	$(BIN)/python bench/recipes/results.py
 
-peers: $(READY_BENCH)  ## our losses against TRL's, Liger's, torchtune's and fla's
+peers: $(READY_BENCH)  ## compare our losses with TRL's, Liger's, torchtune's and fla's
 	$(BIN)/python -m pytest tests/peers $(ARGS)
 
 api: $(READY)  ## pages of every public name, from the docstrings, into build/api/
 	PYTHONPATH=. $(BIN)/python docs/build_api.py
 
-# the wheel is made from the source distribution, so neither old build products nor an old list of files gets into it
-dist: $(READY_DIST)  ## wheel and source distribution, into dist/
+# The wheel is made from the source distribution, so that no old build product gets into it.
+dist: $(READY_DIST)  ## build the wheel and the source distribution into dist/
 	rm -rf dist kdfast.egg-info
 	$(BIN)/python -m build
 
-package: dist  ## what is in them, and the wheel installed and used as users do, with and without triton: minutes
+package: dist  ## check both, then install and use the wheel as users do, with and without triton: minutes
 	$(BIN)/python tests/system/package/install.py
 
-clean:  ## remove .venv, build products and caches, not the results of runs
+clean:  ## remove .venv, build products and caches, but no results of runs
 	rm -rf $(VENV) build/api build/lib build/bdist.* dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -90,7 +90,7 @@ $(READY): setup.py constraints.txt kdfast/_version.py
 	$(PIP_INSTALL) -e '.[train,dev]'
 	@touch $@
 
-# torchtune is a file to look at here: what it imports as a package is of other versions than ours
+# --no-deps: torchtune's own dependencies are other versions than ours, and the tests read single files of it
 $(READY_BENCH): $(READY)
 	$(PIP_INSTALL) -e '.[train,dev,bench]'
 	$(PIP_INSTALL) --no-deps torchtune

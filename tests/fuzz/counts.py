@@ -1,7 +1,7 @@
-"""The counts of tests/fuzz/README.md: a table from counts.json, which `make fuzz ARGS="--json tests/fuzz/counts.json"`
-has added to.
+"""Print the table of tests/fuzz/README.md from counts.json, which `make fuzz ARGS="--json tests/fuzz/counts.json"`
+adds to.
 
-    PYTHONPATH=.:tests:tests/helpers python -m fuzz.counts        prints it
+    PYTHONPATH=.:tests:tests/helpers python -m fuzz.counts
 """
 
 import json
@@ -12,9 +12,9 @@ ENDS = ("agrees", "done", "meant something", "refused", "refused, in words", "fa
 
 
 def rows() -> list[str]:
-    """A line of the table for each kind, and one for all."""
+    """Return the table: a line for each kind, and one for all."""
     kinds = json.loads(FILE.read_text())
-    lines = ["| kind | cases | minutes | seeds | came to | findings |", "|---|---|---|---|---|---|"]
+    lines = ["| kind | cases | minutes | seeds | outcomes | findings |", "|---|---|---|---|---|---|"]
     total = 0
     for kind, runs in kinds.items():
         cases = sum(run["cases"] for run in runs)

@@ -1,6 +1,7 @@
 """What the documents hold that can be tried: code, output, errors, commands, links.
 
-In README.md, CONTRIBUTING.md, docs/**/*.md and the READMEs of tests/fuzz and tests/peers
+In README.md, CONTRIBUTING.md, CHANGELOG.md, docs/**/*.md and the README.md of kernels/, examples/,
+tests/fuzz/ and tests/peers/
 
     ```python                 is run; the blocks of a file share their names, in order
     ```text after it          is what it prints, or the error it ends with ("ValueError: …"); … stands for anything
@@ -37,7 +38,8 @@ class Block:
 def pages() -> list[str]:
     """Paths from the root."""
     docs = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))
-    return ["README.md", "CONTRIBUTING.md", *docs, "tests/fuzz/README.md", "tests/peers/README.md"]
+    folders = (f"{folder}/README.md" for folder in ("kernels", "examples", "tests/fuzz", "tests/peers"))
+    return ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *docs, *folders]
 
 
 @cache
