@@ -16,7 +16,7 @@ READY_DIST := $(VENV)/.ready-dist
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo quick test test-all test-long fuzz aot lint types check bench recipes peers api dist package clean
+.PHONY: help demo quick test test-all test-long fuzz aot lint types check bench recipes peers api gallery dist package clean
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -68,11 +68,13 @@ recipes: $(READY)  ## run the experiment that decides the default recipe: hours;
 peers: $(READY_BENCH)  ## compare our losses with TRL's, Liger's, torchtune's and fla's
 	$(BIN)/python -m pytest tests/peers $(ARGS)
 
-api: $(READY)  ## pages of every public name, from the docstrings, into build/api/
+api: $(READY)  ## build pages of every public name, from the docstrings, into build/api/
 	PYTHONPATH=. $(BIN)/python docs/build_api.py
 
+gallery: $(READY)  ## draw the pictures of the documents, from what commands print: a few minutes on two cores
+	PYTHONPATH=. $(BIN)/python docs/make_gallery.py
+
 # The wheel is made from the source distribution, so that no old build product gets into it.
-dist: $(READY_DIST)  ## build the wheel and the source distribution into dist/
 	rm -rf dist kdfast.egg-info
 	$(BIN)/python -m build
 

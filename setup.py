@@ -39,7 +39,8 @@ EXAMPLES = ["trl", "lightning"]  # one example each; the others need TRAIN alone
 BENCH = ["pytest", "pytest-benchmark", "trl", "liger-kernel", "fla-core", "cut-cross-entropy", "rouge-score"]
 # `kernels` is Hugging Face's: one test shows that ours and theirs live side by side
 TESTS = ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "rouge-score"]
-DEV = [*TESTS, *EXAMPLES, *LORA, *QUANTIZED, "ruff", "mypy", "types-PyYAML", "kernels", "setuptools>=77", "pdoc"]
+DOCS = ["pdoc", "rich"]  # pages from the docstrings, pictures of terminals
+DEV = [*TESTS, *EXAMPLES, *LORA, *QUANTIZED, *DOCS, "ruff", "mypy", "types-PyYAML", "kernels", "setuptools>=77"]
 
 setup(
     name="kdfast",

@@ -135,7 +135,7 @@ def draw(panel: Panel, curves: Sequence[Curve], runs: Sequence[Run], form: str) 
                 formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.8)))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         if form == "png":
-            axes.set_title(panel.title)
+            axes.set_title(panel.title + "\nthick: evaluation, pale: training" * both)
         if len(runs) > 1:  # matplotlib drops a label that begins with _
             labels = ["\u200a" + runs[run].name for run in drawn]
             columns = max(1, min(4, 84 // (10 + max(map(len, labels)))))

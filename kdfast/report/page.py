@@ -97,9 +97,11 @@ def _cell(value: Any, digits: int, unit: int) -> str:
 
 
 def text_table(runs: Sequence[Run]) -> str:
-    """Return the table for a terminal: the first column left-aligned, numbers right-aligned."""
-    cells = table(runs)
-    return cells.to_string(col_space=[len(header) + 1 for header in cells])
+    """Return the table for a terminal: one row per run or one column per run, whichever is narrower."""
+    rows = table(runs)
+    columns = rows.T.rename_axis(index=None, columns="run")
+    texts = [cells.to_string(col_space=[len(header) + 1 for header in cells]) for cells in (rows, columns)]
+    return min(texts, key=lambda text: text.index("\n"))
 
 
 def write_report(path: Path, title: str, runs: Sequence[Run], note: str = "") -> None:

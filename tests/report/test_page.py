@@ -208,9 +208,12 @@ def test_students_are_compared_with_lm_only_at_equal_tokens_and_at_equal_seconds
 
 
 def test_text_table_is_aligned():
-    lines = text_table(RUNS).splitlines()
-    assert len({len(line) for line in lines}) == 1
-    assert lines[0].startswith("run ")
+    few, many = (text_table(runs).splitlines() for runs in (RUNS, 40 * RUNS))
+    for lines in (few, many):
+        assert len({len(line) for line in lines}) == 1
+    assert few[0].split("  ")[0] == many[0].split("  ")[0] == "run"
+    assert few[1].startswith("recipe ")  # the narrower of the two
+    assert "student CE  perplexity" in many[0]
 
 
 @pytest.mark.parametrize("count", [1, 2, 11])  # eleven is one more than there are colors

@@ -62,7 +62,7 @@ def test_two_processes_write_what_one_writes(place, kdfast, launcher):
         assert found[key] == pytest.approx(alone[key], rel=1e-4), key
     assert {path.name for path in (place / "out").iterdir()} == {path.name for path in (place / "one").iterdir()}
     assert AutoModelForCausalLM.from_pretrained(place / "out").config.n_embd == 16
-    for line in ("out: recipe projector_fixed", "'train_runtime'", "are in out", "student CE  perplexity"):
+    for line in ("out: recipe projector_fixed", "'train_runtime'", "are in out", "student CE "):
         assert out.count(line) == 1, line
 
 
