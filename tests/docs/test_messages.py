@@ -126,3 +126,29 @@ def test_every_message_is_tried():
 def test_what_a_first_loss_is_made_of():
     assert f"{math.log(262144):.1f} nats at V = 262,144" in documents.source(PAGE)
     assert f"at 2² · 0.7, a KL of 9 adds {2**2 * 0.7 * 9:.0f}" in documents.source(PAGE)
+
+
+def test_why_a_loss_does_not_move():
+    student, teacher = heads()
+    assert not fused_kd_loss(Head(student.hidden.detach(), student.weight), teacher).requires_grad
+    loss, metrics = fused_kd_loss(student, teacher, torch.full((6,), -100), return_metrics=True)
+    assert loss == 0
+    assert metrics.tokens == 0
+
+
+def test_accumulation():
+    """Micro-batches of 2 targets and of 1: divided by 3, their losses add up to the whole; a mean of means is off."""
+    (student, teacher), labels = heads(), torch.tensor([1, 2, -100, -100, -100, 3])
+
+    def accumulated(**options):
+        return sum(
+            fused_kd_loss(
+                Head(student.hidden[rows], student.weight), Head(teacher.hidden[rows], teacher.weight), labels[rows],
+                ce_weight=1.0, **options,
+            )
+            for rows in (slice(0, 3), slice(3, 6))
+        )  # fmt: skip
+
+    whole = fused_kd_loss(student, teacher, labels, ce_weight=1.0)
+    torch.testing.assert_close(accumulated(num_items_in_batch=3), whole)
+    assert (accumulated() / 2 - whole).abs() > 0.01
