@@ -75,6 +75,7 @@ gallery: $(READY)  ## draw the pictures of the documents, from what commands pri
 	PYTHONPATH=. $(BIN)/python docs/make_gallery.py
 
 # The wheel is made from the source distribution, so that no old build product gets into it.
+dist: $(READY_DIST)  ## build the wheel and the source distribution into dist/
 	rm -rf dist kdfast.egg-info
 	$(BIN)/python -m build
 
