@@ -1,4 +1,4 @@
-"""What every engine that takes its own gradients decides first: which, at what scale, in how much memory."""
+"""Decisions that every fused engine makes first: which gradients, at what scale, in how much memory."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from kdfast.ops.problem import Problem
 
 
 class GradFlags(NamedTuple):
-    """Which gradients of the logits are wanted."""
+    """Which gradients of the logits to compute."""
 
     student: bool  # dL/dz_s
     teacher: bool  # the KD term's dL/dz_t
     anchor: bool  # the anchor's dL/dz_t
-    teacher_to_weight: bool  # the KD term's dL/dz_t reaches W and the bias, and the anchor's must not
+    teacher_to_weight: bool  # the KD term's dL/dz_t reaches W and the bias; the anchor's must not
 
     @property
     def anchor_apart(self) -> bool:
-        """The anchor's gradient waits in a plane of its own until dW has been taken."""
+        """Return whether the anchor's gradient needs a plane of its own until dW has been computed."""
         return self.anchor and self.teacher_to_weight
 
 
 def grad_flags(x: Problem) -> GradFlags:
-    """Return which gradients of the logits are wanted, by what needs one and by what the options let through."""
+    """Return which gradients of the logits are needed and allowed by the options."""
     needs_head = x.need_weight or x.need_bias
     full = x.projected and x.teacher_grad == "full"
     to_teacher = x.projected and x.teacher_grad != "none" and x.need_teacher_hidden
@@ -48,23 +48,22 @@ def decorrelate(x: Problem) -> bool:
     return narrow and full and x.need_weight and (x.need_hidden or not x.need_teacher_hidden)
 
 
-CPU_SCRATCH = 128 << 20  # 316 tokens at V=50257: past that the products gain nothing
+CPU_SCRATCH = 128 << 20  # 316 tokens at V=50257; more does not speed up the products
 DEVICE_SCRATCH = 512 << 20
-SLAB_SCRATCH = 128 << 20  # with dX and dW 4% of what eager takes at V=50257, Hs=768
-DEVICE_TOKENS = 1024  # fewer rows than this starve a GPU's matrix units; half as many more where they fill its waves
-TILE = 128  # rows and columns of a product that a GPU's multiprocessor takes at a time
-PASS_OVER_DW = 0.05  # reading and writing its 128 columns once, in waves of dX: on A100, H100 and H200 alike
-ALIGNMENT = 128  # elements a row of scratch is padded to, so that products see an aligned leading dimension
+SLAB_SCRATCH = 128 << 20  # with dX and dW 4% of eager's memory at V=50257, Hs=768
+DEVICE_TOKENS = 1024  # fewer rows starve a GPU's matrix units; up to half as many more to fill its waves
+TILE = 128  # rows and columns of the part of a product that one multiprocessor computes at a time
+PASS_OVER_DW = 0.05  # cost of one pass over 128 columns of dW, in waves of dX; the same on A100, H100 and H200
+ALIGNMENT = 128  # rows of scratch are padded to a multiple of this, so that products see an aligned leading dimension
 
 
 def on_cpu(device: torch.device, engine: str) -> bool:
-    """Return whether this is the `torch` engine on a CPU, where looking at a mask is free, and a few rows at a time
-    stay in the cache."""
+    """Return whether the `torch` engine is on a CPU, where reading a mask is free and a few rows fit in the cache."""
     return device.type == "cpu" and engine in ("auto", "torch")
 
 
 def row_stride(vocab: int, device: torch.device, engine: str = "auto") -> int:
-    """Return the elements from one row of logits to the next. A CPU's are packed."""
+    """Return the number of elements from one row of logits to the next. On a CPU rows are packed."""
     if on_cpu(device, engine):
         return vocab
     return -(-vocab // ALIGNMENT) * ALIGNMENT
@@ -81,8 +80,8 @@ def bytes_per_token(
     engine: str = "auto",
     buffers: int = 1,
 ) -> int:
-    """Return the bytes of scratch that one token takes in a chunk: fp32 (fp64) logits of 1 or 2 sides, and gradients of
-    them where those have another dtype. dtype: the head's; buffers: chunks whose logits are there at a time."""
+    """Return the bytes of scratch per token in a chunk: fp32 (fp64) logits of 1 or 2 sides, and their gradients if
+    those have another dtype. dtype: the head's; buffers: how many chunks' logits exist at a time."""
     logits = torch.float64 if dtype == torch.float64 else torch.float32
     narrow = matmul.gradient_dtype(dtype, device)
     size = buffers * sides * logits.itemsize
@@ -94,9 +93,9 @@ def bytes_per_token(
 
 
 class InputGradient(NamedTuple):
-    """dX of a chunk on a GPU: the one product with so few tiles that a last wave half idle shows."""
+    """Size of a chunk's dX on a GPU, the only product with so few tiles that a half-idle last wave matters."""
 
-    rows: int  # per token: two where student's and teacher's hidden states share W
+    rows: int  # per token: two if student's and teacher's hidden states share W
     width: int
     multiprocessors: int
 
@@ -105,22 +104,22 @@ class InputGradient(NamedTuple):
         return -(-self.width // TILE)
 
     def waves(self, tokens: int) -> int:
-        """Return in how many rounds the multiprocessors take the tiles of so many tokens."""
+        """Return how many rounds the multiprocessors need for the tiles of this many tokens."""
         return -(-(-(-self.rows * tokens // TILE) * self.columns) // self.multiprocessors)
 
     def tokens(self, waves: int) -> int:
-        """Return the most tokens that take no more than `waves`."""
+        """Return the largest number of tokens that need no more than `waves`."""
         return waves * self.multiprocessors // self.columns * TILE // self.rows
 
     def cost(self, tokens: int, chunk: int) -> float:
-        """Return the waves of all chunks and, in waves, their passes over dW."""
+        """Return the waves of all chunks plus the cost of their passes over dW, in waves."""
         chunks = -(-tokens // chunk)
         last = self.waves(tokens - (chunks - 1) * chunk)
         return (chunks - 1) * self.waves(chunk) + last + chunks * self.columns * PASS_OVER_DW
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Return how many a GPU has; an H200's 132 for one that is not there."""
+    """Return a GPU's number of multiprocessors, or an H200's 132 if there is no GPU here."""
     here = device.type == "cuda" and torch.cuda.is_available()
     return torch.cuda.get_device_properties(device).multi_processor_count if here else 132
 
@@ -128,8 +127,8 @@ def multiprocessors(device: torch.device) -> int:
 def chunk_tokens(
     tokens: int, per_token: int, device: torch.device, scratch_bytes: int = 0, dx: InputGradient | None = None
 ) -> int:
-    """Return the tokens of a chunk: as many as the budget holds, in chunks of about equal size; given `dx`, on a GPU,
-    multiples of 16, and somewhat fewer where that takes fewer waves."""
+    """Return the number of tokens per chunk: as many as the budget holds, in chunks of about equal size. With `dx`, on
+    a GPU, a multiple of 16, and fewer if that saves waves."""
     if device.type == "cpu" or (dx is not None and not dx.rows):
         dx = None
     full = DEVICE_TOKENS if dx is None else dx.tokens(dx.waves(DEVICE_TOKENS))
@@ -147,8 +146,8 @@ def chunk_tokens(
 
 
 def slab_width(vocab: int, bytes_per_entry: int, tile: int, scratch_bytes: int = 0) -> int:
-    """Return the entries of the vocabulary that `triton_tiled` takes at a time: whole tiles, in slabs of about equal
-    width. bytes_per_entry: of all tokens' gradients of one logit, and of its row of dW."""
+    """Return how many entries of the vocabulary `triton_tiled` handles at a time: whole tiles, in slabs of about equal
+    width. bytes_per_entry: for all tokens' gradients of one logit, and its row of dW."""
     tiles = -(-vocab // tile)
     slabs = -(-tiles // max(1, scratch_budget(scratch_bytes, SLAB_SCRATCH) // (bytes_per_entry * tile)))
     return -(-tiles // slabs) * tile
@@ -157,7 +156,7 @@ def slab_width(vocab: int, bytes_per_entry: int, tile: int, scratch_bytes: int =
 def gradient_buffer(
     x: Problem, needed: bool, shape: Sequence[int], written: int = 0, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Return zeros, of no elements where not needed. written: rows that will be, which are left as they are."""
+    """Return zeros, or no elements if not needed. written: leading rows that will be overwritten, so need no zeros."""
     out = torch.empty(shape if needed else (0,), device=x.hidden.device, dtype=dtype or x.dtype)
     if written < out.shape[0]:
         out[written:].zero_()
@@ -168,21 +167,21 @@ FLOAT16_HEADROOM = 1024.0
 
 
 def gradient_scale(x: Problem) -> Tensor:
-    """Return (): what gradients of the logits are divided by, a power of two; 1 where nothing can underflow.
+    """Return the power of two, (), by which gradients of the logits are divided; 1 if nothing can underflow.
 
-    For 16-bit inputs the power of two at or below the largest coefficient, so that 1/N comes last. float16 holds
-    nothing below 6e-8, and q − p is smaller than that for most of a large vocabulary: there gradients, of the order
-    of 1 at most, are made 1024 times larger still (and saturate at 65504 rather than becoming infinite)."""
+    For 16-bit inputs it is the power of two at or below the largest coefficient, so that 1/N comes last. float16 holds
+    nothing below 6e-8, and q − p is smaller than that for most of a large vocabulary. There gradients, which are of
+    order 1 at most, are enlarged by another factor of 1024 (and saturate at 65504 instead of becoming infinite)."""
     if x.weight.dtype == x.dtype or x.coefficients.numel() == 0:
         return torch.ones((), device=x.coefficients.device, dtype=x.dtype)
     largest = torch.linalg.vector_norm(x.coefficients, torch.inf)
     one = 1 / FLOAT16_HEADROOM if x.weight.dtype == torch.float16 else 1.0
-    # exact: the quotient by the mantissa, which is from ½ to 1, is a power of two, and NaN for 0, infinity and NaN
+    # exact: dividing by the mantissa, in [½, 1), gives a power of two, or NaN for 0, infinity and NaN
     return (largest / torch.frexp(largest).mantissa * (one / 2)).nan_to_num_(one, one)
 
 
 def scratch_budget(scratch_bytes: int, default: int) -> int:
-    """Return bytes: the argument where it is not 0, else KDFAST_SCRATCH_BYTES, else the engine's default."""
+    """Return a budget in bytes: the argument if not 0, else KDFAST_SCRATCH_BYTES, else the engine's default."""
     if scratch_bytes:
         return scratch_bytes
     setting = os.environ.get("KDFAST_SCRATCH_BYTES")
@@ -194,20 +193,20 @@ def scratch_budget(scratch_bytes: int, default: int) -> int:
 
 
 def active_rows(sides: list[Tensor], inactive: Tensor) -> Tensor:
-    """Return one or two sides' hidden states (n, H), stacked, with zeros in inactive rows (n, 1): whatever they hold,
-    NaN included, must not reach a sum."""
+    """Return one or two sides' hidden states (n, H), stacked, with zeros in rows where `inactive` (n, 1) is True: their
+    values, which may be NaN, must not reach a sum."""
     if len(sides) == 1:
         return sides[0].masked_fill(inactive, 0)
     return torch.stack(sides).masked_fill_(inactive, 0).flatten(0, 1)
 
 
 def decorrelate_inputs(inputs: Tensor, c: Tensor) -> None:
-    """Turn inputs [h_s; h_p] (2n, H) into [h_s − c·h_p; h_p], c (n,) in fp32, rounded once."""
+    """Turn inputs [h_s; h_p] (2n, H) into [h_s − c·h_p; h_p] in place; c (n,) in fp32, rounded once."""
     student, teacher = inputs.chunk(2)
     torch.addcmul(student, teacher, c[:, None], value=-1, out=student)
 
 
 def total(x: Problem, stats: Tensor) -> Tensor:
-    """Return the loss, (N,) or (), from the terms' values in stats (6, N)."""
+    """Return the loss, (N,) or (), from the values of its terms in stats (6, N)."""
     terms = (x.coefficients * stats[: x.coefficients.shape[0]]).masked_fill_(x.coefficients == 0, 0.0)
     return terms.sum(dim=0) if x.per_row else terms.sum()

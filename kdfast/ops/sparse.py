@@ -1,18 +1,19 @@
-r"""A teacher given as K log-probabilities per token: the arithmetic over its entries, the same for every engine.
+r"""A teacher given as K log-probabilities per token: the arithmetic over its entries, shared by all engines.
 
-The support of a row is its K ids. Every divergence is homogeneous of degree one in (p, q), so an id without teacher
-mass contributes f(0, q) = q·f(0, 1): over everything outside the support that is f(0, 1)·(1 − Σ_support q), and the
-gradient towards its logits is one number per row times the student's softmax. An engine therefore passes over the
-student's logits as it does for a cross entropy, and all that knows of the teacher is (rows, K) in size:
+The support of a row is its K ids. Divergences are homogeneous of degree one in (p, q) (`without_teacher` refuses the
+others), so an id without teacher mass contributes f(0, q) = q·f(0, 1). Everything outside the support adds
+f(0, 1)·(1 − Σ_support q), and the gradient with respect to those logits is one number per row times the student's
+softmax. So an engine passes over the student's logits as for a cross entropy, and all that involves the teacher has
+size (rows, K):
 
     tail="renormalize"  p = softmax(log_probs/τ) over the support
-    tail="none"         p = exp(log_probs), whatever they sum to, at τ = 1
-    tail="bucket"       K + 1 categories on both sides at τ = 1, the last one all the missing mass; both are then taken
-                        to the power 1/τ and normalized. At any τ it is zero exactly where the two agree at τ = 1.
+    tail="none"         p = exp(log_probs), whatever their sum, at τ = 1
+    tail="bucket"       K + 1 categories on both sides at τ = 1, the last with all the remaining mass; both sides are
+                        then raised to the power 1/τ and normalized. Zero at any τ exactly where they agree at τ = 1.
     tail="renormalize_both"  the same, with nothing in the last category on either side
 
-With `tempered` the log-probabilities are at τ already: those of a support are normalized as they are, and the K + 1
-categories are the masses at τ.
+With `tempered` the log-probabilities are already at τ: those of the support are normalized as they are, and the K + 1
+categories are masses at τ.
 """
 
 from __future__ import annotations
@@ -32,16 +33,16 @@ from kdfast.ops.transforms import has_values
 
 
 class Support(NamedTuple):
-    """What (rows, K) arithmetic finds: the divergence, and its gradient towards the student's logits."""
+    """The divergence and its gradient with respect to the student's logits, from (rows, K) arithmetic."""
 
     value: Tensor  # (r,)
-    inside: Tensor  # (r, K) at the support's ids
-    outside: Tensor  # (r,): of any other id it is outside · exp(z/τ' − its log-sum-exp); with `has_rest`, the rest's
+    inside: Tensor  # (r, K): the gradient at the support's ids
+    outside: Tensor  # (r,): elsewhere it is outside · exp(z/τ' − log-sum-exp), that of the rest if `has_rest`
 
 
 def known(indices: Tensor, vocab: int, mask: Tensor | None) -> Tensor:
-    """Return bool of the shape of `indices`, which ids the KD term knows: from 0 to `vocab` − 1, and True in `mask`."""
-    indices = indices.long()  # a vocabulary past a narrower type's range would be compared modulo that
+    """Return a mask shaped like `indices`, True for ids that the KD term covers: below `vocab`, and True in `mask`."""
+    indices = indices.long()  # a narrower type would compare modulo its range
     inside = (indices >= 0) & (indices < vocab)
     return inside if mask is None else inside & mask[torch.where(inside, indices, 0)]
 
@@ -49,47 +50,46 @@ def known(indices: Tensor, vocab: int, mask: Tensor | None) -> Tensor:
 def prepare(
     indices: Tensor, log_probs: Tensor, vocab: int, dtype: torch.dtype, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return (ids (N, K) ascending in each row, log-probabilities (N, K)) of raw entries; ids that are not `known` are
-    left out.
+    """Return ids, ascending in each row, and log-probabilities of raw entries, (N, K) each.
 
-    Entries of the same id add up, and each of them then holds the sum, so that writing to their id twice writes the
-    same; `counted` says which one counts. An entry of log-probability −inf is as good as none.
+    Ids that are not `known` get log-probability −inf, which means no entry. Entries with the same id add up, and each
+    then holds the sum, so that writing to their id twice writes the same value; `counted` tells which one counts.
     """
     inside = known(indices, vocab, mask)
     log_probs = torch.where(inside, log_probs.to(dtype), -inf)
-    spare = 0 if mask is None else mask[:vocab].to(torch.uint8).argmax()  # an id that the KD term knows
-    # contiguous, whatever the caller's strides: kernels read them row by row
+    spare = 0 if mask is None else mask[:vocab].to(torch.uint8).argmax()  # an id that the KD term covers
+    # contiguous, because kernels read them row by row
     indices, order = torch.where(inside, indices.long(), spare).contiguous().sort(dim=-1, stable=True)
     log_probs = log_probs.gather(-1, order)
     first = counted(indices)
     if indices.device.type == "cpu" and has_values(indices) and bool(first.all()):
         return indices, log_probs
     reach = 1
-    while reach < indices.shape[-1]:  # sums towards the first of each run, over windows of 1, 2, 4, … entries
+    while reach < indices.shape[-1]:  # sum each run into its first entry, over windows of 1, 2, 4, … entries
         same = indices[..., :-reach] == indices[..., reach:]
         more = torch.where(same, log_probs[..., reach:], -inf)
         these = log_probs[..., :-reach]
-        these = torch.where(more > -inf, torch.logaddexp(these, more), these)  # of two −inf it has no derivative
+        these = torch.where(more > -inf, torch.logaddexp(these, more), these)  # logaddexp(−inf, −inf) has no derivative
         log_probs = torch.cat([these, log_probs[..., -reach:]], dim=-1)
         reach *= 2
     return indices, _of_the_first(first, log_probs)
 
 
 def without_entries(teacher: SparseLogits, vocab: int, mask: Tensor | None = None) -> Tensor:
-    """Return (*,) bool: rows of which a softmax over their entries would be 0/0."""
+    """Return a mask (*,), True for rows in which a softmax over the entries would be 0/0."""
     there = known(teacher.indices, vocab, mask) & (teacher.log_probs != -inf)
     return ~there.any(dim=-1) & (teacher.tail in ("renormalize", "renormalize_both"))
 
 
 def counted(indices: Tensor) -> Tensor:
-    """Return (N, K) bool: the first of each run of equal ids, of ids that ascend."""
+    """Return a mask (N, K), True for the first of each run of equal ids; ids ascend in each row."""
     first = torch.ones_like(indices, dtype=torch.bool)
     first[..., 1:] = indices[..., 1:] != indices[..., :-1]
     return first
 
 
 def _of_the_first(first: Tensor, values: Tensor) -> Tensor:
-    """Return values (N, K), each that of the first of its run."""
+    """Return `values` (N, K) with each replaced by that of the first entry in its run."""
     position = torch.where(first, torch.arange(first.shape[-1], device=first.device), 0).cummax(dim=-1).values
     return values.gather(-1, position)
 
@@ -97,9 +97,9 @@ def _of_the_first(first: Tensor, values: Tensor) -> Tensor:
 def log_tail(
     teacher: SparseLogits, indices: Tensor, log_probs: Tensor, vocab: int, mask: Tensor | None = None
 ) -> Tensor | None:
-    """Return (N,): log of the mass that is on none of the ids, −inf where there is none; None where `teacher`'s tail
-    is no category. indices, log_probs (N, K): of `prepare`. Mass on ids from `vocab` on is elsewhere too; that on ids
-    out of `mask` is not, nor in a tail that is given."""
+    """Return the log of the mass on none of the ids, (N,), −inf if there is none; None if the tail is not a category.
+    indices, log_probs (N, K) come from `prepare`. Mass on ids from `vocab` on counts as elsewhere; mass on ids outside
+    `mask` does not, and a given log_tail must not contain it."""
     if teacher.tail not in ("bucket", "renormalize_both"):
         return None
     if teacher.tail == "renormalize_both":
@@ -112,7 +112,7 @@ def log_tail(
             tail = torch.cat([tail[..., None], torch.where(inside, -inf, given)], dim=-1).logsumexp(dim=-1)
     else:
         p = torch.where(inside, given, -inf).exp()
-        # each log p is rounded by eps/2 of itself, so that their sum may be off by eps/2 · Σ p·|log p|
+        # each log p is rounded by eps/2 of itself, so the sum of p may be off by eps/2 · Σ p·|log p|
         eps = torch.finfo(teacher.log_probs.dtype).eps
         error = (eps / 2 * torch.special.entr(p).sum(dim=-1)).clamp_min(min(eps, 2.0**-23))
         tail = torch.maximum(1 - p.sum(dim=-1), error).log()
@@ -122,14 +122,14 @@ def log_tail(
 
 
 def temperature(x: Problem) -> Tensor:
-    """Return τ' (), that of the student's softmax over the vocabulary. Masses of categories are those at τ = 1, where
-    not tempered."""
+    """Return τ' (), the temperature of the student's softmax over the vocabulary: 1 for categories that are not
+    tempered, whose masses are those at τ = 1."""
     categories = x.teacher_log_tail is not None
     return torch.ones_like(x.temperature) if categories and not x.teacher_tempered else x.temperature
 
 
 def excluded(x: Problem) -> Tensor | None:
-    """Return (N, K) bool: entries whose ids are not in `rest`; None where nothing is asked of the rest."""
+    """Return a mask (N, K), True for entries whose ids are not in the rest; None if no rest is needed."""
     if not has_rest(x):
         return None
     log_probs = x.entries[1]
@@ -137,13 +137,13 @@ def excluded(x: Problem) -> Tensor | None:
 
 
 def has_rest(x: Problem) -> bool:
-    """Return whether a log-sum-exp of the student's logits outside the support is needed: its mass to full relative
-    precision, which 1 − Σ q is not. Forward KL and the like do without."""
+    """Return whether the log-sum-exp of the student's logits outside the support is needed. It gives their mass to full
+    relative precision, which 1 − Σ q does not; divergences with `centred_q`, such as forward KL, do without."""
     return x.teacher_tail == "bucket" or (x.teacher_tail in ("renormalize", "none") and not x.divergence.centred_q)
 
 
 def best(x: Problem) -> Tensor:
-    """Return (N,): the teacher's most probable id."""
+    """Return the teacher's most probable id in each row, (N,)."""
     indices, log_probs = x.entries
     return indices.gather(-1, log_probs.argmax(dim=-1, keepdim=True)).squeeze(-1)
 
@@ -151,12 +151,12 @@ def best(x: Problem) -> Tensor:
 def solve(
     x: Problem, rows: slice, z: Tensor, m: Tensor, norm: Tensor, rest: Tensor | None, coefficient: Tensor
 ) -> Support:
-    """Return divergence and gradients of `x`'s rows `rows`.
+    """Return the divergence and gradients of the rows `rows` of `x`.
 
-    z (r, K): the student's logits at the support; m (r,): any number; norm (r,): log Σ_V exp((z − m)/τ'); rest (r,):
-    likewise over what is not in the support, or None; τ' is `temperature(x)`; coefficient (r,).
+    z (r, K): the student's logits at the support; m (r,): any number; norm (r,): log Σ_V exp((z − m)/τ') with τ' from
+    `temperature`; rest (r,): the same outside the support, or None; coefficient (r,).
     """
-    if x.teacher_tail == "renormalize_both":  # whatever the others' logits are, of which m may be one
+    if x.teacher_tail == "renormalize_both":  # must not depend on other logits, of which m may be one
         return _categories(x, rows, z, torch.zeros_like(norm), torch.full_like(norm, -inf), coefficient)
     z = z - m[:, None]
     if x.teacher_tail == "bucket" and rest is not None:
@@ -172,7 +172,7 @@ def solve(
     q_outside = (1 - q_inside).clamp_min(0) if rest is None else (rest - norm).exp()
     nothing, slope, added = without_teacher(divergence)
     value = torch.where(first, f, 0).sum(dim=-1) + nothing * q_outside
-    if x.teacher_tail == "none":  # Σ (q − p) is nothing only where p sums to one
+    if x.teacher_tail == "none":  # Σ (q − p) is zero only if p sums to one
         largest = torch.zeros_like(first).scatter(1, torch.where(first, log_p, -inf).argmax(-1, keepdim=True), True)
         value = value + added * torch.where(largest, log_p.expm1(), torch.where(first, p, 0)).sum(dim=-1)
     a_inside = torch.where(first, a_q, 0).sum(dim=-1)
@@ -188,8 +188,8 @@ def solve(
 
 
 def between_passes(x: Problem, rows: slice, z: Tensor, constants: Iterable[Tensor], scale: Tensor) -> Support:
-    """Return what `solve` does, over `scale`, where maxima and log-sum-exps are at hand: m_s, log_s of the student and
-    m_t, log_t of the rest, (r,) each, of (z − m)/τ'. z (r, K): the student's logits at the support."""
+    """Return `solve` with gradients divided by `scale`, given maxima and log-sum-exps of (z − m)/τ', (r,) each: m_s,
+    log_s of the student and m_t, log_t of the rest. z (r, K): the student's logits at the support."""
     m_s, log_s, m_t, log_t = constants
     rest = (m_t - m_s) / temperature(x) + log_t if has_rest(x) else None
     return solve(x, rows, z, m_s, log_s, rest, x.coefficients[KD, rows] / scale)
@@ -213,26 +213,26 @@ def _categories(x: Problem, rows: slice, z: Tensor, norm: Tensor, rest: Tensor, 
     gradient = _less_the_others(s, gradient, gradient.masked_fill(s > 0.5, 0).sum(dim=-1))
     gradient = gradient * (coefficient / x.temperature)[:, None]
     outside = gradient[:, -1]
-    # the others of a run say what its first one does, and an entry without mass is in the bucket
+    # every entry of a run gets the value of its first one; an entry without mass is part of the bucket
     inside = _of_the_first(counted(indices), gradient[:, :-1])
     in_bucket = torch.where(outside[:, None] == 0, 0, outside[:, None] * (z - rest[:, None]).exp())
     inside = torch.where(log_p > -inf, inside, in_bucket)
-    value = f.sum(dim=-1) + 0 * (p[:, 0] + s[:, 0])  # a NaN logit makes its whole row NaN; some terms take that for 0
+    value = f.sum(dim=-1) + 0 * (p[:, 0] + s[:, 0])  # a NaN logit makes its row NaN, which some terms turn into 0
     return _support(value, inside, outside, coefficient)
 
 
 def _less_the_others(q: Tensor, gradient: Tensor, others: Tensor) -> Tensor:
-    """Return gradient (r, K), minus `others` (r,), the sum of all others, where most of the mass q is: there it is a
-    small difference of numbers near 1."""
+    """Return gradient (r, K), replaced by −`others` (r,), minus the sum of all others, at the entry with most of the
+    mass q. There the gradient is a small difference of numbers near 1."""
     return torch.where(q > 0.5, -others[:, None], gradient)
 
 
 @lru_cache
 def without_teacher(divergence: Divergence) -> tuple[float, float, float]:
-    """Return f(0, 1) and a_q(0, 1) of `Divergence.terms`, and the multiple of q − p it has added to the definition.
+    """Return f(0, 1) and a_q(0, 1) of `Divergence.terms`, and the multiple of q − p that it adds to the definition.
 
-    Raises ValueError where f(0, 1) does not tell what ids without teacher mass come to."""
-    one = torch.ones((), dtype=torch.float64, device="cpu")  # whatever the default device is: it is read here
+    Raises ValueError if f(0, 1) does not determine the sum over ids without teacher mass."""
+    one = torch.ones((), dtype=torch.float64, device="cpu")  # not the default device: it is read here
     nothing, half = (float(divergence.terms(0 * one, q, -inf * one)[0]) for q in (one, one / 2))
     if not abs(nothing - 2 * half) <= 1e-9 * abs(nothing):
         raise ValueError(
@@ -240,11 +240,11 @@ def without_teacher(divergence: Divergence) -> tuple[float, float, float]:
             "of the student's probabilities where the teacher has none. Pass tail='bucket' or 'renormalize_both', or a "
             "divergence that is finite there and homogeneous of degree one, such as forward_kl or skew_kl"
         )
-    slope = float(divergence.terms(0 * one, one, -inf * one)[2])  # a plain tuple will do
+    slope = float(divergence.terms(0 * one, one, -inf * one)[2])  # by index, since `terms` may return a plain tuple
     return nothing, slope, nothing - float(divergence.pointwise(-inf * one, 0 * one))
 
 
 def _support(value: Tensor, inside: Tensor, outside: Tensor, coefficient: Tensor) -> Support:
-    """Return the Support without gradients where a row's coefficient is 0, as such a row may hold anything."""
+    """Return the Support, with zero gradients in rows whose coefficient is 0, since those may hold anything."""
     counts = coefficient != 0
     return Support(value, torch.where(counts[:, None], inside, 0), torch.where(counts, outside, 0))

@@ -1,8 +1,8 @@
-"""Live bytes of eager PyTorch and of our engines, phase by phase, and what follows: peak, total, largest N, scratch.
+"""Live bytes of eager PyTorch and of our engines by phase, and from these the peak, total, largest N and scratch.
 
-A formula returns {phase: bytes} above the inputs, with the gradients that stay; the highest phase counts. Comments
-say L = N·V·s, W = V·Hs·s, A = N·Hs·s for s bytes of the inputs' dtype, m tokens of a chunk, w bytes of fp32 (fp64).
-tests/plan holds every formula against what the same code allocates.
+A formula returns {phase: bytes}, not counting inputs but counting the resulting gradients; the highest phase is the
+peak. In comments L = N·V·s, W = V·Hs·s, A = N·Hs·s for inputs of s bytes, m is the tokens of a chunk, and w the bytes
+of fp32 (fp64). tests/plan checks every formula against what the same code allocates.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from kdfast.ops.planning import InputGradient, bytes_per_token, chunk_tokens, mu
 
 Phases = dict[str, int]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-TILE = 128  # entries that a slab's width is rounded up to, at most (kdfast.kernels.block_sizes)
+TILE = 128  # a slab's width is rounded up to a multiple of at most this (kdfast.kernels.block_sizes)
 ROW = 60  # bytes per token: coefficients, statistics, masks, labels
-ROW_WORK = {True: 6, False: 2}  # planes that plain torch's row work holds: p, q, g, f, ∂f/∂p, ∂f/∂q; or log q, q
+ROW_WORK = {True: 6, False: 2}  # planes that the torch engine's rows need: p, q, g, f, ∂f/∂p, ∂f/∂q; or log q, q
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Describe one forward and backward of the loss. Raises ValueError naming the field.
+    """The sizes of one forward and backward of the loss. Raises ValueError naming the field.
 
-    teacher: "projected", through the student's head: gradients to hidden states, W and the projector (no bias);
-    "head", the teacher's own: gradients to the student's hidden states and W; "none": cross entropy alone.
+    teacher: "projected" goes through the student's head, with gradients to hidden states, W and the projector (no
+    bias); "head" has its own, with gradients to the student's hidden states and W; "none" is cross entropy alone.
     """
 
     tokens: int  # N
     vocab: int  # V
     student_width: int  # Hs
-    teacher_width: int  # Ht; of no account where there is no teacher
-    dtype: torch.dtype = torch.bfloat16  # of hidden states and weights, both models'
+    teacher_width: int  # Ht; not used without a teacher
+    dtype: torch.dtype = torch.bfloat16  # dtype of hidden states and weights of both models
     device: Literal["cuda", "cpu"] = "cuda"
     teacher: Literal["projected", "head", "none"] = "projected"
     scratch_bytes: int = 0  # as in fused_kd_loss; 0 = KDFAST_SCRATCH_BYTES or the engine's default
@@ -59,12 +59,12 @@ class Shape:
 
     @property
     def sides(self) -> int:
-        """Return how many sides have logits: 2, or 1 without a teacher."""
+        """Return the number of sides with logits: 2, or 1 without a teacher."""
         return 1 if self.teacher == "none" else 2
 
     @property
     def wide(self) -> int:
-        """Return the bytes of a number as our engines accumulate it: 4, or 8 for float64."""
+        """Return the bytes of an accumulated number in our engines: 4, or 8 for float64."""
         return max(4, self.dtype.itemsize)
 
     @property
@@ -74,7 +74,7 @@ class Shape:
 
     @property
     def hidden(self) -> int:
-        """Return the bytes of (N, Hs), the student's hidden states."""
+        """Return the bytes of the student's hidden states (N, Hs)."""
         return self.tokens * self.student_width * self.dtype.itemsize
 
     @property
@@ -84,12 +84,12 @@ class Shape:
 
     @property
     def projector(self) -> int:
-        """Return the bytes of P (Hs, Ht); 0 where there is none."""
+        """Return the bytes of P (Hs, Ht), or 0 without a projector."""
         return self.student_width * self.teacher_width * self.dtype.itemsize if self.teacher == "projected" else 0
 
     @property
     def input_gradient(self) -> InputGradient:
-        """Return what the size of a GPU's chunks depends on: dX, per token."""
+        """Return the size of dX per token, which a GPU's chunk size depends on."""
         rows = 1 + (self.teacher == "projected")
         return InputGradient(rows, self.student_width, multiprocessors(torch.device(self.device)))
 
@@ -102,12 +102,12 @@ class Shape:
 
     @property
     def gradients(self) -> int:
-        """Return the bytes of the gradients that stay."""
+        """Return the bytes of the resulting gradients."""
         return self.hidden + self.weight + self.projector
 
 
 def eager(x: Shape) -> Phases:
-    """Count logits widened to fp32, in a function whose names for them are gone before the backward."""
+    """Count eager PyTorch with logits widened to fp32, in a function that keeps no name for them past the forward."""
     L, W, A = x.logits, x.weight, x.hidden
     F = x.tokens * x.vocab * x.wide  # log-softmax and what follows
     if x.teacher == "none":
@@ -119,21 +119,21 @@ def eager(x: Shape) -> Phases:
         return {"logits": forward, "products": L + W + A}
     return {
         "logits": forward + A,  # the projected hidden states
-        "products": L + 2 * F + 2 * A + W,  # dW by the teacher's logits, while the student's wait
-        "student": L + 2 * W + 2 * A + x.projector,  # dW by the student's
-        "sum": 3 * W + 2 * A + x.projector,  # autograd adds them up out of place
+        "products": L + 2 * F + 2 * A + W,  # dW from the teacher's logits, while the student's wait
+        "student": L + 2 * W + 2 * A + x.projector,  # dW from the student's
+        "sum": 3 * W + 2 * A + x.projector,  # autograd adds the two out of place
     }
 
 
 def chunk_of(x: Shape, engine: str) -> int:
-    """Return the tokens of a chunk."""
+    """Return the number of tokens per chunk."""
     device = torch.device(x.device)
     per_token = bytes_per_token(device, x.dtype, x.vocab, sides=x.sides, engine=engine)
     return chunk_tokens(x.tokens, per_token, device, x.scratch_bytes, x.input_gradient)
 
 
 def chunked(x: Shape, engine: str) -> Phases | None:
-    """Count the chunked engines' buffers: "torch" or "triton_chunked", the latter on a GPU only."""
+    """Count the buffers of the chunked engines, "torch" or (on a GPU only) "triton_chunked"."""
     cpu = x.device == "cpu"
     if cpu and engine == "triton_chunked":
         return None
@@ -143,12 +143,12 @@ def chunked(x: Shape, engine: str) -> Phases | None:
     pairs = 1 + projected  # rows of the student's head per token
     gradient = matmul.gradient_dtype(x.dtype, device).itemsize
     A, W = x.tokens * Hs * w, V * Hs * w
-    # dX, dW and the projected rows' gradient in fp32 from the first chunk on, and the projected rows
+    # from the first chunk on: dX, dW and the projected rows' gradient in fp32, and the projected rows
     rows_of_teacher = projected * x.hidden
-    if projected and cpu and engine == "torch" and s == 2:  # fp32, and so is what they are made of
+    if projected and cpu and engine == "torch" and s == 2:  # the projector's input and output are fp32
         rows_of_teacher = A + x.tokens * x.teacher_width * w
     always = pairs * A + W + rows_of_teacher + ROW * x.tokens
-    # fp32 logits; fp32 gradients overwrite them
+    # fp32 logits, which fp32 gradients overwrite
     planes = x.sides * m * row_stride(V, device, engine) * (w + (gradient if gradient != w else 0))
     stacked = pairs * m * Hs  # numbers in [h_s; h_p] of a chunk
     blocks = 0
@@ -156,25 +156,25 @@ def chunked(x: Shape, engine: str) -> Phases | None:
         rows = min(m, max(1, CPU_BLOCK // V)) if cpu else m
         at_once = min(torch.get_num_threads(), -(-m // rows)) if cpu else 1
         blocks = ROW_WORK[x.sides == 2] * at_once * rows * V * w
-    widened = 0  # 16-bit operands on a CPU, a block of the vocabulary at a time
+    widened = 0  # 16-bit operands on a CPU are widened one block of the vocabulary at a time
     if cpu and s == 2:
         width = max(Hs, x.teacher_width if x.teacher == "head" else 0)
         widened = min(V, matmul.VOCAB_BLOCK) * width * w + stacked * w
     rounded = pairs * m * (V + Hs) * 2 if cpu and x.dtype == torch.bfloat16 else 0  # G in bf16, and dX
-    taken = 0 if cpu and not projected else stacked * s  # a CPU reads one side's rows where they are
+    taken = 0 if cpu and not projected else stacked * s  # a CPU reads one side's rows in place
     phases = {
         "rows": always + planes + blocks + taken,
         "widened": always + planes + taken + widened,
         "input gradient": always + planes + taken + stacked * w + rounded,
     }
-    if not (cpu and s == w):  # saved gradients become the leaves': on a CPU in full precision they are
-        # a CPU rounds through a temporary in fp32
+    if not (cpu and s == w):  # in full precision on a CPU, saved gradients become the leaves' without a copy
+        # a CPU rounds through an fp32 temporary
         phases["finish"] = always - ROW * x.tokens + pairs * x.hidden + x.weight + cpu * max(W, A)
     return phases
 
 
 def tiled(x: Shape) -> Phases | None:
-    """Count a slab of gradients and statistics; no logits."""
+    """Count the tiled engine's slab of gradients and its statistics; it has no logits."""
     if x.device == "cpu":
         return None
     s, w, V, Hs = x.dtype.itemsize, x.wide, x.vocab, x.student_width
@@ -188,14 +188,14 @@ def tiled(x: Shape) -> Phases | None:
     planes = pairs * x.tokens * width * s
     stacked = pairs * A
     return {
-        # gradients of a slab; rows of both sides, in one piece; dX of both in fp32; dW of the slab before it is rounded
+        # a slab's gradients; both sides' rows, stacked; both sides' dX in fp32; the slab's dW before rounding
         "slab": always + planes + stacked + pairs * wide + rounded * min(width, V) * Hs * w,
         "finish": always + stacked + x.weight,
     }
 
 
 def slab_width(x: Shape) -> int:
-    """Return the entries of the vocabulary that the tiled engine takes at a time."""
+    """Return how many entries of the vocabulary the tiled engine handles at a time."""
     gradients = x.tokens * (2 if x.teacher == "projected" else 1) * x.dtype.itemsize
     return planning.slab_width(x.vocab, gradients + x.student_width * x.wide, TILE, x.scratch_bytes)
 
@@ -210,10 +210,10 @@ METHODS: dict[str, Formula] = {
 
 
 def peak_bytes(method: str, shape: Shape) -> int | None:
-    """Return the highest live bytes of one forward and backward of `shape`, above inputs and gradients that stay.
+    """Return the peak memory in bytes of one forward and backward of `shape`, beyond inputs and resulting gradients.
 
-    Gradients start as None; forward KL (or the cross entropy alone); PyTorch's own allocations.
-    None: `method` does not do this teacher, dtype or device. Raises ValueError for an unknown method.
+    Assumes forward KL (or the cross entropy alone) and gradients that start as None; counts what PyTorch allocates.
+    None if `method` does not support the device. Raises ValueError for an unknown method.
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r}; expected one of {', '.join(METHODS)}")
@@ -221,29 +221,30 @@ def peak_bytes(method: str, shape: Shape) -> int | None:
 
 
 def highest(formula: Formula, shape: Shape) -> int | None:
-    """Return the bytes of the highest phase, less the gradients that stay; None where there are no phases."""
+    """Return the bytes of the highest phase, less the resulting gradients; None if there are no phases."""
     phases = formula(shape)
     return None if phases is None else max(0, max(phases.values()) - shape.gradients)
 
 
 def total_bytes(method: str, shape: Shape) -> int | None:
-    """Return the bytes of inputs and gradients of `shape` and of the peak above them; `method` as in `peak_bytes`."""
+    """Return the bytes of inputs, gradients and the peak above them for `shape`; `method` is as in `peak_bytes`."""
     peak = peak_bytes(method, shape)
     return None if peak is None else shape.inputs + shape.gradients + peak
 
 
 def largest_tokens(method: str, shape: Shape, available_bytes: int) -> int:
-    """Return the most tokens for which inputs, gradients and peak of `shape` fit into available_bytes; 0 where none do.
+    """Return the largest number of tokens for which inputs, gradients and peak fit into available_bytes, or 0.
 
-    `method` is as in `peak_bytes`. Memory does not grow with every token (chunks are of equal size; a tiled engine's
-    slab is wider for fewer tokens): the answer is the largest power of two that fits, and what a bisection finds above.
+    `shape` gives everything but the tokens; `method` is as in `peak_bytes`. Memory is not monotonic in the tokens
+    (chunks have equal sizes; a tiled engine's slab is wider for fewer tokens), so this finds the largest power of two
+    that fits, then bisects above it.
     """
 
     def needed(tokens: int) -> int:
         total = total_bytes(method, replace(shape, tokens=tokens))
         return available_bytes + 1 if total is None else total
 
-    most = max(0, available_bytes) // (shape.student_width * shape.dtype.itemsize)  # whose hidden states alone fit
+    most = max(0, available_bytes) // (shape.student_width * shape.dtype.itemsize)  # their hidden states alone fit
     powers = (1 << power for power in range(most.bit_length(), -1, -1))
     few = next((tokens for tokens in powers if needed(tokens) <= available_bytes), 0)
     return few + bisect_right(range(few + 1, 2 * few), available_bytes, key=needed)
@@ -255,12 +256,12 @@ class Portion:
 
     engine: str
     scratch_bytes: int  # 0 = the engine's default
-    passes: int  # chunks, each of which reads and writes dW; slabs, each of which reads and writes dX
-    total_bytes: int  # with inputs and gradients
+    passes: int  # number of chunks (each reads and writes dW) or slabs (each reads and writes dX)
+    total_bytes: int  # including inputs and gradients
 
 
 def portion(shape: Shape) -> Portion:
-    """Return how the engine that `auto` takes divides the shape's work, on a GPU that Triton has block sizes for."""
+    """Return how the engine that `auto` chooses divides the work, on a GPU whose block sizes are known."""
     choice = choose(
         torch.device(shape.device),
         shape.dtype,
@@ -278,9 +279,9 @@ def portion(shape: Shape) -> Portion:
 
 
 def fitting_portion(shape: Shape, available_bytes: float) -> Portion | None:
-    """Return the first portion that fits as the scratch is halved, from the shape's own on; None if none fits.
+    """Return the first portion that fits, starting from the shape's own scratch and halving it; None if none fits.
 
-    `auto` turns to triton_tiled by itself where the scratch holds fewer than 256 tokens of logits."""
+    `auto` switches to triton_tiled when the scratch holds fewer than 256 tokens of logits."""
     per_token = bytes_per_token(torch.device(shape.device), shape.dtype, shape.vocab, sides=shape.sides)
     tokens, found = chunk_of(shape, "auto"), portion(shape)
     while found.total_bytes > available_bytes and tokens > 1:

@@ -1,4 +1,4 @@
-"""Read a model's head and number of parameters from its configuration, by the hub's name or a folder. No weights."""
+"""Reads a model's sizes from its configuration, by hub name or from a folder, without its weights."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from kdfast.plan.price import Size, size_of
 class Model:
     width: int
     vocab: int  # rows of the head
-    parameters: int = 0  # a tied embedding once
+    parameters: int = 0  # counts a tied embedding once
     head_tied: bool = True
-    size: Size | None = None  # of a model by name
+    size: Size | None = None  # known for a model given by name
 
 
 def describe(name: str, argument: str) -> Model:
-    """Return the sizes of a causal language model, by the hub's name or a folder with a config.json.
+    """Return the sizes of a causal language model, given its hub name or a folder with a config.json.
 
     Raises ValueError naming `argument`.
     """
