@@ -1,12 +1,12 @@
-"""The engines: four ways to solve one Problem, and which of them runs.
+"""The engines: four ways to solve one Problem, and the choice between them.
 
     reference        eager, plain torch, the specification                        reference.py
     torch            chunks of tokens, plain torch, any device                    chunked.py, torch_rows.py
     triton_chunked   chunks of tokens, Triton row kernels, the vendor's GEMM      chunked.py, triton_rows.py
     triton_tiled     logits in registers only, slabs of the vocabulary            triton_tiled.py
 
-`reference` is differentiated by autograd; the others run behind the operators in `operators.py`. With a slice of the
-vocabulary on each process the chunks go through `vocab_parallel.py`.
+Autograd differentiates `reference`; the others run behind the operators in `operators.py`. With a slice of the
+vocabulary on each process, chunks go through `vocab_parallel.py`.
 
 `engine="auto"`, in this order:
 
@@ -17,9 +17,9 @@ vocabulary on each process the chunks go through `vocab_parallel.py`.
     else                                                                           triton_chunked
     where that cannot run: Triton not installed, no block sizes for the GPU        torch
 
-The chunked engine does 6u operations where the tiled one does 8u, so it is preferred wherever its matrix products get
-enough rows; by default the budget is made large enough (1024 to 1536 tokens). This order is derived from operation
-counts (docs/performance.md), not yet from measurements.
+The chunked engine takes 6u operations and the tiled one 8u, so the former is preferred if its matrix products get
+enough rows; the default budget is large enough for that (1024 to 1536 tokens). This order follows from operation counts
+(docs/performance.md), not yet from measurements.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from kdfast.ops.problem import Problem
 
 NAMES = ("auto", "reference", "torch", "triton_chunked", "triton_tiled")
 
-MIN_TOKENS = 256  # twice that many rows are two row blocks of a 16-bit product's tiles; fewer leave a GPU idle
+MIN_TOKENS = 256  # twice as many rows make two row blocks of a 16-bit product's tiles; fewer leave a GPU idle
 
 
 class EngineChoice(NamedTuple):
     engine: str
-    tokens: int | None  # per chunk; None = the engine does not work in chunks of tokens
+    tokens: int | None  # per chunk; None if the engine does not work in chunks of tokens
     why: str
 
 
 def run(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Return (loss () or (N,), differentiable; stats (6, N), detached) of `problem`, from its engine."""
+    """Return the loss, () or (N,), and detached statistics (6, N) of `problem` from its engine."""
     if problem.engine == "reference":
         from kdfast.engines import reference
 
@@ -56,7 +56,7 @@ def run(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def unavailable(engine: str, device: torch.device, *dtypes: torch.dtype) -> str | None:
-    """Return why `engine` cannot run on `device` with operands of `dtypes`, and what to do; None where it can."""
+    """Return why `engine` cannot run on `device` with operands of `dtypes`, and what to do; None if it can."""
     if not engine.startswith("triton"):
         return None
     if find_spec("triton") is None:
@@ -80,13 +80,13 @@ def unavailable(engine: str, device: torch.device, *dtypes: torch.dtype) -> str 
     return None
 
 
-# it looks at what is installed, nothing a graph should hold: torch.compiler.assume_constant_result, which would import
-# the compiler along with the library
+# it depends on what is installed, which a graph need not hold. As torch.compiler.assume_constant_result does, which
+# would import the compiler along with the library
 unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def resolve(engine: str, device: torch.device, dtype: torch.dtype, **sizes: Any) -> str:
-    """Return the engine that `engine` stands for; sizes as for `choose`. An explicit choice is never replaced."""
+    """Return `engine`, or what "auto" stands for, with sizes as in `choose`. An explicit choice is never replaced."""
     return choose(device, dtype, **sizes).engine if engine == "auto" else engine
 
 
@@ -103,10 +103,10 @@ def choose(
     kernels: bool = True,
     anywhere: bool = False,
 ) -> EngineChoice:
-    """Return what `engine="auto"` runs for `tokens` rows over `vocab` entries, the head's dtype, with a `teacher` or
-    none, in `scratch_bytes`, of `buffers` chunks at a time: torch where the preferred engine cannot run here.
-    dx: what the size of the chunks depends on, but not the choice; kernels: the divergence has them; anywhere: take it
-    that each can, whether such a device is here or not."""
+    """Return the engine that "auto" runs for heads of `dtype`: torch if the preferred engine cannot run here.
+
+    teacher: has logits; buffers: chunks whose logits exist at a time; dx: affects the size of the chunks, not the
+    choice; kernels: the divergence has them; anywhere: assume that every engine can run, even without such a device."""
     per_token = bytes_per_token(device, dtype, vocab, sides=1 + teacher, buffers=buffers)
     fits = chunk_tokens(tokens, per_token, device, scratch_bytes)
     chunk = chunk_tokens(tokens, per_token, device, scratch_bytes, dx) if dx else fits

@@ -1,4 +1,4 @@
-"""Buffers and products of the engines that take tokens in chunks; `chunked.py` and `vocab_parallel.py` drive it.
+"""Buffers and products of the engines that work in chunks of tokens; `chunked.py` and `vocab_parallel.py` drive it.
 
 For each chunk of m tokens, with student and projected rows stacked (they share W):
 
@@ -7,13 +7,13 @@ For each chunk of m tokens, with student and projected rows stacked (they share 
     weight_gradient   dW (V, H) += Gᵀ · [h_s; h_p]        one product, in fp32; = in the first   2u
     input_gradients   dX (2m, H) = G · W                  one product                            2u
 
-A product whose result is not wanted is not made: 6u with `teacher_grad="full"`, 5u for "projector", 4u for "none"; a
-teacher with its own head costs 3u(Hs) + u(Ht); without gradients the logits alone. The anchor's gradient must not reach
-W, so with "full" it waits in a plane of its own until dW has been taken.
+Only needed products are computed: 6u with `teacher_grad="full"`, 5u for "projector", 4u for "none"; a teacher with its
+own head costs 3u(Hs) + u(Ht); without gradients only the logits remain. The anchor's gradient must not reach W, so with
+"full" it waits in a plane of its own until dW has been computed.
 
-Memory beyond inputs and gradients: one chunk of logits, (V·4 bytes)·2 per token in fp32 and as many gradients in a
-16-bit dtype, within `scratch_bytes`. Rows are padded to 128 elements where a GPU reads them, so that its products see
-an aligned leading dimension whatever V is.
+Memory beyond inputs and gradients: one chunk of logits, 2·V·4 bytes per token in fp32, and as many gradients in a
+16-bit dtype, within `scratch_bytes`. On a GPU rows are padded to a multiple of 128 elements, so that products see an
+aligned leading dimension for any V.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ from kdfast.ops.problem import PER_TOKEN, Problem, Result
 
 
 class GradientBuffers(NamedTuple):
-    """Where the gradients of some rows' logits go, each (r, V); None = not wanted."""
+    """Buffers for the gradients of some rows' logits, (r, V) each; None = not needed."""
 
     student: Tensor | None
     teacher: Tensor | None
-    anchor: Tensor | None  # a plane of its own for the anchor's part; None = it is added to the teacher's
-    decorrelation: Tensor | None  # (r,) = c: `teacher` holds grad_t + c·grad_s, orthogonal to grad_s; None = grad_t
-    bias: Tensor | None  # (V,) sum over rows of all that reaches the bias, accumulated here
+    anchor: Tensor | None  # a plane of its own for the anchor's part; None = add it to the teacher's
+    decorrelation: Tensor | None  # (r,) = c: `teacher` gets grad_t + c·grad_s, orthogonal to grad_s; None = grad_t
+    bias: Tensor | None  # (V,): accumulates the bias's gradient, a sum over rows
 
     def part(self, rows: slice) -> GradientBuffers:
-        """Return the buffers of some of the rows."""
+        """Return the buffers for some of the rows."""
         parts = {name: None if each is None else each[rows] for name, each in self._asdict().items() if name != "bias"}
         return self._replace(**parts)
 
 
 class Chunk(NamedTuple):
     rows: slice
-    inputs: Tensor  # (m or 2m, H): what the logits, and dW, are products of
+    inputs: Tensor  # (m or 2m, H): hidden states, the factor of logits and dW
     z_s: Tensor  # (m, V): raw products, without bias
     z_t: Tensor | None  # (m, V)
-    gradients: Tensor  # (m or 2m, V): where those of the logits go
+    gradients: Tensor  # (m or 2m, V): buffer for the gradients of the logits
 
     @property
     def tokens(self) -> int:
@@ -59,10 +59,10 @@ class Chunk(NamedTuple):
 
 
 class ChunkLoop:
-    """The steps of a chunk, for a driver that decides when each is taken.
+    """The steps of a chunk, for a driver that decides when to take each.
 
-    row_classes: by engine, where the class is that turns logits into gradients, as `pkgutil.resolve_name` reads it. It
-    is called once, with (x, scale (), wanted, stats (6, N)): gradients are over `scale`, statistics go to `stats`.
+    row_classes: for each engine, the class that turns logits into gradients, as `pkgutil.resolve_name` reads it. It is
+    constructed with (x, scale (), wanted, stats (6, N)), divides gradients by `scale` and writes statistics to `stats`.
     """
 
     def __init__(self, x: Problem, row_classes: Mapping[str, str]) -> None:
@@ -70,7 +70,7 @@ class ChunkLoop:
         self.x, self.wanted, self.scale = x, planning.grad_flags(x), planning.gradient_scale(x)
         self.weight = x.weight[:V]
         self.stats = torch.zeros((6, N), device=device, dtype=x.dtype)
-        # a CPU has dropped the inactive rows (`on_active_rows`)
+        # on a CPU `on_active_rows` has dropped the inactive rows
         self.inactive = None if planning.on_cpu(device, x.engine) else ~x.active[:, None]
         self.row_solver = resolve_name(row_classes[x.engine])(x, self.scale, self.wanted, self.stats)
 
@@ -92,7 +92,7 @@ class ChunkLoop:
             engine=x.engine,
             buffers=2 if x.group else 1,
         )
-        # what another process's GPU has, which may be another one, must not count
+        # chunks must be the same on all processes, whose GPUs may differ
         processors = planning.multiprocessors(torch.device("meta") if x.group else device)
         dx = planning.InputGradient(x.need_hidden + self.teacher_input, H, processors)
         self.tokens = m = planning.chunk_tokens(N, per_token, device, x.scratch_bytes, dx)
@@ -101,18 +101,18 @@ class ChunkLoop:
         def scratch(rows: int, dtype: torch.dtype) -> Tensor:
             return torch.empty(rows, stride, device=device, dtype=dtype)[:, :V]
 
-        overlapping = 2 if x.group and m < N else 1  # chunks whose logits are there at a time
+        overlapping = 2 if x.group and m < N else 1  # chunks whose logits exist at a time
         self.planes = [scratch(self.sides * m, x.dtype) for _ in range(overlapping)]
         self.narrow = scratch(self.sides * m, narrow) if narrow != x.dtype and any(self.wanted) else None
         self.anchor_plane = scratch(m, narrow) if self.wanted.anchor_apart else None
         self.decorrelation = self.stats.new_empty(m) if planning.decorrelate(x) else None
 
     def chunks(self) -> Iterator[slice]:
-        """Return each chunk's tokens."""
+        """Return the slices of tokens, one per chunk."""
         return matmul.blocks(self.x.hidden.shape[0], self.tokens)
 
     def logits(self, rows: slice, buffer: int = 0) -> Chunk:
-        """Multiply the chunk's hidden states with the heads."""
+        """Multiply a chunk's hidden states with the heads."""
         x, planes, m = self.x, self.planes[buffer], rows.stop - rows.start
 
         def taken(*sides: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ class ChunkLoop:
         return Chunk(rows, inputs, planes[:m], z_t, gradients)
 
     def buffers(self, chunk: Chunk) -> GradientBuffers:
-        """Return where the gradients of the chunk's logits go."""
+        """Return the buffers for the gradients of the chunk's logits."""
         m, wanted = chunk.tokens, self.wanted
         return GradientBuffers(
             student=chunk.gradients[:m] if wanted.student else None,
@@ -145,8 +145,8 @@ class ChunkLoop:
         )
 
     def weight_gradient(self, chunk: Chunk) -> None:
-        """Add the chunk's part to dW, or write it; then add the anchor's gradient, as it can no longer reach W, to
-        the teacher's."""
+        """Write or add the chunk's part of dW; then add the anchor's gradient, which can no longer reach W, to the
+        teacher's."""
         x, m, g, inputs = self.x, chunk.tokens, chunk.gradients, chunk.inputs
         if x.need_weight:
             if self.decorrelation is not None:
@@ -159,7 +159,7 @@ class ChunkLoop:
             g[m:].add_(self.anchor_plane[:m])
 
     def input_gradients(self, chunk: Chunk) -> Tensor | None:
-        """Return dX (m or 2m, H) of the student's and of the teacher's rows, what is wanted of them; None = nothing."""
+        """Return dX (m or 2m, H) of those of the student's and the teacher's rows that need it; None = neither."""
         x, m = self.x, chunk.tokens
         to_input = slice(0 if x.need_hidden else m, 2 * m if self.teacher_input else m)
         if to_input.start >= to_input.stop:
@@ -173,7 +173,7 @@ class ChunkLoop:
         return d_inputs
 
     def store(self, rows: slice, d_inputs: Tensor | None) -> None:
-        """Keep dX of the chunk `rows`."""
+        """Store dX of the chunk `rows`."""
         if d_inputs is None:
             return
         m = rows.stop - rows.start
@@ -183,14 +183,14 @@ class ChunkLoop:
             self.d_teacher[rows] = d_inputs[-m:]
 
     def result(self) -> Result:
-        """Return loss, statistics and gradients, all chunks having been taken."""
+        """Return loss, statistics and gradients after the last chunk."""
         gradients = (self.d_hidden, self.d_weight, self.d_bias, self.d_teacher)
         return Result(planning.total(self.x, self.stats), self.stats, *gradients, self.scale, self.stats.new_empty(0))
 
 
 def on_active_rows(x: Problem, run: Callable[[Problem], Result]) -> Result:
-    """Return `run(x)`; on a CPU, where looking is free, of the rows that count for something alone, and zeros for the
-    others, which a GPU multiplies by zero."""
+    """Return `run(x)`. On a CPU, where reading the mask is free, run only active rows and return zeros for the others;
+    a GPU multiplies those by zero instead."""
     if not planning.on_cpu(x.hidden.device, x.engine):
         return run(x)
     N, index = x.hidden.shape[0], x.active.nonzero().squeeze(1)

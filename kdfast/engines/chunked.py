@@ -1,7 +1,7 @@
 """The engines `torch` and `triton_chunked`: chunks of tokens, gradients in the forward, no host synchronization.
 
-They differ in what turns logits into gradients (`ROWS`); the products are the vendor's in both. Where each process has
-a slice of the vocabulary, `vocab_parallel.py` takes the same steps in another order, with collectives between.
+They differ in the class that turns logits into gradients (`ROWS`); both use the vendor's products. If each process has
+a slice of the vocabulary, `vocab_parallel.py` takes the same steps in another order, with collectives between them.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from kdfast.engines import vocab_parallel
 from kdfast.engines.chunk_loop import ChunkLoop, on_active_rows
 from kdfast.ops.problem import Problem, Result
 
-# Classes whose instances take (rows, z_s, z_t, buffers): rows, a slice of the tokens; z_s and z_t (r, V), raw products
-# h·Wᵀ, which may be overwritten. They fill the statistics of these rows and the buffers.
+# Classes whose instances are called with (rows, z_s, z_t, buffers): rows is a slice of the tokens; z_s and z_t (r, V)
+# are raw products h·Wᵀ, which may be overwritten. They fill the rows' statistics and the buffers.
 ROWS = {
     "torch": "kdfast.engines.torch_rows:TorchRows",
     "triton_chunked": "kdfast.engines.triton_rows:TritonRows",
@@ -21,7 +21,7 @@ ROWS = {
 
 
 def run(x: Problem, rows: Tensor | None = None) -> Result:
-    """Return loss, statistics and scaled gradients of `x`. rows: of no use here, statistics come with the logits."""
+    """Return loss, statistics and scaled gradients of `x`. rows: not used, since statistics come with the logits."""
     return on_active_rows(x.forward_problem(), vocab_parallel.run_chunks if x.group else _run_chunks)
 
 

@@ -1,16 +1,15 @@
-"""The operator boundary: every fused engine runs behind these `torch.library` operators.
+"""The `torch.library` operators behind which every fused engine runs.
 
-    kdfast::fused_kd            loss, statistics, and gradients taken in the forward where they are wanted
-    kdfast::fused_kd_gradients  the gradients alone, for a vector of upstream gradients (reduction="none")
+    kdfast::fused_kd            loss, statistics, and the needed gradients, computed in the forward
+    kdfast::fused_kd_gradients  only the gradients, for a vector of upstream gradients (reduction="none")
     kdfast::finalize_gradient   saved gradient · (scale · upstream gradient) → the input's dtype
     kdfast::project             the projector of the tiled engine, hidden · Pᵀ + p
 
-The arguments of the first two are the fields of `Problem`, in order, the flags which gradients are needed among
-them: a graph compiled for those flags does just that work. Fake implementations give shapes and dtypes.
+The arguments of the first two are the fields of `Problem`, in order. They include the flags of needed gradients, so a
+compiled graph does only that work. Fake implementations give shapes and dtypes.
 
 Tensors saved for backward are never written to, so a second backward gives the same gradients. `finalize_gradient` and
-`fused_kd_gradients` *are* the backward; their own autograd raises, because second derivatives would come out silently
-wrong.
+`fused_kd_gradients` *are* the backward; their own autograd raises, because second derivatives would be silently wrong.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ from kdfast.ops import autocast, matmul, transforms
 from kdfast.ops.planning import grad_flags
 from kdfast.ops.problem import Problem, Result
 
-ENGINES = {  # module with run(Problem, rows of an earlier Result or None) -> Result
+ENGINES = {  # modules that have run(Problem, rows of an earlier Result or None) -> Result
     "torch": "kdfast.engines.chunked",
     "triton_chunked": "kdfast.engines.chunked",
     "triton_tiled": "kdfast.engines.triton_tiled",
 }
 
-# The fields of Problem, and what torch.library calls their types: `hidden: Tensor`, `softcap: float | None` and
-# `valid_vocab: int` are the arguments "Tensor hidden, float? softcap, SymInt valid_vocab" of an operator's schema.
+# The fields of Problem and their types in torch.library: `hidden: Tensor`, `softcap: float | None` and
+# `valid_vocab: int` become the arguments "Tensor hidden, float? softcap, SymInt valid_vocab" of an operator's schema.
 _TYPES = get_type_hints(Problem)
 _SCHEMA_TYPES = {
     Tensor: "Tensor",
@@ -48,7 +47,7 @@ _SCHEMA_TYPES = {
 }
 _ARGUMENTS = ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in _TYPES.items())
 _TENSORS = [name for name, kind in _TYPES.items() if _SCHEMA_TYPES[kind].startswith("Tensor")]
-_DIFFERENTIABLE = ("hidden", "weight", "bias", "teacher_hidden")  # need_… flags and Result fields have these names
+_DIFFERENTIABLE = ("hidden", "weight", "bias", "teacher_hidden")  # also the names of Result fields and need_… flags
 
 
 def _returning(tensors: int) -> str:
@@ -67,7 +66,7 @@ def run(problem: Problem) -> tuple[Tensor, Tensor]:
 
 def _solve(problem: Problem, rows: Tensor | None = None) -> Result:
     engine = importlib.import_module(ENGINES[problem.engine])
-    # kernels are launched on the current device, which need not be the tensors'
+    # kernels launch on the current device, which need not be the tensors'
     with torch.cuda.device_of(problem.hidden), autocast.disabled(problem.hidden.device), torch.no_grad():
         return engine.run(problem, rows)
 
@@ -106,14 +105,14 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     schema=f"({_ARGUMENTS}, Tensor rows, Tensor upstream) -> {_returning(len(_DIFFERENTIABLE))}",
 )
 def fused_kd_gradients(*arguments: Any) -> tuple[Tensor, ...]:
-    """Return gradients of Σₙ upstreamₙ·lossₙ, in the inputs' dtypes; empty where not needed.
+    """Return the gradients of Σₙ upstreamₙ·lossₙ in the inputs' dtypes, empty where not needed.
 
-    rows: the forward's Result.rows; upstream (N,)."""
+    The last two arguments are the forward's Result.rows and upstream (N,)."""
     *values, rows, upstream = arguments
     x = Problem(*values)
     coefficients = torch.where(x.coefficients == 0, 0.0, x.coefficients * upstream)
     x = replace(x, coefficients=coefficients, want_metrics=False, per_row=False)
-    if not any(grad_flags(x)):  # a projector whose gradient was asked to be zero, and nothing else
+    if not any(grad_flags(x)):  # only a projector, whose gradient is zero by teacher_grad="none"
         return _where_needed(x, lambda like, name: like.new_zeros(like.shape))
     result = _solve(x, rows if rows.numel() else None)
     return _where_needed(x, lambda like, name: _finalize(getattr(result, name), result.scale, like))
@@ -121,12 +120,12 @@ def fused_kd_gradients(*arguments: Any) -> tuple[Tensor, ...]:
 
 @fused_kd_gradients.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    # contiguous, whatever the inputs are
+    # contiguous, even if the inputs are not
     return _where_needed(Problem(*arguments[:-2]), lambda like, name: like.new_empty(like.shape))
 
 
 def _where_needed(x: Problem, gradient: Callable[[Tensor, str], Tensor]) -> tuple[Tensor, ...]:
-    """Return gradient(input, its name) of each input that needs one, empty for the others."""
+    """Return gradient(input, its name) for each input that needs one, and an empty tensor for the others."""
     return tuple(
         gradient(getattr(x, name), name) if getattr(x, f"need_{name}") else x.hidden.new_empty(0)
         for name in _DIFFERENTIABLE
@@ -135,8 +134,8 @@ def _where_needed(x: Problem, gradient: Callable[[Tensor, str], Tensor]) -> tupl
 
 @torch.library.custom_op("kdfast::finalize_gradient", mutates_args=())
 def finalize_gradient(saved: Tensor, factor: Tensor, like: Tensor) -> Tensor:
-    """Return saved · factor in `like`'s dtype. `like` is the input itself: through it autograd sees that the
-    gradient depends on the inputs, and a second derivative reaches the error instead of a silent constant."""
+    """Return saved · factor in `like`'s dtype. `like` is the input itself: it shows autograd that the gradient depends
+    on the inputs, so that a second derivative raises the error instead of treating the gradient as a constant."""
     return _finalize(saved, factor, like)
 
 
@@ -183,14 +182,14 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None
 
 
 def _is_final(gradient: Tensor, factor: Tensor, like: Tensor) -> bool:
-    """Return whether the saved gradient is the answer: `loss.backward()` in full precision. It saves a pass over dW and
-    its memory. Only where looking is free (a CPU), nothing is being traced or differentiated again, and autograd drops
-    the saved one right after: what another backward will hand out once more must not be in anyone's hands, and a view
-    of it would be taken for a tensor of its own."""
+    """Return whether the saved gradient itself can be returned, as for `loss.backward()` in full precision, which saves
+    a pass over dW and its memory. Only on a CPU, where reading is free; not while tracing or differentiating again; and
+    only if autograd drops the saved tensor afterwards, since a later backward must not return a tensor that the caller
+    already has."""
     looking = type(factor) is Tensor and factor.device.type == "cpu" and not torch.compiler.is_compiling()
     if not looking or torch.is_grad_enabled():
         return False
-    if torch._C._autograd._get_current_graph_task_keep_graph():  # retain_graph; also outside of a backward
+    if torch._C._autograd._get_current_graph_task_keep_graph():  # retain_graph, or outside a backward
         return False
     return gradient.dtype == like.dtype and bool(factor == 1)
 
@@ -209,8 +208,8 @@ finalize_gradient.register_autograd(_no_second_derivative)
 
 @torch.library.custom_op("kdfast::project", mutates_args=())
 def project(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return hidden (N, Ht) · weight (Hs, Ht)ᵀ + bias (Hs,), in hidden's dtype: (N, Hs). The teacher's hidden states
-    are constants here: no gradient reaches them."""
+    """Return hidden (N, Ht) · weight (Hs, Ht)ᵀ + bias (Hs,), (N, Hs) in hidden's dtype. No gradient reaches `hidden`,
+    the teacher's."""
     from kdfast.kernels import projector
 
     with torch.cuda.device_of(hidden):

@@ -1,4 +1,4 @@
-"""The specification: eager, plain torch, gradients (of any order) by autograd. Whole logits, any dtype.
+"""The specification: eager plain torch on full logits, with gradients of any order by autograd.
 
 Logits are computed in fp32 (float64 for float64 inputs), whatever the inputs' dtype.
 """
@@ -16,13 +16,13 @@ from kdfast.ops.problem import AGREEMENT, ANCHOR, CE, KD, STUDENT_ENTROPY, TEACH
 
 
 def run(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Return (loss () or (N,), stats (6, N)) of `problem`."""
+    """Return the loss, () or (N,), and statistics (6, N) of `problem`."""
     with autocast.disabled(problem.hidden.device):
         return _run(problem)
 
 
 def _run(x: Problem) -> tuple[Tensor, Tensor]:
-    off = ~x.active[:, None]  # whatever an inactive row holds, NaN included, must not reach a sum
+    off = ~x.active[:, None]  # an inactive row's values, which may be NaN, must not reach a sum
     z_s = _through_the_students_head(x, x.hidden.masked_fill(off, 0), fixed=False)
     rows: dict[int, Tensor] = {}  # statistic → (N,)
     if x.want_metrics:
@@ -62,22 +62,21 @@ def _run(x: Problem) -> tuple[Tensor, Tensor]:
 
 
 def _no_gradient(x: Problem, terms: Container[int]) -> Tensor:
-    """Return 0, through which what no term leads to gets a gradient of zero, where one is asked."""
+    """Return a 0 that gives tensors which no term depends on a gradient of zero, if they require one."""
     asked = [x.teacher_hidden]
-    if not any(term in terms for term in (KD, CE, ANCHOR)):  # else these have one, and W's is too large for a second
+    if not any(term in terms for term in (KD, CE, ANCHOR)):  # with a term these have one, and W's is too large for two
         asked += [x.hidden, x.weight, x.bias]
     zero = torch.zeros((), device=x.hidden.device, dtype=x.dtype)
     return sum((t[:0].sum().to(x.dtype) for t in asked if t is not None and t.requires_grad), zero)
 
 
 def _counted(x: Problem, z: Tensor) -> Tensor:
-    """Return the logits (N, V) of the KD term, detached in rows it does not count: those may hold anything, no entry at
-    all or an infinite divergence."""
+    """Return the KD term's logits (N, V), detached in rows that it does not count, which may hold anything."""
     return torch.where((x.coefficients[KD] != 0)[:, None], z, z.detach())
 
 
 def _left_out(x: Problem) -> Tensor | None:
-    """Return (kd_size,) bool: ids that the mask takes out of the KD term."""
+    """Return a mask (kd_size,), True for ids that kd_mask takes out of the KD term; None without one."""
     if x.kd_mask is None:
         return None
     here = x.kd_mask[None, : x.kd_vocab].to(x.dtype)
@@ -89,7 +88,7 @@ def _masked(z: Tensor, off: Tensor | None) -> Tensor:
 
 
 def _teacher_logits(x: Problem, hidden: Tensor | None) -> Tensor:
-    """Return (N, kd_size)."""
+    """Return the teacher's logits (N, kd_size)."""
     if x.teacher_logits is not None:
         off = ~x.active[:, None]
         given = x.dense_teacher(slice(None)).to(x.dtype)
@@ -104,7 +103,7 @@ def _teacher_logits(x: Problem, hidden: Tensor | None) -> Tensor:
 
 
 def _through_the_students_head(x: Problem, hidden: Tensor, *, fixed: bool) -> Tensor:
-    """Return logits (N, vocab_size). fixed: no gradient reaches the head."""
+    """Return the student's head's logits (N, vocab_size) of `hidden`. fixed: no gradient reaches the head."""
     weight, bias = x.weight, x.bias
     if fixed:
         weight, bias = weight.detach(), None if bias is None else bias.detach()
@@ -112,8 +111,8 @@ def _through_the_students_head(x: Problem, hidden: Tensor, *, fixed: bool) -> Te
 
 
 def _sparse(x: Problem, z: Tensor) -> Tensor:
-    """Return the (N,) divergence of a teacher given by K entries, made dense: over the vocabulary and, for a bucket,
-    one more."""
+    """Return the divergence (N,) of a teacher of K entries, made dense over the vocabulary plus, for a bucket, one more
+    category."""
     nothing = torch.full_like(z, -inf, requires_grad=False).detach()
     log_p = nothing.scatter(1, *x.entries)
     within = log_p > -inf
@@ -130,7 +129,7 @@ def _sparse(x: Problem, z: Tensor) -> Tensor:
     else:
         z = _over(z, x.temperature)
         if x.teacher_tail == "renormalize_both":
-            z = z.masked_fill(~within & within.any(dim=-1, keepdim=True), -inf)  # NaN, in gradients too, without any
+            z = z.masked_fill(~within & within.any(dim=-1, keepdim=True), -inf)  # all −inf would give NaN gradients
         if x.teacher_tail != "none":
             log_p = (log_p if x.teacher_tempered else _over(log_p, x.temperature)).log_softmax(-1)
         log_q = z.log_softmax(-1)
@@ -140,7 +139,7 @@ def _sparse(x: Problem, z: Tensor) -> Tensor:
 def _logits(
     x: Problem, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, vocab: int
 ) -> Tensor:
-    """Return softcap·tanh(scale·(h Wᵀ + b)/softcap) over the first `vocab` entries; (N, those of all processes)."""
+    """Return softcap·tanh(scale·(h Wᵀ + b)/softcap) of the first `vocab` entries, gathered from all processes."""
     hidden = collectives.copy_to_group(hidden, x.group)
     z = hidden.to(x.dtype) @ weight[:vocab].to(x.dtype).T
     if bias is not None:
@@ -151,7 +150,7 @@ def _logits(
 
 
 def _over(z: Tensor, tau: Tensor) -> Tensor:
-    """Return z/τ, whose derivative by τ is 0 where z is −inf."""
+    """Return z/τ, with a derivative with respect to τ that is 0 where z is −inf."""
     nothing = z == -inf
     return (z.masked_fill(nothing, 0) / tau).masked_fill(nothing, -inf)
 

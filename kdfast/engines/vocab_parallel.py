@@ -1,25 +1,25 @@
 """The chunk loop under vocabulary parallelism: every process has a slice of the vocabulary and takes the same chunks.
 
-A softmax over the whole vocabulary needs something of every slice. For each chunk, on each process:
+A softmax over the whole vocabulary needs numbers from every slice. For each chunk, on each process:
 
     logits       of its slice                                            one product
-    update       fifteen to thirty-one numbers a row                     → gathered                    collective 1
+    update       15 to 31 numbers per row                                → gathered                    collective 1
     merge        the rows' log-sum-exps, losses, statistics              from all processes' numbers, alike on all
-    terms        where a divergence needs a second pass (all but KLs)    → gathered                    collective 2
+    terms        if the divergence needs a second pass (all but KLs)     → gathered                    collective 2
     gradients    of the logits of its slice; dW of its slice             two products
-    dX           what its slice contributes                              → summed over the processes   collective 3
+    dX           its slice's contribution                                → summed over the processes   collective 3
 
     so for k chunks, forward and backward together:
     forward or reverse KL, a sparse teacher, or none    k gathers, k sums
     another divergence                                  2k gathers, k sums
     without gradients of hidden states                  no sums
 
-No collective is waited for where it starts: while the numbers of a chunk are on their way, the one before has its
-gradients and products taken; while the terms are, and the sums of dX, the next chunk's logits. That takes two chunks'
-logits at a time, in half the chunk solver.
+Every collective overlaps with work: a chunk's first gather with the previous chunk's gradients and products, the second
+gather and the sums of dX with the next chunk's logits. So two chunks' logits exist at a time, and chunks are half as
+large.
 
-A row is R·15·4 bytes gathered (with K more numbers for a sparse teacher's entries) and 2·H·4 of each side's dX summed;
-its logits in the slices of all would be 2·V·4. bench/communication.py counts them.
+Per row, R·15·4 bytes are gathered (with K more numbers for a sparse teacher's entries) and 2·H·4 summed for each side's
+dX; gathering the logits would take 2·V·4. bench/communication.py counts the bytes.
 """
 
 from __future__ import annotations
@@ -40,28 +40,28 @@ ROWS = {
 
 
 class VocabParallelRows(Protocol):
-    """What turns logits into gradients, in phases. rows: of the problem; z_s, z_t (r, V) raw products, which `update`
-    may turn into logits in place; constants: what gradients need to know of the rows."""
+    """A class that turns logits into gradients in phases. rows: a slice of the tokens; z_s, z_t (r, V): raw products,
+    which `update` may turn into logits in place; constants: per-row numbers that the gradients need."""
 
     second_pass: bool
 
     def update(self, rows: slice, z_s: Tensor, z_t: Tensor | None) -> Tensor:
-        """Return (numbers, r): what the others must know of this slice."""
+        """Return the numbers (numbers, r) that other processes need from this slice."""
 
     def merge(self, rows: slice, states: Tensor) -> Any:
-        """Return the rows' constants from all processes' states (R, numbers, r); fill `stats[:, rows]`."""
+        """Return the rows' constants from all processes' numbers (R, numbers, r); fill `stats[:, rows]`."""
 
     def terms(self, rows: slice, z_s: Tensor, z_t: Tensor | None, constants: Any) -> Tensor:
-        """Return (numbers, r): the second pass over this slice."""
+        """Return the sums (numbers, r) of the second pass over this slice."""
 
     def merge_terms(self, rows: slice, terms: Tensor, constants: Any) -> Any:
-        """Return the constants, completed from all processes' second passes (R, numbers, r)."""
+        """Return the constants, completed by all processes' sums (R, numbers, r)."""
 
     def gradients(self, rows: slice, z_s: Tensor, z_t: Tensor | None, constants: Any, out: GradientBuffers) -> None: ...
 
 
 class _Waiting(NamedTuple):
-    """A chunk that is short of its gradients."""
+    """A chunk that lacks only its gradients."""
 
     chunk: Chunk
     constants: Any
@@ -69,11 +69,11 @@ class _Waiting(NamedTuple):
 
 
 def run_chunks(x: Problem) -> Result:
-    """Return loss, statistics and scaled gradients of `x`, of whose vocabulary a slice is here."""
+    """Return loss, statistics and scaled gradients of `x` from this process's slice of the vocabulary."""
     loop = ChunkLoop(x, ROWS)
     solver: VocabParallelRows = loop.row_solver
     waiting: _Waiting | None = None
-    sums: list[tuple[slice, Pending]] = []  # dX under way
+    sums: list[tuple[slice, Pending]] = []  # dX being summed
     for i, rows in enumerate(loop.chunks()):
         chunk = loop.logits(rows, i % 2)
         states = collectives.all_gather(solver.update(rows, chunk.z_s, chunk.z_t), x.group)
@@ -90,7 +90,7 @@ def run_chunks(x: Problem) -> Result:
 
 
 def _finalize(loop: ChunkLoop, waiting: _Waiting | None, sums: list[tuple[slice, Pending]]) -> None:
-    """Take a chunk's gradients; store dX of the one before it."""
+    """Compute a waiting chunk's gradients; store dX of the chunk before it."""
     if waiting is None:
         return
     solver, chunk, constants = loop.row_solver, waiting.chunk, waiting.constants
