@@ -1,9 +1,9 @@
-"""The `torch` engine's row work on a CPU, compiled by inductor where there is a C++ compiler.
+"""The `torch` engine's row work on a CPU, compiled by inductor if there is a C++ compiler.
 
-`TorchRows.gradients_of` is traced for any number of rows: one function for each kind of problem (teacher, divergence,
-terms, vocabulary), made when the first large one wants gradients. That takes seconds, of which a line in the log tells,
-fewer once inductor has it on disk. Where it fails a warning says so, and plain torch does it all. KDFAST_COMPILE=0:
-never. A sparse teacher's rows and slices of the vocabulary are plain torch's.
+`TorchRows.gradients_of` is traced for any number of rows: one function per kind of problem (teacher, divergence, terms,
+vocabulary), compiled when the first large one needs gradients. That takes seconds, which the log announces, and less
+once inductor has it on disk. If it fails, a warning says so and plain torch does all the work. KDFAST_COMPILE=0 turns
+it off. Sparse teachers and slices of the vocabulary always use plain torch.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ from kdfast.ops import threads
 from kdfast.ops.planning import on_cpu
 from kdfast.ops.problem import PER_TOKEN
 
-LEAST = 1 << 21  # logits of a problem from which on it is compiled
-BLOCK = 1 << 19  # logits a thread takes at a time: what is not one pass waits in its cache
+LEAST = 1 << 21  # smaller problems, in logits, are not compiled
+BLOCK = 1 << 19  # logits a thread handles at a time, so that they stay in its cache between passes
 READ = (
     "labels", "anchor_targets", "temperature", "teacher_temperature", "coefficients", "bias", "teacher_bias", "kd_mask",
 )  # fmt: skip
 ANY = {"scratch_bytes", "per_row", "need_hidden", "need_weight", "need_bias", "need_teacher_hidden"}  # not read there
 OPTIONS: dict[str, Any] = {
-    "realize_reads_threshold": 64,  # what one pass needs of another is computed once more, not kept
+    "realize_reads_threshold": 64,  # recompute what one pass needs from another instead of storing it
     "realize_opcount_threshold": 400,
     "cpp.dynamic_threads": True,
-    "cpp_wrapper": True,  # without the interpreter's lock: blocks on several threads
-    "compile_threads": 1,  # no processes that compile, and stay
+    "cpp_wrapper": True,  # runs without the interpreter's lock, so that blocks run on several threads
+    "compile_threads": 1,  # start no compiler processes, which would stay
 }
-MADE_FOR = (2, 10)  # PyTorch's version
+MADE_FOR = (2, 10)  # the oldest PyTorch version
 
 logger = logging.getLogger(__name__)
 _functions: dict[Any, Callable[..., Any]] = {}
-_off: list[str] = []  # why nothing is compiled in this process
+_off: list[str] = []  # why this process compiles nothing
 os.register_at_fork(after_in_child=lambda: _off.append("a forked process"))
 
 
 def solve(solver: Any, rows: slice, z_s: Tensor, z_t: Tensor | None, out: GradientBuffers) -> bool:
-    """Do what `solver`, a `TorchRows`, does of the chunk `rows`; return False, with nothing done, where it is to."""
+    """Do the work of `solver`, a `TorchRows`, for the chunk `rows`; return False if the solver must do it itself."""
     x, m = solver.x, rows.stop - rows.start
     if m < 2 or not _is_for(solver) or _off or not _allowed():
         return False
@@ -92,8 +92,8 @@ def _allowed() -> bool:
 
 
 def _compiled(solver: Any) -> Callable[..., Any]:
-    """Return (z_s, z_t, scale, tensors) → (statistics (6, r), the anchor's gradient where it is apart), which writes
-    gradients over the logits. tensors: of `READ`, those there are."""
+    """Return a function of (z_s, z_t, scale, tensors) that writes gradients over the logits and returns statistics
+    (6, r) and the anchor's gradient, if separate. tensors: those of `READ` that exist."""
     wanted, rows = solver.wanted, type(solver)
     empty = dict.fromkeys(field.name for field in fields(solver.x) if isinstance(getattr(solver.x, field.name), Tensor))
     template = replace(solver.x, **{name: torch.empty(0) for name in empty} | {"teacher_logits": None})
@@ -109,7 +109,7 @@ def _compiled(solver: Any) -> Callable[..., Any]:
                 z.copy_(pad(grad, (0, z.shape[1] - grad.shape[1])))
         return solver.stats, grad_a
 
-    # code of its own: dynamo counts, and limits, what it has compiled of a piece of code
+    # a code object of its own, since dynamo limits how often it compiles one
     code = solve_rows.__code__.replace(co_name=f"solve_rows_{len(_functions)}")
     function = FunctionType(code, solve_rows.__globals__, closure=solve_rows.__closure__)
     return torch.compile(function, fullgraph=True, options=OPTIONS)
@@ -124,7 +124,7 @@ def _solve_block(
     tensors["coefficients"] = x.coefficients[:, rows].contiguous()
     if x.teacher_logits is not None:
         z_t = x.dense_teacher(rows).to(x.dtype)
-    # as tensors of their own memory each, or the compiler would look for where both sides' overlap
+    # as tensors with memory of their own, or the compiler would check the two sides for overlap
     z_s, z_t = torch.from_dlpack(z_s), None if z_t is None else torch.from_dlpack(z_t)
     for name, tensor in {"z_s": z_s, "z_t": z_t, **tensors}.items():
         if tensor is not None and name in (*PER_TOKEN, "z_s", "z_t", "coefficients"):

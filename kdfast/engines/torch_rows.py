@@ -1,10 +1,10 @@
 """The `torch` engine's rows: logits of a few rows → losses, statistics, gradients, in plain torch.
 
-z_s, z_t (m, V) are the raw products h·Wᵀ; they are overwritten. A gradient is written towards those products
-(temperature, softcap and logit_scale included), divided by the problem's scale, in the dtype of its buffer; the
-buffers may be the logits' own memory, since nothing is read after the first write.
+z_s, z_t (m, V) are the raw products h·Wᵀ; they are overwritten. Gradients are those with respect to these products
+(through temperature, softcap and logit_scale), divided by the problem's scale, in the dtype of their buffers. Buffers
+may share memory with the logits, since nothing is read after the first write.
 
-On a CPU each thread takes a few rows at a time, so few that the dozen temporaries stay in its cache.
+On a CPU each thread works on so few rows at a time that the dozen temporaries stay in its cache.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from kdfast.ops import matmul, sparse, threads
 from kdfast.ops.planning import GradFlags, on_cpu
 from kdfast.ops.problem import AGREEMENT, ANCHOR, CE, KD, STUDENT_ENTROPY, TEACHER_ENTROPY, Problem
 
-CPU_BLOCK = 1 << 16  # logits a CPU's thread works on at a time (256 KB in fp32), so that they stay in its cache
-ENTROPY = {CE: STUDENT_ENTROPY, ANCHOR: TEACHER_ENTROPY}  # of the logits that a cross entropy is taken of
+CPU_BLOCK = 1 << 16  # logits a CPU thread works on at a time (256 KB in fp32), so that they stay in its cache
+ENTROPY = {CE: STUDENT_ENTROPY, ANCHOR: TEACHER_ENTROPY}  # the entropy of each cross entropy's logits
 
 R = TypeVar("R")
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of student, teacher and anchor, (r, ≤ V) each
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # for student, teacher and anchor, (r, ≤ V) each
 
 
 class TorchRows:
@@ -44,8 +44,8 @@ class TorchRows:
     def in_blocks(
         self, solve: Callable[..., R], rows: slice, z_s: Tensor, z_t: Tensor | None, *of_rows: Any
     ) -> list[R]:
-        """Return what `solve` makes of a few of a chunk's rows at a time: given their slice of x's, both sides' logits,
-        and their part of each of `of_rows`, buffers or constants."""
+        """Return the results of `solve` for a few of a chunk's rows at a time. It gets their slice of all tokens, both
+        sides' logits, and their part of each of `of_rows`, buffers or constants."""
         x, m, cpu = self.x, rows.stop - rows.start, on_cpu(self.x.hidden.device, self.x.engine)
         apart = [each._replace(bias=None) if cpu and isinstance(each, GradientBuffers) else each for each in of_rows]
 
@@ -56,17 +56,17 @@ class TorchRows:
 
         size = max(1, CPU_BLOCK // max(1, x.valid_vocab)) if cpu else m
         found = threads.map_on_threads(block, list(matmul.blocks(m, max(1, size))))
-        for out in of_rows:  # a sum over rows in the order of the rows, whichever thread took which
+        for out in of_rows:  # sum over rows in their order, so that it does not depend on the threads
             if cpu and isinstance(out, GradientBuffers):
                 self.sum_bias(out.bias, out.student, out.teacher)
         return found
 
     def coefficients(self, rows: slice) -> Tensor:
-        """Return (3, r, 1): of the terms' gradients."""
+        """Return the coefficients (3, r, 1) of the terms' gradients."""
         return (self.x.coefficients[:, rows] / self.scale)[:, :, None]
 
     def transform(self, z_s: Tensor, z_t: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """Make logits of both sides' products, in place; return the slopes of `add_bias_and_transform`."""
+        """Turn both sides' products into logits, in place; return the slopes of `add_bias_and_transform`."""
         x = self.x
         slope_s = add_bias_and_transform(z_s, x.bias, x.logit_scale, x.softcap)
         if z_t is None:
@@ -75,14 +75,14 @@ class TorchRows:
         return slope_s, add_bias_and_transform(z_t, bias, x.teacher_logit_scale, x.teacher_softcap)
 
     def teacher_logits(self, rows: slice, z_t: Tensor | None) -> Tensor | None:
-        """Return z_t, or the logits that were given in its place."""
+        """Return z_t, or a `Logits` teacher's logits instead."""
         return z_t if self.x.teacher_logits is None else self.x.dense_teacher(rows).to(self.x.dtype)
 
     def _solve(self, rows: slice, z_s: Tensor, z_t: Tensor | None, out: GradientBuffers) -> None:
         self.write(out, self.gradients_of(rows, z_s, z_t))
 
     def gradients_of(self, rows: slice, z_s: Tensor, z_t: Tensor | None) -> Gradients:
-        """Fill the statistics of `rows`; return the gradients towards the raw products."""
+        """Fill the statistics of `rows`; return the gradients with respect to the raw products."""
         x, wanted, stats = self.x, self.wanted, self.stats
         kd = self.coefficients(rows)[KD]
         slopes = self.transform(z_s, z_t)
@@ -101,7 +101,7 @@ class TorchRows:
             stats[AGREEMENT, rows] = (shared.argmax(dim=-1) == best).to(stats.dtype)
         if x.use_ce or x.want_metrics:
             grad_s = add_shared(self._cross_entropy(rows, z_s, CE, wanted.student and x.ce_term), grad_s)
-        seen = z_t if x.projected else theirs  # as the student's are, over the whole vocabulary
+        seen = z_t if x.projected else theirs  # a projected teacher's cover the whole vocabulary, as the student's do
         if seen is not None and (x.use_anchor or x.want_metrics):
             grad_a = self._cross_entropy(rows, seen, ANCHOR, wanted.anchor)
         return self.chained((grad_s, grad_t, grad_a), slopes)
@@ -113,7 +113,7 @@ class TorchRows:
         log_q, unknown_q = log_softmax(z_s, x.temperature)
         g = log_ratio(log_p, log_q)
         p, q, terms = divergence.solve(log_p, log_q, g)
-        unknown = unknown_p | unknown_q  # a NaN on one side makes both sides' gradients NaN, where the row counts
+        unknown = unknown_p | unknown_q  # a NaN on one side makes both sides' gradients NaN, if the row counts
         value = terms.f.sum(dim=-1).masked_fill_(unknown, nan)
         coefficient = coefficient.masked_fill(unknown[:, None] & (coefficient != 0), nan)
         by_s, by_t = coefficient / x.temperature, coefficient / x.teacher_temperature
@@ -122,10 +122,10 @@ class TorchRows:
         return value, grad_s, grad_t
 
     def _sparse(self, rows: slice, z: Tensor, coefficient: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return (divergence (r,), coefficient·∂/∂z) of a teacher given by K entries."""
+        """Return (divergence (r,), coefficient·∂/∂z) for a sparse teacher."""
         x = self.x
         index = x.entries[0][rows]
-        # `clamp`: a row of −inf alone, whose differences would be NaN
+        # clamped, because in a row of only −inf the differences would be NaN
         m = z.amax(dim=-1, keepdim=True).clamp_min(torch.finfo(z.dtype).min)
         entries, z = z.gather(1, index), z - m
         scaled = z / sparse.temperature(x)
@@ -134,7 +134,7 @@ class TorchRows:
         rest: Tensor | None = None
         excluded = sparse.excluded(x)
         if excluded is not None:
-            # an entry without mass keeps its logit: its id is written with what some other entry there would write
+            # an entry without mass writes back its id's logit
             scaled.scatter_(1, index, torch.where(excluded[rows], -inf, (entries - m) / sparse.temperature(x)))
             rest = scaled.logsumexp(dim=-1)
         found = sparse.solve(x, rows, entries, m[:, 0], total.log(), rest, coefficient)
@@ -147,8 +147,8 @@ class TorchRows:
         return found.value, times(softmax, found.outside[:, None]).scatter_(1, index, found.inside)
 
     def _cross_entropy(self, rows: slice, z: Tensor, term: int, gradient: bool) -> Tensor | None:
-        """Fill the statistics at τ = 1 of the logits that `term`, CE or ANCHOR, is taken of; return
-        coefficient·(softmax − onehot) (r, V) where that is wanted."""
+        """Fill the statistics at τ = 1 of the logits of `term`, CE or ANCHOR; return coefficient·(softmax − onehot)
+        (r, V) if `gradient`."""
         log_q, _ = log_softmax(z)
         targets = self.targets[term]
         index = None if targets is None else targets[rows, None]
@@ -165,7 +165,7 @@ class TorchRows:
         return add_at(q.mul_(coefficient), index, -coefficient)
 
     def chained(self, gradients: Gradients, slopes: tuple[Tensor | None, Tensor | None]) -> Gradients:
-        """Return gradients towards logits taken to the raw products, in place. slopes: as `transform` returns them."""
+        """Turn gradients with respect to logits into those of the raw products, in place. slopes: from `transform`."""
         (grad_s, grad_t, grad_a), (slope_s, slope_t), x = gradients, slopes, self.x
         _chain(grad_s, slope_s, x.logit_scale)
         _chain(grad_t, slope_t, x.teacher_logit_scale)
@@ -173,7 +173,7 @@ class TorchRows:
         return gradients
 
     def write(self, out: GradientBuffers, gradients: Gradients) -> None:
-        """Write gradients towards some rows' raw products into their buffers."""
+        """Write some rows' gradients into their buffers."""
         grad_s, grad_t, grad_a = gradients
         self.sum_bias(out.bias, grad_s, grad_t)
         if out.anchor is None and grad_a is not None:
@@ -193,9 +193,9 @@ class TorchRows:
 
 
 def add_bias_and_transform(z: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None) -> Tensor | None:
-    """Make z softcap·tanh(logit_scale·(z + bias)/softcap), in place; return d/dz ÷ logit_scale, or None for 1.
+    """Turn z into softcap·tanh(logit_scale·(z + bias)/softcap), in place; return d/dz ÷ logit_scale, or None for 1.
 
-    bias: of z's shape, or of z's columns and more."""
+    bias: shaped like z, or with z's columns and more."""
     if bias is not None:
         z += bias[..., : z.shape[1]]
     if logit_scale != 1.0:
@@ -209,16 +209,16 @@ def add_bias_and_transform(z: Tensor, bias: Tensor | None, logit_scale: float, s
 
 
 def slope_of(z: Tensor, softcap: float | None) -> Tensor | None:
-    """Return the same of logits that have been transformed."""
+    """Return the slope of `add_bias_and_transform` from logits that have been transformed."""
     return None if softcap is None else 1 - (z / softcap).square_()
 
 
 def log_softmax(z: Tensor, tau: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return (log softmax(z/τ), (r,) bool: which rows are NaN, as one NaN logit makes them)."""
+    """Return log softmax(z/τ), and a mask (r,) of rows that are NaN, as a single NaN logit makes them."""
     if not torch.compiler.is_compiling():
         log_q = (z if tau is None else z / tau).log_softmax(dim=-1)
         return log_q, log_q[:, 0].isnan()
-    shifted = z - z.amax(dim=-1, keepdim=True)  # spelled out, what passes over the logits share
+    shifted = z - z.amax(dim=-1, keepdim=True)  # written out, passes over the logits can be shared
     shifted = shifted if tau is None else shifted * (1 / tau)
     norm = shifted.exp().sum(dim=-1, keepdim=True).log()
     return shifted - norm, norm[:, 0].isnan()
@@ -228,12 +228,12 @@ def add_at(grad: Tensor, index: Tensor, values: Tensor) -> Tensor:
     """Return grad (r, V) with values (r, 1) added at index (r, 1), in place."""
     if not torch.compiler.is_compiling():
         return grad.scatter_add_(1, index, values)
-    here = torch.arange(grad.shape[1], device=grad.device) == index  # what can be one pass with the rest
+    here = torch.arange(grad.shape[1], device=grad.device) == index  # can be fused with other passes
     return grad + torch.where(here, values, 0.0)
 
 
 def times(grad: Tensor, factor: Tensor) -> Tensor:
-    """Return grad·factor, in place, with 0·∞ = 0: an infinite divergence does not reach rows it does not count for."""
+    """Return grad·factor, in place, with ∞·0 = 0: an infinite divergence must not reach rows with weight 0."""
     zero = factor == 0
     grad.mul_(factor)
     if grad.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(zero.any()):
@@ -242,7 +242,7 @@ def times(grad: Tensor, factor: Tensor) -> Tensor:
 
 
 def center(a: Tensor, softmax: Tensor, centred: bool) -> Tensor:
-    """Return a − softmax·Σa, in place; at the entry with most mass, where that cancels, less the sum of the others."""
+    """Return a − softmax·Σa, in place; at the entry with most mass, where that cancels, minus the sum of the others."""
     if centred:
         return a
     if torch.compiler.is_compiling():
@@ -251,12 +251,12 @@ def center(a: Tensor, softmax: Tensor, centred: bool) -> Tensor:
         return torch.where(most, torch.where(others.abs() < torch.finfo(a.dtype).tiny, 0.0, -others), a)
     most = softmax.argmax(dim=-1, keepdim=True)
     a.addcmul_(softmax, a.sum(dim=-1, keepdim=True), value=-1).scatter_(-1, most, 0)
-    others = a.sum(dim=-1, keepdim=True)  # a subnormal number has no digits to go by
+    others = a.sum(dim=-1, keepdim=True)  # a subnormal sum has too few digits
     return a.scatter_(-1, most, torch.where(others.abs() < torch.finfo(a.dtype).tiny, 0, -others))
 
 
 def add_shared(whole: Tensor | None, shared: Tensor | None) -> Tensor | None:
-    """Return the sum of a gradient over the whole vocabulary and one over its first ids, in place."""
+    """Return the sum, in place, of a gradient over the whole vocabulary and one over its first ids."""
     if whole is None or shared is None:
         return shared if whole is None else whole
     whole[:, : shared.shape[1]] += shared
@@ -264,7 +264,7 @@ def add_shared(whole: Tensor | None, shared: Tensor | None) -> Tensor | None:
 
 
 def _fill(buffer: Tensor, grad: Tensor | None) -> None:
-    """Write a gradient, saturated; entries of the vocabulary that it does not have get none."""
+    """Write a gradient, saturated for float16, and zeros beyond its width."""
     width = 0 if grad is None else grad.shape[1]
     if grad is not None:
         buffer[:, :width].copy_(grad.clamp_(-65504, 65504) if buffer.dtype == torch.float16 else grad)
@@ -272,7 +272,7 @@ def _fill(buffer: Tensor, grad: Tensor | None) -> None:
 
 
 def _chain(grad: Tensor | None, slope: Tensor | None, logit_scale: float) -> None:
-    """Take a gradient from logits to the raw products h·Wᵀ + b, in place."""
+    """Turn a gradient with respect to logits into that of the raw products h·Wᵀ + b, in place."""
     if grad is None:
         return
     if slope is not None:
@@ -282,12 +282,12 @@ def _chain(grad: Tensor | None, slope: Tensor | None, logit_scale: float) -> Non
 
 
 def _decorrelate(grad_s: Tensor, grad_t: Tensor) -> Tensor:
-    """Add c·grad_s to grad_t, making it orthogonal to grad_s; return c (r,).
+    """Add c·grad_s to grad_t, which makes it orthogonal to grad_s; return c (r,).
 
-    Near convergence grad_t ≈ −grad_s and h_p ≈ h_s, so that dW = grad_sᵀ·h_s + grad_tᵀ·h_p is a difference of
-    nearly equal products, and rounding the two gradients to 16 bits on their own leaves an error many times dW's
-    own rounding. The same sum is grad_sᵀ·(h_s − c·h_p) + (grad_t + c·grad_s)ᵀ·h_p, both factors small before
-    they are rounded; by Pythagoras no rounding error grows, whatever the rows are.
+    Near convergence grad_t ≈ −grad_s and h_p ≈ h_s, so dW = grad_sᵀ·h_s + grad_tᵀ·h_p is a difference of nearly equal
+    products. Rounding each gradient to 16 bits leaves an error many times that of rounding dW. The same sum is
+    grad_sᵀ·(h_s − c·h_p) + (grad_t + c·grad_s)ᵀ·h_p, in which both factors are small before they are rounded. By
+    Pythagoras no rounding error grows, for any rows.
     """
     square = (grad_s * grad_s).sum(dim=-1)
     dot = (grad_s * grad_t).sum(dim=-1)

@@ -1,14 +1,13 @@
 """The `torch` engine's rows in the phases of `vocab_parallel.py`, in plain torch.
 
-With m a slice's maximum, x = (z − m)/τ and e = exp(x), a process says of its slice, row by row:
+With m a slice's maximum, x = (z − m)/τ and e = exp(x), a process sends these numbers of its slice for each row:
 
-    student   m, Σ e, its first argmax; at τ = 1 m, Σ e, Σ e·x and the label's logit, over all that the cross entropy
-              sees
-    teacher   the same of its logits; of a sparse teacher's bucket m and Σ e of the student's logits in it
-    pair      of a KL under the side b, o being the other: G = Σ e_b·(x_b − x_o), D = Σ (e_o − e_b)
-    entries   of a sparse teacher: the student's logits at those that are in the slice, 0 at the others
+    student   m, Σ e, the first argmax; at τ = 1 m, Σ e, Σ e·x and the label's logit, over the cross entropy's ids
+    teacher   the same for its logits; for a sparse teacher's bucket, m and Σ e of the student's logits in it
+    pair      for a KL with side b's expectation, o the other side: G = Σ e_b·(x_b − x_o), D = Σ (e_o − e_b)
+    entries   for a sparse teacher: the student's logits at the entries in this slice, 0 at the others
 
-Slices are put together by moving their maxima to the largest; then KL = G/S_b + log1p(D/S_b), as in
+Slices are merged by moving their maxima to the largest one; then KL = G/S_b + log1p(D/S_b), as in
 `kdfast.kernels.online_softmax`, which has the same numbers for the kernels.
 """
 
@@ -28,23 +27,23 @@ from kdfast.ops import sparse
 from kdfast.ops.planning import GradFlags
 from kdfast.ops.problem import AGREEMENT, ANCHOR, CE, KD, Problem
 
-LOWEST = -1e30  # below any logit, yet finite: the maximum of nothing
+LOWEST = -1e30  # below any logit, yet finite: the maximum of no logits
 
 
 class Side(NamedTuple):
-    """What a slice says of one side's logits, each (r,); or all slices (R, r)."""
+    """One side's numbers from one slice, (r,) each, or from all slices, (R, r)."""
 
     m: Tensor
     S: Tensor
     best: Tensor
-    m_1: Tensor  # at τ = 1, where the logits may reach further; else m
+    m_1: Tensor  # at τ = 1, where more ids may count; else m
     S_1: Tensor
     E_1: Tensor
     target: Tensor
 
 
 class State(NamedTuple):
-    """Both sides, the pair, and a sparse teacher's entries (K, r); or of all slices with R before r."""
+    """Both sides, the pair, and a sparse teacher's entries (K, r), from one slice, or from all with R before r."""
 
     student: Side
     teacher: Side
@@ -53,14 +52,14 @@ class State(NamedTuple):
     entries: Tensor
 
     def packed(self, further: bool) -> Tensor:
-        """Return (15 + K, r); with the teacher's m_1, where it is not m, 16 + K."""
+        """Return the state as one tensor (15 + K, r); 16 + K with the teacher's m_1, if it is not m."""
         numbers = [*self.student, *self.teacher[:3], *self.teacher[4:], self.G, self.D]
         numbers += [self.teacher.m_1] * further
         return torch.cat([torch.stack([each.to(self.G.dtype) for each in numbers]), self.entries])
 
     @classmethod
     def of_all(cls, states: Tensor, further: bool) -> State:
-        """Return the state of what was gathered, (R, 15 + K, r). entries (K, r): each is in one slice."""
+        """Return the state from gathered tensors (R, 15 + K, r). entries (K, r) are summed: each is in one slice."""
         count = 15 + further
         numbers = states[:, :count].unbind(dim=1)
         m_1 = numbers[15] if further else numbers[7]
@@ -69,45 +68,45 @@ class State(NamedTuple):
 
 
 class Constants(NamedTuple):
-    """What gradients need to know of the rows, each (r,)."""
+    """The numbers per row that gradients need, (r,) each."""
 
     m_s: Tensor
     log_s: Tensor  # log Σ exp((z − m)/τ)
     m_t: Tensor
     log_t: Tensor
-    gap: Tensor  # log_t − log_s, to more digits
+    gap: Tensor  # log_t − log_s, with more digits
     A_p: Tensor  # Σ a_p
     A_q: Tensor
-    D_p: Tensor  # what an entry with most of p's mass gets, where a_p − p·A_p cancels; NaN = not known
+    D_p: Tensor  # the gradient at an entry with most of p's mass, where a_p − p·A_p cancels; NaN = not known
     D_q: Tensor
     m_1: Tensor
     log_1: Tensor
     m_t1: Tensor
     log_t1: Tensor
     inside: Tensor  # (K, r), or empty: gradients at a sparse teacher's entries
-    outside: Tensor  # (r,): and of the others, as a multiple of their softmax
+    outside: Tensor  # (r,): the factor of the softmax in the others' gradients
 
     def part(self, rows: slice) -> Constants:
-        """Return those of some of the rows."""
+        """Return the constants of some of the rows."""
         return Constants(*(each[..., rows] for each in self))
 
 
 class Merged(NamedTuple):
-    """Slices' maxima and sums put together."""
+    """Merged maxima and sums of slices."""
 
     m: Tensor  # (r,)
-    move: Tensor  # (R, r): from each slice's maximum to m, over τ
-    r: Tensor  # (R, r): its exponential
+    move: Tensor  # (R, r): (each slice's maximum − m)/τ
+    r: Tensor  # (R, r): exp(move)
     S: Tensor  # (r,)
 
 
 class TorchVocabParallelRows(TorchRows):
-    """`kdfast.engines.vocab_parallel.VocabParallelRows` in plain torch."""
+    """`kdfast.engines.vocab_parallel.VocabParallelRows`, in plain torch."""
 
     def __init__(self, x: Problem, scale: Tensor, wanted: GradFlags, stats: Tensor) -> None:
         super().__init__(x, scale, wanted, stats)
         self.tau = sparse.temperature(x) if x.sparse else x.temperature
-        self.tau_t = self.tau if x.sparse else x.teacher_temperature  # a bucket is of the student's logits
+        self.tau_t = self.tau if x.sparse else x.teacher_temperature  # a bucket consists of the student's logits
         self.teacher = x.has_teacher and not x.sparse
         self.kl = x.divergence_name in ("forward_kl", "reverse_kl")
         self.forward_kl = x.divergence_name == "forward_kl"
@@ -144,7 +143,7 @@ class TorchVocabParallelRows(TorchRows):
         return state._replace(teacher=teacher, G=G, D=D)
 
     def _side(self, rows: slice, z: Tensor, z_1: Tensor, term: int, tau: Tensor) -> tuple[Side, Tensor, Tensor]:
-        """Return a side's numbers of logits z (r, v), at 1 of z_1 (r, ≥ v) for `term`, CE or ANCHOR; x, e of z at τ."""
+        """Return a side's numbers, and x and e at τ, for logits z (r, v); `term`, CE or ANCHOR, uses z_1 (r, ≥ v)."""
         metrics, targets = self.x.want_metrics, self.targets[term]
         m, S, x, e = _exponentials(z, tau)
         zero = torch.zeros_like(m)
@@ -197,7 +196,7 @@ class TorchVocabParallelRows(TorchRows):
         return constants._replace(gap=rise, A_q=value, D_q=_sure(log_s, size))
 
     def _merge_at_one(self, rows: slice, side: Side, term: int) -> tuple[Tensor, Tensor]:
-        """Return (maximum, log Σ exp) at τ = 1 of all slices; fill the statistics of `term`, CE or ANCHOR."""
+        """Return all slices' maximum and log Σ exp at τ = 1; fill the statistics of `term`, CE or ANCHOR."""
         whole = _merged(side.m_1, side.S_1, torch.ones_like(self.tau))
         log = whole.S.log()
         if self.x.want_metrics:
@@ -210,7 +209,7 @@ class TorchVocabParallelRows(TorchRows):
     # second pass
 
     def terms(self, rows: slice, z_s: Tensor, z_t: Tensor | None, constants: Constants) -> Tensor:
-        """Return (7, r): Σf, Σa_p, Σa_q; Σa_p and Σp without the entry that has most of p's mass, likewise of q."""
+        """Return Σf, Σa_p, Σa_q, then Σa_p and Σp without the entry that has most of p's mass, and so for q: (7, r)."""
         return torch.cat(self.in_blocks(self._terms, rows, z_s, z_t, constants), dim=1)
 
     def _terms(self, rows: slice, z_s: Tensor, z_t: Tensor | None, constants: Constants) -> Tensor:
@@ -222,7 +221,7 @@ class TorchVocabParallelRows(TorchRows):
 
     def merge_terms(self, rows: slice, terms: Tensor, constants: Constants) -> Constants:
         value, A_p, A_q, less_a_p, less_p, less_a_q, less_q = terms.sum(dim=0)
-        self.stats[KD, rows] = value + 0 * constants.gap  # a row whose logits are NaN has that in `gap`
+        self.stats[KD, rows] = value + 0 * constants.gap  # `gap` is NaN if the row's logits are
         return constants._replace(A_p=A_p, A_q=A_q, D_p=A_p * less_p - less_a_p, D_q=A_q * less_q - less_a_q)
 
     # gradients
@@ -260,7 +259,7 @@ class TorchVocabParallelRows(TorchRows):
         self.write(out, self.chained((grad_s, grad_t, grad_a), slopes))
 
     def _softmax_less_onehot(self, rows: slice, z: Tensor, m: Tensor, log: Tensor, term: int) -> Tensor:
-        """Return coefficient·(softmax − onehot) of the CE or ANCHOR term."""
+        """Return coefficient·(softmax − onehot) for the CE or ANCHOR term."""
         coefficient, targets = self.coefficients(rows)[term], self.targets[term]
         assert targets is not None
         grad = (z - m[:, None]).sub_(log[:, None]).exp_().mul_(coefficient)
@@ -281,7 +280,7 @@ class TorchVocabParallelRows(TorchRows):
     # a sparse teacher
 
     def _sparse_state(self, rows: slice, z: Tensor, state: State) -> State:
-        """Return `state` with the logits at the entries and, where there is one, the bucket."""
+        """Return `state` with the logits at the entries and, if needed, the bucket."""
         index = self._entries_here(rows)
         entries = torch.zeros_like(index, dtype=z.dtype)
         if z.shape[1]:
@@ -290,12 +289,12 @@ class TorchVocabParallelRows(TorchRows):
         excluded = sparse.excluded(self.x)
         if excluded is None:
             return state
-        # an entry without mass keeps its logit: its id is written with what some other entry there would write
+        # an entry without mass writes back its id's logit
         m, S, _, _ = _exponentials(_scattered(z, index, torch.where(excluded[rows], -inf, entries)), self.tau)
         return state._replace(teacher=state.teacher._replace(m=m, S=S))
 
     def _entries_here(self, rows: slice) -> Tensor:
-        """Return (r, K): the entries' addresses in the slice; one past its end where they are elsewhere."""
+        """Return the entries' positions (r, K) in the slice; one past its end for those elsewhere."""
         local = self.x.local(self.x.entries[0][rows])
         assert local is not None
         return torch.where((local >= 0) & (local < self.x.kd_vocab), local, self.x.kd_vocab)
@@ -309,18 +308,18 @@ class TorchVocabParallelRows(TorchRows):
 
 
 def _scattered(z: Tensor, index: Tensor, values: Tensor) -> Tensor:
-    """Return z (r, v) with values_nk at index_nk; an index v writes nowhere. Equal indices have equal values."""
+    """Return z (r, v) with `values` at `index`, (r, K) each. Index v writes nothing; equal ones have equal values."""
     return pad(z, (0, 1)).scatter_(1, index, values)[:, :-1]
 
 
 def _sure(log: Tensor, size: Tensor) -> Tensor:
-    """Return the D of a KL, whose one pass does not know it: NaN, and 0 where one entry has all of the mass and the KL
-    and the logits over τ are so large that a − softmax·A is their rounding."""
+    """Return D for a KL, whose single pass cannot compute it: NaN, but 0 if one entry has all the mass and KL and
+    logits over τ are so large that a − softmax·A would be mere rounding."""
     return torch.where((log == 0) & (size > 256), 0.0, nan)
 
 
 def _center(a: Tensor, softmax: Tensor, total: Tensor, most: Tensor) -> Tensor:
-    """Return a − softmax·total, and `most` at an entry with most of the mass, unless that is NaN. total, most (r,)."""
+    """Return a − softmax·total, but `most`, unless NaN, at an entry with most of the mass. total, most (r,)."""
     a.addcmul_(softmax, total[:, None], value=-1)
     return torch.where((softmax > 0.5) & ~most[:, None].isnan(), most[:, None], a)
 
@@ -334,7 +333,7 @@ def _argmax(z: Tensor) -> Tensor:
 
 
 def _exponentials(z: Tensor, tau: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return (m, Σ e, x, e) of logits (r, v)."""
+    """Return m, Σ e, x and e for logits (r, v)."""
     m = _maximum(z)
     x = (z - m[:, None]) / tau
     e = x.exp()
@@ -342,7 +341,7 @@ def _exponentials(z: Tensor, tau: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
 
 
 def _merged(m: Tensor, S: Tensor, tau: Tensor) -> Merged:
-    """Put slices' maxima and sums (R, r) together."""
+    """Merge slices' maxima and sums (R, r)."""
     largest = m.amax(dim=0)
     move = (m - largest) / tau
     r = move.exp()
@@ -350,17 +349,17 @@ def _merged(m: Tensor, S: Tensor, tau: Tensor) -> Merged:
 
 
 def _scaled(r: Tensor, x: Tensor) -> Tensor:
-    """Return r·x, and 0 where a slice counts for nothing next to another."""
+    """Return r·x, and 0 where r is 0 because another slice's maximum is far larger."""
     return torch.where(r == 0, 0.0, r * x)
 
 
 def _first_best(side: Side) -> Tensor:
-    """Return (r,): the smallest id of the largest logit."""
+    """Return the smallest id (r,) that has the largest logit."""
     return torch.where(side.m == side.m.amax(dim=0), side.best, inf).amin(dim=0)
 
 
 def _kl(G: Tensor, D: Tensor, S_b: Tensor, base: Merged, other: Merged) -> tuple[Tensor, Tensor]:
-    """Return (KL (r,) under the base, log S_o − log S_b). S_b (R, r): each slice's own Σ e of the base."""
+    """Return KL (r,) with the base's expectation, and log S_o − log S_b. S_b (R, r): each slice's Σ e of the base."""
     G = _scaled(base.r, G + (base.move - other.move) * S_b).sum(dim=0)
     rho = difference(base.r, other.r, base.move - other.move)
     d = (_scaled(other.r, D) + rho * S_b).sum(dim=0) / base.S

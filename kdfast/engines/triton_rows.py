@@ -1,6 +1,6 @@
 """The row work of the `triton_chunked` engine: `row_kernel.py`, one launch per chunk, three for a sparse teacher.
 
-Here too: a Problem as the kernels' launchers take it, for all engines that launch them.
+Also turns a Problem into the arguments of the kernels' launchers, for all engines that use them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class TritonRows:
         self.heads, self.term = heads_of(x), term_of(x, scale)
 
     def __call__(self, rows: slice, z_s: Tensor, z_t: Tensor | None, out: GradientBuffers) -> None:
-        # the chunk loop's scratch: whole padded rows
+        # the chunk loop's scratch has whole padded rows
         chunk = Chunk(self.heads, self.term, z_s, z_t, width=z_s.stride(0), start=rows.start)
         if self.x.sparse:
             self._sparse(rows, chunk, out.student)
@@ -57,13 +57,12 @@ class TritonRows:
 
 
 def count_of_states(x: Problem) -> int:
-    """Return how many numbers per row `row_states` leaves."""
+    """Return how many numbers per row `row_states` writes."""
     return STATE.value + SIDE.value * (x.truncated + x.further)
 
 
 def combine_states(x: Problem, term: Term, rows: slice, states: Tensor, *, stats: Tensor, decorrelate: bool) -> Tensor:
-    """Return the rows' constants and decorrelation (12, m), from states (slices, ≥ numbers, m); fill `stats[:, rows]`.
-    """
+    """Return constants and decorrelation (12, m) of the rows from states (slices, ≥ numbers, m); fill their stats."""
     constants = states.new_empty(CONSTANTS.value + 1, states.shape[-1])
     beyond = states[:, STATE.value : count_of_states(x)] if x.truncated else None
     teacher = x.teacher_hidden is not None or x.teacher_logits is not None or (x.sparse and sparse.has_rest(x))
@@ -74,12 +73,12 @@ def combine_states(x: Problem, term: Term, rows: slice, states: Tensor, *, stats
 
 
 def term_of_rows(term: Term, rows: slice) -> Term:
-    """Return the loss of some of the rows, as `combine` takes it."""
+    """Return the loss of some of the rows, as `combine` needs it."""
     return replace(term, active=term.active[rows], coefficients=term.coefficients[:, rows])
 
 
 def bias_gradients(out: GradientBuffers, wanted: GradFlags) -> None:
-    """Add to `out.bias` what a chunk's gradients give it."""
+    """Add a chunk's bias gradients to `out.bias`."""
     if out.bias is None:
         return
     if out.student is not None:
@@ -90,7 +89,7 @@ def bias_gradients(out: GradientBuffers, wanted: GradFlags) -> None:
 
 
 def heads_of(x: Problem) -> Heads:
-    """Return the heads that make the problem's logits, as the kernels' launchers take them."""
+    """Return the problem's heads, as arguments of the kernels' launchers."""
     bias = None if x.bias is None else x.bias.contiguous()
     own_bias = None if x.teacher_bias is None else x.teacher_bias.contiguous()
     return Heads(
@@ -115,8 +114,8 @@ def heads_of(x: Problem) -> Heads:
 
 
 def term_of(x: Problem, scale: Tensor) -> Term:
-    """Return the loss that is taken of the logits, as the kernels' launchers take it; scale () divides gradients."""
-    want = grad_flags(x)  # with per-row losses too: what the statistics must know of a later backward
+    """Return the problem's loss, as an argument of the kernels' launchers; scale () divides gradients."""
+    want = grad_flags(x)  # also with per-row losses, whose statistics serve a later backward
     numbers = [*x.divergence_parameters, 0.0, 0.0]
     return Term(
         divergence="sparse" if x.sparse else x.divergence_name,

@@ -1,7 +1,7 @@
-"""Between statistics and gradients, for a teacher given by K entries per row: arithmetic on (rows, K) in plain torch.
+"""Plain torch arithmetic on (rows, K) between statistics and gradients, for a teacher given by K entries per row.
 
-constants (≥ 11, r) are the `RowConstants` of `kernels/online_softmax.py`: the student's maximum and log-sum-exp, in the
-teacher's place that of what is not in the support, where that is asked for, and log Σ at τ = 1.
+constants (≥ 11, r) are the `RowConstants` of `kernels/online_softmax.py`: the student's maximum and log-sum-exp; in
+place of the teacher's, those of the student's logits outside the support, if needed; and log Σ at τ = 1.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ class Entries(NamedTuple):
 
     indices: Tensor  # (r, K)
     z: Tensor  # (r, K)
-    slope: Tensor | None  # (r, K): of the softcap; None = 1
+    slope: Tensor | None  # (r, K): the softcap's; None = 1
 
 
 def addresses(x: Problem, rows: slice) -> Tensor:
-    """Return (r, K): the entries in the slice of the vocabulary that is here; 0 for the others."""
+    """Return the entries' positions (r, K) in this process's slice of the vocabulary; 0 for those elsewhere."""
     return _local(x, rows).clamp_min(0) if x.group else _local(x, rows)
 
 
 def _local(x: Problem, rows: slice) -> Tensor:
-    """Return (r, K): the entries in the slice; −1 for the others."""
+    """Return the entries' positions (r, K) in this process's slice; −1 for those elsewhere."""
     assert x.teacher_indices is not None
     local = x.local(x.teacher_indices[rows])
     assert local is not None
@@ -40,7 +40,7 @@ def _local(x: Problem, rows: slice) -> Tensor:
 
 
 def entries(x: Problem, rows: slice, products: Tensor) -> Entries:
-    """Return the entries from products (r, K), h·Wᵀ there; products are overwritten."""
+    """Return the entries, given products h·Wᵀ (r, K) at them, which are overwritten."""
     assert x.teacher_indices is not None
     bias = None if x.bias is None or not x.valid_vocab else x.bias[addresses(x, rows)]
     slope = add_bias_and_transform(products, bias, x.logit_scale, x.softcap)
@@ -48,18 +48,18 @@ def entries(x: Problem, rows: slice, products: Tensor) -> Entries:
 
 
 def own(x: Problem, rows: slice, z: Tensor) -> Tensor:
-    """Return z (r, K) at the entries that are here, 0 at the others."""
+    """Return z (r, K), with 0 at entries that are not in this process's slice."""
     return torch.where(_local(x, rows) >= 0, z, 0)
 
 
 def entries_of(x: Problem, rows: slice, z: Tensor) -> Entries:
-    """Return the entries from the student's logits z (r, K) there."""
+    """Return the entries, given the student's logits z (r, K) at them."""
     assert x.teacher_indices is not None
     return Entries(x.teacher_indices[rows], z, slope_of(z, x.softcap))
 
 
 def bits(x: Problem, rows: slice) -> Tensor | None:
-    """Return (r, words): the vocabulary's entries that are not in the rest; None where nothing is asked of it."""
+    """Return a bit mask (r, words) of the vocabulary's entries that are not in the rest; None if no rest is needed."""
     excluded = sparse.excluded(x)
     if excluded is None or x.teacher_indices is None:
         return None
@@ -70,12 +70,12 @@ def bits(x: Problem, rows: slice) -> Tensor | None:
 
 
 def solve(x: Problem, rows: slice, at: Entries, constants: Tensor, scale: Tensor) -> sparse.Support:
-    """Return divergence and gradients over `scale`."""
+    """Return the divergence, and gradients divided by `scale`."""
     return sparse.between_passes(x, rows, at.z, constants[:4], scale)
 
 
 def record(x: Problem, rows: slice, found: sparse.Support, stats: Tensor) -> None:
-    """Complete `stats[:, rows]`, where the kernel has left the student's argmax."""
+    """Complete `stats[:, rows]`, in which the kernel has stored the student's argmax as the agreement."""
     active = x.active[rows]
     stats[KD, rows] = torch.where(active, found.value, 0)
     if x.want_metrics:
@@ -84,7 +84,7 @@ def record(x: Problem, rows: slice, found: sparse.Support, stats: Tensor) -> Non
 
 
 def outside(x: Problem, found: sparse.Support, constants: Tensor) -> Tensor:
-    """Return the rows' constants as the gradients of a sparse teacher read them: whose softmax, and how much of it."""
+    """Return the constants for a sparse teacher's gradients: in the teacher's place the softmax, in A_p its factor."""
     constants = constants.clone()
     row = RowConstants(*constants[: CONSTANTS.value])
     if not sparse.has_rest(x):
@@ -97,7 +97,7 @@ def outside(x: Problem, found: sparse.Support, constants: Tensor) -> Tensor:
 def inside(
     x: Problem, rows: slice, at: Entries, found: sparse.Support, constants: Tensor, scale: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """Return (r, K): gradients towards h·Wᵀ at the entries, the cross entropy's part included, in `dtype`."""
+    """Return the gradients (r, K) with respect to h·Wᵀ at the entries, including the cross entropy's, in `dtype`."""
     grad = found.inside
     if x.ce_term and x.labels is not None:
         row = RowConstants(*constants[: CONSTANTS.value])

@@ -1,20 +1,20 @@
 """The engine `triton_tiled`: logits live in registers; nothing of size N × V is ever written.
 
-    statistics   kdfast.kernels.tiled_forward: row constants, losses, metrics       2u; 4u where no KL's side does
+    statistics   kdfast.kernels.tiled_forward: row constants, losses, metrics       2u; 4u with a second pass
     then for each slab of the vocabulary, w entries wide:
     G  (2N, w)   kdfast.kernels.tiled_backward: logits recomputed, their gradients             2u
     dW (w, H)  = Gᵀ · [h_s; h_p]   one product, complete                                        2u
     dX (2N, H) += G · W            one product, accumulated in fp32                             2u
 
-8u against the chunked engine's 6u. With per-row losses the forward stops after the statistics and keeps 12 numbers a
-row, with which the backward starts at the slabs: 8u again, where the chunked engine takes 8u too.
+That is 8u, compared with the chunked engine's 6u. With per-row losses the forward stops after the statistics and keeps
+12 numbers per row, from which the backward continues with the slabs: 8u again, as many as the chunked engine then.
 
-Memory beyond inputs and gradients: a slab of gradients and its dW within `scratch_bytes`, dX in fp32, and dW once more
-(bf16: in bf16; else in fp32); a sparse teacher's bits, one an entry of the vocabulary, N·V/8 bytes, but for forward
-KL of its entries alone. Two runs give the same bits.
+Memory beyond inputs and gradients: a slab of gradients and its dW within `scratch_bytes`, dX in fp32, and one more dW
+(in bf16 for bf16, else in fp32). A sparse teacher whose rest is needed takes one bit per entry of the vocabulary, N·V/8
+bytes. Two runs give the same bits.
 
-Where each process has a slice of the vocabulary, their states are gathered once, twice where a divergence takes the
-statistics twice; a sparse teacher's entries are summed once, and dX, whole, once.
+If each process has a slice of the vocabulary, their states are gathered once (twice if the divergence takes the
+statistics twice), a sparse teacher's entries are summed once, and so is dX as a whole.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from kdfast.ops.problem import Problem, Result
 
 
 def run(x: Problem, rows: Tensor | None = None) -> Result:
-    """Return loss, statistics and scaled gradients of `x`. rows: an earlier Result's, whose statistics are kept."""
+    """Return loss, statistics and scaled gradients of `x`. rows: an earlier Result's, to use instead of statistics."""
     N, H = x.hidden.shape
     scale = gradient_scale(x)
     heads, term = heads_of(x), term_of(x, scale)
@@ -79,8 +79,8 @@ def run(x: Problem, rows: Tensor | None = None) -> Result:
 
 
 def _statistics_of_all(x: Problem, heads: Heads, term: Term, stats: Tensor, rows: Tensor) -> None:
-    """`statistics` where each process has a slice of the vocabulary: their partial states are gathered, and merged by
-    all alike. One gather, two where a second pass is needed."""
+    """Fill `stats` and `rows` as `statistics` does, if each process has a slice of the vocabulary: gather their partial
+    states, then merge them alike on all. One gather, two if a second pass is needed."""
     N, how = x.hidden.shape[0], {"decorrelate": decorrelate(x)}
     second = heads.teacher and term.entry.base == ""
     if N == 0:
@@ -89,7 +89,7 @@ def _statistics_of_all(x: Problem, heads: Heads, term: Term, stats: Tensor, rows
     out = {"stats": stats, "constants": rows, **how}
 
     def merged(parts: Tensor, term: Term, teacher: bool, second: bool = False) -> Tensor:
-        """Return (state, N) of this process's splits, of which others may have fewer or more."""
+        """Return the state (state, N) merged over this process's splits, whose number differs between processes."""
         state = stats.new_empty(TERMS.value if second else STATE.value, N)
         combine(term, parts, None, **out, teacher=teacher, second=second, merged=state)
         return state
@@ -109,8 +109,8 @@ def _statistics_of_all(x: Problem, heads: Heads, term: Term, stats: Tensor, rows
 
 
 def _sparse(x: Problem, rows: Tensor, scale: Tensor, stats: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return what the gradients of a sparse teacher need: the rows' constants, and the gradients at its entries (N, K).
-    stats: given where the statistics have just been taken, to be completed."""
+    """Return the rows' constants for a sparse teacher's gradients, and the gradients at its entries (N, K).
+    stats: to be completed, if the statistics have just been computed."""
     assert x.teacher_indices is not None
     every = slice(None)
     products = x.coefficients.new_zeros(x.teacher_indices.shape)
@@ -131,16 +131,16 @@ def _gradients(
     x: Problem, heads: Heads, term: Term, rows: Tensor, entries: Tensor | None, d_hidden: Tensor, d_weight: Tensor,
     d_bias: Tensor, d_teacher: Tensor,
 ) -> None:  # fmt: skip
-    """Fill d_*; entries (N, K): gradients at a sparse teacher's entries."""
+    """Fill the d_* buffers; entries (N, K): gradients at a sparse teacher's entries."""
     (N, _), V = x.hidden.shape, x.valid_vocab
     want, decorrelation = grad_flags(x), rows[-1] if decorrelate(x) else None
-    if not x.kd_vocab:  # the teacher's vocabulary has ended before this slice
+    if not x.kd_vocab:  # the teacher's vocabulary ends before this slice
         heads = heads.student_alone()
     teacher = want.teacher or want.anchor
     sides = want.student + teacher
     dtype = matmul.gradient_dtype(x.weight.dtype, x.weight.device)
     tile = row_of(x.weight.device, x.weight.element_size(), N).gradients.block_v
-    # what a vocabulary entry takes: its gradients, and its row of dW in fp32 before that is rounded
+    # bytes per vocabulary entry: its gradients, and its row of dW in fp32 before rounding
     per_entry = N * (sides + want.anchor_apart) * dtype.itemsize + x.need_weight * x.hidden.shape[1] * x.dtype.itemsize
     width = slab_width(max(1, V), per_entry, tile, x.scratch_bytes)
     planes = torch.empty(sides + want.anchor_apart, N, width, device=x.hidden.device, dtype=dtype)
@@ -186,8 +186,7 @@ def _gradients(
 
 
 def _inputs(x: Problem, decorrelation: Tensor | None) -> Tensor:
-    """Return what dW is taken of, [h_s − decorrelation·h_p; h_p] (2N, H); h_s alone where the teacher has its own head.
-    """
+    """Return the factor [h_s − decorrelation·h_p; h_p] (2N, H) of dW; only h_s unless the teacher is projected."""
     teacher = [x.teacher_hidden] if x.projected and x.teacher_hidden is not None else []
     inputs = active_rows([x.hidden, *teacher], ~x.active[:, None])
     if decorrelation is not None:

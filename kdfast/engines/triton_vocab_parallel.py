@@ -1,6 +1,6 @@
-"""The row work of the `triton_chunked` engine in the steps of `vocab_parallel.py`: one launch each.
+"""The row work of the `triton_chunked` engine in the steps of `vocab_parallel.py`: one launch per step.
 
-What slices tell each other are the states of `kernels/online_softmax.py`, which the tiled engine's `combine` merges.
+Processes exchange the states of `kernels/online_softmax.py`, which the tiled engine's `combine` merges.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Constants(NamedTuple):
 
 
 class TritonVocabParallelRows:
-    """`kdfast.engines.vocab_parallel.VocabParallelRows` on the device."""
+    """`kdfast.engines.vocab_parallel.VocabParallelRows`, with Triton kernels."""
 
     def __init__(self, x: Problem, scale: Tensor, wanted: GradFlags, stats: Tensor) -> None:
         self.x, self.scale, self.wanted, self.stats = x, scale, wanted, stats
@@ -101,13 +101,13 @@ class TritonVocabParallelRows:
 
     def _chunk(self, tokens: slice, z_s: Tensor, z_t: Tensor | None, term: Term) -> Chunk:
         heads = self.heads
-        if not self.x.kd_vocab:  # the teacher's vocabulary has ended before this slice; an empty tensor has no address
+        if not self.x.kd_vocab:  # the teacher's vocabulary ends before this slice; an empty tensor has no address
             heads, z_t = heads.student_alone(), None
         return Chunk(heads, term, z_s, z_t, width=z_s.stride(0), start=tokens.start)
 
 
 def empty_states(states: Tensor) -> None:
-    """Fill states (…, numbers, rows) with those of no tokens."""
+    """Fill states (…, numbers, rows) with those of an empty vocabulary."""
     states.zero_()
     for first in (0, SIDE.value, STATE.value, STATE.value + SIDE.value):
         if first < states.shape[-2]:
