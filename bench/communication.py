@@ -48,7 +48,7 @@ class Step(NamedTuple):
     width: int
     ranks: int
     numbers: int = TORCH_NUMBERS
-    terms: int = 0  # numbers of a second pass: 3, or 10 of the kernels
+    terms: int = 0  # numbers of a second pass: 7, or 10 of the kernels
     itemsize: int = 4  # of the head
 
 
