@@ -39,7 +39,7 @@ from workloads import QUICK
 
 from kdfast import Head, Projected, fused_kd_loss
 
-TORCH_NUMBERS, KERNEL_NUMBERS = 15, 19  # a row and process tell of their slice, by engine
+NUMBERS = 15  # that a process tells of its slice per row, in every engine
 
 
 class Step(NamedTuple):
@@ -47,8 +47,8 @@ class Step(NamedTuple):
     vocab: int
     width: int
     ranks: int
-    numbers: int = TORCH_NUMBERS
-    terms: int = 0  # numbers of a second pass: 7, or 10 of the kernels
+    numbers: int = NUMBERS
+    terms: int = 0  # numbers of a second pass: 7
     itemsize: int = 4  # of the head
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import records
-from communication import KERNEL_NUMBERS, Step, predicted
+from communication import Step, predicted
 from plan import get_gpu
 
 PRODUCTS = get_gpu("H200").products
@@ -36,7 +36,7 @@ def groups() -> list[str]:
         "|---|---|---|---|---|---|---|",
     ]
     for ranks in (2, 4, 8, 16, 32, 64):
-        x = Step(N, V, H, ranks, KERNEL_NUMBERS, itemsize=2)
+        x = Step(N, V, H, ranks, itemsize=2)
         size = predicted(x)
         ours = size["ours"]
         cells = [
@@ -63,7 +63,7 @@ def clusters() -> list[str]:
             copies = gpus // ranks
             link = NVLINK if ranks <= NODE else NETWORK
             rows = (ranks - 1) * N * 2 * H * 2
-            ours = predicted(Step(ranks * N, V, H, ranks, KERNEL_NUMBERS))["ours"]
+            ours = predicted(Step(ranks * N, V, H, ranks))["ours"]
             share = V * H * 2 / ranks  # of the head's gradient, in bf16, summed over the copies
             if ranks == 1:  # within a node first, then an eighth of it between nodes
                 nodes = gpus // NODE

@@ -110,7 +110,7 @@ def fused_kd_loss(
             A teacher's `Head` or `Logits` is cut at the same ids or whole on every process. Labels and sparse entries
             hold ids of the whole vocabulary. A DTensor without process_group, such as an FSDP-sharded head, is an
             error. The first call with a set of slices compares the processes' arguments, every call under
-            KDFAST_CHECK=1. For each chunk of tokens (all at once with "triton_tiled") the processes gather 60 to 124
+            KDFAST_CHECK=1. For each chunk of tokens (all at once with "triton_tiled") the processes gather 60 to 108
             bytes per token and process, twice unless the divergence is forward or reverse KL, and sum dX once
             (docs/distributed.md).
         engine: "auto", "reference" (eager, full logits), "torch" (chunks of tokens, any device), "triton_chunked"

@@ -3,7 +3,7 @@
 A softmax over the whole vocabulary needs numbers from every slice. For each chunk, on each process:
 
     logits       of its slice                                            one product
-    update       15 to 31 numbers per row                                → gathered                    collective 1
+    update       15 to 27 numbers per row                                → gathered                    collective 1
     merge        the rows' log-sum-exps, losses, statistics              from all processes' numbers, alike on all
     terms        if the divergence needs a second pass (all but KLs)     → gathered                    collective 2
     gradients    of the logits of its slice; dW of its slice             two products

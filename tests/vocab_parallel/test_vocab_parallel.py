@@ -13,7 +13,7 @@ import sliced
 import torch
 from agree import agree
 from cases import gradients, make, relative, student, teacher
-from communication import Step
+from communication import NUMBERS, Step
 from own_divergences import Doubled, Hellinger
 from problems import drawn
 from processes import Processes
@@ -22,7 +22,7 @@ from teachers import ENGINES, KINDS, loss_of
 from kdfast import JSD, AlphaBeta, ForwardKL, Head, SkewKL, SymmetricKL, fused_kd_loss
 from kdfast.frontend.agreement import kind_of_call
 from kdfast.inputs import Options
-from kdfast.kernels.online_softmax import STATE
+from kdfast.kernels.online_softmax import STATE, TERMS
 
 
 @pytest.fixture(scope="module")
@@ -307,8 +307,9 @@ class TestCollectives:
             assert overlapped["all_reduce"] == [True, True, False]
 
     def test_statistics_of_a_row(self, pool):
-        """Fifteen numbers, nineteen of the kernels: three chunks of eight rows."""
-        for engine, numbers in (("torch", 15), ("triton_chunked", STATE.value)):
+        """Fifteen numbers of every engine, and seven of a second pass: three chunks of eight rows."""
+        assert (STATE.value, TERMS.value) == (NUMBERS, 7)  # docs/distributed.md: 60 and 28 bytes
+        for engine, numbers in (("torch", NUMBERS), ("triton_chunked", STATE.value)):
             scratch = 8 * 2 * 2 * 4 * (128 if engine == "triton_chunked" else 51)
             for _, calls in pool.run(2, meshes.collectives_of, engine, 24, scratch):
                 gathered = [size for kind, size, _ in calls if kind == "all_gather"]
