@@ -1,9 +1,9 @@
-"""Choose a launch's configuration: the table's or, with KDFAST_AUTOTUNE=1, the fastest found on this GPU.
+"""Chooses a launch's configuration: the table's or, with KDFAST_AUTOTUNE=1, the fastest found on this GPU.
 
-The search starts at the table's row and moves one field a step at a time, from the best so far, until nothing is 2%
-better; what does not compile or does not fit is skipped. It runs once per kernel and row of the table, on the first
-launch that meets it, prints the row to put into `kernels/block_sizes.py`, and is used until the process ends;
-nothing is written anywhere. A new row counts after `make aot` and the tests have passed with it.
+The search starts at the table's row and changes one field of the best so far by one step, until nothing is 2% better;
+configurations that do not compile or fit are skipped. It runs once per kernel and row of the table, on the first launch
+that needs it, prints the row to put into `kernels/block_sizes.py`, and its result is used until the process ends.
+Nothing is written to disk. A new row is valid once `make aot` and the tests have passed with it.
 """
 
 from __future__ import annotations
@@ -31,15 +31,14 @@ STEPS: dict[str, tuple[int, ...]] = {
     "stages": (2, 3, 4),
     "parts": (1, 2, 4, 8),
 }
-BETTER = 0.98  # of the best time so far: less is noise
+BETTER = 0.98  # of the best time so far; smaller gains are noise
 _found: dict[tuple[Any, ...], Config] = {}
 
 
 def choose(kernel: str, operand: Tensor, N: int, launch: Callable[[Any], Any], widths: Sequence[int] = ()) -> Any:
-    """Return the configuration of `kernel` (a field of the table's rows) for N tokens, operands like `operand` and, of
-    a kernel that multiplies, the widths it sums over.
+    """Return the configuration of `kernel` (a field of the table's rows) for N tokens and operands like `operand`.
 
-    launch(config) does the work once, and doing it again must change nothing."""
+    launch(config) does the work once, and repeating it must change nothing; widths: what a product sums over."""
     row = row_of(operand.device, operand.element_size(), N)
     config = getattr(row, kernel)
     if config is None:
@@ -75,7 +74,7 @@ def _milliseconds(run: Callable[[], Any]) -> float:
 def search(
     start: Config, launch: Callable[[Any], Any], time: Callable[[Callable[[], Any]], float] = _milliseconds
 ) -> Any:
-    """Return the fastest configuration reached from `start`; time(run) is how long run() takes."""
+    """Return the fastest configuration reached from `start`; time(run) returns how long run() takes."""
     tried: dict[Config, float] = {}
 
     def measure(config: Config) -> float:

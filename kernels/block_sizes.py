@@ -1,10 +1,10 @@
 """Block sizes: one table of every kernel's tiles for each architecture, operand width and band of N.
 
-How the rows were chosen: by compiling, not yet by timing. `make aot` compiles every row for its chip and holds it to no
-spills, the chip's shared memory and its best tensor-core instruction; among what passes, the largest tile that keeps
-all of it. What follows a product needs registers for every logit in hand, so a tile's columns are worked on in `parts`,
-and a loss with softcap, biases, metrics or an anchor ("full") gets a narrower tile than one without ("lean").
-`KDFAST_AUTOTUNE=1` times the neighbours of a row on the GPU at hand and prints the row to put here.
+The rows were chosen by compiling, not yet by timing. `make aot` compiles every row for its chip and checks that nothing
+spills, that it fits the shared memory and that it uses the best tensor-core instruction; each row is the largest tile
+that passes. The work after a product needs registers for each logit, so a tile's columns are handled in `parts`, and a
+loss with softcap, biases, metrics or an anchor ("full") gets a narrower tile than one without ("lean").
+`KDFAST_AUTOTUNE=1` times the neighbors of a row on the GPU at hand and prints the row to put here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from functools import lru_cache
 import torch
 import triton
 
-FEW = 64  # tokens: up to here a smaller block of rows wastes less
+FEW = 64  # tokens: up to this many, a smaller block of rows wastes less
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class TileConfig:
     block_h: int
     warps: int
     stages: int
-    parts: int = 1  # stretches of a tile's columns, worked on one after the other
+    parts: int = 1  # stretches of a tile's columns, handled one after the other
 
     def blocks(self) -> dict[str, int]:
         return {"BLOCK_N": self.block_n, "BLOCK_V": self.block_v, "BLOCK_H": self.block_h}
@@ -51,16 +51,16 @@ class Row:
     full: TileConfig  # statistics kernel, with any of them
     gradients: TileConfig  # of a KL, or of none
     projection: TileConfig
-    # in place of each, for a width that is no multiple of its block_h: it is read through masks, and element by element
-    # where it is no multiple of 16 either, for which a full tile leaves too few registers
+    # in place of each, for a width that is not a multiple of its block_h: it is read through masks, and element by
+    # element unless it is a multiple of 16, for which a full tile leaves too few registers
     odd: TileConfig
     why: str
-    given: TileConfig | None = None  # in place of `full` for logits that are given and for a sparse teacher's bucket
-    gradients_full: TileConfig | None = None  # in place of `gradients` where a loss is "full"
+    given: TileConfig | None = None  # in place of `full`, for a `Logits` teacher and for a sparse teacher's bucket
+    gradients_full: TileConfig | None = None  # in place of `gradients`, if a loss is "full"
 
 
 ROWS = RowConfig(1, 4096, 8)
-# gfx942 has wavefronts of 64: as many threads in half as many warps; 64 KB of shared memory: two stages
+# gfx942 has wavefronts of 64, so half as many warps for as many threads; 64 KB of shared memory allow two stages
 AMD_ROWS = RowConfig(1, 4096, 4)
 
 INTERPRETER = Row(
@@ -164,7 +164,7 @@ SM_120_FP32 = replace(
 AMD_FP32 = replace(FP32, rows=AMD_ROWS, why="fp32 operands: v_mfma_f32 exists, at a quarter of the 16-bit rate")
 FP64 = Row(RowConfig(1, 2048, 8), *[TileConfig(16, 32, 16, 4, 2, 2)] * 5, why="a number takes two registers. Not timed")
 
-# architecture → rows for 16-bit operands and many tokens, 16-bit operands and few, fp32 operands
+# architecture → rows for 16-bit operands with many tokens, 16-bit operands with few tokens, fp32 operands
 PRESETS = dict.fromkeys(("sm_80", "sm_86", "sm_89"), (SM_80, SM_80_FEW, FP32)) | {
     "sm_90": (SM_90, SM_90_FEW, FP32),
     "sm_100": (SM_100, SM_100, SM_100_FP32),
@@ -178,7 +178,7 @@ TABLE: dict[tuple[str, int, str], Row] = {
     for size, band, row in ((2, "many", many), (2, "few", few), (4, "many", fp32), (4, "few", fp32))
 } | {(architecture, 8, band): FP64 for architecture in PRESETS for band in ("many", "few")}
 ARCHITECTURES = tuple(PRESETS)
-MULTIPLIES_FLOAT64 = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5)  # tl.dot; torch 2.8 has Triton 3.4
+MULTIPLIES_FLOAT64 = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5)  # in tl.dot; torch 2.8 has 3.4
 
 
 def interpreting() -> bool:
@@ -187,7 +187,7 @@ def interpreting() -> bool:
 
 
 def architecture(device: torch.device) -> str:
-    """Return "sm_90", "gfx942", …; "interpreter" for CPU tensors."""
+    """Return the device's architecture, "sm_90", "gfx942", …; "interpreter" for the CPU."""
     if device.type == "cpu":
         return "interpreter"
     if torch.version.hip is not None:
@@ -198,7 +198,7 @@ def architecture(device: torch.device) -> str:
 
 def known_architecture(device: torch.device) -> str | None:
     """Return the architecture whose rows `device` uses: its own, or the closest older one of the same generation
-    (sm_103 runs sm_100's, sm_87 sm_86's); None where there is none."""
+    (sm_103 uses sm_100's, sm_87 sm_86's); None if there is none."""
     name = architecture(device)
     if name == "interpreter" or name in ARCHITECTURES:
         return name
@@ -220,9 +220,8 @@ def row_of(device: torch.device, itemsize: int, N: int) -> Row:
 
 
 def threads_of_row(device: torch.device, columns: int) -> tuple[int, int]:
-    """Return how many threads share a row of a product's part, and how many neighboring columns one has at a time: the
-    layout of the architecture's accumulators. On sm_100 each of two warps has half of the row; v_mfma's is transposed.
-    """
+    """Return the layout of the architecture's accumulators: how many threads share a row of a product's part, and how
+    many neighboring columns one has at a time. On sm_100 each of two warps has half a row; v_mfma's is transposed."""
     name = known_architecture(device) or "interpreter"
     return (2, columns // 2) if name == "sm_100" else (2, 4) if name.startswith("gfx") else (4, 2)
 
@@ -230,7 +229,7 @@ def threads_of_row(device: torch.device, columns: int) -> tuple[int, int]:
 def splits_of(row_blocks: int, tiles: int, device: torch.device) -> int:
     """Return how many programs share a row block's vocabulary: enough to fill the chip in whole waves, and no more.
 
-    The time of a launch is waves × tiles per program; the fewest splits within 2% of the shortest."""
+    A launch takes waves × tiles per program; this is the smallest number within 2% of the shortest time."""
     if device.type == "cpu":
         return min(2, tiles)
     return _splits(row_blocks, tiles, torch.cuda.get_device_properties(device).multi_processor_count)

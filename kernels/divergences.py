@@ -1,13 +1,13 @@
 """Divergences on the device: one function each, shared by the row kernel and the tiled kernels.
 
 With p the teacher's and q the student's probability of a token and g = log p − log q, each returns (f, a_p, a_q): the
-summand, arranged so that it keeps its digits when p ≈ q, and its derivatives towards log p and log q. The gradient
-towards logits at τ is (a − softmax·Σa)/τ. `kdfast.divergences` has the definitions and their sources; the tests hold
-each function against the definition there.
+summand, arranged to keep its digits when p ≈ q, and its derivatives with respect to log p and log q. The gradient with
+respect to logits at τ is (a − softmax·Σa)/τ. `kdfast.divergences` has the definitions and sources, against which tests
+check each function.
 
-To add one: its function, a branch in `terms`, a line in `ENTRIES`.
+To add a divergence, write its function, a branch in `terms` and a line in `ENTRIES`.
 
-Gradients in 16 bits take `in_log2` where a divergence has it: a third of the instructions.
+Gradients in 16 bits use `in_log2` if a divergence has it, which takes a third of the instructions.
 """
 
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ from kdfast.kernels.math import LN2, difference, expm1, log1p, log2, quotient, w
 
 @triton.jit
 def forward_kl(p, q, g):
-    """Σ p·g, plus q − p, which sums to zero and makes every summand of second order."""
+    """Return f, a_p, a_q of Σ p·g. f includes q − p, which sums to zero and makes every summand of second order."""
     a_q = difference(p, q, g)
     a_p = weighted(p, g)
     return a_p + a_q, a_p, a_q
@@ -31,7 +31,7 @@ def forward_kl(p, q, g):
 
 @triton.jit
 def symmetric_kl(p, q, g, lam):
-    """(1−λ)·KL(p‖q) + λ·KL(q‖p): ½ Σ (p − q)·g and, where λ is not ½, what is of third order or just as infinite."""
+    """Return f, a_p, a_q of (1−λ)·KL(p‖q) + λ·KL(q‖p): ½ Σ (p − q)·g plus, for λ ≠ ½, a rest of third order or ∞."""
     d, by_p, by_q = difference(p, q, g), weighted(p, g), weighted(q, g)
     uneven = tl.where(tl.abs(g) < float("inf"), (0.5 - lam) * (by_p + by_q + 2 * d), 0)
     f = tl.where(d == 0, 0, -0.5 * d * g) + uneven
@@ -40,8 +40,8 @@ def symmetric_kl(p, q, g, lam):
 
 @triton.jit
 def jsd(p, q, g, beta):
-    """β·KL(p‖m) + (1−β)·KL(q‖m), m = β p + (1−β) q: log m/p for g ≥ 0 and log m/q for g < 0 are log1p of something
-    small, and differ by g."""
+    """Return f, a_p, a_q of β·KL(p‖m) + (1−β)·KL(q‖m), m = β p + (1−β) q. log m/p for g ≥ 0 and log m/q for g < 0 are
+    log1p of something small; they differ by g."""
     mixed = log1p(expm1(-tl.abs(g)) * tl.where(g >= 0, 1 - beta, beta))
     a_p = -beta * weighted(p, mixed + tl.maximum(-g, 0))
     a_q = (beta - 1) * weighted(q, mixed + tl.maximum(g, 0))
@@ -50,9 +50,9 @@ def jsd(p, q, g, beta):
 
 @triton.jit
 def skew_kl(p, q, g, alpha):
-    """KL(p‖m), m = α p + (1−α) q, plus (1−α)·(q − p), which sums to zero and makes every summand of second order; not
-    in a_q, which it would swamp where p ≪ q, and change no gradient. Where p < e⁻⁸⁰ q it counts for nothing, so that
-    expm1(−g) may stop there; where q is 0, g may be NaN. m = p·(1 + x) stays above 0 also when rounded."""
+    """Return f, a_p, a_q of KL(p‖m), m = α p + (1−α) q. f includes (1−α)·(q − p), which sums to zero and makes every
+    summand of second order; a_q does not: no gradient would change, and it would be swamped where p ≪ q. Where
+    p < e⁻⁸⁰ q nothing matters, so expm1(−g) may stop there; where q is 0, g may be NaN. m = p·(1 + x) stays above 0."""
     MOST: tl.constexpr = 1 - (2**-52 if g.dtype == tl.float64 else 2**-23)
     of_q = tl.minimum(1 - alpha, MOST)
     x = of_q * expm1(tl.minimum(tl.where(q > 0, -g, -80), 80))  # (m − p)/p
@@ -63,7 +63,7 @@ def skew_kl(p, q, g, alpha):
 
 @triton.jit
 def total_variation(p, q, g):
-    """½ Σ |p − q|, subgradient 0 where p = q."""
+    """Return f, a_p, a_q of ½ Σ |p − q|, with subgradient 0 where p = q."""
     d = difference(p, q, g)
     half = tl.where(d < 0, 0.5, tl.where(d > 0, -0.5, 0.0))
     return -half * d, half * p, -half * q
@@ -77,8 +77,9 @@ def _over(number, end, start, g):
 
 @triton.jit
 def alpha_beta(log_p, log_q, g, alpha, beta):
-    """α-β divergence: a_p = (p^(α+β) − p^α·q^β)/β, a_q likewise. f is the difference of two of three such quotients
-    over the largest of α, β, α+β; where that cancels, g²·p^α·q^β times the divided difference exp[0, x, y]."""
+    """Return f, a_p, a_q of the α-β divergence: a_p = (p^(α+β) − p^α·q^β)/β, a_q with the sides exchanged. f is the
+    difference of two of three such quotients over the largest of α, β, α+β; where that cancels, g²·p^α·q^β times the
+    divided difference exp[0, x, y]."""
     NEAR: tl.constexpr = 2**-12 if g.dtype == tl.float64 else 2**-4
     neither, both = g != g, alpha + beta
     g = tl.where(neither, 0, g)
@@ -94,7 +95,7 @@ def alpha_beta(log_p, log_q, g, alpha, beta):
 
 @triton.jit
 def terms(DIVERGENCE: tl.constexpr, p, q, g, log_p, log_q, parameter, second):
-    """Return (f, a_p, a_q) of the divergence of that name. parameter, second: its numbers, or 0."""
+    """Return f, a_p, a_q of the divergence named DIVERGENCE. parameter, second: its numbers, or 0."""
     if DIVERGENCE == "forward_kl":
         f, a_p, a_q = forward_kl(p, q, g)
     elif DIVERGENCE == "reverse_kl":
@@ -115,14 +116,14 @@ def terms(DIVERGENCE: tl.constexpr, p, q, g, log_p, log_q, parameter, second):
     return f, a_p, a_q
 
 
-CLOSE: tl.constexpr = tl.constexpr(0.4)  # of log2 p/q, where a cubic does
+CLOSE: tl.constexpr = tl.constexpr(0.4)  # largest |log2 p/q| for which a cubic is accurate
 CLOSER: tl.constexpr = tl.constexpr(0.2)
 
 
 @lru_cache
 def series(name: str, b: float) -> tuple[float, ...]:
-    """Return coefficients of two cubics in u = log2 p/q, |u| < CLOSE, or zeros: of log2(m/q)/u, m the mixture, and of
-    f/(a·u), a what `in_log2` takes beside it, to a relative error of 7e-6. Logarithms would cancel there."""
+    """Return the coefficients of two cubics in u = log2 p/q, |u| < CLOSE (where logarithms would cancel), or zeros: for
+    log2(m/q)/u, with m the mixture, and for f/(a·u), with a the factor in `in_log2`, to a relative error of 7e-6."""
     u = (CLOSER if name == "symmetric_kl" else CLOSE).value * np.polynomial.chebyshev.chebpts1(64)
     g = u * log(2)
     of_q = np.log1p(b * np.expm1(g))
@@ -145,7 +146,7 @@ def _cubic(c, FIRST: tl.constexpr, u):
 
 @triton.jit
 def factors(NAME: tl.constexpr, b):
-    """Return what f, a_p and a_q are to be multiplied by that `in_log2` returns."""
+    """Return the factors by which f, a_p and a_q from `in_log2` must be multiplied."""
     k = b - 1
     if NAME == "jsd":
         return k * LN2, -b * LN2, k * LN2
@@ -161,8 +162,8 @@ def factors(NAME: tl.constexpr, b):
 
 @triton.jit
 def in_log2(DIVERGENCE: tl.constexpr, x_p, x_q, c, b):
-    """Return (p, q, f, a_p/p, a_q/q) of x = log2 p, log2 q, the last three to be multiplied by `factors`; of the
-    symmetric KL, where they may be infinite, a_p and a_q themselves. c: `series`."""
+    """Return p, q, f, a_p/p and a_q/q for x_p = log2 p, x_q = log2 q; multiply the last three by `factors`. For the
+    symmetric KL, whose quotients may be infinite, return a_p and a_q themselves. c: `series`."""
     NAME: tl.constexpr = DIVERGENCE.name
     if NAME == "symmetric_kl":
         p, q = tl.exp2(x_p), tl.exp2(x_q)
@@ -171,7 +172,7 @@ def in_log2(DIVERGENCE: tl.constexpr, x_p, x_q, c, b):
         a_p, a_q = ((1 - b) * LN2) * by_p - b * d, (1 - b) * d - (b * LN2) * by_q
         f = tl.where(tl.abs(x_p - x_q) < CLOSER, by_p * (u_p * _cubic(c, 4, u_p)), a_p + a_q)
         return p, q, f, a_p, a_q
-    # masked logits and NaN become something finite, of no mass; where a NaN counts the row's sums are NaN
+    # masked logits and NaN become finite values without mass; if a NaN counts, the row's sums are NaN anyway
     x_p, x_q = tl.maximum(x_p, -300), tl.maximum(x_q, -300)
     p, q = tl.exp2(x_p), tl.exp2(x_q)
     if NAME == "total_variation":
@@ -200,12 +201,12 @@ def in_log2(DIVERGENCE: tl.constexpr, x_p, x_q, c, b):
 
 @dataclass(frozen=True)
 class Entry:
-    """What the kernels know of a divergence besides `terms`, as one compile-time argument."""
+    """Properties of a divergence besides `terms`, as one compile-time argument."""
 
-    base: str = ""  # "t" or "s": a KL whose expectation is under that side; one pass over the logits suffices
+    base: str = ""  # "t" or "s": a KL with that side's expectation, for which one pass over the logits suffices
     centred_p: bool = False  # Σ a_p is zero by construction
-    centred_q: bool = False  # Σ a_q is
-    in_log2: bool = False  # it has `in_log2`
+    centred_q: bool = False  # Σ a_q is zero by construction
+    in_log2: bool = False  # `in_log2` supports it
     name: str = ""
     cuda: bool = False  # compiled for an NVIDIA GPU
 
@@ -220,5 +221,5 @@ ENTRIES = {
 
 @lru_cache
 def entry_of(name: str, cuda: bool) -> Entry:
-    """Return the entry of the divergence of that name, or of the "sparse" teacher that the kernels see in part only."""
+    """Return the entry of the divergence `name`, or of "sparse", a teacher that the kernels see only in part."""
     return replace(ENTRIES.get(name, Entry()), name=name, cuda=cuda)

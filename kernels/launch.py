@@ -1,4 +1,4 @@
-"""What launchers take, in two pieces: the heads that make logits, and the loss that is taken of them."""
+"""The arguments of launchers, in two parts: the heads that produce logits, and the loss computed from these."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from torch import Tensor
 from kdfast.kernels.block_sizes import TileConfig
 from kdfast.kernels.divergences import Entry, entry_of, series
 
-Matrix = namedtuple("Matrix", "pointer row column")  # with its strides
-# what logits are products of: hidden (N, Hs), teacher_hidden (N, Hs) or (N, Ht), weight (V, Hs), teacher_weight
-# (V, Ht), of which the teacher's may have no pointer; biases (V,), and which tokens the KD term is over, (V,) or None
+Matrix = namedtuple("Matrix", "pointer row column")  # a pointer and its strides
+# factors of the logits: hidden (N, Hs), teacher_hidden (N, Hs) or (N, Ht), weight (V, Hs), teacher_weight (V, Ht), of
+# which the teacher's may have no pointer; biases (V,) or None; mask (V,) of the ids that the KD term covers, or None
 Operands = namedtuple("Operands", "hidden teacher_hidden weight teacher_weight bias teacher_bias mask")
-Given = namedtuple("Given", "logits offsets")  # dense teacher logits the caller made, their rows' offsets; or None
+Given = namedtuple("Given", "logits offsets")  # a `Logits` teacher's logits and their rows' offsets, or None
 LossTensors = namedtuple("LossTensors", "labels targets active coefficients tau teacher_tau scale series")
 
-PRECISION = {True: "tf32", False: "ieee"}  # of fp32 products, as Triton names it
+PRECISION = {True: "tf32", False: "ieee"}  # Triton's names for the precision of fp32 products
 
 
 class Gradients(NamedTuple):
-    """Kernel argument: where gradients of logits go, (rows, columns) each, None = not wanted."""
+    """Kernel argument: buffers for gradients of logits, (rows, columns) each; None = not needed."""
 
     student: Tensor | None
-    teacher: Tensor | None  # the KD part, and the anchor's where that has no plane of its own
+    teacher: Tensor | None  # the KD part, plus the anchor's if that has no plane of its own
     anchor: Tensor | None
-    decorrelation: Tensor | None  # (rows,); given = the teacher's is made orthogonal to the student's
-    stride: int  # of rows, the student's and the teacher's
+    decorrelation: Tensor | None  # (rows,); if given, the teacher's gradient is made orthogonal to the student's
+    stride: int  # between rows, the student's and the teacher's
     anchor_stride: int
 
     @classmethod
@@ -37,7 +37,7 @@ class Gradients(NamedTuple):
         cls, student: Tensor | None, teacher: Tensor | None = None, anchor: Tensor | None = None,
         decorrelation: Tensor | None = None,
     ) -> Gradients:  # fmt: skip
-        """Build it from tensors of which student's and teacher's have one stride."""
+        """Build the argument from tensors; the student's and the teacher's have the same stride."""
         planes = (teacher if student is None else student, anchor)
         strides = (0 if plane is None else plane.stride(0) for plane in planes)
         return cls(student, teacher, anchor, decorrelation, *strides)
@@ -45,14 +45,14 @@ class Gradients(NamedTuple):
 
 @dataclass(frozen=True)
 class HeadFlags:
-    """Compile-time argument."""
+    """Compile-time argument: properties of the heads."""
 
     softcap_s: bool = False
     softcap_t: bool = False
-    truncated: bool = False  # the cross entropy sees tokens that the KD term does not
-    further: bool = False  # so does what is taken of the teacher at τ = 1
-    given_stride: int = 0  # of the entries of given logits
-    given_even: bool = False  # their rows start at multiples of 8 entries
+    truncated: bool = False  # the cross entropy covers ids that the KD term does not
+    further: bool = False  # so do the teacher's terms at τ = 1
+    given_stride: int = 0  # between entries of a `Logits` teacher
+    given_even: bool = False  # its rows start at multiples of 8 entries
     even_s: bool = True  # Hs is a multiple of a tile's BLOCK_H
     even_t: bool = True
     precision: str = "ieee"
@@ -62,7 +62,7 @@ class HeadFlags:
 
 @dataclass(frozen=True)
 class StatisticsFlags:
-    """Compile-time argument: which statistics are wanted."""
+    """Compile-time argument: which statistics to compute."""
 
     teacher: bool  # there are two sides of logits
     ce: bool
@@ -70,12 +70,12 @@ class StatisticsFlags:
     metrics: bool
     teacher_gradient: bool
     decorrelate: bool
-    precise: bool  # gradients are kept in float32 or float64
+    precise: bool  # gradients are stored in float32 or float64
 
 
 @dataclass(frozen=True)
 class GradientFlags:
-    """Compile-time argument: which gradients are wanted."""
+    """Compile-time argument: which gradients to compute."""
 
     student: bool
     ce: bool
@@ -87,35 +87,35 @@ class GradientFlags:
 
 @dataclass(frozen=True, eq=False)
 class Heads:
-    """Logits softcap·tanh(logit_scale·(h Wᵀ + b)/softcap) of student and teacher."""
+    """The heads of student and teacher, whose logits are softcap·tanh(logit_scale·(h Wᵀ + b)/softcap)."""
 
     hidden: Tensor  # (N, Hs)
     weight: Tensor  # (V, Hs)
     bias: Tensor | None  # (V,)
     logit_scale: float
     softcap: float | None
-    teacher_hidden: Tensor | None  # (N, Hs) where it shares the student's head, (N, Ht), or None
+    teacher_hidden: Tensor | None  # (N, Hs) if it shares the student's head, (N, Ht), or None
     teacher_weight: Tensor | None  # (V, Ht), or None
-    teacher_bias: Tensor | None  # (V,): the student's again where the head is shared
+    teacher_bias: Tensor | None  # (V,): the student's again if the head is shared
     teacher_logit_scale: float
     teacher_softcap: float | None
-    teacher_logits: Tensor | None  # given, of any strides but one row a token at `offsets` (N,) int64, or None
-    offsets: Tensor | None
+    teacher_logits: Tensor | None  # dense logits with any strides, one row per token at `offsets`, or None
+    offsets: Tensor | None  # (N,) int64
     vocab: int  # entries of the vocabulary that count
-    kd_vocab: int  # of both sides of the KD term; the rest is the cross entropy's alone
+    kd_vocab: int  # entries of both sides of the KD term; only the cross entropy covers the rest
     tf32: bool  # fp32 products may round their operands to TF32
-    truncated: bool = False  # there is a rest; where the vocabulary lies in slices, in some slice
-    mask: Tensor | None = None  # (V,) bool, False from kd_vocab on: the tokens that the KD term is over
+    truncated: bool = False  # there is such a rest, in this or another process's slice
+    mask: Tensor | None = None  # (V,) bool, False from kd_vocab on: the ids that the KD term covers
 
     @property
     def further(self) -> bool:
-        """Whether what is taken of the teacher at τ = 1 sees the rest, too: of one that shares the student's head."""
+        """Return whether the teacher's terms at τ = 1 cover the rest too, which they do if it shares the head."""
         shared = self.teacher_hidden is not None and self.teacher_weight is None
         return shared and self.truncated and self.mask is not None
 
     @property
     def teacher(self) -> bool:
-        """Whether there are two sides of logits."""
+        """Return whether there are two sides of logits."""
         return self.teacher_hidden is not None or self.teacher_logits is not None
 
     def student_alone(self) -> Heads:
@@ -124,7 +124,7 @@ class Heads:
 
     @property
     def intricate(self) -> bool:
-        """Whether a logit takes more than a product and a sum: the "full" rows of the table of block sizes."""
+        """Return whether a logit takes more than a product and a sum, which needs the "full" block sizes."""
         extras = (self.softcap, self.teacher_softcap, self.bias, self.teacher_bias, self.mask)
         return any(extra is not None for extra in extras)
 
@@ -144,7 +144,7 @@ class Heads:
         return (self.logit_scale, self.softcap or 1.0, self.teacher_logit_scale, self.teacher_softcap or 1.0)
 
     def flags(self, config: TileConfig | None = None) -> HeadFlags:
-        """Return the flags of a kernel that reads logits or, with tiles of a configuration, multiplies."""
+        """Return the flags of a kernel that reads logits, or with `config` of one that multiplies in its tiles."""
         given_stride, given_even = 0, False
         if self.teacher_logits is not None:
             *strides, given_stride = self.teacher_logits.stride()
@@ -162,24 +162,24 @@ class Heads:
 
 @dataclass(frozen=True, eq=False)
 class Term:
-    """The loss: a divergence, and what else is wanted of the logits."""
+    """The loss: a divergence, and what else to compute from the logits."""
 
-    divergence: str  # "sparse": a teacher given by a few entries a row, which the kernels know little of
+    divergence: str  # "sparse": a teacher given by a few entries per row, which the kernels see only in part
     parameter: float  # the divergence's first number, or 0
     temperature: Tensor  # ()
     coefficients: Tensor  # (3, N): kd, ce, anchor
-    scale: Tensor  # (): gradients are divided by it
+    scale: Tensor  # (): divides gradients
     active: Tensor  # (N,) bool
-    labels: Tensor | None  # (N,) int64; given = the cross entropy is wanted
-    targets: Tensor | None  # (N,) int64; given = the anchor is wanted
+    labels: Tensor | None  # (N,) int64; if given, the cross entropy is computed
+    targets: Tensor | None  # (N,) int64; if given, the anchor is computed
     ce_gradient: bool
     teacher_gradient: bool
     anchor_gradient: bool
     metrics: bool
-    bits: Tensor | None = None  # (rows at hand, words) int32: set bits take entries out of a sparse teacher's bucket
-    teacher_temperature: Tensor | None = None  # (), of its own in the KD term
-    second: float = 0.0  # the divergence's second number
-    precise: bool = True  # gradients are kept in float32 or float64
+    bits: Tensor | None = None  # (rows, words) int32: set bits take entries out of a sparse teacher's bucket
+    teacher_temperature: Tensor | None = None  # (): the teacher's own in the KD term
+    second: float = 0.0  # the divergence's second number, or 0
+    precise: bool = True  # gradients are stored in float32 or float64
 
     @property
     def intricate(self) -> bool:
@@ -205,7 +205,7 @@ class Term:
 
 
 def matrix(operand: Tensor | None) -> Matrix:
-    """Return a tensor of two dimensions, or none, as a kernel argument."""
+    """Return a 2-D tensor, or None, as a kernel argument."""
     if operand is not None and operand.dtype == torch.bfloat16 and operand.device.type == "cpu":
         operand = operand.float()  # the interpreter has no bf16 product
     return Matrix(None, 0, 0) if operand is None else Matrix(operand, *operand.stride())

@@ -3,8 +3,8 @@
     ∂L/∂z_s = c_kd/τ·(a_q − q·Σa_q) + c_ce·(softmax(z_s) − onehot(label))
     ∂L/∂z_t = c_kd/τ_t·(a_p − p·Σa_p)  and  c_anchor·(softmax(z_t) − onehot(target))
 
-each times the slope of its head's softcap and scale, so that it is a gradient towards h·Wᵀ + b. The bias's gradient is
-their sum over the rows.
+each times the slope of its head's softcap and scale, which makes it a gradient with respect to h·Wᵀ + b. The bias's
+gradient is their sum over the rows.
 """
 
 from collections import namedtuple
@@ -17,7 +17,7 @@ from kdfast.kernels.divergences import factors, in_log2, terms
 from kdfast.kernels.math import LN2, LOG2E, difference
 from kdfast.kernels.online_softmax import exponent, load_tensors, log2_probabilities, power, probabilities, shift
 
-Coefficients = namedtuple("Coefficients", "kd ce anchor")  # of a program's rows, [R] each, over the gradients' scale
+Coefficients = namedtuple("Coefficients", "kd ce anchor")  # of a program's rows, [R] each, divided by the scale
 
 
 @triton.jit
@@ -32,11 +32,11 @@ def gradients(
     z_s, z_t, slope_s, slope_t, v, begin, kd, constants, decorrelation, coefficients, loss,
     TEACHER: tl.constexpr, MASKED: tl.constexpr, HEADS: tl.constexpr, DIVERGENCE: tl.constexpr, GRAD: tl.constexpr,
 ):  # fmt: skip
-    """Return (student's, teacher's KD part, teacher's anchor part), [R, BLOCK] each; an unwanted one is 0.
+    """Return the student's gradient, the teacher's KD part and its anchor part, [R, BLOCK] each; 0 if not needed.
 
-    z [R, BLOCK]; v [1, BLOCK], from `begin` on; decorrelation [R]: the teacher's part has that much of the student's
-    added; kd [1, BLOCK]: which tokens the KD term is over, read if not all. For a "sparse" teacher the student's part
-    is what tokens get that it does not have: A_p·exp(x − log S), with the constants in the teacher's place."""
+    z [R, BLOCK]; v [1, BLOCK], from `begin` on; decorrelation [R]: this multiple of the student's part is added to the
+    teacher's; kd [1, BLOCK]: the ids that the KD term covers, used if not all. For a "sparse" teacher the student's
+    part is that of ids outside the support, A_p·exp(x − log S), with the constants in the teacher's place."""
     NAME: tl.constexpr = DIVERGENCE.name
     grad_s = tl.zeros_like(z_s)
     grad_t, grad_a = grad_s, grad_s
@@ -68,7 +68,7 @@ def gradients(
             if GRAD.teacher:
                 k = (coefficients.kd * loss.inv_tau_t)[:, None]
                 grad_t = tl.where(k == 0, 0, k * _centered(a_p, p, constants.A_p, constants.D_p, GRAD))
-        if not GRAD.teacher:  # where it goes there may be the anchor's alone
+        if not GRAD.teacher:  # the buffer may be for the anchor's alone
             grad_t = grad_a
     if GRAD.student and GRAD.ce:
         grad_s = _add_cross_entropy(
@@ -89,14 +89,14 @@ def gradients(
 
 @triton.jit
 def _over_sum(log_S, m, c, GRAD: tl.constexpr):
-    """Return what makes probabilities of the powers of `exponent` [R]."""
+    """Return the factor [R] that turns powers of `exponent` into probabilities."""
     return tl.exp2(-log_S * LOG2E - shift(m, c, GRAD.precise))
 
 
 @triton.jit
 def _kl_gradients(z_s, z_t, constants, kd, loss, DIVERGENCE: tl.constexpr, GRAD: tl.constexpr):
-    """Return kd/τ·(gradients towards z_s, z_t) of a KL. With b the side the expectation is under, u = x_b − x_o and
-    u − mean = g − KL: p_o − p_b and p_b·(u − mean)."""
+    """Return the gradients kd/τ·(∂/∂z_s, ∂/∂z_t) of a KL. With b the side of the expectation, u = x_b − x_o and
+    u − mean = g − KL, they are p_o − p_b and p_b·(u − mean)."""
     m_s, log_S_s, m_t, log_S_t, gap, A_p, A_q, _, _, _, _ = constants
     x_s, x_t = exponent(z_s, m_s, loss.c_s, GRAD.precise), exponent(z_t, m_t, loss.c_t, GRAD.precise)
     over_s, over_t = _over_sum(log_S_s, m_s, loss.c_s, GRAD), _over_sum(log_S_t, m_t, loss.c_t, GRAD)
@@ -109,23 +109,23 @@ def _kl_gradients(z_s, z_t, constants, kd, loss, DIVERGENCE: tl.constexpr, GRAD:
         gap, inv_tau_b, inv_tau_o = -gap, loss.inv_tau, loss.inv_tau_t
     size += tl.abs(mean)
     if GRAD.precise:
-        # where one token has all of the mass to rounding, u − mean is the rounding of large numbers
+        # if one token has all the mass up to rounding, u − mean is the rounding of large numbers
         sure = (log_S_b < (2**-53 if z_s.dtype == tl.float64 else 2**-24)) & (size > 256)
         u, k_b, k_o = x_b - x_o, (kd * inv_tau_b)[:, None], (kd * inv_tau_o)[:, None]
         p_b, p_o = tl.exp(x_b - log_S_b[:, None]), tl.exp(x_o - log_S_o[:, None])
         of_o = tl.where(k_o == 0, 0, k_o * difference(p_b, p_o, u - gap[:, None]))
         of_b = tl.where(((p_b > 0.6) & sure[:, None]) | (p_b == 0), 0, p_b * (u - mean[:, None]))
-        of_b = tl.where(k_b == 0, 0, k_b * of_b)  # a row the KD term does not count may diverge, or be NaN
+        of_b = tl.where(k_b == 0, 0, k_b * of_b)  # in a row with weight 0 the KD term may diverge or be NaN
     else:
-        # the same, and then the rest of the mass is less than that rounding; where both sides have the same token, what
-        # p_o − p_b has left is its own
+        # as above; the rest of the mass is less than that rounding then, and if both sides have the same token,
+        # p_o − p_b is only rounding
         sure = (log_S_b < 2**-22) & (size > 256) & (size < float("inf"))
         same = (tl.maximum(log_S_b, log_S_o) < 2**-21) & (mean - gap < 2**-20)
         off = (kd == 0) | same
         ratio, k = tl.where(sure | off, 0, inv_tau_b / inv_tau_o), kd * inv_tau_o
         over_b, over_o = tl.where(off, 0, k * over_b), tl.where(off, 0, k * over_o)
         BOTH: tl.constexpr = GRAD.teacher or DIVERGENCE.base == "s"
-        if BOTH:  # masked logits and NaN become finite, of no mass; where a NaN counts `over` is NaN
+        if BOTH:  # masked logits and NaN become finite, without mass; if a NaN counts, `over` is NaN
             x_b, x_o = tl.maximum(x_b, -1e30), tl.maximum(x_o, -1e30)
         p = tl.exp2(x_b) * over_b[:, None]
         of_o = tl.exp2(x_o) * over_o[:, None] - p
@@ -137,7 +137,7 @@ def _kl_gradients(z_s, z_t, constants, kd, loss, DIVERGENCE: tl.constexpr, GRAD:
 
 @triton.jit
 def _less_mean(a, softmax, factor, A, k, NAME: tl.constexpr):
-    """Return k·(factor·a − softmax·A), 0 where k is: a row the KD term does not count may diverge, or be NaN."""
+    """Return k·(factor·a − softmax·A), or 0 if k is 0: in such a row the KD term may diverge or be NaN."""
     A = tl.where(k == 0, 0, k * A)[:, None]
     if NAME == "symmetric_kl":
         return tl.where((k == 0)[:, None], 0, (k * factor)[:, None] * a - A * softmax)
@@ -147,8 +147,8 @@ def _less_mean(a, softmax, factor, A, k, NAME: tl.constexpr):
 
 @triton.jit
 def _centered(a, softmax, A, D, GRAD: tl.constexpr):
-    """Return a − softmax·A, and D where that cancels: at an entry with most of the mass, more than in the second pass,
-    as z may be computed anew."""
+    """Return a − softmax·A, or D where that cancels: at an entry with most of the mass (with a larger share than in the
+    second pass, since z may have been computed again)."""
     centered = a - softmax * A[:, None]
     if not GRAD.precise:
         return centered
@@ -158,7 +158,7 @@ def _centered(a, softmax, A, D, GRAD: tl.constexpr):
 
 @triton.jit
 def _add_cross_entropy(grad, z, v, begin, m, log_S1, targets, coefficient, TRUNCATED: tl.constexpr, GRAD: tl.constexpr):
-    """Return grad + coefficient·(softmax(z) − onehot(targets)). TRUNCATED: m may be less than what lies beyond."""
+    """Return grad + coefficient·(softmax(z) − onehot(targets)). TRUNCATED: logits beyond may be larger than m."""
     ONE: tl.constexpr = 1.0 if GRAD.precise else LOG2E
     x = exponent(z, m, ONE, GRAD.precise)
     if TRUNCATED:
@@ -166,7 +166,7 @@ def _add_cross_entropy(grad, z, v, begin, m, log_S1, targets, coefficient, TRUNC
         grad += coefficient[:, None] * power(x, GRAD.precise)
     else:
         grad += (coefficient * _over_sum(log_S1, m, ONE, GRAD))[:, None] * power(x, GRAD.precise)
-    if z.shape[0] == 1:  # one row: its target is in one block
+    if z.shape[0] == 1:  # a single row has its target in one block
         target = tl.max(targets, axis=0)
         if (target >= begin) & (target < begin + z.shape[1]):
             grad = tl.where(v == target, grad - coefficient[:, None], grad)
@@ -191,12 +191,12 @@ def store_gradients(grads, r, column, grad_s, grad_t, grad_a, counts, mask, GRAD
 
 @triton.jit
 def _store(pointers, grad, counts, mask):
-    """Write a block, rounded to the buffer's dtype; 0 where `counts` is false. float16 saturates, NaN stays NaN."""
+    """Write a block, rounded to the buffer's dtype; 0 where `counts` is False. float16 saturates, NaN stays NaN."""
     if pointers.dtype.element_ty == tl.float16:
         grad = tl.where(grad > 65504, 65504, tl.where(grad < -65504, -65504, grad))
     if counts is None:
         tl.store(pointers, grad, mask=mask)
-    else:  # a wide store of zeros costs less than a selection of every number
+    else:  # a wide store of zeros costs less than selecting every number
         tl.store(pointers, grad, mask=mask & counts)
         tl.store(pointers, tl.zeros_like(grad), mask=mask & (counts == 0))
 
@@ -212,7 +212,7 @@ def column_sums_kernel(
     M, V,
     BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """One program per block of columns, rows in order: no atomics. Reads g once, sums in fp32 (fp64)."""
+    """Add weighted column sums to out, in fp32 (fp64): one program per block of columns, rows in order, no atomics."""
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     total = tl.zeros([BLOCK_V], dtype)

@@ -1,7 +1,7 @@
 """Special functions in the precision of their argument (float32 or float64), and sums of a thread's own elements.
 
-Written with exp and log alone: the vendors' device libraries have expm1, log1p and tanh, but the interpreter that runs
-the tests without a GPU does not.
+They use only exp and log: the vendors' device libraries have expm1, log1p and tanh, but the interpreter, which runs the
+tests without a GPU, does not.
 """
 
 import triton
@@ -11,12 +11,12 @@ from triton.language.extra import libdevice
 SMALL: tl.constexpr = tl.constexpr(0.25)
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
-NEAR: tl.constexpr = tl.constexpr(0.6)  # of a difference in units of log2
+NEAR: tl.constexpr = tl.constexpr(0.6)  # bound of a difference in units of log2
 
 
 @triton.jit
 def expm1_small(x):
-    """Return e^x − 1 for |x| ≤ SMALL, by its Taylor series: relative error 5e-8 (float32), 1e-16 (float64)."""
+    """Return e^x − 1 for |x| ≤ SMALL by its Taylor series: relative error 5e-8 (float32), 1e-16 (float64)."""
     TERMS: tl.constexpr = 13 if x.dtype == tl.float64 else 6
     r = 1 + x * (1 / TERMS)
     for i in tl.static_range(1, TERMS - 1):
@@ -38,13 +38,13 @@ def expm1(x):
 
 @triton.jit
 def log2(x, CUDA: tl.constexpr):
-    """Return log2 x of float32 x, on an NVIDIA GPU by its one instruction: to 2⁻²² where x is between ½ and 2."""
+    """Return log2 x for float32 x; on an NVIDIA GPU in one instruction, to 2⁻²² for x between ½ and 2."""
     return libdevice.fast_log2f(x) if CUDA else tl.log2(x)
 
 
 @triton.jit
 def quotient(a, b, CUDA: tl.constexpr):
-    """Return a/b of float32, on an NVIDIA GPU by two instructions: to 2⁻²² where b is between 2⁻¹²⁶ and 2¹²⁶."""
+    """Return a/b in float32; on an NVIDIA GPU in two instructions, to 2⁻²² for b between 2⁻¹²⁶ and 2¹²⁶."""
     return libdevice.fast_dividef(a, b) if CUDA else a / b
 
 
@@ -58,8 +58,8 @@ def log1p(x):
 
 @triton.jit
 def curve(u):
-    """Return (x + e^−x − 1)/u² for x = u·ln 2, |u| < NEAR: relative error 9e-8 below 0.2, 9e-7 at the end
-    (float32; minimax so weighted: Σ u is of first order, and what is left of it is not to show), 1e-15 (float64)."""
+    """Return (x + e^−x − 1)/u² for x = u·ln 2, |u| < NEAR. Relative error in float32 9e-8 below 0.2 and 9e-7 at the end
+    (minimax, weighted so that the rest of Σ u, which is of first order, does not show); in float64 1e-15."""
     if u.dtype == tl.float64:
         x = u * LN2
         r = 1 - x * (1 / 17)
@@ -100,7 +100,7 @@ def weighted(p, x):
 
 @triton.jit
 def along(x, block):
-    """Return rows' numbers [R], or rows' and threads' [R, LANES], so that they broadcast against a block."""
+    """Return numbers per row [R], or per row and thread [R, LANES], reshaped to broadcast against a block."""
     if len(block.shape) == 2:
         return x[:, None]
     elif len(x.shape) == 1:
@@ -117,7 +117,7 @@ def thread_sum(x):
 
 @triton.jit
 def thread_max(x):
-    """Return the maximum likewise."""
+    """Return the maximum of each thread's own elements of a block: [R, J, LANES, VEC] → [R, LANES]."""
     return tl.max(tl.max(x, axis=3), axis=1)
 
 
@@ -132,7 +132,7 @@ def over_threads(xs):
 
 @triton.jit
 def added(a, b):
-    """Return the elementwise sums of two tuples of tensors, as a tuple; what b is too short for stays as it is in a."""
+    """Return the elementwise sums of two tuples of tensors, as a tuple; where b ends early, a's stay as they are."""
     out = (a[0] + b[0],)
     for i in tl.static_range(1, len(a)):
         out += (a[i] + b[i] if i < len(b) else a[i],)

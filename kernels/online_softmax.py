@@ -1,31 +1,31 @@
-r"""Statistics of a row pair's logits, updated block by block: what the row kernel and the tiled kernels share.
+r"""Statistics of a row pair's logits, updated block by block, for the row kernel and the tiled kernels.
 
-z_s, z_t are the student's and the teacher's logits of R rows; a block is [R, J, LANES, VEC], of which each thread has
-its own lane, and what is kept of a row is [R, LANES]: no thread waits for another before `merge_threads`, once a row.
-With c = log₂e/τ and the running maximum m, x = z·c − m·c and e = 2^x. Of each side (`Side`):
+z_s, z_t are the student's and the teacher's logits of R rows. A block is [R, J, LANES, VEC], in which each thread has
+its own lane, and a row's state is [R, LANES]: threads wait for each other only in `merge_threads`, once per row. With
+c = log₂e/τ and the running maximum m, x = z·c − m·c and e = 2^x. Each side (`Side`) has
 
     m, S = Σ e, and at τ = 1: S1 = Σ e1, E = Σ e1·x1, the first argmax, the target's logit
 
-A KL divergence needs no second pass. With b the side its expectation is under and o the other, u = (x_b − x_o)·ln 2,
-φ(u) = u + e^−u − 1, of both sides (`Pair`):
+A KL divergence needs no second pass. With b the side of its expectation, o the other, u = (x_b − x_o)·ln 2 and
+φ(u) = u + e^−u − 1, both sides together (`Pair`) have
 
     F = Σ e_b·φ(u),  G = Σ e_b·u      KL = F/S_b + log1p(d) − d,  d = (F − G)/S_b = (S_o − S_b)/S_b
 
-Every summand of F is of second order and none is negative, and d is of first order with its own digits: 3e-6 in float32
-at KL 4e-4, where Σ p·(log p − log q) and differences of log-sum-exps lose 2e-3 and more. Far apart, where d has none,
-KL = G/S_b + log S_o − log S_b. Every other divergence takes a second pass, `update_terms`, which knows both
-log-sum-exps (`TermSums`). What a gradient needs to know of each row are its `RowConstants`.
+Every summand of F is non-negative and of second order, and d, of first order, has its own digits: the error in float32
+at KL 4e-4 is 3e-6, where Σ p·(log p − log q) and differences of log-sum-exps lose 2e-3 and more. Far apart, where d has
+no digits, KL = G/S_b + log S_o − log S_b. Every other divergence takes a second pass, `update_terms`, with both
+log-sum-exps known (`TermSums`). The numbers per row that gradients need are `RowConstants`.
 
-PRECISE is for gradients that are kept in float32 or float64: c is then 1/τ, x = (z − m)·c, 0 at the maximum itself,
-and e = exp(x), so that the gradient of a token with all of the mass is minus that of the others. For gradients in 16
-bits x is one fused multiply-add, m·c being rounded: as if the logits of a side were all shifted by that rounding
-(`shift`), which no probability and no divergence notices.
+PRECISE is for gradients stored in float32 or float64: then c is 1/τ, x = (z − m)·c is 0 at the maximum itself, and
+e = exp(x), so that the gradient of a token with all the mass is minus that of the others. For gradients in 16 bits x is
+one fused multiply-add with m·c rounded. That shifts all logits of a side by the rounding (`shift`), which changes no
+probability and no divergence.
 
-`decorrelate`: engines that round gradients to 16 bits make each row's G_t nearly orthogonal to its G_s first, by adding
+`decorrelate`: engines that round gradients to 16 bits first make each row's G_t nearly orthogonal to its G_s, by adding
 decorrelation·G_s (docs/log.md: dW is 3–9% off near convergence otherwise). Any factor gives the same dW and dX in exact
-arithmetic; this is −⟨G_t, G_s⟩/⟨G_s, G_s⟩ under the metric 1/p_b, where the products are known with one sum more: the
-variance of u under p_b, V = Σ e_b·u², and near p ≈ q twice the divergence, which both are there. Of a second pass it is
-⟨G_t, G_t⟩/⟨G_s, G_s⟩, each under the metric of its own side, at most 1.
+arithmetic. For a KL it is −⟨G_t, G_s⟩/⟨G_s, G_s⟩ in the metric 1/p_b, in which one more sum gives the products: the
+variance of u under p_b, from V = Σ e_b·u², or near p ≈ q twice the divergence, which both equal there. With a second
+pass it is ⟨G_t, G_t⟩/⟨G_s, G_s⟩, each in the metric of its own side, at most 1.
 
 When a maximum moves, sums are rescaled: with r = exp of each maximum's move and Δ = move_b − move_o, e_b → r_b·e_b and
 u → u + Δ; Σ e_o is S_b + F − G.
@@ -51,29 +51,29 @@ from kdfast.kernels.math import (
     thread_sum,
 )
 
-# Below any logit, yet finite: differences of two such maxima are 0, not NaN. Where maxima are rounded (not PRECISE) a
-# maximum is no less than HARDLY: rounded, that of logits masked by −1e10 would be off by hundreds.
+# Below any logit, yet finite: differences of two such maxima are 0, not NaN. Maxima that are rounded (not PRECISE) are
+# at least HARDLY, since rounding the maximum of logits masked by −1e10 would be off by hundreds.
 LOWEST: tl.constexpr = tl.constexpr(-1e30)
 HARDLY: tl.constexpr = tl.constexpr(-1e8)
 
 
-# What follows is [R, LANES] each in a pass over the vocabulary, and [R] from then on.
+# Fields are [R, LANES] during a pass over the vocabulary, and [R] after it.
 Side = namedtuple("Side", "m S S1 E argmax target")  # argmax int32; target: the target's logit
 Pair = namedtuple("Pair", "F G V")
-# Σ f and Σ a; to decorrelate, v = Σ a²/p of either side (symmetric KL: Σ p·g², α-β: Σ a_p·g, in v_p); where PRECISE, in
-# their place Σ a without an entry that has most of the probability, and the sum of the rest of those, for `D`
+# Σ f and Σ a. To decorrelate, v = Σ a²/p of either side (symmetric KL: Σ p·g², α-β: Σ a_p·g, in v_p). If PRECISE,
+# instead of v Σ a without an entry that has most of the probability, and the sum of the other probabilities, for `D`
 TermSums = namedtuple("TermSums", "f a_p a_q v_p v_q p_rest q_rest")
-# what a gradient needs to know of a row; gap = log S_t − log S_s, A = Σ a, of a KL Σ p_b·u, D what an entry with most
-# of the mass gets, where a − softmax·A cancels: less the sum of the others; NaN = not known
+# numbers per row that gradients need: gap = log S_t − log S_s; A = Σ a, or Σ p_b·u for a KL; D: the gradient at an
+# entry with most of the mass, where a − softmax·A cancels, minus the sum of the others; NaN = not known
 RowConstants = namedtuple("RowConstants", "m_s log_S_s m_t log_S_t gap A_p A_q log_S1_s log_S1_t D_p D_q")
-Dots = namedtuple("Dots", "ts ss")  # ⟨G_t, G_s⟩ and ⟨G_s, G_s⟩ of the KD term over (coefficient/τ)²
-Move = namedtuple("Move", "by r")  # of a maximum: (old − new)·c, and 2 to that
-Block = namedtuple("Block", "x e move")  # one side's, in log2; the move [R, LANES] of its maximum
-# what the loss asks of a program's rows: ids [R] of the cross entropy and the anchor; of both sides 1/τ and log₂e/τ ()
+Dots = namedtuple("Dots", "ts ss")  # ⟨G_t, G_s⟩ and ⟨G_s, G_s⟩ of the KD term, divided by (coefficient/τ)²
+Move = namedtuple("Move", "by r")  # of a maximum: (old − new)·c, and 2 to that power
+Block = namedtuple("Block", "x e move")  # one side's, in log2, and the move [R, LANES] of its maximum
+# the loss of a program's rows: ids [R] of the cross entropy and the anchor; 1/τ and log₂e/τ, (), of both sides
 Loss = namedtuple("Loss", "labels targets inv_tau inv_tau_t c_s c_t parameter second series")
 Scales = namedtuple("Scales", "scale_s softcap_s scale_t softcap_t")
 
-# tensors in each, as they lie in memory one below the other
+# number of tensors in each, which lie in memory one after the other
 SIDE: tl.constexpr = tl.constexpr(len(Side._fields))
 PAIR: tl.constexpr = tl.constexpr(len(Pair._fields))
 STATE: tl.constexpr = tl.constexpr(2 * len(Side._fields) + len(Pair._fields))  # student, teacher, pair
@@ -83,13 +83,13 @@ CONSTANTS: tl.constexpr = tl.constexpr(len(RowConstants._fields))
 
 @triton.jit
 def power(x, PRECISE: tl.constexpr):
-    """Return e^x, or 2^x."""
+    """Return e^x if PRECISE, else 2^x."""
     return tl.exp(x) if PRECISE else tl.exp2(x)
 
 
 @triton.jit
 def scales_of(scale_s, softcap_s, scale_t, softcap_t, dtype: tl.constexpr):
-    """Return `Scales` in that dtype."""
+    """Return the `Scales` in `dtype`."""
     return Scales(
         tl.full([], scale_s, dtype), tl.full([], softcap_s, dtype),
         tl.full([], scale_t, dtype), tl.full([], softcap_t, dtype),
@@ -98,7 +98,7 @@ def scales_of(scale_s, softcap_s, scale_t, softcap_t, dtype: tl.constexpr):
 
 @triton.jit
 def load_loss(tensors, parameter, second, n, inside, dtype: tl.constexpr, PRECISE: tl.constexpr):
-    """Return what the loss asks of the rows n [R], from `launch.LossTensors`."""
+    """Return the `Loss` of the rows n [R], from `launch.LossTensors`."""
     labels, targets = n, n
     if tensors.labels is not None:
         labels = tl.load(tensors.labels + n, mask=inside, other=0).to(tl.int32)
@@ -112,7 +112,7 @@ def load_loss(tensors, parameter, second, n, inside, dtype: tl.constexpr, PRECIS
 
 @triton.jit
 def transform(z, scale, softcap, SCALED: tl.constexpr, SOFTCAP: tl.constexpr):
-    """Return softcap·tanh(scale·z/softcap) and its derivative towards z."""
+    """Return softcap·tanh(scale·z/softcap) and its derivative with respect to z."""
     slope = tl.full([], 1.0, z.dtype)
     if SCALED:
         z = z * scale
@@ -132,7 +132,7 @@ def empty_side(zero, PRECISE: tl.constexpr):
 
 @triton.jit
 def empty_state(zero, PRECISE: tl.constexpr):
-    """Return student's and teacher's `Side` and their `Pair` of no logits."""
+    """Return the student's and the teacher's `Side` and their `Pair` for no logits."""
     return empty_side(zero, PRECISE), empty_side(zero, PRECISE), Pair(zero, zero, zero)
 
 
@@ -143,7 +143,7 @@ def empty_terms(zero):
 
 @triton.jit
 def scaled(m, c):
-    """Return m·c rounded, a product that no compiler fuses with what is taken from it."""
+    """Return m·c rounded, as a product that no compiler fuses with a later subtraction."""
     return tl.fma(m, c, 0.0)
 
 
@@ -158,27 +158,27 @@ def exponent(z, m, c, PRECISE: tl.constexpr):
 
 @triton.jit
 def shift(m, c, PRECISE: tl.constexpr):
-    """Return what `exponent` gives the maximum itself: 0, or the rounding of m·c."""
+    """Return `exponent` at the maximum itself: 0, or the rounding of m·c."""
     return tl.zeros_like(m) if PRECISE else tl.fma(m, c, -scaled(m, c))
 
 
 @triton.jit
 def log_sum(S, m, c, PRECISE: tl.constexpr):
-    """Return log Σ exp((z − m)/τ) [R], which is no less than 0, from S = Σ 2^exponent."""
+    """Return log Σ exp((z − m)/τ) [R], which is at least 0, from S = Σ 2^exponent."""
     log_S = tl.log(S) - LN2 * shift(m, c, PRECISE)
     return tl.where((log_S < 0) & (S > 0.5), 0, log_S)
 
 
 @triton.jit
 def move_of(m, to, c, PRECISE: tl.constexpr):
-    """Return the `Move` of a maximum from m to `to`, no smaller."""
+    """Return the `Move` of a maximum from m to `to`, which is at least m."""
     by = (m - to) * c if PRECISE else scaled(m, c) - scaled(to, c)
     return Move(by, power(by, PRECISE))
 
 
 @triton.jit
 def rescale_side(side, m, c, AT_ONE: tl.constexpr, ENTROPY: tl.constexpr, PRECISE: tl.constexpr):
-    """Return the state as if its maximum had been `m`, no smaller, and the move there."""
+    """Return the state as if its maximum had been `m`, which is at least as large, and the move there."""
     move = move_of(side.m, m, c, PRECISE)
     S1, E = side.S1, side.E
     if AT_ONE:
@@ -191,13 +191,13 @@ def rescale_side(side, m, c, AT_ONE: tl.constexpr, ENTROPY: tl.constexpr, PRECIS
 
 @triton.jit
 def rescale_pair(pair, S_s, S_t, move_s, move_t, DIVERGENCE: tl.constexpr, WANT: tl.constexpr):
-    """Return the state as if the maxima had moved so; S is a side's, before."""
+    """Return the state as if the maxima had moved so; S_s, S_t: the sides' before the move."""
     base, other = (move_t, move_s) if DIVERGENCE.base == "t" else (move_s, move_t)
     S_b, S_o = (S_t, S_s) if DIVERGENCE.base == "t" else (S_s, S_t)
     r_b, r_o, delta = base.r, other.r, base.by - other.by
     u = delta * LOG2E if WANT.precise else delta
     delta = delta if WANT.precise else delta * LN2
-    phi, near, here = u * (u * curve(u)), tl.abs(u) < NEAR, r_b > 0  # what has no mass left may have been infinite
+    phi, near, here = u * (u * curve(u)), tl.abs(u) < NEAR, r_b > 0  # sums without mass left may have been infinite
     V = pair.V
     if WANT.decorrelate:
         V = r_b * (V + delta * (2 * pair.G + delta * S_b))
@@ -209,8 +209,8 @@ def rescale_pair(pair, S_s, S_t, move_s, move_t, DIVERGENCE: tl.constexpr, WANT:
 
 @triton.jit
 def update_side(side, z, c, AT_ONE: tl.constexpr, ENTROPY: tl.constexpr, PRECISE: tl.constexpr):
-    """Return the state with a block added, and the `Block`. z: −inf where there is no entry. Argmax and target are the
-    caller's."""
+    """Return the state with a block added, and the `Block`. z: −inf where there is no entry. The caller updates argmax
+    and target."""
     m = tl.maximum(side.m, thread_max(z))
     side, move = rescale_side(side, m, c, AT_ONE, ENTROPY, PRECISE)
     S1, E = side.S1, side.E
@@ -221,13 +221,13 @@ def update_side(side, z, c, AT_ONE: tl.constexpr, ENTROPY: tl.constexpr, PRECISE
         e1 = power(x1, PRECISE)
         S1 += thread_sum(e1)
         if ENTROPY:
-            E += thread_sum(e1 * tl.maximum(x1, -1e4))  # 2^−1e4 is 0, and 0·∞ is to be
+            E += thread_sum(e1 * tl.maximum(x1, -1e4))  # 2^−1e4 is 0, and 0·∞ must be 0
     return Side(m, side.S + thread_sum(e), S1, E, side.argmax, side.target), Block(x, e, move)
 
 
 @triton.jit
 def update_pair(pair, S_s, S_t, block_s, block_t, DIVERGENCE: tl.constexpr, WANT: tl.constexpr):
-    """Return the state with both sides' `Block`s added; S is a side's before them."""
+    """Return the state with both sides' `Block`s added; S_s, S_t: the sides' before that."""
     pair = rescale_pair(pair, S_s, S_t, block_s.move, block_t.move, DIVERGENCE, WANT)
     base, other = (block_t, block_s) if DIVERGENCE.base == "t" else (block_s, block_t)
     NAT: tl.constexpr = 1.0 if WANT.precise else LN2  # in the exponents' units
@@ -246,7 +246,7 @@ def update_pair(pair, S_s, S_t, block_s, block_t, DIVERGENCE: tl.constexpr, WANT
 
 @triton.jit
 def update(student, teacher, pair, z_s, z_t, loss, DIVERGENCE: tl.constexpr, WANT: tl.constexpr):
-    """Return the states with a block of both sides added: the first pass."""
+    """Return the states with a block of both sides added, in the first pass."""
     S_s, S_t = student.S, teacher.S
     student, block_s = update_side(student, z_s, loss.c_s, WANT.ce or WANT.metrics, WANT.metrics, WANT.precise)
     if WANT.teacher:
@@ -269,8 +269,8 @@ def with_target(side, target):
 
 @triton.jit
 def at_tokens(side, m, z, v, targets, TARGET: tl.constexpr, ARGMAX: tl.constexpr):
-    """Return the state with the target's logit and the argmax of a block of other tokens than before; m: its maximum
-    before that block."""
+    """Return the state with the target's logit and the argmax updated by a block of new tokens; m: the maximum before
+    that block."""
     argmax, target = side.argmax, side.target
     if ARGMAX:
         first = tl.where(z == along(side.m, z), v, 2147483647)
@@ -282,8 +282,8 @@ def at_tokens(side, m, z, v, targets, TARGET: tl.constexpr, ARGMAX: tl.constexpr
 
 @triton.jit
 def update_sparse(student, bucket, z, v, loss, bits_ptr, WANT: tl.constexpr):
-    """As `update` for a teacher that is given by a few entries a row: the student's side and, where bits_ptr (rows, one
-    each) is given, in the teacher's place the student's without the entries whose bits are set."""
+    """Return the states with a block added, for a sparse teacher: the student's side and, if bits_ptr (one per row) is
+    given, in the teacher's place the student's without the entries whose bits are set."""
     student, _ = update_side(student, z, loss.c_s, WANT.ce or WANT.metrics, WANT.metrics, WANT.precise)
     if bits_ptr is not None:
         word = tl.load(along(bits_ptr, z) + v // 32, mask=z > -float("inf"), other=0)
@@ -294,7 +294,7 @@ def update_sparse(student, bucket, z, v, loss, bits_ptr, WANT: tl.constexpr):
 
 @triton.jit
 def merge_side(side, c, AT_ONE: tl.constexpr, ENTROPY: tl.constexpr, PRECISE: tl.constexpr):
-    """Return the state of all threads [R], and each thread's `Move` there. The argmax is the first of the maximum's."""
+    """Return the state of all threads [R], and each thread's `Move` there. The argmax is the first of the maximum."""
     m = tl.max(side.m, axis=1)
     first = tl.min(tl.where(side.m == m[:, None], side.argmax, 2147483647), axis=1)
     side, move = rescale_side(side, tl.zeros_like(side.m) + m[:, None], c, AT_ONE, ENTROPY, PRECISE)
@@ -316,7 +316,7 @@ def merge_threads(student, teacher, pair, loss, DIVERGENCE: tl.constexpr, WANT: 
 
 @triton.jit
 def finalize(student, teacher, pair, loss, DIVERGENCE: tl.constexpr, WANT: tl.constexpr):
-    """Return what the first pass knows: the divergence of a KL (else 0) [R], the `RowConstants` and the `Dots`."""
+    """Return the results of the first pass: a KL's value (else 0) [R], the `RowConstants` and the `Dots`."""
     zero = tl.zeros_like(student.m)
     log_S_s, log_S_t = log_sum(student.S, student.m, loss.c_s, WANT.precise), zero
     gap, value, A_p, A_q, dot, square = zero, zero, zero, zero, zero, zero
@@ -349,8 +349,8 @@ def finalize(student, teacher, pair, loss, DIVERGENCE: tl.constexpr, WANT: tl.co
 def whole_vocabulary(
     student, teacher, beyond_s, beyond_t, constants, FURTHER: tl.constexpr, PRECISE: tl.constexpr
 ):  # fmt: skip
-    """Return both sides and the constants where tokens that the KD term leaves out have been added to `beyond`: a cross
-    entropy and an entropy see them, the KD term and the argmax do not. FURTHER: of the teacher, too."""
+    """Return both sides and the constants, given sides `beyond` that include ids which the KD term leaves out: cross
+    entropy and entropy cover these, KD term and argmax do not. FURTHER: the teacher's too."""
     ONE: tl.constexpr = 1.0 if PRECISE else LOG2E
     m_s, log_S_s, m_t, log_S_t, gap, A_p, A_q, log_S1_s, log_S1_t, D_p, D_q = constants
     log_S1_s = log_sum(beyond_s.S1, beyond_s.m, ONE, PRECISE) + (beyond_s.m - m_s)
@@ -364,7 +364,7 @@ def whole_vocabulary(
 
 @triton.jit
 def update_terms(total, z_s, z_t, constants, loss, DIVERGENCE: tl.constexpr, WANT: tl.constexpr):
-    """Return the `TermSums` with a block added: the second pass."""
+    """Return the `TermSums` with a block added, in the second pass."""
     if DIVERGENCE.in_log2 and not WANT.precise:
         x_p, x_q = log2_probabilities(z_s, z_t, constants, loss)
         p, q, f, a_p, a_q = in_log2(DIVERGENCE, x_p, x_q, loss.series, loss.parameter)
@@ -391,7 +391,7 @@ def update_terms(total, z_s, z_t, constants, loss, DIVERGENCE: tl.constexpr, WAN
 
 @triton.jit
 def finalize_terms(total, constants, loss, DIVERGENCE: tl.constexpr, WANT: tl.constexpr):
-    """Return as `finalize` does, with what only the second pass knows."""
+    """Return the same results as `finalize`, completed by the second pass."""
     f, A_p, A_q, v_p, v_q, p_rest, q_rest = total
     dot, square, D_p, D_q = tl.zeros_like(f), tl.zeros_like(f), float("nan") + f, float("nan") + f
     if WANT.precise:
@@ -408,7 +408,7 @@ def finalize_terms(total, constants, loss, DIVERGENCE: tl.constexpr, WANT: tl.co
                 mean = A_p / (1 - loss.parameter)
                 v, square = v_p * (LN2 * LN2) - mean * mean, 2 * f
         dot = -tl.minimum(v, square)
-    # a row whose logits are NaN has NaN in `gap`, though its terms may have summed to something
+    # `gap` is NaN if the row's logits are, even if its terms summed to a number
     m_s, log_S_s, m_t, log_S_t, gap, _, _, log_S1_s, log_S1_t, _, _ = constants
     nan = 0 * gap
     A_p, A_q = A_p + nan, A_q + nan
@@ -418,8 +418,8 @@ def finalize_terms(total, constants, loss, DIVERGENCE: tl.constexpr, WANT: tl.co
 
 @triton.jit
 def decorrelation_of(dots, ce, kd_coefficient, ce_coefficient, inv_tau, inv_tau_t):
-    """Return −⟨G_t, G_s⟩/⟨G_s, G_s⟩ of the rows, [R]; ce [R]: their cross entropy where its gradient is part of G_s,
-    else 0. The square of that gradient, Σ (q − onehot)²/q, is exp(ce) − 1."""
+    """Return −⟨G_t, G_s⟩/⟨G_s, G_s⟩ of the rows [R]. ce [R]: their cross entropy if its gradient is part of G_s, else
+    0; the square of that gradient, Σ (q − onehot)²/q, is exp(ce) − 1."""
     k = kd_coefficient * inv_tau
     of_ce = ce_coefficient * ce_coefficient * (tl.exp(tl.minimum(ce, 80)) - 1)
     factor = -k * kd_coefficient * inv_tau_t * dots.ts / (k * k * dots.ss + of_ce)
@@ -428,7 +428,7 @@ def decorrelation_of(dots, ce, kd_coefficient, ce_coefficient, inv_tau, inv_tau_
 
 @triton.jit
 def probabilities(z_s, z_t, constants, loss, PRECISE: tl.constexpr):
-    """Return (p, q, g = log p − log q, log p, log q) of a block at τ. g is NaN where neither side has any mass."""
+    """Return p, q, g = log p − log q, log p and log q of a block at τ. g is NaN where neither side has any mass."""
     x_s = exponent(z_s, constants.m_s, loss.c_s, PRECISE)
     x_t = exponent(z_t, constants.m_t, loss.c_t, PRECISE)
     NAT: tl.constexpr = 1.0 if PRECISE else LN2
@@ -441,7 +441,7 @@ def probabilities(z_s, z_t, constants, loss, PRECISE: tl.constexpr):
 
 @triton.jit
 def normalizer(m, log_S, c):
-    """Return (log2 Σ 2^(z·c), rounded; the sum of probabilities taken with it) [R]."""
+    """Return log2 Σ 2^(z·c), rounded, and the sum of the probabilities computed with it, [R] each."""
     M, log2_S = scaled(m, c), log_S * LOG2E + shift(m, c, False)
     L = M + log2_S
     return L, tl.exp2((M - L) + log2_S)
@@ -449,7 +449,7 @@ def normalizer(m, log_S, c):
 
 @triton.jit
 def log2_probabilities(z_s, z_t, constants, loss):
-    """Return (log2 p, log2 q) of a block, of one rounding each."""
+    """Return log2 p and log2 q of a block, rounded once each."""
     L_s, _ = normalizer(constants.m_s, constants.log_S_s, loss.c_s)
     L_t, _ = normalizer(constants.m_t, constants.log_S_t, loss.c_t)
     return tl.fma(z_t, loss.c_t, along(-L_t, z_t)), tl.fma(z_s, loss.c_s, along(-L_s, z_s))
@@ -457,14 +457,14 @@ def log2_probabilities(z_s, z_t, constants, loss):
 
 @triton.jit
 def store_tensors(pointers, stride, tensors, mask):
-    """Write the tensors of a NamedTuple, [R] each, one below the other."""
+    """Write the tensors of a tuple, [R] each, one after the other."""
     for i in tl.static_range(len(tensors)):
         tl.store(pointers + i * stride.to(tl.int64), tensors[i], mask=mask)
 
 
 @triton.jit
 def load_tensors(pointers, stride, mask, COUNT: tl.constexpr):
-    """Return COUNT tensors as `store_tensors` left them, as a tuple."""
+    """Return a tuple of COUNT tensors that `store_tensors` wrote."""
     out = (tl.load(pointers, mask=mask, other=0),)
     for i in tl.static_range(1, COUNT):
         out += (tl.load(pointers + i * stride.to(tl.int64), mask=mask, other=0),)
@@ -473,9 +473,9 @@ def load_tensors(pointers, stride, mask, COUNT: tl.constexpr):
 
 @triton.jit
 def store_statistics(stats_ptr, stride, mask, student, teacher, DIVERGENCE: tl.constexpr, WANT: tl.constexpr):
-    """Write what two sides' states say, rows 1 to 5 of stats (the divergence, row 0, is the caller's), and return the
-    cross entropy [R], 0 where it is not wanted. stats_ptr [R]. With a sparse teacher row 5, the agreement, is the
-    student's argmax."""
+    """Write rows 1 to 5 of stats from two sides' states (the caller writes row 0, the divergence), and return the cross
+    entropy [R], 0 if not computed. stats_ptr [R]. With a sparse teacher row 5, the agreement, is the student's argmax.
+    """
     ce, stride = tl.zeros_like(student.m), stride.to(tl.int64)
     ONE: tl.constexpr = 1.0 if WANT.precise else LOG2E
     if WANT.ce:

@@ -1,25 +1,24 @@
 """Row kernels of the chunked engine: logits of one token chunk → statistics, losses and gradients of the logits.
 
-z_s, z_t (m, V)  scratch in fp32 (fp64), rows of student and teacher: raw products h·Wᵀ, read and left as they are
-grad_* (m, V)    gradients in the GEMM's dtype; may be the logits' own memory where the dtype is the same
+z_s, z_t (m, V)  scratch in fp32 (fp64), rows of student and teacher: raw products h·Wᵀ, which are not modified
+grad_* (m, V)    gradients in the GEMM's dtype; may share memory with the logits if the dtype is the same
 
-Teacher's logits that the caller gave are read where they lie. One program per token (`RowConfig.rows` of them), so that
-nothing is shared between programs. A program walks its row pair up to three times, `statistics_pass`, `terms_pass` and
-`gradients_pass`; what runs which:
+A `Logits` teacher is read in place. One program handles one token (or `RowConfig.rows`), so programs share nothing. A
+program walks its row pair up to three times, in `statistics_pass`, `terms_pass` and `gradients_pass`:
 
     row_kernel             one launch does it all
                                forward and reverse KL, or no teacher    statistics, gradients           2 reads, 1 write
                                every other divergence                   statistics, terms, gradients    3 reads, 1 write
-                               without gradients                        one fewer, and no write
-                               tokens that the KD term leaves out       the student's once more, for the cross entropy
+                               without gradients                        one read fewer, and no write
+                               ids that the KD term leaves out          the student's once more, for the cross entropy
     states_kernel          statistics, to be merged (`tiled_forward.combine`)
     terms_kernel           terms, to be merged
     row_gradients_kernel   gradients, from the rows' constants
 
-The last three run where something lies between: collectives, where each process has a slice of the vocabulary, and
-arithmetic on its entries (`kdfast.ops.sparse`), where the teacher is a few entries per row.
+The last three run if something comes between the passes: collectives, if each process has a slice of the vocabulary, or
+arithmetic on entries (`kdfast.ops.sparse`), if the teacher is sparse.
 
-Bytes per row pair: 8·V per read, of which the later ones come from L2, 4·V written in bf16.
+Bytes per row pair: 8·V per read, all but the first from L2, and 4·V written in bf16.
 """
 
 from collections import namedtuple
@@ -39,21 +38,21 @@ from kdfast.kernels.logit_gradients import gradients, load_coefficients, store_g
 from kdfast.kernels.math import along, over_threads
 from kdfast.kernels.tiles import given_logits
 
-# Kernel argument, the chunk's logits and what turns products into them: student (m, V); teacher (m, ≥ kd_V), or None
-# where not computed; `launch.Given`; biases (V,) or None; width: what may be read and written of a row, ≥ V; mask (V,)
-# bool or None: the tokens that the KD term is over
+# Kernel argument: products and what turns them into logits. student (m, V); teacher (m, ≥ kd_V), or None if there are
+# no products; given: `launch.Given`; biases (V,) or None; width ≥ V: elements of a row that may be read and written;
+# mask (V,) bool or None: the ids that the KD term covers
 Logits = namedtuple("Logits", "student teacher stride given bias_s bias_t V kd_V width mask")
-# The rows of one program: r [R] of the chunk, n [R] of all tokens, where there are fewer the last again; inside [R],
-# active [R]; offset, given_offset [R] to the rows' first logits; zero [R], of the dtype in which everything is computed
+# The rows of one program: r [R] in the chunk, n [R] among all tokens, past the end the last one; inside [R], active
+# [R]; offset, given_offset [R] of the rows' first logits; zero [R], in the dtype of all computations
 Rows = namedtuple("Rows", "r n inside active offset given_offset scales zero")
-VEC: tl.constexpr = tl.constexpr(4)  # logits a thread reads at a time
+VEC: tl.constexpr = tl.constexpr(4)  # logits that a thread reads at a time
 
 
 @triton.jit
 def open_rows(
     logits, tensors, start, m, scale_s, softcap_s, scale_t, softcap_t, HEADS: tl.constexpr, R: tl.constexpr
 ):  # fmt: skip
-    """Return the program's `Rows`. (Triton 3.4 returns no tuple that has None in it, so `Logits` goes beside it.)"""
+    """Return the program's `Rows`. (Triton 3.4 cannot return a tuple with None in it, so `Logits` stays separate.)"""
     dtype: tl.constexpr = logits.student.dtype.element_ty
     r = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     inside = r < m
@@ -72,7 +71,7 @@ def open_rows(
 
 @triton.jit
 def places(BLOCK: tl.constexpr, LANES: tl.constexpr):
-    """Return the places of a block's logits [1, J, LANES, VEC], those of a thread in one lane."""
+    """Return the positions of a block's logits [1, J, LANES, VEC], with a thread's in one lane."""
     j = tl.arange(0, BLOCK // (LANES * VEC))[None, :, None, None]
     return (j * LANES + tl.arange(0, LANES)[None, None, :, None]) * VEC + tl.arange(0, VEC)[None, None, None, :]
 
@@ -82,10 +81,10 @@ def _logits(
     z_ptr, bias_ptr, rows, v, width, V, scale, softcap,
     SCALED: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Return a block of rows' logits and their slope towards the raw products. MASKED: −inf from V on; KEEP: how long
-    L2 shall hold them."""
+    """Return a block of rows' logits and their slope with respect to the raw products. MASKED: −inf from V on; KEEP:
+    the eviction policy."""
     pointers = z_ptr + along(rows.offset, v) + v
-    # a mask that ends where 16 elements do keeps the loads wide; what lies between V and width is never used
+    # a mask that ends at a multiple of 16 elements keeps the loads wide; elements between V and width are never used
     z = tl.load(pointers, mask=v < width if MASKED else None, other=0 if MASKED else None, eviction_policy=KEEP)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + v, mask=v < V if MASKED else None, other=0 if MASKED else None)
@@ -106,7 +105,7 @@ def student_logits(logits, rows, v, V, HEADS: tl.constexpr, MASKED: tl.constexpr
 
 @triton.jit
 def teacher_logits(logits, rows, v, HEADS: tl.constexpr, MASKED: tl.constexpr, KEEP: tl.constexpr):
-    """Return the same of the teacher, computed or given; what is given gets no gradient."""
+    """Return a block of the teacher's logits and their slope; a `Logits` teacher gets no gradient."""
     if logits.given.logits is not None:
         dtype: tl.constexpr = rows.zero.dtype
         given_ptr = logits.given.logits + along(rows.given_offset, v)
@@ -123,13 +122,13 @@ def teacher_logits(logits, rows, v, HEADS: tl.constexpr, MASKED: tl.constexpr, K
 
 @triton.jit
 def kd_tokens(logits, v, MASKED: tl.constexpr):
-    """Return which tokens v the mask leaves to the KD term. MASKED: they may go past it."""
+    """Return which ids v the KD term's mask keeps. MASKED: v may go past its end."""
     return tl.load(logits.mask + v, mask=v < logits.kd_V if MASKED else None, other=0 if MASKED else None) != 0
 
 
 @triton.jit
 def of_kd(z, logits, v, MASKED: tl.constexpr):
-    """Return logits of tokens v, −inf at those that the mask takes out of the KD term."""
+    """Return the logits z of ids v, with −inf at those that the mask takes out of the KD term."""
     if logits.mask is not None:
         z = tl.where(kd_tokens(logits, v, MASKED), z, -float("inf"))
     return z
@@ -140,7 +139,7 @@ def _update(
     student, teacher, pair, logits, rows, loss, block, lane, bits_ptr,
     HEADS: tl.constexpr, DIVERGENCE: tl.constexpr, WANT: tl.constexpr, MASKED: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Return the states with a block added. An argmax is the first token of the block in which a maximum last rose."""
+    """Return the states with a block added. An argmax is the first id of the block in which the maximum last rose."""
     v, m_s, m_t = block + lane, student.m, teacher.m
     z_s, _ = student_logits(logits, rows, v, logits.kd_V, HEADS, MASKED, KEEP)
     z_s = of_kd(z_s, logits, v, MASKED)
@@ -164,8 +163,8 @@ def statistics_pass(
     HEADS: tl.constexpr, DIVERGENCE: tl.constexpr, WANT: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
     KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Return student's and teacher's `Side` and their `Pair` over the shared vocabulary, each thread's of its own.
-    bits_ptr [R] or None: of a sparse teacher."""
+    """Return each thread's `Side` of student and teacher and their `Pair`, over the shared vocabulary.
+    bits_ptr [R] or None: a sparse teacher's."""
     zero = tl.zeros([rows.zero.shape[0], LANES], rows.zero.dtype)
     student, teacher, pair = online.empty_state(zero, WANT.precise)
     full = logits.kd_V // BLOCK * BLOCK
@@ -187,8 +186,8 @@ def beyond_pass(
     student, teacher, logits, rows, loss,
     HEADS: tl.constexpr, WANT: tl.constexpr, LANES: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Return the student's `Side` with the tokens added that the KD term leaves out, and so the teacher's where what is
-    taken of it sees them, too; merged."""
+    """Return the student's `Side`, merged, with the ids added that the KD term leaves out; and so the teacher's, if its
+    terms at τ = 1 cover them."""
     STEP: tl.constexpr = LANES * VEC
     if logits.mask is None:
         first = logits.kd_V // STEP * STEP
@@ -215,7 +214,7 @@ def beyond_pass(
 
 @triton.jit
 def _first(z, v):
-    """Return the token [R] of the first maximum; z, v [R, BLOCK]."""
+    """Return the id [R] of the first maximum; z, v [R, BLOCK]."""
     return tl.min(tl.where(z == tl.max(z, axis=1)[:, None], v, 2147483647), axis=1)
 
 
@@ -224,8 +223,8 @@ def targets_and_argmaxes(
     student, teacher, logits, rows, loss, HEADS: tl.constexpr, WANT: tl.constexpr, BLOCK: tl.constexpr,
     KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Return both sides with their targets' logits, 0 of one that is in another process's slice of the vocabulary, and
-    their argmaxes, where these are wanted."""
+    """Return both sides with their targets' logits, 0 for a target in another process's slice, and their argmaxes, if
+    needed."""
     if WANT.ce:
         z, _ = student_logits(logits, rows, tl.maximum(loss.labels, 0)[:, None], logits.V, HEADS, False, KEEP)
         student = online.with_target(student, tl.where(loss.labels >= 0, tl.sum(z, axis=1), 0))
@@ -260,7 +259,7 @@ def terms_pass(
     HEADS: tl.constexpr, DIVERGENCE: tl.constexpr, WANT: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
     KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Return the `TermSums` over the shared vocabulary, read backwards: what was read last is what L2 still holds."""
+    """Return the `TermSums` over the shared vocabulary, read backwards, since L2 still holds what was read last."""
     total = online.empty_terms(tl.zeros([rows.zero.shape[0], LANES], rows.zero.dtype))
     full = logits.kd_V // BLOCK * BLOCK
     for block in range(full, logits.kd_V, LANES * VEC):
@@ -294,7 +293,7 @@ def _gradients(
         TEACHER, logits.mask is not None, HEADS, DIVERGENCE, GRAD,
     )  # fmt: skip
     if IN_PLACE:
-        tl.debug_barrier()  # the block has been read by every thread before any of it is written
+        tl.debug_barrier()  # every thread has read the block before any of it is overwritten
     if MASKED:
         mask = rows.inside[:, None] & (v < logits.width)
     else:
@@ -309,7 +308,7 @@ def gradients_pass(
     HEADS: tl.constexpr, DIVERGENCE: tl.constexpr, GRAD: tl.constexpr, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr,
     TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradients of the whole vocabulary's logits, backwards as `terms_pass`; TAIL: a block at the end."""
+    """Write the gradients of the whole vocabulary's logits, backwards as `terms_pass`; TAIL: block size at the end."""
     full = logits.V // BLOCK * BLOCK
     for block in range(full, logits.V, TAIL):
         _gradients(
@@ -325,7 +324,7 @@ def gradients_pass(
 
 @triton.jit
 def zero_gradients(logits, rows, grads, R: tl.constexpr, BLOCK: tl.constexpr, GRAD: tl.constexpr):
-    """Write the gradients of rows that count for nothing."""
+    """Write the gradients of inactive rows, which are 0."""
     for block in range(0, logits.V, BLOCK):
         v = block + tl.arange(0, BLOCK)[None, :]
         mask = rows.inside[:, None] & (v < logits.width)
@@ -348,7 +347,7 @@ def row_kernel(
     HEADS: tl.constexpr, DIVERGENCE: tl.constexpr, WANT: tl.constexpr, GRAD: tl.constexpr, IN_PLACE: tl.constexpr,
     R: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Statistics, losses and gradients in one launch. logits `Logits`; tensors `launch.LossTensors`."""
+    """Compute statistics, losses and gradients in one launch. logits: `Logits`; tensors: `launch.LossTensors`."""
     rows = open_rows(logits, tensors, start, m, scale_s, softcap_s, scale_t, softcap_t, HEADS, R)
     if tl.max(rows.active.to(tl.int32), axis=0) == 0:
         zero_gradients(logits, rows, grads, R, BLOCK, GRAD)
@@ -400,11 +399,11 @@ def states_kernel(
     logits, tensors, stride_c, start, m,
     scale_s: "fp64", softcap_s: "fp64", scale_t: "fp64", softcap_t: "fp64", parameter: "fp64", second: "fp64",
     bits,  # (m, words) int32 or None
-    states_ptr,  # (15, m) student, teacher, pair; where truncated (21, m), the student's tokens beyond; or (27, m)
+    states_ptr,  # (15, m): student, teacher, pair; if truncated (21, m), the student's beyond; or (27, m), both beyond
     HEADS: tl.constexpr, DIVERGENCE: tl.constexpr, WANT: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
     LANES: tl.constexpr,
 ):  # fmt: skip
-    """The statistics of the vocabulary that is here, before what is only known with the rest of it."""
+    """Compute the statistics of this process's vocabulary, to be merged with those of the rest."""
     rows = open_rows(logits, tensors, start, m, scale_s, softcap_s, scale_t, softcap_t, HEADS, R)
     if tl.max(rows.active.to(tl.int32), axis=0) == 0:
         store_zeros(states_ptr, m, rows, online.STATE + online.SIDE * (HEADS.truncated + HEADS.further))
@@ -438,7 +437,7 @@ def terms_kernel(
     HEADS: tl.constexpr, DIVERGENCE: tl.constexpr, WANT: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
     LANES: tl.constexpr,
 ):  # fmt: skip
-    """The second pass over the vocabulary that is here."""
+    """Compute the sums of the second pass over this process's vocabulary."""
     rows = open_rows(logits, tensors, start, m, scale_s, softcap_s, scale_t, softcap_t, HEADS, R)
     if tl.max(rows.active.to(tl.int32), axis=0) == 0:
         store_zeros(sums_ptr, m, rows, online.TERMS)
@@ -458,7 +457,7 @@ def row_gradients_kernel(
     HEADS: tl.constexpr, DIVERGENCE: tl.constexpr, GRAD: tl.constexpr, IN_PLACE: tl.constexpr,
     R: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Gradients from the rows' constants."""
+    """Compute gradients from the rows' constants."""
     rows = open_rows(logits, tensors, start, m, scale_s, softcap_s, scale_t, softcap_t, HEADS, R)
     if tl.max(rows.active.to(tl.int32), axis=0) == 0:
         zero_gradients(logits, rows, grads, R, BLOCK, GRAD)
@@ -477,25 +476,25 @@ def row_gradients_kernel(
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """Logits of consecutive tokens, and the loss that is taken of them."""
+    """Logits of consecutive tokens, and the loss computed from them."""
 
-    heads: Heads  # only what turns products into logits, and where given ones lie, is read
+    heads: Heads  # read only for turning products into logits, and for a `Logits` teacher
     term: Term
     z_s: Tensor  # (m, V)
     z_t: Tensor | None  # (m, ≥ kd_vocab), strided as z_s
-    width: int  # elements of a row, of logits and of gradients, that may be read and written: V, or the padded stride
+    width: int  # elements of a row of logits or gradients that may be read and written: V, or the padded stride
     start: int  # the first token
 
     @property
     def teacher(self) -> bool:
-        """Whether there are two sides of logits."""
+        """Return whether there are two sides of logits."""
         return self.z_t is not None or self.heads.teacher_logits is not None
 
 
 def _launch(
     kernel: Any, chunk: Chunk, *arguments: Any, config: RowConfig | None = None, once: bool = False, **flags: Any
 ) -> None:
-    """Launch a kernel over the chunk's rows. once: doing it again would read what it has written."""
+    """Launch a kernel over the chunk's rows. once: it must not be repeated, since it overwrites what it reads."""
     heads, term, z_s = chunk.heads, chunk.term, chunk.z_s
     m, V = z_s.shape
     if m == 0:
@@ -525,16 +524,16 @@ def _options(chunk: Chunk, grads: Gradients) -> dict[str, Any]:
 
 
 def solve_rows(chunk: Chunk, grads: Gradients, *, stats: Tensor, config: RowConfig | None = None) -> None:
-    """Take statistics, losses and gradients in one launch; stats (6, N) is written where computed."""
+    """Compute statistics, losses and gradients in one launch; stats (6, N) is written where computed."""
     heads, term, options = chunk.heads, chunk.term, _options(chunk, grads)
     want = term.statistics_flags(chunk.teacher, grads.decorrelation is not None)
     if want.decorrelate and want.ce and not (term.intricate or heads.intricate or torch.version.hip):
-        options["maxnreg"] = 80  # three programs a multiprocessor: ptxas may miss them by a few, or spill for four
+        options["maxnreg"] = 80  # three programs per multiprocessor: ptxas may miss that by a few, or spill for four
     _launch(row_kernel, chunk, stats, stats.stride(0), grads, WANT=want, **options, config=config)
 
 
 def row_states(chunk: Chunk, states: Tensor, *, decorrelate: bool, config: RowConfig | None = None) -> None:
-    """Fill states (15, m), or (21, m) or (27, m), as the heads' flags say, with the statistics of what is here."""
+    """Fill states, (15, m) or by flags (21, m) or (27, m), with the statistics of this process's vocabulary."""
     want = chunk.term.statistics_flags(chunk.teacher, decorrelate)
     _launch(states_kernel, chunk, matrix(chunk.term.bits), states, WANT=want, config=config)
 
@@ -542,12 +541,12 @@ def row_states(chunk: Chunk, states: Tensor, *, decorrelate: bool, config: RowCo
 def row_terms(
     chunk: Chunk, sums: Tensor, *, constants: Tensor, decorrelate: bool, config: RowConfig | None = None
 ) -> None:
-    """Fill sums (7, m) with the second pass over what is here; constants (≥ 11, m)."""
+    """Fill sums (7, m) with the second pass over this process's vocabulary; constants (≥ 11, m)."""
     want = chunk.term.statistics_flags(chunk.teacher, decorrelate)
     _launch(terms_kernel, chunk, constants, sums, WANT=want, config=config)
 
 
 def row_gradients(chunk: Chunk, grads: Gradients, *, constants: Tensor, config: RowConfig | None = None) -> None:
-    """Take gradients from the rows' constants (≥ 11, m)."""
+    """Compute gradients from the rows' constants (≥ 11, m)."""
     if grads.student is not None or grads.teacher is not None:
         _launch(row_gradients_kernel, chunk, constants, grads, **_options(chunk, grads), config=config)

@@ -1,6 +1,6 @@
-"""Gradient kernel of the tiled engine: a slab of the vocabulary's logits recomputed, its gradients written.
+"""Gradient kernel of the tiled engine: recomputes the logits of a slab of the vocabulary and writes their gradients.
 
-grad_* (N, slab)  in the GEMM's dtype; the products dX += G·W and dW = Gᵀ·X of the slab are taken by the caller
+grad_* (N, slab)  in the GEMM's dtype; the caller computes the slab's products dX += G·W and dW = Gᵀ·X
 
 Operations: as many as one pass of the statistics kernel, for the slab's share of V. Written: 2 or 4 bytes per logit.
 """
@@ -16,7 +16,7 @@ from kdfast.kernels.logit_gradients import gradients, load_coefficients, store_g
 from kdfast.kernels.online_softmax import CONSTANTS, Loss, RowConstants, load_loss, load_tensors, scales_of
 from kdfast.kernels.tiles import both_logits, parts, tile
 
-GROUP = 8  # row blocks that walk a stretch of the vocabulary together, so that tiles of W are read from L2
+GROUP = 8  # row blocks that walk the vocabulary together, so that tiles of W are read from L2
 
 
 @triton.jit(do_not_specialize=["stride_c", "N", "first", "width"])
@@ -37,10 +37,10 @@ def gradients_kernel(
     rows_here = tl.minimum(row_blocks - group * GROUP, GROUP)
     within = tl.program_id(0) % (GROUP * tiles)
     n = (group * GROUP + within % rows_here) * BLOCK_N + tl.arange(0, BLOCK_N)
-    start = (within // rows_here) * BLOCK_V  # in the slab
+    start = (within // rows_here) * BLOCK_V  # of the tile, in the slab
     inside = n < N
     loss = load_loss(tensors, parameter, second, n, inside, dtype, GRAD.precise)
-    begin = first + start  # of the tile, in the vocabulary; ids are counted from there, for comparisons with constants
+    begin = first + start  # of the tile, in the vocabulary; ids are counted from here, to compare with constants
     loss = Loss(loss.labels - begin, loss.targets - begin, *loss[2:])
     products_s, products_t = tile(
         operands, n, begin + tl.arange(0, BLOCK_V), N, V, kd_V, Hs, Ht, HEADS, dtype, BLOCK_N, BLOCK_V, BLOCK_H
@@ -70,7 +70,7 @@ def gradients_kernel(
             z_s, z_t, slope_s, slope_t, v[None, :], 0, kd, constants, decorrelation, coefficients, loss,
             TEACHER, operands.mask is not None, HEADS, DIVERGENCE, GRAD,
         )  # fmt: skip
-        # what lies between `width` and the end of its last tile is padding of the slab, and takes the store whole
+        # between `width` and the end of the last tile is padding of the slab, so that stores need no narrower mask
         mask = inside[:, None] & (start + v < grads.stride)[None, :]
         store_gradients(grads, r, (start + v)[None, :], grad_s, grad_t, grad_a, counts, mask, GRAD)
 
@@ -79,9 +79,9 @@ def slab_gradients(
     heads: Heads, term: Term, grads: Gradients, *, constants: Tensor, first: int, decorrelate: bool,
     config: TileConfig | None = None,
 ) -> None:  # fmt: skip
-    """Write the gradients towards h·Wᵀ + b of ids first … first + width, over `term.scale`.
+    """Write the gradients with respect to h·Wᵀ + b of ids first … first + width, divided by `term.scale`.
 
-    grads (N, width), all of one stride, with room for whole tiles in a row; constants (12, N) from `statistics`."""
+    grads (N, width), all with the same stride and room for whole tiles; constants (12, N) from `statistics`."""
     some = grads.teacher if grads.student is None else grads.student
     assert some is not None
     N, width = some.shape

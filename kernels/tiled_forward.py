@@ -1,15 +1,14 @@
-"""Statistics kernel of the tiled engine: logits live in registers, a few numbers a row leave them.
+"""Statistics kernel of the tiled engine: logits stay in registers, and only a few numbers per row are written.
 
     statistics   grid (row blocks, splits of V): each program walks its part of the vocabulary tile by tile and
                  updates the state of `kdfast.kernels.online_softmax`; partial states (splits, state, N)
     combine      merges the parts in order (no atomics: two runs are bit-equal) into row constants and statistics
 
-Tokens that the KD term leaves out are walked apart, for what is taken at τ = 1 alone.
-
-A divergence that is no KL needs both log-sum-exps first and takes both kernels twice: 2u more operations.
+Ids that the KD term leaves out are walked separately, for the terms at τ = 1 only. A divergence other than forward and
+reverse KL needs both log-sum-exps first, so it runs both kernels twice: 2u more operations.
 
 Operations: 2u(Hs) for a projected teacher, u(Hs) + u(Ht) for one with its own head, u(Hs) without. Read per tile:
-(2·BLOCK_N + BLOCK_V)·H operands, from L2 mostly; written: 15 numbers per row and split.
+(2·BLOCK_N + BLOCK_V)·H operands, mostly from L2; written: 15 numbers per row and split.
 """
 
 from collections.abc import Callable
@@ -33,19 +32,19 @@ def statistics_kernel(
     operands, given, bits, tensors,  # `launch.Operands`, `Given`, `Matrix` (N, words) int32, `LossTensors`
     constants_ptr,  # (12, N): read in the second pass
     out_ptr,  # (splits, state, N)
-    N, V, Hs, Ht, tiles_per_split, begin,  # tokens from `begin` to V
+    N, V, Hs, Ht, tiles_per_split, begin,  # covers ids from `begin` to V
     scale_s: "fp64", softcap_s: "fp64", scale_t: "fp64", softcap_t: "fp64", parameter: "fp64", second: "fp64",
     HEADS: tl.constexpr, DIVERGENCE: tl.constexpr, WANT: tl.constexpr, SECOND: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr,
     VEC: tl.constexpr, OUTSIDE: tl.constexpr,
 ):  # fmt: skip
-    """OUTSIDE: of the tokens that the mask takes out of the KD term."""
+    """Write partial states of the ids that the mask leaves in the KD term or, if OUTSIDE, of the others."""
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
     inside = n < N
     loss = online.load_loss(tensors, parameter, second, n, inside, dtype, WANT.precise)
-    labels = tl.where(loss.labels < V, loss.labels, -1)  # another launch's; a tile past V has a column of its number
+    labels = tl.where(loss.labels < V, loss.labels, -1)  # later ids are another launch's, but a last tile goes past V
     targets = loss.targets
     if operands.mask is not None:
         labels = tl.where(tl.load(operands.mask + labels, mask=labels >= 0, other=0) != OUTSIDE, labels, -1)
@@ -76,7 +75,7 @@ def statistics_kernel(
             z_s, _, z_t, _ = both_logits(parts_s[i], parts_t[i], operands, given_ptr, v, V, V, scales, HEADS, dtype)
             if SECOND or given_ptr is not None:  # noqa: SIM114
                 z_s, z_t = masked(z_s, z_t, v, V)
-            elif start + BLOCK_V > V:  # a branch, which costs the others registers
+            elif start + BLOCK_V > V:  # in the other cases a branch would cost registers
                 z_s, z_t = masked(z_s, z_t, v, V)
             if operands.mask is not None:
                 z_s, z_t = of_mask(z_s, z_t, operands.mask, v, V, OUTSIDE)
@@ -113,7 +112,7 @@ def _load_side(pointers, stride, mask):
 
 @triton.jit
 def _merge_sides(a, b, c, WANT: tl.constexpr):
-    """Return the state of both and the moves of a and of b; in a tie the smaller id is the argmax."""
+    """Return the merged state and the moves of a and of b; in a tie the smaller id is the argmax."""
     m = tl.maximum(a.m, b.m)
     smaller = tl.minimum(a.argmax, b.argmax)
     argmax = tl.where(b.m > a.m, b.argmax, tl.where(a.m > b.m, a.argmax, smaller))
@@ -127,16 +126,16 @@ def _merge_sides(a, b, c, WANT: tl.constexpr):
 )
 def combine_kernel(
     parts_ptr, stride_parts,  # (splits, state, N)
-    beyond_ptr, stride_beyond,  # (splits_beyond, side, N): the student's of tokens that the KD term leaves out, or None
+    beyond_ptr, stride_beyond,  # (splits_beyond, side, N): the student's over ids that the KD term leaves out, or None
     tensors, stride_c, parameter: "fp64",  # `launch.LossTensors`
     stats_ptr, stride_stats,  # (6, N)
     constants_ptr,  # (12, N): the rows' constants and decorrelation
-    merged_ptr,  # (state, N) or None; given = the merged state goes there, and no further
+    merged_ptr,  # (state, N) or None; if given, the merged state is written there and nothing else
     N, splits, splits_beyond,
     DIVERGENCE: tl.constexpr, WANT: tl.constexpr, CE_GRADIENT: tl.constexpr, SECOND: tl.constexpr, BLOCK: tl.constexpr,
     FURTHER: tl.constexpr,
 ):  # fmt: skip
-    """FURTHER: below the student's there is the teacher's side of those tokens."""
+    """Merge partial states into statistics and constants. FURTHER: beyond has both sides, the student's first."""
     dtype: tl.constexpr = parts_ptr.dtype.element_ty
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = n < N
@@ -211,7 +210,7 @@ COMBINE_BLOCK = 128
 def statistics(
     heads: Heads, term: Term, *, stats: Tensor, constants: Tensor, decorrelate: bool, config: TileConfig | None = None
 ) -> None:
-    """Fill stats (6, N) where computed and constants (12, N): those of each row, then `decorrelation`."""
+    """Fill stats (6, N) where computed, and constants (12, N): the `RowConstants` and the decorrelation."""
     if heads.hidden.shape[0] == 0:
         return
     out = {"stats": stats, "constants": constants, "decorrelate": decorrelate, "teacher": heads.teacher}
@@ -237,9 +236,9 @@ def config_of(heads: Heads, term: Term, launch: Callable[[TileConfig], Any]) -> 
 def partial_states(
     heads: Heads, term: Term, *, decorrelate: bool, config: TileConfig, constants: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return (splits, state, N) partial states of the KD term's tokens, and of the student's side of the others, or of
-    both sides, None where there are no others. constants (12, N): given = this is the second pass, which returns its
-    terms alone."""
+    """Return partial states (splits, state, N) of the KD term's ids, and those of the student's side, or of both sides,
+    of the other ids (None if there are no others). constants (12, N): if given, this is the second pass, which returns
+    only its terms."""
     shared = _partial_states(heads, term, constants, config, decorrelate, 0, heads.kd_vocab)
     if not heads.truncated or constants is not None:
         return shared, None
@@ -249,9 +248,9 @@ def partial_states(
 
 
 def rest_of(term: Term, heads: Heads) -> Term:
-    """Return what is taken of tokens that the KD term leaves out."""
+    """Return the loss for ids that the KD term leaves out."""
     if heads.further:
-        return replace(term, divergence="total_variation", bits=None)  # whose first pass is both sides alone
+        return replace(term, divergence="total_variation", bits=None)  # its first pass has both sides and no pair
     return replace(term, divergence="sparse", targets=None, bits=None)
 
 
@@ -259,7 +258,7 @@ def _partial_states(
     heads: Heads, term: Term, constants: Tensor | None, config: TileConfig, decorrelate: bool, begin: int, end: int,
     outside: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Return partial states of the tokens from `begin` to `end`, where there is a mask of those in it, or outside."""
+    """Return partial states of the ids from `begin` to `end`; with a mask, those in it or, if `outside`, the others."""
     N, second = heads.hidden.shape[0], constants is not None
     row_blocks, tiles = triton.cdiv(N, config.block_n), max(1, triton.cdiv(end - begin, config.block_v))
     splits = splits_of(row_blocks, tiles, heads.hidden.device)
@@ -268,7 +267,7 @@ def _partial_states(
     partial = term.coefficients.new_empty(splits, online.TERMS.value if second else online.STATE.value, N)
     tensors = term.tensors()._replace(labels=None, targets=None) if second else term.tensors()
     columns = config.block_v // config.parts
-    lanes, vec = (1, 2) if term.precise else threads_of_row(partial.device, columns)  # merging rounds once more
+    lanes, vec = (1, 2) if term.precise else threads_of_row(partial.device, columns)  # merging lanes rounds once more
     lanes = min(lanes, columns // vec)
     statistics_kernel[(row_blocks, splits)](
         heads.operands(), heads.given(), matrix(term.bits), tensors, constants, partial,
@@ -284,11 +283,11 @@ def combine(
     term: Term, parts: Tensor, beyond: Tensor | None, *, stats: Tensor, constants: Tensor, decorrelate: bool,
     teacher: bool, second: bool = False, merged: Tensor | None = None, further: bool = False,
 ) -> None:  # fmt: skip
-    """Merge partial states in order, of this process's splits or of all processes'; fill stats (6, N) and constants
+    """Merge partial states, of this process's splits or of all processes, in order; fill stats (6, N) and constants
     (12, N).
 
-    parts (splits, state, N), beyond (splits, ≥ side, N), rows one after the other; teacher: there are two sides of
-    logits; merged (state, N): given = the merged state goes there, and nowhere else; further: beyond has both sides."""
+    parts (splits, state, N), beyond (splits, ≥ side, N): with contiguous rows; teacher: there are two sides of logits;
+    merged (state, N): if given, only the merged state is written, there; further: beyond has both sides."""
     N = constants.shape[1]
     assert parts.stride()[1:] == (N, 1)
     assert beyond is None or beyond.stride()[1:] == (N, 1)

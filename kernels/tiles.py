@@ -1,10 +1,10 @@
-"""Tiles of logits computed on the tensor cores and never stored: what both tiled kernels start with.
+"""Tiles of logits, computed on the tensor cores and never stored; both tiled kernels start with them.
 
 x_s (N, Hs), W (V, Hs)     student's hidden states and head
 x_t (N, Hs) or (N, Ht)     projected hidden states, multiplied with the same tile of W; or the teacher's own, with Wt
 
-Rows and columns past the end are read at the last valid address and masked where they are used, so that only widths
-that are no multiple of BLOCK_H cost a mask. Any strides; a unit stride is a compile-time constant.
+Rows and columns past the end are read at the last valid address and masked where they are used, so only widths that
+are not a multiple of BLOCK_H need a mask. Strides may be anything; a unit stride is a compile-time constant.
 """
 
 import triton
@@ -15,8 +15,8 @@ from kdfast.kernels.online_softmax import transform
 
 @triton.jit
 def _operand(pointers, h, H, EVEN: tl.constexpr, dtype: tl.constexpr):
-    """Return [.., BLOCK_H] or its transpose; h broadcasts against `pointers`. Products that are summed in float64 take
-    no other operands, and those that are not none of float64."""
+    """Return an operand [.., BLOCK_H] or its transpose; h broadcasts against `pointers`. Products summed in float64
+    need float64 operands, and other products must have none."""
     x = tl.load(pointers) if EVEN else tl.load(pointers, mask=h < H, other=0)
     return x.to(dtype) if (x.dtype == tl.float64) != (dtype == tl.float64) else x
 
@@ -26,14 +26,14 @@ def tile(
     operands, n, v, N, V, V_t, Hs, Ht, HEADS: tl.constexpr, dtype: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Return the products h·Wᵀ of student and teacher, [BLOCK_N, BLOCK_V] each; 0 for a teacher that is not there.
+    """Return the products h·Wᵀ of student and teacher, [BLOCK_N, BLOCK_V] each; 0 without a teacher.
 
-    operands `launch.Operands`; n (BLOCK_N,), v (BLOCK_V,) int32; V, V_t tokens that may be read of W and Wt."""
+    operands: `launch.Operands`; n (BLOCK_N,), v (BLOCK_V,): int32; V, V_t: rows that may be read of W and Wt."""
     PRECISION: tl.constexpr = HEADS.precision
     hidden, weight = operands.hidden, operands.weight
     teacher_hidden, teacher_weight = operands.teacher_hidden, operands.teacher_weight
     h = tl.arange(0, BLOCK_H)
-    far, step = h.to(tl.int64), tl.full([], BLOCK_H, tl.int64)  # a column's stride may be any
+    far, step = h.to(tl.int64), tl.full([], BLOCK_H, tl.int64)  # the stride of columns may be large
     n_safe = tl.minimum(n, N - 1).to(tl.int64)
     v_safe = tl.minimum(v, V - 1).to(tl.int64)
     xs = hidden.pointer + n_safe[:, None] * hidden.row + far[None, :] * hidden.column  # [BLOCK_N, BLOCK_H]
@@ -79,8 +79,8 @@ def _quarters(x):
 
 @triton.jit
 def parts(x, PARTS: tl.constexpr):
-    """Return the columns of x in PARTS equal stretches, in order: what follows a product needs a dozen registers for
-    every column it has in hand, and a whole tile's worth of them would spill. Takes no data from its thread."""
+    """Return the columns of x in PARTS equal stretches, in order. The work after a product needs a dozen registers per
+    column, and for a whole tile they would spill. No data moves between threads."""
     if PARTS == 1:
         return (x,)
     elif PARTS == 2:
@@ -94,13 +94,13 @@ def parts(x, PARTS: tl.constexpr):
 
 @triton.jit
 def lanes(x, LANES: tl.constexpr, VEC: tl.constexpr):
-    """Return a block [N, BLOCK] of a product's columns as [N, J, LANES, VEC], each thread's own in one lane."""
+    """Return a block [N, BLOCK] of a product's columns as [N, J, LANES, VEC], with each thread's own in one lane."""
     return x.reshape(x.shape[0], x.shape[1] // (VEC * LANES), LANES, VEC)
 
 
 @triton.jit
 def logits(acc, bias_ptr, v, V, scale, softcap, SCALED: tl.constexpr, SOFTCAP: tl.constexpr):
-    """Return the logits of a block of products, anything from V on, and their slope towards h·Wᵀ + b."""
+    """Return the logits of a block of products, arbitrary from V on, and their slope with respect to h·Wᵀ + b."""
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + tl.minimum(v, V - 1)).to(acc.dtype)[None, :]
     return transform(acc, scale, softcap, SCALED, SOFTCAP)
@@ -108,9 +108,9 @@ def logits(acc, bias_ptr, v, V, scale, softcap, SCALED: tl.constexpr, SOFTCAP: t
 
 @triton.jit
 def both_logits(acc_s, acc_t, operands, given_ptr, v, V, kd_V, x, HEADS: tl.constexpr, dtype: tl.constexpr):
-    """Return student's logits and slope and teacher's logits and slope, where there is no teacher the student's again.
+    """Return the student's logits and slope, and the teacher's, or the student's again without a teacher.
 
-    acc [BLOCK_N, BLOCK] products; given_ptr [BLOCK_N, 1] or None; v [BLOCK]; kd_V: the teacher's V; x `Scales`."""
+    acc [BLOCK_N, BLOCK]: products; given_ptr [BLOCK_N, 1] or None; v [BLOCK]; kd_V: the teacher's V; x: `Scales`."""
     z_s, slope_s = logits(acc_s, operands.bias, v, V, x.scale_s, x.softcap_s, HEADS.scaled_s, HEADS.softcap_s)
     z_t, slope_t = z_s, slope_s
     if given_ptr is not None:
@@ -123,22 +123,22 @@ def both_logits(acc_s, acc_t, operands, given_ptr, v, V, kd_V, x, HEADS: tl.cons
 
 @triton.jit
 def masked(z_s, z_t, v, V):
-    """Return both sides' logits, −inf from V on."""
+    """Return both sides' logits, with −inf from V on."""
     within = (v < V)[None, :]
     return tl.where(within, z_s, -float("inf")), tl.where(within, z_t, -float("inf"))
 
 
 @triton.jit
 def of_mask(z_s, z_t, mask_ptr, v, V, OUTSIDE: tl.constexpr):
-    """Return both sides' logits, −inf at tokens that the mask takes out of the KD term, or at the others."""
+    """Return both sides' logits, with −inf at ids that the mask takes out of the KD term; if OUTSIDE, at the others."""
     kd = (tl.load(mask_ptr + tl.minimum(v, V - 1)) != OUTSIDE)[None, :]
     return tl.where(kd, z_s, -float("inf")), tl.where(kd, z_t, -float("inf"))
 
 
 @triton.jit
 def given_logits(pointers, STRIDE: tl.constexpr, v, V, dtype: tl.constexpr, MASKED: tl.constexpr):
-    """Return a block of logits the caller gave; pointers [R, 1], v [1, BLOCK], or of more dimensions. MASKED: −inf from
-    V on."""
+    """Return a block of a `Logits` teacher; pointers [R, 1], v [1, BLOCK], or with more dimensions. MASKED: −inf from V
+    on."""
     offsets = v if STRIDE == 1 else v.to(tl.int64) * STRIDE
     if MASKED:
         return tl.load(pointers + offsets, mask=v < V, other=-float("inf")).to(dtype)

@@ -1,7 +1,7 @@
-"""A sparse teacher's entries on the device: which bits of the vocabulary they are, their logits, their gradients.
+"""A sparse teacher's entries on the device: their bit mask over the vocabulary, their logits, their gradients.
 
-indices (N, K) int64, ascending in a row. Each kernel reads K numbers per token and nothing of size N × V, but for the
-one bit per entry of the vocabulary that `bits` makes: a thirty-second of the logits.
+indices (N, K) int64 ascend in each row. Each kernel reads K numbers per token and nothing of size N × V, except for the
+mask from `bits`, one bit per entry of the vocabulary: a thirty-second of the logits.
 """
 
 import torch
@@ -27,7 +27,7 @@ def bits_kernel(
 
 
 def bits(indices: Tensor, chosen: Tensor, vocab: int) -> Tensor:
-    """Return (N, words) int32 with the bits of the chosen (N, K) ids set, whatever the order of its atomics."""
+    """Return a bit mask (N, words), int32, with the bits of the chosen (N, K) ids set, in any order of its atomics."""
     (N, K), words = indices.shape, triton.cdiv(vocab, 32)
     out = indices.new_zeros(N, words, dtype=torch.int32)
     if N:
@@ -63,7 +63,7 @@ def support_logits_kernel(
 
 
 def support_logits(x: Tensor, weight: Tensor, indices: Tensor, out: Tensor) -> Tensor:
-    """Fill and return out (N, K) = x_n · weight[indices_nk].  x (N, H), weight (V, H); out fp32 (fp64), as sums are.
+    """Fill and return out (N, K) = x_n · weight[indices_nk], summed in fp32 (fp64).  x (N, H), weight (V, H).
 
     Reads K rows of weight per token: 2·K·H bytes in 16 bits, mostly from L2."""
     (N, K), H = indices.shape, x.shape[1]
@@ -87,12 +87,12 @@ def write_kernel(
         mask = (n < N) & (k < K)
         column = tl.load(indices_ptr + n * stride_i + k, mask=mask, other=-1) - first
         value = tl.load(values_ptr + n * stride_v + k, mask=mask, other=0)
-        # equal ids hold equal values: whichever is written last, the same
+        # equal ids hold equal values, so the order of writes does not matter
         tl.store(plane_ptr + n * stride_p + column, value, mask=mask & (column >= 0) & (column < width))
 
 
 def write(plane: Tensor, indices: Tensor, values: Tensor, first: int = 0) -> None:
-    """Set plane[n, indices_nk − first] = values_nk, where plane (N, width) has that column; values (N, K)."""
+    """Set plane[n, indices_nk − first] = values_nk if plane (N, width) has that column; values (N, K)."""
     N, K = indices.shape
     if N:
         R, BLOCK = _shape(indices)
@@ -103,5 +103,5 @@ def write(plane: Tensor, indices: Tensor, values: Tensor, first: int = 0) -> Non
 
 
 def _shape(indices: Tensor) -> tuple[int, int]:
-    """Return a program's rows (the interpreter pays per operation) and the entries it takes at a time."""
+    """Return a program's number of rows (many for the interpreter, which pays per operation) and entries at a time."""
     return 16 if indices.device.type == "cpu" else 1, min(1024, triton.next_power_of_2(indices.shape[1]))

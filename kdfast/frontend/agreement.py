@@ -72,7 +72,7 @@ def agree_on_slices(
 
 @contextmanager
 def raise_on_all_ranks(x: Arguments) -> Iterator[None]:
-    """If `x.compare`, raise an error from the checks inside on all processes, then compare the processes' arguments."""
+    """Raise an error from the checks inside on all processes, then compare their arguments; only if `x.compare`."""
     if not x.compare:
         yield
         return
