@@ -154,23 +154,22 @@ def lora():
 
 
 def typed():
-    """A type checker of the user's knows our types (py.typed), those loaded when first used included."""
+    """A user's type checker knows our types (py.typed), including those that load when first used."""
     Path("user.py").write_text(
         "import torch\n"
-        "from kdfast import Head, KDTrainer, Projected, fused_kd_loss\n"
+        "from kdfast import Head, KDMetrics, KDTrainer, Projected, fused_kd_loss\n"
         "head = Head(torch.randn(3, 4), torch.randn(5, 4))\n"
         "loss = fused_kd_loss(head, Projected(torch.randn(3, 4)))\n"
         "loss.backward()\n"
-        "loss, metrics = fused_kd_loss(head, None, return_metrics=True)\n"
-        "reveal_type(metrics.kd)\n"
+        "def kd(metrics: KDMetrics): reveal_type(metrics.kd)\n"
         "reveal_type(KDTrainer.train)\n"
         "fused_kd_loss(head, None, reduction='average')\n"
     )
     done = subprocess.run([sys.executable, "-m", "mypy", "user.py"], capture_output=True, text=True)
     told = done.stdout.splitlines()
     assert "torch._tensor.Tensor" in told[0], done.stdout + done.stderr
-    assert "TrainOutput" in told[1], done.stdout
-    assert told[2].startswith("user.py:9: error: No overload variant"), done.stdout
+    assert "kdfast.training.trainer.KDTrainer" in told[1], done.stdout
+    assert told[2].startswith('user.py:8: error: Argument "reduction" to "fused_kd_loss"'), done.stdout
     assert told[-1].startswith("Found 1 error"), done.stdout
 
 
