@@ -47,7 +47,7 @@ def load(name: str) -> pdoc.doc.Module:
         helps = field_helps(cls.obj)
         for member in cls.own_members:
             member.docstring = helps.get(member.name) or own_docstring(member)
-            if member.name == "__init__" and helps:
+            if member.name == "__init__" and (dataclasses.is_dataclass(cls.obj) or hasattr(cls.obj, "_fields")):
                 member.docstring = ""  # of a NamedTuple, its names again
                 member.signature_without_self = constructor(cls.obj)
         cls.own_members = [m for m in cls.own_members if m.docstring or m.name == "__init__"]
@@ -57,7 +57,7 @@ def load(name: str) -> pdoc.doc.Module:
 def constructor(cls: type) -> inspect.Signature:
     """Return the signature of a class with fields, without inherited ones such as those of TrainingArguments."""
     signature, types = inspect.signature(cls), get_type_hints(cls)
-    own = [p for p in signature.parameters.values() if p.name in cls.__annotations__]
+    own = [p for p in signature.parameters.values() if p.name in cls.__annotations__] or signature.parameters.values()
     kept = [p.replace(annotation=types[p.name]) for p in own]
     return signature.replace(parameters=kept, return_annotation=inspect.Signature.empty)
 

@@ -1,5 +1,6 @@
 """Public names say what they take, give and raise; pages are built of that; examples in docstrings run."""
 
+import html
 import importlib
 import importlib.util
 import inspect
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import kdfast
-from kdfast.training import DistillationModel
+from kdfast.training import DistillationModel, KDConfig
 
 MODULES = ("kdfast", "kdfast.training", "kdfast.plan")
 
@@ -91,9 +92,14 @@ def test_the_pages_have_every_public_name(tmp_path):
     for module in MODULES:
         page = pages[f"{module.replace('.', '/')}.html"]
         assert [name for name in _public(module) if f'<section id="{name}">' not in page] == []
+        for name, value in _public(module).items():
+            if callable(value) and name != "KDConfig" and not (inspect.isclass(value) and issubclass(value, Exception)):
+                section = page.partition(f'<section id="{name}">')[2].partition("</section>")[0]
+                shown = set(re.findall(r"\w+", section))
+                assert [p for p in inspect.signature(value).parameters if p not in shown] == [], name
     loss, training = pages["kdfast.html"], pages["kdfast/training.html"]
     assert "indices    (*, K)  integer ids, in any order" in loss  # columns stay
-    assert "Multiplies τ²·KL; the value after the ramp." in training  # a help text
+    assert KDConfig.__dataclass_fields__["kd_weight"].metadata["help"] in html.unescape(training)
     assert "(*, K) any float dtype: top-k at" in training  # a comment
     assert "per_device_train_batch_size" not in training.partition('<section id="KDConfig">')[2].partition("<pre")[0]
 

@@ -29,6 +29,14 @@ def test_a_picture_loads_nothing(path):
     assert re.findall(r"url\((?!#)|href=|<script|@import", path.read_text(encoding="utf-8")) == []
 
 
+def test_the_plan_is_as_it_is_printed_today(monkeypatch):
+    pytest.importorskip("rich")
+    monkeypatch.syspath_prepend(documents.ROOT / "docs")
+    make_gallery = _module("docs/make_gallery.py")
+    printed = make_gallery.run(make_gallery.COMMANDS["plan"])
+    assert printed.split() == _text(GALLERY / "plan.svg").split("GiB", 1)[1].split(), "stale: make gallery"
+
+
 @pytest.mark.slow
 def test_the_command_makes_exactly_these_pictures(tmp_path, monkeypatch):
     for needed in ("rich", "peft"):
