@@ -291,7 +291,7 @@ DIVERGENCES: dict[str, type[Divergence]] = {
     cls.name: cls
     for cls in (ForwardKL, ReverseKL, SymmetricKL, JSD, SkewKL, SkewReverseKL, TotalVariation, AlphaBeta)
 }
-_LIMITS: tuple[tuple[type[Divergence], list[float], list[float]], ...] = (  # at what it is forward, and reverse KL
+_LIMITS: tuple[tuple[type[Divergence], list[float], list[float]], ...] = (  # the parameters of forward and reverse KL
     (JSD, [0.0], [1.0]),
     (SymmetricKL, [0.0], [1.0]),
     (SkewKL, [0.0], [1.0]),  # α = 1 is refused

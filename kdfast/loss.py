@@ -79,7 +79,7 @@ def fused_kd_loss(
         teacher: `Projected` (hidden states through a projector and the student's head), `Head` (the teacher's own),
             `Logits` (dense), `SparseLogits` (K log-probabilities per token), or None (no KD term).
         labels: (*,) integer ids, or None. Rows whose label is `ignore_index` don't count.
-        temperature: τ > 0, a number or 0-d tensor. Applies to both sides of the KD term; CE and anchor are at τ = 1.
+        temperature: τ > 0, a number or 0-d tensor. Divides both sides' logits in the KD term; CE and anchor are at 1.
         divergence: "forward_kl", "reverse_kl", "symmetric_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation",
             "alpha_beta", or an instance such as `JSD(beta=0.1)`. Your own subclass works too (CONTRIBUTING.md), but
             not on the Triton engines. docs/choosing.md says which to choose.
@@ -122,8 +122,8 @@ def fused_kd_loss(
             entropies and agreement are NaN, and so are ce and anchor where their weight is the number 0.
 
     Returns:
-        The loss in fp32 (float64 for float64 inputs), 0-d, or (*,) for reduction="none"; with `return_metrics`, a pair.
-        0 with zero gradients if all rows are ignored or there are none.
+        The loss in nats, fp32 (float64 for float64 inputs), 0-d or (*,) for reduction="none"; with `return_metrics`, a
+        pair of loss and KDMetrics. If all rows are ignored or there are none, it is 0 with zero gradients.
 
     Raises:
         ValueError, TypeError: an argument is wrong; the message names it. Tensor values (label range, negative or NaN

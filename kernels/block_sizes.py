@@ -23,7 +23,7 @@ class RowConfig:
     """Block sizes of the row kernels."""
 
     rows: int  # per program
-    block: int  # logits of a row at a time
+    block: int  # logits per row handled at a time
     warps: int
 
 
@@ -49,7 +49,7 @@ class Row:
     rows: RowConfig
     lean: TileConfig  # statistics kernel, without softcap, bias, metrics and anchor
     full: TileConfig  # statistics kernel, with any of them
-    gradients: TileConfig  # of a KL, or of none
+    gradients: TileConfig  # gradients kernel, for a KL or without a teacher
     projection: TileConfig
     # in place of each, for a width that is not a multiple of its block_h: it is read through masks, and element by
     # element unless it is a multiple of 16, for which a full tile leaves too few registers

@@ -15,7 +15,7 @@ vocabulary on each process, chunks go through `vocab_parallel.py`.
     a divergence without kernels                                                   torch
     the scratch budget holds fewer than MIN_TOKENS tokens of logits                triton_tiled
     else                                                                           triton_chunked
-    where that cannot run: Triton not installed, no block sizes for the GPU        torch
+    if that cannot run: Triton not installed, no block sizes for the GPU           torch
 
 The chunked engine takes 6u operations and the tiled one 8u, so the former is preferred if its matrix products get
 enough rows; the default budget is large enough for that (1024 to 1536 tokens). This order follows from operation counts
@@ -80,8 +80,8 @@ def unavailable(engine: str, device: torch.device, *dtypes: torch.dtype) -> str 
     return None
 
 
-# it depends on what is installed, which a graph need not hold. As torch.compiler.assume_constant_result does, which
-# would import the compiler along with the library
+# a graph need not hold it, since it depends only on what is installed. torch.compiler.assume_constant_result does the
+# same, but would import the compiler along with the library
 unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

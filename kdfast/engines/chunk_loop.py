@@ -3,8 +3,8 @@
 For each chunk of m tokens, with student and projected rows stacked (they share W):
 
     logits            Z  (2m, V) = [h_s; h_p] · Wᵀ        one product, fp32                      2u
-    row_solver        G  (2m, V) = dL/dZ                  in Z's memory where the dtype is the same
-    weight_gradient   dW (V, H) += Gᵀ · [h_s; h_p]        one product, in fp32; = in the first   2u
+    row_solver        G  (2m, V) = dL/dZ                  in Z's memory if the dtype is the same
+    weight_gradient   dW (V, H) += Gᵀ · [h_s; h_p]        one product, fp32; written by chunk 1  2u
     input_gradients   dX (2m, H) = G · W                  one product                            2u
 
 Only needed products are computed: 6u with `teacher_grad="full"`, 5u for "projector", 4u for "none"; a teacher with its

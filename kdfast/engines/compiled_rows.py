@@ -31,7 +31,7 @@ BLOCK = 1 << 19  # logits a thread handles at a time, so that they stay in its c
 READ = (
     "labels", "anchor_targets", "temperature", "teacher_temperature", "coefficients", "bias", "teacher_bias", "kd_mask",
 )  # fmt: skip
-ANY = {"scratch_bytes", "per_row", "need_hidden", "need_weight", "need_bias", "need_teacher_hidden"}  # not read there
+ANY = {"scratch_bytes", "per_row", "need_hidden", "need_weight", "need_bias", "need_teacher_hidden"}  # not read here
 OPTIONS: dict[str, Any] = {
     "realize_reads_threshold": 64,  # recompute what one pass needs from another instead of storing it
     "realize_opcount_threshold": 400,

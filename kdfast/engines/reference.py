@@ -118,7 +118,7 @@ def _sparse(x: Problem, z: Tensor) -> Tensor:
     within = log_p > -inf
     if x.teacher_tail == "bucket":
         assert x.teacher_log_tail is not None
-        tau = sparse.temperature(x)  # of the masses
+        tau = sparse.temperature(x)  # the masses' temperature
         log_q = _over(z, tau).log_softmax(-1)
         empty = log_q.masked_fill(within, -inf).isneginf().all(dim=-1, keepdim=True)
         rest = log_q.masked_fill(within & ~empty, -inf).logsumexp(dim=-1, keepdim=True).masked_fill(empty, -inf)

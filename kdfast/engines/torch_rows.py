@@ -31,7 +31,7 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # for student, t
 
 
 class TorchRows:
-    """Turn logits into gradients, as `chunked.ROWS` says."""
+    """The row work in plain torch, called as `chunked.ROWS` specifies."""
 
     def __init__(self, x: Problem, scale: Tensor, wanted: GradFlags, stats: Tensor) -> None:
         self.x, self.scale, self.wanted, self.stats = x, scale, wanted, stats

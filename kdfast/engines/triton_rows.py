@@ -23,7 +23,7 @@ from kdfast.ops.problem import Problem
 
 
 class TritonRows:
-    """Turn logits into gradients on the device, as `chunked.ROWS` says."""
+    """The row work in Triton kernels, called as `chunked.ROWS` specifies."""
 
     def __init__(self, x: Problem, scale: Tensor, wanted: GradFlags, stats: Tensor) -> None:
         self.x, self.scale, self.wanted, self.stats = x, scale, wanted, stats

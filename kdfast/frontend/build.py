@@ -178,7 +178,7 @@ def _unreadable(x: Arguments, valid_vocab: int, kd_mask: Tensor | None) -> Tenso
     empty = empty if nothing is None else empty | nothing
     if x.options.vocab == "truncate":
         return empty
-    indices = x.teacher.indices.long()  # a vocabulary past a narrower type's range would be compared modulo that
+    indices = x.teacher.indices.long()  # a narrower type would compare modulo its range
     strange = (indices < 0) | (indices >= x.vocabulary.size)
     return empty | _flat(strange & (x.teacher.log_probs > -inf)).any(dim=-1)
 

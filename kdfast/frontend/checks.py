@@ -302,7 +302,7 @@ def _check_entries(teacher: SparseLogits, x: Arguments) -> None:
     if counts is None or not (can_read(teacher.indices) and can_read(teacher.log_probs)):
         return
     V = x.vocabulary.size
-    indices = teacher.indices.long()  # V past a narrower type's range would be compared modulo that
+    indices = teacher.indices.long()  # a narrower type would compare modulo its range
     log_probs = teacher.log_probs.masked_fill(~counts[..., None], -math.inf)
     strange = ((indices < 0) | (indices >= V)) & (log_probs > -math.inf)
     if x.options.vocab != "truncate" and bool(strange.any()):
@@ -404,7 +404,7 @@ def _check_targets(name: str, targets: Tensor | None, x: Arguments) -> None:
         return
     given = x.options.valid_vocab
     valid, why = (x.vocabulary.size, "") if given is None else (given, f" (valid_vocab={given})")
-    targets = targets.long()  # numbers past a narrower type's range would be compared modulo that
+    targets = targets.long()  # a narrower type would compare modulo its range
     bad = ((targets < 0) | (targets >= valid)) & (targets != x.options.ignore_index)
     if bool(bad.any()):
         raise ValueError(
@@ -530,7 +530,7 @@ def _check_same_device(name: str, value: Tensor, hidden: Tensor, other: str = "s
 
 def _refuse_grad(name: str, tensor: Tensor | None, why: str) -> None:
     if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
-        model = name.startswith("teacher") and tensor.dim() > 0  # else it is a number
+        model = name.startswith("teacher") and tensor.dim() > 0  # a 0-d tensor is an option
         freeze = ", or freeze the model it is of (teacher.requires_grad_(False))" if model else ""
         raise ValueError(f"{name} requires grad, but {why}; pass it detached (.detach()){freeze}")
 

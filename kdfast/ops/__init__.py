@@ -1,1 +1,1 @@
-"""What engines are made of: the problem, products, collectives, transforms, a sparse teacher's arithmetic."""
+"""Building blocks of the engines: the problem, products, collectives, transforms, a sparse teacher's arithmetic."""

@@ -15,5 +15,5 @@ def dtype_of(device: torch.device) -> torch.dtype | None:
 
 
 def disabled(device: torch.device) -> AbstractContextManager[None]:
-    """Return a context without autocast."""
+    """Return a context manager that disables autocast."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
