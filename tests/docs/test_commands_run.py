@@ -12,7 +12,7 @@ from kdfast.cli.main import main
 
 HERE = "tests/docs/test_commands_run.py"
 COMMANDS = sorted({text for page in documents.pages() for _, text in documents.commands(page)})
-# command: where it is run, as FILE::TEST, or the script that does it; with the models that FILE makes where it names others
+# command: where it is run, as FILE::TEST, or the script that does it; models and text are those of FILE
 RUN_IN = {
     r"kdfast (data|distill|merge) .*lora_chat.*": f"{HERE}::test_on_chats",
     r"kdfast (doctor|plan --student-width) .*": f"{HERE}::test_what_takes_seconds",
@@ -22,7 +22,7 @@ RUN_IN = {
     r"kdfast cache CONFIG\.yaml": "tests/cli/test_cache.py::test_from_a_cache_as_from_the_live_teacher",
     r"kdfast cache import .*": "tests/cli/test_cache_sources.py::test_from_a_file_as_from_the_live_teacher",
     r"kdfast data CONFIG\.yaml": "tests/cli/test_rows.py::test_a_run_on_rows_that_are_no_text",
-    r"kdfast distill CONFIG\.yaml.*": "tests/system/test_distill.py::test_a_run_writes_summary_report_student_and_projector",
+    r"kdfast distill CONFIG\.yaml.*": "tests/system/test_distill.py::test_the_same_command_leaves_a_finished_run_alone",
     r"kdfast report runs/a runs/b.*": "tests/cli/test_report.py::test_a_real_run_finished_and_interrupted",
     r"kdfast demo|kdfast (distill|report) runs/demo.*": "tests/docs/test_code.py::test_code",  # first-model.md
     r"(accelerate launch|torchrun) .*": "tests/system/test_launch.py::test_two_processes_write_what_one_writes",
