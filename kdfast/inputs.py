@@ -90,16 +90,16 @@ class SparseLogits:
                        a log-probability of 0.0 it cannot be computed. There is no tail if the ids cover all of V
     tail               how to treat the ids not given. The student is normalized over all of V, except with the last:
 
-    "renormalize"  unknown: the teacher is its K entries, renormalized at τ. Reverse and symmetric KL are infinite
-    "bucket"       their sum is one more category on both sides. Exact at τ = 1. At another τ, unless tempered, both
+    "renormalize"  give them no teacher mass; the K entries are renormalized at τ. Reverse and symmetric KL are infinite
+    "bucket"       sum them into one more category on both sides. Exact at τ = 1. At another τ, unless tempered, both
                    sides' K + 1 masses are raised to the power 1/τ and normalized again: the loss is still zero exactly
                    where the student has the teacher's masses, but differs from that of dense logits
-    "none"         no mass: weights exp(log_probs) as given, not normalized; only at τ = 1, unless tempered. For ids
-                   drawn at random with weight counts/n (random-sampling KD), whose expectation is the dense gradient.
-                   Source: Anshumann et al. 2025, arXiv:2503.16870
-    "renormalize_both"  ignored on both sides: KL of softmax(log_probs/τ) and the student's softmax(z/τ) over the K ids
-                   alone, finite for every divergence. The student's mass elsewhere is unconstrained; CE, still over all
-                   of V, can hold it down. As TRL's, axolotl's and NeMo-RL's top-k losses
+    "none"         give them no teacher mass; the K weights exp(log_probs) are not normalized. Only at τ = 1, unless
+                   tempered. For ids drawn at random with weight counts/n (random-sampling KD), whose expectation is the
+                   dense gradient. Source: Anshumann et al. 2025, arXiv:2503.16870
+    "renormalize_both"  ignore them on both sides: compare softmax(log_probs/τ) with the student's softmax(z/τ) over the
+                   K ids alone, finite for every divergence. The student's mass elsewhere is unconstrained; CE, still
+                   over all of V, can hold it down. TRL's, axolotl's and NeMo-RL's top-k losses do this
     """
 
     indices: Tensor
