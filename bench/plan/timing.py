@@ -1,11 +1,13 @@
 """Operations and bytes of every method, and the seconds they take on a known GPU: predictions, not measurements.
 
-    seconds = 16-bit operations / products + fp32 operations / fp32 products + row work
+    seconds = 16-bit operations / products + fp32 operations / fp32 products + results + row work
+    results = EXPOSED · bytes that the vendor's products write (and add to) / copies
     row work = max(bytes / copies, instructions / lanes)
 
-Products and row work are added, nothing overlaps; launch gaps are left out, so a small N takes longer than this says.
-u(H) = 2·N·V·H is one product with the vocabulary. Bytes are those of logits, their gradients and dW, each counted
-every time a pass reads or writes it; operands that a product reads once are not.
+Products and row work are added, and nothing else overlaps; launch gaps are left out, so a small N takes longer than
+this says. u(H) = 2·N·V·H is one product with the vocabulary. Bytes are those of logits, their gradients and dW, each
+counted every time a pass reads or writes it; operands that a product reads are not. Of triton_chunked and TRL the
+products' results are known apart; everybody else's bytes are all row work.
 """
 
 from __future__ import annotations
@@ -19,8 +21,10 @@ from .gpus import Gpu, get_gpu
 from .memory import live_bytes
 
 TRITON_PRODUCTS = 0.6  # a Triton product's share of the vendor's rate: a guess, as in bench/gpu.py
+EXPOSED = 0.5  # share of the time to write products that their operations don't hide: a guess
+READS = 5 / 3  # of a logit by the row kernel, from memory: a third of the second one comes from L2
 # executed per pair of logits on sm_90 (bench/results/gpu-predicted.md): with a cross entropy and decorrelation
-ROW_INSTRUCTIONS, STATISTICS_INSTRUCTIONS, GRADIENT_INSTRUCTIONS = 60, 39, 31
+ROW_INSTRUCTIONS, STATISTICS_INSTRUCTIONS, GRADIENT_INSTRUCTIONS = 56, 39, 31
 
 
 @dataclass(frozen=True)
@@ -87,34 +91,34 @@ def predicted_seconds(method: str, shape: Shape, gpu: str | Gpu) -> float | None
     fp32, triton = made.fp32 * mean, made.triton * mean
     rate = device.products if shape.dtype.itemsize == 2 else device.fp32_products
     seconds = (every - fp32 - triton) / rate + fp32 / device.fp32_products + triton / (TRITON_PRODUCTS * rate)
-    moved, instructions = row_work(method, shape)
-    return seconds + max(moved / device.copies, instructions / device.lanes)
+    results, moved, instructions = traffic(method, shape)
+    return seconds + EXPOSED * results / device.copies + max(moved / device.copies, instructions / device.lanes)
 
 
-def row_work(method: str, shape: Shape) -> tuple[float, float]:
-    """Return (bytes, lane instructions) of everything that is no product."""
+def traffic(method: str, shape: Shape) -> tuple[float, float, float]:
+    """Return (bytes of the products' results, bytes of everything else, lane instructions of everything else)."""
     entries = shape.tokens * shape.vocab
     sides = 1 if shape.teacher == "none" else 2
     trained = 2 if shape.teacher == "projected" else 1  # sides that have gradients
     s, dW = shape.dtype.itemsize, shape.vocab * shape.student_width
     if method == "triton_chunked":
         chunks = -(-shape.tokens // chunk_of(shape, method))
-        # fp32 logits written and read, gradients written and read twice; dW in fp32 written a chunk, read later, done
-        moved = entries * (8 * sides + 3 * s * trained) + dW * (8 * chunks + s)
-        return moved, entries * ROW_INSTRUCTIONS * sides / 2
+        # fp32 logits; dW in fp32, which every chunk reads and writes, and its rounding
+        results = entries * 4 * sides + dW * (8 * chunks + s)
+        return results, entries * (4 * READS * sides + s * trained), entries * ROW_INSTRUCTIONS * sides / 2
     if method == "triton_tiled":
         slabs = -(-shape.vocab // slab_width(shape))
         # gradients written and read twice; dX in fp32 read and written a slab; dW through fp32 once
         moved = entries * 3 * s * trained + 8 * slabs * trained * shape.tokens * shape.student_width + dW * (8 + 3 * s)
-        return moved, entries * (STATISTICS_INSTRUCTIONS + GRADIENT_INSTRUCTIONS) * sides / 2
+        return 0.0, moved, entries * (STATISTICS_INSTRUCTIONS + GRADIENT_INSTRUCTIONS) * sides / 2
     if method == "trl":
-        # fp32 tiles written and read, in the forward and again in the backward; the gradient rounded and read twice
+        # fp32 tiles, in the forward and again in the backward; their reads, and the gradient, rounded
         chunks = -(-shape.tokens // 4096)
-        return entries * (8 + 8 + 8 + 4 + 4 * s) + 8 * chunks * dW, 0.0
+        return entries * (8 + 8) + 8 * chunks * dW, entries * (8 + 4 + 2 * s), 0.0
     if method == "cce":
-        return dW * 3 * s, entries * (STATISTICS_INSTRUCTIONS + GRADIENT_INSTRUCTIONS) / 2
+        return 0.0, dW * 3 * s, entries * (STATISTICS_INSTRUCTIONS + GRADIENT_INSTRUCTIONS) / 2
     with_gradient, without, itemsize = PASSES[method]
     passes = with_gradient * trained + without * (sides - trained)
     if shape.teacher == "none":
         passes = min(passes, 10)  # a cross entropy: log_softmax, its gradient, three products
-    return entries * passes * (itemsize or s) + dW * 3 * s, 0.0
+    return 0.0, entries * passes * (itemsize or s) + dW * 3 * s, 0.0
