@@ -377,7 +377,7 @@ def format_help(command: Command) -> str:
     trainers = {f.name for f in dataclasses.fields(TrainingArguments)} - {"output_dir"}
     for cls, title in ARGUMENT_CLASSES.items():
         if (command != "distill" and cls in (RunArguments, AdapterArguments)) or (
-            command == "data" and cls is SourceArguments
+            command != "cache" and cls is SourceArguments
         ):
             continue
         group = parser.add_argument_group(title)
