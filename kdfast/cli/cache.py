@@ -83,6 +83,11 @@ def make_cache(arguments: Arguments) -> CacheSummary:
         keys |= {name: f"server_{name}" for name in ("kind", "concurrency", "token_limit")}
         keys |= {"rank": "compressed_rank", "max_kl": "compressed_kl", "dtype": "cache_dtype"}
         raise UserError(f"{keys[name]}={rest}" if name in keys else str(error)) from error
+    except ConnectionError as error:
+        raise RunFailed(
+            f"{folder}: {first_line(error)}. Start the server, or mend its address (--server); the same command then "
+            "goes on from the last complete shard"
+        ) from error
     except OSError as error:
         raise RunFailed(
             f"{folder}: {first_line(error)}. Once that is mended (a full disk: make room), the same command goes on "

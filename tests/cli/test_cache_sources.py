@@ -118,7 +118,8 @@ def test_what_is_refused(configured, kdfast, server):
         code, _, err = kdfast("distill", "c.yaml", *nothing, "--teacher_model_name_or_path", teacher)
         assert (code, "teacher_cache='none' holds nothing; kdfast distill learns" in err) == (2, True), err
     code, _, err = kdfast("cache", "c.yaml", *here)
-    assert (code, "no answer in 7 attempts; the last: 503, overloaded. Once that is mended" in err) == (1, True), err
+    assert (code, "no answer in 7 attempts; the last: 503, overloaded. Start the server" in err) == (1, True), err
+    assert "disk" not in err
 
 
 def test_help_names_the_keys(kdfast, capsys):

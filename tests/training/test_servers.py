@@ -193,6 +193,34 @@ class TestFailures:
         assert not (tmp_path / "c").exists()
         assert issubclass(URLError, OSError)
 
+    def test_a_wait_is_said(self, server, tmp_path):
+        """At the second failure: one may be a server that is asked too often."""
+        said = []
+        server.behave = lambda number, body: ("status", 429, {}, "busy") if number == 1 else None
+        make(server, tmp_path / "a", texts(2), tell=said.append)
+        assert len(said) == 2, said  # whom it asks, and what the cache takes
+        server.behave = lambda number, body: ("status", 503, {}, "loading") if number in (3, 4, 5) else None
+        make(server, tmp_path / "b", texts(2), tell=said.append, concurrency=1)
+        (waits,) = [line for line in said if "no answer yet" in line]
+        assert "no answer yet: 503, loading; 5 more attempts follow" in waits
+
+    def test_a_complete_cache_needs_no_server(self, vllm, tmp_path):
+        data, said = texts(2), []
+        expected = make(vllm, tmp_path / "c", data)
+        vllm.url = "http://127.0.0.1:9"
+        assert same(make(vllm, tmp_path / "c", data, tell=said.append), expected)
+        assert not said
+        with pytest.raises(CacheError, match="something else"):
+            make(vllm, tmp_path / "c", data, k=7)
+
+    def test_what_was_refused_can_be_asked_for_otherwise_in_the_same_folder(self, vllm, tmp_path):
+        vllm.most = 20
+        with pytest.raises(CacheError, match="Start the server with --max-logprobs 64, or lower cache_top_k"):
+            make(vllm, tmp_path / "c", texts(2), k=64)
+        make(vllm, tmp_path / "c", texts(2), k=20)
+        with pytest.raises(CacheError, match="something else"):
+            make(vllm, tmp_path / "c", texts(2), k=10)
+
 
 def in_first(change):
     """Change the first answer's entries, by `change(list, kind)`."""
@@ -260,7 +288,10 @@ WRONG = {
             {**one, "index": 1 - one["index"]} for one in x["choices"]]}),
         "(not among the ids there|are other tokens)",
     ),
-    "in the middle of a page": (("status", 404, {}, "<html>Not Found</html>"), "refuses: 404, <html>Not Found</html>"),
+    "in the middle of a page": (
+        ("status", 404, {}, "<html>Not Found</html>"),
+        "refuses: 404, <html>Not Found</html>. Expected the address of a",
+    ),
     "another address": (("status", 307, {"Location": "http://elsewhere.example"}, ""), "name the address"),
 }  # fmt: skip
 

@@ -29,7 +29,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from kdfast.inputs import MOST_ENTRIES
-from kdfast.training.cache.description import CacheError, CacheSummary, Description
+from kdfast.training.cache.description import CacheError, CacheSummary, Description, is_complete
 from kdfast.training.cache.formats import Position, check_texts, fit, read_row, rows_in
 from kdfast.training.cache.imported import describe, documents_of, encode_row
 from kdfast.training.cache.write import check_options, describe_splits, fill, is_count
@@ -104,8 +104,20 @@ def cache_from_server(
         raise ValueError(f"token_limit={token_limit!r}; expected an int of at least 1, or None")
     described, shard_sequences = describe_splits(splits, shard_tokens)
     share = None if token_limit is None else token_limit // processes.count()
-    server = Server(url, kind, k, tokenizer, timeout=timeout, retries=retries, token_limit=share)
-    served = processes.by_first(lambda: server.find_model(model))
+    complete = is_complete(Path(folder))
+    retries = 0 if complete else retries
+    server = Server(url, kind, k, tokenizer, timeout=timeout, retries=retries, token_limit=share, tell=tell)
+
+    def find_model() -> dict[str, Any]:
+        try:
+            return server.find_model(model)
+        except ConnectionError:
+            source = Description.read(Path(folder)).source if complete else None
+            if source is None:
+                raise
+            return {"id": model or source["model"]}  # nothing is left to ask for
+
+    served = processes.by_first(find_model)
     server.model = served["id"]
     longest = max(len(ids) for split in splits.values() for row in split for ids in documents_of(row))
     if (most := served.get("max_model_len")) is not None and longest + 1 > most:
@@ -117,7 +129,8 @@ def cache_from_server(
         {"kind": kind, "url": server.url, "model": server.model, "top_k": k, "whole": True}, name or server.model,
         tokenizer, min(k + 1, MOST_ENTRIES, count_ids(tokenizer)), (), dtype, described, shard_sequences,
     )  # fmt: skip
-    tell(f"{server.url}: {kind} serves {server.model!r}")
+    if not complete:
+        tell(f"{server.url}: {kind} serves {server.model!r}")
 
     def rows(dataset: Any, within: range) -> Iterator[dict[str, np.ndarray]]:
         batches = [range(i, min(i + batch_size, within.stop)) for i in range(within.start, within.stop, batch_size)]
@@ -139,6 +152,7 @@ class Server:
         timeout: float,
         retries: int,
         token_limit: int | None,
+        tell: Callable[[str], None],
     ) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -151,7 +165,7 @@ class Server:
         self.url = url.rstrip("/").removesuffix("/v1")
         self.kind, self.k, self.tokenizer, self.model = kind, k, tokenizer, ""
         self.timeout, self.retries, self.token_limit = timeout, retries, token_limit
-        self.sent, self.checked = 0, False
+        self.tell, self.sent, self.checked = tell, 0, False
         self._lock, self._stopped = threading.Lock(), threading.Event()
         self._key = next((os.environ[name] for name in KEYS if os.environ.get(name)), "")
         self._opener = urllib.request.build_opener(_NoRedirect)
@@ -258,6 +272,9 @@ class Server:
             except (OSError, HTTPException, ValueError) as error:  # truncated, late, or not JSON
                 problem, wait = self._hide(f"{type(error).__name__}: {error}"), None
             if attempt < self.retries:
+                if attempt == 1:  # a server that is asked too often answers the second time
+                    left = f"{self.retries - 1} more attempts follow, further and further apart"
+                    self.tell(f"{self.url}{path}: no answer yet: {_line(problem)}; {left}")
                 wait = min(FIRST_WAIT * 2**attempt, LONGEST_WAIT) * random.uniform(0.5, 1) if wait is None else wait
                 if _pause(self._stopped, wait):
                     raise CacheError(f"{self.url}: stopped")
@@ -280,6 +297,8 @@ class Server:
         what = f"{self.url} refuses: {code}, {_line(text)}"
         if code in (401, 403):
             return f"{what}. Set {KEYS[0]} in the environment" + ", which has another key" * bool(self._key)
+        if code == 404:
+            return f"{what}. Expected the address of a {self.kind} server"
         if 300 <= code < 400:
             return f"{what}. It redirects; name the address that it leads to"
         if "max allowed" in text:

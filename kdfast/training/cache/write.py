@@ -283,8 +283,7 @@ def _claim(folder: Path, description: Description, lock: FileLock) -> bool:
         raise CacheError(f"{str(folder)!r} is a file; name a new folder for the cache")
     if not is_complete(folder):
         if not (folder / NAME).exists():
-            begun = (LOCK, f"{NAME}.tmp")  # left by a call that ended before it had described its cache
-            if folder.exists() and any(path.name not in begun for path in folder.iterdir()):
+            if folder.exists() and _holds_anything(folder):
                 raise CacheError(
                     f"{str(folder)!r} holds files and no {NAME}; name an empty or a new folder for the cache"
                 )
@@ -295,7 +294,7 @@ def _claim(folder: Path, description: Description, lock: FileLock) -> bool:
             raise CacheError(
                 f"{str(folder)!r} is being made by another process, which holds its {LOCK}; wait for it or end it"
             ) from error
-        if not (folder / NAME).exists():
+        if not _holds_anything(folder):
             description.write(folder)
     if changed := Description.read(folder).differences(description):
         raise CacheError(
@@ -307,6 +306,12 @@ def _claim(folder: Path, description: Description, lock: FileLock) -> bool:
     for left in folder.glob(f".*{atomic_io.INCOMPLETE}"):
         atomic_io.discard(left)
     return False
+
+
+def _holds_anything(folder: Path) -> bool:
+    """Return whether more is in the folder than a call leaves that ends before its first shard."""
+    begun = (LOCK, NAME, f"{NAME}.tmp")
+    return any(path.name not in begun for path in folder.iterdir())
 
 
 def _write_share(
