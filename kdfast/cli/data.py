@@ -13,13 +13,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from kdfast.cli.arguments import SEVERAL, Arguments, ModelArguments, parse_argv
 from kdfast.cli.errors import UserError
 from kdfast.training.data.alignment import OtherTokenizer, find_other_tokenizer
-from kdfast.training.data.chat import Counts, kind_of, read_template, tokenize_dataset
+from kdfast.training.data.chat import Counts, kind_of, read_template
 from kdfast.training.data.rows import lengths_of
 from kdfast.training.data.text import columns_of, hold_out, read_dataset, read_files
 from kdfast.training.durable.errors import first_line
 from kdfast.training.hf import IGNORE_INDEX, SOURCE, read_init_kwargs
+from kdfast.training.prepare import tokenize
 from kdfast.training.recipes import SELF
-from kdfast.training.teachers.several import column_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -114,7 +114,7 @@ def load_splits(
     arguments: Arguments, tokenizer: PreTrainedTokenizerBase, other: OtherTokenizer | None = None
 ) -> tuple[Any, Any, dict[str, Counts]]:
     """Return training rows, evaluation rows, and the counts of raw ones."""
-    data, options = arguments.data, arguments.training.data_options
+    data, training = arguments.data, arguments.training
 
     def read(key: str, *, streaming: bool = False) -> tuple[str, Any]:
         value = getattr(data, key)
@@ -124,26 +124,22 @@ def load_splits(
         return f"dataset_name {data.dataset_name!r}, split {value!r}", documents
 
     def rows(what: str, documents: Any, prompts: str | None = None) -> tuple[Any, Counts]:
-        options["argument"], options["teacher_tokenizer"] = what, other
-        training, several = arguments.training, len(arguments.model.teachers)
-        options["teacher_column"] = column_of(
-            training.teacher_column, training.teacher_weights, several, columns_of(documents)
-        )
-        return tokenize_dataset(documents, tokenizer, prompts=prompts, **options)
+        several = len(arguments.model.teachers)
+        return tokenize(what, documents, tokenizer, training, several, prompts, other)
 
-    prompts = arguments.training.prompts  # only for training rows
-    in_blocks = options["packing"] is None and prompts is None
+    prompts = training.prompts  # only for training rows
+    in_blocks = training.packing is None and prompts is None
 
     key = "train_file" if data.train_file is not None else "dataset_split"
     what, documents = read(key, streaming=data.streaming)
     named = next((key for key in ("eval_file", "eval_dataset_split") if getattr(data, key) is not None), None)
     if named is not None:
         (train, counts), (evaluation, others) = rows(what, documents, prompts), rows(*read(named))
-    elif in_blocks and kind_of(what, columns_of(documents), options["text_column"]) == "text":
+    elif in_blocks and kind_of(what, columns_of(documents), training.text_column) == "text":
         train, counts = rows(what, documents, prompts)
         train, evaluation = hold_out(train, data.eval_fraction)
-        counts = counts.of_blocks(train, options["max_length"])
-        others = Counts(argument=f"{what}, held out").of_blocks(evaluation, options["max_length"])
+        counts = counts.of_blocks(train, training.max_length or 0)
+        others = Counts(argument=f"{what}, held out").of_blocks(evaluation, training.max_length or 0)
     else:  # before packing: lengths of rows
         train, held_out = hold_out(documents, data.eval_fraction)
         (train, counts), (evaluation, others) = rows(what, train, prompts), rows(f"{what}, held out", held_out)

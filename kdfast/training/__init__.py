@@ -7,9 +7,9 @@
 config.py    KDConfig                      recipes.py      named choices, and what "auto" picks
 model.py     the loss, in one forward      teachers/       what KD learns from, and its fidelity
 hf.py        backbone, head, labels        initialization/ solved starts
-trainer.py   KDTrainer                     fsdp.py         sharding
+trainer.py   KDTrainer                     prepare.py      its arguments to rows and a wrapped student
+fsdp.py      sharding                      nan_guard.py    stop at NaN
 metrics.py   means for logs, memory        callbacks.py    health in words, the progress bar
-nan_guard.py stop at NaN                   diagnostics.py  what a log shows
 durable/     runs that survive kills       cache/          a teacher that runs once
 on_policy/   text that the student or the teacher writes
 data/        text, completions and chats to rows and batches, tokenizers

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,7 +14,9 @@ from typing import Any
 
 import psutil
 import torch
+from accelerate import Accelerator
 from torch import Tensor
+from transformers.trainer_utils import EvalPrediction
 
 from kdfast.inputs import same_vocabulary
 from kdfast.loss import KDMetrics
@@ -275,3 +278,31 @@ def memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return psutil.Process().memory_info().rss
+
+
+def of_log_probs(compute_metrics: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """Return a function that calls `compute_metrics` with `EvalLogProbs` made from a Trainer's EvalPrediction."""
+
+    @functools.wraps(compute_metrics)  # Trainer looks for compute_result in its signature
+    def compute(given: EvalPrediction, **options: Any) -> dict[str, Any]:
+        return compute_metrics(EvalLogProbs(given.predictions, given.label_ids, given.inputs), **options)
+
+    return compute
+
+
+def eval_ce(metrics: dict[str, float]) -> float:
+    """Return eval_ce, the default objective of a hyperparameter search."""
+    if "eval_ce" not in metrics:
+        raise ValueError(f"hyperparameter_search: no eval_ce in {', '.join(metrics)}; expected compute_objective")
+    return metrics["eval_ce"]
+
+
+def mask_repeats(inputs: dict[str, Any], accelerator: Accelerator) -> dict[str, Any]:
+    """Mask the labels of repeated samples, which fill up the last batch when there are several processes."""
+    state, n_processes = accelerator.gradient_state, accelerator.num_processes
+    if n_processes == 1 or not state.end_of_dataloader or state.remainder <= 0 or "labels" not in inputs:
+        return inputs
+    labels = inputs["labels"]
+    real = min(max(state.remainder - accelerator.process_index * len(labels), 0), len(labels))
+    kept = torch.arange(len(labels), device=labels.device)[:, None] < real
+    return {**inputs, "labels": labels.masked_fill(~kept, IGNORE_INDEX)}

@@ -18,63 +18,49 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import cpu_offload
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState, set_seed
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, TrainerCallback, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
+from transformers.trainer_utils import EvalLoopOutput
 
-from kdfast.inputs import did_you_mean
 from kdfast.param_groups import distillation_param_groups
-from kdfast.plan.price import Price, price_per_token, size_of
+from kdfast.plan.price import Price
 from kdfast.schedules import Schedule
 from kdfast.training import fsdp
-from kdfast.training.adapters import adapt, check_adapter
-from kdfast.training.cache.description import NAME as CACHE
-from kdfast.training.cache.description import teacher_fingerprint
+from kdfast.training.adapters import check_adapter
 from kdfast.training.cache.precompute import Precomputation
-from kdfast.training.cache.read import TeacherCache, cached_blocks, check_datasets, join_caches, take_head
+from kdfast.training.cache.read import cached_blocks, take_head
 from kdfast.training.callbacks import HealthCallback
 from kdfast.training.config import KDConfig
-from kdfast.training.data.alignment import OtherTokenizer, find_other_tokenizer
-from kdfast.training.data.chat import Counts, is_raw_text, kind_of, read_template, tokenize_dataset
-from kdfast.training.data.columns import (
-    MEDIA,
-    brings_teacher,
-    by_name,
-    check_columns,
-    check_names,
-    media_columns,
-    names_of,
-)
-from kdfast.training.data.packing import PaddingCollator, check_apart
-from kdfast.training.data.rows import ENTRIES, PACKED, PROMPTS, PROMPTS_MASK, Collator
-from kdfast.training.data.shared_vocabulary import SharedVocabulary, token_lengths
-from kdfast.training.data.text import check_positions, columns_of
-from kdfast.training.data.tokenizers import check_tokens, own_tokenizer, text_tokenizer, tokenizer_of
+from kdfast.training.data.chat import Counts
+from kdfast.training.data.columns import MEDIA, by_name, check_names
+from kdfast.training.data.packing import PaddingCollator
+from kdfast.training.data.rows import ENTRIES, PROMPTS, PROMPTS_MASK, Collator
+from kdfast.training.data.shared_vocabulary import token_lengths
+from kdfast.training.data.tokenizers import text_tokenizer
 from kdfast.training.durable import processes, resume
 from kdfast.training.durable.trainer import DurableTrainer, replaced
-from kdfast.training.hf import IGNORE_INDEX, head_shape, is_dispatched, may_skip_parameters
-from kdfast.training.initialization.calibration import Start
-from kdfast.training.metrics import EvalLogProbs, EvaluationMeter, TrainingMeter, check_best, memory_bytes
+from kdfast.training.hf import IGNORE_INDEX, head_shape, may_skip_parameters
+from kdfast.training.initialization.calibration import Start, share_starts, text_loader
+from kdfast.training.metrics import (
+    EvaluationMeter,
+    TrainingMeter,
+    check_best,
+    eval_ce,
+    mask_repeats,
+    memory_bytes,
+    of_log_probs,
+)
 from kdfast.training.model import DistillationModel
 from kdfast.training.nan_guard import NonFiniteGuard
 from kdfast.training.on_policy.run import WRITER, OnPolicy, PromptCollator
-from kdfast.training.recipes import AUTO, FROM_CACHE, Choice
+from kdfast.training.prepare import Preparation, check_arguments
+from kdfast.training.recipes import Choice
 from kdfast.training.teachers.own_inputs import NAMES
 from kdfast.training.teachers.self_teacher import TeacherUpdate
-from kdfast.training.teachers.several import (
-    COLUMN,
-    choose_recipe_of_all,
-    column_of,
-    find_column,
-    find_valid_vocab_of_all,
-    name_teachers,
-    read_route,
-    running,
-)
+from kdfast.training.teachers.several import COLUMN, read_route
 
 # Private methods of transformers.Trainer that this class or DurableTrainer overrides, and the reason for each.
 PRIVATE_OVERRIDES = {
@@ -84,16 +70,6 @@ PRIVATE_OVERRIDES = {
     "_load_best_model": "the same, and it is compared with its checksums first",
     "_set_signature_columns_if_needed": "columns that the backbones read, images among them, are in no signature here",
     "_get_grad_norm": "a step that is not finite is left out before the optimizer acts, and no callback sees the norm",
-}
-
-# arguments of Trainer, or of TRL's trainers, that KDTrainer does not accept → what to do instead
-ELSEWHERE = {
-    "preprocess_logits_for_metrics": "logits are never made. compute_metrics is given log p of each label; what "
-    "needs more is evaluated on trainer.model.student, in a callback's on_evaluate",
-    "compute_loss_func": "the loss is the recipe's; for your own override compute_loss (examples/hf_trainer.py)",
-    "optimizer_cls_and_kwargs": "pass optimizers=(optimizer, scheduler), or name one in KDConfig(optim=…)",
-    "teacher_model": "it is teacher here",
-    "tokenizer": "it is processing_class here",
 }
 
 
@@ -175,64 +151,20 @@ class KDTrainer(DurableTrainer):
         temperature_schedule: Schedule | None = None,
         **others: Any,
     ) -> None:
-        for name, value in others.items():
-            if name not in ELSEWHERE:
-                near = did_you_mean(name, inspect.signature(KDTrainer).parameters)
-                raise TypeError(f"KDTrainer takes no {name}{near}")
-            if value is not None:
-                raise TypeError(f"KDTrainer takes no {name}: {ELSEWHERE[name]}")
-        if model is None and model_init is None:
-            raise TypeError(
-                "model is None; expected the student, a PreTrainedModel, or a DistillationModel, or model_init"
-            )
-        if model_init is not None and (model is not None or any(optimizers)):
-            given = "model" if model is not None else "optimizers"
-            raise ValueError(
-                f"model_init and {given} are given; expected model_init alone, since it makes the student anew"
-            )
-        if not isinstance(args, KDConfig):
-            raise TypeError(
-                f"args is {type(args).__name__}; expected a KDConfig, which has every TrainingArguments field"
-            )
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"{args.n_gpu} GPUs are visible to one process, which would be nn.DataParallel; not supported. Start "
-                "with torchrun or accelerate launch, or show one GPU: CUDA_VISIBLE_DEVICES=0"
-            )
+        check_arguments(model, args, model_init, optimizers, others, inspect.signature(KDTrainer).parameters)
+        assert args is not None
         if model_init is not None:
             self.model_init = model_init
             set_seed(args.seed)
             model = super().call_model_init()  # type: ignore[assignment]
-        collator, self.counts = data_collator, {}
-        student, teachers = model, {name: _read_cache(one) for name, one in name_teachers(teacher).items()}
-        live = {**teachers}
-        if isinstance(model, DistillationModel):
-            student, live = model.student, model.teachers
-        if len(live) > 1 and args.teacher_tokenizer_name_or_path is not None:
-            raise ValueError(
-                f"teacher_tokenizer_name_or_path={args.teacher_tokenizer_name_or_path!r} and {len(live)} teachers; "
-                "several have to share the text's tokenizer. Leave it out, or take one teacher"
-            )
-        only = next(iter(live.values()), None) if len(live) == 1 else None
-        self._other = _other_tokenizer(student, only, processing_class, args)
-        with args.main_process_first(desc="tokenizing"):
-            how = (processing_class, student, args, data_collator is None, len(live))
-            train_dataset, eval_dataset = (
-                self._tokenized(name, dataset, *how, prompts)
-                for name, dataset, prompts in (
-                    ("train_dataset", train_dataset, args.prompts), ("eval_dataset", eval_dataset, None),
-                )
-            )  # fmt: skip
-        if data_collator is None:
-            data_collator = PaddingCollator(processing_class)
-        datasets = by_name(train_dataset=train_dataset, eval_dataset=eval_dataset)
-        check_columns(datasets, args.remove_unused_columns and collator is None)
-        self.args, self._text = args, train_dataset
-        self._wrapping = (teachers, peft_config, processing_class, datasets)
-        self._schedules = kd_weight_schedule, temperature_schedule
-        model, choice, wrapped_here = self._wrapped(model)
-        self._texts = train_dataset, eval_dataset
-        train_dataset, eval_dataset = self._with_entries(model)
+        self.args, self._schedules = args, (kd_weight_schedule, temperature_schedule)
+        self._preparation = Preparation(
+            model, args, teacher, peft_config, processing_class, temperature_schedule, data_collator is None,
+            train_dataset=train_dataset, eval_dataset=eval_dataset,
+        )  # fmt: skip
+        self.counts = self._preparation.counts
+        model, choice, wrapped_here = self._preparation.wrap(model)
+        train_dataset, eval_dataset = self._preparation.with_entries(model)
         own = type(self).evaluate is KDTrainer.evaluate and type(self).evaluation_loop is KDTrainer.evaluation_loop
         packages = {one.on_evaluate.__module__.partition(".")[0] for one in callbacks or ()}
         own = own and packages <= {"transformers", "kdfast"}  # another package's on_evaluate may add to the logs
@@ -249,10 +181,10 @@ class KDTrainer(DurableTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            data_collator=data_collator,
+            data_collator=data_collator or PaddingCollator(processing_class),
             callbacks=callbacks,
             optimizers=optimizers,
-            compute_metrics=compute_metrics and _of_log_probs(compute_metrics),
+            compute_metrics=compute_metrics and of_log_probs(compute_metrics),
         )
         self.model_init = model_init  # type: ignore[assignment]  # Trainer would make the model once more
         if use_cache is not None:  # Trainer turns it off in the saved config; forward() passes use_cache=False anyway
@@ -267,54 +199,17 @@ class KDTrainer(DurableTrainer):
         if own and args.metric_for_best_model is not None and args.eval_strategy != "no" and eval_dataset is not None:
             check_best(args.metric_for_best_model, model, eval_dataset, self._lengths is not None)
 
-    def _wrapped(self, model: Any) -> tuple[DistillationModel, Choice | None, bool]:
-        """Return `model` under the recipe, the choice that "auto" made, and whether it was wrapped here."""
-        teachers, peft_config, processor, datasets = self._wrapping
-        names = ("teacher_weights", "offload_teachers", "teacher_update_rate")
-        own = {"teacher": teachers, "peft_config": peft_config, **{name: getattr(self.args, name) for name in names}}
-        choice: Choice | None = None
-        wrapped_here = not isinstance(model, DistillationModel)
-        if wrapped_here:
-            set_seed(self.args.seed)  # the adapter's weights are drawn
-            shared = None if self._other is None else self._other.vocabulary
-            model, choice = _wrap(adapt(model, peft_config), self.args, teachers, processor, datasets, shared)
-        elif given := [name for name, x in own.items() if x]:
-            raise ValueError(f"{given[0]} is given besides a DistillationModel, which has its own; leave it out")
-        elif isinstance(processor, PreTrainedTokenizerBase):
-            check_tokens("student", processor, tokenizer_of(model.student), model.valid_vocab)
-            for side in model.sides.values():
-                if side.model is not None and model.shared_head is None:
-                    check_tokens(side.role, processor, own_tokenizer(side.model), model.valid_vocab)
-        check_adapter(model.student)
-        packed = self.args.packing or any(PACKED in names_of(dataset) for dataset in datasets.values())
-        longest = max((counts.longest for counts in self.counts.values()), default=0)
-        sides = {side.role: side.model for side in model.sides.values()}
-        for role, one in {"student": model.student, **sides}.items():
-            if one is not None:
-                check_positions(role, one, longest, "a row of {} tokens")
-            if one is not None and packed:
-                check_apart(one, role)
-        check_datasets(model, datasets, self._schedules[1])
-        self._teacher_column = find_column(self.args.teacher_column, model.sides, datasets, self.args.packing)
-        return model, choice, wrapped_here
-
-    def _with_entries(self, model: DistillationModel) -> list[Any]:
-        """Return the training and evaluation data sets, with the entries of teachers that are caches."""
-        if model.sides.caches and self.args.generates:
-            raise ValueError("text that is generated, and a teacher that is a cache; expected teachers that run")
-        named = zip(("train_dataset", "eval_dataset"), self._texts, ("train", "eval"), strict=True)
-        return [join_caches(model, argument, one, self._schedules[1], split) for argument, one, split in named]
-
     def _adopt(self, choice: Choice | None, wrapped_here: bool) -> None:
         """Prepare a run of `self.model`: its cache entries, schedules and generated text."""
         model, args, (kd_weight_schedule, temperature_schedule) = self.model, self.args, self._schedules
+        text, processor = self._preparation.train_dataset, self._preparation.processor
         if choice is not None:
             processes.print_once(str(choice))
         if model.several:
-            processes.print_once(model.sides.describe(self._teacher_column))
-        sharded, processor = self.is_fsdp_enabled and args.shard_teacher, self._wrapping[2]
+            processes.print_once(model.sides.describe(self._preparation.teacher_column))
+        sharded = self.is_fsdp_enabled and args.shard_teacher
         before = Precomputation(
-            model, args, self._text, wrapped_here, temperature_schedule, sharded, self._collator, processor
+            model, args, text, wrapped_here, temperature_schedule, sharded, self._collator, processor
         )
         self._precomputation = before if before.is_wanted() else None
         if self._precomputation is not None:
@@ -328,36 +223,10 @@ class KDTrainer(DurableTrainer):
         self._solved, self._recipe = False, model.recipe
         self._on_policy: OnPolicy | None = None
         if args.generates:
-            self._on_policy = OnPolicy(args, model, text_tokenizer(processor, model.student), self._text)
+            self._on_policy = OnPolicy(args, model, text_tokenizer(processor, model.student), text)
         self.starts: list[Start] = []  # solved before the first step
         self.solve_seconds = 0.0  # how long solving them took
         self._start_run()
-
-    def _tokenized(self, argument: str, given: Any, *how: Any) -> Any:
-        """Return a data set, or a dict of them, with raw rows of text, completions or chats tokenized.
-
-        If the teacher has another tokenizer, rows also get the ids that it reads.
-        """
-        if isinstance(given, dict):
-            return {k: self._tokenized(f"{argument}[{k!r}]", one, *how) for k, one in given.items()}
-        processor, student, args, raw, n_teachers, prompts = how
-        rows, whole = given, False
-        if raw and is_raw_text(given) and not media_columns(given):  # media columns are refused below
-            if (tokenizer := text_tokenizer(processor, student)) is None:
-                raise ValueError(f"{argument} has text, and processing_class is None; expected its tokenizer")
-            column = column_of(args.teacher_column, args.teacher_weights, n_teachers, columns_of(given))
-            options = {"argument": argument, "prompts": prompts, "teacher_tokenizer": self._other, **args.data_options}
-            options["teacher_column"] = column
-            rows, self.counts[argument] = tokenize_dataset(given, tokenizer, **options)
-            if args.chat_template is not None:
-                tokenizer.chat_template = read_template(args.chat_template)  # saved with the student
-            if self._other is not None:
-                kind = kind_of(argument, columns_of(given), args.text_column)
-                whole = kind != "text" or args.packing is not None  # blocks of text may begin anywhere
-        known = {"teacher_input_ids", "teacher_indices"}.intersection(names_of(rows)) or cached_blocks(rows)
-        if self._other is None or rows is None or known:
-            return rows
-        return self._other.align(argument, rows, documents=whole)
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator as Trainer does, and turn FSDP on for CPUs too."""
@@ -395,8 +264,8 @@ class KDTrainer(DurableTrainer):
                 self._hp_search_setup(trial)  # Trainer does this too, but only after its settings are needed
             self.args._check()
             set_seed(self.args.seed)
-            self.model, choice, wrapped_here = self._wrapped(super().call_model_init(trial))
-            self.train_dataset, self.eval_dataset = self._with_entries(self.model)
+            self.model, choice, wrapped_here = self._preparation.wrap(super().call_model_init(trial))
+            self.train_dataset, self.eval_dataset = self._preparation.with_entries(self.model)
             self.model_wrapped = self.model.to(self.args.device)
             self._adopt(choice, wrapped_here)
         return super().train(resume_from_checkpoint, trial, *args, **kwargs)
@@ -412,7 +281,7 @@ class KDTrainer(DurableTrainer):
 
         compute_objective: None means eval_ce, where Trainer would take the sum of everything evaluated.
         """
-        return super().hyperparameter_search(hp_space, compute_objective or _cross_entropy, *args, **kwargs)
+        return super().hyperparameter_search(hp_space, compute_objective or eval_ce, *args, **kwargs)
 
     @contextmanager
     def training(self) -> Iterator[None]:
@@ -478,7 +347,7 @@ class KDTrainer(DurableTrainer):
             if not model.solved:  # an earlier trainer may have solved and trained it
                 self.starts = model.solve(self._calibration_batches(), self.args.calibration_tokens)
             if self.accelerator.num_processes > 1:
-                self.starts = _share_starts(model, self.starts, self.args.device)
+                self.starts = share_starts(model, self.starts, self.args.device)
         self.solve_seconds = time.perf_counter() - began if self.starts else 0.0
         for start in self.starts:
             processes.print_once(str(start))
@@ -497,16 +366,7 @@ class KDTrainer(DurableTrainer):
 
     def _calibration_batches(self) -> Iterator[dict[str, Any]]:
         """Yield batches of training text, independent of the training loader and its order."""
-        dataset: Any = self.train_dataset
-        order = torch.Generator().manual_seed(0)
-        by_number = hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset)
-        loader = DataLoader(
-            dataset,
-            self.args.per_device_train_batch_size,
-            sampler=RandomSampler(dataset, generator=order) if by_number else None,
-            collate_fn=self._collator,
-            generator=torch.Generator(),  # keeps the run's random states unchanged
-        )
+        loader = text_loader(self.train_dataset, self.args.per_device_train_batch_size, self._collator)
         for batch in map(self._prepare_inputs, loader):
             if self._on_policy is not None and not (batch["labels"] != IGNORE_INDEX).any():  # prompts alone
                 batch["labels"] = batch["input_ids"]
@@ -535,7 +395,7 @@ class KDTrainer(DurableTrainer):
     def _collator(self) -> Collator:
         self._set_signature_columns_if_needed()
         model: DistillationModel = self.accelerator.unwrap_model(self.model)
-        column = self._teacher_column
+        column = self._preparation.teacher_column
         route = None if column is None else functools.partial(read_route, column=column, names=[*model.sides])
         columns = self._signature_columns if self.args.remove_unused_columns else None
         return Collator(self.data_collator, columns, route, {COLUMN, column or COLUMN})
@@ -769,7 +629,7 @@ class KDTrainer(DurableTrainer):
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool = True, *args: Any, **kwargs: Any
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return a batch's loss, the log-probabilities of its targets, and the targets; record its metrics."""
-        inputs = self._without_repeats(self._prepare_inputs(inputs))
+        inputs = mask_repeats(self._prepare_inputs(inputs), self.accelerator)
         check_names("the batch", inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             asked = {"with_fidelity": True, "with_log_probs": not prediction_loss_only}
@@ -783,18 +643,8 @@ class KDTrainer(DurableTrainer):
     @functools.cached_property
     def _lengths(self) -> Tensor | None:
         """Return the number of bytes of each of the student's ids, (V,); None if they are not known."""
-        tokenizer = text_tokenizer(self._wrapping[2], self.model.student)
+        tokenizer = text_tokenizer(self._preparation.processor, self.model.student)
         return None if tokenizer is None else token_lengths(tokenizer, head_shape(self.model.student)[0])
-
-    def _without_repeats(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Mask the labels of repeated samples, which fill up the last batch when there are several processes."""
-        state, n_processes = self.accelerator.gradient_state, self.accelerator.num_processes
-        if n_processes == 1 or not state.end_of_dataloader or state.remainder <= 0 or "labels" not in inputs:
-            return inputs
-        labels = inputs["labels"]
-        real = min(max(state.remainder - self.accelerator.process_index * len(labels), 0), len(labels))
-        kept = torch.arange(len(labels), device=labels.device)[:, None] < real
-        return {**inputs, "labels": labels.masked_fill(~kept, IGNORE_INDEX)}
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Raise NotImplementedError, since logits are never made."""
@@ -826,139 +676,6 @@ class KDTrainer(DurableTrainer):
         Before a run, a compressed head is priced as the whole head.
         """
         model: DistillationModel = self.accelerator.unwrap_model(self.model)
-        student, passes = size_of(model.student), None if self._precomputation is None else self._precomputation.passes
-        cut: Any = model.compressed_head or model.cached_head
-        prices = []
-        for (name, side), part in zip(model.sides.items(), model.sides.each(cut), strict=True):
-            head = model.sides.caches[name].head if name in model.sides.caches else part
-            own, rank = model.sides.recipe_of(name, model.recipe), None if head is None else head.rank
-            size = None if side.model is None else size_of(side.model)
-            prices.append(price_per_token(own, student, size, rank=rank, passes=passes))
-        if len(prices) == 1:
-            return prices[0]
-        if self._teacher_column is not None:  # each row has one teacher; which one, only the text says
-            return Price(prices[0].lm_only, sum(price.teacher for price in prices) // len(prices))
-        asked = [price.teacher for price, weight in zip(prices, model.sides.weights, strict=True) if weight]
-        again = 6 * student.vocab * student.width * model.recipe.kd_until  # the student's head, per further teacher
-        return Price(prices[0].lm_only, round(sum(asked) + again * max(len([*filter(None, asked)]) - 1, 0)))
-
-
-def _read_cache(teacher: Any) -> Any:
-    """Return the `TeacherCache` in the folder `teacher`; anything else as it is."""
-    if isinstance(teacher, str) and (Path(teacher) / CACHE).exists():
-        return processes.by_first(lambda: TeacherCache(teacher))
-    return teacher
-
-
-def _other_tokenizer(student: Any, teacher: Any, processor: Any, args: KDConfig) -> OtherTokenizer | None:
-    """Return the teacher's tokenizer if it is known to differ from the text's; otherwise None."""
-    if not isinstance(student, PreTrainedModel) or not isinstance(teacher, PreTrainedModel):
-        return None  # refused later, with a better message
-    ours, given = text_tokenizer(processor, student), args.teacher_tokenizer_name_or_path
-    length = getattr(teacher.config.get_text_config(), "max_position_embeddings", None)
-    found = find_other_tokenizer("teacher", ours, teacher, given, args.valid_vocab, length)
-    for line in found.vocabulary.lines if found else ():
-        processes.print_once(line)
-    return found
-
-
-def _wrap(
-    student: PreTrainedModel,
-    args: KDConfig,
-    teachers: dict[str, Any],
-    processor: Any,
-    datasets: dict[str, Any],
-    shared: SharedVocabulary | None = None,
-) -> tuple[DistillationModel, Choice | None]:
-    """Return the student wrapped under the recipe of `args`, and the choice that "auto" made, if any."""
-    choice: Choice | None = None
-    recipe = args.recipe
-    valid_vocab = find_valid_vocab_of_all(student, {} if shared else teachers, processor, args.valid_vocab)
-    train_dataset = datasets.get("train_dataset")
-    cached = cached_blocks(train_dataset)
-    entries = bool(cached) or brings_teacher(train_dataset)
-    everywhere = [blocks.cache for one in datasets.values() for blocks in cached_blocks(one)]
-    among = [one for one in teachers.values() if isinstance(one, TeacherCache)]
-    everywhere += among
-    if everywhere and isinstance(student, PreTrainedModel):
-        tokenizer = text_tokenizer(processor, student)
-        for cache in everywhere:
-            cache.check_tokenizer(tokenizer)
-        if valid_vocab is None:
-            valid_vocab = everywhere[0].find_valid_vocab(head_shape(student)[0], tokenizer)
-    if recipe == AUTO:
-        made_of = {blocks.description.teacher_sha256 for blocks in cached}
-        live = [one for one in teachers.values() if isinstance(one, PreTrainedModel)]
-        if entries and teachers and made_of != set(map(teacher_fingerprint, live)):
-            raise ValueError(
-                "train_dataset brings a teacher's entries (teacher_indices), and teacher is given too, which "
-                "for all that is known is another: recipe='auto' does not know which to learn from. Leave one "
-                "out, or name the recipe: 'cached' learns from the entries, and has teacher for evaluation; "
-                "the others learn from teacher"
-            )
-        choice = (
-            FROM_CACHE
-            if entries
-            else choose_recipe_of_all(student, teachers, valid_vocab, args.vocab, shared.share if shared else None)
-        )
-        recipe = choice.recipe
-    for teacher in running(teachers).values() if args.offload_teachers else ():
-        if isinstance(teacher, str):
-            raise ValueError(f"offload_teachers=True and teacher={teacher!r}, which the student is; leave one out")
-        if not is_dispatched(teacher):  # a device_map has placed the others
-            cpu_offload(teacher, args.device)
-    set_seed(args.seed)  # the projector's weights are drawn
-    with replaced(args, teacher_tail=None if among else args.teacher_tail):  # only a cache uses it then
-        resolved = args.resolved(recipe)
-    model = DistillationModel(
-        student,
-        teachers or None,
-        teacher_weights=args.teacher_weights,
-        recipe=resolved,
-        engine=args.engine,
-        scratch_bytes=args.scratch_bytes,
-        valid_vocab=valid_vocab,
-        vocab=args.vocab,  # type: ignore[arg-type]  # checked there, like teacher_tail
-        tokenizer=processor,
-        shared_vocabulary=shared,
-        teacher_update_rate=args.teacher_update_rate,
-        teacher_tail=args.teacher_tail,  # type: ignore[arg-type]
-        router_aux_loss_coef=args.router_aux_loss_coef,
-    )
-    model.by_default = choice is not None
-    return model, choice
-
-
-def _of_log_probs(compute_metrics: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """Return a function that calls `compute_metrics` with `EvalLogProbs` made from a Trainer's EvalPrediction."""
-
-    @functools.wraps(compute_metrics)  # Trainer looks for compute_result in its signature
-    def compute(given: EvalPrediction, **options: Any) -> dict[str, Any]:
-        return compute_metrics(EvalLogProbs(given.predictions, given.label_ids, given.inputs), **options)
-
-    return compute
-
-
-def _cross_entropy(metrics: dict[str, float]) -> float:
-    """Return eval_ce, the default objective of a hyperparameter search."""
-    if "eval_ce" not in metrics:
-        raise ValueError(f"hyperparameter_search: no eval_ce in {', '.join(metrics)}; expected compute_objective")
-    return metrics["eval_ce"]
-
-
-def _share_starts(model: DistillationModel, starts: list[Start], device: torch.device) -> list[Start]:
-    """Copy the first process's trained weights, vocabulary weights and compressed head to all; return its `starts`.
-
-    Every process has solved, so none waits, but devices and thread counts round differently, and the rank that a
-    threshold selects may differ. The teacher is assumed to be the same everywhere.
-    """
-    if model.compressed_head is not None:
-        model.compressed_head.cpu()
-    solved: list[Any] = [starts, model.compressed_head]
-    distributed.broadcast_object_list(solved, src=0, device=device)
-    starts, model.compressed_head = solved
-    if model.compressed_head is not None:
-        model.compressed_head.to(device)
-    weights: list[Tensor] = [p for name, p in model.named_parameters() if not name.startswith("teacher.")]
-    processes.broadcast([*weights, *([] if model.vocab_weights is None else [model.vocab_weights])], device)
-    return starts
+        passes = None if self._precomputation is None else self._precomputation.passes
+        held, routed = model.compressed_head or model.cached_head, self._preparation.teacher_column is not None
+        return model.sides.price(model.student, model.recipe, held, passes, routed=routed)

@@ -149,7 +149,7 @@ def test_auto_leaves_a_teacher_with_few_shared_strings(saved, config, capsys):  
     tokenizer = byte_level(1000, [" ".join(f"{i}th{i * i}" for i in range(900))] * 2)
     options = {"teacher": saved(), "train_dataset": texts(), "eval_dataset": texts(), "processing_class": tokenizer}
     trainer = KDTrainer(tiny(V=1000), config(recipe="auto", max_length=16), **options)
-    share = trainer._other.vocabulary.share
+    share = trainer._preparation.other.vocabulary.share
     assert share < 0.5
     assert f"recipe lm_only: the teacher has another tokenizer, with {share:.0%} of" in capsys.readouterr().out
     assert "eval_kl_teacher_student" in trainer.evaluate()
@@ -266,7 +266,7 @@ def test_chats_by_two_templates(saved, config, tmp_path, kind):  # noqa: F811
         model.config.max_position_embeddings = 256  # as far as Gemma's angles go, 64 is no limit
     trainer = KDTrainer(student, config(recipe="auto"), teacher=teacher, **options)
     for row, (question, answer) in zip(trainer.train_dataset, QUESTIONS, strict=True):
-        theirs = trainer._other.teacher.tokenizer
+        theirs = trainer._preparation.other.teacher.tokenizer
         read = [tokenizer.decode(row["input_ids"][: t + 1]) for t, at in enumerate(row["teacher_positions"]) if at >= 0]
         there = [theirs.decode(row["teacher_input_ids"][: at + 1]) for at in row["teacher_positions"] if at >= 0]
         assert read

@@ -14,8 +14,8 @@ from kdfast.loss import fused_kd_loss
 from kdfast.schedules import Linear, Piecewise
 from kdfast.training import DistillationModel, KDTrainer
 from kdfast.training.data.columns import ARGUMENTS
+from kdfast.training.prepare import ELSEWHERE
 from kdfast.training.teachers import side
-from kdfast.training.trainer import ELSEWHERE
 
 
 def train_logs(trainer):

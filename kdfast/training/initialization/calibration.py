@@ -5,14 +5,15 @@ Every eighth target is held out. There the start's fidelity to the true teacher 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, distributed
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 from transformers import PreTrainedModel
 
 from kdfast.closed_form import Projection, solve_lstsq, solve_svd, vocab_frequencies
@@ -26,6 +27,7 @@ from kdfast.low_rank_head import (
     kl_and_agreement,
 )
 from kdfast.projector import LogitProjector
+from kdfast.training.durable import processes
 from kdfast.training.hf import IGNORE_INDEX, check_inputs, head, known_ids, placeholders, run_backbone, shift_labels
 from kdfast.training.initialization.layers import start_layers
 from kdfast.training.recipes import Recipe
@@ -155,6 +157,13 @@ class Calibration:
         return Start(what, *kl_and_agreement(surrogate, self.true, **self.options), len(projected))
 
 
+def text_loader(dataset: Any, batch_size: int, collate: Callable[[list[Any]], Any]) -> DataLoader:
+    """Return a loader of training text in random order, which leaves the run's own loader and random states alone."""
+    by_number = hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset)
+    sampler = RandomSampler(dataset, generator=torch.Generator().manual_seed(0)) if by_number else None
+    return DataLoader(dataset, batch_size, sampler=sampler, collate_fn=collate, generator=torch.Generator())
+
+
 def set_projector(projector: LogitProjector, solved: Projection) -> None:
     """Copy a solved projection into `projector`; set the bias to zero if the solution has none."""
     projector.weight.copy_(solved.weight)
@@ -201,3 +210,21 @@ def _set_embedding(student: PreTrainedModel, rows: Tensor) -> None:
             layer.weight[: len(rows)].copy_(rows)
     if (bias := getattr(ends[0], "bias", None)) is not None:
         bias.zero_()
+
+
+def share_starts(model: Any, starts: list[Start], device: torch.device) -> list[Start]:
+    """Copy the first process's trained weights, vocabulary weights and compressed head to all; return its `starts`.
+
+    Every process has solved, so none waits, but devices and thread counts round differently, and the rank that a
+    threshold selects may differ. The teacher is assumed to be the same everywhere.
+    """
+    if model.compressed_head is not None:
+        model.compressed_head.cpu()
+    solved: list[Any] = [starts, model.compressed_head]
+    distributed.broadcast_object_list(solved, src=0, device=device)
+    starts, model.compressed_head = solved
+    if model.compressed_head is not None:
+        model.compressed_head.to(device)
+    weights: list[Tensor] = [p for name, p in model.named_parameters() if not name.startswith("teacher.")]
+    processes.broadcast([*weights, *([] if model.vocab_weights is None else [model.vocab_weights])], device)
+    return starts

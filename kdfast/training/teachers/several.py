@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kdfast.loss import KDMetrics
+from kdfast.plan.price import Price, price_per_token, size_of
 from kdfast.training.adapters import unwrap
 from kdfast.training.data.columns import names_of
 from kdfast.training.data.rows import PACKED
@@ -364,6 +365,28 @@ class Teachers(dict[str, TeacherSide]):
             return f"{len(self)} teachers, each of the rows whose {column!r} names it: {', '.join(self)}"
         weighted = (f"{name} ({weight:.3g})" for name, weight in zip(self, self.weights, strict=True))
         return f"{len(self)} teachers, each of every row, by their weights: {', '.join(weighted)}"
+
+    def price(
+        self, student: PreTrainedModel, recipe: Recipe, held: Any, passes: float | None, *, routed: bool
+    ) -> Price:
+        """Return the cost of training on one token, with a teacher's single pass over the text shared out.
+
+        held: compressed or cached heads, as from `hold`. passes: how often the run goes over its text, if it makes a
+        cache first. routed: each row learns from one teacher.
+        """
+        ours, prices = size_of(student), []
+        for (name, side), part in zip(self.items(), self.each(held), strict=True):
+            head = self.caches[name].head if name in self.caches else part
+            own, rank = self.recipe_of(name, recipe), None if head is None else head.rank
+            size = None if side.model is None else size_of(side.model)
+            prices.append(price_per_token(own, ours, size, rank=rank, passes=passes))
+        if len(prices) == 1:
+            return prices[0]
+        if routed:  # which teacher a row has, only the text says
+            return Price(prices[0].lm_only, sum(price.teacher for price in prices) // len(prices))
+        asked = [price.teacher for price, weight in zip(prices, self.weights, strict=True) if weight]
+        again = 6 * ours.vocab * ours.width * recipe.kd_until  # the student's head, per further teacher
+        return Price(prices[0].lm_only, round(sum(asked) + again * max(len([*filter(None, asked)]) - 1, 0)))
 
     def share_out(self, batches: Iterable[dict[str, Any]]) -> list[Iterator[dict[str, Any]]]:
         """Return, for each teacher that runs, the batches' rows that learn from it; without a column, all rows."""
