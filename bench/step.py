@@ -35,7 +35,8 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from kdfast.training.hf import backbone, load_student, shift_labels
+from kdfast.training.hf import backbone, shift_labels
+from kdfast.training.loading import load_student
 from kdfast.training.model import DistillationModel
 
 TEMPERATURE, KD_WEIGHT = 2.0, 0.7

@@ -13,11 +13,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from kdfast.cli.arguments import SEVERAL, Arguments, ModelArguments, parse_argv
 from kdfast.cli.errors import UserError
 from kdfast.training.data.alignment import OtherTokenizer, find_other_tokenizer
-from kdfast.training.data.chat import Counts, kind_of, read_template
+from kdfast.training.data.chat import kind_of, read_template
+from kdfast.training.data.counts import Counts
 from kdfast.training.data.rows import lengths_of
 from kdfast.training.data.text import columns_of, hold_out, read_dataset, read_files
 from kdfast.training.durable.errors import first_line
-from kdfast.training.hf import IGNORE_INDEX, SOURCE, read_init_kwargs
+from kdfast.training.hf import IGNORE_INDEX
+from kdfast.training.loading import SOURCE, read_init_kwargs
 from kdfast.training.prepare import tokenize
 from kdfast.training.recipes import SELF
 

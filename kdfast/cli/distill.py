@@ -30,7 +30,7 @@ from kdfast.training.callbacks import show_progress
 from kdfast.training.data.text import check_positions
 from kdfast.training.durable.errors import RunStoppedError, TerminatedError
 from kdfast.training.durable.processes import by_first, leave, print_once
-from kdfast.training.hf import read_init_kwargs, read_mapping
+from kdfast.training.loading import read_init_kwargs, read_mapping
 from kdfast.training.on_policy.texts import read_texts
 from kdfast.training.recipes import AUTO, CACHED, SELF
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer
 from kdfast.cli.errors import RunFailed, UserError
 from kdfast.training.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, merge_adapter
 from kdfast.training.durable import atomic_io
-from kdfast.training.hf import load_student
+from kdfast.training.loading import load_student
 
 
 def merge(run: str, *, output: str | None, dtype: str | None) -> int:

@@ -6,14 +6,17 @@
 
 config.py    KDConfig                      recipes.py      named choices, and what "auto" picks
 model.py     the loss, in one forward      teachers/       what KD learns from, and its fidelity
-hf.py        backbone, head, labels        initialization/ solved starts
 trainer.py   KDTrainer                     prepare.py      its arguments to rows and a wrapped student
-fsdp.py      sharding                      nan_guard.py    stop at NaN
+hf.py        backbone, head, labels        loading.py      load_student, load_teacher
+adapters.py  LoRA and the like             initialization/ solved starts
 metrics.py   means for logs, memory        callbacks.py    health in words, the progress bar
-durable/     runs that survive kills       cache/          a teacher that runs once
+fsdp.py      sharding                      diagnostics.py  what a log shows
+durable/     runs that survive kills, and stop at NaN
+cache/       a teacher that runs once
 on_policy/   text that the student or the teacher writes
 data/        text, completions and chats to rows and batches, tokenizers
 """
+
 import importlib
 from typing import Any
 
@@ -42,10 +45,11 @@ from kdfast.training.durable.errors import (
     LostProcessError,
     TerminatedError,
 )
-from kdfast.training.hf import backbone, head, load_student, load_teacher, shift_labels
+from kdfast.training.durable.nan_guard import NonFiniteLossError
+from kdfast.training.hf import backbone, head, shift_labels
+from kdfast.training.loading import load_student, load_teacher
 from kdfast.training.metrics import EvalLogProbs
 from kdfast.training.model import DistillationModel
-from kdfast.training.nan_guard import NonFiniteLossError
 from kdfast.training.recipes import RECIPES, Recipe, choose_recipe
 from kdfast.training.teachers.entries import CachedEntries
 from kdfast.training.trainer import KDTrainer

@@ -19,7 +19,7 @@ from transformers import TrainingArguments
 from kdfast import engines
 from kdfast.divergences import DIVERGENCES, get_divergence
 from kdfast.training.diagnostics import HealthThresholds
-from kdfast.training.hf import read_mapping
+from kdfast.training.loading import read_mapping
 from kdfast.training.recipes import AUTO, RECIPES, UNUSED, ProjectorStart, Recipe, StudentStart, get_recipe
 from kdfast.training.teachers.entries import TeacherTail
 

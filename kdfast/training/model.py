@@ -33,6 +33,7 @@ from kdfast.training.hf import (
     is_dispatched,
     known_ids,
     placeholders,
+    real_tokens,
     recomputes_reentrantly,
     router_loss,
     shift_labels,
@@ -48,7 +49,7 @@ from kdfast.training.teachers.entries import (
     take_entries,
 )
 from kdfast.training.teachers.fidelity import Fidelity
-from kdfast.training.teachers.hidden_states import HiddenStateLoss
+from kdfast.training.teachers.hidden_states import make_hidden_loss
 from kdfast.training.teachers.own_inputs import read_own_inputs
 from kdfast.training.teachers.self_teacher import Average, copy_student
 from kdfast.training.teachers.several import (
@@ -184,7 +185,7 @@ class DistillationModel(nn.Module):
         self.shared_head = next(iter(self.sides.values())).shared_head
         # the same in every process, so DDP need not send them
         self._ddp_params_and_buffers_to_ignore = [f"shared_head.{name}" for name in ("weight", "bias", "mask")]
-        self.hidden_loss = _make_hidden_loss(student, next(iter(live.values()), None), self.recipe)
+        self.hidden_loss = make_hidden_loss(student, next(iter(live.values()), None), self.recipe.hidden_weight)
         self.compressed_head: CompressedHead | None = None  # set by solve(); a list for several teachers
         self.cached_head: Any = None  # the cache's head for a batch's teacher_hidden; not a module
         self.solved = not self.recipe.solves
@@ -335,7 +336,7 @@ class DistillationModel(nn.Module):
             loss = loss + self.recipe.hidden_weight * of_layers
         aux_loss: Tensor | None = None
         if self.router_loss is not None:
-            real = _real(attention_mask, position_ids)
+            real = real_tokens(attention_mask, position_ids)
             aux_loss = self.router_loss(states.router_logits, real).to(loss.device)
             loss = loss + self.router_loss.coef * batch.share * aux_loss
             aux_loss = aux_loss.detach()
@@ -586,24 +587,6 @@ class DistillationModel(nn.Module):
         kept = {name: tensor for name, tensor in state.items() if not name.startswith("student.")}
         student = {name.removeprefix("student."): state[name] for name in state.keys() - kept.keys()}
         return kept | {f"student.{name}": tensor for name, tensor in adapter_state(self.student, student).items()}
-
-
-def _real(attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor | None:
-    """Return the mask (B, T) of tokens that are not padding; packed rows mark padding by position 0 instead."""
-    if attention_mask is not None or position_ids is None or position_ids.dim() != 2:
-        return attention_mask
-    continued = F.pad(position_ids[:, 1:] == 1, (0, 1), value=False)
-    return ((position_ids > 0) | continued).long()
-
-
-def _make_hidden_loss(
-    student: PreTrainedModel, teacher: PreTrainedModel | None, recipe: Recipe
-) -> HiddenStateLoss | None:
-    if recipe.hidden_weight == 0 or teacher is None:
-        return None
-    ours, theirs = student.config.get_text_config(), teacher.config.get_text_config()
-    loss = HiddenStateLoss(ours.num_hidden_layers, theirs.num_hidden_layers, ours.hidden_size, theirs.hidden_size)
-    return loss.to(student.get_output_embeddings().weight.device)
 
 
 def _drop_teacher(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

@@ -17,8 +17,9 @@ from kdfast.training.cache.description import teacher_fingerprint
 from kdfast.training.cache.read import TeacherCache, cached_blocks, check_datasets, join_caches
 from kdfast.training.config import KDConfig
 from kdfast.training.data.alignment import OtherTokenizer, find_other_tokenizer
-from kdfast.training.data.chat import Counts, is_raw_text, kind_of, read_template, tokenize_dataset
+from kdfast.training.data.chat import is_raw_text, kind_of, read_template, tokenize_dataset
 from kdfast.training.data.columns import brings_teacher, by_name, check_columns, media_columns, names_of
+from kdfast.training.data.counts import Counts
 from kdfast.training.data.packing import check_apart
 from kdfast.training.data.rows import PACKED
 from kdfast.training.data.text import check_positions, columns_of

@@ -34,13 +34,14 @@ from kdfast.training.cache.precompute import Precomputation
 from kdfast.training.cache.read import cached_blocks, take_head
 from kdfast.training.callbacks import HealthCallback
 from kdfast.training.config import KDConfig
-from kdfast.training.data.chat import Counts
 from kdfast.training.data.columns import MEDIA, by_name, check_names
+from kdfast.training.data.counts import Counts
 from kdfast.training.data.packing import PaddingCollator
 from kdfast.training.data.rows import ENTRIES, PROMPTS, PROMPTS_MASK, Collator
 from kdfast.training.data.shared_vocabulary import token_lengths
 from kdfast.training.data.tokenizers import text_tokenizer
 from kdfast.training.durable import processes, resume
+from kdfast.training.durable.nan_guard import NonFiniteGuard
 from kdfast.training.durable.trainer import DurableTrainer, replaced
 from kdfast.training.hf import IGNORE_INDEX, head_shape, may_skip_parameters
 from kdfast.training.initialization.calibration import Start, share_starts, text_loader
@@ -54,7 +55,6 @@ from kdfast.training.metrics import (
     of_log_probs,
 )
 from kdfast.training.model import DistillationModel
-from kdfast.training.nan_guard import NonFiniteGuard
 from kdfast.training.on_policy.run import WRITER, OnPolicy, PromptCollator
 from kdfast.training.prepare import Preparation, check_arguments
 from kdfast.training.recipes import Choice
@@ -181,7 +181,7 @@ class KDTrainer(DurableTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            data_collator=data_collator or PaddingCollator(processing_class),
+            data_collator=PaddingCollator(processing_class) if data_collator is None else data_collator,
             callbacks=callbacks,
             optimizers=optimizers,
             compute_metrics=compute_metrics and of_log_probs(compute_metrics),

@@ -6,7 +6,7 @@ import torch
 from transformers import TrainerCallback
 
 from kdfast.training import KDTrainer, NonFiniteLossError
-from kdfast.training.nan_guard import NonFiniteGuard
+from kdfast.training.durable.nan_guard import NonFiniteGuard
 
 NAN, INF = float("nan"), float("inf")
 

@@ -7,7 +7,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from kdfast.training import DistillationModel, KDTrainer, NonFiniteLossError, fsdp
-from kdfast.training.nan_guard import NonFiniteGuard
+from kdfast.training.durable.nan_guard import NonFiniteGuard
 
 
 @pytest.fixture(autouse=True)

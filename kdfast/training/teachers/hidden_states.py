@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from kdfast.training.hf import IGNORE_INDEX
 
@@ -48,6 +49,17 @@ class HiddenStateLoss(nn.Module):
         rows = counted.sum()
         divisor = rows if items is None else items
         return total / ((divisor + (rows == 0)) * len(self.pairs))  # 0 without rows, whatever the divisor
+
+
+def make_hidden_loss(
+    student: PreTrainedModel, teacher: PreTrainedModel | None, weight: float
+) -> HiddenStateLoss | None:
+    """Return the loss for two models, on the device of the student's head; None without weight or teacher."""
+    if weight == 0 or teacher is None:
+        return None
+    ours, theirs = student.config.get_text_config(), teacher.config.get_text_config()
+    loss = HiddenStateLoss(ours.num_hidden_layers, theirs.num_hidden_layers, ours.hidden_size, theirs.hidden_size)
+    return loss.to(student.get_output_embeddings().weight.device)
 
 
 def _standardized(x: Tensor) -> Tensor:
