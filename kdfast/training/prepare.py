@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,21 +47,20 @@ ELSEWHERE = {
     "teacher_model": "it is teacher here",
     "tokenizer": "it is processing_class here",
 }
+# settings that are arguments of `DistillationModel`
+MODEL = (
+    "teacher_weights", "engine", "scratch_bytes", "vocab", "teacher_update_rate", "teacher_tail",
+    "router_aux_loss_coef",
+)  # fmt: skip
 
 
 def check_arguments(
-    model: Any,
-    args: Any,
-    model_init: Any,
-    optimizers: Sequence[Any],
-    others: Mapping[str, Any],
-    known: Mapping[str, Any],
+    model: Any, args: Any, model_init: Any, optimizers: Sequence[Any], others: Mapping[str, Any], known: Iterable[str]
 ) -> None:
     """Raise TypeError or ValueError for arguments that `KDTrainer` does not accept; `known` are its parameters."""
     for name, value in others.items():
         if name not in ELSEWHERE:
-            near = did_you_mean(name, known)
-            raise TypeError(f"KDTrainer takes no {name}{near}")
+            raise TypeError(f"KDTrainer takes no {name}{did_you_mean(name, known)}")
         if value is not None:
             raise TypeError(f"KDTrainer takes no {name}: {ELSEWHERE[name]}")
     if model is None and model_init is None:
@@ -83,32 +82,17 @@ def check_arguments(
 class Preparation:
     """The data sets and teachers of one `KDTrainer`, and the model that they make of a student.
 
-    Args:
-        model, args, teacher, peft_config, train_dataset, eval_dataset, temperature_schedule: as in `KDTrainer`.
-        processor: its processing_class.
-        raw: whether to tokenize raw rows, since there is no data_collator.
-
-    Attributes:
-        train_dataset, eval_dataset: the same, tokenized; counts: what happened to the rows, by data set.
-        other: the teacher's tokenizer, if it differs from the text's.
-        teacher_column: the column that routes rows to teachers, once a model is wrapped.
+    Arguments are those of `KDTrainer`; raw: whether to tokenize raw rows. Attributes: train_dataset and eval_dataset,
+    tokenized; counts, what happened to their rows; other, the teacher's tokenizer if it differs from the text's;
+    teacher_column, which routes rows to teachers, once a model is wrapped.
     """
 
     teacher_column: str | None = None
 
     def __init__(
-        self,
-        model: Any,
-        args: KDConfig,
-        teacher: Any,
-        peft_config: Any,
-        processor: Any,
-        temperature_schedule: Schedule | None,
-        raw: bool,
-        *,
-        train_dataset: Any,
-        eval_dataset: Any,
-    ) -> None:
+        self, model: Any, args: KDConfig, teacher: Any, peft_config: Any, processor: Any, train_dataset: Any,
+        eval_dataset: Any, temperature_schedule: Schedule | None, *, raw: bool,
+    ) -> None:  # fmt: skip
         self.args, self.peft_config, self.processor = args, peft_config, processor
         self.temperature_schedule, self.counts = temperature_schedule, dict[str, Counts]()
         self.teachers = {name: _read_cache(one) for name, one in name_teachers(teacher).items()}
@@ -211,11 +195,9 @@ class Preparation:
                     "out, or name the recipe: 'cached' learns from the entries, and has teacher for evaluation; "
                     "the others learn from teacher"
                 )
-            choice = (
-                FROM_CACHE
-                if entries
-                else choose_recipe_of_all(student, teachers, valid_vocab, args.vocab, shared.share if shared else None)
-            )
+            share = None if shared is None else shared.share
+            chosen = choose_recipe_of_all(student, teachers, valid_vocab, args.vocab, share) if not entries else None
+            choice = chosen or FROM_CACHE
             recipe = choice.recipe
         for teacher in running(teachers).values() if args.offload_teachers else ():
             if isinstance(teacher, str):
@@ -225,21 +207,8 @@ class Preparation:
         set_seed(args.seed)  # the projector's weights are drawn
         with replaced(args, teacher_tail=None if among else args.teacher_tail):  # only a cache uses it then
             resolved = args.resolved(recipe)
-        model = DistillationModel(
-            student,
-            teachers or None,
-            teacher_weights=args.teacher_weights,
-            recipe=resolved,
-            engine=args.engine,
-            scratch_bytes=args.scratch_bytes,
-            valid_vocab=valid_vocab,
-            vocab=args.vocab,  # type: ignore[arg-type]  # checked there, like teacher_tail
-            tokenizer=processor,
-            shared_vocabulary=shared,
-            teacher_update_rate=args.teacher_update_rate,
-            teacher_tail=args.teacher_tail,  # type: ignore[arg-type]
-            router_aux_loss_coef=args.router_aux_loss_coef,
-        )
+        options = {"recipe": resolved, "valid_vocab": valid_vocab, "tokenizer": processor, "shared_vocabulary": shared}
+        model = DistillationModel(student, teachers or None, **options, **{name: getattr(args, name) for name in MODEL})
         model.by_default = choice is not None
         return model, choice
 
@@ -252,14 +221,9 @@ class Preparation:
 
 
 def tokenize(
-    argument: str,
-    rows: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    args: KDConfig,
-    n_teachers: int,
-    prompts: str | None,
-    other: OtherTokenizer | None,
-) -> tuple[Any, Counts]:
+    argument: str, rows: Any, tokenizer: PreTrainedTokenizerBase, args: KDConfig, n_teachers: int,
+    prompts: str | None, other: OtherTokenizer | None,
+) -> tuple[Any, Counts]:  # fmt: skip
     """Call `tokenize_dataset` with the settings of `args`, keeping the column that routes rows to teachers."""
     column = column_of(args.teacher_column, args.teacher_weights, n_teachers, columns_of(rows))
     options = {"argument": argument, "prompts": prompts, "teacher_tokenizer": other, "teacher_column": column}

@@ -159,8 +159,8 @@ class KDTrainer(DurableTrainer):
             model = super().call_model_init()  # type: ignore[assignment]
         self.args, self._schedules = args, (kd_weight_schedule, temperature_schedule)
         self._preparation = Preparation(
-            model, args, teacher, peft_config, processing_class, temperature_schedule, data_collator is None,
-            train_dataset=train_dataset, eval_dataset=eval_dataset,
+            model, args, teacher, peft_config, processing_class, train_dataset, eval_dataset, temperature_schedule,
+            raw=data_collator is None,
         )  # fmt: skip
         self.counts = self._preparation.counts
         model, choice, wrapped_here = self._preparation.wrap(model)
@@ -176,16 +176,11 @@ class KDTrainer(DurableTrainer):
             callbacks = [TeacherUpdate(lambda: self.model.average, steps, self._was_left_out), *(callbacks or ())]
         use_cache = getattr(model.config, "use_cache", None)
         super().__init__(
-            model=model,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
+            model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, optimizers=optimizers,
             data_collator=PaddingCollator(processing_class) if data_collator is None else data_collator,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            compute_metrics=compute_metrics and of_log_probs(compute_metrics),
-        )
+            compute_metrics=compute_metrics and of_log_probs(compute_metrics), callbacks=callbacks,
+            processing_class=processing_class,
+        )  # fmt: skip
         self.model_init = model_init  # type: ignore[assignment]  # Trainer would make the model once more
         if use_cache is not None:  # Trainer turns it off in the saved config; forward() passes use_cache=False anyway
             model.config.use_cache = use_cache
@@ -208,9 +203,8 @@ class KDTrainer(DurableTrainer):
         if model.several:
             processes.print_once(model.sides.describe(self._preparation.teacher_column))
         sharded = self.is_fsdp_enabled and args.shard_teacher
-        before = Precomputation(
-            model, args, text, wrapped_here, temperature_schedule, sharded, self._collator, processor
-        )
+        how = temperature_schedule, sharded, self._collator, processor
+        before = Precomputation(model, args, text, wrapped_here, *how)
         self._precomputation = before if before.is_wanted() else None
         if self._precomputation is not None:
             model.learn_from_entries(kd_until=1.0 if wrapped_here and args.kd_until is None else None)

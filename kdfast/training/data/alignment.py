@@ -263,13 +263,13 @@ class Aligner:
             lead = "" if part.opens else self._lead
             pieces = self.teacher.pieces(tokens)
             said, expected = b"".join(pieces), (lead + part.text).encode()
-            if self.teacher.prefixed and _alike(said, b" " + expected) > _alike(said, expected):
+            if self.teacher.prefixed and leading(said, b" " + expected) > leading(said, expected):
                 expected = b" " + expected
             end = part.start + len(part.text.encode())
             at = end - len(expected)
             if part.opens and at < part.start:  # earlier positions have not read the blank yet
                 offsets = [at if offset == part.start else offset for offset in offsets]
-            known = at + _alike(said, expected)
+            known = at + leading(said, expected)
             behind = list(accumulate(map(len, pieces), initial=at))[1:]
             if lead and part.start not in behind:
                 lost = CHANGED
@@ -314,8 +314,8 @@ class Aligner:
         return self._paired(row, pairs[0], teacher_row, pairs[1], lost)
 
 
-def _alike(one: bytes, other: bytes) -> int:
-    """Return the number of leading bytes that two strings share."""
-    if one.startswith(other):
+def leading(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return the number of leading items that two sequences share."""
+    if one[: len(other)] == other:
         return len(other)
     return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(one))

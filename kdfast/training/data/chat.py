@@ -16,7 +16,6 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,7 @@ from tokenizers import processors
 
 from kdfast._version import __version__
 from kdfast.inputs import did_you_mean
-from kdfast.training.data.alignment import Aligner, OtherTokenizer, Span
+from kdfast.training.data.alignment import Aligner, OtherTokenizer, Span, leading
 from kdfast.training.data.counts import NOTES, Counts
 from kdfast.training.data.packing import pack
 from kdfast.training.data.rows import PROMPTS, TEACHER_PROMPTS
@@ -455,12 +454,12 @@ class Encoder:
     def _start(self, ids: list[int], prompt: Any, row: dict[str, Any], where: str) -> int:
         """Return how many of `ids` belong to the prompt."""
         if isinstance(prompt, str):
-            return _shared(self._ids(prompt), ids)
+            return leading(self._ids(prompt), ids)
         alone, _ = self._chat(prompt, row, where, add_generation_prompt=True)
-        same = _shared(alone, ids)
+        same = leading(alone, ids)
         if same < len(alone):  # a token across the border, or the opening of an answer?
             written, _ = self._chat(prompt, row, where)
-            if same + 1 < _shared(alone, written):
+            if same + 1 < leading(alone, written):
                 raise DataError(
                     f"{where}: the chat template writes the prompt otherwise where a completion follows, so that "
                     f"{self.tokenizer.decode(alone[same:])!r} would be learned. Take another chat_template, or "
@@ -516,11 +515,6 @@ class Encoder:
                 "it knows, such as system, user or assistant, or remove such messages"
             )
         self.roles.add(role)
-
-
-def _shared(one: list[int], other: list[int]) -> int:
-    """Return the number of leading ids that two lists share."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _lacks_answer(messages: Any, where: str) -> str:
