@@ -41,7 +41,7 @@ def summarize(trainer: KDTrainer, evaluation: dict[str, float]) -> dict[str, Any
         "starts": [start._asdict() for start in trainer.starts],
         "health": [dataclasses.asdict(finding) for finding in trainer.health.findings] if trainer.health else [],
         "settings": dataclasses.asdict(model.recipe),
-        "data": {name: counts.as_dict() for name, counts in trainer.counts.items()},
+        "data": {name: dataclasses.asdict(counts) for name, counts in trainer.counts.items()},
         "versions": versions(),
     }
 

@@ -50,10 +50,7 @@ def adapted_layer(model: nn.Module) -> str | None:
 
 
 def unwrap(model: Any, role: str) -> Any:
-    """Return the model inside a PeftModel; anything else as it is.
-
-    Raises TypeError for learned prompts, which a PeftModel adds outside of that model.
-    """
+    """Return the model inside a PeftModel; anything else as it is. Raise TypeError for learned prompts."""
     if not (is_peft(model) and hasattr(model, "get_base_model")):
         return model
     if getattr(model.active_peft_config, "is_prompt_learning", False):
@@ -137,7 +134,8 @@ def check_adapter(student: PreTrainedModel) -> None:
             f"the student's adapter is {kind}, which PEFT runs by a forward of its own, or by more than the layers "
             "hold; expected LoRA (but not aLoRA) or another kind that is whole in the layers"
         )
-    if merged := next((at for at, module in student.named_modules() if is_peft(module) and _is_merged(module)), None):
+    layers = {at: module for at, module in student.named_modules() if is_peft(module)}
+    if merged := next((at for at, layer in layers.items() if getattr(layer, "merged", False)), None):
         raise ValueError(
             f"the student's adapter is merged into its base (at {merged!r}) and would not be trained; call "
             "unmerge_adapter() of its PeftModel"
@@ -162,10 +160,6 @@ def check_adapter(student: PreTrainedModel) -> None:
             f"the student's {lost[0]} is trained and no part of the adapter {name!r}, so no checkpoint would have it "
             f"({len(lost)} such weights). Freeze it, or name its module in the adapter's modules_to_save"
         )
-
-
-def _is_merged(module: Any) -> bool:
-    return bool(getattr(module, "merged", False))
 
 
 def adapter_state(student: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:

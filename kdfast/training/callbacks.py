@@ -114,10 +114,7 @@ def _say(finding: Finding) -> None:
 
 
 class DistillationProgress(ProgressCallback):
-    """A progress bar with loss, KL, KD weight and speed, and evaluations as lines above it.
-
-    It replaces the Trainer's, which prints every log as a dictionary.
-    """
+    """A progress bar with loss, KL, KD weight and speed, and evaluations as lines above it."""
 
     def __init__(self, description: str = "") -> None:
         super().__init__()

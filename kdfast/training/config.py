@@ -324,11 +324,6 @@ class KDConfig(TrainingArguments):
         return replace(found, **given)
 
     @property
-    def data_options(self) -> dict[str, Any]:
-        """Return the settings that are arguments of `tokenize_dataset`."""
-        return {name: getattr(self, name) for name in DATA}
-
-    @property
     def prompts(self) -> str | None:
         """Return `tokenize_dataset`'s argument `prompts` for rows to train on."""
         return None if not self.generates else "alone" if self.seq_kd or self.on_policy == 1 else "beside"
@@ -442,10 +437,7 @@ KDConfig.__doc__ = f"{inspect.cleandoc(KDConfig.__doc__ or '')}\n{_list_keys()}\
 
 
 def _greater_is_better(metric: str) -> bool | None:
-    """Return whether greater is better, by the end of the name; "eval_" and a data set's name may come before it.
-
-    None for an unknown name, which TrainingArguments decides on.
-    """
+    """Return whether greater is better, by the end of the name; None for an unknown one."""
     known = max((name for name in GREATER_IS_BETTER if f"_{metric}".endswith(f"_{name}")), key=len, default=None)
     known = known or next((name for name in OF_EACH if f"_{name}_" in f"_{metric}"), None)  # one of several teachers
     if known is None:

@@ -198,10 +198,7 @@ class RouterLoss(NamedTuple):
     top_k: int
 
     def __call__(self, router_logits: tuple[Tensor, ...], attention_mask: Tensor | None) -> Tensor:
-        """Return the loss, (), of router logits from output_router_logits=True, without padding.
-
-        It is 1 if all experts get equally many tokens, times top_k.
-        """
+        """Return the loss, (), of router logits without padding: top_k if all experts get equally many tokens."""
         mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
         return self.function(router_logits, self.experts, self.top_k, mask)
 

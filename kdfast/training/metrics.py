@@ -209,10 +209,7 @@ def _add_each(means: TokenMeans, by_teacher: Mapping[str, Learned] | None) -> No
 
 
 def evaluated(model: DistillationModel, dataset: Any, knows_bytes: bool = False) -> list[str]:
-    """Return the names of the values that an evaluation of `model` logs, if the rows of `dataset` have targets.
-
-    knows_bytes: whether the number of bytes of each token is known.
-    """
+    """Return the names that an evaluation of `model` on `dataset` logs; `knows_bytes`: of tokens, for bits_per_byte."""
     teacher, absent = model.recipe.teacher, set()
     if teacher == "cached" and model.teacher is not None and not brings_teacher(dataset):
         teacher = "own_head"
@@ -271,10 +268,7 @@ def named(metrics: KDMetrics) -> dict[str, Tensor]:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Return the allocator's peak so far on a GPU; elsewhere, the process's current memory.
-
-    Reads counters on the host and never waits for the device.
-    """
+    """Return the allocator's peak on a GPU, elsewhere the process's current memory; never wait for the device."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return psutil.Process().memory_info().rss

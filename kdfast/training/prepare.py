@@ -15,7 +15,7 @@ from kdfast.training.adapters import adapt, check_adapter
 from kdfast.training.cache.description import NAME as CACHE
 from kdfast.training.cache.description import teacher_fingerprint
 from kdfast.training.cache.read import TeacherCache, cached_blocks, check_datasets, join_caches
-from kdfast.training.config import KDConfig
+from kdfast.training.config import DATA, KDConfig
 from kdfast.training.data.alignment import OtherTokenizer, find_other_tokenizer
 from kdfast.training.data.chat import is_raw_text, kind_of, read_template, tokenize_dataset
 from kdfast.training.data.columns import brings_teacher, by_name, check_columns, media_columns, names_of
@@ -116,10 +116,7 @@ class Preparation:
     def _tokenized(
         self, argument: str, given: Any, prompts: str | None, student: Any, raw: bool, n_teachers: int
     ) -> Any:
-        """Return a data set, or a dict of them, with raw rows of text, completions or chats tokenized.
-
-        If the teacher has another tokenizer, rows also get the ids that it reads.
-        """
+        """Return a data set, or a dict of them, tokenized if raw, and aligned with another tokenizer if needed."""
         if isinstance(given, dict):
             how = prompts, student, raw, n_teachers
             return {k: self._tokenized(f"{argument}[{k!r}]", one, *how) for k, one in given.items()}
@@ -225,9 +222,10 @@ def tokenize(
     prompts: str | None, other: OtherTokenizer | None,
 ) -> tuple[Any, Counts]:  # fmt: skip
     """Call `tokenize_dataset` with the settings of `args`, keeping the column that routes rows to teachers."""
-    column = column_of(args.teacher_column, args.teacher_weights, n_teachers, columns_of(rows))
-    options = {"argument": argument, "prompts": prompts, "teacher_tokenizer": other, "teacher_column": column}
-    return tokenize_dataset(rows, tokenizer, **options, **args.data_options)  # type: ignore[arg-type]
+    options: dict[str, Any] = {name: getattr(args, name) for name in DATA}
+    options["teacher_column"] = column_of(args.teacher_column, args.teacher_weights, n_teachers, columns_of(rows))
+    options |= {"argument": argument, "prompts": prompts, "teacher_tokenizer": other}
+    return tokenize_dataset(rows, tokenizer, **options)
 
 
 def _read_cache(teacher: Any) -> Any:

@@ -247,8 +247,6 @@ class KDTrainer(DurableTrainer):
         self._weights: dict[str, float] = {}  # kd_weight and temperature of the last batch
         self._learning_rates: dict[str, float] = {}  # of the last step, by part of the model
 
-    # Training
-
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
@@ -554,8 +552,6 @@ class KDTrainer(DurableTrainer):
         """Return 0-d tensors created on the device, without synchronizing or changing a compiled graph."""
         return {name: torch.full((), value, device=self.args.device) for name, value in weights.items()}
 
-    # Logging
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as Trainer does, with the values listed in the class docstring."""
         if "loss" in logs:  # a line of training
@@ -590,8 +586,6 @@ class KDTrainer(DurableTrainer):
 
     def _reduce(self, tensor: Tensor) -> Tensor:
         return self.accelerator.reduce(tensor, reduction="sum")
-
-    # Evaluation
 
     def evaluation_loop(
         self,
@@ -647,8 +641,6 @@ class KDTrainer(DurableTrainer):
             "(trainer.model.student)"
         )
 
-    # Saving
-
     @contextmanager
     def saving(self) -> Iterator[None]:
         """Refuse to save weights that are not finite, and leave the time out of tokens_per_second."""
@@ -665,10 +657,7 @@ class KDTrainer(DurableTrainer):
 
     @property
     def price(self) -> Price:
-        """Return the cost of training on one token under the recipe, with the teacher's single pass shared out.
-
-        Before a run, a compressed head is priced as the whole head.
-        """
+        """Return the cost of training on one token, with a teacher's single pass over the text shared out."""
         model: DistillationModel = self.accelerator.unwrap_model(self.model)
         passes = None if self._precomputation is None else self._precomputation.passes
         held, routed = model.compressed_head or model.cached_head, self._preparation.teacher_column is not None

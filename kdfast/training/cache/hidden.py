@@ -138,10 +138,7 @@ def _kept(coordinates: Tensor, dtype: str) -> Tensor:
 
 
 def keep(coordinates: Tensor, dtype: str) -> tuple[Tensor, Tensor | None]:
-    """Return coordinates (N, r) in the dtype to keep, and for int8 each token's scale (N,), otherwise None.
-
-    Raises ValueError if they are not finite, or overflow float16.
-    """
+    """Return coordinates (N, r) as kept, and for int8 each token's scale (N,). Raise ValueError if they do not fit."""
     coordinates = coordinates.float()
     if not coordinates.isfinite().all():
         raise ValueError("the teacher's hidden states hold NaN or infinity on this text; expected finite ones")

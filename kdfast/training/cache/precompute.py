@@ -172,10 +172,7 @@ class Precomputation:
             yield str(error)
 
     def make(self, dataset: Any, autocast: AbstractContextManager[Any]) -> CachedBlocks:
-        """Return the rows of `dataset` with the teacher's entries; all processes make, complete or find them together.
-
-        Raises ValueError and OSError as `cache_teacher` and `TeacherCache` do.
-        """
+        """Return `dataset` with the teacher's entries, as all processes make, complete or find them."""
         folder = self.folder
         if by_first(lambda: is_complete(folder)):
             print_once(f"{folder}: the teacher's entries are there")

@@ -346,10 +346,7 @@ def _check_blocks(argument: str, blocks: CachedBlocks, model: DistillationModel,
 
 
 def take_head(model: DistillationModel, datasets: Mapping[str, Any]) -> None:
-    """Give `model` the head for the hidden states in these data sets, if there are any.
-
-    Raises CacheError if they need different heads.
-    """
+    """Give `model` the head for these data sets' hidden states, if any. Raise CacheError if they need several."""
     blocks = [one for dataset in datasets.values() for one in cached_blocks(dataset)]
     hidden = {one.cache.factor_sums: one.cache for one in blocks if one.description.method == "hidden"}
     if len(hidden) > 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kdfast.training.durable.processes import print_once
@@ -65,7 +65,3 @@ class Counts:
         """Return the counts of blocks of one length, each a row; a stream's are unknown."""
         n = len(blocks) if hasattr(blocks, "__len__") else 0
         return replace(self, rows=n, tokens=n * length, targets=n * (length - 1), longest=length)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the counts for a summary."""
-        return asdict(self)

@@ -68,10 +68,7 @@ def load_blocks(
     text_column: str = "text",
     num_proc: int | None = None,
 ) -> Any:
-    """Pack documents into blocks: columns `input_ids` and `labels`, `max_length` ids each.
-
-    argument: the argument that the documents came from, with its value, for errors.
-    """
+    """Pack documents into blocks of `max_length` ids, columns `input_ids` and `labels`; errors name `argument`."""
     columns = columns_of(documents)
     if text_column not in columns:
         raise DataError(

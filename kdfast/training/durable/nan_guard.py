@@ -120,10 +120,7 @@ class NonFiniteGuard:
         return step, f"the {what} ({values})"
 
     def check_weights(self, parameters: Iterable[tuple[str, Tensor]], reduce: Callable[[Tensor], Tensor]) -> None:
-        """Raise as `check` does, or if a parameter, or a shard of it in any process, is not finite.
-
-        All processes call this before every save; `reduce` as in `skip`.
-        """
+        """Raise as `check` does, or if a parameter is not finite in any process. All call it before a save."""
         self.check()
         shards = {name: p.to_local() if isinstance(p, DTensor) else p for name, p in parameters}
         marks = torch.stack([~torch.isfinite(shard.detach()).all() for shard in shards.values()]).float()

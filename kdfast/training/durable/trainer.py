@@ -31,17 +31,12 @@ READERS = ("_load_optimizer_and_scheduler", "_load_scaler", "_load_rng_state")
 
 
 class DurableTrainer(Trainer):
-    """A `Trainer` whose runs can be resumed.
-
-    Raises TerminatedError, LostProcessError, CheckpointWriteError and DamagedCheckpointError.
-    """
+    """A `Trainer` whose runs can be resumed; durable/errors.py has what it raises."""
 
     model: DistillationModel
 
     _found: str | None = None  # a checkpoint known to be complete, until a run starts
     _newest: str | None = None  # the last checkpoint saved in this run, or resumed from
-
-    # Training
 
     def training(self) -> AbstractContextManager[None]:
         """Return a context around every run, in all processes, where a subclass prepares what is trained."""
@@ -87,13 +82,8 @@ class DurableTrainer(Trainer):
             plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
             resume.check_optimizer(Path(checkpoint), plugin)
 
-    # Resuming
-
     def find_checkpoint(self, given: str | bool) -> str | None:
-        """Return the complete checkpoint to resume from, the same in all processes; None if True finds none.
-
-        Raises ValueError if there is no such folder, and DamagedCheckpointError; see resume.py.
-        """
+        """Return the checkpoint that `resume.choose` finds, the same in all processes; raise as it does."""
         self._recover()
         with self.naming_lost_processes():
             self._found = resume.choose(given, self._run, renames=self.args.should_save)
@@ -115,8 +105,6 @@ class DurableTrainer(Trainer):
                 self.last_checkpoint(),
             )
         self._load_from_checkpoint(str(best))
-
-    # Saving
 
     def saving(self) -> AbstractContextManager[None]:
         """Return a context around every save, in all processes, where a subclass checks what is saved."""
@@ -209,8 +197,6 @@ class DurableTrainer(Trainer):
                 for _ in range(3):  # a file that appears meanwhile stops the removal
                     shutil.rmtree(staged, ignore_errors=True)
             raise
-
-    # What the errors name
 
     @property
     def _run(self) -> Path:

@@ -115,10 +115,7 @@ class Calibration:
         return projection, Start("student_init='svd_blocks', the student itself", *found, len(own.hidden))
 
     def solve_projector(self, projector: LogitProjector, init: str, solved: Projection | None) -> list[Start]:
-        """Solve the projector in place, or use the one that was `solved` with the student's embedding.
-
-        Returns no start if `init` leaves the projector as it was drawn.
-        """
+        """Solve the projector in place, or copy the `solved` one; no start is returned if `init` leaves it as drawn."""
         if isinstance(projector, Probe):
             projector.head.copy_(self.student.weight)
         if init == "lstsq":
@@ -131,10 +128,7 @@ class Calibration:
         return [self._measure(f"projector_init={init!r}", projected)]
 
     def compress(self, recipe: Recipe) -> tuple[CompressedHead | None, Start]:
-        """Cut the teacher's head to the requested rank or fidelity, by default to the student's width.
-
-        Returns None as the head if no rank is close enough: the whole head is then the teacher.
-        """
+        """Cut the teacher's head to the given rank or KL, or the student's width; None if no rank is close enough."""
         rank, max_kl, tokens = recipe.compressed_rank, recipe.compressed_kl, len(self.true.hidden)
         if rank is not None or max_kl is None:
             rank, max_kl = rank or self.student.weight.shape[1], None

@@ -110,10 +110,7 @@ def behind(written: Written, prompts: Tensor, mask: Tensor) -> Written:
 
 
 def positions_in(theirs: Written, ours: Written) -> Tensor:
-    """Return the index in `theirs` that predicts the token after each of `ours` (B, T); −1 outside completions.
-
-    Both have the same completions, after different prompts.
-    """
+    """Return where `theirs`, with the same completions, predicts the token after each of `ours` (B, T); else −1."""
     start, own = ((rows.labels != IGNORE_INDEX).int().argmax(1, keepdim=True) for rows in (theirs, ours))
     places = torch.arange(ours.labels.shape[1], device=own.device) + start - own
     return places.where(shift_labels(ours.labels) != IGNORE_INDEX, -1)

@@ -23,10 +23,7 @@ from kdfast.training.teachers.entries import OWN_ENTRIES, CachedEntries, CachedS
 
 
 class Probe(LogitProjector):
-    """A projector with its own head (V, Hs), trained only by the anchor: a teacher that no student can move.
-
-    The head starts as a copy of the student's embedding.
-    """
+    """A projector with its own head (V, Hs), which starts as the student's embedding; only the anchor trains it."""
 
     def __init__(self, teacher_width: int, embedding: Tensor, **options: Any) -> None:
         super().__init__(teacher_width, embedding.shape[1], **options)

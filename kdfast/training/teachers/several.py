@@ -228,10 +228,7 @@ def read_route(row: Any, column: str, names: Sequence[str]) -> int:
 
 
 def rows_by_teacher(teacher_id: Any, names: Sequence[str], n_rows: int) -> dict[str, list[int]]:
-    """Return the indices of the rows that learn from each teacher, without teachers that have none.
-
-    teacher_id: (B,) int64, on a GPU a small copy that is waited for; or a sequence of names or numbers.
-    """
+    """Return the indices of the rows that learn from each teacher with any; `teacher_id` as in `Teachers.learn`."""
     values = list(teacher_id.tolist() if isinstance(teacher_id, Tensor) else teacher_id)
     if len(values) != n_rows:
         raise ValueError(f"{COLUMN} has {len(values)} values for {n_rows} rows; expected one for each")

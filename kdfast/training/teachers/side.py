@@ -96,10 +96,7 @@ class StudentBatch:
         return weights * (self.items / torch.as_tensor(self.kd_items).clamp(min=1))
 
     def rows(self, index: list[int]) -> StudentBatch:
-        """Return the batch of these rows; its terms are divided as those of the whole batch.
-
-        Raises ValueError for inputs that cannot be split by rows.
-        """
+        """Return the batch of these rows, with its divisors. Raise ValueError for inputs that rows cannot split."""
         n_rows = len(self.targets)
         for name, x in self.inputs.items():
             if isinstance(x, Tensor) and (name in MEDIA or len(x) != n_rows):
