@@ -7,8 +7,11 @@ import documents
 from kdfast import training
 from kdfast.cli import arguments
 from kdfast.cli.errors import CommandError, RunFailed, RunTerminated, UserError
+from kdfast.cli.main import main
+from kdfast.report import page
 from kdfast.training import KDConfig
 from kdfast.training.diagnostics import SIGNS, HealthThresholds
+from kdfast.training.initialization.layers import LAYOUTS
 from kdfast.training.recipes import RECIPES
 
 TRAINING = documents.source("docs/training.md")
@@ -38,6 +41,11 @@ def test_recipes():
     assert (RECIPES["shared_tokens"].temperature, RECIPES["shared_tokens"].kd_weight) == (1, 1)
     assert RECIPES["projector_refit"].projector_resolve_steps == 16
     assert RECIPES["projector_fixed"].projector_lr_multiplier == 5
+    solving = [name for name, recipe in RECIPES.items() if recipe.student_init != "own"]
+    overwriting = re.search(r"never overwrites a trained student;(.*?)\.", text, re.S)[1]
+    assert sorted(names_in(overwriting)) == sorted(solving)
+    families = re.search(r"one family \((.*?)\)", text)[1].replace(" or ", ", ").split(", ")
+    assert [name.lower().replace("-", "") for name in families] == list(LAYOUTS)
 
 
 def test_keys():
@@ -54,6 +62,20 @@ def test_exit_codes():
     for kind, said in ((RunFailed, "the run failed"), (UserError, "the request"), (RunTerminated, "terminated")):
         assert issubclass(kind, CommandError)
         assert re.search(rf"\b{kind.exit_code} \({said}", text)
+
+
+def test_one_line_unless_an_error_is_unforeseen(monkeypatch, capsys):
+    monkeypatch.setenv("KDFAST_TRACEBACK", "1")
+    assert "shows the traceback of an unforeseen one" in section("docs/training.md", "From the command line")
+    assert main(["distill", "nowhere.yaml"]) == UserError.exit_code
+    assert capsys.readouterr().err == "kdfast: nowhere.yaml: no such file\n"
+
+
+def test_checkpoints_and_reports():
+    text = section("docs/training.md", "From the command line").replace("\n", " ")
+    assert f"(every `save_steps` steps, by default {KDConfig.save_steps})" in text
+    assert KDConfig.save_strategy == "steps"
+    assert f"(within {page.EQUAL:.0%}; " in section("docs/training.md", "Runs side by side")
 
 
 def test_when_a_run_dies():
