@@ -47,8 +47,9 @@ class Head:
 class Projected:
     """A teacher whose hidden states go through a projector and then through the student's own head.
 
-    The projector runs in its own dtype, as nn.Linear does (also under autocast), and its output is cast to the
-    student's dtype. In bf16 that rounding limits accuracy near convergence; docs/log.md has the figures.
+    The projector runs in its own dtype, as nn.Linear does (also under autocast), or in the student's if that is wider,
+    and its output is cast to the student's dtype. On a CPU the `torch` engine takes fp32 at least; elsewhere a bf16
+    student's rounding limits accuracy near convergence (docs/conventions.md).
 
     hidden            (*, Ht)   the teacher's hidden states; without a projector (*, Hs), and they receive a gradient
     projector_weight  (Hs, Ht)  as `nn.Linear(Ht, Hs).weight`

@@ -30,7 +30,7 @@ class KDMetrics(NamedTuple):
     ce: Tensor  # the student's cross entropy at τ = 1, in nats
     anchor: Tensor  # the projected teacher's cross entropy at τ = 1, in nats
     student_entropy: Tensor  # at τ = 1, in nats
-    teacher_entropy: Tensor  # at τ = 1, in nats
+    teacher_entropy: Tensor  # at τ = 1, in nats; NaN for a sparse teacher
     agreement: Tensor  # fraction of rows where student and teacher have the same argmax
     tokens: Tensor  # number of rows whose weight is not zero
 
@@ -111,7 +111,7 @@ def fused_kd_loss(
             hold ids of the whole vocabulary. A DTensor without process_group, such as an FSDP-sharded head, is an
             error. The first call with a set of slices compares the processes' arguments, every call under
             KDFAST_CHECK=1. For each chunk of tokens (all at once with "triton_tiled") the processes gather 60 to 108
-            bytes per token and process, twice unless the divergence is forward or reverse KL, and sum dX once
+            bytes per token and process, 28 more unless the divergence is forward or reverse KL, and sum dX once
             (docs/distributed.md).
         engine: "auto", "reference" (eager, full logits), "torch" (chunks of tokens, any device), "triton_chunked"
             (GPU, fewest operations) or "triton_tiled" (GPU, least memory). An explicit choice never falls back.
