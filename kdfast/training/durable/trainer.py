@@ -1,7 +1,7 @@
 """`DurableTrainer`: a transformers.Trainer whose runs can be resumed, however they ended.
 
 It writes checkpoints that appear only when complete, resumes only from complete ones, saves one on SIGTERM, and reports
-a lost process or a full disk. errors.py has the errors; docs/training.md describes all of it.
+a lost process or a full disk. errors.py has the errors; docs/troubleshooting.md describes them.
 """
 
 from __future__ import annotations
