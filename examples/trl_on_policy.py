@@ -7,7 +7,8 @@
 `FusedLoss` goes before either of TRL's trainers, and overrides `compute_loss` alone. Generation by transformers or
 vLLM, chat templates, LoRA (`peft_config=…`), λ, and what is logged stay TRL's, as does the objective: the JSD's β; no
 τ²; GKDTrainer's `temperature` in sampling alone, DistillationTrainer's in the loss too; the mean over the text that was
-written, prompts and padding masked. Rows are {"messages": [{"role": "user", "content": …}, …, the assistant's]}.
+written, prompts and padding masked (GKDTrainer divides by the number of the data's labels, which are counted before
+the student writes). Rows are {"messages": [{"role": "user", "content": …}, …, the assistant's]}.
 
 GKDTrainer's own loss makes whole logits and many copies of them, DistillationTrainer's makes tiles:
 bench/on_policy.py measures both beside this one.
