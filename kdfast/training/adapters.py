@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,10 @@ from transformers.utils import is_peft_available
 from kdfast.inputs import did_you_mean
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
+NOTHING_TO_DO = (  # PEFT's warnings about its own question to transformers, and what is put right at once
+    "`is_gradient_checkpointing` is deprecated", "fan_in_fan_out is set to False but the target module is `Conv1D`",
+    "Input and output embeddings are no longer tied after merging",
+)  # fmt: skip
 PREFIX = "base_model.model."  # the path to the model inside a PeftModel, before every name in ADAPTER_WEIGHTS
 
 
@@ -81,8 +86,17 @@ def adapt(student: Any, peft_config: Any) -> PreTrainedModel:
                 f"peft_config is given and the student has an adapter already (at {layer!r}); leave one out, or merge "
                 "that adapter first: peft_model.merge_and_unload()"
             )
-        student = peft.get_peft_model(student, copy.deepcopy(peft_config)).get_base_model()
+        with _without_warnings():
+            student = peft.get_peft_model(student, copy.deepcopy(peft_config)).get_base_model()
     return student
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        for message in NOTHING_TO_DO:
+            warnings.filterwarnings("ignore", re.escape(message))
+        yield
 
 
 def keep_unpacked(model: nn.Module) -> None:
@@ -222,7 +236,8 @@ def merge_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
     tied = head.weight is embedding.weight
     if tied:
         head.weight = nn.Parameter(head.weight.clone())
-    merged: Any = peft.PeftModel.from_pretrained(base, folder).merge_and_unload()
+    with _without_warnings():
+        merged: Any = peft.PeftModel.from_pretrained(base, folder).merge_and_unload()
     if tied:
         same = torch.equal(merged.get_input_embeddings().weight, merged.get_output_embeddings().weight)
         for config in (merged.config, merged.config.get_text_config()):

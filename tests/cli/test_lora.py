@@ -1,6 +1,7 @@
 """`use_peft: true` and `kdfast merge`: an adapter from the command line, and the whole model made of it."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 
 from kdfast.cli.arguments import parse_mapping
 from kdfast.cli.errors import UserError
+from kdfast.training.adapters import NOTHING_TO_DO
 
 peft = pytest.importorskip("peft")
 LEAST = {"model_name_or_path": "m", "train_file": "t", "recipe": "lm_only", "output_dir": "o", "use_cpu": True}
@@ -54,8 +56,11 @@ def test_a_run_leaves_an_adapter_and_is_merged(lora, kdfast):
     assert not torch.equal(adapted, logits(AutoModelForCausalLM.from_pretrained(place / "base")))
     assert kdfast("distill", "config.yaml")[1].startswith("out: finished already")
 
-    code, out, err = kdfast("merge", "out")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        code, out, err = kdfast("merge", "out")
     assert (code, err) == (0, "")
+    assert not any(str(one.message).startswith(NOTHING_TO_DO) for one in said)
     assert "merged into base: out/merged, in float32, with its tokenizer" in out
     merged = AutoModelForCausalLM.from_pretrained(place / "out/merged")
     torch.testing.assert_close(logits(merged), adapted, rtol=1e-6, atol=1e-6)
