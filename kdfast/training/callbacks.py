@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 
 # key in the log → how it is displayed
 BEHIND_THE_BAR = {
-    "loss": "loss {:.3f}", "kd": "KL {:.3g}", "kd_weight": "weight {:.2f}", "tokens_per_second": "tok/s {:,.0f}",
+    "loss": "loss {:.3f}", "ce": "CE {:.3f}", "kd": "KL {:.3g}", "kd_weight": "weight {:.2f}",
+    "tokens_per_second": "tok/s {:,.0f}",
 }  # fmt: skip
 OF_AN_EVALUATION = {
     "eval_ce": "CE {:.4f}",
@@ -114,7 +115,7 @@ def _say(finding: Finding) -> None:
 
 
 class DistillationProgress(ProgressCallback):
-    """A progress bar with loss, KL, KD weight and speed, and evaluations as lines above it."""
+    """A progress bar with loss, CE, KL, KD weight and speed, and evaluations as lines above it."""
 
     def __init__(self, description: str = "") -> None:
         super().__init__()

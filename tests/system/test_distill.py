@@ -372,6 +372,6 @@ def test_the_bar_shows_loss_kl_weight_and_speed(place, kdfast):
     code, out, err = kdfast("distill", "config.yaml", "--disable_tqdm", "false", "--eval_strategy", "steps")
     assert code == 0
     bar = err.replace("\r", "\n").split("4/4")[-1]
-    for label in ("loss ", "KL ", "weight 0.70", "tok/s "):
+    for label in ("loss ", "CE ", "KL ", "weight 0.70", "tok/s "):
         assert label in bar
     assert "KL(true‖student)" in out

@@ -78,11 +78,14 @@ def test_a_text_that_comes_round_again_is_shown_to_the_teacher_once(make, capsys
     assert (description.method, description.k, description.temperatures) == ("sample", 32, (2.0,))
     out = capsys.readouterr().out
     assert "the text comes round 2 times: the teacher runs over it once" in out
+    assert "KL and loss in training are then higher than in evaluation" in out
     assert f"{tmp_path / 'run' / 'teacher_cache'}: {N * T} tokens, at most 98 bytes each" in out
     trainer.train()  # from there on
     assert len(trainer.shown) == N
-    assert trainer.evaluate()["eval_kl_teacher_student"] > 0  # to the live teacher
+    evaluated = trainer.evaluate()
+    assert evaluated["eval_kl_teacher_student"] > 0  # to the live teacher
     assert len(trainer.shown) == N + 8
+    assert figures(trainer, "kd")[-1] > evaluated["eval_kd"]
 
 
 @pytest.mark.parametrize(

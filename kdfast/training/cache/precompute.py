@@ -106,9 +106,11 @@ class Precomputation:
         obstacle = by_first(lambda: next(self._obstacles(not asked), None))
         if obstacle is None:
             if not asked:
+                drawn = "; KL and loss in training are then higher than in evaluation: it learns from drawn ids"
                 print_once(
                     f"the text comes round {passes:.3g} times: the teacher runs over it once, before the first step, "
                     f"into {str(self.folder)!r} (precompute_teacher_log_probs)"
+                    + drawn * (self._options()["method"] == "sample")
                 )
             return True
         if asked:
