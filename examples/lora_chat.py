@@ -52,7 +52,7 @@ def main(arguments=None):
     chats, held_out = (load_dataset("json", data_files=str(path), split="train") for path in used[2:])
     ended = {}
     for recipe in ("lm_only", "auto"):
-        config = settings(place / recipe, args, recipe=recipe, assistant_only_loss=True)
+        config = settings(place / recipe, args, recipe=recipe, assistant_only_loss=True, logging_steps=20)
         trainer = KDTrainer(
             AutoModelForCausalLM.from_pretrained(used[1]),
             config,
@@ -62,6 +62,7 @@ def main(arguments=None):
             eval_dataset=held_out,
             processing_class=AutoTokenizer.from_pretrained(used[0]),
         )
+        print(f"recipe {recipe}, {args.max_steps} steps on {len(chats)} chats:")
         before = trainer.evaluate()["eval_ce"]
         trainer.train()
         ended[recipe] = trainer.evaluate()["eval_ce"]
@@ -100,6 +101,7 @@ def make(place):
         args = argparse.Namespace(max_steps=steps, learning_rate=rate, seed=0)
         config = settings(target, args, recipe="lm_only", assistant_only_loss=rows is many)
         model = AutoModelForCausalLM.from_pretrained(source)
+        print(f"the {target.name}, made once, {steps} steps on {len(rows):,} rows:")
         trainer = KDTrainer(model, config, train_dataset=rows, processing_class=tokenizer)
         trainer.train()
         trainer.save_model()

@@ -23,6 +23,7 @@ from kdfast.training.recipes import AUTO
 # in the folder of one of our runs: its identity, written first; its results, written last; the page
 RECORD, SUMMARY, REPORT = "kdfast.json", "summary.json", "report.html"
 STATE = "trainer_state.json"  # written by transformers in every run and checkpoint
+ARGUMENTS = "training_args.json"  # written beside it by KDTrainer
 
 # values of an evaluation, with the prefix eval_; the student's ce keeps it
 EVALUATED = (
@@ -120,6 +121,8 @@ def read_run(path: Path, name: str | None = None) -> Run:
         summary["unfinished"] = f"step {step} of {end}"
     if ours:
         summary["recipe"] = _read(path / RECORD).get("recipe", AUTO)  # defaults are not recorded
+    elif (settings := _states(path)[0].with_name(ARGUMENTS)).is_file():
+        summary["recipe"] = _read(settings).get("recipe")
     noted = [(line.get("step"), line["health"]) for line in history if isinstance(line.get("health"), list)]
     health = [{"step": step, "message": message} for step, messages in noted for message in messages]
     return Run(name or path.name, log, {**summary, **summarize_log(log), "health": health}, read_texts(path))

@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 from kdfast.report import read_runs
+from kdfast.report.page import less_lm_only
 from kdfast.report.read_runs import find_runs
 
 LOG = [
@@ -51,9 +52,8 @@ def test_a_real_run_finished_and_interrupted(place, kdfast):
 
     code, out, _ = kdfast("report", ".", "--png", "pictures", "--title", "Two <runs>")
     assert code == 0
-    rows = {line.split()[0]: line for line in out.splitlines() if line.startswith(("out ", "stopped "))}
-    assert "step 2 of 4" in rows["stopped"]
-    assert "step" not in rows["out"]
+    assert re.search("^run +out +stopped$", out, re.MULTILINE)  # a column for each
+    assert re.search("^unfinished +– +step 2 of 4$", out, re.MULTILINE)
     assert "2 runs in report.html" in out
     page = (place / "report.html").read_text()
     assert "<h1>Two &lt;runs&gt;</h1>" in page
@@ -76,6 +76,15 @@ def test_of_an_unfinished_run_the_newest_checkpoint_counts(here):
     assert {key: run.summary[key] for key in expected} == expected
     state(here / "run/checkpoint-50", 50, 50)  # the last evaluation is still to come
     assert find_runs(["run"])[0].summary["unfinished"] == "step 50 of 50"
+
+
+def test_a_run_of_kdtrainer_alone_has_its_recipe_and_is_compared_with(here):
+    for name, ce in (("auto", 2.5), ("lm_only", 3.0)):
+        state(here / name, log=[*LOG[:2], {**LOG[2], "eval_ce": ce}])
+        write(here / name / "training_args.json", {"recipe": name})
+    runs = find_runs(["auto", "lm_only"])
+    assert [run.summary["recipe"] for run in runs] == ["auto", "lm_only"]
+    assert less_lm_only(runs[0], runs, "tokens") == -0.5
 
 
 def test_a_checkpoint_that_goes_while_it_is_read(here, monkeypatch):
