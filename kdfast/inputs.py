@@ -144,6 +144,7 @@ def did_you_mean(name: str, known: Iterable[str], elsewhere: Mapping[str, str] |
         near = difflib.get_close_matches(slip, [key for key in names if key[:1] == slip[:1]], n=1, cutoff=0.75)
     else:
         near = difflib.get_close_matches(slip, names, n=1, cutoff=0.88)
+        near = near or [key for key in names if sorted(key) == sorted(slip)]  # letters that changed places
     meant = (elsewhere or {}).get(slip) or (names[near[0]] if near else None)
     return f"; did you mean {meant!r}?" if meant else ""
 

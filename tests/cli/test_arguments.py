@@ -190,6 +190,7 @@ TYPED = {
     "sample_packing": "packing",
     "chat_template_path": "chat_template",
     "weight_decy": "weight_decay",
+    "reciep": "recipe",
     "accumulation_steps": "gradient_accumulation_steps",
     "per_device_batch_size": "per_device_train_batch_size",
 }
