@@ -1,9 +1,17 @@
 """Figures on the pages are those of bench/results/, or what the code computes."""
 
+import importlib.util
 import json
 
 import documents
+import pytest
+import torch
+from fuzz import interface
+from recorder import products
 
+from kdfast import JSD, Head, KDConfig, Projected, fused_kd_loss
+from kdfast.engines import MIN_TOKENS
+from kdfast.ops import planning
 from kdfast.training.cache.description import Description, Split
 
 
@@ -82,3 +90,65 @@ def test_choosing():
     assert f"up to {twice['rate'] / alone['rate']:.0f} times" in page
     projectors = [row("fresh-192", recipe)["less"].replace("-", "−") for recipe in ("run4", "run5")]
     assert f"no better: {projectors[0]}, {projectors[1]}" in page
+
+
+def test_products_of_a_step():
+    """docs/performance.md: u = 2·N·V·H operations, counted in what the `torch` engine multiplies."""
+    N, V, Hs, Ht = 24, 300, 16, 40
+    labels = torch.randint(V, (N,))
+
+    def counted(kind, **options):
+        h_s, W = torch.randn(N, Hs, requires_grad=True), torch.randn(V, Hs, requires_grad=True)
+        P = torch.randn(Hs, Ht, requires_grad=True)
+        h_t, W_t = torch.randn(N, Ht), torch.randn(V, Ht)
+        teacher = Projected(h_t, P) if kind == "projected" else Head(h_t, W_t)
+        with products() as calls:
+            fused_kd_loss(Head(h_s, W), teacher, labels, ce_weight=1.0, engine="torch", **options).backward()
+        return sum(call.operations for call in calls)
+
+    page = " ".join(documents.source("docs/performance.md").split())
+    u = 2 * N * V * Hs
+    assert [counted("projected", teacher_grad=how) // u for how in ("full", "projector", "none")] == [6, 5, 4]
+    assert 'A projected teacher takes 6u, 5u with `teacher_grad="projector"`, 4u with `"none"`' in page
+    assert counted("head") == 3 * u + 2 * N * V * Ht
+    assert "a teacher with its own head takes 3u(Hs) + u(Ht)" in page
+
+
+def test_budgets():
+    page = " ".join(documents.source("docs/performance.md").split())
+    assert planning.CPU_SCRATCH == planning.SLAB_SCRATCH == 128 << 20
+    assert "one chunk of logits (128 MiB)" in page
+    assert "a slab of gradients in place of the chunk | 128 MiB" in page
+    assert f"below what {MIN_TOKENS} tokens need, `auto` takes `triton_tiled`" in page
+    said = " ".join(fused_kd_loss.__doc__.split())
+    most = 1.5 * planning.DEVICE_TOKENS
+    assert f"elsewhere {planning.DEVICE_SCRATCH >> 20} MiB or {planning.DEVICE_TOKENS} to {most:.0f} tokens" in said
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+def test_what_the_loss_says_it_gathers():
+    from kdfast.kernels.online_softmax import SIDE, STATE, TERMS
+
+    least, most = 4 * STATE.value, 4 * (STATE.value + 2 * SIDE.value)
+    said = f"gather {least} to {most} bytes per token and process, {4 * TERMS.value} more unless the divergence is"
+    assert said in " ".join(fused_kd_loss.__doc__.split())
+
+
+def test_a_gkd_loss_in_our_trainer(tmp_path):
+    """docs/peers.md's table of keys gives GKD's loss: a JSD alone, at τ = 1."""
+    page = documents.source("docs/peers.md")
+    assert '| `recipe="teacher_head"`, `beta` |' in page
+    assert "`ce_weight=0.0`, `kd_weight=1.0`" in page
+    assert "`temperature=1.0` for the loss" in page
+    settings = {"recipe": "teacher_head", "beta": 0.5, "ce_weight": 0.0, "kd_weight": 1.0, "temperature": 1.0}
+    found = KDConfig(output_dir=str(tmp_path), use_cpu=True, **settings).resolved("teacher_head")
+    assert found.make_divergence() == JSD(0.5)
+    assert (found.kd_weight, found.ce_weight, found.temperature) == (1, 0, 1)
+    assert (found.kd_until, found.anchor_weight, found.hidden_weight) == (1, 0, 0)
+
+
+def test_sizes_of_the_fuzzer():
+    """tests/fuzz/README.md says how many wrong values there are, and how they are spoiled."""
+    page = documents.source("tests/fuzz/README.md")
+    assert f"({len(interface.JUNK)} values" in page
+    assert f"({len(interface.SPOILED)} ways" in page
