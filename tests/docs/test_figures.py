@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 
 import documents
 import pytest
@@ -10,6 +11,7 @@ from fuzz import interface
 from recorder import products
 
 from kdfast import JSD, Head, KDConfig, Projected, fused_kd_loss
+from kdfast.divergences import DIVERGENCES
 from kdfast.engines import MIN_TOKENS
 from kdfast.ops import planning
 from kdfast.training.cache.description import Description, Split
@@ -88,6 +90,12 @@ def test_choosing():
     assert "2 was better than 0.7" in page
     assert twice["ce"] < once["ce"]
     assert f"up to {twice['rate'] / alone['rate']:.0f} times" in page
+    worth = (documents.ROOT / "bench/results/worth.md").read_text().splitlines()
+    warm, cool = (
+        next(line.split("|")[5].split("±")[0].strip() for line in worth if line.startswith(f"| {recipe} | 259,588"))
+        for recipe in ("svd_blocks learning_rate=3e-4", "svd_blocks learning_rate=3e-4 temperature=1")
+    )
+    assert f"**Temperature**: 2; at 1, one run reached {cool}, not {warm}" in page
     projectors = [row("fresh-192", recipe)["less"].replace("-", "−") for recipe in ("run4", "run5")]
     assert f"no better: {projectors[0]}, {projectors[1]}" in page
 
@@ -152,3 +160,23 @@ def test_sizes_of_the_fuzzer():
     page = documents.source("tests/fuzz/README.md")
     assert f"({len(interface.JUNK)} values" in page
     assert f"({len(interface.SPOILED)} ways" in page
+
+
+def test_the_nearest_gaussian():
+    """docs/choosing.md: who covers both modes of docs/divergences.png, and who takes one."""
+    x, means = torch.linspace(-8, 8, 81, dtype=torch.float64), torch.linspace(-4, 4, 41, dtype=torch.float64)
+    widths = torch.logspace(-0.5, 0.8, 30, dtype=torch.float64)
+
+    def gaussian(mean, width):
+        return (-0.5 * ((x - mean) / width) ** 2).log_softmax(-1)
+
+    modes = [math.log(weight) + gaussian(mean, width) for weight, mean, width in ((0.6, -3, 0.8), (0.4, 3, 1.0))]
+    log_p, log_q = torch.stack(modes).logsumexp(0), gaussian(means[:, None, None], widths[:, None])
+    covering = set()
+    for name, cls in DIVERGENCES.items():
+        nearest = cls().pointwise(log_p, log_q).sum(-1).argmin()
+        if widths[nearest % len(widths)] > 2:
+            covering.add(name)
+    assert covering == {"forward_kl", "skew_kl", "symmetric_kl", "jsd", "alpha_beta"}
+    page = " ".join(documents.source("docs/choosing.md").split())
+    assert "covers both modes under forward, skew and symmetric KL, and here JSD and α-β (not drawn)," in page
