@@ -179,7 +179,7 @@ class SourceArguments:
 
 @dataclass
 class RunArguments:
-    overwrite_output_dir: bool = _key(False, "Delete the run in output_dir and start again.")
+    overwrite_output_dir: bool = _key(False, "Delete the run in output_dir and its teacher_cache, and start again.")
 
 
 # their headings on a help page; KDConfig has further GROUPS

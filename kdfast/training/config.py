@@ -131,7 +131,9 @@ class KDConfig(TrainingArguments):
         None, "β of jsd, where 0 is forward KL and 1 reverse KL; given alone, it selects jsd. Also β of alpha_beta."
     )
     alpha: float | None = _field(
-        None, "The share of the other side in skew_kl and skew_reverse_kl. Also α of alpha_beta."
+        None,
+        "α of skew_kl and skew_reverse_kl: how much of the first distribution is mixed into the second. Also α of "
+        "alpha_beta. Default: the divergence's.",
     )
     kd_weight: float | None = _from_recipe("Multiplies τ²·KL. If the weight ramps, this is its final value.")
     kd_ratio: float | None = _field(None, "A number r in [0, 1] that sets kd_weight to r and ce_weight to 1 − r.")
@@ -159,10 +161,11 @@ class KDConfig(TrainingArguments):
         "the two heads are padded differently.",
     )
     vocab: str = _field(
-        "error", "What to do with heads of other sizes: error, or truncate, which compares the ids that both have."
+        "error",
+        "What to do with heads of different sizes: error, or truncate, which compares the ids that both have.",
     )
     engine: str = _field("auto", "Which implementation computes the loss; auto picks one for the device.")
-    scratch_bytes: int | None = _field(None, "Memory for the logits of one chunk. Default: the engine's.")
+    scratch_bytes: int | None = _field(None, "Bytes for the logits of one chunk. Default: the engine's.")
 
     student_init: str | None = _from_recipe(
         "How the student starts: own, as it is; svd, its embedding is solved from the teacher's head; svd_blocks, its "
@@ -256,7 +259,8 @@ class KDConfig(TrainingArguments):
     cache_method: str | None = _field(
         None,
         "What is kept per token. sample: ids drawn at random; top_k: the likeliest ids; hidden: compressed hidden "
-        "states. Default: the one whose number is given, else as the run needs it; hidden for kdfast cache.",
+        "states. Default: the one whose number is given, else as the run needs it; for kdfast cache "
+        "hidden, or top_k from a server or file.",
     )
     cache_samples: int | None = _field(None, f"Ids drawn per token, at most 1024. Default: {DRAWN}.")
     cache_top_k: int | None = _field(None, f"Ids kept per token, at most 1024. Default: {KEPT}.")
