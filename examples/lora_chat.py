@@ -52,6 +52,7 @@ def main(arguments=None):
     chats, held_out = (load_dataset("json", data_files=str(path), split="train") for path in used[2:])
     ended = {}
     for recipe in ("lm_only", "auto"):
+        print(f"recipe {recipe}, {args.max_steps} steps on {len(chats)} chats:")
         config = settings(place / recipe, args, recipe=recipe, assistant_only_loss=True, logging_steps=20)
         trainer = KDTrainer(
             AutoModelForCausalLM.from_pretrained(used[1]),
@@ -62,7 +63,6 @@ def main(arguments=None):
             eval_dataset=held_out,
             processing_class=AutoTokenizer.from_pretrained(used[0]),
         )
-        print(f"recipe {recipe}, {args.max_steps} steps on {len(chats)} chats:")
         before = trainer.evaluate()["eval_ce"]
         trainer.train()
         ended[recipe] = trainer.evaluate()["eval_ce"]

@@ -96,19 +96,26 @@ def _cell(value: Any, digits: int, unit: int) -> str:
     return f"{value / unit:,.{digits}f}" if isinstance(value, int | float) else str(value)
 
 
-def text_table(runs: Sequence[Run]) -> str:
-    """Return the table for a terminal: one row per run or one column per run, whichever is narrower."""
+def narrow_table(runs: Sequence[Run]) -> pd.DataFrame:
+    """Return the table with one row per run or one column per run, whichever is narrower as text."""
     rows = table(runs)
-    columns = rows.T.rename_axis(index=None, columns="run")
-    texts = [cells.to_string(col_space=[len(header) + 1 for header in cells]) for cells in (rows, columns)]
-    return min(texts, key=lambda text: text.index("\n"))
+    return min(rows, rows.T.rename_axis(index=None, columns="run"), key=lambda cells: _text(cells).index("\n"))
+
+
+def text_table(runs: Sequence[Run]) -> str:
+    """Return the table for a terminal."""
+    return _text(narrow_table(runs))
+
+
+def _text(cells: pd.DataFrame) -> str:
+    return cells.to_string(col_space=[len(header) + 1 for header in cells])
 
 
 def write_report(path: Path, title: str, runs: Sequence[Run], note: str = "") -> None:
     """Write the page to `path`; an earlier page is replaced only when the new one is complete."""
     page = jinja2.Template(PAGE.read_text(encoding="utf-8"), autoescape=True, trim_blocks=True)
     with pd.option_context("display.max_colwidth", None):
-        cells = table(runs).to_html(border=0)
+        cells = narrow_table(runs).to_html(border=0)
     text = page.render(
         made_by=MADE_BY,
         title=title,

@@ -68,7 +68,7 @@ def test_page_is_self_contained_and_has_the_panels_that_have_numbers(tmp_path):
     assert all(image["src"].startswith("data:image/svg+xml;base64,") for image in page.images)
     assert not re.search(r'(src|href)="(?!data:)', text)
     assert "7.5000" in page.cells
-    assert "with KD <b>" in page.cells
+    assert page.cells[:4] == ["run", "with KD <b>", "without", "recipe"]  # a column for each of few
     assert "a &lt; b" in text
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
 

@@ -78,7 +78,7 @@ def test_a_text_that_comes_round_again_is_shown_to_the_teacher_once(make, capsys
     assert (description.method, description.k, description.temperatures) == ("sample", 32, (2.0,))
     out = capsys.readouterr().out
     assert "the text comes round 2 times: the teacher runs over it once" in out
-    assert "KL and loss in training are then higher than in evaluation" in out
+    assert "its KL and loss are higher than in evaluation" in out
     assert f"{tmp_path / 'run' / 'teacher_cache'}: {N * T} tokens, at most 98 bytes each" in out
     trainer.train()  # from there on
     assert len(trainer.shown) == N

@@ -106,7 +106,7 @@ class Precomputation:
         obstacle = by_first(lambda: next(self._obstacles(not asked), None))
         if obstacle is None:
             if not asked:
-                drawn = "; KL and loss in training are then higher than in evaluation: it learns from drawn ids"
+                drawn = "; training then learns from drawn ids, so its KL and loss are higher than in evaluation"
                 print_once(
                     f"the text comes round {passes:.3g} times: the teacher runs over it once, before the first step, "
                     f"into {str(self.folder)!r} (precompute_teacher_log_probs)"
