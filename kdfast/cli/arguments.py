@@ -192,7 +192,7 @@ ARGUMENT_CLASSES: dict[Any, str] = {
     KDConfig: "output",
 }
 EPILOGS = {
-    "distill": "Every name of transformers.TrainingArguments is a key too.",
+    "distill": "Every name of transformers.TrainingArguments is a key too. A list is --key a b, a mapping is JSON.",
     "cache": "All keys of kdfast distill are accepted, so that one file serves both commands. Besides those above, "
     "kdfast cache uses temperature, teacher_tail, valid_vocab, seed, bf16, fp16, use_cpu and "
     "per_device_eval_batch_size. kdfast cache import FILE CONFIG.yaml is short for --teacher_logprobs FILE.",

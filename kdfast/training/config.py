@@ -275,7 +275,7 @@ class KDConfig(TrainingArguments):
     )
     teacher_tail: str | None = _field(
         None,
-        "What log-probabilities from elsewhere say of the ids they leave out. bucket: their sum; renormalize or "
+        "What log-probabilities from elsewhere say about the ids they leave out. bucket: their sum; renormalize or "
         "renormalize_both: nothing; none: the ids were drawn at random.",
     )
 
@@ -290,7 +290,7 @@ class KDConfig(TrainingArguments):
         None, 'Fields of HealthThresholds to change, as a mapping or JSON, such as {"kl": 4.0}.'
     )
     logging_nan_inf_filter: bool = _field(
-        False, "Log the mean of the losses before in place of one that is NaN or infinite."
+        False, "In place of a loss that is NaN or infinite, log the mean of those before it."
     )
 
     def __post_init__(self) -> None:
