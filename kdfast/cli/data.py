@@ -18,6 +18,7 @@ from kdfast.training.data.counts import Counts
 from kdfast.training.data.rows import lengths_of
 from kdfast.training.data.text import columns_of, hold_out, read_dataset, read_files
 from kdfast.training.durable.errors import first_line
+from kdfast.training.durable.processes import print_once
 from kdfast.training.hf import IGNORE_INDEX
 from kdfast.training.loading import SOURCE, read_init_kwargs
 from kdfast.training.prepare import tokenize
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
+FEW_TARGETS = 1000  # their mean cross entropy is uncertain by about a tenth of a nat
 GREEN, BRACKETS = ("\x1b[32m", "\x1b[0m"), ("[[", "]]")
 
 
@@ -90,6 +92,10 @@ def load_text(arguments: Arguments, teacher: str | None = None) -> Text:
         other = find_other_tokenizer("teacher_model_name_or_path", tokenizer, teacher, given, training.valid_vocab)
     with training.main_process_first(desc="tokenizing"):
         text = Text(tokenizer, *load_splits(arguments, tokenizer, other), other)
+    if (targets := text.counts["eval"].targets) < FEW_TARGETS:
+        print_once(
+            f"evaluation: {targets} targets are few to compare runs by; name a larger eval_file, or raise eval_fraction"
+        )
     if training.chat_template is not None:
         tokenizer.chat_template = read_template(training.chat_template)  # saved with the student
     return text

@@ -1,8 +1,10 @@
 """`kdfast distill` on completions and chats."""
 
 import json
+import logging
 
 import pytest
+import transformers
 import yaml
 from transformers import AutoTokenizer
 
@@ -146,3 +148,28 @@ def test_a_run_on_text_that_the_student_writes_to_the_prompts_of_chats(rows, kdf
     assert code == 2
     assert "'lmbda'" in err
     assert "on_policy" in err
+
+
+def test_few_targets_to_evaluate_on_are_said(rows, kdfast):
+    rows("completion")
+    few = "targets are few to compare runs by; name a larger eval_file, or raise eval_fraction"
+    code, out, err = kdfast("data", "c.yaml")
+    assert (code, f"evaluation: 27 {few}" in out) == (0, True), out
+    code, out, err = kdfast("data", "c.yaml", "--train_file", "text.txt", "--eval_fraction", "0.5")
+    assert (code, few in out) == (0, False), out + err
+
+
+def test_rows_that_end_in_the_padding_token_are_no_warning(rows, kdfast, monkeypatch):
+    """Batches of one have no padding, and every completion ends in the tokenizer's only special token."""
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger = logging.getLogger("transformers.modeling_utils")
+    monkeypatch.setattr(logger, "handlers", [handler])
+    transformers.utils.logging.warning_once.cache_clear()
+    sizes = {"n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 64}
+    rows("completion", student_config={"model_type": "gpt2", "pad_token_id": 256, **sizes})
+    code, _, err = kdfast("distill", "c.yaml", "--recipe", "lm_only", "--per_device_eval_batch_size", "1")
+    assert code == 0, err
+    logger.warning("another warning")
+    assert said == ["another warning"]
