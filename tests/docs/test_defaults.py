@@ -1,5 +1,6 @@
-"""Defaults, names and limits that docs/training.md and docs/troubleshooting.md state are those of the code."""
+"""Defaults, names and limits that training.md, troubleshooting.md and teachers.md in docs/ state are the code's."""
 
+import inspect
 import re
 
 import documents
@@ -9,10 +10,12 @@ from kdfast.cli import arguments
 from kdfast.cli.errors import CommandError, RunFailed, RunTerminated, UserError
 from kdfast.cli.main import main
 from kdfast.report import page
-from kdfast.training import KDConfig
+from kdfast.training import KDConfig, cache_from_server
+from kdfast.training.cache.write import MAX_KL
+from kdfast.training.config import DRAWN, KEPT
 from kdfast.training.diagnostics import SIGNS, HealthThresholds
 from kdfast.training.initialization.layers import LAYOUTS
-from kdfast.training.recipes import RECIPES
+from kdfast.training.recipes import CACHED, FEW_STRINGS, FROM_CACHE, RECIPES
 
 TRAINING = documents.source("docs/training.md")
 
@@ -95,3 +98,18 @@ def test_health():
     assert f"KL still above {limits.kl:g} after {limits.kl_after:.0%} of the run" in text
     assert f"perplexity above {limits.perplexity:,.0f} after {limits.perplexity_after:.0%}" in text
     assert f"after {KDConfig.max_skipped_steps} in a row" in text
+
+
+def test_teachers():
+    page = " ".join(documents.source("docs/teachers.md").split())
+    assert f"what it kept: {DRAWN} ids drawn per token" in page
+    assert f"n ids (`cache_samples`, {DRAWN})" in page
+    assert f"ids (`cache_top_k`, {KEPT})" in page
+    assert f"`compressed_kl`, {MAX_KL} nats" in page
+    cached = RECIPES[CACHED]
+    assert (FROM_CACHE.recipe, cached.student_init) == (CACHED, "own")
+    assert f"`recipe: auto` becomes `cached`, with KD weight {cached.kd_weight} and **no solved start**" in page
+    assert inspect.signature(cache_from_server).parameters["retries"].default == 6
+    assert "A failed request is repeated up to six times" in page
+    assert FEW_STRINGS == 0.5
+    assert "`lm_only` if the teacher has less than half of the student's strings" in page
