@@ -487,6 +487,16 @@ def test_rows_of_unlike_length_are_answered(tiny, rows, config, as_tensors):
         trainer.train()
 
 
+@pytest.mark.parametrize("collator", [None, default_data_collator])
+def test_rows_without_labels_are_refused(tiny, config, collator):
+    """Tokenized, and collated for a model that makes its labels of the ids: the first step said KeyError."""
+    data = Dataset.from_dict({"input_ids": [list(range(8))] * 4})
+    trainer = KDTrainer(tiny(), config(recipe="lm_only"), train_dataset=data, data_collator=collator)
+    name = "PaddingCollator" if collator is None else "default_data_collator"
+    with pytest.raises(ValueError, match=rf"the batch that data_collator \({name}\) makes has no labels; expected"):
+        trainer.train()
+
+
 def test_all_of_trainers_arguments_are_taken_or_answered():
     theirs = inspect.signature(Trainer).parameters.keys()
     assert theirs <= inspect.signature(KDTrainer).parameters.keys() | ELSEWHERE.keys()

@@ -99,6 +99,12 @@ class Collator:
         batch = _without_empty_mask(dict(batch) if isinstance(batch, Row) else batch)
         if unseen := [name for row in given if isinstance(row, Row) for name in row.unseen()]:
             raise ValueError(unread("the data set", unseen[0]))
+        if isinstance(batch, Mapping) and "labels" not in batch:
+            raise ValueError(
+                f"the batch that data_collator ({self._name}) makes has no labels; expected a column of the data set, "
+                "not shifted and −100 where nothing is learned, or a collator that adds them, such as transformers' "
+                "DataCollatorForLanguageModeling(tokenizer, mlm=False)"
+            )
         documents = [sum(n > 0 for n in lengths_of(row)) for row in rows if isinstance(row, dict)]
         if max(documents, default=0) > 1 and _segments(batch) < sum(documents):
             raise ValueError(
