@@ -19,7 +19,7 @@ import pytest
 import torch
 from datasets import Dataset
 from tiny_models import tiny, tiny_moe
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, default_data_collator
 
 from kdfast import Head, Projected, fused_kd_loss
 from kdfast.training import DistillationModel
@@ -229,6 +229,16 @@ def test_hf_trainer(example, small, calls, reads, capsys, tmp_path):
     _divisors(made)
     ((before, _),) = _summaries(capsys.readouterr().out)
     assert before == pytest.approx(_cross_entropy(small[1], _paragraphs(small)), abs=1e-3)
+
+
+def test_hf_trainer_evaluates_the_student_alone(example, tmp_path):
+    """eval_loss is what plain Trainer's would be, or load_best_model_at_end would choose by the teacher too."""
+    rows = [{"input_ids": (ids := list(range(i, i + 12))), "labels": ids} for i in range(5, 13)]
+    args = TrainingArguments(str(tmp_path), report_to="none", disable_tqdm=True)
+    given = {"eval_dataset": rows, "data_collator": default_data_collator}
+    found = example("hf_trainer").FusedKDTrainer(tiny("llama"), args, teacher=tiny("llama", seed=1), **given)
+    expected = Trainer(tiny("llama"), args, **given).evaluate()["eval_loss"]
+    assert found.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["hf_trainer", "plain_loop", "own_head_teacher", "two_vocabularies", "trl_trainer"])
