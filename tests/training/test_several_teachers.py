@@ -267,7 +267,7 @@ def test_a_start_is_solved_from_the_first(tiny, batch):
     model = DistillationModel(tiny(), teachers(tiny), recipe=recipe)
     starts = model.solve([{**batch, "teacher_id": torch.tensor([0, 1, 0])}] * 4)
     assert [start.what for start in starts] == [
-        "student_init='svd'",
+        "student_init='svd', the embedding alone",
         "teacher's head at rank 16, of math",
         "teacher's head at rank 16, of code",
     ]

@@ -97,7 +97,7 @@ class Calibration:
         )
         _set_embedding(self.models[0], embedding[: len(rows)])
         projected = F.linear(self.true.hidden.to(projection.weight.dtype), projection.weight, projection.bias)
-        return projection, self._measure("student_init='svd'", projected)
+        return projection, self._measure("student_init='svd', the embedding alone", projected)
 
     def solve_layers(self) -> tuple[Projection, Start]:
         """Solve the whole student in place; return its head's projector, and its fidelity on the last batches."""
