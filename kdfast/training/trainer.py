@@ -94,9 +94,10 @@ class KDTrainer(DurableTrainer):
     tokens_per_second, tokens_seen (targets, without padding), skipped_steps, and memory_bytes (this process; on a GPU
     the allocator's peak so far). They are means since the previous log line. Without a projector, however, agreement,
     the entropies and a ce of weight 0 are computed in the logged step only. Evaluation logs loss (under the current
-    weights), ce, perplexity, bits_per_byte (if the tokens' bytes are known), kd, aux_loss, and, against the teacher's
-    own head over the ids that both models have, kl_teacher_student and kl_teacher_projected. A value that does not
-    exist under a recipe is left out. docs/training.md lists what is logged about generated text.
+    weights; before training, the last ones), ce, perplexity, bits_per_byte (if the tokens' bytes are known), kd,
+    aux_loss, and, against the teacher's own head over the ids that both models have, kl_teacher_student and
+    kl_teacher_projected. A value that does not exist under a recipe is left out. docs/training.md lists what is logged
+    about generated text.
 
     Args:
         model: the student, which is wrapped under the recipe of `args`, or a `DistillationModel`.
