@@ -56,7 +56,7 @@ def solve(solver: Any, rows: slice, z_s: Tensor, z_t: Tensor | None, out: Gradie
     key = (solver.wanted, *(each.dtype if isinstance(each, Tensor) else str(each) for each in values))
     function: Any = _functions.get(key)
     if function is None:
-        logger.warning("compiling the row work of this kind of loss takes some seconds (KDFAST_COMPILE=0: plain torch)")
+        logger.warning("kdfast: compiling this kind of loss takes some seconds (KDFAST_COMPILE=0: plain torch)")
     count = max(1, min(m // 2, -(-m * x.valid_vocab // BLOCK)))
     blocks = [slice(i * m // count, (i + 1) * m // count) for i in range(count)]
 

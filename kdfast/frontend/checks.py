@@ -165,10 +165,13 @@ def _check_linear(name: str, hidden: Tensor, shape: str, **parts: Tensor | None)
     (w, weight), (b, bias) = parts.items()
     assert weight is not None
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1] or hidden.shape[-1] == 0:
-        transposed = " Transpose the weight?" if hidden.dim() and hidden.shape[-1] == weight.shape[0] else ""
+        hint = ""
+        if hidden.dim() and hidden.shape[-1] == weight.shape[0]:
+            logits = hidden.shape[-1] > weight.shape[1]  # a vocabulary is larger than a width
+            hint = " Are these logits? Pass what goes into the head" if logits else " Transpose the weight?"
         raise ValueError(
             f"{name}.hidden is {tuple(hidden.shape)} and {name}.{w} is {tuple(weight.shape)}; expected (*, H) and "
-            f"{shape} with the same width.{transposed}"
+            f"{shape} with the same width.{hint}"
         )
     if bias is not None:
         _check_float_tensor(f"{name}.{b}", bias)

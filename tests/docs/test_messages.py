@@ -136,6 +136,31 @@ def test_why_a_loss_does_not_move():
     assert metrics.tokens == 0
 
 
+@pytest.mark.parametrize("ahead", [0, 1, 2])
+def test_labels_that_are_not_shifted_or_twice(ahead):
+    """Nine tokens of ten are what the one before says: a student whose labels are right, 1 ahead, learns just that."""
+    torch.manual_seed(0)
+    follower, ids = torch.randperm(40), torch.randint(40, (4, 500))
+    for t in range(1, 500):
+        ids[:, t] = torch.where(torch.rand(4) < 0.9, follower[ids[:, t - 1]], ids[:, t])
+    embedding, W = torch.randn(40, 32).requires_grad_(), torch.randn(40, 32).mul(0.1).requires_grad_()
+    optimizer = torch.optim.Adam([embedding, W], lr=0.05)
+
+    def cross_entropy(rows, ahead):
+        return fused_kd_loss(Head(embedding[rows[:, : 500 - ahead]], W), None, rows[:, ahead:], ce_weight=1.0)
+
+    before = cross_entropy(ids[3:], 1)
+    for _ in range(60):
+        loss = cross_entropy(ids[:3], ahead)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    held_out = cross_entropy(ids[3:], 1)
+    assert (loss < 0.05) == (ahead == 0)
+    assert (held_out > before + 2) == (ahead != 1)
+    assert (loss > 0.6) == (ahead == 2)
+
+
 def test_accumulation():
     """Micro-batches of 2 targets and of 1: divided by 3, their losses add up to the whole; a mean of means is off."""
     (student, teacher), labels = heads(), torch.tensor([1, 2, -100, -100, -100, 3])

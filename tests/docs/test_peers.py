@@ -4,8 +4,14 @@ import dataclasses
 
 import documents
 import pytest
+from chats import QUESTIONS, assistant, chat_tokenizer, user
+from datasets import Dataset
+from tiny_models import tiny
 
 from kdfast import KDConfig
+from kdfast.training import tokenize_dataset
+
+IGNORED = -100
 
 PAGE = documents.source("docs/peers.md")
 
@@ -69,3 +75,32 @@ def _table(text):
     lines = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith(("| |", "| **"))]
     rows = ([cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines)
     return {row[0]: row[1:] for row in rows}
+
+
+def test_what_gkd_counts_and_divides_by(tmp_path):
+    """Its data's labels are those of prompts with completions here; its divisor is their number, whoever wrote."""
+    pytest.importorskip("trl.experimental.gkd", exc_type=ImportError, reason="pip install trl")
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+    seen = []
+
+    class Watched(GKDTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            seen.append((int(num_items_in_batch), int((inputs["labels"][:, 1:] != IGNORED).sum())))
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    tokenizer = chat_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    chats = [[user(question), assistant(answer)] for question, answer in QUESTIONS]
+    split = [{"prompt": chat[:-1], "completion": chat[-1:]} for chat in chats]
+    rows, _ = tokenize_dataset(Dataset.from_list(split), tokenizer, max_length=64)
+    options = {"output_dir": str(tmp_path), "max_steps": 1, "max_new_tokens": 2, "bf16": False, "report_to": "none",
+               "save_strategy": "no", "per_device_train_batch_size": len(chats)}  # fmt: skip
+    for lmbda in (0.0, 1.0):
+        data = Dataset.from_list([{"messages": chat} for chat in chats])
+        models = (tiny(V=len(tokenizer), seed=seed) for seed in (0, 1))
+        Watched(*models, GKDConfig(**options, lmbda=lmbda), train_dataset=data, processing_class=tokenizer).train()
+    targets = sum(label != IGNORED for row in rows for label in row["labels"])
+    (divisor, count), (divisor_of_written, written) = seen
+    assert divisor == count == divisor_of_written == targets
+    assert written < targets
