@@ -1,11 +1,13 @@
 """A LoRA on chats: the student itself stays as it is, and a teacher that knows such chats is distilled into an adapter.
 
     python examples/lora_chat.py
-    python examples/lora_chat.py --use Qwen/Qwen2.5-1.5B-Instruct Qwen/Qwen2.5-0.5B chats.jsonl held_out.jsonl
+    python examples/lora_chat.py --use Qwen/Qwen2.5-1.5B-Instruct Qwen/Qwen2.5-0.5B chats.jsonl held_out.jsonl \\
+        --chat-template qwen.jinja
 
 Rows are {"messages": [{"role": "user", "content": …}, {"role": "assistant", "content": …}]}. Labels are on what the
 assistant says alone: the tokenizer's chat template says where that is, between {% generation %} and
-{% endgeneration %}. What is trained and saved is the adapter:
+{% endgeneration %}. Most models' templates don't, Qwen's neither: give a copy of it with the two marks. What is trained
+and saved is the adapter:
 
 - `PeftModel.from_pretrained(student, output_dir)` reads it, and `kdfast merge` makes a whole model of it;
 - the head is frozen, so that its gradient is not computed: two products with it in place of three.
@@ -42,6 +44,7 @@ CHATS, OF_TEACHER = 64, 1600
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--use", nargs=4, metavar=("TEACHER", "STUDENT", "CHATS", "HELD_OUT"))
+    parser.add_argument("--chat-template", help="a file, in place of the tokenizer's own")
     parser.add_argument("--learning-rate", type=float, default=5e-3)
     parser.add_argument("--max-steps", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
@@ -53,7 +56,8 @@ def main(arguments=None):
     ended = {}
     for recipe in ("lm_only", "auto"):
         print(f"recipe {recipe}, {args.max_steps} steps on {len(chats)} chats:")
-        config = settings(place / recipe, args, recipe=recipe, assistant_only_loss=True, logging_steps=20)
+        of_chats = {"assistant_only_loss": True, "chat_template": args.chat_template}
+        config = settings(place / recipe, args, recipe=recipe, logging_steps=20, **of_chats)
         trainer = KDTrainer(
             AutoModelForCausalLM.from_pretrained(used[1]),
             config,
