@@ -371,6 +371,9 @@ class TestWriting:
         make(tmp_path / "c", k=4)
         with pytest.raises(CacheError, match=r"something else \(k: then 4, now 5\)"):
             make(tmp_path / "c", k=5)
+        text = rf"something else \(splits: then .*, now {{'train': 6 rows, {6 * T} tokens, sha256 \w{{8}}…}}\)\. Name"
+        with pytest.raises(CacheError, match=text):  # and not the rows of a shard, which follow from the text
+            make(tmp_path / "c", blocks(6), k=4, shard_tokens=2 * T)
         with pytest.raises(CacheError, match="teacher_sha256: then"):  # of the same name and sizes
             make(tmp_path / "c", k=4, teacher=tiny("gpt2", V=V, width=32, seed=2))
 

@@ -64,6 +64,9 @@ class Split:
         """Return the mean number of tokens per sequence."""
         return self.tokens / self.sequences
 
+    def __repr__(self) -> str:
+        return f"{self.sequences:,} rows, {self.tokens:,} tokens, sha256 {self.sha256[:8]}…"
+
 
 @dataclass(frozen=True)
 class Description:
@@ -163,6 +166,8 @@ class Description:
     def differences(self, other: Description) -> list[str]:
         """Return 'name: then X, now Y' for every decisive field in which the two differ."""
         then, now = self._decisive(), other._decisive()
+        if then["splits"] != now["splits"]:  # which decide the rows per shard
+            then["shard_sequences"] = now["shard_sequences"]
         return [
             f"{field.name}: then {getattr(self, field.name)!r}, now {getattr(other, field.name)!r}"
             for field in fields(self)
