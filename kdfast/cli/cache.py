@@ -85,8 +85,8 @@ def make_cache(arguments: Arguments) -> CacheSummary:
         raise UserError(f"{keys[name]}={rest}" if name in keys else str(error)) from error
     except ConnectionError as error:
         raise RunFailed(
-            f"{folder}: {first_line(error)}. Start the server, or correct its address (--server); the same command then "
-            "goes on from the last complete shard"
+            f"{folder}: {first_line(error)}. Start the server, or correct its address (--server); the same command "
+            "then goes on from the last complete shard"
         ) from error
     except OSError as error:
         raise RunFailed(
