@@ -82,7 +82,7 @@ def main(argv=None):
 
     tokenizer = AutoTokenizer.from_pretrained(teacher_name)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    student = AutoModelForCausalLM.from_pretrained(student_name)
+    student = AutoModelForCausalLM.from_pretrained(student_name, dtype="float32")  # bf16=True computes in bfloat16
     train, held_out = paragraphs(text), paragraphs(eval_text)[:200]
 
     def collate(texts):

@@ -290,6 +290,12 @@ class KDTrainer(DurableTrainer):
         student = self.accelerator.unwrap_model(self.model).student
         if (trained := student.num_parameters(only_trainable=True)) < (every := student.num_parameters()):
             processes.print_once(f"{trained:,} of the student's {every:,} parameters are trained")
+        if halves := {p.dtype for p in student.parameters() if p.requires_grad} & {torch.float16, torch.bfloat16}:
+            name = str(halves.pop()).removeprefix("torch.")
+            processes.print_once(
+                f"the trained weights are {name}, which rounds small updates away: load the student with "
+                "dtype=torch.float32, and set bf16=True if it is to compute in bfloat16"
+            )
         self._precompute()
         if self.model_wrapped is self.model and self.accelerator.num_processes > 1 and not self.is_fsdp_enabled:
             # an evaluation before the run has marked the model as prepared; accelerate would not wrap it in DDP

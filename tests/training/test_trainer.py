@@ -502,6 +502,13 @@ def test_all_of_trainers_arguments_are_taken_or_answered():
     assert theirs <= inspect.signature(KDTrainer).parameters.keys() | ELSEWHERE.keys()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_run_says_that_its_weights_round_updates_away(tiny, rows, config, capsys, dtype):
+    """transformers loads a checkpoint in its own dtype: of most, bfloat16."""
+    KDTrainer(tiny().to(dtype), config(recipe="lm_only", max_steps=1), train_dataset=rows(4)).train()
+    assert ("the trained weights are bfloat16, which" in capsys.readouterr().out) == (dtype == torch.bfloat16)
+
+
 @pytest.mark.parametrize("until", [1.0, 0.5])
 def test_a_run_says_where_its_kd_term_ends(tiny, rows, config, capsys, until):
     args = config(recipe="teacher_head", kd_until=until, max_steps=1)
