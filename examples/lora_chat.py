@@ -6,7 +6,7 @@
 
 Rows are {"messages": [{"role": "user", "content": …}, {"role": "assistant", "content": …}]}. Labels are on what the
 assistant says alone: the tokenizer's chat template says where that is, between {% generation %} and
-{% endgeneration %}. Most models' templates don't, Qwen's neither: give a copy of it with the two marks. What is trained
+{% endgeneration %}. Most models' templates, such as Qwen's, lack the marks: give a copy that has them. What is trained
 and saved is the adapter:
 
 - `PeftModel.from_pretrained(student, output_dir)` reads it, and `kdfast merge` makes a whole model of it;
