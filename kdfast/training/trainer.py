@@ -118,7 +118,8 @@ class KDTrainer(DurableTrainer):
             tokenizer has others, rows also get the ids that it reads.
         model_init: instead of model, a function that makes a new student for each `train`. It may take a trial, as in
             Trainer.
-        compute_metrics: as in Trainer, but called with `EvalLogProbs`: the log-probability of each label, no logits.
+        compute_metrics: as in Trainer, but called with an `EvalLogProbs`: log_probs (N, T) of label_ids (N, T), which
+            are shifted already; no logits.
         kd_weight_schedule, temperature_schedule: functions of progress in [0, 1] that replace the recipe's.
         others: not accepted. The TypeError says what to use instead of, for example, compute_loss_func.
 
