@@ -105,7 +105,7 @@ def test_what_is_refused(configured, kdfast, server):
         "teacher_model_server_url='localhost'; expected http://host:port": ["--server", "localhost"],
         "cache_method='sample' and": [*here, "--cache_method", "sample"],
         "cache_top_k=300; expected 1 to 257": [*here, "--cache_top_k", "300"],
-        "server_token_limit=100 is reached": [*here, "--server_token_limit", "100"],
+        "server_token_limit=100; expected at least": [*here, "--server_token_limit", "100"],
         "teacher_model_name_or_path is missing; kdfast cache needs it": [],
         "'f.jsonl' cannot be read": ["--teacher_logprobs", "f.jsonl"],
     }

@@ -339,6 +339,12 @@ class TestRefused:
         server.behave = lambda number, body: None
         make(server, tmp_path / "c", data, token_limit=48)
         assert len(server.prompts()) * T == 48
+        make(server, tmp_path / "c", data, token_limit=1)  # nothing is left to ask for
+
+    def test_a_limit_below_a_shard_would_keep_nothing_ever(self, server, tmp_path):
+        with pytest.raises(CacheError, match="token_limit=23; expected at least 24: a shard has 24 tokens"):
+            make(server, tmp_path / "c", texts(8), token_limit=23)
+        assert not server.prompts()
 
     def test_options(self, server, tmp_path):
         data = {"train": texts(2)}

@@ -29,7 +29,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from kdfast.inputs import MOST_ENTRIES
-from kdfast.training.cache.description import CacheError, CacheSummary, Description, is_complete
+from kdfast.training.cache.description import CacheError, CacheSummary, Description, is_complete, shards
 from kdfast.training.cache.formats import Position, check_texts, fit, read_row, rows_in
 from kdfast.training.cache.imported import describe, documents_of, encode_row
 from kdfast.training.cache.write import check_options, describe_splits, fill, is_count
@@ -86,7 +86,8 @@ def cache_from_server(
         timeout: seconds without a byte after which an attempt has failed.
         retries: further attempts after a failed connection, a timeout, 408, 425, 429 or 5xx. Waits double from 1 to
             60 s, unless Retry-After says otherwise.
-        token_limit: stop before sending more prompt tokens than this, failed attempts included; None = no limit.
+        token_limit: stop before sending more prompt tokens than this, failed attempts included; at least a shard's.
+            None = no limit.
         shard_tokens, name, tell: as in `cache_teacher`.
 
     Raises:
@@ -130,6 +131,12 @@ def cache_from_server(
         tokenizer, min(k + 1, MOST_ENTRIES, count_ids(tokenizer)), (), dtype, described, shard_sequences,
     )  # fmt: skip
     if not complete:
+        most = max(shard.tokens for split in splits for shard in shards(Path(folder), description, split))
+        if share is not None and share < most:
+            raise CacheError(
+                f"token_limit={token_limit}; expected at least {most * processes.count():.0f}: a shard has {most:.0f} "
+                "tokens (shard_tokens), and only complete ones are kept"
+            )
         tell(f"{server.url}: {kind} serves {server.model!r}")
 
     def rows(dataset: Any, within: range) -> Iterator[dict[str, np.ndarray]]:
