@@ -44,7 +44,7 @@ COLUMNS = {  # header: key of the summary, digits, unit
 
 def table(runs: Sequence[Run]) -> pd.DataFrame:
     """Return a row of text per run, without columns that are empty for every run."""
-    summaries = [{**run.summary, **_differences(run, runs)} for run in runs]
+    summaries = [{**run.summary, **_differences(run, runs), **_bounds(run.summary)} for run in runs]
     rows = {header: [_cell(one.get(key), *form) for one in summaries] for header, (key, *form) in COLUMNS.items()}
     cells = pd.DataFrame(rows, index=[run.name for run in runs]).rename_axis(columns="run")
     return cells.loc[:, (cells != "–").any()]
@@ -88,6 +88,12 @@ def _differences(run: Run, runs: Sequence[Run]) -> dict[str, str]:
     """Return the differences from LM only as text."""
     differences = {f"less_lm_only_{budget}": less_lm_only(run, runs, budget) for budget in BUDGETS}
     return {name: f"{value:+.3f}" for name, value in differences.items() if value is not None}
+
+
+def _bounds(summary: Mapping[str, Any]) -> dict[str, str]:
+    """Return the KL as text if it is a lower bound, as from a cache of the likeliest ids."""
+    kl = summary.get("kl_teacher_student") if summary.get("kl_is_lower_bound") else None
+    return {} if kl is None else {"kl_teacher_student": f"≥ {kl:.4f}"}
 
 
 def _cell(value: Any, digits: int, unit: int) -> str:

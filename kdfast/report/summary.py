@@ -24,11 +24,13 @@ def summarize(trainer: KDTrainer, evaluation: dict[str, float]) -> dict[str, Any
     model, device = trainer.model, trainer.args.device
     on_gpu = device.type == "cuda"
     used = [*(blocks.cache for blocks in cached_blocks(trainer.train_dataset)), *model.sides.caches.values()]
+    evaluated = [blocks.cache.description.method for blocks in cached_blocks(trainer.eval_dataset)]
     caches: dict[Any, Any] = {cache.folder: cache for cache in used}
     return {
         "recipe": model.recipe.name,
         **summarize_log(log_table(trainer.state.log_history), evaluation),
         "teacher_seconds": (trainer.solve_seconds + sum(cache.summary.seconds for cache in caches.values())) or None,
+        "kl_is_lower_bound": "top_k" in evaluated,  # the other ids count as one
         "eval_tokens": evaluation.get("eval_tokens"),
         "engine": engine_of(trainer.args, model.student),
         "device": torch.cuda.get_device_name(device) if on_gpu else f"{device.type}, {torch.get_num_threads()} threads",

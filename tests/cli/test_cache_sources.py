@@ -86,6 +86,8 @@ def test_from_a_file_as_from_the_live_teacher(configured, kdfast, model):
     assert (code, "recipe cached" in out) == (0, True), err
     assert kdfast("distill", "config.yaml", *LIVE)[0] == 0
     assert losses(configured, "out") == pytest.approx(losses(configured, "live"), rel=1e-5)
+    out, live = (json.loads((configured / run / "summary.json").read_text()) for run in ("out", "live"))
+    assert (out["kl_is_lower_bound"], live["kl_is_lower_bound"]) == (True, False)
     code, _, err = kdfast("distill", "c.yaml", "--temperature", "2", "--output_dir", "warm")
     assert (code, "'kept' was made for 1. Train with one of those, or say what its entries leave" in err) == (2, True)
     tail = ["--temperature", "2", "--teacher_tail", "renormalize_both"]

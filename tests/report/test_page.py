@@ -244,3 +244,10 @@ def test_generated_text_is_shown_of_the_first_the_middle_and_the_last_step(tmp_p
     Page(page)
     assert re.findall("said at ([0-9])", page) == ["1", "3", "5"]
     assert "&lt;p3&gt;<mark>said at 3</mark>" in page
+
+
+def test_a_kl_that_is_a_lower_bound_is_said_to_be_one():
+    """The answers of a server, beside a run with a live teacher."""
+    runs = [run("live", [], SUMMARY), run("served", [], {**SUMMARY, "kl_is_lower_bound": True})]
+    assert [*table(runs)["KL(true‖student)"]] == ["1.2500", "≥ 1.2500"]
+    assert [*table([run("plain", [], {"recipe": "lm_only", "kl_is_lower_bound": True})])] == ["recipe"]
