@@ -51,7 +51,7 @@ def main(argv=None):
 
     set_seed(0)
     model = DistillationModel(
-        AutoModelForCausalLM.from_pretrained(student_name),
+        AutoModelForCausalLM.from_pretrained(student_name, dtype="float32"),
         AutoModelForCausalLM.from_pretrained(teacher_name),
         recipe="teacher_head",
     )

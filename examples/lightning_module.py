@@ -69,7 +69,7 @@ def main(argv=None):
     train = DataLoader(blocks(text, tokenizer), batch_size=4, shuffle=True)
     held_out = DataLoader(blocks(eval_text, tokenizer)[:64], batch_size=16)
     module = Distillation(
-        AutoModelForCausalLM.from_pretrained(student_name),
+        AutoModelForCausalLM.from_pretrained(student_name, dtype="float32"),
         AutoModelForCausalLM.from_pretrained(teacher_name),
         args.learning_rate,
     )

@@ -60,7 +60,7 @@ def main(argv=None):
 
         cache = TeacherCache(folder)
         cache.check_tokenizer(tokenizer)
-        student = AutoModelForCausalLM.from_pretrained(student_name)
+        student = AutoModelForCausalLM.from_pretrained(student_name, dtype="float32")
         before = cross_entropy(student, held_out)
         train_student(student, cache.dataset("train", train, temperature=TEMPERATURE), args)
     print(f"cache: {summary}")

@@ -57,7 +57,7 @@ def main(argv=None):
     table = {}
     for kind in ("none", "projected", "own head", "compressed"):
         set_seed(0)
-        student = AutoModelForCausalLM.from_pretrained(student_name)
+        student = AutoModelForCausalLM.from_pretrained(student_name, dtype="float32")
         seen = train_student(student, teacher, train, kind, compressed, args)
         table[kind] = (*measure(student, teacher, held_out), seen)
 

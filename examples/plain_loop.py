@@ -43,7 +43,7 @@ def main(argv=None):
     after = {}
     for kd_weight in (0.0, 2.0):
         print("with the teacher:" if kd_weight else "without a teacher:")
-        student = AutoModelForCausalLM.from_pretrained(student_name)
+        student = AutoModelForCausalLM.from_pretrained(student_name, dtype="float32")
         before = cross_entropy(student, held_out)
         train_student(student, teacher, train, kd_weight, args)
         after[kd_weight] = cross_entropy(student, held_out)

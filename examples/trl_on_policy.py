@@ -110,7 +110,8 @@ def main(argv=None):
     else:
         tokenizer.chat_template = TEMPLATE
         chats, held_out = make_chats(texts[0], tokenizer, 1600), make_chats(texts[1], tokenizer, 100)
-    student, teacher = (AutoModelForCausalLM.from_pretrained(name) for name in (student_name, teacher_name))
+    student = AutoModelForCausalLM.from_pretrained(student_name, dtype="float32")
+    teacher = AutoModelForCausalLM.from_pretrained(teacher_name)
 
     with tempfile.TemporaryDirectory() as folder:
         common = {

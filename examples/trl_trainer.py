@@ -81,7 +81,7 @@ def main(argv=None):
 
     tokenizer = AutoTokenizer.from_pretrained(teacher_name)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    student = AutoModelForCausalLM.from_pretrained(student_name)
+    student = AutoModelForCausalLM.from_pretrained(student_name, dtype="float32")
     with tempfile.TemporaryDirectory() as nowhere:
         trainer = FusedKDTrainer(
             student,

@@ -120,7 +120,7 @@ def train_student(student, teacher, train, teacher_reads, kd_options, args, batc
 
 def models(teacher_name, student_name):
     teacher = AutoModelForCausalLM.from_pretrained(teacher_name).eval().requires_grad_(False)
-    return teacher, AutoModelForCausalLM.from_pretrained(student_name)
+    return teacher, AutoModelForCausalLM.from_pretrained(student_name, dtype="float32")
 
 
 def head_over(model, ids):

@@ -62,7 +62,8 @@ def main(argv=None):
     set_seed(0)
     train, held_out = pictures(800), pictures(64)
     if args.use:
-        teacher, student = (AutoModelForImageTextToText.from_pretrained(name) for name in args.use)
+        teacher = AutoModelForImageTextToText.from_pretrained(args.use[0])
+        student = AutoModelForImageTextToText.from_pretrained(args.use[1], dtype="float32")
         processor = AutoProcessor.from_pretrained(args.use[0])
     else:
         processor = make_processor(train)
