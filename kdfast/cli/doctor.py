@@ -27,7 +27,8 @@ def doctor(tokens: int, vocab: int, student_width: int, dtype: str, scratch_byte
     ours, theirs = _kernels()
     rows = {"kdfast": f"{kdfast.__version__}  {Path(kdfast.__file__).parent}"}
     rows["python"] = f"{platform.python_version()}  {platform.platform()}"
-    rows |= {name: installed_version(name) or "not installed" for name in PACKAGES}
+    rows |= {name: installed_version(name) or "not installed" for name in (*PACKAGES, "peft")}
+    rows["torch"] = torch.__version__  # says which build it is: +cpu, +cu130
     rows |= {"kdfast.kernels": ours, "kernels": theirs}
     rows[f"\nFor N={tokens} tokens, V={vocab}, Hs={student_width}, {dtype}, a projected teacher, all gradients:"] = ""
     devices = {"cpu": f"{torch.get_num_threads()} threads"}

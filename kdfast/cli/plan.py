@@ -18,11 +18,16 @@ from kdfast.plan.models import Model, describe
 from kdfast.plan.price import price_per_token
 
 UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40, "mb": 10**6, "gb": 10**9}
-KINDS = {"projected": "Ht={}, projected", "head": "Ht={}, its own head", "none": "no teacher"}
+KINDS = {
+    "projected": "a teacher {:,} wide through a projector",
+    "head": "a teacher {:,} wide with its own head",
+    "none": "no teacher",
+}
 NOTES = """
 Predictions; none has been measured on a GPU yet. peak: the highest live bytes of one forward and backward above inputs
-and gradients. total: with both. largest N: where the total, and what else is resident, fits. Not counted: activations
-of the models, workspace of the matrix library, fragmentation, NCCL, the CUDA context. More: docs/performance.md"""
+and gradients. total: with both. Not counted: the models' activations, which take far more per token than the loss;
+models that aren't named; workspace of the matrix library, fragmentation, NCCL, the CUDA context.
+More: docs/performance.md"""
 
 
 def add_arguments(parser: argparse.ArgumentParser, dtypes: tuple[str, ...]) -> None:
@@ -167,7 +172,8 @@ def _text(found: dict[str, Any]) -> str:
     x, own, fitting, left = found["shape"], found["portion"], found["fitting"], found["left_bytes"]
     teacher = KINDS[x["teacher"]].format(x["teacher_width"])
     lines = [
-        f"N={x['tokens']} V={x['vocab']} Hs={x['student_width']} {teacher}, {x['dtype']} on {x['device']}",
+        f"{x['tokens']:,} tokens, a vocabulary of {x['vocab']:,}, a student {x['student_width']:,} wide, {teacher}; "
+        f"{x['dtype']} on {x['device']}",
         f"inputs {_size(found['inputs_bytes'])}, gradients {_size(found['gradients_bytes'])}",
         *(f"{what}: {_size(size)}" for what, size in found["resident"].items()),
     ]
@@ -178,16 +184,17 @@ def _text(found: dict[str, Any]) -> str:
         valid, theirs = found["valid_vocab"], found["teacher_vocab"]
         known = f"valid_vocab={valid}, their tokenizer's ids" if valid else "valid_vocab, if they have one tokenizer"
         lines.append(f"the teacher's head has {theirs} rows: planned for the student's; a run takes {known}")
-    largest = "" if left is None else f"{'largest N':>12} of {_size(found['memory_bytes'])}"
+    largest = "" if left is None else f"   most tokens in {_size(found['memory_bytes'])}"
     lines.append(f"\n{'':16}{'peak':>11}{'total':>11}{largest}")
+    width = len(largest)
     for row in found["methods"]:
-        largest = "" if left is None else f"{row['largest_tokens']:12}"
+        largest = "" if left is None else f"{row['largest_tokens']:{width},}"
         lines.append(f"{row['method']:16}{_size(row['peak_bytes']):>11}{_size(row['total_bytes']):>11}{largest}")
     scratch = f"{_size(own['scratch_bytes'])} of scratch" if own["scratch_bytes"] else "the default scratch"
     lines.append(f"\nauto takes {_divided(own)} with {scratch}, {_size(own['total_bytes'])} in all.")
     if fitting is None:
-        lines.append(f"N={x['tokens']} does not fit in the {_size(left)} that are left, whatever scratch it gets: take "
-                     "fewer tokens a step (gradient accumulation).")  # fmt: skip
+        lines.append(f"{x['tokens']:,} tokens do not fit in the {_size(left)} that are left, whatever the scratch: "
+                     "take fewer tokens per step (gradient accumulation).")  # fmt: skip
     elif fitting != own:
         lines.append(f"It does not fit. KDFAST_SCRATCH_BYTES={fitting['scratch_bytes']} (or scratch_bytes=) makes it "
                      f"{_size(fitting['total_bytes'])}: {_divided(fitting)}.")  # fmt: skip
@@ -197,7 +204,8 @@ def _text(found: dict[str, Any]) -> str:
 
 
 def _divided(found: dict[str, Any]) -> str:
-    return f"{found['engine']}: {found['passes']} {'slabs' if found['engine'] == 'triton_tiled' else 'chunks'}"
+    what = "slab" if found["engine"] == "triton_tiled" else "chunk"
+    return f"{found['engine']}: {found['passes']} {what}{'' if found['passes'] == 1 else 's'}"
 
 
 def _size(size: int) -> str:

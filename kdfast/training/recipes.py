@@ -306,9 +306,10 @@ def choose_recipe(
         if misfit is None and has_trained_layers(student):
             misfit = "they are trained, as their norms' gains tell"
         if misfit is None:
-            return Choice("svd_blocks", "the student is fresh and fits into its teacher: it is solved from its layers")
-        why = "the student is fresh and has the teacher's vocabulary: its embedding is solved from it"
-        return Choice("svd_init", f"{why}, not its layers: {misfit}")
+            why = "the student is fresh and fits into its teacher, so its layers are solved from the teacher's"
+            return Choice("svd_blocks", why)
+        why = "the student is fresh and has the teacher's vocabulary, so its embedding is solved from the teacher's"
+        return Choice("svd_init", f"{why}. Its layers can't be ({misfit})")
     return Choice("compressed_head", "the student is pretrained and has the teacher's vocabulary")
 
 

@@ -17,11 +17,14 @@ WIDTHS = ["--student-width", "768", "--teacher-width", "1024", "--vocab", "50257
 def test_widths_alone(kdfast):
     code, out, _ = kdfast("plan", *WIDTHS, "--memory", "24GiB")
     assert code == 0
-    for text in ("N=8192 V=50257 Hs=768 Ht=1024, projected", "triton_tiled", "of 24.00 GiB",
+    for text in ("8,192 tokens, a vocabulary of 50,257, a student 768 wide, a teacher 1,024 wide through a projector",
+                 "triton_tiled", "most tokens in 24.00 GiB\n", "models' activations, which take far more",
                  "auto takes triton_chunked: 6 chunks", "It fits as it is", "measured on a GPU yet"):  # fmt: skip
         assert text in out
     assert "times LM only's" not in out
-    assert "Ht=1024, its own head" in kdfast("plan", *WIDTHS, "--kind", "head")[1]
+    table = out.split("\n\n")[1].splitlines()
+    assert len({len(line) for line in table}) == 1  # as wide as their header
+    assert "a teacher 1,024 wide with its own head" in kdfast("plan", *WIDTHS, "--kind", "head")[1]
     assert "no teacher" in kdfast("plan", "--student-width", "768", "--vocab", "50257")[1]
 
 
@@ -40,7 +43,8 @@ def test_for_machines(kdfast):
 def test_what_does_not_fit(kdfast):
     out = kdfast("plan", *WIDTHS, "--memory", "700MiB")[1]
     assert "It does not fit. KDFAST_SCRATCH_BYTES=" in out
-    assert "does not fit in the 0.0 MiB" in kdfast("plan", *WIDTHS, "--memory", "8GiB", "--resident", "8GiB")[1]
+    out = kdfast("plan", *WIDTHS, "--memory", "8GiB", "--resident", "8GiB")[1]
+    assert "8,192 tokens do not fit in the 0.0 MiB" in out
 
 
 def test_models_by_folder(kdfast, tmp_path):
@@ -50,7 +54,8 @@ def test_models_by_folder(kdfast, tmp_path):
     models = ["--student", str(tmp_path / "student"), "--teacher", str(tmp_path / "teacher")]
     code, out, _ = kdfast("plan", *models, "--memory", "1GiB", "--tokens", "64")
     assert code == 0
-    for text in ("V=257 Hs=16 Ht=32", "optimizer state", "their gradients", "teacher's parameters"):
+    sizes = "a vocabulary of 257, a student 16 wide, a teacher 32 wide"
+    for text in (sizes, "optimizer state", "their gradients", "teacher's parameters"):
         assert text in out
     # student: 6·P + 3u with P = 2·12·16², u = 2·257·16; teacher: 2·P with P = 2·12·32²
     lm_only, teacher = 6 * 6144 + 3 * 8224, 2 * 24576

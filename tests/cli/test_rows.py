@@ -47,8 +47,10 @@ def test_a_run_on_rows_that_are_no_text(rows, kdfast, kind, packing):
     code, out, err = kdfast("distill", "c.yaml", "--precompute_teacher_log_probs", "false")
     assert code == 0, err
     reason = {"completion": "empty completion", "messages": "no assistant turn"}[kind]
-    assert f"train_file '{kind}.jsonl': 30 rows, 3 skipped (3 {reason}); " in out
-    assert f"train_file '{kind}.jsonl', held out: 10 rows, 1 skipped (1 {reason}); " in out
+    lines = out.splitlines()
+    for said, skipped in (("': 30 rows; ", 3), ("', held out: 10 rows; ", 1)):
+        at = next(i for i, line in enumerate(lines) if line.startswith(f"train_file '{kind}.jsonl{said}"))
+        assert lines[at + 1] == f"    {skipped} skipped ({reason})"
     summary = json.loads((place / "out/summary.json").read_text())
     answers = [str(i + 1) for i in range(30, 40) if i % 10]
     assert summary["eval_tokens"] == sum(len(answer) + 1 for answer in answers)  # what ends it is learned too
@@ -81,8 +83,8 @@ def test_a_preview_of_the_rows(rows, kdfast, monkeypatch, packing):
     rows("messages", packing=packing, output_dir=None)
     code, out, err = kdfast("data", "c.yaml")
     assert code == 0, err
-    counts = "3 skipped (3 no assistant turn); 685 tokens, 73 of them targets"  # 21 each, and the numbers
-    assert f"train_file 'messages.jsonl': 30 rows, {counts}\n" in out
+    counts = "685 tokens, 73 of them targets\n    3 skipped (no assistant turn)\n"  # 21 each, and the numbers
+    assert f"train_file 'messages.jsonl': 30 rows; {counts}" in out
     assert out.endswith("what is learned is in [[ ]]:\n\nuser: 1+1?\nassistant: [[2\n]]\n")
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     assert kdfast("data", "c.yaml")[1].endswith("is green:\n\nuser: 1+1?\nassistant: \x1b[32m2\n\x1b[0m\n")

@@ -145,7 +145,7 @@ def tokenize_dataset(
         blocks = load_blocks(argument, dataset, tokenizer, max_length, text_column, dataset_num_proc)
         counts = counts.of_blocks(blocks, max_length or 0)
         if counts.rows:
-            print_once(str(counts))
+            print_once(counts.text())
         return blocks, counts
     if packing and max_length is None:
         raise DataError("packing=True and max_length=None; expected the number of tokens that rows are packed into")
@@ -171,7 +171,7 @@ def tokenize_dataset(
         if not kept:
             raise DataError(f"{counts}; nothing is left to train on")
         rows = (rows if len(kept) == len(rows) else rows.select(kept)).remove_columns([*NOTES])
-        print_once(str(counts))
+        print_once(counts.text())
     return (pack(rows, max_length, argument, dataset_num_proc) if packing and max_length else rows), counts
 
 

@@ -26,12 +26,20 @@ class Counts:
     argument: str = ""
 
     def __str__(self) -> str:
-        reasons = ", ".join(f"{number} {reason}" for reason, number in sorted(self.skipped.items()))
-        notes = f", {sum(self.skipped.values())} skipped ({reasons})" if reasons else ""
-        notes += f", {self.truncated} cut to max_length" if self.truncated else ""
-        tokens = f"{self.tokens:,} tokens, {self.targets:,} of them targets"
-        tokens += f"; the teacher reads {self.teacher_tokens:,}, with its own prompts" if self.teacher_tokens else ""
-        return f"{self.argument}: {self.rows} rows{notes}; {tokens}"
+        return self.text("; ")
+
+    def text(self, between: str = "\n    ") -> str:
+        """Return the counts in words, with what was skipped or cut after `between`."""
+        notes = []
+        if self.skipped:
+            reasons = [f"{number} {reason}" for reason, number in sorted(self.skipped.items())]
+            why = ", ".join(reasons if len(reasons) > 1 else self.skipped)
+            notes.append(f"{sum(self.skipped.values())} skipped ({why})")
+        if self.truncated:
+            notes.append(f"{self.truncated} cut to max_length")
+        counted = f"{self.argument}: {self.rows} rows; {self.tokens:,} tokens, {self.targets:,} of them targets"
+        counted += f"; the teacher reads {self.teacher_tokens:,}, with its own prompts" if self.teacher_tokens else ""
+        return between.join((counted, *([", ".join(notes)] if notes else [])))
 
     def keep(self, row: dict[str, Any]) -> bool:
         """Count a row of a stream; return whether to train on it. The first skipped row is reported."""

@@ -215,7 +215,7 @@ def test_truncation_keeps_the_side_that_is_asked_for(mode, text, capsys):
     assert counts.truncated == len(rows)
     if mode == "keep_start":  # prompts that are as long leave nothing to learn
         assert counts.skipped == {"no target within max_length": 2}
-        assert "2 skipped (2 no target within max_length), 2 cut to max_length" in capsys.readouterr().out
+        assert "\n    2 skipped (no target within max_length), 2 cut to max_length\n" in capsys.readouterr().out
 
 
 BAD = {
@@ -232,7 +232,8 @@ def test_rows_that_teach_nothing_are_counted(assistant_only_loss, capsys):
     )
     assert (len(rows), counts.rows, counts.skipped) == (4, 7, {"no assistant turn": 2, "empty completion": 1})
     said = capsys.readouterr().out
-    assert "train_file 'x': 7 rows, 3 skipped (1 empty completion, 2 no assistant turn); " in said
+    assert "train_file 'x': 7 rows; " in said
+    assert "\n    3 skipped (1 empty completion, 2 no assistant turn)\n" in said
     stream = tokenize_dataset(data.to_iterable_dataset(), chat_tokenizer(), argument="train_file 'x'")
     assert len(list(stream[0])) == 4
     assert stream[1].skipped == counts.skipped
@@ -273,7 +274,8 @@ REFUSED = [
      {"chat_template": STRICT}, "x, row 4: the chat template refuses .*System role not supported"),
     ([{"messages": [*MESSAGES[0]["messages"], {"role": "critic", "content": "b"}]}], {"chat_template": KNOWN},
      "row 0: the chat template writes nothing of a message of the role 'critic'"),
-    ([BAD["no assistant turn"]], {}, r"x: 1 rows, 1 skipped \(1 no assistant turn\); .*nothing is left to train on"),
+    ([BAD["no assistant turn"]], {},
+     r"x: 1 rows; 0 tokens, .*; 1 skipped \(no assistant turn\); nothing is left to train on"),
     (MESSAGES, {"packing": True, "max_length": None}, "packing=True and max_length=None"),
     ([{"text": "a"}], {"max_length": None}, "max_length=None; expected the number of tokens of a block"),
 ]  # fmt: skip
