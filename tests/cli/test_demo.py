@@ -29,7 +29,7 @@ def test_from_text_to_table_twice(tmp_path, quick):
     assert summaries[demo.LONGER]["student_parameters"] == summaries["auto"]["student_parameters"]
     for recipe in demo.RECIPES:
         assert f"{summaries[recipe]['eval_ce']:.4f}" == table[recipe]
-    assert re.search(r"Little text, which comes round [1-9]\.\d times, and a teacher .* from 1,512 tokens: ", out)
+    assert "Toy sizes: everything works, and the figures mean nothing.\nCurves: " in out
     page = (tmp_path / "runs/report.html").read_text()
     assert all(f"<th>{name}</th>" in page for name in table)
 
@@ -70,10 +70,10 @@ def test_the_verdict_is_the_figures(ce, ce_longer, seconds_longer, said):
     longer = run("lm_only_longer", "lm_only", ce_longer, 9600, seconds_longer)
     best = run("auto", "svd_init", ce, 2000, 20.0, teacher_seconds=30.0, speeds=[1, 1, 1, 1, 1])
     assert demo._verdict([teacher, alone, longer, best], best) == (
-        "Little text, which comes round 2.0 times, and a teacher that has learned from 10,000 tokens: the best recipe, "
-        f"auto (svd_init), came to {ce:.3f} (2,000 tokens, 50 seconds, 30 of them the start and the teacher's run "
-        f"over the text). LM only came to 6.000 (2,000 tokens, 10 seconds) with as many tokens, and to {ce_longer:.3f} "
-        f"(9,600 tokens, {seconds_longer:.0f} seconds) with the seconds. {said}"
+        "Little text, which is read 2.0 times, and a teacher that has learned from 10,000 tokens: the best recipe, "
+        f"auto (svd_init), ended at {ce:.3f} (2,000 tokens, 50 seconds, 30 of them the start and the teacher's run "
+        f"over the text). LM only ended at 6.000 (2,000 tokens, 10 seconds) with as many tokens, and at "
+        f"{ce_longer:.3f} (9,600 tokens, {seconds_longer:.0f} seconds) with the seconds. {said}"
     )
 
 
