@@ -29,6 +29,7 @@ def test_from_text_to_table_twice(tmp_path, quick):
     assert summaries[demo.LONGER]["student_parameters"] == summaries["auto"]["student_parameters"]
     for recipe in demo.RECIPES:
         assert f"{summaries[recipe]['eval_ce']:.4f}" == table[recipe]
+    assert next(cells for what, *cells in rows if what == "tokens")[0] == "1,512"  # the teacher's
     assert "Toy sizes: everything works, and the figures mean nothing.\nCurves: " in out
     page = (tmp_path / "runs/report.html").read_text()
     assert all(f"<th>{name}</th>" in page for name in table)

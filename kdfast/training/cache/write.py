@@ -180,7 +180,8 @@ def fill(
             return read_summary(folder)
         size = description.bytes_per_token if begin is None else processes.by_first(begin)
         at_most = "at most " if description.method == "sample" else ""
-        tell(f"{tokens:,} tokens, {at_most}{size:.0f} bytes each: {at_most}{tokens * size / 1e6:,.1f} MB")
+        total = f"{at_most}{tokens * size / 1e6:,.1f} MB, and headers of files"
+        tell(f"{tokens:,} tokens, {at_most}{size:.0f} bytes each: {total}")
         start = time.perf_counter()
         written = sum(processes.by_all(lambda: _write_share(splits, folder, description, rows)))
         seconds = time.perf_counter() - start
