@@ -111,7 +111,7 @@ def _table(rows: list[Row]) -> str:
     recipes = by_recipe(rows)
     baseline = recipes.get(BASELINE, {})
     lines = [
-        "| recipe | rate | seeds | CE | less LM only | | KL(true‖student) | KL(true‖stand-in) | KL seen | health |",
+        "| recipe | rate | seeds | CE | minus LM only | | KL(true‖student) | KL(true‖stand-in) | KL seen | health |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     best_of_baseline = min((row["eval_ce"] for row in baseline.values()), default=math.inf)
@@ -151,7 +151,7 @@ def _picture(rows: list[Row], path: Path) -> None:
     for i, case in enumerate(cases):
         recipes = by_recipe([row for row in rows if row["case"] == case])
         baseline = recipes.get(BASELINE, {})
-        axes = figure.add_subplot(1, len(cases), i + 1, title=case, xlabel="cross entropy less LM only, nats")
+        axes = figure.add_subplot(1, len(cases), i + 1, title=case, xlabel="cross entropy minus LM only, nats")
         names = list(recipes)[::-1]
         for y, name in enumerate(names):
             gains = differences(recipes[name], baseline)

@@ -345,7 +345,7 @@ def table(case: str, result: dict[str, Any]) -> str:
             best = baseline.setdefault(steps, {})
             best[seed] = min(best.get(seed, row), row, key=lambda one: one["eval_ce"])
     lines = [
-        "| recipe | tokens | seconds | seeds | CE | less LM only, equal tokens | equal seconds | KL(true‖student) |",
+        "| recipe | tokens | seconds | seeds | CE | minus LM only, equal tokens | equal seconds | KL(true‖student) |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for (name, steps), found in seeds.items():

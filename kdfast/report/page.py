@@ -26,8 +26,8 @@ COLUMNS = {  # header: key of the summary, digits, unit
     "unfinished": ("unfinished", 0, 1),
     "recipe": ("recipe", 0, 1),
     "student CE": ("eval_ce", 4, 1),
-    "less LM only, equal tokens": ("less_lm_only_tokens", 0, 1),
-    "less LM only, equal seconds": ("less_lm_only_seconds", 0, 1),
+    "minus LM only, equal tokens": ("minus_lm_only_tokens", 0, 1),
+    "minus LM only, equal seconds": ("minus_lm_only_seconds", 0, 1),
     "perplexity": ("perplexity", 2, 1),
     "KL(true‖student)": ("kl_teacher_student", 4, 1),
     "KL(true‖projected)": ("kl_teacher_projected", 4, 1),
@@ -63,7 +63,7 @@ BUDGETS: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
 EQUAL = 0.1  # fraction of a budget within which two count as equal
 
 
-def less_lm_only(run: Run, runs: Sequence[Run], budget: str) -> float | None:
+def minus_lm_only(run: Run, runs: Sequence[Run], budget: str) -> float | None:
     """Return the run's cross entropy minus that of LM only at equal "tokens" or "seconds", in nats.
 
     LM only is the finished `lm_only` run of a student of this size on this evaluation text whose own budget is nearest
@@ -86,7 +86,7 @@ def less_lm_only(run: Run, runs: Sequence[Run], budget: str) -> float | None:
 
 def _differences(run: Run, runs: Sequence[Run]) -> dict[str, str]:
     """Return the differences from LM only as text."""
-    differences = {f"less_lm_only_{budget}": less_lm_only(run, runs, budget) for budget in BUDGETS}
+    differences = {f"minus_lm_only_{budget}": minus_lm_only(run, runs, budget) for budget in BUDGETS}
     return {name: f"{value:+.3f}" for name, value in differences.items() if value is not None}
 
 

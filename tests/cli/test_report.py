@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from kdfast.report import read_runs
-from kdfast.report.page import less_lm_only
+from kdfast.report.page import minus_lm_only
 from kdfast.report.read_runs import find_runs
 
 LOG = [
@@ -84,7 +84,7 @@ def test_a_run_of_kdtrainer_alone_has_its_recipe_and_is_compared_with(here):
         write(here / name / "training_args.json", {"recipe": name})
     runs = find_runs(["auto", "lm_only"])
     assert [run.summary["recipe"] for run in runs] == ["auto", "lm_only"]
-    assert less_lm_only(runs[0], runs, "tokens") == -0.5
+    assert minus_lm_only(runs[0], runs, "tokens") == -0.5
 
 
 def test_a_checkpoint_that_goes_while_it_is_read(here, monkeypatch):

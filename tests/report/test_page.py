@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import pytest
 
 from kdfast.report.curves import PANELS, differ_in_tokens, limits_after_the_fall, panels
-from kdfast.report.page import less_lm_only, made_here, png_names, table, text_table, write_pngs, write_report
+from kdfast.report.page import made_here, minus_lm_only, png_names, table, text_table, write_pngs, write_report
 from kdfast.report.read_runs import Run, log_table
 from kdfast.training.on_policy.texts import Text
 
@@ -194,12 +194,12 @@ def test_students_are_compared_with_lm_only_at_equal_tokens_and_at_equal_seconds
         student("other text", "probe", 5.5, 1000, 10.0, eval_tokens=7),
     ]
     made = table(runs)
-    assert dict(made["less LM only, equal tokens"]) == {
+    assert dict(made["minus LM only, equal tokens"]) == {
         **dict.fromkeys(("teacher", "short", "long", "killed", "kept", "other text"), "–"),
         "live": "-0.250",  # 1000 of 1010, not 1005 of a run that is not finished
         "slow": "-0.500",
     }
-    assert {name: less_lm_only(one, runs, "seconds") for name, one in zip(made.index, runs, strict=True)} == {
+    assert {name: minus_lm_only(one, runs, "seconds") for name, one in zip(made.index, runs, strict=True)} == {
         **dict.fromkeys(("teacher", "short", "long", "killed", "slow", "other text")),
         "live": 0.25,  # 42 s of 39
         "kept": -0.25,  # 42 s of 12 + 30
