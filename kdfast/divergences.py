@@ -38,7 +38,9 @@ _CLASSES: dict[str, type[Divergence]] = {}  # every subclass, by its `key`
 
 @dataclass(frozen=True)
 class Divergence:
-    """Base class of divergences. A subclass defines `name`, `pointwise` and `terms`; any fields must be numbers."""
+    """Base class of divergences from the teacher's distribution p to the student's q.
+
+    A subclass defines `name`, `pointwise` and `terms`; any fields must be numbers."""
 
     name: ClassVar[str]
     key: ClassVar[str] = ""  # by which operators find the class; for the classes in this file, the name
@@ -70,7 +72,7 @@ class Divergence:
 
 @dataclass(frozen=True)
 class ForwardKL(Divergence):
-    """Forward KL, KL(p‖q) = Σ p·(log p − log q), mass-covering. Hinton et al. 2015, arXiv:1503.02531."""
+    """Forward KL, KL(teacher‖student) = Σ p·(log p − log q), mass-covering. Hinton et al. 2015, arXiv:1503.02531."""
 
     name: ClassVar[str] = "forward_kl"
     centred_q: ClassVar[bool] = True
@@ -86,7 +88,7 @@ class ForwardKL(Divergence):
 
 @dataclass(frozen=True)
 class ReverseKL(Divergence):
-    """Reverse KL, KL(q‖p) = Σ q·(log q − log p), mode-seeking. Gu et al. 2024, arXiv:2306.08543."""
+    """Reverse KL, KL(student‖teacher) = Σ q·(log q − log p), mode-seeking. Gu et al. 2024, arXiv:2306.08543."""
 
     name: ClassVar[str] = "reverse_kl"
     centred_p: ClassVar[bool] = True

@@ -135,9 +135,10 @@ def fused_kd_loss(
     backward, since autograd cannot notice.
     torch.compile: one graph for all tensor values, 0-d options included. An option given as a number recompiles once,
     when it first changes.
-    CUDA graphs: run once before the capture, to compile the kernels. Nothing waits for the host. Numbers are captured
-    as constants, so anything that changes between replays must be a CUDA tensor written in place. 0-d CPU tensors
-    cannot be options there (they would be copied from pageable memory), and KDFAST_CHECK=1 cannot be captured.
+    CUDA graphs, without process_group: run once before the capture, to compile the kernels. Nothing waits for the host.
+    Numbers are captured as constants, so anything that changes between replays must be a CUDA tensor written in place.
+    0-d CPU tensors cannot be options there (they would be copied from pageable memory), and KDFAST_CHECK=1 cannot be
+    captured.
 
     Source: Hinton et al. 2015, arXiv:1503.02531, for τ²; each divergence names its own.
     """

@@ -18,7 +18,7 @@ program walks its row pair up to three times, in `statistics_pass`, `terms_pass`
 The last three run if something comes between the passes: collectives, if each process has a slice of the vocabulary, or
 arithmetic on entries (`kdfast.ops.sparse`), if the teacher is sparse.
 
-Bytes per row pair: 8·V per read, all but the first from L2, and 4·V written in bf16.
+Bytes per row pair: 8·V per read, the later ones from L2 as far as it holds the rows, and 4·V written in bf16.
 """
 
 from collections import namedtuple
