@@ -39,6 +39,13 @@ def test_the_map_has_every_document():
     assert pages - linked - {"README.md"} == set()
 
 
+def test_a_stranger_can_read_them_to_the_end():
+    docs = [page for page in documents.pages() if page.startswith("docs/")]
+    assert len(docs) <= 12
+    assert sum(len(documents.source(page).split()) for page in docs) <= 16_000
+    assert len(documents.source("README.md").split()) <= 1_100
+
+
 @pytest.mark.parametrize("page", documents.pages())
 def test_no_page_names_a_machine(page):
     assert _MACHINE.findall(documents.source(page)) == []
