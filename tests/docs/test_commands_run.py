@@ -23,7 +23,7 @@ RUN_IN = {
     r"kdfast cache import .*": "tests/cli/test_cache_sources.py::test_from_a_file_as_from_the_live_teacher",
     r"kdfast data CONFIG\.yaml": "tests/cli/test_rows.py::test_a_run_on_rows_that_are_no_text",
     r"kdfast distill CONFIG\.yaml.*": "tests/system/test_distill.py::test_the_same_command_leaves_a_finished_run_alone",
-    r"kdfast report runs/a runs/b.*": "tests/cli/test_report.py::test_a_real_run_finished_and_interrupted",
+    r"kdfast report runs/(a|own) runs/.*": "tests/cli/test_report.py::test_a_real_run_finished_and_interrupted",
     r"kdfast demo|kdfast (distill|report) runs/demo.*": "tests/docs/test_code.py::test_code",  # first-model.md
     r"(accelerate launch|torchrun) .*": "tests/system/test_launch.py::test_two_processes_write_what_one_writes",
     r"python examples/\w+\.py.*": "tests/examples/test_examples.py::test_whole",
