@@ -32,10 +32,10 @@ quick: $(READY)  ## test every divergence, teacher and engine once: seconds
 # Triton's interpreter runs in one Python thread: two workers of one thread each use two cores
 PYTEST_ON_TWO_CORES := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-test: $(READY)  ## run the tests that start no processes and are not slow: twelve minutes on two cores
+test: $(READY)  ## run the tests that start no processes and are not slow: ten minutes on two cores
 	$(PYTEST_ON_TWO_CORES) --ignore tests/system -m "not slow and not long" $(ARGS)
 
-test-all: $(READY)  ## run those too, as CI does: half an hour on two cores
+test-all: $(READY)  ## run those too, as CI does: twenty-five minutes on two cores
 	$(PYTEST_ON_TWO_CORES) $(ARGS)
 
 test-long: $(READY)  ## try thousands of random problems, faults and kills, and all of aot: over half an hour
