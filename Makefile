@@ -35,7 +35,7 @@ PYTEST_ON_TWO_CORES := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist wor
 test: $(READY)  ## run the tests that start no processes and are not slow: ten minutes on two cores
 	$(PYTEST_ON_TWO_CORES) --ignore tests/system -m "not slow and not long" $(ARGS)
 
-test-all: $(READY)  ## run those too, as CI does: twenty-five minutes on two cores
+test-all: $(READY)  ## run those too, as CI does: twenty minutes on two cores
 	$(PYTEST_ON_TWO_CORES) $(ARGS)
 
 test-long: $(READY)  ## try thousands of random problems, faults and kills, and all of aot: over half an hour
